@@ -1,0 +1,50 @@
+# make demo, make test: everything from a fresh clone. PYTHON=python3.12 chooses the interpreter for .venv,
+# ASVIT_FAST_BUILD=auto|cuda|cpu|none what is compiled (see setup.py).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu)
+CLANG_FORMAT := $(filter %.cpp %.h %.cu,$(SOURCES))
+
+.PHONY: install demo test lint format bench clean
+
+install: $(VENV)/.installed
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+# torch comes first, as the extension is built against the torch that will load it
+$(VENV)/.torch: | $(VENV)/bin/python
+	$(BIN)/python -m pip install --progress-bar off "torch>=2.11" torchvision "setuptools>=77" ninja
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	$(BIN)/python -m pip install --progress-bar off --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+demo: install
+	$(BIN)/python -m asvit_fast.demo
+
+test: install
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CLANG_FORMAT)
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CLANG_FORMAT)
+
+bench: install
+	$(BIN)/python benchmarks/bench_gelu_taylor.py
+
+clean:
+	rm -rf build dist *.egg-info asvit_fast/_build.json asvit_fast/_C.*.so $(VENV)/.installed
+	find asvit_fast kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,66 @@
+"""The compiled extension `asvit_fast._C`, loaded once, and the build report that came with it.
+
+Nothing is compiled here: `pip install --no-build-isolation .` does that. If the extension is missing or does not load, the
+reason is kept, word for word, for `show_config()` and for whoever forces a backend that needs it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+REBUILD = "rebuild it with `pip install --no-build-isolation --force-reinstall --no-deps asvit-fast` or from a checkout `make`"
+
+
+@functools.cache
+def build_report() -> dict[str, Any]:
+    """What the build wrote down: torch, CUDA, archs, compiler, flags, or why nothing was compiled; {} if never built."""
+    path = Path(__file__).with_name("_build.json")
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def why_not_built(report: dict[str, Any], running_torch: str) -> str | None:
+    """Why the extension that `report` describes must not be loaded by this torch; None if it may."""
+    if not report:
+        return "asvit_fast runs from a source tree that was never installed: pip install --no-build-isolation -e ."
+    if not report["extension"]:
+        return f"built without compiled kernels: {report['reason']}"
+    if report["torch"] != running_torch:
+        return f"the compiled kernels were built for torch {report['torch']}, this is torch {running_torch}: {REBUILD}"
+    return None
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    """The module, or the reason why there is none."""
+    reason = why_not_built(build_report(), torch.__version__)
+    if reason is not None:
+        return None, reason
+    try:
+        return importlib.import_module("asvit_fast._C"), None
+    except ImportError as error:  # a missing library or symbol: the loader's text says which
+        return None, f"asvit_fast._C does not load: {error}"
+
+
+def extension() -> ModuleType | None:
+    """The extension, or None; loading it registers its ops in `torch.ops.asvit_fast_C`."""
+    return _load()[0]
+
+
+def reason() -> str | None:
+    """Why there is no extension; None if there is one."""
+    return _load()[1]
+
+
+def cuda_reason() -> str | None:
+    """Why the extension has no CUDA kernels; None if it has."""
+    module, why = _load()
+    if module is None:
+        return why
+    return None if module.has_cuda else f"built without CUDA kernels: {build_report().get('cuda_reason', 'unknown')}"

@@ -1,0 +1,216 @@
+"""Which implementation of an op runs, decided here and nowhere else, with the reason when one may not.
+
+An op declares its implementations once, best first for each kind of device:
+
+    backends.declare("gelu_taylor", cpu=_compiled, triton=_triton, cuda=_compiled, reference=gelu_taylor_reference)
+
+and asks `select(op, device)` at every call. `use_backend("reference")` forces one for everything inside.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from asvit_fast import _extension
+from asvit_fast.errors import InputError
+
+BACKENDS = ("reference", "triton", "cuda", "cpu")
+MINIMUM_CAPABILITY = (8, 0)  # Ampere
+
+Implementation = Callable[..., torch.Tensor]
+
+
+class FallbackWarning(UserWarning):
+    """Something slower than intended runs, for the reason given. With ASVIT_FAST_STRICT=1 it is an error."""
+
+
+_implementations: dict[str, dict[str, Implementation]] = {}
+_forced: str | None = None
+_notified: set[object] = set()
+
+
+# --------------------------------------------------------------------------- declaring and choosing
+
+
+def declare(op: str, **implementations: Implementation) -> None:
+    """Declare the implementations of `op` by backend, best first; each takes and returns the same as the reference."""
+    unknown = set(implementations) - set(BACKENDS)
+    if unknown or "reference" not in implementations:
+        raise InputError(f"{op}: backends are {', '.join(BACKENDS)} and reference is required, got {sorted(implementations)}")
+    _implementations[op] = implementations
+
+
+def declared() -> dict[str, tuple[str, ...]]:
+    """Every op with the backends it has an implementation for."""
+    return {op: tuple(implementations) for op, implementations in _implementations.items()}
+
+
+def available(op: str, backend: str, device: str | torch.device | None = None) -> str | None:
+    """None if `backend` can run `op` on `device` (default: the best device), otherwise the reason why it can't."""
+    if op not in _implementations:
+        raise InputError(f"unknown op {op!r}: use one of {', '.join(_implementations)}")
+    if backend not in _implementations[op]:
+        _check_name(backend)
+        return f"{op} has no {backend} implementation"
+    where = resolve_device(device)
+    return _reason(backend, where.type, where.index)
+
+
+def select(op: str, device: torch.device) -> Implementation:
+    """The implementation of `op` to run on `device`: the forced one, or the best that can run.
+
+    Raises InputError if a forced backend can't run. Says once, with the reason, when something slower runs than was declared.
+    """
+    implementations = _implementations[op]
+    if _forced is not None:
+        why = available(op, _forced, device)
+        if why is not None:
+            raise InputError(f"backend {_forced!r} cannot run {op} on {device}: {why}")
+        return implementations[_forced]
+    missed: str | None = None
+    for backend, implementation in implementations.items():
+        why = _reason(backend, device.type, device.index)
+        if why is None:
+            if missed is not None:
+                notify_once(missed, f"asvit_fast runs the {backend} implementation of {op} on {device.type}: {missed}")
+            return implementation
+        if device.type in _DEVICES[backend]:
+            missed = missed or why
+    raise AssertionError(f"{op}: the reference runs everywhere")
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Force one backend ("reference", "triton", "cuda" or "cpu") for every op of this process inside the `with` block.
+
+    An op that the backend cannot run raises InputError with the reason. Compiled models obey as well, as the choice is made
+    when an op runs; the block itself belongs outside of the compiled function.
+    """
+    global _forced
+    _check_name(backend)
+    if torch.compiler.is_compiling():
+        raise RuntimeError("use_backend inside a compiled function has no effect on it: put the call into the block instead")
+    before, _forced = _forced, backend
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def forced_backend() -> str | None:
+    """The backend forced by `use_backend`, if any."""
+    return _forced
+
+
+def _check_name(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise InputError(f"unknown backend {backend!r}: use one of {', '.join(BACKENDS)}")
+
+
+# --------------------------------------------------------------------------- reasons
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _cpu_reason(index: int | None) -> str | None:
+    return _extension.reason()
+
+
+def _cuda_reason(index: int | None) -> str | None:
+    why = _extension.cuda_reason()
+    if why is not None:
+        return why
+    archs = _extension.build_report()["archs"]
+    capability = torch.cuda.get_device_capability(index)
+    if any(arch_runs_on(arch, capability) for arch in archs):
+        return None
+    return f"compiled for {', '.join(archs)}, the GPU is {capability[0]}.{capability[1]}: set TORCH_CUDA_ARCH_LIST and rebuild"
+
+
+def _triton_reason(index: int | None) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if importlib.util.find_spec("asvit_fast.kernels") is None:
+        return "asvit_fast.kernels is missing: install the package (pip install -e .), a bare source tree has it elsewhere"
+    if _interpreted():
+        return None
+    capability = torch.cuda.get_device_capability(index)
+    if capability < MINIMUM_CAPABILITY:
+        return f"needs a GPU of capability 8.0 or later, this one is {capability[0]}.{capability[1]}"
+    return None
+
+
+_DEVICES: dict[str, tuple[str, ...]] = {"triton": ("cuda",), "cuda": ("cuda",), "cpu": ("cpu",), "reference": ()}
+_REASONS: dict[str, Callable[[int | None], str | None]] = {
+    "triton": _triton_reason,
+    "cuda": _cuda_reason,
+    "cpu": _cpu_reason,
+}
+
+
+@functools.cache
+def _reason(backend: str, device_type: str, index: int | None) -> str | None:
+    """Why `backend` can't run on a device, whatever the op; constant for the life of the process."""
+    if backend == "reference":
+        return None
+    runs_on = _DEVICES[backend]
+    if device_type not in runs_on and not (backend == "triton" and device_type == "cpu" and _interpreted()):
+        return f"runs on {' or '.join(runs_on)} tensors, not on {device_type}"
+    if device_type == "cuda" and torch.version.hip is not None:
+        return "not supported on ROCm"
+    return _REASONS[backend](index)
+
+
+def arch_runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether code compiled for `arch` ("9.0", "9.0a", "10.0+PTX") runs on a GPU of that capability."""
+    version, ptx = arch.removesuffix("+PTX"), arch.endswith("+PTX")
+    exact = version[-1].isalpha()
+    major, minor = (int(part) for part in version.rstrip("abcdef").split("."))
+    if exact:
+        return (major, minor) == capability
+    return capability >= (major, minor) if ptx else (major == capability[0] and minor <= capability[1])
+
+
+# --------------------------------------------------------------------------- devices and warnings
+
+
+def resolve_device(device: str | torch.device | None = None) -> torch.device:
+    """The device to use: CUDA if there is one, else the CPU, for None. InputError for one that does not exist."""
+    if device is None:
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"device {device!r} is not known: use cpu, cuda or cuda:N") from None
+    if resolved.type != "cuda":
+        return resolved
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        raise InputError(f"device {str(device)!r} does not exist: torch sees no CUDA GPU here; use cpu")
+    index = torch.cuda.current_device() if resolved.index is None else resolved.index
+    if index >= count:
+        raise InputError(f"device {str(device)!r} does not exist: torch sees {count} CUDA GPU(s); use cuda:0 to cuda:{count - 1}")
+    return torch.device("cuda", index)
+
+
+def strict() -> bool:
+    """Whether fallbacks are errors: ASVIT_FAST_STRICT=1."""
+    return os.environ.get("ASVIT_FAST_STRICT", "0") not in ("", "0")
+
+
+def notify_once(key: object, message: str) -> None:
+    """Warn (FallbackWarning) the first time for each `key`; under ASVIT_FAST_STRICT=1 raise it instead, every time."""
+    if strict():
+        raise FallbackWarning(message)
+    if key not in _notified:
+        _notified.add(key)
+        warnings.warn(message, FallbackWarning, stacklevel=3)

@@ -1,0 +1,91 @@
+"""Options and small helpers that several commands share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from .options import Option, choice, flag, image_size, integer, text
+
+IMG_SIZE = Option("img_size", image_size, 224, "image size in pixels: a side, or HEIGHTxWIDTH", "PIXELS")
+THETAS = Option("thetas", integer(1), 10, "number of points on the circle of the curve measures", "N")
+REPEATS = Option("repeats", integer(1), 5, "number of freshly initialised networks to average over", "N")
+BATCH = Option("batch", integer(2), 16, "number of images in the NTK's Gram matrix", "N")
+IMAGES = Option("images", text, None, "folder of images for the NTK; without it, normal noise from the seed", "DIR")
+SEED = Option("seed", integer(0), 0, "seed (a whole number) of everything that is drawn", "N")
+CONVENTION = Option(
+    "convention", choice("paper", "reference"), "paper", "formulas: of the paper, or of the authors' code", "NAME"
+)
+NORMS = Option(
+    "norms",
+    choice("auto", "identity", "keep"),
+    "auto",
+    "norms on the curve: auto drops those of As-ViTs, keeps those of other models; identity | keep force one",
+    "NAME",
+)
+DEVICE = Option("device", text, None, "where to compute: cpu, cuda, cuda:1, ...; without it, cuda if there is one", "NAME")
+QUIET = Option("quiet", flag, False, "no progress bar and no explanations, only the result", flag=True)
+SCORING = (IMG_SIZE, THETAS, REPEATS, BATCH, IMAGES, SEED, CONVENTION, NORMS, DEVICE)
+
+
+def check_device(device: str | None) -> None:
+    """Raise InputError unless a tensor can be put on ``device``."""
+    if device is None:
+        return
+    import torch
+
+    try:
+        torch.empty(1, device=device)  # [1]
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # a build without CUDA asserts
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise InputError(f"device {device!r} cannot be used ({reason}); see asvit-fast env") from None
+
+
+def check_output_folder(directory: str) -> None:
+    """Raise InputError when ``directory`` is a file; the folder itself is made by whoever writes first."""
+    if Path(directory).exists() and not Path(directory).is_dir():
+        raise InputError(f"{directory!r} is a file; give a folder")
+
+
+def is_main_process() -> bool:
+    """Under torchrun one rank speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(line: str = "", quiet: bool = False) -> None:
+    if not quiet and is_main_process():
+        print(line, flush=True)
+
+
+def table(rows: Iterable[Sequence[Any]], indent: str = "  ") -> str:
+    """Rows of text in columns: the first column flush left, the others flush right."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
+    lines = []
+    for row in cells:
+        first, *rest = [
+            cell.ljust(width) if index == 0 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append((indent + "  ".join([first, *rest])).rstrip())
+    return "\n".join(lines)
+
+
+def amount(value: float) -> str:
+    """A count for people: 2.32 M, 491.0 M, 5.13 G."""
+    for factor, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.2f} {suffix}"
+    return f"{value:g}"
+
+
+def size_text(img_size: int | tuple[int, int]) -> str:
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    return f"{height}x{width}"
+
+
+def source_text(images: str | None) -> str:
+    return f"images of {images}" if images else "normal noise instead of images"

@@ -1,0 +1,46 @@
+"""``asvit-fast export``: a topology as a folder that timm loads."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from .common import IMG_SIZE
+from .options import Command, Option, integer, text
+
+
+def run(values: SimpleNamespace) -> int:
+    from ..export import export
+
+    target = export(
+        values.source,
+        values.to,
+        seed=values.seed,
+        num_classes=values.num_classes,
+        img_size=values.img_size,
+    )
+    print(f"Wrote config.json and model.safetensors to {target} (fresh weights from seed {values.seed}, not trained).")
+    print("load it:      import asvit_fast, timm")
+    print(f"              model = timm.create_model('local-dir:{target}', pretrained=True)")
+    return 0
+
+
+COMMAND = Command(
+    name="export",
+    summary="Write a topology as config.json + model.safetensors that timm.create_model('local-dir:...') loads.",
+    options=(
+        Option(
+            "source",
+            text,
+            None,
+            "run directory (its final topology) or a topology string; the weights are fresh, not trained",
+            positional=True,
+            required=True,
+        ),
+        Option("to", text, None, "folder to write, new or empty or an earlier export", "DIR", required=True),
+        Option("seed", integer(0), 0, "seed (a whole number) of the weights", "N"),
+        Option("num_classes", integer(0), 1000, "number of outputs of the classifier; 0 = none", "N"),
+        IMG_SIZE,
+    ),
+    run=run,
+    epilog="example: asvit-fast export runs/scale --to model",
+)

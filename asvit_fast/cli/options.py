@@ -1,0 +1,241 @@
+"""What an option is, how its text is read, and how defaults, a YAML file and the command line become one set of values."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from ..errors import InputError
+
+Reader = Callable[[Any], Any]
+_SUFFIXES = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a command. ``name`` is the one of the Python function; ``read`` takes text or a YAML value."""
+
+    name: str
+    read: Reader
+    default: Any
+    help: str
+    metavar: str | None = None
+    positional: bool = False
+    required: bool = False
+    flag: bool = False
+    repeated: bool = False
+
+    @property
+    def label(self) -> str:
+        """As the user writes it on the command line."""
+        return self.name.upper() if self.positional else "--" + self.name.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: its options, and the function that does the work and returns the exit code."""
+
+    name: str
+    summary: str
+    options: tuple[Option, ...]
+    run: Callable[[SimpleNamespace], int]
+    epilog: str = ""
+    resumable: bool = False
+
+
+# Readers: text from the command line or a value from YAML -> the value the Python functions take.
+
+
+def text(value: Any) -> str:
+    if isinstance(value, (Mapping, list, tuple, bool)) or value is None:
+        raise InputError(f"expected text, got {value!r}")
+    return str(value)
+
+
+def flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise InputError(f"expected true or false, got {value!r}")
+    return value
+
+
+def number(value: Any) -> float | int:
+    """``1500``, ``1e6``, ``5M``, ``2.5G``: a finite number that is not negative; whole numbers come back as int."""
+    form = "expected a number such as 1e6, 100M or 2.5G"
+    try:
+        if isinstance(value, str):
+            stripped = value.strip().lower()
+            factor = _SUFFIXES.get(stripped[-1:], 1.0)
+            result = float(stripped[:-1] if factor != 1.0 else stripped) * factor
+        elif isinstance(value, bool):
+            raise TypeError
+        else:
+            result = float(value)
+    except (TypeError, ValueError):
+        raise InputError(f"{form}, got {value!r}") from None
+    if not math.isfinite(result) or result < 0:
+        raise InputError(f"{form} that is finite and not negative, got {value!r}")
+    return int(result) if result == int(result) else result
+
+
+def integer(minimum: int) -> Reader:
+    def read(value: Any) -> int:
+        result = number(value)
+        if not isinstance(result, int) or result < minimum:
+            raise InputError(f"expected a whole number of at least {minimum}, got {value!r}")
+        return result
+
+    return read
+
+
+def positive(value: Any) -> float:
+    result = number(value)
+    if not result:
+        raise InputError(f"expected a number above 0, got {value!r}")
+    return result
+
+
+def fraction(value: Any) -> float:
+    result = number(value)
+    if result >= 1:
+        raise InputError(f"expected a number from 0 to below 1, got {value!r}")
+    return result
+
+
+def choice(*names: str) -> Reader:
+    def read(value: Any) -> str:
+        if value not in names:
+            raise InputError(f"expected one of {', '.join(names)}; got {value!r}")
+        return value
+
+    return read
+
+
+def listed(value: Any) -> tuple[str, ...]:
+    """``a,b,c`` or a YAML list."""
+    parts = value if isinstance(value, (list, tuple)) else text(value).split(",")
+    return tuple(text(part).strip() for part in parts if text(part).strip())
+
+
+def image_size(value: Any) -> int | tuple[int, int]:
+    """``224`` or ``224x160`` (height x width), pixels."""
+    parts = value if isinstance(value, (list, tuple)) else text(value).lower().split("x")
+    try:
+        sides = tuple(int(part) for part in parts)
+    except (TypeError, ValueError):
+        sides = ()
+    if len(sides) not in (1, 2) or min(sides) < 1:
+        raise InputError(f"expected pixels as a side (224) or height x width (224x160), got {value!r}")
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
+
+def bounds(value: Any) -> tuple[float | None, float | None]:
+    """``1M:10M``, ``:10M``, ``1M:`` or a YAML pair -> (low, high); an open end is None."""
+    parts = value if isinstance(value, (list, tuple)) else text(value).split(":")
+    if len(parts) != 2:
+        raise InputError(f"expected LOW:HIGH such as 1M:10M, :10M or 1M:, got {value!r}")
+    low, high = (None if part in ("", None) else number(part) for part in parts)
+    if low is not None and high is not None and low > high:
+        raise InputError(f"the low end {parts[0]} is above the high end {parts[1]}; swap them")
+    return low, high
+
+
+def limit(value: Any) -> float | tuple[float, float]:
+    """``100M``, or ``80M:110M`` = stop at the first, never exceed the second."""
+    if isinstance(value, (list, tuple)) or (isinstance(value, str) and ":" in value):
+        low, high = bounds(value)
+        if low is None or high is None:
+            raise InputError(f"expected STOP_AT:NEVER_ABOVE such as 80M:110M, got {value!r}")
+        return low, high
+    return number(value)
+
+
+def choices_per_dimension(value: Any) -> dict[str, tuple[int, ...]]:
+    """``["K1=8", "heads=16,32"]`` or a YAML mapping ``{K1: 8, heads: [16, 32]}``."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, Mapping):
+        pairs = [str(item).partition("=") for item in value]
+        for name, equals, _ in pairs:
+            if not equals:
+                raise InputError(f"expected NAME=CHOICES such as K1=8 or heads=16,32, got {name!r}")
+        value = {name.strip(): numbers.split(",") for name, _, numbers in pairs}
+    read = integer(1)
+    return {
+        str(name): tuple(read(item) for item in (items if isinstance(items, (list, tuple)) else [items]))
+        for name, items in value.items()
+    }
+
+
+# From three sources to one set of values.
+
+
+def settings(command: Command, given: Mapping[str, Any], config: str | None) -> SimpleNamespace:
+    """Defaults, then the YAML file, then what was given on the command line; every value read and checked."""
+    from_file = _read_config(command, config) if config else {}
+    values: dict[str, Any] = {}
+    for option in command.options:
+        values[option.name] = option.default
+        if from_file.get(option.name) is not None:  # null in the file: the default
+            values[option.name] = _read(option, from_file[option.name], f"config file {config!r}: {option.name}")
+        if option.name in given:
+            values[option.name] = _read(option, given[option.name], option.label)
+    return SimpleNamespace(**values)
+
+
+def require(command: Command, values: SimpleNamespace) -> None:
+    """Raise InputError for a required option that nobody gave."""
+    missing = [option.label for option in command.options if option.required and getattr(values, option.name) is None]
+    if missing:
+        raise InputError(f"{command.name} needs {', '.join(missing)}; see asvit-fast {command.name} --help")
+
+
+def _read(option: Option, value: Any, label: str) -> Any:
+    try:
+        return option.read(value)
+    except InputError as error:
+        raise InputError(f"{label}: {error}") from None
+
+
+def _read_config(command: Command, path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"config file {path!r} is not YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise InputError(f"config file {path!r} must hold 'option: value' lines, got {type(content).__name__}")
+    config = {str(key).replace("-", "_"): value for key, value in content.items()}
+    _refuse_unknown(config, [option.name for option in command.options], path, command.name)
+    return config
+
+
+def _refuse_unknown(config: Mapping[str, Any], known: Sequence[str], path: str, command: str) -> None:
+    unknown = [key for key in config if key not in known]
+    if unknown:
+        hints = [f"{key!r} (did you mean {difflib.get_close_matches(key, known, 1, 0.0)[0]!r}?)" for key in unknown]
+        raise InputError(f"config file {path!r}: {command} has no option {', '.join(hints)}")
+
+
+def to_yaml(command: Command, values: SimpleNamespace) -> str:
+    """The effective configuration, as ``--config`` reads it back."""
+    import yaml
+
+    plain = {option.name: _plain(getattr(values, option.name)) for option in command.options}
+    return f"# asvit-fast {command.name} --config FILE\n" + yaml.safe_dump(plain, sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    """The value in terms YAML writes plainly: lists for tuples."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

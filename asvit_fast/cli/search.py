@@ -1,0 +1,116 @@
+"""``asvit-fast search``: find a seed topology without training (As-ViT, Algorithm 1)."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from .common import QUIET, SCORING, amount, check_output_folder, say, size_text, source_text
+from .options import Command, Option, bounds, choices_per_dimension, fraction, integer, number, positive, text
+
+
+def run(values: SimpleNamespace) -> int:
+    check_output_folder(values.out)
+    from ..search import search
+    from ..topology import SearchSpace
+
+    space = SearchSpace().narrow(**values.space)
+    announce(values, space)
+    result = search(
+        space=space,
+        steps=values.steps,
+        img_size=values.img_size,
+        thetas=values.thetas,
+        repeats=values.repeats,
+        batch=values.batch,
+        width=values.width,
+        images=values.images,
+        seed=values.seed,
+        budget=budget(values),
+        convention=values.convention,
+        norms=values.norms,
+        device=values.device,
+        out=values.out,
+        progress=not values.quiet,
+        history=values.history,
+        lr=values.lr,
+        momentum=values.momentum,
+    )
+    conclude(values, result)
+    return 0
+
+
+def budget(values: SimpleNamespace):
+    """The size window, or None when every size is welcome; ``--max-params`` lowers the high end of ``--params``."""
+    from ..search import Budget
+
+    low, high = values.params or (None, None)
+    ceilings = [ceiling for ceiling in (high, values.max_params) if ceiling is not None]
+    params = (low, min(ceilings)) if ceilings else (low, None)
+    if params == (None, None) and values.flops is None:
+        return None
+    return Budget(params=params, flops=values.flops)
+
+
+def announce(values: SimpleNamespace, space) -> None:
+    say(
+        f"Searching {space.size:,} topologies (entropy {space.entropy:.2f} nats) in {values.steps} steps: each scores "
+        f"{values.repeats} initialisations at {size_text(values.img_size)} pixels on {source_text(values.images)}; "
+        f"{values.convention} convention, seed {values.seed}.",
+        values.quiet,
+    )
+    done = steps_done(values.out)
+    if done:
+        say(f"{values.out} holds a run of {done} steps: continuing from there.", values.quiet)
+    else:
+        say(f"Writing to {values.out}; stop at any time, the same command continues.", values.quiet)
+
+
+def steps_done(directory: str) -> int:
+    """Steps on record in a run directory; 0 without one."""
+    from pathlib import Path
+
+    from ..files import read_jsonl
+
+    trace = Path(directory) / "trace.jsonl"
+    return len(read_jsonl(trace)) if trace.exists() else 0
+
+
+def conclude(values: SimpleNamespace, result) -> None:
+    topology = str(result.topology)
+    say(f"Found {topology}", values.quiet)
+    say(f"({amount(result.params)} parameters, {amount(result.flops)} multiply-adds)", values.quiet)
+    say("", values.quiet)
+    say(f"grow it:      asvit-fast scale '{topology}' --out {values.out}-scaled --max-params 100M", values.quiet)
+    say(f"look at it:   asvit-fast report {values.out}", values.quiet)
+    if values.quiet:
+        say(topology)
+
+
+COMMAND = Command(
+    name="search",
+    summary="Find a seed topology without training, by policy gradient on the scores.",
+    options=(
+        Option("out", text, None, "run directory, made or continued", "DIR", required=True),
+        Option("steps", integer(1), 500, "number of topologies to sample", "N"),
+        *SCORING,
+        Option("params", bounds, None, "window of the number of parameters: LOW:HIGH, :10M or 1M:", "LO:HI"),
+        Option("flops", bounds, None, "window of the number of multiply-adds per image: LOW:HIGH, :1G or 1M:", "LO:HI"),
+        Option("max_params", number, None, "largest number of parameters: the high end of --params", "NUMBER"),
+        Option(
+            "space",
+            choices_per_dimension,
+            {},
+            "narrow a dimension (K1..K4, S1..S3, E1..E4, heads), e.g. --space K1=8 --space heads=16,32; may be repeated",
+            "NAME=CHOICES",
+            repeated=True,
+        ),
+        Option("width", integer(1), 32, "number of channels in the first stage of the scored networks", "N"),
+        Option("lr", positive, 0.08, "learning rate of the policy, a number above 0", "X"),
+        Option("momentum", fraction, 0.9, "momentum of the moving average that is the baseline, a number below 1", "X"),
+        Option("history", integer(1), 20, "number of steps in the range of the reference convention's reward", "N"),
+        QUIET,
+    ),
+    run=run,
+    epilog="example: asvit-fast search --out runs/search --images photos/ --steps 500",
+    resumable=True,
+)

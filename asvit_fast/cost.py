@@ -1,0 +1,224 @@
+"""What a network costs: parameters, FLOPs, measured latency and memory.
+
+FLOPs are multiply-adds (MACs) of one image, as in the tables of the paper (As-ViT, arXiv 2202.11921).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from .errors import InputError
+from .ops.patch_embed import patch_embed, patch_embed_reference
+from .ops.patch_merge import patch_merge, patch_merge_reference
+from .ops.window_attention import window_attention
+from .topology import EMBED_STRIDE, Topology
+
+ImageSize = int | tuple[int, int]
+_MIN_IMG_SIZE = 32
+_REFERENCES = {patch_embed: patch_embed_reference, patch_merge: patch_merge_reference}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """``params``: parameters; ``flops``: multiply-adds of one image."""
+
+    params: int
+    flops: int
+
+
+def params(model: nn.Module) -> int:
+    """Number of parameters; shared ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def flops(model: nn.Module, img_size: ImageSize = 224) -> int:
+    """Multiply-adds of one image [3, H, W] through ``model``: matrix products and convolutions, nothing is computed.
+
+    Counted on the meta device in evaluation mode. Window attention counts the real tokens of every window, not the padding,
+    whichever implementation runs. The model is left as it was.
+    """
+    height, width = _sides(img_size)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    on_meta = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
+    reference = next((tensor for tensor in tensors.values() if tensor.is_floating_point()), None)
+    dtype = torch.get_default_dtype() if reference is None else reference.dtype
+    image = torch.empty(1, 3, height, width, device="meta", dtype=dtype)  # [1, 3, H, W]
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), _evaluation(model), counter, _OurOps() as ours:
+        torch.func.functional_call(model, on_meta, (image,))
+    return counter.get_total_flops() // 2 + ours.macs  # the counter takes a multiply-add as two operations
+
+
+def topology_cost(
+    topology: Topology, img_size: ImageSize = 224, num_classes: int = 1000, pos_embed: str = "none"
+) -> Cost:
+    """Cost of ``create_model(topology, img_size, num_classes, pos_embed)`` in closed form, in microseconds.
+
+    Equals ``params`` and ``flops`` of that model exactly. Raises InputError for a size or an embedding that no model has.
+    """
+    if pos_embed not in ("absolute", "none"):
+        raise InputError(f"pos_embed must be 'absolute' or 'none', got {pos_embed!r}")
+    return _topology_cost(topology, _sides(img_size), num_classes, pos_embed == "absolute")
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _topology_cost(topology: Topology, sides: tuple[int, int], num_classes: int, pos_embed: bool) -> Cost:
+    dims, stage_heads = topology.dims, topology.stage_heads
+    grid = (_ceil_div(sides[0], EMBED_STRIDE), _ceil_div(sides[1], EMBED_STRIDE))
+    patch = 3 * topology.stages[0].kernel ** 2
+    total_params = dims[0] * (patch + 1) + 2 * dims[0]  # convolution with bias, LayerNorm
+    total_flops = grid[0] * grid[1] * patch * dims[0]
+    if pos_embed:
+        total_params += grid[0] * grid[1] * dims[0]
+    for index, (stage, dim, heads) in enumerate(zip(topology.stages, dims, stage_heads, strict=True)):
+        if index:
+            grid = (_ceil_div(grid[0], 2), _ceil_div(grid[1], 2))
+            merged = stage.kernel**2 * dims[index - 1]
+            total_params += merged * dim + 2 * merged  # Linear without bias, LayerNorm
+            total_flops += grid[0] * grid[1] * merged * dim
+        inner = dim // heads * heads  # narrower than dim when the heads do not divide it
+        hidden = dim * stage.expansion
+        windows = (_ceil_div(grid[0], stage.splits), _ceil_div(grid[1], stage.splits))
+        weights = 4 * dim * inner + 2 * dim * hidden  # qkv and proj, the two layers of the MLP
+        biases_and_norms = (3 * inner + dim) + (hidden + dim) + 4 * dim
+        total_params += stage.depth * (weights + biases_and_norms)
+        total_flops += stage.depth * (grid[0] * grid[1] * weights + _attention_macs(grid, windows, inner))
+    features = dims[-1]
+    total_params += 2 * features + features * (features + 1) + num_classes * (features + 1)  # final norm, head
+    total_flops += features * (features + num_classes)
+    return Cost(total_params, total_flops)
+
+
+def measure_latency(
+    model: nn.Module, img_size: ImageSize = 224, batch: int = 1, device: str | torch.device = "cpu", runs: int = 20
+) -> tuple[float, float]:
+    """Median and interquartile range, in milliseconds, of ``runs`` forward passes of ``batch`` random images.
+
+    In evaluation mode, after three passes that do not count; on a GPU every pass is waited for.
+    """
+    forward, device = _forward_pass(model, img_size, batch, device)
+    with torch.inference_mode(), _evaluation(model):
+        for _ in range(3):
+            forward()
+        milliseconds = []
+        for _ in range(max(runs, 2)):
+            _synchronize(device)
+            start = time.perf_counter()
+            forward()
+            _synchronize(device)
+            milliseconds.append(1e3 * (time.perf_counter() - start))
+    lower, median, upper = statistics.quantiles(milliseconds, n=4, method="inclusive")
+    return median, upper - lower
+
+
+def measure_memory(
+    model: nn.Module, img_size: ImageSize = 224, batch: int = 1, device: str | torch.device = "cuda"
+) -> int:
+    """Largest number of bytes that one forward pass of ``batch`` images allocates beyond weights and images.
+
+    Read from the GPU's allocator, or on a CPU from torch's profiler of allocations.
+    """
+    forward, device = _forward_pass(model, img_size, batch, device)
+    with torch.inference_mode(), _evaluation(model):
+        forward()  # what is only made once (workspaces, caches) does not count
+        if device.type == "cuda":
+            _synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            forward()
+            _synchronize(device)
+            return torch.cuda.max_memory_allocated(device) - before
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            forward()
+    return _peak_of_allocations(profile)
+
+
+class _OurOps(TorchFunctionMode):
+    """Counts window attention by itself and sends the other ops to the references that FlopCounterMode sees through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.macs = 0
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is window_attention:
+            return self._window_attention(*args, **kwargs)
+        return _REFERENCES.get(function, function)(*args, **kwargs)
+
+    def _window_attention(self, qkv: Tensor, num_heads: int, window: tuple[int, int], *_: Any, **__: Any) -> Tensor:
+        batch, height, width, channels = qkv.shape
+        self.macs += batch * _attention_macs((height, width), (window[0], window[1]), channels // 3)
+        return qkv.new_empty(batch, height, width, channels // 3)  # [B, H, W, heads*head_dim]
+
+
+def _attention_macs(grid: tuple[int, int], window: tuple[int, int], inner: int) -> int:
+    """q k^T and attention v: 2 * inner multiply-adds for every pair of real tokens that share a window."""
+    pairs = 1
+    for side, length in zip(grid, window, strict=True):
+        whole, rest = divmod(side, length)
+        pairs *= whole * length**2 + rest**2
+    return 2 * inner * pairs
+
+
+def _forward_pass(
+    model: nn.Module, img_size: ImageSize, batch: int, device: str | torch.device
+) -> tuple[Callable[[], Any], torch.device]:
+    height, width = _sides(img_size)
+    if batch < 1:
+        raise InputError(f"batch must be at least 1, got {batch}")
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {device} is not available on this machine; use 'cpu'")
+    model = model.to(device)
+    weight = next(model.parameters(), torch.empty(0))
+    images = torch.randn(batch, 3, height, width, device=device).to(weight.dtype)  # [B, 3, H, W]
+    return lambda: model(images), device
+
+
+def _peak_of_allocations(profile: Any) -> int:
+    current = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            current += event.nbytes()
+            peak = max(peak, current)
+    return peak
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextlib.contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; every module gets its own flag back."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def _ceil_div(value: int, by: int) -> int:
+    return -(-value // by)
+
+
+def _sides(img_size: ImageSize) -> tuple[int, int]:
+    sides = tuple(img_size) if isinstance(img_size, (tuple, list)) else (img_size, img_size)
+    if len(sides) != 2 or any(not isinstance(side, int) or side < _MIN_IMG_SIZE for side in sides):
+        raise InputError(f"img_size must be {_MIN_IMG_SIZE} pixels or more, one integer or (height, width); got {img_size!r}")
+    return sides[0], sides[1]

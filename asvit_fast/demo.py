@@ -1,0 +1,179 @@
+"""The main job on real images, in a few minutes on a CPU: ``make demo``, or ``python -m asvit_fast.demo``.
+
+Photographs that scikit-image and scikit-learn ship, and scikit-learn's handwritten digits, stand in for a data set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+
+from .cli.common import amount, table
+from .errors import InputError
+from .export import export
+from .report import report
+from .scoring import Score, score
+from .search import scale, search
+from .topology import SearchSpace, Topology
+
+IMG_SIZE = 64  # pixels
+SEARCH_STEPS = 30
+REPEATS = 2  # initialisations per topology while searching; the comparison at the end takes five
+COMPARE_REPEATS = 5
+MAX_PARAMS = 5_000_000
+SEED = 0
+BATCH = 16
+SCORES = ("length_distortion", "ntk_condition")
+
+PHOTOGRAPHS = (  # of scikit-image; those that a version does not ship are left out
+    "astronaut.png brick.png camera.png cell.png chelsea.png clock_motion.png coffee.png coins.png grass.png gravel.png "
+    "hubble_deep_field.jpg ihc.png moon.png motorcycle_left.png page.png retina.jpg rocket.jpg text.png"
+).split()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the demo in ``--out``; a second run continues, or shows again, what is there."""
+    parser = argparse.ArgumentParser(prog="python -m asvit_fast.demo", description=__doc__)
+    parser.add_argument("--out", default="runs/demo", metavar="DIR", help="folder for everything (default: %(default)s)")
+    try:
+        run(Path(parser.parse_args(argv).out))
+    except (InputError, OSError) as error:
+        print(f"demo: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ndemo: interrupted; the same command continues where it stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(out: Path) -> None:
+    """All steps, each announced in plain words."""
+    started = time.perf_counter()
+    images = out / "images"
+    count = write_images(images)
+    print(f"1. Images: {count} crops of photographs and handwritten digits in {images}.\n")
+
+    seed_topology = run_search(out / "search", images)
+    final = run_scale(seed_topology, out / "scale", images)
+    compare(seed_topology, images)
+
+    page = report(out)
+    model_folder = export(out / "scale", out / "model", seed=SEED, img_size=IMG_SIZE)
+    print(f"5. Export: {model_folder} holds the grown network (fresh weights) for timm. {check_export(model_folder)}\n")
+
+    print(f"Done in {time.perf_counter() - started:.0f} s. The result is {final}.")
+    print(f"Read      {page}")
+    print(f"Load      timm.create_model('local-dir:{model_folder}', pretrained=True)   after   import asvit_fast")
+    print(
+        "Remember  nothing was trained. The scores order untrained networks; a search this short, at this image size, "
+        "shows how the\n          tool works and proves nothing about accuracy. For that: asvit-fast search --help"
+    )
+
+
+def run_search(out: Path, images: Path) -> Topology:
+    space = SearchSpace()
+    print(
+        f"2. Search: {SEARCH_STEPS} of {space.size:,} topologies are sampled and scored at {IMG_SIZE}x{IMG_SIZE} pixels, "
+        f"each with {REPEATS} random initialisations; the policy learns which choices score well."
+    )
+    found = search(
+        space=space, steps=SEARCH_STEPS, images=images, seed=SEED, out=out,
+        img_size=IMG_SIZE, repeats=REPEATS, batch=BATCH, progress=True,
+    )  # fmt: skip
+    print(
+        f"   Its most probable topology is now {found.topology}: {amount(found.params)} parameters, {amount(found.flops)} "
+        f"multiply-adds.\n   The policy's entropy went from {space.entropy:.2f} to {found.entropy:.2f} nats.\n"
+    )
+    return found.topology
+
+
+def run_scale(seed_topology: Topology, out: Path, images: Path) -> Topology:
+    print(f"3. Scaling: {seed_topology} grows in depth and width while it stays within {amount(MAX_PARAMS)} parameters.")
+    steps = scale(
+        seed_topology, max_params=MAX_PARAMS, images=images, seed=SEED, out=out,
+        img_size=IMG_SIZE, repeats=1, batch=BATCH, progress=True,
+    )  # fmt: skip
+    rows = [("step", "topology", "parameters", "multiply-adds")]
+    rows += [(step.step, str(step.topology), amount(step.params), amount(step.flops)) for step in steps]
+    print(table(rows, indent="   ") + "\n")
+    return steps[-1].topology
+
+
+def compare(found: Topology, images: Path) -> None:
+    random = SearchSpace().sample(torch.Generator().manual_seed(SEED))
+    print(f"4. Scores of the found topology beside a random one's, {COMPARE_REPEATS} initialisations each:")
+    rows = [("", "found", "random", "")]
+    scores = [
+        score(topology, SCORES, img_size=IMG_SIZE, repeats=COMPARE_REPEATS, batch=BATCH, images=images, seed=SEED)
+        for topology in (found, random)
+    ]
+    for metric, direction in zip(SCORES, ("larger is better", "smaller is better"), strict=True):
+        rows.append((metric.replace("_", " "), *(_value(one, metric) for one in scores), direction))
+    print(f"   random: {random}\n{table(rows, indent='   ')}\n")
+
+
+def _value(scores: Score, metric: str) -> str:
+    return f"{scores[metric].mean:.4g} ± {scores[metric].std:.2g}"
+
+
+def check_export(folder: Path) -> str:
+    """Load the export the way any user of timm would and put an image through."""
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    with torch.inference_mode():
+        logits = model(torch.zeros(1, 3, IMG_SIZE, IMG_SIZE))  # [1, 1000]
+    return f"timm loads it and it answers with {logits.shape[1]} finite logits." if bool(logits.isfinite().all()) else ""
+
+
+def write_images(folder: Path) -> int:
+    """Write the crops as PNG files, once; returns how many there are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = []
+    for name, pixels in (*_photographs(), *_digits()):
+        names.append(name)
+        if not (folder / name).exists():
+            scratch = folder / f".{name}"
+            Image.fromarray(pixels).resize((2 * IMG_SIZE, 2 * IMG_SIZE), Image.Resampling.BICUBIC).save(scratch, "PNG")
+            scratch.replace(folder / name)
+    return len(names)
+
+
+def _photographs() -> Iterator[tuple[str, np.ndarray]]:
+    """The two square halves of every photograph on disk: name, uint8 [side, side, 3]."""
+    try:
+        import skimage
+        from sklearn.datasets import load_sample_images
+    except ImportError as error:
+        raise InputError(f"the demo's images come with scikit-image and scikit-learn ({error}); pip install both") from None
+    folder = Path(skimage.__file__).parent / "data"
+    samples = load_sample_images()
+    photographs = [(Path(name).stem, pixels) for name, pixels in zip(samples.filenames, samples.images, strict=True)]
+    for name in PHOTOGRAPHS:
+        if (folder / name).is_file():
+            with Image.open(folder / name) as image:
+                photographs.append((Path(name).stem, np.asarray(image.convert("RGB"))))
+    for name, pixels in photographs:  # pixels: [height, width, 3]
+        side = min(pixels.shape[:2]) * 3 // 4
+        yield f"photograph_{name}_1.png", pixels[:side, :side]
+        yield f"photograph_{name}_2.png", pixels[-side:, -side:]
+
+
+def _digits(count: int = 8) -> Iterator[tuple[str, np.ndarray]]:
+    """Handwritten digits: name, uint8 [8, 8, 3]."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for index in range(count):
+        grey = (digits.images[index] * (255 / 16)).astype(np.uint8)  # [8, 8]
+        yield f"digit_{digits.target[index]}.png", np.repeat(grey[:, :, None], 3, axis=2)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

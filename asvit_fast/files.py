@@ -1,0 +1,157 @@
+"""Files that survive a kill or a full disk: atomic writes, strict JSON, append-only JSON lines."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+
+
+@contextlib.contextmanager
+def _file_errors(verb: str, path: Path) -> Iterator[None]:
+    """Turn an OSError (read-only or full disk, missing folder, no permission) into one line that names the path."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"cannot {verb} {path}: {reason}; free space or choose another path") from error
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
+    """Write ``data`` (text as UTF-8) so that ``path`` holds either its old content or all of the new, never a part.
+
+    The data reaches the disk in a temporary file of the same folder, which then replaces ``path`` in one step.
+    Raises InputError when that is not possible; what was there is then untouched.
+    """
+    path = Path(path)
+    content = data.encode() if isinstance(data, str) else data
+    with _file_errors("write", path):
+        mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, mode)  # mkstemp makes files that only their owner can read
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        _sync_folder(path.parent)
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Strict JSON; the floats that JSON cannot hold become the strings "inf", "-inf" and "nan" (see ``as_float``)."""
+    return json.dumps(_without_non_finite(value), indent=indent, allow_nan=False, ensure_ascii=False)
+
+
+def from_json(text: str | bytes) -> Any:
+    """The value of a strict JSON text. Raises InputError for anything else, bare NaN and Infinity included."""
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise InputError(f"not valid JSON: {error}") from None
+
+
+def as_float(value: float | str) -> float:
+    """The float that ``to_json`` wrote: undoes "inf", "-inf" and "nan"."""
+    return float(value)
+
+
+def append_jsonl(path: str | os.PathLike[str], record: Any) -> None:
+    """Append one record as one line and wait until it is on the disk.
+
+    A torn last line (a kill in the middle of an earlier append) is cut off first. When the write fails, the file is
+    cut back to what it held before, and InputError says why.
+    """
+    path = Path(path)
+    line = to_json(record).encode() + b"\n"
+    with _file_errors("append to", path):
+        created = not path.exists()
+        with open(path, "ab", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            if size:
+                complete = _complete_size(path)
+                if complete < size:
+                    file.truncate(complete)
+                    size = complete
+            try:
+                written = 0
+                while written < len(line):
+                    written += file.write(line[written:])
+                os.fsync(file.fileno())
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    file.truncate(size)
+                raise
+        if created:
+            _sync_folder(path.parent)
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> list[Any]:
+    """All complete records of the file, [] when there is none; a torn last line is ignored.
+
+    Raises InputError, naming the line, when a complete line is not JSON.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    with _file_errors("read", path):
+        content = path.read_bytes()
+    records = []
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):  # what follows the last newline is torn or empty
+        try:
+            records.append(from_json(line))
+        except InputError as error:
+            raise InputError(f"{path}, line {number}: {error}") from None
+    return records
+
+
+def _complete_size(path: Path) -> int:
+    """Bytes up to and including the last newline."""
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) == b"\n":
+            return file.tell()
+        file.seek(0)
+        return file.read().rfind(b"\n") + 1
+
+
+def _without_non_finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(float(value))
+    if isinstance(value, dict):
+        return {key: _without_non_finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_non_finite(item) for item in value]
+    return value
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # the only way to read it is to set it
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename or a new name durable, where the system can open a folder (Windows cannot)."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

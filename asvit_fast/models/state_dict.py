@@ -1,0 +1,69 @@
+"""Weights of other code and other sizes, brought into the form of our network."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, Dict, Mapping
+
+from timm.layers import resample_abs_pos_embed_nhwc
+from torch import Tensor
+
+from ..errors import InputError
+
+# The authors' names (VITA-Group/AsViT) -> ours. Their patch merging closes a stage, ours opens the next.
+_RENAME = (
+    (r"^absolute_pos_embed$", "pos_embed"),
+    (r"^layers\.(\d+)\.downsample\.", lambda m: f"stages.{int(m[1]) + 1}.downsample."),
+    (r"^layers\.(\d+)\.blocks\.(\d+)\.mlps\.0\.0\.", r"stages.\1.blocks.\2.norm2."),
+    (r"^layers\.(\d+)\.blocks\.(\d+)\.mlps\.0\.1\.", r"stages.\1.blocks.\2.mlp."),
+    (r"^layers\.", "stages."),
+    (r"^head\.0\.", "head.fc1."),
+    (r"^head\.2\.", "head.fc2."),
+)
+
+
+def convert_asvit_state_dict(state_dict: Mapping[str, Tensor], norm: str = "layer") -> Dict[str, Tensor]:
+    """Weights of the authors' network (VITA-Group/AsViT) under our names; a dict already in our form comes back as it is.
+
+    Args:
+        state_dict: of their Transformer, with or without LayerNorms and position embedding.
+        norm: "identity" drops the LayerNorm weights, for ``create_model(..., norm="identity")``.
+
+    Raises:
+        InputError: the position embedding is not that of a square grid.
+    """
+    converted = {}
+    for name, value in state_dict.items():
+        if value is None or name.endswith("attn_mask"):  # a persistent buffer of theirs, without content
+            continue
+        for pattern, replacement in _RENAME:
+            new_name, hits = re.subn(pattern, replacement, name)
+            if hits:
+                name = new_name
+                break
+        if norm == "identity" and re.search(r"(^|\.)norm\d?\.", name):
+            continue
+        if name == "pos_embed" and value.ndim == 3:
+            value = _square_grid(value)
+        converted[name] = value
+    return converted
+
+
+def _square_grid(pos_embed: Tensor) -> Tensor:
+    """[1, tokens, C] -> [1, side, side, C]."""
+    side = math.isqrt(pos_embed.shape[1])
+    if side * side != pos_embed.shape[1]:
+        raise InputError(f"absolute_pos_embed holds {pos_embed.shape[1]} tokens, which is no square grid")
+    return pos_embed.reshape(1, side, side, pos_embed.shape[2])
+
+
+def fit_state_dict(state_dict: Mapping[str, Tensor], model: Any) -> Dict[str, Tensor]:
+    """A checkpoint of ours or of the authors' made to fit ``model``: names converted, position embedding resampled."""
+    norm = "layer" if model.has_norms else "identity"
+    converted = convert_asvit_state_dict(state_dict.get("state_dict", state_dict), norm)
+    if model.pos_embed is None:
+        converted.pop("pos_embed", None)
+    elif "pos_embed" in converted and converted["pos_embed"].shape != model.pos_embed.shape:
+        converted["pos_embed"] = resample_abs_pos_embed_nhwc(converted["pos_embed"], list(model.grid_size))
+    return converted

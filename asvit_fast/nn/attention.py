@@ -1,0 +1,55 @@
+"""Windowed multi-head self-attention."""
+
+from typing import Any, Optional, Tuple
+
+from torch import Tensor, nn
+
+from ..ops.window_attention import window_attention
+
+
+def split_attention(
+    qkv: Tensor, num_heads: int, splits: int, window: Optional[Tuple[int, int]], dropout: float
+) -> Tensor:
+    """Window attention on [B, H, W, 3*heads*d]; without a fixed ``window`` each side of the map is cut in ``splits`` windows of
+    ceil(side / splits) tokens."""
+    if window is None:
+        window = (max(-(-qkv.shape[1] // splits), 1), max(-(-qkv.shape[2] // splits), 1))
+    return window_attention(qkv, num_heads, window, dropout=dropout)
+
+
+class WindowAttention(nn.Module):
+    """Attention inside non-overlapping windows: [B, H, W, dim] -> [B, H, W, dim] (As-ViT, arXiv 2202.11921, section 3.1).
+
+    ``head_dim = dim // num_heads``; when heads do not divide the width the inner width ``head_dim * num_heads`` is smaller.
+    Windows follow the map (``splits`` per side) until ``window`` fixes them in tokens.
+    """
+
+    window: Optional[Tuple[int, int]]
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        splits: int,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.splits = splits
+        self.window = None
+        self.attn_drop = attn_drop
+        inner_dim = self.head_dim * num_heads
+        self.qkv = nn.Linear(dim, 3 * inner_dim, **factory)
+        self.proj = nn.Linear(inner_dim, dim, **factory)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x)  # [B, H, W, 3*heads*head_dim]
+        dropout = self.attn_drop if self.training else 0.0
+        x = split_attention(qkv, self.num_heads, self.splits, self.window, dropout)  # [B, H, W, heads*head_dim]
+        return self.proj_drop(self.proj(x))

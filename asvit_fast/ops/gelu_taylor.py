@@ -1,0 +1,151 @@
+"""GELU's Taylor rule: one pass that pushes a value and its derivatives through the activation.
+
+GELU(x) = x P(x), where P is the normal distribution function, or for `approximate="tanh"` the logistic function of
+2 sqrt(2/pi) (x + 0.044715 x^3) (Hendrycks and Gimpel, arXiv 1606.08415). With x(t) the input along a curve,
+
+    y = GELU(x),    y' = GELU'(x) x',    y'' = GELU'(x) x'' + GELU''(x) x'^2.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from asvit_fast import _extension, backends
+from asvit_fast.errors import InputError
+from asvit_fast.ops.transforms import transform_active
+
+SATURATION = 40.0  # beyond, P is 0 or 1 and its derivatives are 0, in single and double precision
+
+# --------------------------------------------------------------------------- reference
+
+
+def _normal_gate(x: Tensor) -> tuple[Tensor, ...]:
+    """P and its first three derivatives for the normal distribution; each has x's shape."""
+    density = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    return 0.5 * torch.erfc(-math.sqrt(0.5) * x), density, -x * density, (x * x - 1) * density
+
+
+def _logistic_gate(x: Tensor) -> tuple[Tensor, ...]:
+    """P and its first three derivatives for the tanh approximation; each has x's shape."""
+    slope, cubic = 2 * math.sqrt(2 / math.pi), 0.044715
+    u = slope * x * (1 + cubic * x * x)
+    u1, u2, u3 = slope * (1 + 3 * cubic * x * x), 6 * slope * cubic * x, 6 * slope * cubic
+    p, q = torch.sigmoid(u), torch.sigmoid(-u)
+    product, balance = p * q, q - p  # the logistic function's derivative, and 1 - 2 P
+    second = balance * u1 * u1 + u2
+    third = (balance * balance - 2 * product) * u1**3 + 3 * balance * u1 * u2 + u3
+    return p, product * u1, product * second, product * third
+
+
+def _derivatives(x: Tensor, approximate: str) -> tuple[Tensor, Tensor, Tensor]:
+    """GELU', GELU'', GELU''' at x, each of x's shape."""
+    z = x.clamp(-SATURATION, SATURATION)
+    p, p1, p2, p3 = _normal_gate(z) if approximate == "none" else _logistic_gate(z)
+    return p + z * p1, 2 * p1 + z * p2, 3 * p2 + z * p3
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """Half precision is computed in single precision."""
+    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+
+
+def gelu_taylor_reference(x: Tensor, approximate: str = "none") -> Tensor:
+    """`gelu_taylor` in elementary torch operations: any device, differentiable any number of times, under every transform."""
+    rows = x.to(_compute_dtype(x)).unbind(0)  # (x, x', x''), as many as there are
+    value = F.gelu(rows[0], approximate=approximate)
+    if len(rows) == 1:
+        return value.unsqueeze(0).to(x.dtype)
+    first, second, _ = _derivatives(rows[0], approximate)
+    outputs = [value, first * rows[1]]
+    if len(rows) == 3:
+        outputs.append(first * rows[2] + second * rows[1] * rows[1])
+    return torch.stack(outputs).to(x.dtype)
+
+
+# --------------------------------------------------------------------------- fused op
+
+
+def _compiled(x: Tensor, approximate: str) -> Tensor:
+    """C++ on the CPU, CUDA on a GPU: csrc/gelu_taylor.cpp."""
+    _extension.extension()
+    return torch.ops.asvit_fast_C.gelu_taylor(x, approximate)
+
+
+def _triton(x: Tensor, approximate: str) -> Tensor:
+    """kernels/gelu_taylor.py."""
+    from asvit_fast.kernels.gelu_taylor import gelu_taylor
+
+    return gelu_taylor(x, approximate)
+
+
+backends.declare("gelu_taylor", triton=_triton, cuda=_compiled, cpu=_compiled, reference=gelu_taylor_reference)
+
+
+@torch.library.custom_op("asvit_fast::gelu_taylor", mutates_args=())
+def _gelu_taylor(x: Tensor, approximate: str) -> Tensor:
+    return backends.select("gelu_taylor", x.device)(x, approximate)
+
+
+@_gelu_taylor.register_fake
+def _fake(x: Tensor, approximate: str) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+# --------------------------------------------------------------------------- autograd
+
+
+def _setup_context(ctx, inputs: tuple[Tensor, str], output: Tensor) -> None:
+    x, ctx.approximate = inputs
+    ctx.save_for_backward(x)
+
+
+def _backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    """The adjoint, in elementary operations, so that it can be differentiated again."""
+    (x,) = ctx.saved_tensors  # [orders + 1, ...], as is the gradient
+    dtype = _compute_dtype(x)
+    rows, g = x.to(dtype).unbind(0), gradient.to(dtype).unbind(0)
+    first, second, third = _derivatives(rows[0], ctx.approximate)
+    to_value = g[0] * first
+    to_rows = []
+    if len(rows) >= 2:
+        to_value = to_value + g[1] * second * rows[1]
+        to_rows.append(g[1] * first)
+    if len(rows) == 3:
+        to_value = to_value + g[2] * (second * rows[2] + third * rows[1] * rows[1])
+        to_rows = [to_rows[0] + 2 * g[2] * second * rows[1], g[2] * first]
+    return torch.stack([to_value, *to_rows]).to(x.dtype), None
+
+
+_gelu_taylor.register_autograd(_backward, setup_context=_setup_context)
+
+# --------------------------------------------------------------------------- public
+
+
+def gelu_taylor(x: Tensor, approximate: str = "none") -> Tensor:
+    """GELU of a value and of its first derivatives along a curve, in one pass.
+
+    Args:
+        x: [orders + 1, ...], the value, then 0, 1 or 2 derivatives with respect to t (not divided by factorials);
+            float32, float64, float16 or bfloat16 (the latter two computed in float32).
+        approximate: "none" (normal distribution function) or "tanh", as in `torch.nn.functional.gelu`.
+
+    Returns:
+        The same for y = GELU(x): [orders + 1, ...], contiguous, of x's dtype. NaN passes through; at infinite x, y is
+        infinite or NaN, and the derivatives of GELU are their limits, 0 or 1.
+
+    Raises:
+        InputError: if x has no or more than 3 rows or is not floating point, or `approximate` is unknown.
+    """
+    if x.dim() == 0 or not 1 <= x.shape[0] <= 3:
+        raise InputError(f"gelu_taylor: x must be [orders + 1, ...] with 0 to 2 orders, got shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise InputError(f"gelu_taylor: x must be floating point, got {x.dtype}")
+    if approximate not in ("none", "tanh"):
+        raise InputError(f"gelu_taylor: approximate must be 'none' or 'tanh', got {approximate!r}")
+    if transform_active():
+        return gelu_taylor_reference(x, approximate)
+    return _gelu_taylor(x, approximate)

@@ -1,0 +1,87 @@
+"""Overlapping patch merging: K x K neighbourhoods of tokens, stride 2, LayerNorm over the neighbourhood, Linear."""
+
+from __future__ import annotations
+
+from typing import List, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+
+def merge_padding(size: int, kernel: int, stride: int) -> List[int]:
+    """Zeros (before, after) along one axis such that the output has ceil(size / stride) tokens.
+
+    For even grids these are the authors' (kernel - 2) // 2 and (kernel - 1) // 2; an odd grid gets one more at the end.
+    """
+    total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+    before = max(kernel - stride, 0) // 2
+    return [before, total - before]
+
+
+def _pad(x: Tensor, kernel: int, stride: int) -> Tensor:
+    """[B, H, W, C] -> [B, C, H', W']."""
+    top_bottom, left_right = merge_padding(x.shape[1], kernel, stride), merge_padding(x.shape[2], kernel, stride)
+    return F.pad(x.permute(0, 3, 1, 2), left_right + top_bottom)
+
+
+def patch_merge_reference(
+    x: Tensor,
+    weight: Tensor,
+    kernel: int,
+    stride: int,
+    norm_weight: Optional[Tensor] = None,
+    norm_bias: Optional[Tensor] = None,
+    bias: Optional[Tensor] = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``patch_merge`` in elementary operations, the neighbourhoods materialised when they are normalised."""
+    channels = x.shape[3]
+    size = [-(-x.shape[1] // stride), -(-x.shape[2] // stride)]
+    x = _pad(x, kernel, stride)  # [B, C, H', W']
+    if norm_weight is None:  # nothing between unfolding and projection: a convolution
+        kernels = weight.reshape(weight.shape[0], channels, kernel, kernel)
+        return F.conv2d(x, kernels, bias, stride=stride).permute(0, 2, 3, 1)
+    patches = F.unfold(x, kernel, stride=stride).transpose(1, 2)  # [B, Ho*Wo, C*K*K]
+    patches = F.layer_norm(patches, (patches.shape[2],), norm_weight, norm_bias, eps)
+    return F.linear(patches, weight, bias).unflatten(1, size)
+
+
+def patch_merge(
+    x: Tensor,
+    weight: Tensor,
+    kernel: int,
+    stride: int,
+    norm_weight: Optional[Tensor] = None,
+    norm_bias: Optional[Tensor] = None,
+    bias: Optional[Tensor] = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Merge K x K neighbourhoods of tokens: x [B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), Cout].
+
+    Zero padding at (kernel - 2) // 2 before and (kernel - 1) // 2 after (stride 2); an odd grid gets one more row and column at
+    the end. Padding counts in the LayerNorm statistics. Source: As-ViT (arXiv 2202.11921), section 3.1.
+
+    Args:
+        x: [B, H, W, C].
+        weight: [Cout, C*K*K], input features ordered (channel, row, column) as nn.Unfold orders them; bias: [Cout] or None.
+        kernel, stride: tokens.
+        norm_weight, norm_bias: [C*K*K]; without ``norm_weight`` there is no LayerNorm.
+        eps: LayerNorm's epsilon.
+
+    Raises:
+        ValueError: shapes that do not fit, naming the value.
+    """
+    if not torch.jit.is_scripting():
+        operands = (x, weight, norm_weight, norm_bias, bias)
+        if has_torch_function(operands):
+            return handle_torch_function(
+                patch_merge, operands, x, weight, kernel, stride, norm_weight, norm_bias, bias, eps
+            )
+    if x.dim() != 4 or weight.dim() != 2 or weight.shape[1] != x.shape[3] * kernel * kernel:
+        raise ValueError(
+            f"patch_merge: x must be [B, H, W, C] and weight [Cout, C*{kernel}*{kernel}], "
+            f"got {list(x.shape)} and {list(weight.shape)}"
+        )
+    return patch_merge_reference(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps)

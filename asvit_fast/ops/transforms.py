@@ -1,0 +1,16 @@
+"""Whether a torch transform is active that a fused op would not survive."""
+
+from __future__ import annotations
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+
+
+def transform_active() -> bool:
+    """A functorch level (grad, vmap, jvp, ...) or a forward-mode level is active, outside compilation.
+
+    Custom ops lose forward-mode tangents without an error and refuse ``torch.func.grad``; public ops then take their reference.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0

@@ -1,0 +1,189 @@
+"""Attention inside (shifted) windows of a channels-last feature map, straight from the fused qkv projection.
+
+The reference is made of elementary torch operations: any device and dtype, double backward, functorch, forward mode, export.
+"""
+
+from __future__ import annotations
+
+from typing import List, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from .transforms import transform_active
+
+
+def window_padding(size: int, window: int) -> int:
+    """Tokens to append so that windows of ``window`` tokens cover ``size`` tokens."""
+    return -size % window
+
+
+def partition_windows(x: Tensor, window: List[int], shift: List[int]) -> Tensor:
+    """Cut [B, H, W, C] into [B, windows, tokens, C]: zero-pad at the end, roll by ``-shift``, cut."""
+    height, width = window[0], window[1]
+    x = F.pad(x, (0, 0, 0, window_padding(x.shape[2], width), 0, window_padding(x.shape[1], height)))
+    if shift[0] != 0 or shift[1] != 0:
+        x = torch.roll(x, shifts=(-shift[0], -shift[1]), dims=(1, 2))
+    batch, rows, columns, channels = x.shape
+    x = x.reshape(batch, rows // height, height, columns // width, width, channels)
+    return x.transpose(2, 3).reshape(batch, (rows // height) * (columns // width), height * width, channels)
+
+
+def merge_windows(x: Tensor, size: List[int], window: List[int], shift: List[int]) -> Tensor:
+    """The inverse of ``partition_windows``: [B, windows, tokens, C] -> [B, H, W, C], padding dropped."""
+    height, width = window[0], window[1]
+    rows = size[0] + window_padding(size[0], height)
+    columns = size[1] + window_padding(size[1], width)
+    batch, channels = x.shape[0], x.shape[3]
+    x = x.reshape(batch, rows // height, columns // width, height, width, channels)
+    x = x.transpose(2, 3).reshape(batch, rows, columns, channels)
+    if shift[0] != 0 or shift[1] != 0:
+        x = torch.roll(x, shifts=(shift[0], shift[1]), dims=(1, 2))
+    return x[:, : size[0], : size[1]]
+
+
+def _regions(size: int, window: int, shift: int, device: torch.device) -> Tensor:
+    """Region of every (padded, rolled) position along one axis: 0 body, 1 and 2 the two parts that a shift brings together in
+    the last window, 3 padding."""
+    padded = size + window_padding(size, window)
+    position = torch.arange(padded, device=device)
+    region = torch.zeros_like(position)
+    if shift > 0:
+        region = (position >= padded - window).to(region.dtype) + (position >= padded - shift).to(region.dtype)
+    return torch.where((position + shift) % padded >= size, 3, region)
+
+
+def window_mask(
+    size: List[int], window: List[int], shift: List[int], dtype: torch.dtype, device: torch.device
+) -> Optional[Tensor]:
+    """Additive mask [windows, tokens, tokens] of who may attend whom; None when everybody may.
+
+    A key counts when it is a real token (not padding) of the query's own region of the shifted map. The mask is finite, so that
+    rows of padding stay finite too: they are dropped afterwards, but a NaN in them would reach the gradients.
+    """
+    padded = window_padding(size[0], window[0]) > 0 or window_padding(size[1], window[1]) > 0
+    if not padded and shift[0] == 0 and shift[1] == 0:
+        return None
+    rows = _regions(size[0], window[0], shift[0], device)  # [H']
+    columns = _regions(size[1], window[1], shift[1], device)  # [W']
+    is_padding = (rows == 3).unsqueeze(1) | (columns == 3).unsqueeze(0)  # [H', W']
+    region = (4 * rows.unsqueeze(1) + columns.unsqueeze(0)).masked_fill(is_padding, -1)  # [H', W']
+    region = partition_windows(region[None, :, :, None], window, [0, 0])[0, :, :, 0]  # [windows, tokens]
+    allowed = (region.unsqueeze(1) == region.unsqueeze(2)) & (region.unsqueeze(1) >= 0)  # [windows, query, key]
+    masked = -3.0e4  # nothing after the exponential, and still a float16
+    return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill(~allowed, masked)
+
+
+def split_heads(qkv: Tensor, num_heads: int) -> Tuple[Tensor, Tensor, Tensor]:
+    """[B, windows, tokens, 3*heads*d] -> three times [B, windows, heads, tokens, d]."""
+    batch, windows, tokens, channels = qkv.shape
+    qkv = qkv.reshape(batch, windows, tokens, 3, num_heads, channels // (3 * num_heads)).permute(3, 0, 1, 4, 2, 5)
+    return qkv[0], qkv[1], qkv[2]
+
+
+def _check(qkv: Tensor, num_heads: int, window: List[int], shift: List[int], bias: Optional[Tensor]) -> None:
+    if qkv.dim() != 4:
+        raise ValueError(f"window_attention: qkv must be [B, H, W, 3*heads*head_dim], got {qkv.dim()} dimensions")
+    if num_heads < 1 or qkv.shape[3] % (3 * num_heads) != 0 or qkv.shape[3] == 0:
+        raise ValueError(f"window_attention: {qkv.shape[3]} channels are not 3 * {num_heads} heads * head_dim")
+    if window[0] < 1 or window[1] < 1:
+        raise ValueError(f"window_attention: window must be positive, got {window[0]} x {window[1]}")
+    if not (0 <= shift[0] < window[0] and 0 <= shift[1] < window[1]):
+        raise ValueError(f"window_attention: shift must be from 0 to window - 1, got {shift[0]}, {shift[1]}")
+    if bias is not None:
+        tokens = window[0] * window[1]
+        if bias.dim() != 3 or bias.shape[0] != num_heads or bias.shape[1] != tokens or bias.shape[2] != tokens:
+            raise ValueError(f"window_attention: bias must be [{num_heads}, {tokens}, {tokens}]")
+
+
+def window_attention_reference(
+    qkv: Tensor,
+    num_heads: int,
+    window: List[int],
+    shift: List[int],
+    bias: Optional[Tensor] = None,
+    scale: Optional[float] = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """``window_attention`` in elementary operations, the attention matrix materialised."""
+    size = [qkv.shape[1], qkv.shape[2]]
+    q, k, v = split_heads(partition_windows(qkv, window, shift), num_heads)  # [B, windows, heads, tokens, d]
+    factor = float(q.shape[-1]) ** -0.5 if scale is None else scale
+    scores = (q * factor) @ k.transpose(-2, -1)  # [B, windows, heads, tokens, tokens]
+    if bias is not None:
+        scores = scores + bias
+    mask = window_mask(size, window, shift, scores.dtype, scores.device)
+    if mask is not None:
+        scores = scores + mask.unsqueeze(1)
+    attention = F.dropout(torch.softmax(scores, dim=-1), dropout, training=dropout > 0.0)
+    out = (attention @ v).transpose(2, 3).flatten(3)  # [B, windows, tokens, heads*d]
+    return merge_windows(out, size, window, shift)
+
+
+def _window_attention_sdpa(
+    qkv: Tensor,
+    num_heads: int,
+    window: List[int],
+    shift: List[int],
+    bias: Optional[Tensor],
+    scale: Optional[float],
+    dropout: float,
+) -> Tensor:
+    """The same through torch's fused attention, which has neither forward mode nor double backward."""
+    batch, size = qkv.shape[0], [qkv.shape[1], qkv.shape[2]]
+    q, k, v = split_heads(partition_windows(qkv, window, shift), num_heads)  # [B, windows, heads, tokens, d]
+    windows = q.shape[1]
+    mask = window_mask(size, window, shift, q.dtype, q.device)  # [windows, tokens, tokens]
+    if mask is not None:
+        mask = mask.unsqueeze(1)
+        mask = mask if bias is None else mask + bias
+        mask = mask.expand(batch, -1, -1, -1, -1).flatten(0, 1)  # [B*windows, 1 or heads, tokens, tokens]
+    elif bias is not None:
+        mask = bias.unsqueeze(0)
+    out = F.scaled_dot_product_attention(
+        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), attn_mask=mask, dropout_p=dropout, scale=scale
+    )  # [B*windows, heads, tokens, d]
+    out = out.unflatten(0, (batch, windows)).transpose(2, 3).flatten(3)  # [B, windows, tokens, heads*d]
+    return merge_windows(out, size, window, shift)
+
+
+def window_attention(
+    qkv: Tensor,
+    num_heads: int,
+    window: Tuple[int, int],
+    shift: Tuple[int, int] = (0, 0),
+    bias: Optional[Tensor] = None,
+    scale: Optional[float] = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Softmax attention inside windows: qkv [B, H, W, 3*heads*head_dim] -> [B, H, W, heads*head_dim].
+
+    Args:
+        qkv: the fused projection, channels ordered q | k | v, each [head][head_dim]; any floating dtype.
+        num_heads: attention heads.
+        window: (height, width) in tokens. Windows need not divide the map: it is padded at the end, padding is masked.
+        shift: (rows, columns) of the cyclic shift, below ``window``; tokens that only the shift brings together do not
+            attend each other (Swin, arXiv 2103.14030, section 3.2).
+        bias: [heads, tokens, tokens], added to the scaled scores of every window (tokens = height * width).
+        scale: factor on q @ k; head_dim ** -0.5 by default.
+        dropout: probability of dropping an attention weight (pass 0 in evaluation).
+
+    Raises:
+        ValueError: shapes that do not fit, naming the value.
+
+    Double backward needs ``use_backend("reference")``: torch's fused attention has none.
+    """
+    elementary = qkv.numel() == 0
+    if not torch.jit.is_scripting():
+        if has_torch_function_unary(qkv):
+            return handle_torch_function(
+                window_attention, (qkv,), qkv, num_heads, window, shift, bias, scale, dropout
+            )
+        elementary = elementary or transform_active()
+    windows, shifts = [window[0], window[1]], [shift[0], shift[1]]
+    _check(qkv, num_heads, windows, shifts, bias)
+    if elementary:
+        return window_attention_reference(qkv, num_heads, windows, shifts, bias, scale, dropout)
+    return _window_attention_sdpa(qkv, num_heads, windows, shifts, bias, scale, dropout)

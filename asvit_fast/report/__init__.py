@@ -1,0 +1,53 @@
+"""A run directory as pictures: PNG plots and one self-contained ``report.html``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import InputError
+from ..files import write_atomic
+from .page import Section, render
+from .runs import Run, find_runs
+
+__all__ = ["report"]
+
+
+def report(directory: str | Path) -> Path:
+    """Draw the run (of ``search`` or ``scale``) in ``directory``, or the two in its ``search/`` and ``scale/`` subfolders.
+
+    Writes the plots as PNG files and ``report.html``, which holds them too and needs no other file, into ``directory``.
+    A run that is still going, or was stopped, is drawn as far as it got. Returns the path of the page. Raises InputError
+    when there is no run, nothing to draw yet, or a file of the run cannot be understood; OSError when writing fails.
+    """
+    try:
+        from . import plots
+    except ModuleNotFoundError as error:
+        raise InputError(f"a report needs {error.name}; pip install 'asvit-fast[report]'") from None
+    directory = Path(directory)
+    sections = [_section(run, plots) for run in find_runs(directory)]
+    for section in sections:
+        for name, png in section.images.items():
+            write_atomic(directory / name, png)
+    page = directory / "report.html"
+    write_atomic(page, render(directory.resolve().name, sections))
+    return page
+
+
+def _section(run: Run, plots) -> Section:
+    try:
+        if run.kind == "search":
+            images = {
+                "search_progress.png": plots.progress(run),
+                "search_candidates.png": plots.search_candidates(run),
+            }
+        else:
+            images = {
+                "scale_trajectory.png": plots.trajectory(run),
+                "scale_candidates.png": plots.scale_candidates(run),
+            }
+        return Section.of(run, images)
+    except (KeyError, TypeError, IndexError) as error:
+        raise InputError(
+            f"{str(run.directory / 'trace.jsonl')!r} is not a trace of {run.kind} ({type(error).__name__}: {error}); "
+            "was it edited or written by another version?"
+        ) from error

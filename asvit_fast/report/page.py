@@ -1,0 +1,272 @@
+"""The page of a report: plain HTML with its style and its pictures inside, so that one file can be sent around."""
+
+from __future__ import annotations
+
+import base64
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+from ..files import as_float
+from ..topology import SearchSpace, Topology
+from ..version import __version__
+from .runs import Run
+
+TOP = 10  # rows in the tables of the best
+
+CAPTIONS = {
+    "search_progress.png": "Entropy of the policy, in nats, before each step, and the reward it got. "
+    "Falling entropy means that the policy commits itself; the reward is a difference to the step before.",
+    "search_candidates.png": "Each dot is one sampled topology, coloured by its step. "
+    "Both scores are means over freshly initialised networks; no network was trained.",
+    "scale_trajectory.png": "Blocks in all four stages against channels of the first; "
+    "grey dots are the candidates that were scored but not taken.",
+    "scale_candidates.png": "Each dot is one candidate, coloured by its step; the star was taken. "
+    "Scores of different steps belong to different sizes: compare within a colour.",
+}
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.55 system-ui, sans-serif; color: #222; background: #fff; max-width: 66rem; margin: 2.5rem auto;
+       padding: 0 1.25rem; }
+h1 { font-size: 1.8rem; margin: 0 0 .25rem; } h2 { margin: 3rem 0 .5rem; border-bottom: 2px solid #0072b2; }
+h3 { margin: 2rem 0 .5rem; } .note { color: #5a5a5a; margin: .25rem 0 1rem; }
+code { font: .92em ui-monospace, monospace; background: #f2f5f8; padding: .1em .35em; border-radius: 4px; }
+.result { font-size: 1.1rem; background: #f2f5f8; border-left: 4px solid #0072b2; padding: .8rem 1rem; margin: 1rem 0;
+          overflow-wrap: anywhere; }
+figure { margin: 1.5rem 0; } figure img { width: 100%; height: auto; } figcaption { color: #5a5a5a; font-size: .92rem; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .92rem; }
+th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid #e4e4e4; white-space: nowrap; }
+th { border-bottom: 2px solid #bbb; } th:first-child, td:first-child { text-align: left; padding-left: 0; }
+td.text { white-space: normal; text-align: left; overflow-wrap: anywhere; }
+.bar { display: block; height: .35rem; margin-top: .15rem; background: #e3e8ee; border-radius: 2px; min-width: 5rem; }
+.bar i { display: block; height: 100%; background: #0072b2; border-radius: 2px; }
+small { color: #5a5a5a; }
+"""
+
+
+class Html(str):
+    """Text that is markup already."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, a result line, pictures by file name, and tables."""
+
+    title: str
+    status: str
+    topology: str
+    images: dict[str, bytes]
+    tables: list[tuple[str, str, Sequence[str], list[Sequence[Any]]]]  # title, note, header, rows
+
+    @classmethod
+    def of(cls, run: Run, images: dict[str, bytes]) -> Section:
+        """What a page says about one run."""
+        steps = f"{len(run.trace)} steps"
+        status = f"finished after {steps}" if run.finished else f"not finished: {steps} so far"
+        tables = [_result_table(run)]
+        tables += [_top_table(run), _choice_table(run)] if run.kind == "search" else [_growth_table(run)]
+        tables.append(_config_table(run))
+        title = "Topology search" if run.kind == "search" else "Scaling"
+        return cls(title, status, run.topology, images, tables)
+
+
+def render(name: str, sections: Sequence[Section]) -> str:
+    """The whole page; ``name`` is the run directory's."""
+    body = "\n".join(_section(section) for section in sections)
+    title = escape(f"asvit_fast: {name}")
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
+        f'<meta name="viewport" content="width=device-width">\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n'
+        '<p class="note">Vision transformers designed without training (As-ViT, arXiv 2202.11921). Scores order '
+        "untrained networks; only training can tell accuracies. FLOPs and MACs are multiply-adds of one image.</p>\n"
+        f'{body}\n<p class="note">Written by asvit_fast {escape(__version__)}.</p>\n</body>\n</html>\n'
+    )
+
+
+def _section(section: Section) -> str:
+    figures = "\n".join(_figure(name, png) for name, png in section.images.items())
+    tables = "\n".join(_table(*table) for table in section.tables)
+    return (
+        f'<h2>{section.title}</h2>\n<p class="note">{escape(section.status)}</p>\n'
+        f'<div class="result">Topology <code>{escape(section.topology)}</code></div>\n{figures}\n{tables}'
+    )
+
+
+def _figure(name: str, png: bytes) -> str:
+    data = base64.b64encode(png).decode()
+    caption = escape(CAPTIONS[name])
+    return f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+
+
+def _table(title: str, note: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "\n".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
+    note = f'<p class="note">{escape(note)}</p>' if note else ""
+    return (
+        f'<h3>{escape(title)}</h3>{note}\n<div class="wide"><table><thead><tr>{head}</tr></thead>\n'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _cell(value: Any) -> str:
+    """A table cell; long text wraps, everything else stays on one line."""
+    if isinstance(value, Html):
+        return f"<td>{value}</td>"
+    return f'<td{" class=text" if len(str(value)) > 40 else ""}>{escape(str(value))}</td>'
+
+
+def _code(topology: str) -> Html:
+    return Html(f"<code>{escape(topology)}</code>")
+
+
+def _millions(value: Any) -> str:
+    return f"{as_float(value) / 1e6:,.2f}"
+
+
+def _score(value: Any) -> str:
+    return f"{as_float(value):.5g}"
+
+
+def _result_table(run: Run):
+    """What the run found, in numbers with units."""
+    source = run.result or run.trace[-1]
+    rows = [("parameters (millions)", _millions(source["params"])), ("multiply-adds (millions)", _millions(source["flops"]))]
+    for key, label in (("length_distortion", "length distortion"), ("ntk_condition", "NTK condition number")):
+        if run.finished and key in source:
+            rows.append((label, _score(source[key])))
+    if run.finished and "entropy" in source:
+        rows.append(("entropy of the policy at the end (nats)", _score(source["entropy"])))
+    rows.append(("time in all steps (seconds)", f"{sum(as_float(record['seconds']) for record in run.trace):,.1f}"))
+    rejected = sum(len(record.get("rejected") or record.get("dropped") or []) for record in run.trace)
+    rows.append(("candidates outside the budget, not scored", rejected))
+    title = "Result" if run.finished else "Last step"
+    return title, "", ("", "value"), rows
+
+
+def _top_table(run: Run):
+    """The best sampled topologies by the sum of their two ranks."""
+    distinct = list({record["topology"]: record for record in run.trace}.values())
+    by_length = sorted(range(len(distinct)), key=lambda i: -_worst_last(distinct[i]["length_distortion"], -1))
+    by_ntk = sorted(range(len(distinct)), key=lambda i: _worst_last(distinct[i]["ntk_condition"], 1))
+    rank_sum = {index: by_length.index(index) + by_ntk.index(index) for index in range(len(distinct))}
+    rows = [
+        (
+            _code(distinct[index]["topology"]),
+            rank_sum[index],
+            _score(distinct[index]["length_distortion"]),
+            _score(distinct[index]["ntk_condition"]),
+            _millions(distinct[index]["params"]),
+            _millions(distinct[index]["flops"]),
+            distinct[index]["step"],
+        )
+        for index in sorted(rank_sum, key=rank_sum.__getitem__)[:TOP]
+    ]
+    note = (
+        f"The best of {len(distinct)} different sampled topologies, by the sum of their ranks in length distortion "
+        "(larger is better) and NTK condition number (smaller is better). The search returns its policy's most probable "
+        "topology, which need not be among them."
+    )
+    header = ("topology", "rank sum", "length distortion", "NTK condition", "params (M)", "MACs (M)", "step")
+    return "Best sampled topologies", note, header, rows
+
+
+def _worst_last(value: Any, sign: int) -> float:
+    """The number, or the infinity that sorts a non-number to the end."""
+    number = as_float(value)
+    return number if number == number else sign * float("inf")
+
+
+def _choice_table(run: Run):
+    """Every choice of every dimension: how often it was drawn, and its probability now."""
+    probabilities = _policy(run)
+    drawn = Counter(_choices(run.trace))
+    dimensions = _space(run).dimensions
+    columns = max(map(len, dimensions.values()))
+    rows = []
+    for name, values in dimensions.items():
+        cells = [
+            _share(value, drawn[name, value] / len(run.trace), None if probabilities is None else probabilities[name, value])
+            for value in values
+        ]
+        rows.append((name, *cells, *[""] * (columns - len(cells))))
+    note = (
+        "K kernel, S splits per side, E expansion of the MLP, in stages 1 to 4; heads of the last stage. "
+        "In each cell: the choice; the policy's probability of it now, also as a bar; its share of all drawn topologies."
+    )
+    return "What the policy learnt", note, ("dimension", *["" for _ in range(columns)]), rows
+
+
+def _choices(records: Iterable[dict[str, Any]]) -> Iterable[tuple[str, int]]:
+    """Every (dimension, value) of every sampled topology."""
+    for record in records:
+        topology = Topology.parse(record["topology"])
+        yield "heads", topology.heads
+        for index, stage in enumerate(topology.stages, start=1):
+            yield from ((f"K{index}", stage.kernel), (f"S{index}", stage.splits), (f"E{index}", stage.expansion))
+
+
+def _space(run: Run) -> SearchSpace:
+    return SearchSpace({name: tuple(values) for name, values in run.config["space"].items()})
+
+
+def _policy(run: Run) -> dict[tuple[str, int], float] | None:
+    """Probability of each (dimension, value) in the saved state; None when there is no state beside the trace."""
+    path = run.directory / "state.pt"
+    if not path.is_file():
+        return None
+    try:
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+        logits = saved["state"]["policy"]["logits"]  # [choices of all dimensions]
+    except Exception as error:  # a torn or foreign file raises whatever its bytes suggest
+        raise InputError(f"{str(path)!r} is not the state of a search ({type(error).__name__}); restore it") from error
+    dimensions = _space(run).dimensions
+    parts = logits.split([len(values) for values in dimensions.values()])
+    return {
+        (name, value): float(probability)
+        for (name, values), part in zip(dimensions.items(), parts, strict=True)
+        for value, probability in zip(values, part.softmax(0), strict=True)
+    }
+
+
+def _share(value: int, drawn: float, probability: float | None) -> Html:
+    shown = f"<small>drawn {100 * drawn:.0f} %</small>"
+    if probability is None:
+        return Html(f"<b>{value}</b> {shown}")
+    bar = f'<span class="bar"><i style="width: {100 * probability:.1f}%"></i></span>'
+    return Html(f"<b>{value}</b> &nbsp;{100 * probability:.0f} % {shown}{bar}")
+
+
+def _growth_table(run: Run):
+    """The chosen topology of every step."""
+    rows = []
+    for record in run.trace:
+        topology = Topology.parse(record["topology"])
+        rows.append(
+            (
+                record["step"],
+                _code(record["topology"]),
+                topology.width,
+                sum(topology.depths),
+                _millions(record["params"]),
+                _millions(record["flops"]),
+                len(record["candidates"]),
+                f"{as_float(record['seconds']):.1f}",
+            )
+        )
+    header = ("step", "topology", "width", "blocks", "params (M)", "MACs (M)", "candidates", "seconds")
+    return "Growth", "Width in channels of the first stage; blocks of all four stages.", header, rows
+
+
+def _config_table(run: Run):
+    def shown(value: Any) -> str:
+        if isinstance(value, dict):
+            return "; ".join(f"{name}: {shown(item)}" for name, item in value.items())
+        return ", ".join(map(shown, value)) if isinstance(value, list) else str(value)
+
+    return "Options", "", ("option", "value"), [(name, shown(value)) for name, value in run.config.items()]

@@ -1,0 +1,73 @@
+"""Reading run directories."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..files import from_json, read_jsonl
+
+KINDS = ("search", "scale")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory: its options, its steps so far, and its result once it is finished."""
+
+    kind: str
+    directory: Path
+    config: dict[str, Any]
+    trace: list[dict[str, Any]]
+    result: dict[str, Any] | None
+
+    @property
+    def finished(self) -> bool:
+        return self.result is not None
+
+    @property
+    def topology(self) -> str:
+        """The final topology, or the one that leads so far."""
+        if self.result is not None:
+            return self.result["topology"]
+        return self.trace[-1]["best" if self.kind == "search" else "topology"]
+
+
+def find_runs(directory: Path) -> list[Run]:
+    """The run in ``directory`` itself, or those in its ``search`` and ``scale`` subfolders. InputError when none."""
+    if not directory.is_dir():
+        raise InputError(f"run directory {str(directory)!r} does not exist; give the --out of asvit-fast search or scale")
+    folders = [folder for folder in (directory, *(directory / kind for kind in KINDS)) if has_run(folder)]
+    if not folders:
+        raise InputError(f"{str(directory)!r} holds no run (no config.json); give the --out of asvit-fast search or scale")
+    return [read_run(folder) for folder in folders]
+
+
+def has_run(directory: Path) -> bool:
+    return (directory / "config.json").is_file()
+
+
+def read_run(directory: Path) -> Run:
+    """Raises InputError when the configuration is not one of a run, or no step is on record."""
+    config = _read_json(directory / "config.json")
+    kind = config.get("kind")
+    if kind not in KINDS:
+        raise InputError(f"{str(directory / 'config.json')!r} is of kind {kind!r}; a report needs a search or scale run")
+    result_path = directory / "result.json"
+    result = _read_json(result_path) if result_path.is_file() else None
+    trace_path = directory / "trace.jsonl"
+    trace = read_jsonl(trace_path) if trace_path.is_file() else []
+    if not trace:
+        raise InputError(f"{str(trace_path)!r} has no finished step yet; let asvit-fast {kind} run for a while")
+    return Run(kind, directory, config, trace, result)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = from_json(path.read_bytes())
+    except InputError as error:
+        raise InputError(f"{str(path)!r}: {error}; restore it or start a new run directory") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{str(path)!r} must hold a JSON object, got {type(content).__name__}")
+    return content

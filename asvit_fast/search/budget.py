@@ -1,0 +1,108 @@
+"""Limits on the cost of a topology, checked before anything is scored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..cost import Cost
+from ..errors import InputError
+from ..topology import SearchSpace, Topology
+
+Window = tuple[float | None, float | None]
+
+ENUMERATE_UP_TO = 20_000  # topologies; a larger space is probed with as many random ones
+_UNITS = {"params": "parameters", "flops": "FLOPs (multiply-adds)"}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Windows (lowest, highest) that a topology's cost must lie in, ends included; None or infinity leaves an end open.
+
+    ``params`` counts parameters, ``flops`` multiply-adds of one image. Raises InputError for a window that is no pair, is
+    negative or is upside down.
+    """
+
+    params: Window | None = None
+    flops: Window | None = None
+
+    def __post_init__(self) -> None:
+        for name in _UNITS:
+            object.__setattr__(self, name, _window(name, getattr(self, name)))
+
+    def reject(self, cost: Cost) -> str | None:
+        """Why a topology of this cost is outside the budget, or None when it fits."""
+        for name, unit in _UNITS.items():
+            low, high = getattr(self, name) or (None, None)
+            value = getattr(cost, name)
+            if low is not None and value < low:
+                return f"{value:,} {unit} < {low:,.0f}"
+            if high is not None and value > high:
+                return f"{value:,} {unit} > {high:,.0f}"
+        return None
+
+    def to_dict(self) -> dict[str, list[float | None] | None]:
+        return {name: None if (window := getattr(self, name)) is None else list(window) for name in _UNITS}
+
+    def check_possible(self, space: SearchSpace, cost_of: Callable[[Topology], Cost], width: int) -> None:
+        """Raise InputError when no topology of the space can fit.
+
+        Costs add up over the dimensions once ``heads`` is chosen, so the cheapest and the dearest topology are found
+        dimension by dimension. What these extremes leave open is settled by enumerating a small space, or by drawing
+        20,000 topologies of a large one: a budget that none of them meets would stall every step of a search.
+        """
+        for name, unit in _UNITS.items():
+            low, high = getattr(self, name) or (None, None)
+            if low is None and high is None:
+                continue
+            least, most = (_extreme(space, lambda t, n=name: getattr(cost_of(t), n), width, pick) for pick in (min, max))
+            if (high is not None and least > high) or (low is not None and most < low):
+                raise InputError(
+                    f"budget: {name} must be from {_text(low)} to {_text(high)}, but the topologies of the space at "
+                    f"width {width} have {least:,} to {most:,} {unit}; change the budget"
+                )
+        if space.size <= ENUMERATE_UP_TO:
+            candidates = space.enumerate(width)
+        else:
+            generator = torch.Generator().manual_seed(0)
+            candidates = (space.sample(generator, width) for _ in range(ENUMERATE_UP_TO))
+        if all(self.reject(cost_of(topology)) for topology in candidates):
+            tried = min(space.size, ENUMERATE_UP_TO)
+            raise InputError(f"budget: none of {tried:,} topologies tried fits {self}; widen the budget")
+
+
+def _window(name: str, window: Window | None) -> Window | None:
+    if window is None:
+        return None
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise InputError(f"budget: {name} must be a pair (lowest, highest) or None, got {window!r}")
+    for end in window:
+        if end is not None and (isinstance(end, bool) or not isinstance(end, (int, float)) or not end >= 0):
+            raise InputError(f"budget: {name} must hold numbers from 0 up, or None for an open end, got {end!r}")
+    low, high = (None if end is None or math.isinf(end) else end for end in window)
+    if low is not None and high is not None and low > high:
+        raise InputError(f"budget: {name} has lowest {low:,.0f} above highest {high:,.0f}; swap them")
+    return (low, high)
+
+
+def _extreme(space: SearchSpace, value_of: Callable[[Topology], int], width: int, pick: Callable[..., int]) -> int:
+    names = list(space.dimensions)
+    extremes = []
+    for heads in range(len(space.dimensions["heads"])):
+        action = [0] * len(names)
+        action[names.index("heads")] = heads
+        for position, name in enumerate(names):
+            if name != "heads":
+                options = [
+                    [*action[:position], index, *action[position + 1 :]] for index in range(len(space.dimensions[name]))
+                ]
+                action = pick(options, key=lambda option: value_of(space.topology(option, width)))
+        extremes.append(value_of(space.topology(action, width)))
+    return pick(extremes)
+
+
+def _text(end: float | None) -> str:
+    return "any" if end is None else f"{end:,.0f}"

@@ -1,0 +1,140 @@
+"""Sharing the scoring of candidates over the processes that torchrun started.
+
+Rank 0 runs the algorithm and alone touches files; the other ranks compute their share of every list of tasks. Tasks are pure
+functions of their arguments, so the result is that of a single process with as many threads.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ..errors import InputError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+Values = tuple[float, ...]
+Share = Callable[[Sequence[Task]], list[Values]]
+
+_TIMEOUT = timedelta(days=7)  # a rank may score for long; torchrun ends everybody when one process dies
+
+
+def rank_device(device: str | torch.device | None) -> torch.device:
+    """The device of this process: a GPU if there is one, unless told otherwise; GPU ``LOCAL_RANK`` under torchrun.
+
+    Raises InputError for a device that does not exist.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"device {device!r} is unknown; use 'cpu', 'cuda' or 'cuda:<number>'") from None
+    if chosen.type != "cuda":
+        return chosen
+    if chosen.index is None:
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if chosen.index >= count:
+        raise InputError(f"device {chosen} does not exist: this machine has {count} CUDA devices; choose another")
+    return chosen
+
+
+def run_shared(
+    lead: Callable[[Share[Task]], Result], work: Callable[[Task], Values], device: torch.device | None = None
+) -> Result:
+    """Run ``lead(share)`` on rank 0, where ``share(tasks)`` is ``[work(task) for task in tasks]`` spread over all ranks.
+
+    Every rank gets the result. An error of any rank ends all ranks with its message.
+    """
+    if _world_size(device or torch.device("cpu")) == 1:
+        return lead(lambda tasks: [work(task) for task in tasks])
+    return _lead(lead, work) if dist.get_rank() == 0 else _follow(work)
+
+
+def _world_size(device: torch.device) -> int:
+    """Number of processes; joins those of torchrun unless the caller has done so already."""
+    if not dist.is_available():
+        return 1
+    if not dist.is_initialized():
+        if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return 1
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+        atexit.register(_leave)  # not at the end of a run: joining a second time is not reliable
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # nccl sends objects through the current device
+    return dist.get_world_size()
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _lead(lead: Callable[[Share[Task]], Result], work: Callable[[Task], Values]) -> Result:
+    def share(tasks: Sequence[Task]) -> list[Values]:
+        _broadcast(("tasks", list(tasks)))
+        values, errors = _gather(work, tasks)
+        own = next((error for rank, error in errors if rank == 0), None)
+        if own is not None:
+            raise own
+        for rank, error in errors:
+            kind = InputError if isinstance(error, InputError) else RuntimeError
+            raise kind(f"rank {rank}: {type(error).__name__}: {error}" if kind is RuntimeError else str(error))
+        return values
+
+    try:
+        result = lead(share)
+    except Exception as error:
+        _broadcast(("error", _portable(error)))
+        raise
+    _broadcast(("result", result))
+    return result
+
+
+def _follow(work: Callable[[Task], Values]) -> Any:
+    while True:
+        kind, content = _broadcast(None)
+        if kind == "result":
+            return content
+        if kind == "error":
+            raise content
+        _gather(work, content)
+
+
+def _gather(work: Callable[[Task], Values], tasks: Sequence[Task]) -> tuple[list[Values], list[tuple[int, Exception]]]:
+    """Do every ``world_size``-th task here; return the values of all tasks in order, and who failed with what."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    own: list[Values] | Exception
+    failure: Exception | None = None
+    try:
+        own = [work(task) for task in tasks[rank::size]]  # Python floats: float64 on the way, too
+    except Exception as error:
+        failure, own = error, _portable(error)
+    gathered: list[Any] = [None] * size
+    dist.all_gather_object(gathered, own)
+    errors = [(index, part) for index, part in enumerate(gathered) if isinstance(part, Exception)]
+    if failure is not None:  # the original, with its traceback
+        errors = [(index, failure if index == rank else error) for index, error in errors]
+    if errors:
+        return [], errors
+    return [gathered[index % size][index // size] for index in range(len(tasks))], []
+
+
+def _portable(error: Exception) -> Exception:
+    """The same message in a class that every process can unpickle."""
+    if isinstance(error, InputError):
+        return InputError(str(error))
+    return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _broadcast(message: Any) -> Any:
+    box = [message]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,129 @@
+"""Measures of candidates: the tasks they are cut into, which any process can do, and their means."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..topology import Topology
+from .distributed import Share, rank_device
+
+Scorer = Callable[[Topology], Mapping[str, float]]
+Images = Tensor | str | os.PathLike[str] | None
+
+METRICS = ("length_distortion", "ntk_condition")
+
+
+class Measures(NamedTuple):
+    """``length_distortion``: larger is better; ``ntk_condition``: smaller is better, infinite for a degenerate network."""
+
+    length_distortion: float
+    ntk_condition: float
+
+
+class Task(NamedTuple):
+    """One network to score: repeat ``repeat`` of ``topology`` in step ``step``."""
+
+    topology: Topology
+    step: int
+    repeat: int
+
+
+class Evaluator:
+    """Scores topologies: the mean over ``repeats`` initialisations, or whatever ``scorer`` returns.
+
+    A repeat is a pure function of (seed, step, repeat), so it matters neither when nor where it is computed.
+    Raises InputError for options and images that cannot be used.
+    """
+
+    def __init__(
+        self,
+        *,
+        scorer: Scorer | None,
+        images: Images,
+        seed: int,
+        convention: str,
+        img_size: int | tuple[int, int],
+        repeats: int,
+        thetas: int,
+        batch: int,
+        norms: str,
+        device: str | torch.device | None,
+    ) -> None:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise InputError(f"seed must be an integer from 0 to 2**63 - 1, got {seed!r}")
+        if repeats < 1:
+            raise InputError(f"repeats must be at least 1, got {repeats}")
+        self.scorer = scorer
+        self.seed = seed
+        self.repeats = repeats if scorer is None else 1
+        self.device = rank_device(device)
+        self.images: Tensor | None = None
+        if scorer is None:
+            from ..scoring import ScoreSettings
+
+            self.settings = ScoreSettings(
+                metrics=METRICS,
+                img_size=img_size,
+                thetas=thetas,
+                repeats=repeats,
+                batch=batch,
+                convention=convention,
+                norms=norms,
+                device=self.device,
+            )
+            self.images = _read_images(images, batch, img_size)
+        self.config = {
+            "scorer": "default" if scorer is None else "custom",
+            "images": _fingerprint(self.images),
+            "seed": seed,
+            "convention": convention,
+            "img_size": img_size,
+            "repeats": repeats,
+            "thetas": thetas,
+            "batch": batch,
+            "norms": norms,
+        }
+
+    def work(self, task: Task) -> tuple[float, ...]:
+        """Do one task: the values of METRICS."""
+        if self.scorer is None:
+            from ..scoring import score_repeat
+
+            seed = (self.seed, task.step)
+            scores = score_repeat(task.topology, task.repeat, self.settings, self.images, seed)
+            return tuple(float(scores[metric]["value"]) for metric in METRICS)
+        scores = self.scorer(task.topology)
+        if not isinstance(scores, Mapping) or any(metric not in scores for metric in METRICS):
+            raise InputError(f"scorer must return a mapping with {' and '.join(METRICS)}, got {scores!r}")
+        return tuple(float(scores[metric]) for metric in METRICS)
+
+    def measure(self, share: Share[Task], topologies: Sequence[Topology], step: int) -> list[Measures]:
+        """Measures of each topology, the repeats of all of them spread over the processes."""
+        tasks = [Task(topology, step, repeat) for topology in topologies for repeat in range(self.repeats)]
+        values = share(tasks)
+        groups = [values[start : start + self.repeats] for start in range(0, len(values), self.repeats)]
+        return [Measures(*(sum(column) / self.repeats for column in zip(*group, strict=True))) for group in groups]
+
+
+def _read_images(images: Images, batch: int, img_size: int | tuple[int, int]) -> Tensor | None:
+    if images is None or isinstance(images, Tensor):
+        return images
+    from ..images import load_images
+
+    return load_images(images, batch, img_size)
+
+
+def _fingerprint(images: Tensor | None) -> str | None:
+    """Enough to tell whether a run is continued with the images it was begun with."""
+    if images is None:
+        return None
+    content = images.detach().cpu().contiguous()
+    shape = "x".join(map(str, content.shape))
+    return f"{shape} {hashlib.sha256(content.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]}"

@@ -1,0 +1,76 @@
+"""Derivatives of a function along a curve: ``jvp`` (order 1) and ``jet`` (order 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .value import Taylor
+
+
+def jvp(fn: Callable[[Any], Any], x: Tensor, dx: Tensor) -> tuple[Any, Any]:
+    """Value and directional derivative of ``fn`` in one pass (a Jacobian-vector product).
+
+    Args:
+        fn: a Module or function of one tensor; its output may be a tensor or any nesting of tensors.
+        x, dx: point and direction, of the same shape and dtype.
+
+    Returns:
+        ``(y, v)``: ``fn(x)`` and d/dt fn(x + t dx) at t = 0, of the same shape.
+
+    Raises:
+        ValueError: shapes, dtypes or devices of ``x`` and ``dx`` differ.
+        TaylorError: a torch function that cannot be propagated, named.
+
+    Where gradients are enabled, both outputs can be differentiated with respect to weights and inputs.
+    """
+    y, v = _propagate(fn, x, dx)
+    return y, v
+
+
+def jet(fn: Callable[[Any], Any], x: Tensor, dx: Tensor, ddx: Tensor) -> tuple[Any, Any, Any]:
+    """Value, velocity and acceleration of ``fn`` along a curve, in one pass.
+
+    Args:
+        fn: a Module or function of one tensor; its output may be a tensor or any nesting of tensors.
+        x, dx, ddx: position, velocity and acceleration of the input, of the same shape and dtype.
+
+    Returns:
+        ``(y, v, a)``: the value and the first two derivatives of ``fn(x + t dx + t^2/2 ddx)`` at t = 0.
+
+    Raises:
+        ValueError: shapes, dtypes or devices of the inputs differ.
+        TaylorError: a torch function that cannot be propagated, named.
+    """
+    y, v, a = _propagate(fn, x, dx, ddx)
+    return y, v, a
+
+
+def _propagate(fn: Callable[[Any], Any], *derivatives: Tensor) -> tuple[Any, ...]:
+    x = derivatives[0]
+    for name, derivative in zip(("dx", "ddx"), derivatives[1:], strict=False):
+        if derivative.shape != x.shape or derivative.dtype != x.dtype or derivative.device != x.device:
+            raise ValueError(
+                f"{name} must match x ({list(x.shape)}, {x.dtype}, {x.device}), "
+                f"got {list(derivative.shape)}, {derivative.dtype}, {derivative.device}"
+            )
+    output = fn(Taylor(torch.stack(derivatives)))
+
+    def order(k: int) -> Any:
+        return pytree.tree_map(
+            lambda leaf: _coefficient(leaf, k), output, is_leaf=lambda leaf: isinstance(leaf, Taylor)
+        )
+
+    return tuple(order(k) for k in range(len(derivatives)))
+
+
+def _coefficient(leaf: Any, k: int) -> Any:
+    if isinstance(leaf, Taylor):
+        return leaf.coefficients[k]
+    if isinstance(leaf, Tensor) and k > 0:  # an output that does not depend on the input
+        return torch.zeros_like(leaf)
+    return leaf

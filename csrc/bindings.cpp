@@ -1,0 +1,20 @@
+// The Python module asvit_fast._C: which instruction sets there are and which one runs. Ops register themselves with
+// torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/dispatch.h"
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  module.doc() = "Compiled kernels of asvit_fast; the ops are in torch.ops.asvit_fast_C";
+#ifdef ASVIT_FAST_CUDA
+  module.attr("has_cuda") = true;
+#else
+  module.attr("has_cuda") = false;
+#endif
+  module.def("compiled_isas", &asvit_fast::compiled_isas, "Instruction sets in this build, best first");
+  module.def("available_isas", &asvit_fast::available_isas, "Those of them that this CPU can run, best first");
+  module.def("get_isa", &asvit_fast::get_isa, "The one that kernels run with");
+  module.def("set_isa", &asvit_fast::set_isa, pybind11::arg("name"),
+             "Choose another one (ValueError if it cannot run)");
+}

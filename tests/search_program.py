@@ -1,0 +1,75 @@
+"""What the kill and torchrun tests run as a program: a search or a scaling run with a cheap scorer that may kill itself.
+
+    search_program.py KIND OUT [--kill-at CALL] [--sleep SECONDS] [--fail-on-rank RANK]
+
+Prints the result as one JSON line on every rank.
+"""
+
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import time
+
+from asvit_fast.search import Budget, scale, search
+from asvit_fast.topology import Topology
+
+SEED = "8,2,3|4,1,2|4,1,4|4,1,6|32"
+
+
+def measures(topology: Topology) -> dict[str, float]:
+    """A pure function that prefers large kernels early and wide FFNs late; infinite for a few topologies."""
+    length = sum(s.kernel / (i + 1) + i * s.expansion + 0.3 * s.depth for i, s in enumerate(topology.stages))
+    ntk = 50 / length + sum(s.splits for s in topology.stages) + topology.heads / topology.width
+    bad = sum(s.kernel * s.expansion for s in topology.stages) % 23 == 0
+    return {"length_distortion": length * math.sqrt(topology.width), "ntk_condition": math.inf if bad else ntk}
+
+
+class Scorer:
+    def __init__(self, kill_at: int, sleep: float, fail_on_rank: int) -> None:
+        self.calls, self.kill_at, self.sleep, self.fail_on_rank = 0, kill_at, sleep, fail_on_rank
+
+    def __call__(self, topology: Topology) -> dict[str, float]:
+        self.calls += 1
+        if self.calls == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if int(os.environ.get("RANK", 0)) == self.fail_on_rank:
+            raise ValueError("the scorer is broken here")
+        time.sleep(self.sleep)
+        return measures(topology)
+
+
+def run_search(out: str | None, scorer: object, steps: int = 30) -> dict:
+    budget = Budget(params=(2_000_000, 3_000_000))
+    result = search(steps=steps, out=out, scorer=scorer, budget=budget, seed=3, progress=False, device="cpu")
+    policy = result.policy.logits.tolist()
+    trace = [{key: value for key, value in record.items() if key != "seconds"} for record in result.trace]
+    return {**result.to_dict(), "policy": policy, "trace": trace, "baseline": result.policy.baseline}
+
+
+def run_scale(out: str | None, scorer: object) -> dict:
+    steps = scale(SEED, max_params=20e6, out=out, scorer=scorer, seed=3, progress=False, device="cpu")
+    records = [{key: value for key, value in step.to_dict().items() if key != "seconds"} for step in steps]
+    return {"topology": str(steps[-1].topology), "trace": records}
+
+
+RUN = {"search": run_search, "scale": run_scale}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("kind", choices=RUN)
+    parser.add_argument("out")
+    parser.add_argument("--kill-at", type=int, default=0)
+    parser.add_argument("--sleep", type=float, default=0.0)
+    parser.add_argument("--fail-on-rank", type=int, default=-1)
+    arguments = parser.parse_args()
+    scorer = Scorer(arguments.kill_at, arguments.sleep, arguments.fail_on_rank)
+    result = RUN[arguments.kind](arguments.out, scorer)
+    sys.stdout.write(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""Every mistake ends with one clear line on stderr and exit code 2, and loses nothing that is on disk."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from asvit_fast.cli import main
+from asvit_fast.files import read_jsonl
+from PIL import Image
+
+TOPOLOGY = "4,2,2|2,1,2|2,1,2|2,1,2|16"
+TINY = ["--img-size", "32", "--repeats", "1", "--thetas", "2", "--batch", "4"]
+SEARCH = ["search", "--steps", "3", "--width", "16", *TINY, "--quiet"]
+SCALE = ["scale", TOPOLOGY, "--max-steps", "1", *TINY, "--quiet"]
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]):
+    """Run the program; it must end with exit code 2 and one line that holds every one of the given words."""
+
+    def run(arguments: list[str], *words: str) -> str:
+        code = main(arguments)
+        captured = capsys.readouterr()
+        lines = [line for line in captured.err.splitlines() if line]
+        assert code == 2, captured
+        assert len(lines) == 1 and lines[0].startswith("asvit-fast: error: "), lines
+        for word in words:
+            assert word in lines[0], lines[0]
+        return lines[0]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ([], "COMMAND"),
+        (["dance"], "dance"),
+        (["search"], "--out"),
+        (["scale", "--out", "x"], "TOPOLOGY"),
+        (["search", "--out", "x", "--step", "3"], "--step"),
+        (["search", "--out", "x", "--steps", "0"], "--steps"),
+        (["search", "--out", "x", "--params", "5M:1M"], "--params"),
+        (["search", "--out", "x", "--params", "5M"], "LOW:HIGH"),
+        (["search", "--out", "x", "--space", "K9=3"], "K9"),
+        (["search", "--out", "x", "--convention", "mine"], "--convention"),
+        (["search", "--out", "x", "--config", "/nowhere.yaml"], "/nowhere.yaml"),
+        (["score", TOPOLOGY, "--metrics", "accuracy"], "accuracy"),
+        (["score", TOPOLOGY, "--metrics", ""], "metric"),
+        (["score", TOPOLOGY, "--img-size", "8"], "8"),
+    ],
+)
+def test_options(fails, arguments: list[str], word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    fails(arguments, word)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "topology", ["8,2,3|4,1,2|4,1,4|4,1,6", "8,2,x|4,1,2|4,1,4|4,1,6|32", "8,0,3|4,1,2|4,1,4|4,1,6|32", "no_such_model"]
+)
+def test_topology(fails, topology: str, tmp_path: Path) -> None:
+    fails(["score", topology, *TINY], topology)
+    if "|" in topology:
+        fails(["scale", topology, "--out", str(tmp_path / "run"), *TINY], topology)
+        fails(["export", topology, "--to", str(tmp_path / "model")], topology)
+    assert not list(tmp_path.iterdir())
+
+
+def test_image_folders(fails, tmp_path: Path) -> None:
+    folder, run = tmp_path / "images", tmp_path / "run"
+    arguments = [*SEARCH, "--out", str(run), "--images", str(folder)]
+    fails(arguments, "images", "does not exist")
+    folder.mkdir()
+    fails(arguments, "holds no images")
+    for number in range(3):
+        Image.new("RGB", (40, 40), (number, 0, 0)).save(folder / f"{number}.png")
+    fails(arguments, "holds 3 images but 4 are needed")
+    (folder / "broken.png").write_bytes(b"this is not an image")
+    fails(arguments, "broken.png", "cannot be read")
+    fails(["score", TOPOLOGY, *TINY, "--images", str(folder)], "broken.png")
+    assert not (run / "trace.jsonl").exists()
+
+
+def test_run_directory_of_another_configuration(fails, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert main([*SEARCH, "--out", str(run)]) == 0
+    before = contents(run)
+    fails([*SEARCH, "--out", str(run), "--seed", "1"], "run", "seed")
+    fails([*SCALE, "--out", str(run)], "search", "scale")
+    assert contents(run) == before
+
+
+def test_damaged_run_directory(fails, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert main([*SEARCH, "--out", str(run)]) == 0
+    (run / "state.pt").write_bytes(b"garbage")
+    before = contents(run)
+    fails([*SEARCH, "--out", str(run)], "state.pt")
+    (run / "config.json").write_text("{")
+    fails([*SEARCH, "--out", str(run)], "config.json")
+    assert contents(run) == before | {"config.json": b"{"}
+
+
+def test_impossible_budget(fails, tmp_path: Path) -> None:
+    fails([*SEARCH, "--out", str(tmp_path / "run"), "--params", "1:2"], "budget")
+    fails([*SEARCH, "--out", str(tmp_path / "run"), "--flops", "1T:"], "budget")
+    fails([*SCALE, "--out", str(tmp_path / "run"), "--max-params", "10k"], "max_params")
+    assert not (tmp_path / "run" / "trace.jsonl").exists()
+
+
+@pytest.mark.parametrize("folder", ["/proc/asvit_fast", "/dev/null/asvit_fast"])
+def test_read_only_disk(fails, folder: str) -> None:
+    """/proc takes no new folders, not even from root, and /dev/null is no folder."""
+    fails([*SEARCH, "--out", folder], folder)
+    fails([*SCALE, "--out", folder], folder)
+    fails(["export", TOPOLOGY, "--to", folder], folder)
+
+
+def test_files_where_folders_belong(fails, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("precious")
+    fails([*SEARCH, "--out", str(path)], "is a file")
+    fails(["report", str(path)], "file")
+    fails(["report", str(tmp_path)], "holds no run")
+    fails(["export", TOPOLOGY, "--to", str(path)], "is a file")
+    fails(["export", str(path), "--to", str(tmp_path / "model")], "neither")
+    assert contents(tmp_path) == {"file": b"precious"}
+
+
+@pytest.mark.parametrize("device", ["abacus", "cuda:99"] if torch.cuda.is_available() else ["abacus", "cuda", "cuda:99"])
+def test_device(fails, device: str, tmp_path: Path) -> None:
+    fails(["score", TOPOLOGY, *TINY, "--device", device], device.partition(":")[0])
+    fails([*SEARCH, "--out", str(tmp_path / "run"), "--device", device], device.partition(":")[0])
+    assert not (tmp_path / "run" / "trace.jsonl").exists()
+
+
+def limited(arguments: list[str], file_size: int) -> subprocess.CompletedProcess[str]:
+    """Run the program where no file can grow beyond ``file_size`` bytes, as on a disk that fills up."""
+    return subprocess.run(
+        [sys.executable, "-m", "asvit_fast", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size)),
+    )
+
+
+def one_line(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 2, done
+    lines = [line for line in done.stderr.splitlines() if line.startswith("asvit-fast: error: ")]
+    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    return lines[0]
+
+
+def test_disk_fills_up_during_a_search(tmp_path: Path) -> None:
+    """It stops with one line; with room again, the same command ends as if nothing had happened."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    command = [*SEARCH, "--steps", "40"]
+    assert main([*command, "--out", str(whole)]) == 0
+    trace = (whole / "trace.jsonl").stat().st_size
+    state = (whole / "state.pt").stat().st_size
+    assert trace > 1.5 * state, "the trace must be what hits the limit"
+    error = one_line(limited([*command, "--out", str(stopped)], (trace + state) // 2))
+    assert "trace.jsonl" in error and str(stopped) in error
+    done = read_jsonl(stopped / "trace.jsonl")
+    assert 0 < len(done) < 40
+    assert main([*command, "--out", str(stopped)]) == 0
+    assert (stopped / "result.json").read_bytes() == (whole / "result.json").read_bytes()
+    assert [record["topology"] for record in read_jsonl(stopped / "trace.jsonl")][: len(done)] == [
+        record["topology"] for record in done
+    ]
+
+
+def test_full_disk_keeps_an_earlier_export(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    command = ["export", TOPOLOGY, "--to", str(target), "--img-size", "32", "--num-classes", "10"]
+    assert main(command) == 0
+    before = contents(target)
+    one_line(limited([*command, "--seed", "1"], 10_000))
+    assert contents(target) == before
+
+
+def test_full_disk_behind_stdout() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "asvit_fast", "search", "--print-config"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert "No space left" in one_line(done)

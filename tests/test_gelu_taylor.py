@@ -1,0 +1,307 @@
+"""GELU's Taylor rule: every implementation against float64 references, gradients, transforms, compilation."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor
+
+from asvit_fast import _extension, backends
+from asvit_fast.errors import InputError
+from asvit_fast.ops.gelu_taylor import gelu_taylor, gelu_taylor_reference
+
+APPROXIMATE = ("none", "tanh")
+TINY = {torch.float32: 1e-6, torch.float64: 1e-14, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+SHAPES = [(1,), (7,), (16,), (33, 5), (2, 3, 257), (4, 1, 1023), (0, 4), (3, 0)]
+EXTENSION = _extension.extension()
+needs_extension = pytest.mark.skipif(EXTENSION is None, reason=str(_extension.reason()))
+
+
+@pytest.fixture
+def isa(request: pytest.FixtureRequest):
+    """Run the CPU kernels with the instruction set that the test is parametrised with."""
+    before = EXTENSION.get_isa()
+    EXTENSION.set_isa(request.param)
+    yield request.param
+    EXTENSION.set_isa(before)
+
+
+every_isa = pytest.mark.parametrize("isa", EXTENSION.available_isas() if EXTENSION else [], indirect=True)
+
+
+def rows(orders: int, *shape: int, dtype: torch.dtype = torch.float32, device="cpu", scale: float = 3.0) -> Tensor:
+    """Random x [orders + 1, *shape] with values from both tails and the middle."""
+    generator = torch.Generator().manual_seed(orders)
+    x = torch.randn(orders + 1, *shape, generator=generator, dtype=torch.float64)
+    x[0] *= scale
+    return x.to(dtype).to(device)
+
+
+def exact(x: Tensor, approximate: str) -> Tensor:
+    """In float64, derivatives by torch's autograd of torch's own GELU, not by our formulas."""
+    x = x.detach().cpu().double()
+    z = x[0].clone().requires_grad_()
+    value = F.gelu(z, approximate=approximate)
+    first = torch.autograd.grad(value.sum(), z, create_graph=True)[0]
+    second = torch.autograd.grad(first.sum(), z)[0]
+    outputs = [value, *([first * x[1]] if len(x) > 1 else []), *([first * x[2] + second * x[1] ** 2] if len(x) > 2 else [])]
+    return torch.stack([output.detach() for output in outputs])
+
+
+def error(y: Tensor, truth: Tensor) -> float:
+    return (y.detach().cpu().double() - truth).abs().max().item() if truth.numel() else 0.0
+
+
+@pytest.mark.usefixtures("poison_empty")
+@pytest.mark.parametrize("approximate", APPROXIMATE)
+@pytest.mark.parametrize("dtype", list(TINY))
+@pytest.mark.parametrize("orders", [0, 1, 2])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward(device, shape, orders, dtype, approximate):
+    x = rows(orders, *shape, dtype=dtype, device=device)
+    y = gelu_taylor(x, approximate)
+    truth = exact(x, approximate)
+    assert y.shape == x.shape
+    assert y.dtype == dtype
+    assert y.is_contiguous()
+    assert error(y, truth) <= 2 * error(gelu_taylor_reference(x, approximate), truth) + TINY[dtype]
+
+
+@needs_extension
+@every_isa
+@pytest.mark.usefixtures("poison_empty")
+@pytest.mark.parametrize("approximate", APPROXIMATE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 40_001])
+def test_every_isa(isa, size, dtype, approximate):
+    x = rows(2, size, dtype=dtype)
+    truth = exact(x, approximate)
+    with backends.use_backend("cpu"):
+        y = gelu_taylor(x, approximate)
+    for order in range(3):  # each row by itself: a large one must not hide another
+        allowed = 2 * error(gelu_taylor_reference(x, approximate)[order], truth[order]) + TINY[dtype]
+        assert error(y[order], truth[order]) <= allowed
+
+
+@needs_extension
+@every_isa
+@pytest.mark.parametrize("approximate", APPROXIMATE)
+def test_result_does_not_depend_on_position(isa, approximate):
+    x = rows(2, 100)
+    whole = gelu_taylor(x, approximate)
+    assert torch.equal(gelu_taylor(x[:, 3:42], approximate), whole[:, 3:42])
+
+
+@needs_extension
+@every_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("approximate", APPROXIMATE)
+def test_special_values(isa, approximate, dtype):
+    infinity, nan = float("inf"), float("nan")
+    x = torch.tensor([infinity, -infinity, nan, 1e30, -1e30, 50.0, -50.0, 1e-40, -1e-40, 0.0], dtype=dtype)
+    value, first, second = gelu_taylor(torch.stack([x, torch.ones_like(x), torch.zeros_like(x)]), approximate)
+    assert value[0] == infinity
+    assert torch.stack([value[2], first[2], second[2]]).isnan().all()
+    torch.testing.assert_close(value[3:], torch.tensor([1e30, 0, 50, 0, 5e-41, -5e-41, 0], dtype=dtype), rtol=1e-6, atol=1e-45)
+    assert first[[0, 1, 3, 4, 5, 6]].tolist() == [1, 0, 1, 0, 1, 0]
+    assert second[[0, 1, 3, 4, 5, 6]].tolist() == [0] * 6
+    torch.testing.assert_close(first[7:], torch.full_like(first[7:], 0.5))
+
+
+def test_tail_keeps_relative_accuracy():
+    if EXTENSION is None:
+        pytest.skip(str(_extension.reason()))
+    x = torch.linspace(-8, -2, 1001)
+    truth = 0.5 * x.double() * torch.special.erfc(-x.double() / 2**0.5)
+    value = gelu_taylor(x.unsqueeze(0))[0].double()
+    assert ((value - truth) / truth).abs().max() < 1e-5  # torch's own GELU loses all digits here
+
+
+def test_non_contiguous(device):
+    x = rows(2, 6, 50, device=device)
+    for view in (x[:, ::2], x.transpose(1, 2), x[:, :, 1:], x.flip(1)):
+        assert torch.equal(gelu_taylor(view), gelu_taylor(view.contiguous()))
+
+
+def test_does_not_write_into_its_input(device):
+    x = rows(2, 40, device=device)
+    before = x.clone()
+    gelu_taylor(x)
+    assert torch.equal(x, before)
+
+
+@needs_extension
+def test_threads_agree():
+    x = rows(2, 100_003)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(gelu_taylor(x))
+    torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+# --------------------------------------------------------------------------- gradients, transforms, compilation
+
+
+@pytest.mark.parametrize("approximate", APPROXIMATE)
+@pytest.mark.parametrize("orders", [0, 1, 2])
+def test_gradients(device, orders, approximate):
+    x = rows(orders, 3, 4, dtype=torch.float64, device=device, scale=1.0).requires_grad_()
+    assert torch.autograd.gradcheck(gelu_taylor, (x, approximate))
+    assert torch.autograd.gradgradcheck(gelu_taylor, (x, approximate))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gradient_in_each_dtype(device, dtype):
+    x = rows(2, 64, dtype=dtype, device=device, scale=1.0).requires_grad_()
+    weights = rows(2, 64, dtype=dtype, device=device)
+    (ours,) = torch.autograd.grad(gelu_taylor(x), x, weights)
+    z = x.detach().double().requires_grad_()
+    (truth,) = torch.autograd.grad(gelu_taylor_reference(z), z, weights.double())
+    (theirs,) = torch.autograd.grad(gelu_taylor_reference(x), x, weights)
+    assert ours.dtype == dtype
+    assert error(ours, truth.cpu()) <= 2 * error(theirs, truth.cpu()) + TINY[dtype]
+
+
+@pytest.mark.parametrize("approximate", APPROXIMATE)
+@pytest.mark.parametrize("orders", [0, 1, 2])
+def test_opcheck(device, orders, approximate):
+    for requires_grad in (False, True):
+        x = rows(orders, 5, 3, device=device).requires_grad_(requires_grad)
+        torch.library.opcheck(torch.ops.asvit_fast.gelu_taylor.default, (x, approximate))
+
+
+@pytest.mark.parametrize("approximate", APPROXIMATE)
+def test_compile(device, approximate):
+    def loss(x: Tensor) -> Tensor:
+        return (gelu_taylor(x.sin(), approximate) ** 2).sum()
+
+    x = rows(2, 9, 5, device=device).requires_grad_()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), loss(x))
+    torch.testing.assert_close(torch.autograd.grad(compiled(x), x), torch.autograd.grad(loss(x), x))
+
+
+def forward_mode(function, x: Tensor, tangent: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent))).tangent
+
+
+TRANSFORMS = {
+    "grad": lambda f, x: torch.func.grad(lambda z: f(z).square().sum())(x),
+    "vmap": lambda f, x: torch.vmap(f, in_dims=1, out_dims=1)(x),
+    "vmap(grad)": lambda f, x: torch.vmap(torch.func.grad(lambda z: f(z).square().sum()), in_dims=1)(x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x.cos(),))[1],
+    "forward mode": lambda f, x: forward_mode(f, x, x.cos()),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "hessian": lambda f, x: torch.func.hessian(lambda z: f(z).square().sum())(x),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", list(TRANSFORMS))
+def test_transforms(name, compiled):
+    x = rows(2, 4, dtype=torch.float64, scale=1.0)
+
+    def run(function) -> Tensor:
+        return TRANSFORMS[name](function, x)
+
+    ours = torch.compile(run, backend="aot_eager") if compiled else run
+    torch.testing.assert_close(ours(gelu_taylor), run(gelu_taylor_reference))
+
+
+def test_export():
+    class Module(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return gelu_taylor(x)
+
+    x = rows(1, 8)
+    torch.testing.assert_close(torch.export.export(Module(), (x,)).module()(x), gelu_taylor(x))
+
+
+# --------------------------------------------------------------------------- Triton, backends, bad input
+
+
+INTERPRETED = """
+import torch
+from asvit_fast.backends import use_backend
+from asvit_fast.ops.gelu_taylor import gelu_taylor, gelu_taylor_reference
+torch.manual_seed(0)
+for dtype, tiny in ((torch.float32, 1e-6), (torch.float64, 1e-14), (torch.float16, 1e-3), (torch.bfloat16, 1e-2)):
+    for approximate in ("none", "tanh"):
+        for shape in ((1, 0), (1, 5), (2, 3, 7), (3, 1500)):
+            x = (2 * torch.randn(shape)).to(dtype)
+            with use_backend("triton"):
+                y = gelu_taylor(x, approximate)
+            assert y.shape == x.shape and y.dtype == dtype
+            truth = gelu_taylor_reference(x.double(), approximate)
+            theirs = (gelu_taylor_reference(x, approximate) - truth).abs()
+            ours = (y - truth).abs()
+            assert ours.numel() == 0 or ours.max() <= 2 * theirs.max() + tiny, (dtype, approximate, shape, ours.max())
+x = torch.tensor([[float("inf"), 1e30, -1e30, float("nan")], [1.0, 1.0, 1.0, 1.0]])
+with use_backend("triton"):
+    y = gelu_taylor(x)
+assert y[1, :3].tolist() == [1, 1, 0] and y[:, 3].isnan().all(), y
+print("checked")
+"""
+
+
+def test_triton_interpreter(root):
+    pytest.importorskip("triton")
+    environment = {"TRITON_INTERPRET": "1", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", INTERPRETED], cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.stdout.strip() == "checked", result.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("dtype", list(TINY))
+@pytest.mark.parametrize("approximate", APPROXIMATE)
+@pytest.mark.parametrize("size", [1, 1023, 4096])
+def test_gpu_backends(backend, dtype, approximate, size):
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA GPU")
+    why = backends.available("gelu_taylor", backend, "cuda")
+    if why is not None:
+        pytest.skip(why)
+    x = rows(2, size, dtype=dtype, device="cuda")
+    with backends.use_backend(backend):
+        y = gelu_taylor(x, approximate)
+    truth = exact(x, approximate)
+    assert error(y, truth) <= 2 * error(gelu_taylor_reference(x, approximate), truth) + TINY[dtype]
+
+
+@pytest.mark.parametrize("orders", [0, 2])
+def test_reference_backend_is_used_when_forced(orders):
+    x = rows(orders, 33)
+    with backends.use_backend("reference"):
+        assert torch.equal(gelu_taylor(x), gelu_taylor_reference(x))
+
+
+def test_bad_input():
+    with pytest.raises(InputError, match=r"0 to 2 orders, got shape \(4, 3\)"):
+        gelu_taylor(torch.zeros(4, 3))
+    with pytest.raises(InputError, match="0 to 2 orders"):
+        gelu_taylor(torch.tensor(1.0))
+    with pytest.raises(InputError, match="floating point, got torch.int64"):
+        gelu_taylor(torch.zeros(2, 3, dtype=torch.int64))
+    with pytest.raises(InputError, match="'none' or 'tanh', got 'erf'"):
+        gelu_taylor(torch.zeros(2, 3), "erf")
+
+
+@needs_extension
+def test_compiled_op_checks_for_itself():
+    with pytest.raises(ValueError, match="0 to 2 orders"):
+        torch.ops.asvit_fast_C.gelu_taylor(torch.zeros(4, 3), "none")
+    with pytest.raises(ValueError, match="'none' or 'tanh'"):
+        torch.ops.asvit_fast_C.gelu_taylor(torch.zeros(2, 3), "erf")

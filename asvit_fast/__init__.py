@@ -1,1 +1,44 @@
-from .models import create_model, convert_asvit_state_dict
+"""asvit_fast: design, score, scale and accelerate vision transformers. Source of the method: As-ViT (arXiv 2202.11921)."""
+
+from . import ops
+from .environment import show_config
+from .errors import InputError
+from .models import AsViT, convert_asvit_state_dict, create_model
+from .scoring import (
+    curvature,
+    curve,
+    gauss_length,
+    length_distortion,
+    ntk_condition,
+    ntk_gram,
+    score,
+)
+from .search import Budget, scale, search
+from .taylor import jet, jvp
+from .topology import SearchSpace, StageSpec, Topology
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AsViT",
+    "Budget",
+    "InputError",
+    "SearchSpace",
+    "StageSpec",
+    "Topology",
+    "convert_asvit_state_dict",
+    "create_model",
+    "curvature",
+    "curve",
+    "gauss_length",
+    "jet",
+    "jvp",
+    "length_distortion",
+    "ntk_condition",
+    "ntk_gram",
+    "ops",
+    "scale",
+    "score",
+    "search",
+    "show_config",
+]

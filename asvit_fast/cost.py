@@ -45,8 +45,8 @@ def params(model: nn.Module) -> int:
 def flops(model: nn.Module, img_size: ImageSize = 224) -> int:
     """Multiply-adds of one image [3, H, W] through ``model``: matrix products and convolutions, nothing is computed.
 
-    Counted on the meta device in evaluation mode. Window attention counts the real tokens of every window, not the padding,
-    whichever implementation runs. The model is left as it was.
+    Counted on the meta device in evaluation mode. Window attention counts the real tokens of every window, not the
+    padding, whichever implementation runs. The model is left as it was.
     """
     height, width = _sides(img_size)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -65,7 +65,8 @@ def topology_cost(
 ) -> Cost:
     """Cost of ``create_model(topology, img_size, num_classes, pos_embed)`` in closed form, in microseconds.
 
-    Equals ``params`` and ``flops`` of that model exactly. Raises InputError for a size or an embedding that no model has.
+    Equals ``params`` and ``flops`` of that model exactly. Raises InputError for a size or an embedding that no model
+    has.
     """
     if pos_embed not in ("absolute", "none"):
         raise InputError(f"pos_embed must be 'absolute' or 'none', got {pos_embed!r}")
@@ -220,5 +221,7 @@ def _ceil_div(value: int, by: int) -> int:
 def _sides(img_size: ImageSize) -> tuple[int, int]:
     sides = tuple(img_size) if isinstance(img_size, (tuple, list)) else (img_size, img_size)
     if len(sides) != 2 or any(not isinstance(side, int) or side < _MIN_IMG_SIZE for side in sides):
-        raise InputError(f"img_size must be {_MIN_IMG_SIZE} pixels or more, one integer or (height, width); got {img_size!r}")
+        raise InputError(
+            f"img_size must be {_MIN_IMG_SIZE} pixels or more, one integer or (height, width); got {img_size!r}"
+        )
     return sides[0], sides[1]

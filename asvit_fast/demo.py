@@ -33,16 +33,21 @@ SEED = 0
 BATCH = 16
 SCORES = ("length_distortion", "ntk_condition")
 
+# fmt: off
 PHOTOGRAPHS = (  # of scikit-image; those that a version does not ship are left out
-    "astronaut.png brick.png camera.png cell.png chelsea.png clock_motion.png coffee.png coins.png grass.png gravel.png "
-    "hubble_deep_field.jpg ihc.png moon.png motorcycle_left.png page.png retina.jpg rocket.jpg text.png"
-).split()
+    "astronaut.png", "brick.png", "camera.png", "cell.png", "chelsea.png", "clock_motion.png", "coffee.png", "coins.png",
+    "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "page.png",
+    "retina.jpg", "rocket.jpg", "text.png",
+)
+# fmt: on
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the demo in ``--out``; a second run continues, or shows again, what is there."""
     parser = argparse.ArgumentParser(prog="python -m asvit_fast.demo", description=__doc__)
-    parser.add_argument("--out", default="runs/demo", metavar="DIR", help="folder for everything (default: %(default)s)")
+    parser.add_argument(
+        "--out", default="runs/demo", metavar="DIR", help="folder for everything (default: %(default)s)"
+    )
     try:
         run(Path(parser.parse_args(argv).out))
     except (InputError, OSError) as error:
@@ -81,22 +86,24 @@ def run(out: Path) -> None:
 def run_search(out: Path, images: Path) -> Topology:
     space = SearchSpace()
     print(
-        f"2. Search: {SEARCH_STEPS} of {space.size:,} topologies are sampled and scored at {IMG_SIZE}x{IMG_SIZE} pixels, "
-        f"each with {REPEATS} random initialisations; the policy learns which choices score well."
+        f"2. Search: {SEARCH_STEPS} of {space.size:,} topologies are sampled and scored at {IMG_SIZE}x{IMG_SIZE} "
+        f"pixels, each with {REPEATS} random initialisations; the policy learns which choices score well."
     )
     found = search(
         space=space, steps=SEARCH_STEPS, images=images, seed=SEED, out=out,
         img_size=IMG_SIZE, repeats=REPEATS, batch=BATCH, progress=True,
     )  # fmt: skip
     print(
-        f"   Its most probable topology is now {found.topology}: {amount(found.params)} parameters, {amount(found.flops)} "
-        f"multiply-adds.\n   The policy's entropy went from {space.entropy:.2f} to {found.entropy:.2f} nats.\n"
+        f"   Its most probable topology is now {found.topology}: {amount(found.params)} parameters, "
+        f"{amount(found.flops)} multiply-adds.\n   The policy's entropy went from {space.entropy:.2f} to {found.entropy:.2f} nats.\n"
     )
     return found.topology
 
 
 def run_scale(seed_topology: Topology, out: Path, images: Path) -> Topology:
-    print(f"3. Scaling: {seed_topology} grows in depth and width while it stays within {amount(MAX_PARAMS)} parameters.")
+    print(
+        f"3. Scaling: {seed_topology} grows in depth and width while it stays within {amount(MAX_PARAMS)} parameters."
+    )
     steps = scale(
         seed_topology, max_params=MAX_PARAMS, images=images, seed=SEED, out=out,
         img_size=IMG_SIZE, repeats=1, batch=BATCH, progress=True,
@@ -129,7 +136,9 @@ def check_export(folder: Path) -> str:
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     with torch.inference_mode():
         logits = model(torch.zeros(1, 3, IMG_SIZE, IMG_SIZE))  # [1, 1000]
-    return f"timm loads it and it answers with {logits.shape[1]} finite logits." if bool(logits.isfinite().all()) else ""
+    return (
+        f"timm loads it and it answers with {logits.shape[1]} finite logits." if bool(logits.isfinite().all()) else ""
+    )
 
 
 def write_images(folder: Path) -> int:
@@ -151,7 +160,9 @@ def _photographs() -> Iterator[tuple[str, np.ndarray]]:
         import skimage
         from sklearn.datasets import load_sample_images
     except ImportError as error:
-        raise InputError(f"the demo's images come with scikit-image and scikit-learn ({error}); pip install both") from None
+        raise InputError(
+            f"the demo's images come with scikit-image and scikit-learn ({error}); pip install both"
+        ) from None
     folder = Path(skimage.__file__).parent / "data"
     samples = load_sample_images()
     photographs = [(Path(name).stem, pixels) for name, pixels in zip(samples.filenames, samples.images, strict=True)]

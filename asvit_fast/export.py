@@ -52,7 +52,9 @@ def export(
         try:
             save_for_hf(model, folder, model_args=arguments, safe_serialization=True)
         except SafetensorError as error:  # a full disk, among others
-            raise InputError(f"cannot write {str(target / FILES[0])!r}: {error}; free space or choose another folder")
+            raise InputError(
+                f"cannot write {str(target / FILES[0])!r}: {error}; free space or choose another folder"
+            ) from None
         for name in FILES:
             os.replace(Path(folder) / name, target / name)
     return target

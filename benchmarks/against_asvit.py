@@ -7,9 +7,9 @@ Runs of theirs and ours alternate. Every row of the CSV carries the largest rela
 ours; a row whose numbers disagree ends the program with exit code 1 and no time is claimed for it.
 
 Their code calls .cuda(); without a GPU those calls are replaced by the identity while it runs. Their length distortion
-takes 2 x 256 backward passes, minutes per network at 224 pixels on a CPU. By default they get only the first --coordinates
-outputs; time is linear in that number, so a line through two such runs gives the time of all of them, marked
-"extrapolated". --full runs all of them.
+takes 2 x 256 backward passes, minutes per network at 224 pixels on a CPU. By default they get only the first
+--coordinates outputs; time is linear in that number, so a line through two such runs gives the time of all of them,
+marked "extrapolated". --full runs all of them.
 """
 
 from __future__ import annotations
@@ -172,7 +172,9 @@ def length_distortion_row(theirs: SimpleNamespace, topology: Topology, options: 
             our_times.append(our_seconds)
             mine = float(velocity[:, :count].double().norm(dim=1).sum())
             difference = max(difference, abs(mine - value) / abs(value))
-    theirs_s = their_times[0] if options.full else [line(counts, pair, total) for pair in zip(*their_times, strict=True)]
+    theirs_s = (
+        their_times[0] if options.full else [line(counts, pair, total) for pair in zip(*their_times, strict=True)]
+    )
     return row("length_distortion", topology, options, theirs_s, our_times, difference, extrapolated=not options.full)
 
 
@@ -268,9 +270,13 @@ def main() -> int:
     parser.add_argument("--topology", default="8,2,3|4,1,2|4,1,4|4,1,6|32", help="default: the paper's seed")
     parser.add_argument("--img-size", type=int, default=224, metavar="PIXELS", help="default: 224")
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="images of the NTK (default: 16)")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="alternations of theirs and ours (default: 3)")
+    parser.add_argument(
+        "--rounds", type=int, default=3, metavar="N", help="alternations of theirs and ours (default: 3)"
+    )
     parser.add_argument("--coordinates", type=int, default=16, metavar="N", help="outputs they get (default: 16)")
-    parser.add_argument("--full", action="store_true", help="give them all outputs: no extrapolation, minutes per round")
+    parser.add_argument(
+        "--full", action="store_true", help="give them all outputs: no extrapolation, minutes per round"
+    )
     parser.add_argument("--csv", type=Path, default=RESULTS, metavar="FILE", help="default: %(default)s")
     options = parser.parse_args()
     topology = Topology.parse(options.topology)

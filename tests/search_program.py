@@ -1,4 +1,4 @@
-"""What the kill and torchrun tests run as a program: a search or a scaling run with a cheap scorer that may kill itself.
+"""What the kill and torchrun tests run as a program: a search or a scaling run with a scorer that may kill itself.
 
     search_program.py KIND OUT [--kill-at CALL] [--sleep SECONDS] [--fail-on-rank RANK]
 

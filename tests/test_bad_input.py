@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+
 from asvit_fast.cli import main
 from asvit_fast.files import read_jsonl
-from PIL import Image
 
 TOPOLOGY = "4,2,2|2,1,2|2,1,2|2,1,2|16"
 TINY = ["--img-size", "32", "--repeats", "1", "--thetas", "2", "--batch", "4"]
@@ -32,7 +33,8 @@ def fails(capsys: pytest.CaptureFixture[str]):
         captured = capsys.readouterr()
         lines = [line for line in captured.err.splitlines() if line]
         assert code == 2, captured
-        assert len(lines) == 1 and lines[0].startswith("asvit-fast: error: "), lines
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("asvit-fast: error: ")
         for word in words:
             assert word in lines[0], lines[0]
         return lines[0]
@@ -137,7 +139,9 @@ def test_files_where_folders_belong(fails, tmp_path: Path) -> None:
     assert contents(tmp_path) == {"file": b"precious"}
 
 
-@pytest.mark.parametrize("device", ["abacus", "cuda:99"] if torch.cuda.is_available() else ["abacus", "cuda", "cuda:99"])
+@pytest.mark.parametrize(
+    "device", ["abacus", "cuda:99"] if torch.cuda.is_available() else ["abacus", "cuda", "cuda:99"]
+)
 def test_device(fails, device: str, tmp_path: Path) -> None:
     fails(["score", TOPOLOGY, *TINY, "--device", device], device.partition(":")[0])
     fails([*SEARCH, "--out", str(tmp_path / "run"), "--device", device], device.partition(":")[0])
@@ -158,7 +162,8 @@ def limited(arguments: list[str], file_size: int) -> subprocess.CompletedProcess
 def one_line(done: subprocess.CompletedProcess[str]) -> str:
     assert done.returncode == 2, done
     lines = [line for line in done.stderr.splitlines() if line.startswith("asvit-fast: error: ")]
-    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
     return lines[0]
 
 
@@ -171,7 +176,8 @@ def test_disk_fills_up_during_a_search(tmp_path: Path) -> None:
     state = (whole / "state.pt").stat().st_size
     assert trace > 1.5 * state, "the trace must be what hits the limit"
     error = one_line(limited([*command, "--out", str(stopped)], (trace + state) // 2))
-    assert "trace.jsonl" in error and str(stopped) in error
+    assert "trace.jsonl" in error
+    assert str(stopped) in error
     done = read_jsonl(stopped / "trace.jsonl")
     assert 0 < len(done) < 40
     assert main([*command, "--out", str(stopped)]) == 0

@@ -8,11 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import asvit_fast.scoring
-import asvit_fast.search
 import pytest
 import timm
 import yaml
+
+import asvit_fast.scoring
+import asvit_fast.search
 from asvit_fast.cli import COMMANDS, main
 from asvit_fast.cli.options import bounds, choices_per_dimension, image_size, integer, limit, number
 from asvit_fast.errors import InputError
@@ -36,7 +37,8 @@ def program(*arguments: str) -> subprocess.CompletedProcess[str]:
     ("text", "value"), [("1e6", 10**6), ("5M", 5 * 10**6), ("2.5G", 25 * 10**8), ("100m", 10**8), ("0.5", 0.5), (7, 7)]
 )
 def test_number(text: str, value: float) -> None:
-    assert number(text) == value and isinstance(number(text), type(value))
+    assert number(text) == value
+    assert isinstance(number(text), type(value))
 
 
 @pytest.mark.parametrize("text", ["", "M", "5X", "-1", "nan", "inf", None, True, [1]])
@@ -50,7 +52,8 @@ def test_bounds_and_limits() -> None:
     assert bounds(":10M") == (None, 10**7)
     assert bounds("1M:") == (10**6, None)
     assert bounds([None, "5M"]) == (None, 5 * 10**6)
-    assert limit("100M") == 10**8 and limit("80M:110M") == (80 * 10**6, 110 * 10**6)
+    assert limit("100M") == 10**8
+    assert limit("80M:110M") == (80 * 10**6, 110 * 10**6)
     for wrong in ("10M", "1M:2M:3M", "2M:1M"):
         with pytest.raises(InputError):
             bounds(wrong)
@@ -59,7 +62,8 @@ def test_bounds_and_limits() -> None:
 
 
 def test_other_readers() -> None:
-    assert image_size("224") == 224 and image_size("224x160") == image_size([224, 160]) == (224, 160)
+    assert image_size("224") == 224
+    assert image_size("224x160") == image_size([224, 160]) == (224, 160)
     assert choices_per_dimension(["K1=8", "heads=16,32"]) == {"K1": (8,), "heads": (16, 32)}
     assert choices_per_dimension({"K1": 8, "heads": [16, 32]}) == {"K1": (8,), "heads": (16, 32)}
     for read, wrong in ((image_size, "0"), (image_size, "1x2x3"), (choices_per_dimension, ["K1"]), (integer(1), "1.5")):
@@ -71,9 +75,14 @@ def test_other_readers() -> None:
 
 
 def test_help_answers_without_torch() -> None:
-    script = "import sys; from asvit_fast.cli import main\ntry: main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script, "search", "--help"], capture_output=True, text=True, check=False)
-    assert "--img-size" in done.stdout and done.stdout.splitlines()[-1] == "False", done.stderr
+    script = (
+        "import sys; from asvit_fast.cli import main\ntry: main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "search", "--help"], capture_output=True, text=True, check=False
+    )
+    assert "--img-size" in done.stdout, done.stderr
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -83,7 +92,8 @@ def test_every_option_is_documented(command: str, capsys: pytest.CaptureFixture[
     assert caught.value.code == 0
     shown = capsys.readouterr().out
     for option in COMMANDS[command].options:
-        assert option.label in shown and len(option.help) > 10
+        assert option.label in shown
+        assert len(option.help) > 10
         if not (option.positional or option.flag):
             assert any(word in option.help for word in ("pixels", "number", "folder", "directory", "where")) or (
                 option.metavar in ("NAME", "NAMES", "NAME=CHOICES")
@@ -116,8 +126,12 @@ def test_config_file_and_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     config.write_text("steps: 7\nimg-size: 64\nspace: {K1: 8}\nparams: ':5M'\nlr: 1e-2\n")
     assert main(["search", "--config", str(config), "--steps", "9", "--print-config"]) == 0
     effective = yaml.safe_load(capsys.readouterr().out)
-    assert effective["steps"] == 9 and effective["img_size"] == 64 and effective["repeats"] == 5
-    assert effective["space"] == {"K1": [8]} and effective["params"] == [None, 5_000_000] and effective["lr"] == 0.01
+    assert effective["steps"] == 9
+    assert effective["img_size"] == 64
+    assert effective["repeats"] == 5
+    assert effective["space"] == {"K1": [8]}
+    assert effective["params"] == [None, 5_000_000]
+    assert effective["lr"] == 0.01
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -144,7 +158,8 @@ def test_bad_config(content: str, message: str, tmp_path: Path, capsys: pytest.C
     (tmp_path / "config.yaml").write_text(content)
     assert main(["search", "--out", str(tmp_path / "run"), "--config", str(tmp_path / "config.yaml")]) == 2
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert message in error
+    assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -176,7 +191,10 @@ def test_score_json_is_strict_and_alone_on_stdout() -> None:
 def test_score_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["score", TOPOLOGY, "--metrics", "ntk_condition", *TINY[:-2]]) == 0
     shown = capsys.readouterr().out
-    assert "ntk_condition" in shown and "±" in shown and "smaller is better" in shown and "curvature" not in shown
+    assert "ntk_condition" in shown
+    assert "±" in shown
+    assert "smaller is better" in shown
+    assert "curvature" not in shown
 
 
 def test_search_scale_report_export(tmp_path: Path) -> None:
@@ -194,7 +212,8 @@ def test_search_scale_report_export(tmp_path: Path) -> None:
 
     page = program("report", str(tmp_path))
     assert page.returncode == 0, page.stderr
-    assert Path(page.stdout.strip()).is_file() and len(list(tmp_path.glob("*.png"))) == 4
+    assert Path(page.stdout.strip()).is_file()
+    assert len(list(tmp_path.glob("*.png"))) == 4
 
     exported = program("export", grown, "--to", model, "--img-size", "32", "--num-classes", "10")
     assert exported.returncode == 0, exported.stderr
@@ -205,11 +224,14 @@ def test_search_says_what_it_does_and_resumes(tmp_path: Path, capsys: pytest.Cap
     command = [*SEARCH[:-1], "--out", str(tmp_path / "run")]
     assert main(command) == 0
     first = capsys.readouterr().out
-    assert "4,556,250 topologies" in first and "Writing to" in first and "asvit-fast scale" in first
+    assert "4,556,250 topologies" in first
+    assert "Writing to" in first
+    assert "asvit-fast scale" in first
     files = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     assert main(command) == 0
     second = capsys.readouterr().out
-    assert "run of 3 steps" in second and first.splitlines()[2:] == second.splitlines()[2:]
+    assert "run of 3 steps" in second
+    assert first.splitlines()[2:] == second.splitlines()[2:]
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == files
 
 

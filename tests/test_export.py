@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+
 from asvit_fast.errors import InputError
 from asvit_fast.export import export, final_topology
 from asvit_fast.files import to_json
@@ -57,7 +58,8 @@ def test_run_directories(tmp_path: Path, kind: str) -> None:
     run = write_run(tmp_path / "run", kind)
     export(run, tmp_path / "model", img_size=32, num_classes=10)
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    assert config["architecture"] == "asvit" and config["model_args"]["topology"] == TOPOLOGY
+    assert config["architecture"] == "asvit"
+    assert config["model_args"]["topology"] == TOPOLOGY
 
 
 def test_sources() -> None:

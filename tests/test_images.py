@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from asvit_fast.errors import InputError
 from asvit_fast.images import find_images, load_images
-from PIL import Image
 
 
 def write_image(path: Path, value: int, size: tuple[int, int] = (40, 30)) -> None:
@@ -34,7 +35,8 @@ def grey(images: torch.Tensor) -> list[int]:
 
 def test_shape_type_and_normalisation(folder: Path) -> None:
     images = load_images(folder, 12, 32)
-    assert images.shape == (12, 3, 32, 32) and images.dtype == torch.float32
+    assert images.shape == (12, 3, 32, 32)
+    assert images.dtype == torch.float32
     assert grey(images) == list(range(12))  # natural order: 9 comes before 10
 
 
@@ -53,7 +55,9 @@ def test_centre_crop(tmp_path: Path) -> None:
     pixels[:, 48:80] = 255  # a white band in the middle of a wide black image
     Image.fromarray(pixels).save(tmp_path / "band.png")
     image = load_images(tmp_path, 1, 32)[0].mean(dim=(0, 1))  # [32] columns
-    assert image[16] > 1 and image[0] < -1 and image[-1] < -1
+    assert image[16] > 1
+    assert image[0] < -1
+    assert image[-1] < -1
 
 
 def test_class_folders_and_grey_or_transparent_images(tmp_path: Path) -> None:
@@ -77,7 +81,7 @@ def test_missing_folder_file_and_empty_folder(tmp_path: Path) -> None:
 
 
 def test_too_few_images_says_how_many_and_what_to_lower(folder: Path) -> None:
-    with pytest.raises(InputError, match="holds 12 images but 16 are needed.*lower the batch to 12"):
+    with pytest.raises(InputError, match=r"holds 12 images but 16 are needed.*lower the batch to 12"):
         load_images(folder, 16, 32)
 
 
@@ -86,7 +90,7 @@ def test_broken_image_is_named(folder: Path, damage: str) -> None:
     path = folder / "image3.png"
     content = path.read_bytes()
     path.write_bytes({"text": b"hello", "truncated": content[: len(content) // 2], "empty": b""}[damage])
-    with pytest.raises(InputError, match="image3.png") as caught:
+    with pytest.raises(InputError, match=r"image3\.png") as caught:
         load_images(folder, 12, 32)
     assert "\n" not in str(caught.value)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from asvit_fast.errors import InputError
 from asvit_fast.files import to_json
 from asvit_fast.report import report
@@ -88,7 +89,14 @@ def write_scale(directory: Path, steps: int = 4, finished: bool = True) -> Path:
         topology = grown[step % 8]
         chosen = {"topology": str(topology), "params": 2e6 + step * 1e6, "flops": 5e8, "seconds": 1.0}
         trace.append({"step": step, "candidates": candidates, "dropped": [], **chosen})
-    result = {"kind": "scale", "start": str(start), "topology": str(topology), "params": 5e6, "flops": 5e8, "steps": steps}
+    result = {
+        "kind": "scale",
+        "start": str(start),
+        "topology": str(topology),
+        "params": 5e6,
+        "flops": 5e8,
+        "steps": steps,
+    }
     return write_run(directory, {"kind": "scale", "topology": str(start)}, trace, result if finished else None)
 
 
@@ -104,14 +112,16 @@ def test_search_report(tmp_path: Path, finished: bool) -> None:
     assert all(path.read_bytes().startswith(PNG) and path.stat().st_size > 20_000 for path in tmp_path.glob("*.png"))
     html = page.read_text()
     assert ("finished after 12 steps" if finished else "not finished: 12 steps so far") in html
-    assert "Best sampled topologies" in html and "<td>K1</td>" in html
+    assert "Best sampled topologies" in html
+    assert "<td>K1</td>" in html
 
 
 def test_page_is_self_contained(tmp_path: Path) -> None:
     page = report(write_search(tmp_path))
     assert len(images_in(page)) == 2
     assert all(source.startswith("data:image/png;base64,") for source in images_in(page))
-    assert not re.search(r'(src|href)="(?!data:)', page.read_text()) and "http" not in page.read_text()
+    assert not re.search(r'(src|href)="(?!data:)', page.read_text())
+    assert "http" not in page.read_text()
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -125,7 +135,9 @@ def test_both_runs_in_subfolders(tmp_path: Path) -> None:
     write_search(tmp_path / "search")
     write_scale(tmp_path / "scale")
     page = report(tmp_path)
-    assert page.parent == tmp_path and len(images_in(page)) == 4 and len(list(tmp_path.glob("*.png"))) == 4
+    assert page.parent == tmp_path
+    assert len(images_in(page)) == 4
+    assert len(list(tmp_path.glob("*.png"))) == 4
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -141,7 +153,9 @@ def test_policy_of_the_state_is_shown(tmp_path: Path) -> None:
         policy.logits[4] += 100  # K1 = 8 for certain
     torch.save({"trace_lines": 12, "state": {"policy": policy.state_dict()}}, tmp_path / "state.pt")
     row = re.search(r"<tr><td>K1</td>.*?</tr>", report(tmp_path).read_text())
-    assert row is not None and "<b>8</b> &nbsp;100 %" in row.group() and "<b>4</b> &nbsp;0 %" in row.group()
+    assert row is not None
+    assert "<b>8</b> &nbsp;100 %" in row.group()
+    assert "<b>4</b> &nbsp;0 %" in row.group()
 
 
 def test_torn_last_line_is_ignored(tmp_path: Path) -> None:
@@ -205,4 +219,5 @@ def test_unreadable_result_does_not_replace_an_earlier_report(tmp_path: Path) ->
 
 @pytest.mark.parametrize("value", [math.inf, math.nan, -1.0, 0.0])
 def test_only_finite_positive_conditions_have_a_place_on_the_axis(value: float) -> None:
-    assert not Point(1.0, value, 0).finite and Point(1.0, 2.0, 0).finite
+    assert not Point(1.0, value, 0).finite
+    assert Point(1.0, 2.0, 0).finite

@@ -45,7 +45,9 @@ def test_golden_trajectories(case: dict) -> None:
     )
     assert len(steps) == len(expected)
     for step, wanted in zip(steps, expected, strict=True):
-        order = [(list(c.topology.depths), c.scored_width, c.ntk_condition, c.length_distortion) for c in step.candidates]
+        order = [
+            (list(c.topology.depths), c.scored_width, c.ntk_condition, c.length_distortion) for c in step.candidates
+        ]
         assert order == [tuple(candidate) for candidate in wanted["candidates"]]
         assert (list(step.topology.depths), step.topology.width) == (wanted["depth"], 4 * wanted["hidden"])
         assert step.params == round(wanted["params_M"] * 1e6)
@@ -64,7 +66,9 @@ def test_paper_candidates() -> None:
 
 
 def test_reference_candidates_may_keep_the_width() -> None:
-    widths = {h: sorted({c.width // 4 for c in grown(SEED.replace(width=4 * h), "reference", 4)}) for h in (8, 11, 22, 29)}
+    widths = {
+        h: sorted({c.width // 4 for c in grown(SEED.replace(width=4 * h), "reference", 4)}) for h in (8, 11, 22, 29)
+    }
     assert widths == {8: [8, 9, 10], 11: [12, 13], 22: [23, 24, 25, 26], 29: [30, 32, 33, 35]}
 
 
@@ -145,7 +149,7 @@ def test_run_directory(tmp_path: Path) -> None:
         raise AssertionError("a finished run scores nothing")
 
     assert scale(SEED, out=tmp_path, **{**options, "scorer": never}) == steps
-    with pytest.raises(InputError, match="max_params is .*8000000.* there and .*9000000"):
+    with pytest.raises(InputError, match=r"max_params is .*8000000.* there and .*9000000"):
         scale(SEED, out=tmp_path, **{**options, "max_params": 9e6})
 
 

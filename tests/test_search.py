@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from search_program import measures
 
 from asvit_fast.cost import topology_cost
 from asvit_fast.errors import InputError
 from asvit_fast.search import Budget, reward_sequence, search
 from asvit_fast.topology import SearchSpace, Topology
-from search_program import measures
 
 QUIET = {"progress": False, "device": "cpu"}
 
@@ -30,7 +30,13 @@ def test_a_search_finds_what_the_scorer_likes() -> None:
 def test_trace_and_result(tmp_path: Path) -> None:
     result = search(steps=12, scorer=measures, out=tmp_path / "a" / "run", **QUIET)
     folder = tmp_path / "a" / "run"
-    assert {path.name for path in folder.iterdir()} == {"config.json", "trace.jsonl", "state.pt", "result.json", ".lock"}
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json",
+        "trace.jsonl",
+        "state.pt",
+        "result.json",
+        ".lock",
+    }
     assert json.loads((folder / "config.json").read_text())["kind"] == "search"
     stored = json.loads((folder / "result.json").read_text())
     assert stored == json.loads(json.dumps(result.to_dict()))
@@ -141,7 +147,17 @@ def test_impossible_budgets(tmp_path: Path, budget: Budget, message: str) -> Non
 
 
 def test_small_space_is_searched_exhaustively_for_the_budget() -> None:
-    single = {"K2": (4,), "K3": (4,), "K4": (4,), "E2": (2,), "E3": (2,), "E4": (2,), "S1": (2,), "S2": (1,), "S3": (1,)}
+    single = {
+        "K2": (4,),
+        "K3": (4,),
+        "K4": (4,),
+        "E2": (2,),
+        "E3": (2,),
+        "E4": (2,),
+        "S1": (2,),
+        "S2": (1,),
+        "S3": (1,),
+    }
     space = SearchSpace().narrow(**single, heads=(16,))
     costs = sorted(topology_cost(topology).params for topology in space.enumerate())
     exact = Budget(params=(costs[7], costs[7]))
@@ -155,7 +171,7 @@ def test_small_space_is_searched_exhaustively_for_the_budget() -> None:
     "windows", [{"params": (2, 1)}, {"flops": (-1, 5)}, {"params": 5}, {"params": (1, 2, 3)}, {"flops": (math.nan, 1)}]
 )
 def test_bad_budgets(windows: dict) -> None:
-    with pytest.raises(InputError, match="budget: (params|flops)"):
+    with pytest.raises(InputError, match=r"budget: (params|flops)"):
         Budget(**windows)
 
 

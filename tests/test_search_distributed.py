@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from search_program import RUN, measures
 
 TESTS = Path(__file__).parent

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from search_program import RUN, measures, run_search
 
 from asvit_fast.errors import InputError
 from asvit_fast.search import RunDirectory, search
-from search_program import RUN, measures, run_search
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = [sys.executable, str(Path(__file__).with_name("search_program.py"))]
@@ -30,7 +30,9 @@ def finish(kind: str, out: Path) -> dict:
     return json.loads(json.dumps(RUN[kind](str(out), measures)))
 
 
-@pytest.mark.parametrize(("kind", "call"), [("search", 1), ("search", 2), ("search", 17), ("search", 31), ("scale", 5), ("scale", 40)])
+@pytest.mark.parametrize(
+    ("kind", "call"), [("search", 1), ("search", 2), ("search", 17), ("search", 31), ("scale", 5), ("scale", 40)]
+)
 def test_killed_while_scoring(tmp_path: Path, uninterrupted: dict, kind: str, call: int) -> None:
     command = [*PROGRAM, kind, str(tmp_path), "--kill-at", str(call)]
     assert subprocess.run(command, env=ENVIRONMENT, capture_output=True).returncode == -signal.SIGKILL
@@ -89,7 +91,8 @@ run_search(sys.argv[1], measures)
 
 
 @pytest.mark.parametrize(
-    ("point", "count"), [("append", 1), ("append", 12), ("state", 1), ("state", 9), ("replace", 1), ("replace", 2), ("replace", 20)]
+    ("point", "count"),
+    [("append", 1), ("append", 12), ("state", 1), ("state", 9), ("replace", 1), ("replace", 2), ("replace", 20)],
 )
 def test_killed_between_trace_and_state(tmp_path: Path, uninterrupted: dict, point: str, count: int) -> None:
     command = [sys.executable, "-c", KILL_IN_WRITE, str(tmp_path), point, str(count)]
@@ -118,7 +121,9 @@ def test_missing_lines_are_damage(tmp_path: Path) -> None:
     assert trace.read_bytes() == before
 
 
-@pytest.mark.parametrize(("name", "content"), [("state.pt", b"nonsense"), ("config.json", b"{"), ("config.json", b"[1]")])
+@pytest.mark.parametrize(
+    ("name", "content"), [("state.pt", b"nonsense"), ("config.json", b"{"), ("config.json", b"[1]")]
+)
 def test_damaged_files(tmp_path: Path, name: str, content: bytes) -> None:
     run_search(str(tmp_path), measures, steps=3)
     (tmp_path / name).write_bytes(content)
@@ -166,7 +171,9 @@ def test_the_disk_fills_up(tmp_path: Path) -> None:
         "from search_program import measures, run_search; run_search(sys.argv[1], measures)"
     )
     environment = {**ENVIRONMENT, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], env=environment, capture_output=True, text=True
+    )
     assert "InputError: cannot" in done.stderr.splitlines()[-1]
     assert str(tmp_path) in done.stderr.splitlines()[-1]
     whole = search(steps=_lines(tmp_path), scorer=measures, progress=False, device="cpu")

@@ -93,7 +93,9 @@ def _parser() -> argparse.ArgumentParser:
         for option in command.options:
             _add(sub, option)
         sub.add_argument("--config", metavar="FILE", help="YAML file of these options; the command line beats it")
-        sub.add_argument("--print-config", action="store_true", help="print the options in effect as YAML, do nothing else")
+        sub.add_argument(
+            "--print-config", action="store_true", help="print the options in effect as YAML, do nothing else"
+        )
     return parser
 
 

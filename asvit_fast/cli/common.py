@@ -13,7 +13,7 @@ from .options import Option, choice, flag, image_size, integer, text
 IMG_SIZE = Option("img_size", image_size, 224, "image size in pixels: a side, or HEIGHTxWIDTH", "PIXELS")
 THETAS = Option("thetas", integer(1), 10, "number of points on the circle of the curve measures", "N")
 REPEATS = Option("repeats", integer(1), 5, "number of freshly initialised networks to average over", "N")
-BATCH = Option("batch", integer(2), 16, "number of images in the NTK's Gram matrix", "N")
+BATCH = Option("batch", integer(1), 16, "number of images in the NTK's Gram matrix", "N")
 IMAGES = Option("images", text, None, "folder of images for the NTK; without it, normal noise from the seed", "DIR")
 SEED = Option("seed", integer(0), 0, "seed (a whole number) of everything that is drawn", "N")
 CONVENTION = Option(
@@ -26,22 +26,11 @@ NORMS = Option(
     "norms on the curve: auto drops those of As-ViTs, keeps those of other models; identity | keep force one",
     "NAME",
 )
-DEVICE = Option("device", text, None, "where to compute: cpu, cuda, cuda:1, ...; without it, cuda if there is one", "NAME")
+DEVICE = Option(
+    "device", text, None, "where to compute: cpu, cuda, cuda:1, ...; without it, cuda if there is one", "NAME"
+)
 QUIET = Option("quiet", flag, False, "no progress bar and no explanations, only the result", flag=True)
 SCORING = (IMG_SIZE, THETAS, REPEATS, BATCH, IMAGES, SEED, CONVENTION, NORMS, DEVICE)
-
-
-def check_device(device: str | None) -> None:
-    """Raise InputError unless a tensor can be put on ``device``."""
-    if device is None:
-        return
-    import torch
-
-    try:
-        torch.empty(1, device=device)  # [1]
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # a build without CUDA asserts
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise InputError(f"device {device!r} cannot be used ({reason}); see asvit-fast env") from None
 
 
 def check_output_folder(directory: str) -> None:
@@ -80,6 +69,10 @@ def amount(value: float) -> str:
         if value >= factor:
             return f"{value / factor:.2f} {suffix}"
     return f"{value:g}"
+
+
+def initialisations(repeats: int) -> str:
+    return "1 initialisation" if repeats == 1 else f"{repeats} initialisations"
 
 
 def size_text(img_size: int | tuple[int, int]) -> str:

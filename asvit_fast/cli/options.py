@@ -1,4 +1,4 @@
-"""What an option is, how its text is read, and how defaults, a YAML file and the command line become one set of values."""
+"""Options: how their text is read, and how defaults, a YAML file and the command line become one set of values."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from .common import QUIET, SCORING, amount, check_output_folder, say, size_text, source_text, table
+from .common import QUIET, SCORING, amount, check_output_folder, initialisations, say, size_text, source_text, table
 from .options import Command, Option, integer, limit, text
 from .search import steps_done
 
@@ -45,8 +45,8 @@ def announce(values: SimpleNamespace, topology) -> None:
         else f"up to {amount(ceiling)} parameters"
     )
     say(
-        f"Growing {topology}, {until}: each step scores the wider and deeper candidates with {values.repeats} "
-        f"initialisations at {size_text(values.img_size)} pixels on {source_text(values.images)}; "
+        f"Growing {topology}, {until}: each step scores the wider and deeper candidates with "
+        f"{initialisations(values.repeats)} at {size_text(values.img_size)} pixels on {source_text(values.images)}; "
         f"{values.convention} convention, seed {values.seed}.",
         values.quiet,
     )
@@ -86,7 +86,7 @@ COMMAND = Command(
             "shrink",
             integer(1),
             None,
-            "real width / scored width, a whole number; without it 1, or 4 in the reference convention; 4 is about 10x cheaper",
+            "real width / scored width, a whole number; without it 1, or 4 in the reference convention",
             "N",
         ),
         *SCORING,

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from .common import SCORING, check_device, size_text, source_text, table
+from .common import SCORING, initialisations, size_text, source_text, table
 from .options import Command, Option, flag, listed, text
 
 DIRECTIONS = {
     "length_distortion": "larger is better",
     "ntk_condition": "smaller is better",
     "curvature": "informative",
+    "gauss_length": "informative",
 }
 
 
 def run(values: SimpleNamespace) -> int:
-    check_device(values.device)
     from ..files import to_json
     from ..scoring import score
 
@@ -39,7 +39,7 @@ def run(values: SimpleNamespace) -> int:
 def describe(values: SimpleNamespace, result) -> str:
     """The scores as a table, with what they were measured on above it."""
     heading = (
-        f"{values.what}\n{values.repeats} initialisations at {size_text(values.img_size)} pixels, seed {values.seed}, "
+        f"{values.what}\n{initialisations(values.repeats)} at {size_text(values.img_size)} pixels, seed {values.seed}, "
         f"{values.convention} convention, {source_text(values.images)}\n"
     )
     rows = [("score", "mean", "std", "seconds", "direction")]
@@ -51,7 +51,7 @@ def describe(values: SimpleNamespace, result) -> str:
                 f"{measured.mean:.5g}",
                 f"± {measured.std:.2g}",
                 f"{measured.seconds:.2f}",
-                DIRECTIONS.get(metric, ""),
+                DIRECTIONS[metric],
             )
         )
     return heading + "\n" + table(rows)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from types import SimpleNamespace
 
-from .common import QUIET, SCORING, amount, check_output_folder, say, size_text, source_text
+from .common import QUIET, SCORING, amount, check_output_folder, initialisations, say, size_text, source_text
 from .options import Command, Option, bounds, choices_per_dimension, fraction, integer, number, positive, text
 
 
@@ -54,7 +55,7 @@ def budget(values: SimpleNamespace):
 def announce(values: SimpleNamespace, space) -> None:
     say(
         f"Searching {space.size:,} topologies (entropy {space.entropy:.2f} nats) in {values.steps} steps: each scores "
-        f"{values.repeats} initialisations at {size_text(values.img_size)} pixels on {source_text(values.images)}; "
+        f"{initialisations(values.repeats)} at {size_text(values.img_size)} pixels on {source_text(values.images)}; "
         f"{values.convention} convention, seed {values.seed}.",
         values.quiet,
     )
@@ -80,8 +81,10 @@ def conclude(values: SimpleNamespace, result) -> None:
     say(f"Found {topology}", values.quiet)
     say(f"({amount(result.params)} parameters, {amount(result.flops)} multiply-adds)", values.quiet)
     say("", values.quiet)
-    say(f"grow it:      asvit-fast scale '{topology}' --out {values.out}-scaled --max-params 100M", values.quiet)
-    say(f"look at it:   asvit-fast report {values.out}", values.quiet)
+    images = f" --images {shlex.quote(values.images)}" if values.images else ""
+    out = shlex.quote(values.out)
+    say(f"grow it:      asvit-fast scale '{topology}'{images} --max-params 100M --out {out}-scaled", values.quiet)
+    say(f"look at it:   asvit-fast report {out}", values.quiet)
     if values.quiet:
         say(topology)
 
@@ -100,7 +103,7 @@ COMMAND = Command(
             "space",
             choices_per_dimension,
             {},
-            "narrow a dimension (K1..K4, S1..S3, E1..E4, heads), e.g. --space K1=8 --space heads=16,32; may be repeated",
+            "narrow a dimension (K1..K4, S1..S3, E1..E4, heads): --space K1=8 --space heads=16,32; may be repeated",
             "NAME=CHOICES",
             repeated=True,
         ),

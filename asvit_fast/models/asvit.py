@@ -205,10 +205,10 @@ class AsViT(nn.Module):
 
     @torch.jit.ignore
     def init_weights(
-        self, mode: str = "", needs_reset: bool = True, generator: Optional[torch.Generator] = None, conv: bool = True
+        self, mode: str = "", needs_reset: bool = True, generator: Optional[torch.Generator] = None
     ) -> None:
-        """Draw every weight anew, in the order of ``modules()``: Linear N(0, 0.02), biases 0, LayerNorm 1 and 0, position
-        embedding N(0, 0.02), and (unless ``conv`` is False) the convolution's default U(+-1 / sqrt(fan_in)).
+        """Draw every weight anew: Linear N(0, 0.02), biases 0, LayerNorm 1 and 0, position embedding N(0, 0.02), the
+        convolution U(+-1 / sqrt(fan_in)).
 
         The authors' network (VITA-Group/AsViT) starts so too; its truncation at 100 sigma is none.
         """
@@ -220,12 +220,17 @@ class AsViT(nn.Module):
             elif isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Conv2d) and conv:
-                bound = module.weight[0].numel() ** -0.5
-                nn.init.uniform_(module.weight, -bound, bound, generator=generator)
-                nn.init.uniform_(module.bias, -bound, bound, generator=generator)
+        self.init_convolution(generator)
         if self.pos_embed is not None:
             nn.init.normal_(self.pos_embed, std=0.02, generator=generator)
+
+    @torch.jit.ignore
+    def init_convolution(self, generator: Optional[torch.Generator] = None) -> None:
+        """Draw the first projection anew: U(+-1 / sqrt(fan_in)), weight and bias, torch's default for convolutions."""
+        projection = self.patch_embed.proj
+        bound = projection.weight[0].numel() ** -0.5
+        nn.init.uniform_(projection.weight, -bound, bound, generator=generator)
+        nn.init.uniform_(projection.bias, -bound, bound, generator=generator)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from .. import backends
+
 
 def patch_embed_reference(
     image: Tensor,
@@ -27,6 +29,9 @@ def patch_embed_reference(
     if norm_weight is None:
         return tokens
     return F.layer_norm(tokens, (tokens.shape[3],), norm_weight, norm_bias, eps)
+
+
+backends.declare("patch_embed", reference=patch_embed_reference)
 
 
 def patch_embed(
@@ -60,6 +65,8 @@ def patch_embed(
             return handle_torch_function(
                 patch_embed, operands, image, weight, bias, stride, dilation, padding, norm_weight, norm_bias, eps
             )
+    if not torch.jit.is_scripting() and backends.forced_backend() is not None:
+        return backends.select("patch_embed", image.device)(image, weight, bias, stride, dilation, padding, norm_weight, norm_bias, eps)
     if image.dim() != 4 or weight.dim() != 4 or image.shape[1] != weight.shape[1]:
         raise ValueError(
             f"patch_embed: image must be [B, Cin, H, W] and weight [C, Cin, K, K] with the same Cin, "

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from .. import backends
+
 
 def merge_padding(size: int, kernel: int, stride: int) -> List[int]:
     """Zeros (before, after) along one axis such that the output has ceil(size / stride) tokens.
@@ -48,6 +50,9 @@ def patch_merge_reference(
     return F.linear(patches, weight, bias).unflatten(1, size)
 
 
+backends.declare("patch_merge", reference=patch_merge_reference)
+
+
 def patch_merge(
     x: Tensor,
     weight: Tensor,
@@ -79,6 +84,8 @@ def patch_merge(
             return handle_torch_function(
                 patch_merge, operands, x, weight, kernel, stride, norm_weight, norm_bias, bias, eps
             )
+    if not torch.jit.is_scripting() and backends.forced_backend() is not None:
+        return backends.select("patch_merge", x.device)(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps)
     if x.dim() != 4 or weight.dim() != 2 or weight.shape[1] != x.shape[3] * kernel * kernel:
         raise ValueError(
             f"patch_merge: x must be [B, H, W, C] and weight [Cout, C*{kernel}*{kernel}], "

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from .. import backends
 from .transforms import transform_active
 
 
@@ -149,6 +150,9 @@ def _window_attention_sdpa(
     return merge_windows(out, size, window, shift)
 
 
+backends.declare("window_attention", reference=window_attention_reference)
+
+
 def window_attention(
     qkv: Tensor,
     num_heads: int,
@@ -181,6 +185,9 @@ def window_attention(
             return handle_torch_function(
                 window_attention, (qkv,), qkv, num_heads, window, shift, bias, scale, dropout
             )
+        if backends.forced_backend() is not None:
+            implementation = backends.select("window_attention", qkv.device)
+            return implementation(qkv, num_heads, window, shift, bias, scale, dropout)
         elementary = elementary or transform_active()
     windows, shifts = [window[0], window[1]], [shift[0], shift[1]]
     _check(qkv, num_heads, windows, shifts, bias)

@@ -13,11 +13,11 @@ __all__ = ["report"]
 
 
 def report(directory: str | Path) -> Path:
-    """Draw the run (of ``search`` or ``scale``) in ``directory``, or the two in its ``search/`` and ``scale/`` subfolders.
+    """Draw the run (of ``search`` or ``scale``) in ``directory``, or those in its subfolders ``search`` and ``scale``.
 
     Writes the plots as PNG files and ``report.html``, which holds them too and needs no other file, into ``directory``.
-    A run that is still going, or was stopped, is drawn as far as it got. Returns the path of the page. Raises InputError
-    when there is no run, nothing to draw yet, or a file of the run cannot be understood; OSError when writing fails.
+    A run that is still going, or was stopped, is drawn as far as it got. Returns the path of the page. Raises
+    InputError when there is no run, nothing to draw yet, a file that cannot be understood, or no way to write.
     """
     try:
         from . import plots

@@ -82,9 +82,9 @@ def render(name: str, sections: Sequence[Section]) -> str:
     title = escape(f"asvit_fast: {name}")
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
-        f'<meta name="viewport" content="width=device-width">\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n'
-        '<p class="note">Vision transformers designed without training (As-ViT, arXiv 2202.11921). Scores order '
-        "untrained networks; only training can tell accuracies. FLOPs and MACs are multiply-adds of one image.</p>\n"
+        f'<meta name="viewport" content="width=device-width">\n<style>{STYLE}</style>\n</head>\n<body>\n'
+        f'<h1>{title}</h1>\n<p class="note">Vision transformers designed without training (As-ViT, arXiv 2202.11921). '
+        "Scores order untrained networks; only training can tell accuracies. MACs are multiply-adds of one image.</p>\n"
         f'{body}\n<p class="note">Written by asvit_fast {escape(__version__)}.</p>\n</body>\n</html>\n'
     )
 
@@ -101,7 +101,9 @@ def _section(section: Section) -> str:
 def _figure(name: str, png: bytes) -> str:
     data = base64.b64encode(png).decode()
     caption = escape(CAPTIONS[name])
-    return f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+    return (
+        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+    )
 
 
 def _table(title: str, note: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -118,7 +120,7 @@ def _cell(value: Any) -> str:
     """A table cell; long text wraps, everything else stays on one line."""
     if isinstance(value, Html):
         return f"<td>{value}</td>"
-    return f'<td{" class=text" if len(str(value)) > 40 else ""}>{escape(str(value))}</td>'
+    return f"<td{' class=text' if len(str(value)) > 40 else ''}>{escape(str(value))}</td>"
 
 
 def _code(topology: str) -> Html:
@@ -136,7 +138,10 @@ def _score(value: Any) -> str:
 def _result_table(run: Run):
     """What the run found, in numbers with units."""
     source = run.result or run.trace[-1]
-    rows = [("parameters (millions)", _millions(source["params"])), ("multiply-adds (millions)", _millions(source["flops"]))]
+    rows = [
+        ("parameters (millions)", _millions(source["params"])),
+        ("multiply-adds (millions)", _millions(source["flops"])),
+    ]
     for key, label in (("length_distortion", "length distortion"), ("ntk_condition", "NTK condition number")):
         if run.finished and key in source:
             rows.append((label, _score(source[key])))
@@ -169,8 +174,8 @@ def _top_table(run: Run):
     ]
     note = (
         f"The best of {len(distinct)} different sampled topologies, by the sum of their ranks in length distortion "
-        "(larger is better) and NTK condition number (smaller is better). The search returns its policy's most probable "
-        "topology, which need not be among them."
+        "(larger is better) and NTK condition number (smaller is better). The search returns the most probable "
+        "topology of its policy, which need not be among them."
     )
     header = ("topology", "rank sum", "length distortion", "NTK condition", "params (M)", "MACs (M)", "step")
     return "Best sampled topologies", note, header, rows
@@ -191,13 +196,17 @@ def _choice_table(run: Run):
     rows = []
     for name, values in dimensions.items():
         cells = [
-            _share(value, drawn[name, value] / len(run.trace), None if probabilities is None else probabilities[name, value])
+            _share(
+                value,
+                drawn[name, value] / len(run.trace),
+                None if probabilities is None else probabilities[name, value],
+            )
             for value in values
         ]
         rows.append((name, *cells, *[""] * (columns - len(cells))))
     note = (
         "K kernel, S splits per side, E expansion of the MLP, in stages 1 to 4; heads of the last stage. "
-        "In each cell: the choice; the policy's probability of it now, also as a bar; its share of all drawn topologies."
+        "In each cell: the choice; the policy's probability of it now, also as a bar; its share of all that were drawn."
     )
     return "What the policy learnt", note, ("dimension", *["" for _ in range(columns)]), rows
 

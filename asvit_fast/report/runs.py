@@ -37,10 +37,14 @@ class Run:
 def find_runs(directory: Path) -> list[Run]:
     """The run in ``directory`` itself, or those in its ``search`` and ``scale`` subfolders. InputError when none."""
     if not directory.is_dir():
-        raise InputError(f"run directory {str(directory)!r} does not exist; give the --out of asvit-fast search or scale")
+        raise InputError(
+            f"run directory {str(directory)!r} does not exist; give the --out of asvit-fast search or scale"
+        )
     folders = [folder for folder in (directory, *(directory / kind for kind in KINDS)) if has_run(folder)]
     if not folders:
-        raise InputError(f"{str(directory)!r} holds no run (no config.json); give the --out of asvit-fast search or scale")
+        raise InputError(
+            f"{str(directory)!r} holds no run (no config.json); give the --out of asvit-fast search or scale"
+        )
     return [read_run(folder) for folder in folders]
 
 
@@ -53,7 +57,9 @@ def read_run(directory: Path) -> Run:
     config = _read_json(directory / "config.json")
     kind = config.get("kind")
     if kind not in KINDS:
-        raise InputError(f"{str(directory / 'config.json')!r} is of kind {kind!r}; a report needs a search or scale run")
+        raise InputError(
+            f"{str(directory / 'config.json')!r} is of kind {kind!r}; a report needs a search or scale run"
+        )
     result_path = directory / "result.json"
     result = _read_json(result_path) if result_path.is_file() else None
     trace_path = directory / "trace.jsonl"

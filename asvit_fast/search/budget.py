@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -22,8 +24,8 @@ _UNITS = {"params": "parameters", "flops": "FLOPs (multiply-adds)"}
 class Budget:
     """Windows (lowest, highest) that a topology's cost must lie in, ends included; None or infinity leaves an end open.
 
-    ``params`` counts parameters, ``flops`` multiply-adds of one image. Raises InputError for a window that is no pair, is
-    negative or is upside down.
+    ``params`` counts parameters, ``flops`` multiply-adds of one image. Raises InputError for a window that is no pair,
+    is negative or is upside down.
     """
 
     params: Window | None = None
@@ -58,7 +60,8 @@ class Budget:
             low, high = getattr(self, name) or (None, None)
             if low is None and high is None:
                 continue
-            least, most = (_extreme(space, lambda t, n=name: getattr(cost_of(t), n), width, pick) for pick in (min, max))
+            value_of = functools.partial(_value, name, cost_of)
+            least, most = _extreme(space, value_of, width, min), _extreme(space, value_of, width, max)
             if (high is not None and least > high) or (low is not None and most < low):
                 raise InputError(
                     f"budget: {name} must be from {_text(low)} to {_text(high)}, but the topologies of the space at "
@@ -88,7 +91,12 @@ def _window(name: str, window: Window | None) -> Window | None:
     return (low, high)
 
 
-def _extreme(space: SearchSpace, value_of: Callable[[Topology], int], width: int, pick: Callable[..., int]) -> int:
+def _value(name: str, cost_of: Callable[[Topology], Cost], topology: Topology) -> int:
+    return getattr(cost_of(topology), name)
+
+
+def _extreme(space: SearchSpace, value_of: Callable[[Topology], int], width: int, pick: Callable[..., Any]) -> int:
+    """The smallest (``pick=min``) or largest (``max``) cost of any topology of the space."""
     names = list(space.dimensions)
     extremes = []
     for heads in range(len(space.dimensions["heads"])):
@@ -101,7 +109,7 @@ def _extreme(space: SearchSpace, value_of: Callable[[Topology], int], width: int
                 ]
                 action = pick(options, key=lambda option: value_of(space.topology(option, width)))
         extremes.append(value_of(space.topology(action, width)))
-    return pick(extremes)
+    return int(pick(extremes))
 
 
 def _text(end: float | None) -> str:

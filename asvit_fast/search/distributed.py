@@ -1,7 +1,7 @@
 """Sharing the scoring of candidates over the processes that torchrun started.
 
-Rank 0 runs the algorithm and alone touches files; the other ranks compute their share of every list of tasks. Tasks are pure
-functions of their arguments, so the result is that of a single process with as many threads.
+Rank 0 runs the algorithm and alone touches files; the other ranks compute their share of every list of tasks. Tasks are
+pure functions of their arguments, so the result is that of a single process with as many threads.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def rank_device(device: str | torch.device | None) -> torch.device:
 def run_shared(
     lead: Callable[[Share[Task]], Result], work: Callable[[Task], Values], device: torch.device | None = None
 ) -> Result:
-    """Run ``lead(share)`` on rank 0, where ``share(tasks)`` is ``[work(task) for task in tasks]`` spread over all ranks.
+    """Run ``lead(share)`` on rank 0, where ``share(tasks)`` is ``[work(task) for task in tasks]`` spread over all
+    ranks.
 
     Every rank gets the result. An error of any rank ends all ranks with its message.
     """

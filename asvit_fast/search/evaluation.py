@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,13 +15,13 @@ from ..topology import Topology
 from .distributed import Share, rank_device
 
 Scorer = Callable[[Topology], Mapping[str, float]]
-Images = Tensor | str | os.PathLike[str] | None
+Images = Tensor | str | Path | None
 
 METRICS = ("length_distortion", "ntk_condition")
 
 
 class Measures(NamedTuple):
-    """``length_distortion``: larger is better; ``ntk_condition``: smaller is better, infinite for a degenerate network."""
+    """``length_distortion``: larger is better; ``ntk_condition``: smaller is better, infinite when degenerate."""
 
     length_distortion: float
     ntk_condition: float

@@ -73,12 +73,13 @@ class Policy:
 
     def entropy(self) -> float:
         """Entropy of the whole policy, in nats: 15.33 at the start for Table 1's space."""
-        return float(-sum((log_probs.exp() * log_probs).sum() for log_probs in self._log_probs()).detach())
+        return -sum(float((log_probs.exp() * log_probs).sum().detach()) for log_probs in self._log_probs())
 
     def update(self, action: Sequence[int], reward: float) -> None:
         """One REINFORCE step on the loss -log p(action) (reward - baseline).
 
-        The baseline takes the reward in before it is used, as the authors' code does, so the first update moves nothing.
+        The baseline takes the reward in before it is used, as the authors' code does, so the first update moves
+        nothing.
         """
         if not math.isfinite(reward):
             raise InputError(f"policy: reward must be finite, got {reward}")

@@ -17,12 +17,13 @@ from ..files import as_float
 from ..topology import DEFAULT_WIDTH, SearchSpace, Topology
 from .budget import Budget
 from .distributed import Share, run_shared
-from .evaluation import METRICS, Evaluator, Images, Measures, Scorer, Task
+from .evaluation import METRICS, Evaluator, Images, Scorer, Task
 from .policy import Policy
 from .reward import RewardHistory
 from .run_directory import RunDirectory
 
 MAX_REJECTED = 1000  # draws of one step outside the budget
+_COUNTS = ("params", "flops", "steps", "entropy")
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class SearchResult:
     """The topology that a search found and how.
 
     ``topology`` is the most probable one of the final policy (that fits the budget), ``length_distortion`` and
-    ``ntk_condition`` its measures, ``params`` and ``flops`` (multiply-adds) its cost, ``entropy`` the final policy's in nats,
-    ``trace`` one record a step as in trace.jsonl.
+    ``ntk_condition`` its measures, ``params`` and ``flops`` (multiply-adds) its cost, ``entropy`` the final policy's in
+    nats, ``trace`` one record a step as in trace.jsonl.
     """
 
     topology: Topology
@@ -46,8 +47,14 @@ class SearchResult:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of result.json."""
-        names = ("length_distortion", "ntk_condition", "params", "flops", "steps", "entropy")
-        return {"kind": "search", "topology": str(self.topology), **{name: getattr(self, name) for name in names}}
+        values = {name: getattr(self, name) for name in (*METRICS, *_COUNTS)}
+        return {"kind": "search", "topology": str(self.topology), **values}
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any], trace: list[dict[str, Any]], policy: Policy) -> SearchResult:
+        """What ``to_dict`` wrote, with the trace and the policy that belong to it."""
+        values = {**{name: stored[name] for name in _COUNTS}, **_with_floats({name: stored[name] for name in METRICS})}
+        return cls(Topology.parse(stored["topology"]), **values, trace=trace, policy=policy)
 
 
 def search(
@@ -73,20 +80,22 @@ def search(
 ) -> SearchResult:
     """Find a topology whose untrained networks have a large length distortion and a small NTK condition number.
 
-    Each step draws a topology from the policy, scores it, and follows the gradient of log p(topology) (reward - baseline);
-    the reward is the change of both measures against the previous step, relative to the range seen. The result is the most
-    probable topology of the final policy. It is a pure function of the arguments: a run that was killed continues from ``out``
-    and ends as if it had not been. Under torchrun the repeats are shared over all processes, with the same result.
+    Each step draws a topology from the policy, scores it, and follows the gradient of log p(topology) (reward -
+    baseline); the reward is the change of both measures against the previous step, relative to the range seen. The
+    result is the most probable topology of the final policy. It is a pure function of the arguments: a run that was
+    killed continues from ``out`` and ends as if it had not been. Under torchrun the repeats are shared over all
+    processes, with the same result.
 
     Args:
         space: the choices; by default Table 1 of the paper, 4,556,250 topologies.
         steps: topologies to score.
         images: what the NTK looks at: a folder, a tensor [B, 3, H, W], or None for standard normal noise.
         seed: of policy, weights, circles and noise.
-        budget: topologies outside are rejected before they are scored, logged with the reason, and another is drawn; after
-            1000 in one step the most probable one that fits is taken. The result fits too.
+        budget: topologies outside are rejected before they are scored, logged with the reason, and another is drawn;
+            after 1000 in one step the most probable one that fits is taken. The result fits too.
         convention: "paper", or "reference" for the numbers of the authors' code (scores and rewards).
-        out: run directory (config.json, trace.jsonl, state.pt, result.json), made or continued; None keeps all in memory.
+        out: run directory (config.json, trace.jsonl, state.pt, result.json), made or continued; None keeps all in
+            memory.
         img_size: pixels, int or (height, width). repeats: initialisations per topology. thetas: points on the circle.
         batch: images for the NTK. width: channels of the first stage. norms: of the network whose curve is measured.
         device: a GPU if there is one, by default.
@@ -95,8 +104,8 @@ def search(
         history: values in the range of the "reference" reward. lr, momentum: Adam's rate, the baseline's momentum.
 
     Raises:
-        InputError: an option that cannot be used, a budget that no topology fits, a run directory that is read-only, in use,
-            damaged or of other options - all before anything is scored; later, a full disk.
+        InputError: an option that cannot be used, a budget that no topology fits, a run directory that is read-only, in
+            use, damaged or of other options - all before anything is scored; later, a full disk.
     """
     space = SearchSpace() if space is None else space
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
@@ -169,9 +178,12 @@ class _Search:
                 directory.record(record, self.state_dict())
                 bar.set_postfix_str(_progress(record), refresh=False)
                 bar.update()
-        if directory.result is None:
-            directory.finish(self.score_best(share))
-        return self.result(directory)
+        trace = [_with_floats(record) for record in directory.trace]
+        if directory.result is not None:
+            return SearchResult.from_dict(directory.result, trace, self.policy)
+        result = self.result(share, trace)
+        directory.finish(result.to_dict())
+        return result
 
     def step(self, step: int, share: Share[Task]) -> dict[str, Any]:
         """Draw, score, reward, update; the trace record."""
@@ -216,30 +228,14 @@ class _Search:
         topologies = (self.space.topology(action, self.width) for action in self.policy.ranked())
         return next(topology for topology in topologies if self.budget.reject(self.cost(topology)) is None)
 
-    def score_best(self, share: Share[Task]) -> dict[str, Any]:
-        """The content of result.json."""
+    def result(self, share: Share[Task], trace: list[dict[str, Any]]) -> SearchResult:
+        """The best topology, scored as one more step would be."""
         topology = self.best()
         cost = self.cost(topology)
         measures = self.evaluator.measure(share, [topology], self.steps)[0]
-        return {
-            "kind": "search",
-            "topology": str(topology),
-            **measures._asdict(),
-            "params": cost.params,
-            "flops": cost.flops,
-            "steps": self.steps,
-            "entropy": self.policy.entropy(),
-        }
-
-    def result(self, directory: RunDirectory) -> SearchResult:
-        stored = directory.result
-        assert stored is not None
-        trace = [{**record, **{name: as_float(record[name]) for name in METRICS}} for record in directory.trace]
-        measures = Measures(*(as_float(stored[name]) for name in METRICS))
-        names = ("params", "flops", "steps", "entropy")
-        topology = Topology.parse(stored["topology"])
+        entropy = self.policy.entropy()
         return SearchResult(
-            topology, *measures, **{name: stored[name] for name in names}, trace=trace, policy=self.policy
+            topology, *measures, cost.params, cost.flops, self.steps, entropy, trace=trace, policy=self.policy
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -253,6 +249,11 @@ class _Search:
         self.policy.load_state_dict(state["policy"])
         self.generator.set_state(state["generator"])
         self.rewards.load_state_dict(state["rewards"])
+
+
+def _with_floats(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with the measures as floats, which JSON holds as strings when they are not finite."""
+    return {**record, **{name: as_float(record[name]) for name in METRICS}}
 
 
 def _progress(record: dict[str, Any]) -> str:

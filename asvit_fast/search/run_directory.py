@@ -1,4 +1,4 @@
-"""The folder of a run: what it is, what it did, where it stands. Made so that a kill at any moment loses one step at most."""
+"""The folder of a run: what it is, what it did, where it stands. A kill at any moment loses one step at most."""
 
 from __future__ import annotations
 
@@ -34,11 +34,12 @@ class RunDirectory:
 
     Args:
         out: the folder, made if missing.
-        config: all options that the result depends on, and "kind". The package's version is added; a folder begun by another
-            version is continued with a warning.
+        config: all options that the result depends on, and "kind". The package's version is added; a folder begun by
+            another version is continued with a warning.
 
     Raises:
-        InputError: the folder cannot be written, is in use, is damaged, or holds a run of another kind or other options.
+        InputError: the folder cannot be written, is in use, is damaged, or holds a run of another kind or other
+            options.
     """
 
     def __init__(self, out: str | os.PathLike[str] | None, config: dict[str, Any]) -> None:
@@ -149,7 +150,9 @@ class RunDirectory:
         content = path.read_bytes() if path.exists() else b""
         complete = content.split(b"\n")[:-1]
         if len(complete) < lines:
-            raise InputError(f"{path} has {len(complete)} steps but {STATE} knows {lines}; choose another run directory")
+            raise InputError(
+                f"{path} has {len(complete)} steps but {STATE} knows {lines}; choose another run directory"
+            )
         kept = b"".join(line + b"\n" for line in complete[:lines])
         if kept != content:
             write_atomic(path, kept)

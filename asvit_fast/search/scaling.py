@@ -100,30 +100,30 @@ def scale(
     """Grow ``topology`` until it reaches a number of parameters; one entry a step, the last one holds the result.
 
     The candidates of a step have one more block in one of the stages and a width 5, 10, 15 or 20 % larger: 16 at most.
-    They are ranked by length distortion (larger first) and by NTK condition number (smaller first), equal values sharing a
-    rank; the smallest sum of ranks wins. Like ``search``, a run continues from ``out`` after a kill, is shared over the processes
-    of torchrun, and is a pure function of its arguments.
+    They are ranked by length distortion (larger first) and by NTK condition number (smaller first), equal values
+    sharing a rank; the smallest sum of ranks wins. Like ``search``, a run continues from ``out`` after a kill, is
+    shared over the processes of torchrun, and is a pure function of its arguments.
 
-    Conventions. "paper": every width is the nearest integer above the old one; candidates are scored at their real width, as
-    Algorithm 2 reads (costly: the last steps towards 100 M score networks of that size; ``shrink=4`` is 10 times cheaper);
-    a tie goes to the better value of the measure that varies more. "reference", the authors' code: widths are those of the
-    scored network, a quarter of the real one (8 for 32), rounded half to even, and may stay the same; a tie looks at
-    two candidates only and goes to the SMALLER value, whichever the measure.
+    Conventions. "paper": every width is the nearest integer above the old one; candidates are scored at their real
+    width, as Algorithm 2 reads (costly: the last steps towards 100 M score networks of that size; ``shrink=4`` is 10
+    times cheaper); a tie goes to the better value of the measure that varies more. "reference", the authors' code:
+    widths are those of the scored network, a quarter of the real one (8 for 32), rounded half to even, and may stay the
+    same; a tie looks at two candidates only and goes to the SMALLER value, whichever the measure.
 
     Args:
         topology: where to start, with its depths and width.
         max_params: never exceeded; the run ends when no candidate fits. (The paper's loop ends beyond the limit.)
             A pair (stop at, never above), such as the authors' (80e6, 110e6), also ends the run at the first number.
             Parameters are counted with 1000 classes and no position embedding.
-        scorer: replaces the scores: candidate -> {"length_distortion": float, "ntk_condition": float}; the candidate has the
-            scored width.
+        scorer: replaces the scores: candidate -> {"length_distortion": float, "ntk_condition": float}; the candidate
+            has the scored width.
         max_steps: end after so many steps.
         shrink: real width / scored width; 1 for "paper" and 4 for "reference" by default.
         images, seed, out, img_size, repeats, thetas, batch, norms, device, progress: as in ``search``.
 
     Raises:
-        InputError: an option that cannot be used, a limit that leaves no first step, a run directory that cannot be used;
-            also when no candidate of a step has finite measures.
+        InputError: an option that cannot be used, a limit that leaves no first step, a run directory that cannot be
+            used; also when no candidate of a step has finite measures.
     """
     check_convention(convention)
     evaluator = Evaluator(
@@ -167,7 +167,7 @@ def grown(topology: Topology, convention: str = "paper", shrink: int = 1) -> lis
 
 
 def choose(measures: Sequence[Measures], convention: str = "paper") -> tuple[int | None, list[int | None]]:
-    """Index of the winning candidate, and every candidate's sum of ranks; None stands for "not finite", which never wins."""
+    """Index of the winning candidate, and all sums of ranks; None stands for "not finite", which never wins."""
     finite = [index for index, values in enumerate(measures) if all(map(math.isfinite, values))]
     sums: list[int | None] = [None] * len(measures)
     for index in finite:
@@ -318,8 +318,12 @@ class _Scaling:
 
 def _limits(max_params: float | tuple[float, float]) -> tuple[float, float]:
     pair = tuple(max_params) if isinstance(max_params, (tuple, list)) else (max_params, max_params)
-    if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, (int, float)) or not 0 < n < math.inf for n in pair):
-        raise InputError(f"max_params must be a number of parameters or a pair (stop at, never above), got {max_params!r}")
+    if len(pair) != 2 or any(
+        isinstance(n, bool) or not isinstance(n, (int, float)) or not 0 < n < math.inf for n in pair
+    ):
+        raise InputError(
+            f"max_params must be a number of parameters or a pair (stop at, never above), got {max_params!r}"
+        )
     if pair[0] > pair[1]:
         raise InputError(f"max_params: stop at {pair[0]:,.0f} is above never above {pair[1]:,.0f}; swap them")
     return pair
@@ -339,7 +343,7 @@ def _scored(state: dict[str, Any] | None) -> list[Measures]:
 
 
 def _chunk() -> int:
-    """Candidates between two saves: as many as there are processes, so that all have the same number of repeats to do."""
+    """Candidates between two saves: as many as there are processes, so that all have equally many repeats to do."""
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 

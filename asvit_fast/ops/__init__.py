@@ -1,0 +1,8 @@
+"""Operations: each has a pure-torch reference and the implementations that ``backends`` chooses from."""
+
+from .gelu_taylor import gelu_taylor
+from .patch_embed import patch_embed
+from .patch_merge import patch_merge
+from .window_attention import window_attention
+
+__all__ = ["gelu_taylor", "patch_embed", "patch_merge", "window_attention"]

@@ -1,0 +1,90 @@
+"""A circle of inputs pushed through a network: h(theta) = scale (u0 cos theta + u1 sin theta).
+
+Source: As-ViT (arXiv 2202.11921), section 3.2, after Poole et al. (arXiv 1606.05340).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..taylor import jet, jvp
+from .memory import in_pieces
+
+CONVENTIONS = ("paper", "reference")
+
+
+def check_convention(convention: str) -> None:
+    if convention not in CONVENTIONS:
+        raise InputError(f"convention must be 'paper' or 'reference', got {convention!r}")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The image of the circle at ``theta`` [n] (radians) and its derivatives with respect to theta, each [n, F]."""
+
+    theta: Tensor
+    output: Tensor
+    velocity: Tensor
+    acceleration: Tensor | None = None  # None for order 1
+
+
+def theta_grid(thetas: int, convention: str = "paper") -> Tensor:
+    """[thetas] float64 angles: "paper" 2 pi k / n, open; "reference" with both ends, so that theta = 0 counts twice."""
+    check_convention(convention)
+    if thetas < 1:
+        raise InputError(f"thetas must be 1 or more, got {thetas}")
+    if convention == "reference":
+        return torch.linspace(0.0, 2 * math.pi, thetas, dtype=torch.float64)
+    return 2 * math.pi * torch.arange(thetas, dtype=torch.float64) / thetas
+
+
+def circle(shape: Sequence[int], generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Two orthonormal inputs u0, u1 of ``shape``, float64, spanning a random plane."""
+    u0, u1 = torch.randn(2, *shape, dtype=torch.float64, generator=generator)
+    u0 = u0 / u0.norm()
+    u1 = u1 - (u0 * u1).sum() * u0
+    return u0, u1 / u1.norm()
+
+
+def curve(
+    fn: Callable[[Any], Tensor],
+    theta: Tensor,
+    u0: Tensor,
+    u1: Tensor,
+    scale: float = 1.0,
+    order: int = 2,
+) -> Curve:
+    """Push the circle through ``fn``: one Taylor pass for all thetas, split by itself when memory runs out.
+
+    Args:
+        fn: a Module or function, [n, *shape] -> [n, ...]; the output is flattened to [n, F].
+        theta: [n], radians.
+        u0, u1: [*shape], orthonormal; their dtype and device are those of the pass.
+        scale: radius of the circle: sqrt(u0.numel()) in the paper, 1 in the authors' code.
+        order: 1 (velocity) or 2 (velocity and acceleration).
+
+    Raises:
+        InputError: an order other than 1 or 2, or u0 and u1 of different shapes.
+        TaylorError: a torch function that cannot be propagated, named.
+    """
+    if order not in (1, 2):
+        raise InputError(f"order must be 1 or 2, got {order!r}")
+    if u0.shape != u1.shape:
+        raise InputError(f"u0 and u1 must have one shape, got {list(u0.shape)} and {list(u1.shape)}")
+
+    def run(part: slice) -> list[Tensor]:
+        column = theta[part].to(u0.device).reshape(-1, *[1] * u0.dim())  # [n, 1, ...]
+        cos, sin = scale * torch.cos(column).to(u0.dtype), scale * torch.sin(column).to(u0.dtype)
+        x, dx = u0 * cos + u1 * sin, u1 * cos - u0 * sin  # [n, *shape]; the second derivative is -x
+        orders = jvp(fn, x, dx) if order == 1 else jet(fn, x, dx, -x)
+        return [value.flatten(1) for value in orders]
+
+    pieces = in_pieces(run, len(theta), "the curve")
+    return Curve(theta, *(torch.cat(parts) for parts in zip(*pieces, strict=True)))

@@ -1,0 +1,61 @@
+"""Length and curvature of a curve. Source: As-ViT (arXiv 2202.11921), section 3.2; SPEC of the two conventions in the README.
+
+"paper" integrates over theta in [0, 2 pi) (mean times 2 pi; the paper's surplus square root left out), "reference" sums over the
+thetas as the authors' code does. Results are floats, computed in float64, NaN or inf when the curve is not finite.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .curve import Curve, check_convention
+
+REFERENCE_BATCH = 6  # thetas that the authors' code passes at a time, which its Gauss length depends on
+
+
+def _integral(values: Tensor, convention: str) -> float:
+    """values [n], one per theta."""
+    check_convention(convention)
+    return float(values.sum() if convention == "reference" else 2 * math.pi * values.mean())
+
+
+def _derivatives(c: Curve) -> tuple[Tensor, Tensor]:
+    """Velocity and acceleration [n, F] in float64."""
+    if c.acceleration is None:
+        raise InputError("curvature and Gauss length need the acceleration: call curve(..., order=2)")
+    return c.velocity.double(), c.acceleration.double()
+
+
+def _turning(v: Tensor, a: Tensor) -> Tensor:
+    """|a_perp| [n], the acceleration across the velocity: sqrt((v.v)(a.a) - (v.a)^2) / |v| without its cancellation."""
+    along = (v * a).sum(1, keepdim=True) / (v * v).sum(1, keepdim=True)
+    return (a - along * v).norm(dim=1)
+
+
+def length_distortion(c: Curve, convention: str = "paper") -> float:
+    """L^E: the length of the curve, integral of |v| (paper), or the sum of |v| over the thetas (reference)."""
+    return _integral(c.velocity.double().norm(dim=1), convention)
+
+
+def curvature(c: Curve, convention: str = "paper") -> float:
+    """kappa: integral (paper) or sum (reference) of (v.v)^(-3/2) sqrt((v.v)(a.a) - (v.a)^2)."""
+    v, a = _derivatives(c)
+    return _integral(_turning(v, a) / (v * v).sum(1), convention)
+
+
+def gauss_length(c: Curve, convention: str = "paper", batch: int = REFERENCE_BATCH) -> float:
+    """L_kappa^E: the length of the unit velocity's curve, integral of |d(v/|v|)/d theta|.
+
+    "reference" gives what the authors' code returns: with ``batch`` thetas at a time, the sum over batches of
+    (sum of |a|) (sum of 1/|v|), a slip of broadcasting that makes it about ``batch`` times too large.
+    """
+    v, a = _derivatives(c)
+    check_convention(convention)
+    if convention == "paper":
+        return _integral(_turning(v, a) / v.norm(dim=1), convention)
+    accelerations, inverse_speeds = a.norm(dim=1).split(batch), (1 / v.norm(dim=1)).split(batch)
+    return float(torch.stack([x.sum() * y.sum() for x, y in zip(accelerations, inverse_speeds, strict=True)]).sum())

@@ -1,0 +1,91 @@
+"""The neural tangent kernel of a batch and its condition number.
+
+Source: As-ViT (arXiv 2202.11921), section 3.2, after Xiao et al. (arXiv 1912.13053). The kernel of sample i and j is the product of
+the gradients of their summed features; one backward pass serves all samples (``per_sample``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from .memory import in_pieces
+from .per_sample import RowSink, per_sample_gradients
+
+
+def score_features(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What scores look at, [B, 3, H, W] -> [B, F]: ``score_features`` of our networks, the pooled features before the classifier
+    of a timm model, the flattened output of any other module."""
+    if hasattr(model, "score_features"):
+        return model.score_features
+    if hasattr(model, "forward_features") and hasattr(model, "forward_head"):
+        return lambda x: model.forward_head(model.forward_features(x), pre_logits=True).flatten(1)
+    return lambda x: model(x).flatten(1)
+
+
+def ntk_gram(model: nn.Module, images: Tensor, parameters: str = "weights") -> Tensor:
+    """Gram matrix [B, B], float64: G_ij = g_i . g_j, g_j the gradient of ``score_features(images)[j].sum()``.
+
+    Args:
+        model: any module (see ``score_features``); evaluated in evaluation mode, its mode and gradients left as they were.
+        images: [B, 3, H, W] on the model's device.
+        parameters: "weights", those whose name contains "weight" (what the authors' code takes), or "all". Parameters that do not
+            require or do not receive a gradient count nothing.
+
+    Raises:
+        InputError: no parameter to differentiate by, or an unknown ``parameters``.
+
+    One forward and one backward pass; per layer, per-sample gradients are contracted at once and never kept. Layers it does not
+    know are named in a warning and take a slower exact path. Splits the batch when memory runs out.
+    """
+    if parameters not in ("weights", "all"):
+        raise InputError(f"parameters must be 'weights' or 'all', got {parameters!r}")
+    chosen = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and (parameters == "all" or "weight" in name)
+    }
+    if not chosen:
+        raise InputError("the NTK needs parameters that require gradients, the model has none")
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        return _gram(score_features(model), images, chosen)
+    finally:
+        for module, mode in was_training.items():
+            module.training = mode
+
+
+def _gram(features: Callable[[Tensor], Tensor], images: Tensor, chosen: dict[str, nn.Parameter]) -> Tensor:
+    """The whole batch at once if it fits; in pieces the rows of gradients wait in main memory."""
+
+    def run(part: slice) -> RowSink:
+        sink = RowSink(keep=part != slice(0, len(images)))
+        per_sample_gradients(features, images[part], chosen, sink)
+        return sink
+
+    sinks = in_pieces(run, len(images), "the NTK")
+    if len(sinks) == 1:
+        return sinks[0].gram(len(images))
+    gram = torch.zeros(len(images), len(images), dtype=torch.float64)
+    for name in chosen:
+        rows = [sink.rows[name] for sink in sinks if name in sink.rows]
+        if rows:
+            stacked = torch.cat(rows).double()  # [B, parameter]
+            gram += stacked @ stacked.T
+    return gram
+
+
+def ntk_condition(gram: Tensor) -> float:
+    """Largest over smallest eigenvalue of a Gram matrix [B, B]; inf (the worst) when it is not finite or not positive definite."""
+    if gram.dim() != 2 or gram.shape[0] != gram.shape[1] or gram.shape[0] == 0:
+        raise InputError(f"a Gram matrix is square, got {list(gram.shape)}")
+    if not torch.isfinite(gram).all():
+        return float("inf")
+    eigenvalues = torch.linalg.eigvalsh(gram.double())  # [B], ascending
+    if not eigenvalues[0] > 0:
+        return float("inf")
+    return float(eigenvalues[-1] / eigenvalues[0])

@@ -1,0 +1,211 @@
+"""What setup.py decides, the installed build report, and Triton kernels compiled for GPUs that are not here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from asvit_fast import _extension
+
+
+@pytest.fixture(scope="module")
+def build() -> ModuleType:
+    """setup.py as a module; it runs nothing when imported."""
+    pytest.importorskip("setuptools")
+    path = Path(__file__).resolve().parent.parent / "setup.py"
+    specification = importlib.util.spec_from_file_location("asvit_fast_setup", path)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["asvit_fast_setup"] = module  # dataclasses look their module up
+    specification.loader.exec_module(module)
+    return module
+
+
+# --------------------------------------------------------------------------- decisions
+
+
+@pytest.mark.parametrize(("value", "mode"), [(None, "auto"), ("", "auto"), ("cuda", "cuda"), (" CPU ", "cpu"), ("none", "none")])
+def test_build_mode(build, value, mode):
+    assert build.build_mode({} if value is None else {"ASVIT_FAST_BUILD": value}) == mode
+
+
+def test_unknown_build_mode(build):
+    with pytest.raises(SystemExit, match="ASVIT_FAST_BUILD='gpu' is not known: use one of auto, cuda, cpu, none"):
+        build.build_mode({"ASVIT_FAST_BUILD": "gpu"})
+
+
+def test_mode_none_builds_nothing(build):
+    plan = build.make_plan("none")
+    assert not plan.extension
+    assert plan.report["reason"] == "ASVIT_FAST_BUILD=none"
+
+
+@pytest.fixture
+def toolkit(tmp_path, build, monkeypatch) -> Path:
+    """A folder that looks like a CUDA 13.0 toolkit, the only one on the machine."""
+    for file in ("include/cuda_runtime_api.h", "lib64/libcudart.so", "bin/nvcc"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    answers = {"--version": "Cuda compilation tools, release 13.0, V13.0.88", "--list-gpu-arch": "compute_75\ncompute_80\ncompute_90"}
+    monkeypatch.setattr(build, "output_of", lambda *command: answers.get(command[-1], ""))
+    monkeypatch.setattr(build, "toolkit_candidates", lambda: [tmp_path])
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    return tmp_path
+
+
+def test_toolkit_is_found(build, toolkit):
+    assert build.find_toolkit("13.2") == build.Toolkit(toolkit, "13.0")
+
+
+@pytest.mark.parametrize("missing", ["include/cuda_runtime_api.h", "lib64/libcudart.so", "bin/nvcc"])
+def test_incomplete_toolkit(build, toolkit, missing):
+    (toolkit / missing).unlink()
+    with pytest.raises(build.CannotBuild, match=f"{toolkit} has no .*{Path(missing).stem}"):
+        build.find_toolkit("13.2")
+
+
+def test_toolkit_of_another_major_version(build, toolkit):
+    with pytest.raises(build.CannotBuild, match=r"is CUDA 13\.0, torch was built with CUDA 12\.8"):
+        build.find_toolkit("12.8")
+
+
+def test_cpu_only_torch(build, toolkit):
+    with pytest.raises(build.CannotBuild, match="torch is a CPU-only build"):
+        build.find_toolkit(None)
+
+
+def test_default_archs_are_what_nvcc_supports(build, toolkit):
+    assert build.arch_list(build.Toolkit(toolkit, "13.0")) == "8.0;9.0+PTX"
+
+
+def test_chosen_archs_are_kept(build, toolkit, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a")
+    assert build.arch_list(build.Toolkit(toolkit, "13.0")) == "9.0a"
+
+
+def cannot(build, reason):
+    def fail(*_):
+        raise build.CannotBuild(reason)
+
+    return fail
+
+
+@pytest.mark.parametrize("mode", ["cuda", "cpu"])
+@pytest.mark.parametrize("part", ["find_torch", "find_compiler"])
+def test_demanded_build_fails_loudly(build, monkeypatch, mode, part):
+    monkeypatch.setattr(build, part, cannot(build, "there is none"))
+    with pytest.raises(SystemExit, match=f"ASVIT_FAST_BUILD={mode}: there is none"):
+        build.make_plan(mode)
+    plan = build.make_plan("auto")
+    assert not plan.extension
+    assert plan.report["reason"] == "there is none"
+
+
+def test_cuda_is_decided_by_the_toolkit(build, monkeypatch, toolkit):
+    torch = SimpleNamespace(__version__="2.15.0", version=SimpleNamespace(cuda="13.2"))  # has no .cuda to ask for a GPU
+    monkeypatch.setattr(build, "find_torch", lambda: torch)
+    monkeypatch.setattr(build, "find_compiler", lambda: ("c++", "c++ 12"))
+    plan = build.make_plan("cuda")
+    assert plan.toolkit.root == toolkit
+    assert plan.report["archs"] == ["8.0", "9.0+PTX"]
+    monkeypatch.setattr(build, "find_toolkit", cannot(build, "no nvcc"))
+    with pytest.raises(SystemExit, match="ASVIT_FAST_BUILD=cuda: no nvcc"):
+        build.make_plan("cuda")
+    plan = build.make_plan("auto")
+    assert plan.extension
+    assert plan.toolkit is None
+    assert plan.report["cuda_reason"] == "no nvcc"
+
+
+def test_nvcc_behind_a_wrapper_script(build, tmp_path):
+    wrapper = tmp_path / "nvcc"
+    wrapper.write_text("#!/bin/sh\necho '#$ _HERE_=/opt/cuda-13.0/bin' >&2\n")
+    wrapper.chmod(0o755)
+    assert build.nvcc_root(str(wrapper)) == Path("/opt/cuda-13.0")
+
+
+# --------------------------------------------------------------------------- what is installed
+
+
+def test_installed_build_did_not_fail():
+    report = _extension.build_report()
+    assert report, "install the package first: make"
+    assert not report.get("failed"), report["reason"]
+
+
+def test_reasons_for_no_extension():
+    assert "never installed" in _extension.why_not_built({}, "2.15.0")
+    assert "no C++ compiler" in _extension.why_not_built({"extension": False, "reason": "no C++ compiler"}, "2.15.0")
+    built = {"extension": True, "torch": "2.14.0"}
+    assert "built for torch 2.14.0, this is torch 2.15.0: rebuild" in _extension.why_not_built(built, "2.15.0")
+    assert _extension.why_not_built(built, "2.14.0") is None
+
+
+def test_loader_keeps_the_error(monkeypatch):
+    def fail(name):
+        raise ImportError("undefined symbol: _ZN3c10")
+
+    _extension._load.cache_clear()
+    monkeypatch.setattr(_extension, "why_not_built", lambda *_: None)
+    monkeypatch.setattr(_extension.importlib, "import_module", fail)
+    try:
+        assert _extension.extension() is None
+        assert _extension.reason() == "asvit_fast._C does not load: undefined symbol: _ZN3c10"
+    finally:
+        _extension._load.cache_clear()
+
+
+def install(root: Path, target: Path, **environment: str) -> dict:
+    """Really install the checkout, without torch's build isolation, into `target`; returns its build report."""
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--target", str(target), str(root)]
+    subprocess.run(command, check=True, env={**os.environ, **environment})
+    return json.loads((target / "asvit_fast" / "_build.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["none", "cpu"])
+def test_install(root, tmp_path, mode):
+    report = install(root, tmp_path, ASVIT_FAST_BUILD=mode)
+    assert report["extension"] == (mode == "cpu")
+    assert bool(list((tmp_path / "asvit_fast").glob("_C.*"))) == (mode == "cpu")
+    assert (tmp_path / "asvit_fast" / "kernels" / "gelu_taylor.py").exists()
+    assert not (tmp_path / "kernels").exists()
+    program = "from asvit_fast.ops.gelu_taylor import gelu_taylor; import torch; print(gelu_taylor(torch.zeros(2, 3)).shape)"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path, env=environment)
+
+
+@pytest.mark.slow
+def test_install_survives_a_compiler_that_fails(root, tmp_path):
+    report = install(root, tmp_path, ASVIT_FAST_BUILD="auto", CXX="false", CUDA_HOME="/nowhere")
+    assert not report["extension"]
+    assert report["reason"].startswith("compilation failed")
+
+
+# --------------------------------------------------------------------------- Triton kernels
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_triton_kernel_compiles(capability, dtype):
+    pytest.importorskip("triton")
+    from asvit_fast.kernels.gelu_taylor import BLOCK, OPTIONS, gelu_taylor_kernel
+    from asvit_fast.kernels.inspection import compile_kernel
+
+    for tanh in (False, True):
+        report = compile_kernel(
+            gelu_taylor_kernel,
+            {"input_pointer": f"*{dtype}", "output_pointer": f"*{dtype}", "count": "i64"},
+            {"ORDERS": 2, "TANH": tanh, "BLOCK": BLOCK},
+            capability,
+            **OPTIONS,
+        )
+        assert report.cubin_bytes > 1000
+        assert 16 <= report.registers <= 128
+        assert report.spilled_bytes == 0

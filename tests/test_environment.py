@@ -1,0 +1,181 @@
+"""Backends and the environment report: what is available, and the reasons when something is not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from asvit_fast import _extension, backends
+from asvit_fast.backends import FallbackWarning, arch_runs_on, available, resolve_device, use_backend
+from asvit_fast.environment import environment, format_environment, show_config
+from asvit_fast.errors import InputError
+from asvit_fast.ops.gelu_taylor import gelu_taylor, gelu_taylor_reference
+
+
+@pytest.fixture
+def op(monkeypatch):
+    """An op with a CPU and a reference implementation, each returning its name."""
+    monkeypatch.setattr(backends, "_implementations", dict(backends._implementations))
+    monkeypatch.setattr(backends, "_notified", set())
+    backends.declare("example", triton=lambda: "triton", cpu=lambda: "cpu", reference=lambda: "reference")
+    yield "example"
+    backends._reason.cache_clear()
+
+
+@pytest.fixture
+def no_extension(monkeypatch):
+    """As if nothing had been compiled."""
+    monkeypatch.setattr(_extension, "_load", lambda: (None, "built without compiled kernels: no C++ compiler"))
+    backends._reason.cache_clear()
+    yield
+    backends._reason.cache_clear()
+
+
+CPU = torch.device("cpu")
+
+
+def test_best_backend_is_selected(op):
+    expected = "cpu" if _extension.extension() else "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if expected == "reference" else "error")
+        assert backends.select(op, CPU)() == expected
+
+
+def test_forced_backend(op):
+    with use_backend("reference"):
+        assert backends.select(op, CPU)() == "reference"
+        with pytest.raises(InputError, match="backend 'triton' cannot run example on cpu: runs on cuda tensors, not on cpu"), use_backend(
+            "triton"
+        ):
+            backends.select(op, CPU)
+        assert backends.forced_backend() == "reference"
+    assert backends.forced_backend() is None
+
+
+def test_forced_backend_without_implementation(op):
+    with use_backend("cuda"), pytest.raises(InputError, match="example has no cuda implementation"):
+        backends.select(op, CPU)
+
+
+def test_unknown_names(op):
+    with pytest.raises(InputError, match="unknown backend 'gpu': use one of reference, triton, cuda, cpu"), use_backend("gpu"):
+        pass
+    with pytest.raises(InputError, match="unknown op 'nothing'"):
+        available("nothing", "cpu", "cpu")
+    with pytest.raises(InputError, match="unknown backend 'gpu'"):
+        available(op, "gpu", "cpu")
+    with pytest.raises(InputError, match="reference is required"):
+        backends.declare("other", cpu=lambda: None)
+
+
+def test_fallback_is_said_once(op, no_extension):
+    with pytest.warns(FallbackWarning, match="runs the reference implementation of example on cpu: .* no C\\+\\+ compiler") as record:
+        assert backends.select(op, CPU)() == "reference"
+        assert backends.select(op, CPU)() == "reference"
+    assert len(record) == 1
+
+
+def test_fallback_is_an_error_when_strict(op, no_extension, monkeypatch):
+    monkeypatch.setenv("ASVIT_FAST_STRICT", "1")
+    for _ in range(2):
+        with pytest.raises(FallbackWarning, match="no C\\+\\+ compiler"):
+            backends.select(op, CPU)
+
+
+@pytest.mark.filterwarnings("ignore::asvit_fast.backends.FallbackWarning")
+def test_op_works_without_extension(no_extension, monkeypatch):
+    monkeypatch.setattr(backends, "_notified", set())
+    x = torch.randn(3, 20)
+    assert torch.equal(gelu_taylor(x), gelu_taylor_reference(x))
+    with use_backend("cpu"), pytest.raises(InputError, match="cannot run gelu_taylor on cpu: built without compiled kernels"):
+        gelu_taylor(x)
+
+
+def test_forced_backend_reaches_compiled_functions():
+    x = torch.randn(3, 1000)
+    compiled = torch.compile(lambda z: gelu_taylor(z) + 0, backend="aot_eager", fullgraph=True)
+    compiled(x)
+    with use_backend("reference"):
+        assert torch.equal(compiled(x), gelu_taylor_reference(x))
+
+
+def test_use_backend_does_not_compile_silently():
+    def inside(x):
+        with use_backend("reference"):
+            return gelu_taylor(x)
+
+    x = torch.randn(2, 5)
+    try:
+        result = torch.compile(inside, backend="aot_eager")(x)
+    except Exception as error:
+        assert "use_backend" in str(error)
+    else:
+        assert torch.equal(result, gelu_taylor_reference(x))
+
+
+@pytest.mark.parametrize(
+    ("arch", "capability", "runs"),
+    [
+        ("8.0", (8, 0), True),
+        ("8.0", (8, 9), True),
+        ("8.0", (9, 0), False),
+        ("9.0", (8, 9), False),
+        ("9.0a", (9, 0), True),
+        ("9.0a", (10, 0), False),
+        ("10.0+PTX", (12, 0), True),
+        ("10.0+PTX", (9, 0), False),
+        ("10.0", (10, 3), True),
+    ],
+)
+def test_arch_runs_on(arch, capability, runs):
+    assert arch_runs_on(arch, capability) is runs
+
+
+def test_resolve_device():
+    assert resolve_device("cpu") == CPU
+    assert resolve_device(torch.device("meta")).type == "meta"
+    assert resolve_device(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(InputError, match="device 'gpu' is not known: use cpu, cuda or cuda:N"):
+        resolve_device("gpu")
+    with pytest.raises(InputError, match="device 'cuda:99' does not exist: torch sees"):
+        resolve_device("cuda:99")
+
+
+def test_environment_is_json_and_names_every_op():
+    state = json.loads(json.dumps(environment()))
+    assert state["versions"]["torch"] == torch.__version__
+    assert set(state["ops"]) == set(backends.declared()) >= {"gelu_taylor"}
+    for devices in state["ops"].values():
+        assert set(devices["cpu"]) == set(backends.BACKENDS)
+        assert devices["cpu"]["reference"] is None
+
+
+def test_show_config(capsys):
+    show_config()
+    text = capsys.readouterr().out
+    assert text.strip() == format_environment(environment())
+    assert torch.__version__ in text
+    assert "gelu_taylor on cpu" in text
+    assert "triton     no: " in text
+
+
+@pytest.mark.skipif(_extension.extension() is None, reason=str(_extension.reason()))
+def test_instruction_set_from_the_environment(monkeypatch):
+    program = "from asvit_fast._extension import extension; print(extension().get_isa())"
+    monkeypatch.setenv("ASVIT_FAST_ISA", "portable")
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "portable"
+    monkeypatch.setenv("ASVIT_FAST_ISA", "avx1024")
+    failed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "instruction set 'avx1024' cannot run here: use one of" in failed.stderr
+
+
+@pytest.mark.skipif(_extension.extension() is None, reason=str(_extension.reason()))
+def test_unknown_instruction_set():
+    with pytest.raises(ValueError, match="'sse9' cannot run here: use one of .*portable"):
+        _extension.extension().set_isa("sse9")

@@ -1,0 +1,182 @@
+"""The rules of CONTRIBUTING.md that a machine can check: imports only go down, kernels stand alone, files stay readable."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MAXIMUM_LINES = 500
+
+# what each part of the package may import, besides itself and what those may import in turn
+LAYERS: dict[str, set[str]] = {
+    "errors": set(),
+    "version": set(),
+    "_extension": set(),
+    "files": {"errors"},
+    "topology": {"errors"},
+    "backends": {"_extension", "errors"},
+    "ops": {"backends"},
+    "nn": {"ops"},
+    "taylor": {"ops"},
+    "models": {"nn", "topology"},
+    "cost": {"models", "files"},
+    "images": {"errors", "files"},
+    "scoring": {"taylor", "models", "images"},
+    "search": {"scoring", "models", "cost"},
+    "training": {"models", "cost", "images"},
+    "accelerate": {"nn"},
+    "export": {"models", "files"},
+    "report": {"search", "cost", "files"},
+    "environment": {"ops"},
+    "cli": {"search", "training", "accelerate", "export", "report", "environment"},
+    "demo": {"cli"},
+    "__main__": {"cli"},
+    "__init__": {"cli"},
+}
+
+
+@functools.cache
+def allowed(part: str) -> frozenset[str]:
+    """Everything that a part may import."""
+    below = LAYERS[part]
+    return frozenset({part, "errors", "version"}).union(below, *(allowed(other) for other in below))
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(ROOT / "asvit_fast").parts[0].removesuffix(".py")
+
+
+def python_files(folder: str) -> list[Path]:
+    return sorted(path for path in (ROOT / folder).rglob("*.py") if "__pycache__" not in path.parts)
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """(absolute module name, whether it is imported with the file) of every import; each imported name counts as one."""
+    tree = ast.parse(path.read_text())
+    lazily = {id(node) for function in ast.walk(tree) if isinstance(function, ast.FunctionDef) for node in ast.walk(function)}
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) not in lazily) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            yield from ((f"{module}.{alias.name}", id(node) not in lazily) for alias in node.names)
+
+
+def top(module: str) -> str:
+    return module.split(".")[0]
+
+
+FILES = python_files("asvit_fast")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_only_go_down(path):
+    part = part_of(path)
+    assert part in LAYERS, f"{part} is new: say in LAYERS what it may import"
+    for module, eagerly in imports(path):
+        if top(module) == "kernels":
+            pytest.fail(f"{module}: the kernels are asvit_fast.kernels; `kernels` is somebody else's package")
+        if top(module) == "triton":
+            pytest.fail(f"imports {module}: only kernels/ does")
+        if top(module) != "asvit_fast" or module.count(".") == 0:
+            continue
+        target = module.split(".")[1]
+        if target == "kernels":
+            assert part in ("ops", "cli"), f"{module}: kernels are called by ops"
+            assert not eagerly, f"{module}: kernels are imported when first needed, inside a function"
+        elif target in LAYERS:
+            assert target in allowed(part), f"{part} may not import {module}"
+        else:  # a name of asvit_fast/__init__.py
+            assert part in ("__init__", "__main__", "cli", "demo") or target in ("__version__", "_C"), (
+                f"{part} imports {module}: import it from where it is defined"
+            )
+
+
+@pytest.mark.parametrize("path", python_files("kernels"), ids=lambda path: path.name)
+def test_kernels_import_torch_and_triton_only(path):
+    for module, _ in imports(path):
+        assert top(module) in {"torch", "triton"} or top(module) in sys.stdlib_module_names, module
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "csrc").rglob("*.cu*")), ids=lambda path: path.name)
+def test_cuda_files_include_no_torch_header(path):
+    included = re.findall(r"#\s*include\s*[<\"]([^>\"]+)", path.read_text())
+    assert included
+    assert not [name for name in included if name.startswith(("torch/", "ATen/", "c10/", "caffe2/"))]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "csrc" / "cpu").glob("*_avx*.cpp")), ids=lambda path: path.name)
+def test_nothing_foreign_is_compiled_for_one_instruction_set(path):
+    own = re.split(r"#pragma GCC target", path.read_text())[1]
+    todo, seen = re.findall(r"#include\s*([<\"][^>\"]+[>\"])", own), set()
+    while todo:  # headers that come after the pragma, and what they include
+        name = todo.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        if name.startswith('"'):
+            todo += re.findall(r"#include\s*([<\"][^>\"]+[>\"])", (ROOT / "csrc" / name.strip('"')).read_text())
+    assert {name for name in seen if name.startswith("<")} <= {"<cstdint>", "<cstring>"}
+
+
+def test_import_of_kernels_is_left_to_others():
+    """A root conftest.py or tests/__init__.py would put the root on sys.path, where `import kernels` finds ours."""
+    assert not (ROOT / "conftest.py").exists()
+    assert not (ROOT / "tests" / "__init__.py").exists()
+
+
+def public_objects() -> Iterator[tuple[str, object]]:
+    """What users import: the names of asvit_fast and asvit_fast.ops, and the public methods of their classes."""
+    for module in (importlib.import_module("asvit_fast"), importlib.import_module("asvit_fast.ops")):
+        for name, value in vars(module).items():
+            if name.startswith("_") or not getattr(value, "__module__", "").startswith("asvit_fast"):
+                continue
+            yield f"{module.__name__}.{name}", value
+            if isinstance(value, type):
+                methods = {key: method for key, method in vars(value).items() if not key.startswith("_")}
+                yield from ((f"{name}.{key}", method) for key, method in methods.items() if inspect.isfunction(method))
+
+
+def test_public_functions_and_classes_have_docstrings():
+    objects = dict(public_objects())
+    assert objects
+    overridden = {"forward"}  # torch's contract, described by the class
+    assert [
+        name for name, value in objects.items() if not inspect.getdoc(value) and name.split(".")[-1] not in overridden
+    ] == []
+
+
+@pytest.mark.parametrize("path", python_files("kernels"), ids=lambda path: path.name)
+def test_kernels_have_docstrings(path):
+    definitions = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    assert [node.name for node in definitions if node.name[0] != "_" and ast.get_docstring(node) is None] == []
+
+
+def test_files_are_not_too_long():
+    sources = [*FILES, *python_files("kernels"), *python_files("tests"), *(ROOT / "csrc").rglob("*.*")]
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in sources}
+    assert {name: lines for name, lines in lengths.items() if lines > MAXIMUM_LINES} == {}
+
+
+def test_import_needs_neither_triton_nor_extension():
+    program = "import sys; sys.modules['triton'] = None; sys.modules['asvit_fast._C'] = None; import asvit_fast; print('imported')"
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=False)
+    assert result.stdout.strip() == "imported", result.stderr
+
+
+def test_version_is_the_same_everywhere():
+    asvit_fast = importlib.import_module("asvit_fast")
+    assert asvit_fast.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]

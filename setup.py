@@ -252,7 +252,9 @@ def make_extension(plan: Plan) -> tuple[Any, type]:
         def finalize_options(self) -> None:
             super().finalize_options()
             variant = "cuda" if plan.toolkit else "cpu"
-            self.build_temp = str(ROOT / "build" / f"{variant}-{sys.implementation.cache_tag}-torch{plan.report['torch']}")
+            self.build_temp = str(
+                ROOT / "build" / f"{variant}-{sys.implementation.cache_tag}-torch{plan.report['torch']}"
+            )
 
         def run(self) -> None:
             try:
@@ -268,7 +270,11 @@ def make_extension(plan: Plan) -> tuple[Any, type]:
         def give_up(self, error: Exception) -> None:
             """In auto mode a failed compilation leaves a working pure-Python install that says what happened."""
             print(f"asvit_fast: compiling the extension FAILED: {error}", file=sys.stderr)
-            plan.report |= {"reason": f"compilation failed: {error} (pip install -v shows the compiler's output)", "failed": True, "cuda": None}
+            plan.report |= {
+                "reason": f"compilation failed: {error} (pip install -v shows the compiler's output)",
+                "failed": True,
+                "cuda": None,
+            }
             self.extensions, self.distribution.ext_modules = [], []
             remove_extension(package_folder(self))
             remove_extension(ROOT / self.build_lib / "asvit_fast")

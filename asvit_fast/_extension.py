@@ -1,7 +1,7 @@
 """The compiled extension `asvit_fast._C`, loaded once, and the build report that came with it.
 
-Nothing is compiled here: `pip install --no-build-isolation .` does that. If the extension is missing or does not load, the
-reason is kept, word for word, for `show_config()` and for whoever forces a backend that needs it.
+Nothing is compiled here: `pip install --no-build-isolation .` does that. If the extension is missing or does not load,
+the reason is kept, word for word, for `show_config()` and for whoever forces a backend that needs it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-REBUILD = "rebuild it with `pip install --no-build-isolation --force-reinstall --no-deps asvit-fast` or from a checkout `make`"
+REBUILD = "rebuild them with `pip install --no-build-isolation --force-reinstall --no-deps .` in a checkout"
 
 
 @functools.cache
 def build_report() -> dict[str, Any]:
-    """What the build wrote down: torch, CUDA, archs, compiler, flags, or why nothing was compiled; {} if never built."""
+    """What the build wrote down: torch, CUDA, archs, compiler, flags, or why nothing was compiled; {} if not built."""
     path = Path(__file__).with_name("_build.json")
     return json.loads(path.read_text()) if path.is_file() else {}
 

@@ -43,7 +43,9 @@ def declare(op: str, **implementations: Implementation) -> None:
     """Declare the implementations of `op` by backend, best first; each takes and returns the same as the reference."""
     unknown = set(implementations) - set(BACKENDS)
     if unknown or "reference" not in implementations:
-        raise InputError(f"{op}: backends are {', '.join(BACKENDS)} and reference is required, got {sorted(implementations)}")
+        raise InputError(
+            f"{op}: backends are {', '.join(BACKENDS)} and reference is required, got {sorted(implementations)}"
+        )
     _implementations[op] = implementations
 
 
@@ -53,7 +55,7 @@ def declared() -> dict[str, tuple[str, ...]]:
 
 
 def available(op: str, backend: str, device: str | torch.device | None = None) -> str | None:
-    """None if `backend` can run `op` on `device` (default: the best device), otherwise the reason why it can't."""
+    """None if `backend` can run `op` on `device` (None: the best device), otherwise the reason why it can't."""
     if op not in _implementations:
         raise InputError(f"unknown op {op!r}: use one of {', '.join(_implementations)}")
     if backend not in _implementations[op]:
@@ -66,7 +68,7 @@ def available(op: str, backend: str, device: str | torch.device | None = None) -
 def select(op: str, device: torch.device) -> Implementation:
     """The implementation of `op` to run on `device`: the forced one, or the best that can run.
 
-    Raises InputError if a forced backend can't run. Says once, with the reason, when something slower runs than was declared.
+    Raises InputError if a forced backend can't run. When something slower runs than was declared, says so once.
     """
     implementations = _implementations[op]
     if _forced is not None:
@@ -96,7 +98,9 @@ def use_backend(backend: str) -> Iterator[None]:
     global _forced
     _check_name(backend)
     if torch.compiler.is_compiling():
-        raise RuntimeError("use_backend inside a compiled function has no effect on it: put the call into the block instead")
+        raise RuntimeError(
+            "use_backend inside a compiled function has no effect on it: put the call into the block instead"
+        )
     before, _forced = _forced, backend
     try:
         yield
@@ -140,7 +144,9 @@ def _triton_reason(index: int | None) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if importlib.util.find_spec("asvit_fast.kernels") is None:
-        return "asvit_fast.kernels is missing: install the package (pip install -e .), a bare source tree has it elsewhere"
+        return (
+            "asvit_fast.kernels is missing: install the package (pip install -e .), a bare source tree has it elsewhere"
+        )
     if _interpreted():
         return None
     capability = torch.cuda.get_device_capability(index)
@@ -198,7 +204,9 @@ def resolve_device(device: str | torch.device | None = None) -> torch.device:
         raise InputError(f"device {str(device)!r} does not exist: torch sees no CUDA GPU here; use cpu")
     index = torch.cuda.current_device() if resolved.index is None else resolved.index
     if index >= count:
-        raise InputError(f"device {str(device)!r} does not exist: torch sees {count} CUDA GPU(s); use cuda:0 to cuda:{count - 1}")
+        raise InputError(
+            f"device {str(device)!r} does not exist: torch sees {count} CUDA GPU(s); use cuda:0 to cuda:{count - 1}"
+        )
     return torch.device("cuda", index)
 
 

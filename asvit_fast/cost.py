@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from .backends import resolve_device
 from .errors import InputError
 from .ops.patch_embed import patch_embed, patch_embed_reference
 from .ops.patch_merge import patch_merge, patch_merge_reference
@@ -179,9 +180,7 @@ def _forward_pass(
     height, width = _sides(img_size)
     if batch < 1:
         raise InputError(f"batch must be at least 1, got {batch}")
-    device = torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {device} is not available on this machine; use 'cpu'")
+    device = resolve_device(device)
     model = model.to(device)
     weight = next(model.parameters(), torch.empty(0))
     images = torch.randn(batch, 3, height, width, device=device).to(weight.dtype)  # [B, 3, H, W]

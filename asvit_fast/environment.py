@@ -17,8 +17,8 @@ PACKAGES = ("asvit-fast", "torch", "torchvision", "triton", "timm", "numpy")
 def environment() -> dict[str, Any]:
     """Everything that `show_config` prints, as plain values for JSON.
 
-    Keys: "versions", "cpu", "gpus", "build" (the build report), "extension", and "ops": op -> device type -> backend -> None if
-    it is available there, otherwise the reason why not.
+    Keys: "versions", "cpu", "gpus", "build" (the build report), "extension", "strict", and "ops": op -> device type ->
+    backend -> None if it is available there, otherwise the reason why not.
     """
     return {
         "versions": _versions(),
@@ -113,7 +113,9 @@ def _machine_rows(state: dict[str, Any]) -> list[tuple[str, str]]:
     cpu = state["cpu"]
     rows = [("cpu", f"{cpu['machine']}, {cpu['threads']} threads, torch uses {cpu['capability']}")]
     for index, gpu in enumerate(state["gpus"]):
-        rows.append((f"cuda:{index}", f"{gpu['name']}, capability {gpu['capability']}, {gpu['memory'] / 2**30:.0f} GiB"))
+        rows.append(
+            (f"cuda:{index}", f"{gpu['name']}, capability {gpu['capability']}, {gpu['memory'] / 2**30:.0f} GiB")
+        )
     return rows if state["gpus"] else [*rows, ("gpu", "none that torch can use")]
 
 

@@ -1,1 +1,1 @@
-"""Triton kernels, installed as `asvit_fast.kernels`. They import torch and triton only, and are imported when first needed."""
+"""Triton kernels, installed as `asvit_fast.kernels`: they import torch and triton only, and are loaded when needed."""

@@ -42,7 +42,9 @@ def compile_kernel(
         options: what a launch would be given (num_warps, enable_fp_fusion, ...).
     """
     types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    source = ASTSource(fn=kernel, signature=types, constexprs={(kernel.arg_names.index(k),): v for k, v in constants.items()})
+    source = ASTSource(
+        fn=kernel, signature=types, constexprs={(kernel.arg_names.index(k),): v for k, v in constants.items()}
+    )
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(options))
     cubin = compiled.asm["cubin"]
     usage = _resource_usage(cubin)

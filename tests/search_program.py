@@ -55,7 +55,18 @@ def run_scale(out: str | None, scorer: object) -> dict:
     return {"topology": str(steps[-1].topology), "trace": records}
 
 
-RUN = {"search": run_search, "scale": run_scale}
+def run_real(out: str | None, _: object) -> dict:
+    """Both algorithms with the real scores, as small as they get."""
+    options = {"img_size": 32, "repeats": 3, "thetas": 3, "batch": 3, "seed": 1, "device": "cpu", "progress": False}
+    found = search(steps=3, out=out and f"{out}/search", **options)
+    grown = scale(
+        found.topology, max_params=6e6, max_steps=1, out=out and f"{out}/scale", convention="reference", **options
+    )
+    measured = [(record["length_distortion"], record["ntk_condition"]) for record in found.trace]
+    return {**found.to_dict(), "measured": measured, "candidates": [c.to_dict() for c in grown[0].candidates]}
+
+
+RUN = {"search": run_search, "scale": run_scale, "real": run_real}
 
 
 def main() -> None:

@@ -30,7 +30,9 @@ def build() -> ModuleType:
 # --------------------------------------------------------------------------- decisions
 
 
-@pytest.mark.parametrize(("value", "mode"), [(None, "auto"), ("", "auto"), ("cuda", "cuda"), (" CPU ", "cpu"), ("none", "none")])
+@pytest.mark.parametrize(
+    ("value", "mode"), [(None, "auto"), ("", "auto"), ("cuda", "cuda"), (" CPU ", "cpu"), ("none", "none")]
+)
 def test_build_mode(build, value, mode):
     assert build.build_mode({} if value is None else {"ASVIT_FAST_BUILD": value}) == mode
 
@@ -52,7 +54,10 @@ def toolkit(tmp_path, build, monkeypatch) -> Path:
     for file in ("include/cuda_runtime_api.h", "lib64/libcudart.so", "bin/nvcc"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).touch()
-    answers = {"--version": "Cuda compilation tools, release 13.0, V13.0.88", "--list-gpu-arch": "compute_75\ncompute_80\ncompute_90"}
+    answers = {
+        "--version": "Cuda compilation tools, release 13.0, V13.0.88",
+        "--list-gpu-arch": "compute_75\ncompute_80\ncompute_90",
+    }
     monkeypatch.setattr(build, "output_of", lambda *command: answers.get(command[-1], ""))
     monkeypatch.setattr(build, "toolkit_candidates", lambda: [tmp_path])
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
@@ -163,7 +168,18 @@ def test_loader_keeps_the_error(monkeypatch):
 
 def install(root: Path, target: Path, **environment: str) -> dict:
     """Really install the checkout, without torch's build isolation, into `target`; returns its build report."""
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--target", str(target), str(root)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-build-isolation",
+        "--no-deps",
+        "--target",
+        str(target),
+        str(root),
+    ]
     subprocess.run(command, check=True, env={**os.environ, **environment})
     return json.loads((target / "asvit_fast" / "_build.json").read_text())
 
@@ -176,7 +192,9 @@ def test_install(root, tmp_path, mode):
     assert bool(list((tmp_path / "asvit_fast").glob("_C.*"))) == (mode == "cpu")
     assert (tmp_path / "asvit_fast" / "kernels" / "gelu_taylor.py").exists()
     assert not (tmp_path / "kernels").exists()
-    program = "from asvit_fast.ops.gelu_taylor import gelu_taylor; import torch; print(gelu_taylor(torch.zeros(2, 3)).shape)"
+    program = (
+        "from asvit_fast.ops.gelu_taylor import gelu_taylor; import torch; print(gelu_taylor(torch.zeros(2, 3)).shape)"
+    )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path, env=environment)
 

@@ -12,13 +12,13 @@ import pytest
 import timm
 import yaml
 
-import asvit_fast.scoring
-import asvit_fast.search
 from asvit_fast.cli import COMMANDS, main
 from asvit_fast.cli.options import bounds, choices_per_dimension, image_size, integer, limit, number
 from asvit_fast.errors import InputError
 from asvit_fast.export import export
 from asvit_fast.files import from_json, read_jsonl
+from asvit_fast.scoring import score
+from asvit_fast.search import scale, search
 from asvit_fast.topology import Topology
 
 TOPOLOGY = "4,2,2|2,1,2|2,1,2|2,1,2|16"
@@ -103,9 +103,9 @@ def test_every_option_is_documented(command: str, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("command", "function"),
     [
-        ("score", asvit_fast.scoring.score),
-        ("search", asvit_fast.search.search),
-        ("scale", asvit_fast.search.scale),
+        ("score", score),
+        ("search", search),
+        ("scale", scale),
         ("export", export),
     ],
 )
@@ -239,6 +239,6 @@ def test_interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(asvit_fast.search, "search", interrupt)
+    monkeypatch.setattr(sys.modules["asvit_fast.search"], "search", interrupt)  # the attribute is the function
     assert main([*SEARCH, "--out", str(tmp_path / "run")]) == 130
     assert "same command continues" in capsys.readouterr().err

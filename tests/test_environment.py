@@ -49,8 +49,11 @@ def test_best_backend_is_selected(op):
 def test_forced_backend(op):
     with use_backend("reference"):
         assert backends.select(op, CPU)() == "reference"
-        with pytest.raises(InputError, match="backend 'triton' cannot run example on cpu: runs on cuda tensors, not on cpu"), use_backend(
-            "triton"
+        with (
+            pytest.raises(
+                InputError, match="backend 'triton' cannot run example on cpu: runs on cuda tensors, not on cpu"
+            ),
+            use_backend("triton"),
         ):
             backends.select(op, CPU)
         assert backends.forced_backend() == "reference"
@@ -63,7 +66,10 @@ def test_forced_backend_without_implementation(op):
 
 
 def test_unknown_names(op):
-    with pytest.raises(InputError, match="unknown backend 'gpu': use one of reference, triton, cuda, cpu"), use_backend("gpu"):
+    with (
+        pytest.raises(InputError, match="unknown backend 'gpu': use one of reference, triton, cuda, cpu"),
+        use_backend("gpu"),
+    ):
         pass
     with pytest.raises(InputError, match="unknown op 'nothing'"):
         available("nothing", "cpu", "cpu")
@@ -74,10 +80,11 @@ def test_unknown_names(op):
 
 
 def test_fallback_is_said_once(op, no_extension):
-    with pytest.warns(FallbackWarning, match="runs the reference implementation of example on cpu: .* no C\\+\\+ compiler") as record:
+    with pytest.warns(FallbackWarning, match=r"runs the reference implementation of example on cpu: .* no C\+\+ compiler"):
         assert backends.select(op, CPU)() == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         assert backends.select(op, CPU)() == "reference"
-    assert len(record) == 1
 
 
 def test_fallback_is_an_error_when_strict(op, no_extension, monkeypatch):
@@ -92,7 +99,10 @@ def test_op_works_without_extension(no_extension, monkeypatch):
     monkeypatch.setattr(backends, "_notified", set())
     x = torch.randn(3, 20)
     assert torch.equal(gelu_taylor(x), gelu_taylor_reference(x))
-    with use_backend("cpu"), pytest.raises(InputError, match="cannot run gelu_taylor on cpu: built without compiled kernels"):
+    with (
+        use_backend("cpu"),
+        pytest.raises(InputError, match="cannot run gelu_taylor on cpu: built without compiled kernels"),
+    ):
         gelu_taylor(x)
 
 
@@ -177,5 +187,5 @@ def test_instruction_set_from_the_environment(monkeypatch):
 
 @pytest.mark.skipif(_extension.extension() is None, reason=str(_extension.reason()))
 def test_unknown_instruction_set():
-    with pytest.raises(ValueError, match="'sse9' cannot run here: use one of .*portable"):
+    with pytest.raises(ValueError, match=r"'sse9' cannot run here: use one of .*portable"):
         _extension.extension().set_isa("sse9")

@@ -18,14 +18,28 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([*command, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
 
 
-@pytest.mark.parametrize("kind", RUN)
+def results_of(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.parametrize("kind", ["search", "scale"])
 def test_two_processes_equal_one(tmp_path: Path, kind: str) -> None:
     done = torchrun(str(TESTS / "search_program.py"), kind, str(tmp_path))
     assert done.returncode == 0, done.stderr
-    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     expected = json.loads(json.dumps(RUN[kind](None, measures)))
-    assert results == [expected, expected]
+    assert results_of(done.stdout) == [expected, expected]
     assert json.loads((tmp_path / "result.json").read_text())["topology"] == expected["topology"]
+
+
+def test_real_scores_on_two_processes_equal_one(tmp_path: Path) -> None:
+    program = str(TESTS / "search_program.py")
+    command = [sys.executable, program, "real", str(tmp_path / "one")]
+    one = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    two = torchrun(program, "real", str(tmp_path / "two"))
+    assert two.returncode == 0, two.stderr
+    (expected,) = results_of(one.stdout)
+    assert results_of(two.stdout) == [expected, expected]
+    assert len({tuple(pair) for pair in expected["measured"]}) == 3
 
 
 @pytest.mark.parametrize("rank", [0, 1])

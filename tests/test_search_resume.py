@@ -23,16 +23,14 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 @pytest.fixture(scope="module")
 def uninterrupted() -> dict[str, dict]:
-    return {kind: json.loads(json.dumps(run(None, measures))) for kind, run in RUN.items()}
+    return {kind: json.loads(json.dumps(run(None, measures))) for kind, run in RUN.items() if kind != "real"}
 
 
 def finish(kind: str, out: Path) -> dict:
     return json.loads(json.dumps(RUN[kind](str(out), measures)))
 
 
-@pytest.mark.parametrize(
-    ("kind", "call"), [("search", 1), ("search", 2), ("search", 17), ("search", 31), ("scale", 5), ("scale", 40)]
-)
+@pytest.mark.parametrize(("kind", "call"), [("search", 1), ("search", 17), ("search", 31), ("scale", 40)])
 def test_killed_while_scoring(tmp_path: Path, uninterrupted: dict, kind: str, call: int) -> None:
     command = [*PROGRAM, kind, str(tmp_path), "--kill-at", str(call)]
     assert subprocess.run(command, env=ENVIRONMENT, capture_output=True).returncode == -signal.SIGKILL
@@ -40,9 +38,8 @@ def test_killed_while_scoring(tmp_path: Path, uninterrupted: dict, kind: str, ca
     assert finish(kind, tmp_path) == uninterrupted[kind]
 
 
-@pytest.mark.parametrize("trial", range(2))
-def test_killed_again_and_again_from_outside(tmp_path: Path, uninterrupted: dict, trial: int) -> None:
-    generator = random.Random(trial)
+def test_killed_again_and_again_from_outside(tmp_path: Path, uninterrupted: dict) -> None:
+    generator = random.Random(0)
     killed = 0
     for _ in range(4):
         command = [*PROGRAM, "search", str(tmp_path), "--sleep", "0.02"]
@@ -92,7 +89,7 @@ run_search(sys.argv[1], measures)
 
 @pytest.mark.parametrize(
     ("point", "count"),
-    [("append", 1), ("append", 12), ("state", 1), ("state", 9), ("replace", 1), ("replace", 2), ("replace", 20)],
+    [("append", 1), ("append", 12), ("state", 9), ("replace", 1), ("replace", 20)],
 )
 def test_killed_between_trace_and_state(tmp_path: Path, uninterrupted: dict, point: str, count: int) -> None:
     command = [sys.executable, "-c", KILL_IN_WRITE, str(tmp_path), point, str(count)]

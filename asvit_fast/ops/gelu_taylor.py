@@ -23,29 +23,37 @@ SATURATION = 40.0  # beyond, P is 0 or 1 and its derivatives are 0, in single an
 # --------------------------------------------------------------------------- reference
 
 
-def _normal_gate(x: Tensor) -> tuple[Tensor, ...]:
-    """P and its first three derivatives for the normal distribution; each has x's shape."""
+def _normal_gate(x: Tensor, order: int) -> list[Tensor]:
+    """P and its derivatives up to `order` (1 to 3) for the normal distribution; each has x's shape."""
     density = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-    return 0.5 * torch.erfc(-math.sqrt(0.5) * x), density, -x * density, (x * x - 1) * density
+    gate = [0.5 * torch.erfc(-math.sqrt(0.5) * x), density]
+    if order >= 2:
+        gate.append(-x * density)
+    if order >= 3:
+        gate.append((x * x - 1) * density)
+    return gate
 
 
-def _logistic_gate(x: Tensor) -> tuple[Tensor, ...]:
-    """P and its first three derivatives for the tanh approximation; each has x's shape."""
+def _logistic_gate(x: Tensor, order: int) -> list[Tensor]:
+    """P and its derivatives up to `order` (1 to 3) for the tanh approximation; each has x's shape."""
     slope, cubic = 2 * math.sqrt(2 / math.pi), 0.044715
     u = slope * x * (1 + cubic * x * x)
     u1, u2, u3 = slope * (1 + 3 * cubic * x * x), 6 * slope * cubic * x, 6 * slope * cubic
     p, q = torch.sigmoid(u), torch.sigmoid(-u)
     product, balance = p * q, q - p  # the logistic function's derivative, and 1 - 2 P
-    second = balance * u1 * u1 + u2
-    third = (balance * balance - 2 * product) * u1**3 + 3 * balance * u1 * u2 + u3
-    return p, product * u1, product * second, product * third
+    gate = [p, product * u1]
+    if order >= 2:
+        gate.append(product * (balance * u1 * u1 + u2))
+    if order >= 3:
+        gate.append(product * ((balance * balance - 2 * product) * u1**3 + 3 * balance * u1 * u2 + u3))
+    return gate
 
 
-def _derivatives(x: Tensor, approximate: str) -> tuple[Tensor, Tensor, Tensor]:
-    """GELU', GELU'', GELU''' at x, each of x's shape."""
+def _derivatives(x: Tensor, approximate: str, order: int) -> list[Tensor]:
+    """GELU', GELU'', ... up to `order` (1 to 3) at x, each of x's shape."""
     z = x.clamp(-SATURATION, SATURATION)
-    p, p1, p2, p3 = _normal_gate(z) if approximate == "none" else _logistic_gate(z)
-    return p + z * p1, 2 * p1 + z * p2, 3 * p2 + z * p3
+    gate = _normal_gate(z, order) if approximate == "none" else _logistic_gate(z, order)
+    return [k * gate[k - 1] + z * gate[k] for k in range(1, order + 1)]  # Leibniz' rule for x P(x)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -54,15 +62,14 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def gelu_taylor_reference(x: Tensor, approximate: str = "none") -> Tensor:
-    """`gelu_taylor` in elementary torch operations: any device, differentiable any number of times, under every transform."""
+    """`gelu_taylor` in elementary torch operations: any device, any transform, differentiable any number of times."""
     rows = x.to(_compute_dtype(x)).unbind(0)  # (x, x', x''), as many as there are
-    value = F.gelu(rows[0], approximate=approximate)
-    if len(rows) == 1:
-        return value.unsqueeze(0).to(x.dtype)
-    first, second, _ = _derivatives(rows[0], approximate)
-    outputs = [value, first * rows[1]]
+    outputs = [F.gelu(rows[0], approximate=approximate)]
+    derivatives = _derivatives(rows[0], approximate, len(rows) - 1) if len(rows) > 1 else []
+    if len(rows) >= 2:
+        outputs.append(derivatives[0] * rows[1])
     if len(rows) == 3:
-        outputs.append(first * rows[2] + second * rows[1] * rows[1])
+        outputs.append(derivatives[0] * rows[2] + derivatives[1] * rows[1] * rows[1])
     return torch.stack(outputs).to(x.dtype)
 
 
@@ -108,15 +115,15 @@ def _backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
     (x,) = ctx.saved_tensors  # [orders + 1, ...], as is the gradient
     dtype = _compute_dtype(x)
     rows, g = x.to(dtype).unbind(0), gradient.to(dtype).unbind(0)
-    first, second, third = _derivatives(rows[0], ctx.approximate)
-    to_value = g[0] * first
+    derivatives = _derivatives(rows[0], ctx.approximate, len(rows))
+    to_value = g[0] * derivatives[0]
     to_rows = []
     if len(rows) >= 2:
-        to_value = to_value + g[1] * second * rows[1]
-        to_rows.append(g[1] * first)
+        to_value = to_value + g[1] * derivatives[1] * rows[1]
+        to_rows.append(g[1] * derivatives[0])
     if len(rows) == 3:
-        to_value = to_value + g[2] * (second * rows[2] + third * rows[1] * rows[1])
-        to_rows = [to_rows[0] + 2 * g[2] * second * rows[1], g[2] * first]
+        to_value = to_value + g[2] * (derivatives[1] * rows[2] + derivatives[2] * rows[1] * rows[1])
+        to_rows = [to_rows[0] + 2 * g[2] * derivatives[1] * rows[1], g[2] * derivatives[0]]
     return torch.stack([to_value, *to_rows]).to(x.dtype), None
 
 

@@ -65,8 +65,9 @@ def patch_embed(
             return handle_torch_function(
                 patch_embed, operands, image, weight, bias, stride, dilation, padding, norm_weight, norm_bias, eps
             )
-    if not torch.jit.is_scripting() and backends.forced_backend() is not None:
-        return backends.select("patch_embed", image.device)(image, weight, bias, stride, dilation, padding, norm_weight, norm_bias, eps)
+        if backends.forced_backend() is not None:
+            implementation = backends.select("patch_embed", image.device)
+            return implementation(image, weight, bias, stride, dilation, padding, norm_weight, norm_bias, eps)
     if image.dim() != 4 or weight.dim() != 4 or image.shape[1] != weight.shape[1]:
         raise ValueError(
             f"patch_embed: image must be [B, Cin, H, W] and weight [C, Cin, K, K] with the same Cin, "

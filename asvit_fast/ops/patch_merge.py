@@ -84,8 +84,9 @@ def patch_merge(
             return handle_torch_function(
                 patch_merge, operands, x, weight, kernel, stride, norm_weight, norm_bias, bias, eps
             )
-    if not torch.jit.is_scripting() and backends.forced_backend() is not None:
-        return backends.select("patch_merge", x.device)(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps)
+        if backends.forced_backend() is not None:
+            implementation = backends.select("patch_merge", x.device)
+            return implementation(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps)
     if x.dim() != 4 or weight.dim() != 2 or weight.shape[1] != x.shape[3] * kernel * kernel:
         raise ValueError(
             f"patch_merge: x must be [B, H, W, C] and weight [Cout, C*{kernel}*{kernel}], "

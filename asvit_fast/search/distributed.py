@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from ..backends import resolve_device
 from ..errors import InputError
 
 Task = TypeVar("Task")
@@ -30,20 +31,10 @@ def rank_device(device: str | torch.device | None) -> torch.device:
 
     Raises InputError for a device that does not exist.
     """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise InputError(f"device {device!r} is unknown; use 'cpu', 'cuda' or 'cuda:<number>'") from None
-    if chosen.type != "cuda":
-        return chosen
-    if chosen.index is None:
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if chosen.index >= count:
-        raise InputError(f"device {chosen} does not exist: this machine has {count} CUDA devices; choose another")
-    return chosen
+    local_rank = os.environ.get("LOCAL_RANK")
+    if local_rank is not None and torch.cuda.is_available() and (device is None or str(device) == "cuda"):
+        device = f"cuda:{local_rank}"
+    return resolve_device(device)
 
 
 def run_shared(

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..scoring import ScoreSettings, score_repeat
+from ..scoring.score import load
 from ..topology import Topology
 from .distributed import Share, rank_device
 
@@ -58,27 +60,21 @@ class Evaluator:
     ) -> None:
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise InputError(f"seed must be an integer from 0 to 2**63 - 1, got {seed!r}")
-        if repeats < 1:
-            raise InputError(f"repeats must be at least 1, got {repeats}")
+        self.device = rank_device(device)
+        self.settings = ScoreSettings(
+            metrics=METRICS,
+            img_size=img_size,
+            thetas=thetas,
+            repeats=repeats,
+            batch=batch,
+            convention=convention,
+            norms=norms,
+            device=self.device,
+        )
         self.scorer = scorer
         self.seed = seed
         self.repeats = repeats if scorer is None else 1
-        self.device = rank_device(device)
-        self.images: Tensor | None = None
-        if scorer is None:
-            from ..scoring import ScoreSettings
-
-            self.settings = ScoreSettings(
-                metrics=METRICS,
-                img_size=img_size,
-                thetas=thetas,
-                repeats=repeats,
-                batch=batch,
-                convention=convention,
-                norms=norms,
-                device=self.device,
-            )
-            self.images = _read_images(images, batch, img_size)
+        self.images = load(images, self.settings) if scorer is None else None  # [batch, 3, H, W]
         self.config = {
             "scorer": "default" if scorer is None else "custom",
             "images": _fingerprint(self.images),
@@ -94,8 +90,6 @@ class Evaluator:
     def work(self, task: Task) -> tuple[float, ...]:
         """Do one task: the values of METRICS."""
         if self.scorer is None:
-            from ..scoring import score_repeat
-
             seed = (self.seed, task.step)
             scores = score_repeat(task.topology, task.repeat, self.settings, self.images, seed)
             return tuple(float(scores[metric]["value"]) for metric in METRICS)
@@ -110,14 +104,6 @@ class Evaluator:
         values = share(tasks)
         groups = [values[start : start + self.repeats] for start in range(0, len(values), self.repeats)]
         return [Measures(*(sum(column) / self.repeats for column in zip(*group, strict=True))) for group in groups]
-
-
-def _read_images(images: Images, batch: int, img_size: int | tuple[int, int]) -> Tensor | None:
-    if images is None or isinstance(images, Tensor):
-        return images
-    from ..images import load_images
-
-    return load_images(images, batch, img_size)
 
 
 def _fingerprint(images: Tensor | None) -> str | None:

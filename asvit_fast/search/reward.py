@@ -7,14 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import InputError
+from ..scoring.curve import check_convention
 
-CONVENTIONS = ("paper", "reference")
 EPSILON = 1e-6  # the authors' code adds it to the range
-
-
-def check_convention(convention: str) -> None:
-    if convention not in CONVENTIONS:
-        raise InputError(f"convention must be one of {', '.join(CONVENTIONS)}, got {convention!r}")
 
 
 class RewardHistory:

@@ -160,9 +160,9 @@ class RunDirectory:
 
 
 def _version() -> str:
-    import asvit_fast  # here, because the package imports this module while it is being made
+    from .. import __version__  # here, because the package imports this module while it is being made
 
-    return getattr(asvit_fast, "__version__", "0")
+    return __version__
 
 
 def _read_json(path: Path) -> Any:

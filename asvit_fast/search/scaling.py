@@ -18,11 +18,11 @@ from ..files import as_float
 from ..topology import Topology
 from .distributed import Share, run_shared
 from .evaluation import METRICS, Evaluator, Images, Measures, Scorer, Task
-from .reward import check_convention
 from .run_directory import RunDirectory
 
 WIDTH_GROWTH = (0.05, 0.1, 0.15, 0.2)
 REFERENCE_SHRINK = 4  # the authors' code scores networks of a quarter of the width
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f} M parameters [{elapsed}{postfix}]"
 LARGER_IS_BETTER = {"length_distortion": True, "ntk_condition": False}
 
 
@@ -105,10 +105,10 @@ def scale(
     shared over the processes of torchrun, and is a pure function of its arguments.
 
     Conventions. "paper": every width is the nearest integer above the old one; candidates are scored at their real
-    width, as Algorithm 2 reads (costly: the last steps towards 100 M score networks of that size; ``shrink=4`` is 10
-    times cheaper); a tie goes to the better value of the measure that varies more. "reference", the authors' code:
-    widths are those of the scored network, a quarter of the real one (8 for 32), rounded half to even, and may stay the
-    same; a tie looks at two candidates only and goes to the SMALLER value, whichever the measure.
+    width, as Algorithm 2 reads, so that the last steps towards 100 M score networks of that size (``shrink=4`` takes
+    12 times fewer operations there); a tie goes to the better value of the measure that varies more. "reference", the
+    authors' code: widths are those of the scored network, a quarter of the real one (8 for 32), rounded half to even,
+    and may stay the same; a tie looks at two candidates only and goes to the SMALLER value, whichever the measure.
 
     Args:
         topology: where to start, with its depths and width.
@@ -125,7 +125,6 @@ def scale(
         InputError: an option that cannot be used, a limit that leaves no first step, a run directory that cannot be
             used; also when no candidate of a step has finite measures.
     """
-    check_convention(convention)
     evaluator = Evaluator(
         scorer=scorer,
         images=images,
@@ -226,8 +225,7 @@ class _Scaling:
     def run(self, directory: RunDirectory, share: Share[Task], progress: bool) -> list[ScaleStep]:
         steps = [ScaleStep.from_dict(record) for record in directory.trace]
         scored = _scored(directory.state)
-        total = round(self.limits[1] / 1e6, 2)
-        with tqdm(total=total, desc="scale", unit="M params", disable=not progress) as bar:
+        with tqdm(total=self.limits[1] / 1e6, desc="scale", bar_format=_BAR, disable=not progress) as bar:
             while not self.finished(steps):
                 _show(bar, steps[-1].params if steps else self.cost(self.start).params, len(steps))
                 step = self.step(steps, scored, directory, share, bar)
@@ -348,7 +346,7 @@ def _chunk() -> int:
 
 
 def _show(bar: tqdm, params: int, step: int) -> None:
-    bar.n = round(params / 1e6, 2)
+    bar.n = params / 1e6
     bar.set_postfix_str(f"step {step}")
 
 

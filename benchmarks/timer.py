@@ -1,0 +1,166 @@
+"""The one timer of all benchmarks: candidates take turns, medians with quartiles, the machine beside the numbers."""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from asvit_fast import _extension
+from asvit_fast.environment import environment
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call."""
+
+    median: float
+    lower_quartile: float
+    upper_quartile: float
+    rounds: int
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range relative to the median."""
+        return (self.upper_quartile - self.lower_quartile) / self.median
+
+
+def compare(
+    candidates: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int = 30, minimum_seconds: float = 2e-3
+) -> dict[str, Timing]:
+    """Time callables in turn (A B C, A B C, ...), so that clocks, heat and neighbours hit all of them alike.
+
+    A turn repeats its callable until `minimum_seconds` have passed; on CUDA it ends with a synchronisation.
+    """
+    repeats = {name: _calibrate(run, device, minimum_seconds) for name, run in candidates.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, run in candidates.items():
+            seconds[name].append(_measure(run, device, repeats[name]))
+    return {name: _summary(values) for name, values in seconds.items()}
+
+
+def _measure(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    _synchronize(device)
+    return (time.perf_counter() - start) / repeats
+
+
+def _calibrate(run: Callable[[], Any], device: torch.device, minimum_seconds: float) -> int:
+    """Calls per turn; the first calls also warm up compilers, caches and memory pools."""
+    for _ in range(2):
+        run()
+    return max(1, round(minimum_seconds / max(_measure(run, device, 1), 1e-9)))
+
+
+def _summary(values: list[float]) -> Timing:
+    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return Timing(median, lower, upper, len(values))
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# --------------------------------------------------------------------------- rows
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """What a figure depends on besides the code: the machine, versions, threads, the commit."""
+    versions = environment()["versions"]
+    extension = _extension.extension()
+    return {
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": str(torch.get_num_threads()),
+        "isa": extension.get_isa() if extension else "none",
+        "python": platform.python_version(),
+        "torch": versions["torch"],
+        "triton": versions["triton"] or "none",
+        "asvit_fast": versions["asvit-fast"] or "source tree",
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    if not information.exists():
+        return platform.processor() or platform.machine()
+    names = [
+        line.split(":", 1)[1].strip() for line in information.read_text().splitlines() if line.startswith("model name")
+    ]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure: what was run, by whom, how long it took, how exact it was."""
+
+    benchmark: str
+    case: str
+    provider: str
+    milliseconds: float
+    lower_quartile: float
+    upper_quartile: float
+    gigabytes_per_second: float
+    error: float
+
+    @classmethod
+    def of(cls, benchmark: str, case: str, provider: str, timing: Timing, moved_bytes: int, error: float) -> Row:
+        """A row from seconds and the bytes that the work has to read and write at least."""
+        quartiles = (
+            round(1e3 * seconds, 4) for seconds in (timing.median, timing.lower_quartile, timing.upper_quartile)
+        )
+        return cls(
+            benchmark, case, provider, *quartiles, round(moved_bytes / timing.median / 1e9, 2), float(f"{error:.2e}")
+        )
+
+
+def print_header(device: torch.device) -> None:
+    """Print the machine above the table."""
+    print("  ".join(f"{name}: {value}" for name, value in machine(device).items()))
+
+
+def print_rows(rows: list[Row], baseline: str) -> None:
+    """Print a table, with each provider's speed relative to `baseline` on the same case."""
+    reference = {row.case: row.milliseconds for row in rows if row.provider == baseline}
+    print(f"{'case':34} {'provider':28} {'ms':>9} {'quartiles':>19} {'GB/s':>8} {'error':>9} {'speed':>7}")
+    for row in rows:
+        quartiles = f"{row.lower_quartile:.3f} .. {row.upper_quartile:.3f}"
+        speed = f"{reference[row.case] / row.milliseconds:6.2f}x" if row.case in reference else ""
+        print(
+            f"{row.case:34} {row.provider:28} {row.milliseconds:9.3f} {quartiles:>19} "
+            f"{row.gigabytes_per_second:8.1f} {row.error:9.1e} {speed:>7}"
+        )
+
+
+def save_rows(path: Path, rows: list[Row], device: torch.device) -> None:
+    """Append rows with the machine to a CSV file, writing the header if it is new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    records = [asdict(row) | machine(device) for row in rows]
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(records[0]))
+        if new:
+            writer.writeheader()
+        writer.writerows(records)

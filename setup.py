@@ -93,10 +93,10 @@ def find_compiler() -> tuple[str, str]:
     if sys.platform == "win32":
         raise CannotBuild("the compiled extension is not supported on Windows")
     command = os.environ.get("CXX", "c++")
-    program = shlex.split(command)[-1]
+    program = shlex.split(command)[0]
     if shutil.which(program) is None:
         raise CannotBuild(f"no C++ compiler: {program!r} is not on PATH (install g++ or set CXX)")
-    return command, output_of(*shlex.split(command), "--version").splitlines()[0]
+    return command, output_of(*shlex.split(command), "--version").partition("\n")[0]
 
 
 def nvcc_root(nvcc: str) -> Path:

@@ -92,8 +92,8 @@ def select(op: str, device: torch.device) -> Implementation:
 def use_backend(backend: str) -> Iterator[None]:
     """Force one backend ("reference", "triton", "cuda" or "cpu") for every op of this process inside the `with` block.
 
-    An op that the backend cannot run raises InputError with the reason. Compiled models obey as well, as the choice is made
-    when an op runs; the block itself belongs outside of the compiled function.
+    An op that the backend cannot run raises InputError with the reason. Compiled models obey as well, as the choice is
+    made when an op runs; the block itself belongs outside of the compiled function.
     """
     global _forced
     _check_name(backend)
@@ -137,7 +137,8 @@ def _cuda_reason(index: int | None) -> str | None:
     capability = torch.cuda.get_device_capability(index)
     if any(arch_runs_on(arch, capability) for arch in archs):
         return None
-    return f"compiled for {', '.join(archs)}, the GPU is {capability[0]}.{capability[1]}: set TORCH_CUDA_ARCH_LIST and rebuild"
+    gpu = ".".join(str(part) for part in capability)
+    return f"compiled for {', '.join(archs)}, the GPU is {gpu}: set TORCH_CUDA_ARCH_LIST and rebuild"
 
 
 def _triton_reason(index: int | None) -> str | None:

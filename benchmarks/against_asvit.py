@@ -29,6 +29,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
+from timer import machine, print_header
 from torch import Tensor, nn
 
 import asvit_fast as af
@@ -58,6 +59,9 @@ class Row:
     speedup: float
     relative_difference: float
     machine: str
+    threads: str
+    torch: str
+    commit: str
 
 
 @contextlib.contextmanager
@@ -148,7 +152,7 @@ def length_distortion_row(theirs: SimpleNamespace, topology: Topology, options: 
     thetas = torch.linspace(0, 2 * math.pi, THETAS)  # [thetas]
     circle, thetas = circle.to(device()), thetas.to(device())
     total = topology.features
-    counts = [total] if options.full else [options.coordinates // 2, options.coordinates]
+    counts = [total] if options.full else [options.coordinates // 8, options.coordinates]
     full = network.forward_features
 
     def run_theirs(count: int) -> float:
@@ -163,7 +167,8 @@ def length_distortion_row(theirs: SimpleNamespace, topology: Topology, options: 
 
     their_times: list[list[float]] = [[] for _ in counts]
     our_times, difference = [], 0.0
-    run_ours()  # the first call compiles and allocates
+    run_theirs(1)  # the first call of both finds its memory and threads
+    run_ours()
     for _ in range(options.rounds):
         for index, count in enumerate(counts):
             seconds, value = timed(lambda count=count: run_theirs(count))
@@ -172,14 +177,14 @@ def length_distortion_row(theirs: SimpleNamespace, topology: Topology, options: 
             our_times.append(our_seconds)
             mine = float(velocity[:, :count].double().norm(dim=1).sum())
             difference = max(difference, abs(mine - value) / abs(value))
-    theirs_s = (
-        their_times[0] if options.full else [line(counts, pair, total) for pair in zip(*their_times, strict=True)]
-    )
+    theirs_s = [line(counts, times, total) for times in zip(*map(sorted, their_times), strict=True)]
     return row("length_distortion", topology, options, theirs_s, our_times, difference, extrapolated=not options.full)
 
 
 def line(counts: list[int], seconds: tuple[float, ...], total: int) -> float:
-    """Seconds at ``total`` outputs, on the line through two measurements."""
+    """Seconds at ``total`` outputs, on the line through two measurements; with one, that one."""
+    if len(counts) == 1:
+        return seconds[0]
     slope = (seconds[1] - seconds[0]) / (counts[1] - counts[0])
     return seconds[1] + slope * (total - counts[1])
 
@@ -224,23 +229,19 @@ def row(
     extrapolated: bool = False,
 ) -> Row:
     median, our_median = statistics.median(theirs), statistics.median(ours)
+    where = machine(torch.device(device()))
     return Row(
         work, str(topology), options.img_size, options.rounds, extrapolated,
-        median, min(theirs), max(theirs), our_median, min(ours), max(ours), median / our_median, difference, machine(),
+        median, min(theirs), max(theirs), our_median, min(ours), max(ours), median / our_median, difference,
+        where["machine"], where["threads"], where["torch"], where["commit"],
     )  # fmt: skip
-
-
-def machine() -> str:
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    return f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def write(rows: list[Row], path: Path) -> None:
     """Replace the rows of the same work, topology, size and machine; keep the others."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fields = list(asdict(rows[0]))
-    key = ("work", "topology", "img_size", "extrapolated", "machine")
+    key = ("work", "topology", "img_size", "extrapolated", "machine", "threads")
     new = {tuple(str(asdict(one)[name]) for name in key): asdict(one) for one in rows}
     old = list(csv.DictReader(path.open())) if path.exists() else []
     kept = [one for one in old if tuple(one[name] for name in key) not in new]
@@ -273,14 +274,15 @@ def main() -> int:
     parser.add_argument(
         "--rounds", type=int, default=3, metavar="N", help="alternations of theirs and ours (default: 3)"
     )
-    parser.add_argument("--coordinates", type=int, default=16, metavar="N", help="outputs they get (default: 16)")
+    parser.add_argument("--coordinates", type=int, default=32, metavar="N", help="outputs they get (default: 32)")
     parser.add_argument(
         "--full", action="store_true", help="give them all outputs: no extrapolation, minutes per round"
     )
     parser.add_argument("--csv", type=Path, default=RESULTS, metavar="FILE", help="default: %(default)s")
     options = parser.parse_args()
     topology = Topology.parse(options.topology)
-    print(f"{machine()}; {topology} at {options.img_size} pixels, {options.rounds} rounds; median [min, max]")
+    print_header(torch.device(device()))
+    print(f"{topology} at {options.img_size} pixels, {options.rounds} rounds; median [min, max]")
     rows, wrong = [], []
     with authors_code(options.reference.resolve()) as theirs:
         for work in options.work:

@@ -59,7 +59,7 @@ def with_backend(backend: str, x: Tensor) -> Tensor:
 
 
 def providers(x: Tensor) -> dict[str, Run]:
-    """Who takes part, by name, ready to run on x [orders + 1, ...]. torch.func gets separate rows: nothing is stacked for it."""
+    """Who takes part, by name, ready to run on x [orders + 1, ...]; torch.func gets and returns separate rows."""
     rows = tuple(row.clone() for row in x)
     table: dict[str, Run] = {
         "torch.func.jvp, eager": partial(along_curve, *rows),

@@ -6,6 +6,8 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include <string_view>
+
 #include "cpu/dispatch.h"
 
 #ifdef ASVIT_FAST_CUDA
@@ -27,7 +29,7 @@ template <>
 constexpr PerIsa<GeluTaylorCpu<double>> kKernels<double> = ASVIT_FAST_PER_ISA(gelu_taylor_f64);
 
 // x: [orders + 1, ...]; returns the number of orders.
-int check(const at::Tensor& x, c10::string_view approximate) {
+int check(const at::Tensor& x, std::string_view approximate) {
   TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(0) >= 1 && x.size(0) <= 3,
                     "gelu_taylor: x must be [orders + 1, ...] with 0 to 2 orders, not ", x.sizes());
   TORCH_CHECK_VALUE(approximate == "none" || approximate == "tanh",
@@ -42,7 +44,7 @@ void run_cpu(const at::Tensor& x, const at::Tensor& y, int orders, bool tanh) {
   at::parallel_for(0, rows.count, kGrain, [&](int64_t begin, int64_t end) { kernel(rows, begin, end, tanh); });
 }
 
-at::Tensor gelu_taylor_cpu(const at::Tensor& x, c10::string_view approximate) {
+at::Tensor gelu_taylor_cpu(const at::Tensor& x, std::string_view approximate) {
   const int orders = check(x, approximate);
   const bool tanh = approximate == "tanh";
   if (x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16)
@@ -74,7 +76,7 @@ ScalarType scalar_type(at::ScalarType type) {
   }
 }
 
-at::Tensor gelu_taylor_gpu(const at::Tensor& x, c10::string_view approximate) {
+at::Tensor gelu_taylor_gpu(const at::Tensor& x, std::string_view approximate) {
   const int orders = check(x, approximate);
   const c10::cuda::CUDAGuard guard(x.device());
   const at::Tensor input = x.contiguous();

@@ -1,19 +1,24 @@
-"""What the kill and torchrun tests run as a program: a search or a scaling run with a scorer that may kill itself.
+"""What the kill and torchrun tests run in processes of their own: searches and scaling runs that die on the way.
 
-    search_program.py KIND OUT [--kill-at CALL] [--sleep SECONDS] [--fail-on-rank RANK]
+    search_program.py KIND OUT [--fail-on-rank RANK]
 
-Prints the result as one JSON line on every rank.
+prints the result as one JSON line on every rank.
 """
 
 import argparse
 import json
 import math
 import os
+import resource
 import signal
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-from asvit_fast.search import Budget, scale, search
+from asvit_fast.errors import InputError
+from asvit_fast.search import Budget, run_directory, scale, search
 from asvit_fast.topology import Topology
 
 SEED = "8,2,3|4,1,2|4,1,4|4,1,6|32"
@@ -69,15 +74,51 @@ def run_real(out: str | None, _: object) -> dict:
 RUN = {"search": run_search, "scale": run_scale, "real": run_real}
 
 
+def run_killed(kind: str, out: str, kill_at: int = 0, sleep: float = 0.0) -> None:
+    """A run whose scorer kills the process at one of its calls, or takes so long that somebody else can."""
+    RUN[kind](out, Scorer(kill_at, sleep, -1))
+
+
+def run_killed_in_write(out: str, point: str, count: int) -> None:
+    """A search killed at the ``count``-th write: after "append" (trace written, state not), after "write" (both
+    written), or before "replace" (temporary file written, not yet in place)."""
+    calls = {"append": 0, "write": 0, "replace": 0}
+
+    def counted(name: str, function: Callable[..., Any], before: bool) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            calls[name] += 1
+            last = name == point and calls[name] == count
+            if last and before:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = function(*arguments)
+            if last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return call
+
+    run_directory.append_jsonl = counted("append", run_directory.append_jsonl, before=False)
+    run_directory.write_atomic = counted("write", run_directory.write_atomic, before=False)
+    os.replace = counted("replace", os.replace, before=True)
+    run_search(out, measures)
+
+
+def run_on_full_disk(out: str, message: str) -> None:
+    """A search that may write 12,000 bytes into a file and no more; its error goes to the file ``message``."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, resource.RLIM_INFINITY))
+    try:
+        run_search(out, measures)
+    except InputError as error:
+        Path(message).write_text(str(error))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("kind", choices=RUN)
     parser.add_argument("out")
-    parser.add_argument("--kill-at", type=int, default=0)
-    parser.add_argument("--sleep", type=float, default=0.0)
     parser.add_argument("--fail-on-rank", type=int, default=-1)
     arguments = parser.parse_args()
-    scorer = Scorer(arguments.kill_at, arguments.sleep, arguments.fail_on_rank)
+    scorer = Scorer(0, 0.0, arguments.fail_on_rank)
     result = RUN[arguments.kind](arguments.out, scorer)
     sys.stdout.write(json.dumps(result) + "\n")
 

@@ -80,7 +80,7 @@ def test_unknown_names(op):
 
 
 def test_fallback_is_said_once(op, no_extension):
-    with pytest.warns(FallbackWarning, match=r"runs the reference implementation of example on cpu: .* no C\+\+ compiler"):
+    with pytest.warns(FallbackWarning, match=r"runs the reference implementation of example on cpu: .* C\+\+ compiler"):
         assert backends.select(op, CPU)() == "reference"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -114,18 +114,13 @@ def test_forced_backend_reaches_compiled_functions():
         assert torch.equal(compiled(x), gelu_taylor_reference(x))
 
 
-def test_use_backend_does_not_compile_silently():
+def test_use_backend_inside_a_compiled_function():
     def inside(x):
         with use_backend("reference"):
             return gelu_taylor(x)
 
-    x = torch.randn(2, 5)
-    try:
-        result = torch.compile(inside, backend="aot_eager")(x)
-    except Exception as error:
-        assert "use_backend" in str(error)
-    else:
-        assert torch.equal(result, gelu_taylor_reference(x))
+    x = torch.randn(3, 1000)
+    assert torch.equal(torch.compile(inside, backend="aot_eager")(x), gelu_taylor_reference(x))
 
 
 @pytest.mark.parametrize(

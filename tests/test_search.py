@@ -216,3 +216,23 @@ def test_bad_input(options: dict, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         search(**{"steps": 3, "scorer": measures, **QUIET, **options})
     assert "\n" not in str(caught.value)
+
+
+def test_real_scores_with_images(tmp_path: Path) -> None:
+    options = {"steps": 2, "img_size": 32, "repeats": 2, "thetas": 3, "batch": 3, "out": tmp_path, **QUIET}
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))  # [batch, 3, H, W]
+    result = search(images=images, **options)
+    assert result.ntk_condition > 1
+    assert result.length_distortion > 0
+    assert search(images=images.clone(), **options) == result
+    noise = search(**{**options, "out": None})
+    assert noise.trace[0]["topology"] == result.trace[0]["topology"]
+    assert noise.trace[0]["length_distortion"] == result.trace[0]["length_distortion"]
+    assert noise.trace[0]["ntk_condition"] != result.trace[0]["ntk_condition"]
+    for other in (images + 1, None):
+        with pytest.raises(InputError, match="images is"):
+            search(images=other, **options)
+    with pytest.raises(InputError, match="images"):
+        search(images=images[:2], **options)
+    with pytest.raises(InputError, match="no/such/folder"):
+        search(images="no/such/folder", **options)

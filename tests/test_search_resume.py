@@ -1,24 +1,36 @@
 """A run that is killed with SIGKILL, wherever, and started again ends as if it had not been."""
 
 import json
-import os
+import multiprocessing
 import random
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
-from search_program import RUN, measures, run_search
+from search_program import RUN, measures, run_killed, run_killed_in_write, run_on_full_disk, run_search
 
 from asvit_fast.errors import InputError
 from asvit_fast.search import RunDirectory, search
 
-ROOT = Path(__file__).parents[1]
-PROGRAM = [sys.executable, str(Path(__file__).with_name("search_program.py"))]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+# Forked from one warm server: importing torch anew for every process would take most of the time.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["asvit_fast.search"])
+
+
+def start(function: Callable[..., None], *arguments: object) -> BaseProcess:
+    process = CONTEXT.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def run_until_killed(function: Callable[..., None], *arguments: object) -> None:
+    process = start(function, *arguments)
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +42,12 @@ def finish(kind: str, out: Path) -> dict:
     return json.loads(json.dumps(RUN[kind](str(out), measures)))
 
 
-@pytest.mark.parametrize(("kind", "call"), [("search", 1), ("search", 17), ("search", 31), ("scale", 40)])
+@pytest.mark.parametrize(
+    ("kind", "call"),
+    [("search", 1), ("search", 2), ("search", 17), ("search", 31), ("scale", 1), ("scale", 5), ("scale", 40)],
+)
 def test_killed_while_scoring(tmp_path: Path, uninterrupted: dict, kind: str, call: int) -> None:
-    command = [*PROGRAM, kind, str(tmp_path), "--kill-at", str(call)]
-    assert subprocess.run(command, env=ENVIRONMENT, capture_output=True).returncode == -signal.SIGKILL
+    run_until_killed(run_killed, kind, str(tmp_path), call)
     assert not (tmp_path / "result.json").exists()
     assert finish(kind, tmp_path) == uninterrupted[kind]
 
@@ -41,16 +55,16 @@ def test_killed_while_scoring(tmp_path: Path, uninterrupted: dict, kind: str, ca
 def test_killed_again_and_again_from_outside(tmp_path: Path, uninterrupted: dict) -> None:
     generator = random.Random(0)
     killed = 0
-    for _ in range(4):
-        command = [*PROGRAM, "search", str(tmp_path), "--sleep", "0.02"]
-        process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    for _ in range(8):
+        process = start(run_killed, "search", str(tmp_path), 0, 0.02)
         deadline = time.monotonic() + 60
         lines = _lines(tmp_path)
-        while _lines(tmp_path) == lines and process.poll() is None and time.monotonic() < deadline:
+        while _lines(tmp_path) == lines and process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.002)  # wait until it works, then hit it anywhere within the next steps
         time.sleep(generator.uniform(0, 0.15))
         process.kill()
-        killed += process.wait() == -signal.SIGKILL
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
     assert killed >= 2
     assert finish("search", tmp_path) == uninterrupted["search"]
 
@@ -60,48 +74,18 @@ def _lines(folder: Path) -> int:
     return trace.read_bytes().count(b"\n") if trace.exists() else 0
 
 
-KILL_IN_WRITE = """
-import os, signal, sys
-from asvit_fast.search import run_directory
-from search_program import measures, run_search
-
-point, count = sys.argv[2], int(sys.argv[3])
-calls = {"append": 0, "state": 0, "replace": 0}
-
-def counted(name, function, before):
-    def call(*arguments, **options):
-        calls[name] += 1
-        last = name == point and calls[name] == count
-        if last and before:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = function(*arguments, **options)
-        if last:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-    return call
-
-run_directory.append_jsonl = counted("append", run_directory.append_jsonl, before=False)  # trace written, state not
-run_directory.write_atomic = counted("state", run_directory.write_atomic, before=False)  # both written
-os.replace = counted("replace", os.replace, before=True)  # temporary file written, not yet in place
-run_search(sys.argv[1], measures)
-"""
-
-
 @pytest.mark.parametrize(
     ("point", "count"),
-    [("append", 1), ("append", 12), ("state", 9), ("replace", 1), ("replace", 20)],
+    [(point, count) for point in ("append", "write", "replace") for count in (1, 2, 12, 30)] + [("replace", 32)],
 )
 def test_killed_between_trace_and_state(tmp_path: Path, uninterrupted: dict, point: str, count: int) -> None:
-    command = [sys.executable, "-c", KILL_IN_WRITE, str(tmp_path), point, str(count)]
-    environment = {**ENVIRONMENT, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    assert subprocess.run(command, env=environment, capture_output=True).returncode == -signal.SIGKILL
+    run_until_killed(run_killed_in_write, str(tmp_path), point, count)
     assert finish("search", tmp_path) == uninterrupted["search"]
     assert not list(tmp_path.glob(".*.tmp"))
 
 
 def test_torn_and_surplus_lines_are_cut_off(tmp_path: Path, uninterrupted: dict) -> None:
-    command = [*PROGRAM, "search", str(tmp_path), "--kill-at", "10"]
-    subprocess.run(command, env=ENVIRONMENT, capture_output=True)
+    run_until_killed(run_killed, "search", str(tmp_path), 10)
     with open(tmp_path / "trace.jsonl", "ab") as file:
         file.write(b'{"step": 9, "from": "a step whose state was never written"}\n{"step": 10, "to')
     assert finish("search", tmp_path) == uninterrupted["search"]
@@ -109,7 +93,7 @@ def test_torn_and_surplus_lines_are_cut_off(tmp_path: Path, uninterrupted: dict)
 
 
 def test_missing_lines_are_damage(tmp_path: Path) -> None:
-    subprocess.run([*PROGRAM, "search", str(tmp_path), "--kill-at", "10"], env=ENVIRONMENT, capture_output=True)
+    run_until_killed(run_killed, "search", str(tmp_path), 10)
     trace = tmp_path / "trace.jsonl"
     trace.write_text("".join(trace.read_text().splitlines(keepends=True)[:3]))
     before = trace.read_bytes()
@@ -131,7 +115,7 @@ def test_damaged_files(tmp_path: Path, name: str, content: bytes) -> None:
 
 
 def test_two_processes_do_not_share_a_directory(tmp_path: Path) -> None:
-    process = subprocess.Popen([*PROGRAM, "search", str(tmp_path), "--sleep", "0.5"], env=ENVIRONMENT)
+    process = start(run_killed, "search", str(tmp_path), 0, 0.5)
     try:
         deadline = time.monotonic() + 60
         while not _lines(tmp_path) and time.monotonic() < deadline:
@@ -140,7 +124,7 @@ def test_two_processes_do_not_share_a_directory(tmp_path: Path) -> None:
             run_search(str(tmp_path), measures)
     finally:
         process.kill()
-        process.wait()
+        process.join()
 
 
 def test_another_kind(tmp_path: Path) -> None:
@@ -163,16 +147,13 @@ def test_another_version_warns(tmp_path: Path) -> None:
 
 def test_the_disk_fills_up(tmp_path: Path) -> None:
     """The step that cannot be written is lost, the run ends in one line, and goes on where it stood."""
-    program = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (12000, resource.RLIM_INFINITY));"
-        "from search_program import measures, run_search; run_search(sys.argv[1], measures)"
-    )
-    environment = {**ENVIRONMENT, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)], env=environment, capture_output=True, text=True
-    )
-    assert "InputError: cannot" in done.stderr.splitlines()[-1]
-    assert str(tmp_path) in done.stderr.splitlines()[-1]
+    message = tmp_path / "message"
+    process = start(run_on_full_disk, str(tmp_path / "run"), str(message))
+    process.join()
+    assert process.exitcode == 0
+    assert str(tmp_path / "run") in message.read_text()
+    assert "\n" not in message.read_text()
+    tmp_path = tmp_path / "run"
     whole = search(steps=_lines(tmp_path), scorer=measures, progress=False, device="cpu")
     assert whole.steps == _lines(tmp_path) > 3
     assert len(finish("search", tmp_path)["trace"]) == 30

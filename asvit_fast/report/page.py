@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from .. import __version__
 from ..errors import InputError
 from ..files import as_float
 from ..topology import SearchSpace, Topology
-from ..version import __version__
 from .runs import Run
 
 TOP = 10  # rows in the tables of the best
@@ -149,7 +149,7 @@ def _result_table(run: Run):
         rows.append(("entropy of the policy at the end (nats)", _score(source["entropy"])))
     rows.append(("time in all steps (seconds)", f"{sum(as_float(record['seconds']) for record in run.trace):,.1f}"))
     rejected = sum(len(record.get("rejected") or record.get("dropped") or []) for record in run.trace)
-    rows.append(("candidates outside the budget, not scored", rejected))
+    rows.append(("candidates outside the budget, not scored", str(rejected)))
     title = "Result" if run.finished else "Last step"
     return title, "", ("", "value"), rows
 

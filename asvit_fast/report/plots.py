@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -18,7 +19,7 @@ from ..topology import Topology
 from .runs import Run
 
 BLUE, ORANGE, VERMILLION, GREY = "#0072B2", "#E69F00", "#D55E00", "#8A8A8A"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 12,
     "axes.titlesize": 13,
     "axes.titleweight": "bold",
@@ -178,10 +179,10 @@ def _stars(axes: Axes, points: Sequence[Point], label: str) -> None:
         [point.ntk_condition for point in points],
         [point.length_distortion for point in points],
         marker="*",
-        s=330,
-        facecolor=VERMILLION,
-        edgecolor="white",
-        linewidth=1.2,
+        s=520,
+        facecolor="none",  # the dot inside keeps the colour of its step
+        edgecolor=VERMILLION,
+        linewidth=2.2,
         label=label,
         zorder=3,
     )

@@ -90,9 +90,9 @@ class Evaluator:
     def work(self, task: Task) -> tuple[float, ...]:
         """Do one task: the values of METRICS."""
         if self.scorer is None:
-            seed = (self.seed, task.step)
-            scores = score_repeat(task.topology, task.repeat, self.settings, self.images, seed)
-            return tuple(float(scores[metric]["value"]) for metric in METRICS)
+            # The seed alone decides circles and images, shared by all candidates; seed and step decide the weights.
+            results = score_repeat(task.topology, task.repeat, self.settings, self.images, (self.seed, task.step))
+            return tuple(results[metric]["value"] for metric in METRICS)
         scores = self.scorer(task.topology)
         if not isinstance(scores, Mapping) or any(metric not in scores for metric in METRICS):
             raise InputError(f"scorer must return a mapping with {' and '.join(METRICS)}, got {scores!r}")

@@ -106,7 +106,7 @@ def scale(
 
     Conventions. "paper": every width is the nearest integer above the old one; candidates are scored at their real
     width, as Algorithm 2 reads, so that the last steps towards 100 M score networks of that size (``shrink=4`` takes
-    12 times fewer operations there); a tie goes to the better value of the measure that varies more. "reference", the
+    9 times fewer operations there); a tie goes to the better value of the measure that varies more. "reference", the
     authors' code: widths are those of the scored network, a quarter of the real one (8 for 32), rounded half to even,
     and may stay the same; a tie looks at two candidates only and goes to the SMALLER value, whichever the measure.
 
@@ -227,15 +227,18 @@ class _Scaling:
         scored = _scored(directory.state)
         with tqdm(total=self.limits[1] / 1e6, desc="scale", bar_format=_BAR, disable=not progress) as bar:
             while not self.finished(steps):
-                _show(bar, steps[-1].params if steps else self.cost(self.start).params, len(steps))
+                _show(bar, self.cost(self.reached(steps)).params, len(steps))
                 step = self.step(steps, scored, directory, share, bar)
                 scored = []
                 steps.append(step)
                 directory.record(step.to_dict(), {"scored": []})
-            _show(bar, (steps[-1] if steps else self.cost(self.start)).params, len(steps))
+            _show(bar, self.cost(self.reached(steps)).params, len(steps))
         if directory.result is None:
             directory.finish(self.result(steps))
         return steps
+
+    def reached(self, steps: list[ScaleStep]) -> Topology:
+        return steps[-1].topology if steps else self.start
 
     def finished(self, steps: list[ScaleStep]) -> bool:
         if not steps:
@@ -253,7 +256,7 @@ class _Scaling:
     ) -> ScaleStep:
         """Score the candidates (but the first ``len(scored)``, which an interrupted run has done) and choose one."""
         start = time.perf_counter()
-        candidates, dropped = self._fitting(steps[-1].topology if steps else self.start)
+        candidates, dropped = self._fitting(self.reached(steps))
         networks = [candidate.replace(width=candidate.width // self.shrink) for candidate in candidates]
         measures = list(scored)
         while len(measures) < len(networks):

@@ -49,9 +49,13 @@ def _silu(x: Tensor) -> Derivatives:
     return x * s, s + x * ds, 2 * ds + x * dds  # type: ignore[operator]
 
 
-def _softplus(x: Tensor) -> Derivatives:
-    s, ds, _ = _sigmoid(x)
-    return F.softplus(x), s, ds
+def _softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Derivatives:
+    s, ds, _ = _sigmoid(beta * x)
+    return F.softplus(x, beta, threshold), s, beta * ds
+
+
+def _leaky_relu(x: Tensor, negative_slope: float = 0.01) -> Derivatives:
+    return F.leaky_relu(x, negative_slope), torch.where(x > 0, 1.0, negative_slope).to(x.dtype), None
 
 
 def _relu(x: Tensor) -> Derivatives:
@@ -71,10 +75,9 @@ def _hardswish(x: Tensor) -> Derivatives:
     return F.hardswish(x), torch.where(x >= 3, 1.0, inside * (2 * x + 3) / 6), inside / 3
 
 
-def _elu(x: Tensor) -> Derivatives:
-    y = F.elu(x)
-    negative = torch.where(x > 0, 0.0, torch.exp(torch.clamp(x, max=0)))
-    return y, torch.where(x > 0, 1.0, negative), negative
+def _elu(x: Tensor, alpha: float = 1.0) -> Derivatives:
+    negative = torch.where(x > 0, 0.0, alpha * torch.exp(torch.clamp(x, max=0)))
+    return F.elu(x, alpha), torch.where(x > 0, 1.0, negative), negative
 
 
 def _sqrt(x: Tensor) -> Derivatives:
@@ -111,7 +114,7 @@ def _mish(x: Tensor) -> Derivatives:
     return x * t[0], t[0] + x * t[1], 2 * t[1] + x * t[2]
 
 
-FUNCTIONS: dict[str, Callable[[Tensor], Derivatives]] = {
+FUNCTIONS: dict[str, Callable[..., Derivatives]] = {
     "exp": _exp,
     "expm1": lambda x: (torch.expm1(x), torch.exp(x), torch.exp(x)),
     "log": _log,
@@ -124,6 +127,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Derivatives]] = {
     "softplus": _softplus,
     "mish": _mish,
     "relu": _relu,
+    "leaky_relu": _leaky_relu,
     "relu6": _relu6,
     "hardsigmoid": _hardsigmoid,
     "hardswish": _hardswish,
@@ -137,20 +141,11 @@ FUNCTIONS: dict[str, Callable[[Tensor], Derivatives]] = {
 }
 
 
-def _takes_options(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """More than the input (and torch's ``inplace``), e.g. softplus(beta=2)."""
-    return any(not isinstance(a, bool) for a in args[1:]) or any(k not in ("inplace", "input") for k in kwargs)
-
-
-def _rule(name: str, derivatives: Callable[[Tensor], Derivatives]) -> None:
-    defaults = {"softplus": (1, 20), "elu": (1.0,)}
-
+def _rule(name: str, derivatives: Callable[..., Derivatives]) -> None:
     @register_rule(name)
     def elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
-        x = args[0] if args else kwargs["input"]
-        if _takes_options(args, kwargs) and args[1:] != defaults.get(name):
-            raise NotImplementedError(f"Taylor rule of {name}: only the default options are supported")
-        return compose(x, derivatives(x.primal))
+        x = args[0] if args else kwargs.pop("input")
+        return compose(x, derivatives(x.primal, *args[1:], **kwargs))
 
 
 for _name, _derivatives in FUNCTIONS.items():
@@ -161,12 +156,6 @@ for _name, _derivatives in FUNCTIONS.items():
 def gelu(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
     x, approximate = _bind(args, kwargs, input=None, approximate="none")
     return Taylor(gelu_taylor(x.coefficients, approximate))
-
-
-@register_rule("leaky_relu")
-def leaky_relu(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
-    x, slope = _bind(args, kwargs, input=None, negative_slope=0.01)
-    return compose(x, (F.leaky_relu(x.primal, slope), torch.where(x.primal > 0, 1.0, slope), None))
 
 
 @register_rule("clamp", "clip", "clamp_min", "clamp_max", "hardtanh")

@@ -25,8 +25,7 @@ LINEAR = """
     squeeze unsqueeze expand expand_as broadcast_to repeat repeat_interleave tile contiguous clone detach unbind chunk split tensor_split
     split_with_sizes hsplit vsplit narrow select index_select gather take_along_dim getitem roll flip fliplr flipud rot90
     mean sum nansum cumsum diff neg negative positive to type type_as float double half bfloat16 cpu cuda unfold fold diagonal triu tril trace
-    avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d interpolate upsample
-    pixel_shuffle pixel_unshuffle channel_shuffle zero_pad2d identity dropout dropout1d dropout2d dropout3d feature_dropout
+    pixel_shuffle pixel_unshuffle channel_shuffle identity dropout dropout1d dropout2d dropout3d feature_dropout
     real
 """
 
@@ -43,9 +42,33 @@ def linear_map(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     return mapped(func, args, kwargs)
 
 
-@register_rule("setitem", "copy_", "fill_", "zero_", "data")
-def mutation(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    raise TaylorError(f"Taylor values cannot be written to ({function_name(func)}); use torch.cat, torch.where or torch.stack")
+@register_rule(*(f"{kind}avg_pool{n}d" for kind in ("", "adaptive_") for n in (1, 2, 3)), "interpolate", "upsample")
+def pooling(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Linear functions of a batch of images, the orders as more images: vmap would run some of them one by one."""
+    x = args[0] if args else kwargs.pop("input")
+    unbatched = function_name(func)[-2:] in ("1d", "2d", "3d") and x.dim() == 1 + int(function_name(func)[-2])
+    if unbatched:
+        return mapped(func, (x, *args[1:]), kwargs)
+    out = func(x.coefficients.flatten(0, 1), *args[1:], **kwargs)
+    return Taylor(out.unflatten(0, (x.order + 1, -1)))
+
+
+@register_rule("setitem")
+def write(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """x[index] = value, into the memory of every order; a constant's derivatives are zero."""
+    x, index, value = args
+    if not isinstance(x, Taylor):
+        raise TaylorError("a Taylor value cannot be written into an ordinary tensor; build it with torch.cat or torch.stack")
+    for order, target in enumerate(x.coefficients):
+        moving = isinstance(value, Taylor)
+        target[index] = value.coefficients[order] if moving else (value if order == 0 else 0.0)
+
+
+@register_rule("copy_", "fill_", "zero_")
+def overwrite(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
+    x, value = args[0], args[1] if len(args) > 1 else 0.0
+    write(func, (x, ..., value), {})
+    return x
 
 
 @register_rule("cat", "concat", "concatenate", "stack", "hstack", "vstack", "where", "lerp")
@@ -76,17 +99,14 @@ def sum_rule(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     if isinstance(left, Taylor) and isinstance(right, Taylor):
         return mapped(func, args, kwargs)
     value = func(*primals(args), **kwargs)  # [*shape]
-    moving = left if isinstance(left, Taylor) else right
+    alpha = kwargs.get("alpha", 1)
+    of_left, of_right = {"add": (1, alpha), "rsub": (-alpha, 1)}.get(function_name(func), (1, -alpha))
+    moving, factor = (left, of_left) if isinstance(left, Taylor) else (right, of_right)
     higher = moving.coefficients[1:]  # [order, *shape of the moving operand]
-    factor = 1.0 if function_name(func) == "add" or moving is left else -1.0
-    if function_name(func) == "rsub":
-        factor = -factor
-    if moving is right:
-        factor *= kwargs.get("alpha", 1)
     if higher.shape[1:] != value.shape:
         padded = higher.reshape(higher.shape[0], *[1] * (value.dim() - higher.dim() + 1), *higher.shape[1:])
         higher = padded.expand(-1, *value.shape)
-    higher = higher.to(value.dtype) if factor == 1.0 else higher.to(value.dtype) * factor
+    higher = higher.to(value.dtype) if factor == 1 else higher.to(value.dtype) * factor
     return Taylor(torch.cat([value.unsqueeze(0), higher]))
 
 

@@ -133,7 +133,7 @@ def _find_rule(func: Callable[..., Any]) -> tuple[Rule | None, bool]:
     except TypeError:  # unhashable callables have no rule of their own
         pass
     name = function_name(func)
-    if name in _RULES_BY_NAME:
+    if name in _RULES_BY_NAME:  # copy_ and fill_ have rules of their own
         return _RULES_BY_NAME[name], False
     if name.endswith("_") and name[:-1] in _RULES_BY_NAME:
         return _RULES_BY_NAME[name[:-1]], True
@@ -143,8 +143,9 @@ def _find_rule(func: Callable[..., Any]) -> tuple[Rule | None, bool]:
 def apply(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``func(*args, **kwargs)`` where some arguments are Taylor values."""
     rule, in_place = _find_rule(func)
-    if in_place or kwargs.get("inplace"):
-        kwargs = {name: value for name, value in kwargs.items() if name != "inplace"}
+    asked = kwargs.get("inplace", False)
+    kwargs = {name: value for name, value in kwargs.items() if name != "inplace"}
+    if in_place or asked:
         result = (rule or _fallback)(_out_of_place(func), args, kwargs)
         args[0].coefficients.copy_(result.coefficients)
         return args[0]

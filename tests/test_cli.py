@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -243,10 +245,19 @@ def test_search_says_what_it_does_and_resumes(tmp_path: Path, capsys: pytest.Cap
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == files
 
 
-def test_interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupt(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(sys.modules["asvit_fast.search"], "search", interrupt)  # the attribute is the function
-    assert main([*SEARCH, "--out", str(tmp_path / "run")]) == 130
-    assert "same command continues" in capsys.readouterr().err
+def test_interrupt(tmp_path: Path) -> None:
+    """Ctrl-C in the middle of a search: exit code 130, and the same command goes on."""
+    command = [*SEARCH, "--steps", "60", "--out", str(tmp_path)]
+    trace = tmp_path / "trace.jsonl"
+    process = subprocess.Popen([sys.executable, "-m", "asvit_fast", *command], stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not trace.exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "interrupted; the same command continues" in error
+    done = read_jsonl(trace)
+    assert 0 < len(done) < 60
+    assert main(command) == 0
+    assert read_jsonl(trace)[: len(done) - 1] == done[:-1]  # a step whose state was not saved yet is done again
+    assert len(read_jsonl(trace)) == 60

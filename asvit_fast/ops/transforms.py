@@ -6,11 +6,10 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 
 
+@torch.compiler.assume_constant_result  # asked while tracing, when the levels of the traced transforms are there
 def transform_active() -> bool:
-    """A functorch level (grad, vmap, jvp, ...) or a forward-mode level is active, outside compilation.
+    """A functorch level (grad, vmap, jvp, ...) or a forward-mode level is active.
 
     Custom ops lose forward-mode tangents without an error and refuse ``torch.func.grad``; public ops then take their reference.
     """
-    if torch.compiler.is_compiling():
-        return False
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0

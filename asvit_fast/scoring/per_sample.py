@@ -108,7 +108,8 @@ class _Inputs(TorchFunctionMode):
         if _reshapes_parameter(func, args):
             return nn.Parameter(func(*_detach(args), **kwargs))
         if _rule_for(func) is not None and any(isinstance(leaf, nn.Parameter) for leaf in _leaves(args, kwargs)):
-            self.seen.append(next(a for a in _leaves(args, kwargs) if isinstance(a, Tensor) and not isinstance(a, nn.Parameter)))
+            tensors = (a for a in _leaves(args, kwargs) if isinstance(a, Tensor) and not isinstance(a, nn.Parameter))
+            self.seen.append(next(tensors, torch.empty(0)))
         return func(*args, **kwargs)
 
 
@@ -153,7 +154,7 @@ class _Recorder(TorchFunctionMode):
         self.known: dict[str, int] = defaultdict(int)  # uses not yet seen by the backward pass
         self.leaves: list[Tensor] = []
         self.pending: dict[str, Tensor] = {}
-        self.on_rows: Callable[[str, Tensor], None] = lambda name, rows: None
+        self.on_rows: Callable[[str, Tensor], None] | None = None  # None: backward passes go by unrecorded
 
     @property
     def conflicts(self) -> dict[str, str]:
@@ -202,6 +203,8 @@ class _Recorder(TorchFunctionMode):
         return out.view_as(out)
 
     def _reached(self, gradient: Tensor, needed: dict[str, Contraction]) -> None:
+        if self.on_rows is None:
+            return
         for name, contract in needed.items():
             rows = contract(gradient, self.samples)
             self.pending[name] = self.pending[name] + rows if name in self.pending else rows
@@ -211,6 +214,7 @@ class _Recorder(TorchFunctionMode):
 
     def flush(self) -> None:
         """Parameters some of whose uses do not reach the features."""
+        assert self.on_rows is not None
         for name, rows in self.pending.items():
             self.on_rows(name, rows)
         self.pending.clear()

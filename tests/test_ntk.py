@@ -1,0 +1,160 @@
+"""The NTK Gram against the authors' numbers and against one backward pass per sample."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from golden import CASES, golden, relative_error
+from torch import Tensor, nn
+
+import asvit_fast as af
+from asvit_fast import backends
+from asvit_fast.scoring.ntk import score_features
+
+
+def gram_one_by_one(model: nn.Module, images: Tensor, parameters: str = "weights") -> Tensor:
+    chosen = [p for name, p in model.named_parameters() if parameters == "all" or "weight" in name]
+    rows = []
+    for sample in score_features(model)(images):
+        gradients = torch.autograd.grad(sample.sum(), chosen, retain_graph=True, allow_unused=True, materialize_grads=True)
+        rows.append(torch.cat([g.flatten() for g in gradients]))
+    rows = torch.stack(rows).double()
+    return rows @ rows.T
+
+
+@pytest.fixture(autouse=True)
+def forget_warnings() -> None:
+    backends._notified.clear()
+
+
+@pytest.mark.parametrize("norm", ["ln", "id"])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings("error")  # every layer has a rule
+def test_gram_equals_the_authors(case: str, norm: str) -> None:
+    data = golden(case)
+    condition = float(data[f"{norm}.ntk_cond"])
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 2e-3)):
+        model, images = data.model(norm, dtype), data.images(dtype)
+        gram = af.ntk_gram(model, images)
+        assert gram.dtype == torch.float64
+        assert relative_error(gram, data[f"{norm}.ntk_gram"]) < tolerance
+        assert relative_error(af.ntk_gram(model, images, parameters="all"), data[f"{norm}.ntk_gram_allparams"]) < tolerance
+        assert af.ntk_condition(gram) == pytest.approx(condition, rel=tolerance, abs=0.0)
+        assert all(p.grad is None for p in model.parameters())
+
+
+class Shared(nn.Module):
+    """One Linear used at two resolutions, a position embedding, a layer scale, grouped convolution, batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=2, padding=1, dilation=1, groups=1)
+        self.grouped_weight = nn.Parameter(torch.randn(8, 2, 3, 3) / 4)
+        self.norm = nn.BatchNorm2d(8)
+        self.position_weight = nn.Parameter(torch.randn(1, 64, 8))
+        self.scale_weight = nn.Parameter(torch.randn(8))
+        self.linear = nn.Linear(8, 8)
+        self.unused_weight = nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.norm(self.conv(x)))
+        x = F.conv2d(x, self.grouped_weight, None, padding=2, dilation=2, groups=4).flatten(2).transpose(1, 2)
+        x = x + self.position_weight
+        x = x + self.scale_weight * torch.tanh(self.linear(x))
+        return torch.tanh(self.linear(x[:, ::4])).mean(1)
+
+
+class Unknown(nn.Module):
+    """Weights inside functions that have no rule; one of them also inside a function that has one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bilinear = nn.Bilinear(6, 6, 5)
+        self.linear = nn.Linear(12, 6)
+        self.weight = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.linear(x.flatten(1)[:, :12]))
+        x = F.linear(x, self.weight) + x @ torch.matrix_exp(0.1 * self.weight)
+        return self.bilinear(x, x)
+
+
+class SequenceFirst(nn.Module):
+    """Tokens before samples: rows of a layer's input are not samples one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.attention = nn.MultiheadAttention(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)[:, :48].unflatten(1, (8, 6)).transpose(0, 1)  # [8, B, 6]
+        x = torch.tanh(self.linear(x))
+        return self.attention(x, x, x, need_weights=False)[0].mean(0)
+
+
+@pytest.mark.parametrize("parameters", ["weights", "all"])
+@pytest.mark.parametrize("network", [Shared, Unknown, SequenceFirst])
+@pytest.mark.filterwarnings("ignore:asvit_fast. the NTK differentiates")
+def test_gram_equals_one_backward_per_sample(network: type[nn.Module], parameters: str) -> None:
+    torch.manual_seed(0)
+    model = network().double().eval()
+    images = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    torch.testing.assert_close(
+        af.ntk_gram(model, images, parameters), gram_one_by_one(model, images, parameters), rtol=1e-10, atol=1e-14
+    )
+
+
+def test_slow_layers_are_named() -> None:
+    images = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    with pytest.warns(backends.FallbackWarning, match=r"bilinear\.weight \(bilinear\)"):
+        af.ntk_gram(Unknown().double(), images)
+    with pytest.warns(backends.FallbackWarning, match=r"linear\.weight \(linear\)"):
+        af.ntk_gram(SequenceFirst().double(), images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        af.ntk_gram(Shared().double(), images)  # all known
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(backends.FallbackWarning):
+        patch.setenv("ASVIT_FAST_STRICT", "1")
+        af.ntk_gram(Unknown().double(), images)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "resnet10t", "convnext_atto"])
+@pytest.mark.filterwarnings("ignore:asvit_fast. the NTK differentiates")
+def test_timm_networks(name: str) -> None:
+    torch.manual_seed(0)
+    size = {"vit_tiny_patch16_224": 64, "swin_tiny_patch4_window7_224": 56}.get(name, 64)
+    options = {"img_size": size} if name.startswith(("vit", "swin")) else {}
+    model = timm.create_model(name, num_classes=0, **options).double().eval()
+    images = torch.randn(3, 3, size, size, dtype=torch.float64)
+    for parameters in ("weights", "all"):
+        expected = gram_one_by_one(model, images, parameters)
+        assert relative_error(af.ntk_gram(model, images, parameters), expected) < 1e-10
+
+
+def test_frozen_parameters_do_not_count() -> None:
+    model = af.create_model("4,1,2|2,1,2|2,1,2|2,1,2|16,16", img_size=32, num_classes=0).eval()
+    images = torch.randn(3, 3, 32, 32)
+    full = af.ntk_gram(model, images)
+    model.patch_embed.requires_grad_(False)
+    assert not torch.allclose(af.ntk_gram(model, images), full)
+    model.requires_grad_(False)
+    with pytest.raises(af.InputError, match="require gradients"):
+        af.ntk_gram(model, images)
+    with pytest.raises(af.InputError, match="'weights' or 'all'"):
+        af.ntk_gram(model, images, parameters="biases")
+
+
+def test_condition() -> None:
+    assert af.ntk_condition(torch.diag(torch.tensor([4.0, 2.0, 1.0]))) == pytest.approx(4.0)
+    assert af.ntk_condition(torch.diag(torch.tensor([4.0, 0.0]))) == math.inf
+    assert af.ntk_condition(torch.diag(torch.tensor([4.0, -1e-9]))) == math.inf  # the authors' code would call it excellent
+    assert af.ntk_condition(torch.full((2, 2), math.nan)) == math.inf
+    assert af.ntk_condition(torch.full((2, 2), math.inf)) == math.inf
+    with pytest.raises(af.InputError, match="square"):
+        af.ntk_condition(torch.zeros(2, 3))

@@ -1,0 +1,252 @@
+"""Curve measures and score statistics: the authors' numbers, exact cases, non-finite networks."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import timm
+import torch
+from golden import CASES, golden
+from torch import Tensor, nn
+
+import asvit_fast as af
+from asvit_fast.scoring import Curve, ScoreSettings, circle, score_repeat, theta_grid
+from asvit_fast.scoring.memory import in_pieces
+from asvit_fast.scoring.score import stream, without_norms
+
+SEED = "8,2,3|4,1,2|4,1,4|4,1,6|32"
+FAST = {"img_size": 32, "thetas": 4, "repeats": 2, "batch": 4}
+
+
+@pytest.mark.parametrize("radius", ["r1", "rN"])
+@pytest.mark.parametrize("norm", ["ln", "id"])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_measures_equal_the_authors(case: str, norm: str, radius: str, dtype: torch.dtype) -> None:
+    data = golden(case)
+    loose = 2e-3 if (norm, radius) == ("id", "rN") else 1e-5
+    tolerance = {"rel": 1e-9 if dtype == torch.float64 else loose, "abs": 0.0}
+    with torch.no_grad():
+        c = af.curve(data.model(norm, dtype).score_features, data["theta"], *data.circle(dtype), scale=data.scale(radius))
+    name = f"{norm}.{radius}"
+    assert c.output.shape == c.velocity.shape == c.acceleration.shape == (10, 8 * data.meta["hidden"])
+    assert af.length_distortion(c, "reference") == pytest.approx(float(data[f"{name}.LE"]), **tolerance)
+    assert af.curvature(c, "reference") == pytest.approx(float(data[f"{name}.kappa"]), **tolerance)
+    assert af.gauss_length(c, "reference") == pytest.approx(float(data[f"{name}.LkE_refcode"]), **tolerance)
+    mean_to_integral = 2 * math.pi / 10
+    assert af.gauss_length(c) == pytest.approx(mean_to_integral * float(data[f"{name}.LkE_true"]), **tolerance)
+    assert c.velocity.norm(dim=1).tolist() == pytest.approx(data[f"{name}.speed"].tolist(), **tolerance)
+    assert c.acceleration.norm(dim=1).tolist() == pytest.approx(data[f"{name}.accel"].tolist(), **tolerance)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_paper_convention(case: str) -> None:
+    """On the paper's open grid: 2 pi times the mean speed."""
+    data = golden(case)
+    with torch.no_grad():
+        c = af.curve(data.model("id").score_features, theta_grid(10), *data.circle(), scale=data.scale("rN"), order=1)
+    assert c.acceleration is None
+    expected = 2 * math.pi * float(data["id.rN.speed_open"].mean())
+    assert af.length_distortion(c) == pytest.approx(expected, rel=1e-9, abs=0.0)
+    with pytest.raises(af.InputError, match="order=2"):
+        af.curvature(c)
+
+
+@pytest.mark.parametrize("radius", [0.5, 3.0])
+def test_a_circle_has_the_measures_of_a_circle(radius: float) -> None:
+    """Identity: length 2 pi r; its total curvature in the paper's sense 2 pi / r; its unit velocity turns once."""
+    u0, u1 = circle((3, 4, 4), torch.Generator().manual_seed(0))
+    assert float((u0 * u1).sum()) == pytest.approx(0, abs=1e-14)
+    assert float(u0.norm()) == pytest.approx(1) and float(u1.norm()) == pytest.approx(1)
+    c = af.curve(nn.Flatten(), theta_grid(7), u0, u1, scale=radius)
+    assert af.length_distortion(c) == pytest.approx(2 * math.pi * radius, rel=1e-12)
+    assert af.curvature(c) == pytest.approx(2 * math.pi / radius, rel=1e-12)
+    assert af.gauss_length(c) == pytest.approx(2 * math.pi, rel=1e-12)
+    assert af.length_distortion(c, "reference") == pytest.approx(7 * radius, rel=1e-12)
+
+
+def test_theta_grids() -> None:
+    assert theta_grid(4).tolist() == pytest.approx([0, math.pi / 2, math.pi, 3 * math.pi / 2])
+    assert theta_grid(3, "reference").tolist() == pytest.approx([0, math.pi, 2 * math.pi])
+    with pytest.raises(af.InputError, match="convention must be"):
+        theta_grid(3, "mine")
+    with pytest.raises(af.InputError, match="thetas must be 1 or more"):
+        theta_grid(0)
+
+
+def test_curvature_does_not_cancel() -> None:
+    """An acceleration almost along the velocity: the formula's difference of products would be noise."""
+    v = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    a = torch.tensor([[1e6, 1e-6]], dtype=torch.float64)
+    c = Curve(torch.zeros(1), v, v, a)
+    assert af.curvature(c, "reference") == pytest.approx(1e-6, rel=1e-9)
+
+
+def test_score_statistics_and_determinism() -> None:
+    first = af.score(SEED, **FAST)
+    assert list(first) == ["length_distortion", "curvature", "ntk_condition"]
+    measure = first["length_distortion"]
+    assert len(measure.values) == 2 and measure.seconds > 0
+    assert measure.mean == pytest.approx(sum(measure.values) / 2)
+    assert measure.std == pytest.approx(abs(measure.values[0] - measure.values[1]) / math.sqrt(2))
+    assert af.score(af.Topology.parse(SEED), **FAST)["curvature"].values == first["curvature"].values
+    assert af.score(SEED, **FAST, seed=1)["curvature"].values != first["curvature"].values
+    again = json.loads(json.dumps(first.to_dict()))
+    assert again["metrics"]["length_distortion"]["mean"] == measure.mean
+    assert again["settings"]["img_size"] == 32 and again["target"].startswith("8,2,3,1|")
+
+
+def test_score_is_made_of_independent_repeats() -> None:
+    settings = ScoreSettings(**FAST)
+    whole = af.score(SEED, **FAST, seed=3)
+    for repeat in (1, 0):  # in any order
+        results = score_repeat(SEED, repeat, settings, seed=3)
+        for name, result in results.items():
+            assert result["value"] == whole[name].values[repeat]
+
+
+def test_streams() -> None:
+    """Circles and images follow the first seed alone, weights the whole tuple."""
+    assert stream(1, 2).initial_seed() != stream(2, 1).initial_seed()
+    settings = ScoreSettings(metrics=("length_distortion",), **FAST)
+    a = score_repeat(SEED, 0, settings, seed=(3, 0))["length_distortion"]["value"]
+    b = score_repeat(SEED, 0, settings, seed=(3, 1))["length_distortion"]["value"]
+    assert a != b and a == pytest.approx(b, rel=0.3)
+
+
+def test_reference_convention_shares_the_convolution() -> None:
+    from asvit_fast.scoring.score import _draw
+
+    topology = af.Topology.parse(SEED)
+    for convention, shared in (("reference", True), ("paper", False)):
+        settings = ScoreSettings(**FAST, convention=convention)
+        one, two = (_draw(topology, repeat, settings, 0) for repeat in (0, 1))
+        assert torch.equal(one.patch_embed.proj.weight, two.patch_embed.proj.weight) is shared
+        assert not torch.equal(one.stages[0].blocks[0].mlp.fc1.weight, two.stages[0].blocks[0].mlp.fc1.weight)
+
+
+def test_reference_convention_by_hand() -> None:
+    """score(convention="reference") is the sum over the closed grid on the unit circle, without norms, of the drawn network."""
+    from asvit_fast.scoring.score import CIRCLE, _draw
+
+    settings = ScoreSettings(**FAST, convention="reference")
+    model = _draw(af.Topology.parse(SEED), 0, settings, 5)
+    u0, u1 = (u.float() for u in circle((3, 32, 32), stream(5, CIRCLE, 0)))
+    with torch.no_grad():
+        c = af.curve(without_norms(model).score_features, theta_grid(4, "reference"), u0, u1)
+    got = score_repeat(SEED, 0, settings, seed=5)
+    assert got["length_distortion"]["value"] == pytest.approx(af.length_distortion(c, "reference"), rel=1e-6)
+    assert got["curvature"]["value"] == pytest.approx(af.curvature(c, "reference"), rel=1e-6)
+
+
+def test_without_norms_shares_weights() -> None:
+    model = af.create_model(SEED, img_size=32, num_classes=0).eval()
+    bare = without_norms(model)
+    same = af.create_model(SEED, img_size=32, num_classes=0, norm="identity").eval()
+    same.load_state_dict(af.convert_asvit_state_dict(model.state_dict(), norm="identity"))
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(bare.score_features(x), same.score_features(x))
+    assert bare.stages[0].blocks[0].mlp.fc1.weight is model.stages[0].blocks[0].mlp.fc1.weight
+    assert isinstance(model.norm, nn.LayerNorm) and not any(isinstance(m, nn.LayerNorm) for m in bare.modules())
+
+
+def test_score_of_timm_names_and_modules() -> None:
+    by_name = af.score("vit_tiny_patch16_224", metrics=("length_distortion",), img_size=64, thetas=2, repeats=2)
+    assert by_name["length_distortion"].values[0] != by_name["length_distortion"].values[1]
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t").train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    of_module = af.score(model, img_size=32, thetas=2, repeats=2, batch=3)
+    assert len(of_module["ntk_condition"].values) == 1 and len(of_module["curvature"].values) == 2
+    assert model.training and all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    kept = af.score("asvit_seed", metrics=("length_distortion",), norms="keep", **FAST)
+    bare = af.score("asvit_seed", metrics=("length_distortion",), **FAST)
+    assert kept["length_distortion"].mean != pytest.approx(bare["length_distortion"].mean, rel=0.01)
+
+
+def test_images_decide_the_ntk() -> None:
+    images = torch.randn(6, 3, 32, 32)
+    one = af.score(SEED, metrics=("ntk_condition",), images=images, **FAST)
+    assert one["ntk_condition"].values == af.score(SEED, metrics=("ntk_condition",), images=images[:4], **FAST)["ntk_condition"].values
+    assert one["ntk_condition"].values != af.score(SEED, metrics=("ntk_condition",), **FAST)["ntk_condition"].values
+
+
+class Broken(nn.Module):
+    """A network whose features overflow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3 * 32 * 32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.exp(1e3 * self.linear(x.flatten(1)).abs() + 1e3)
+
+
+def test_non_finite_results_are_reported() -> None:
+    result = af.score(Broken(), **FAST)
+    assert not math.isfinite(result["length_distortion"].mean)
+    assert result["ntk_condition"].mean == math.inf
+    assert math.isnan(result["length_distortion"].std)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"target": "8,2,3|4,1"}, "2 groups instead of 5"),
+        ({"target": "vit_tinny"}, "neither a topology nor a timm model"),
+        ({"target": 3}, "got int"),
+        ({"metrics": ("speed",)}, "metrics must be some of"),
+        ({"repeats": 0}, "repeats must be an integer of 1 or more, got 0"),
+        ({"batch": 2.5}, "batch must be an integer"),
+        ({"convention": "both"}, "convention must be"),
+        ({"norms": "drop"}, "norms must be"),
+        ({"img_size": "big"}, "img_size must be"),
+        ({"img_size": 16}, "32 pixels or more"),
+        ({"images": torch.zeros(2, 3, 32, 32)}, "images must be"),
+        ({"device": "cuda:99"}, "does not exist"),
+        ({"device": "warp"}, "not known"),
+    ],
+)
+def test_bad_arguments(arguments: dict, says: str) -> None:
+    with pytest.raises(af.InputError, match=says) as error:
+        af.score(**{"target": SEED, **FAST, **arguments})
+    assert "\n" not in str(error.value)
+
+
+def test_work_splits_when_memory_runs_out() -> None:
+    sizes = []
+
+    def run(part: slice) -> list[int]:
+        count = part.stop - part.start
+        sizes.append(count)
+        if count > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more")
+        return list(range(part.start, part.stop))
+
+    with pytest.warns(UserWarning, match="memory ran out"):
+        pieces = in_pieces(run, 10, "a test")
+    assert sum(pieces, []) == list(range(10)) and sizes[:2] == [10, 5]
+    with pytest.raises(RuntimeError, match="something else"):
+        in_pieces(lambda part: (_ for _ in ()).throw(RuntimeError("something else")), 4, "a test")
+
+
+def test_a_split_curve_and_ntk_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = af.create_model(SEED, img_size=32, num_classes=0, dtype=torch.float64).eval()
+    u0, u1 = circle((3, 32, 32), torch.Generator().manual_seed(0))
+    images = torch.randn(5, 3, 32, 32, dtype=torch.float64)
+    whole, gram = af.curve(model.score_features, theta_grid(5), u0, u1), af.ntk_gram(model, images)
+    original = model.score_features
+
+    def limited(x: Tensor) -> Tensor:
+        if x.shape[0] > 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+        return original(x)
+
+    monkeypatch.setattr(model, "score_features", limited)
+    with pytest.warns(UserWarning, match="memory ran out"):
+        split = af.curve(model.score_features, theta_grid(5), u0, u1)
+        torch.testing.assert_close(af.ntk_gram(model, images), gram, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(split.acceleration, whole.acceleration, rtol=1e-10, atol=1e-14)

@@ -1,4 +1,5 @@
-"""asvit_fast: design, score, scale and accelerate vision transformers. Source of the method: As-ViT (arXiv 2202.11921)."""
+"""asvit_fast: design, score, scale and accelerate vision transformers. Source of the method: As-ViT (arXiv
+2202.11921)."""
 
 from . import ops
 from .environment import show_config

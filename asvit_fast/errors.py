@@ -4,5 +4,6 @@
 class InputError(ValueError):
     """An argument, file or option cannot be used.
 
-    The message is one line: what was wrong, with which value, and what to do. The command line prints it and exits with 2.
+    The message is one line: what was wrong, with which value, and what to do. The command line prints it and exits with
+    2.
     """

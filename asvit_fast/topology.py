@@ -116,11 +116,13 @@ class Topology:
         stages = []
         try:
             for values in numbers[:-1]:
-                stages.append(StageSpec(*values[:3], values[3] if has_depths else 1))
+                stages.append(StageSpec(*values) if has_depths else StageSpec(*values[:3]))
             return cls(tuple(stages), *numbers[-1])  # type: ignore[arg-type]
         except InputError as error:
             problem = str(error).replace("stage:", f"stage {len(stages) + 1}:", 1)
-            raise InputError(f"topology {text!r}: {problem.removeprefix('topology, ').removeprefix('topology: ')}") from None
+            raise InputError(
+                f"topology {text!r}: {problem.removeprefix('topology, ').removeprefix('topology: ')}"
+            ) from None
 
     @staticmethod
     def _integers(group: str, index: int, text: str) -> list[int]:
@@ -146,7 +148,7 @@ class Topology:
     @property
     def dims(self) -> tuple[int, int, int, int]:
         """Channels of each stage."""
-        return tuple(min(MAX_DIM, self.width * 2**i) for i in range(NUM_STAGES))  # type: ignore[return-value]
+        return tuple(min(MAX_DIM, self.width * 2**i) for i in range(NUM_STAGES))
 
     @property
     def features(self) -> int:
@@ -155,7 +157,7 @@ class Topology:
 
     @property
     def stage_heads(self) -> tuple[int, int, int, int]:
-        return tuple(self.heads // 2 ** (NUM_STAGES - 1 - i) for i in range(NUM_STAGES))  # type: ignore[return-value]
+        return tuple(self.heads // 2 ** (NUM_STAGES - 1 - i) for i in range(NUM_STAGES))
 
     def replace(self, *, depths: Sequence[int] | None = None, width: int | None = None) -> Topology:
         """The same topology with other depths and/or another width."""
@@ -186,16 +188,20 @@ _TABLE_1: dict[str, tuple[int, ...]] = {
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The product of independent choices that a search draws from; by default Table 1 of the paper (4,556,250 topologies).
+    """The product of independent choices that a search draws from; by default Table 1 of the paper (4,556,250
+    topologies).
 
-    Keys: K1..K4 kernels, S1..S3 splits (the final stage is never split), E1..E4 FFN expansions, heads of the final stage.
+    Keys: K1..K4 kernels, S1..S3 splits (the final stage is never split), E1..E4 FFN expansions, heads of the final
+        stage.
     """
 
     dimensions: dict[str, tuple[int, ...]] = field(default_factory=lambda: dict(_TABLE_1))
 
     def __post_init__(self) -> None:
         if set(self.dimensions) != set(_TABLE_1):
-            raise InputError(f"search space: dimensions must be {', '.join(_TABLE_1)}; got {', '.join(self.dimensions)}")
+            raise InputError(
+                f"search space: dimensions must be {', '.join(_TABLE_1)}; got {', '.join(self.dimensions)}"
+            )
         ordered = {name: tuple(self.dimensions[name]) for name in _TABLE_1}
         for name, choices in ordered.items():
             if not choices or len(set(choices)) != len(choices):
@@ -233,7 +239,9 @@ class SearchSpace:
         value: dict[str, int] = {}
         for (name, choices), index in zip(self.dimensions.items(), action, strict=True):
             if not 0 <= int(index) < len(choices):
-                raise InputError(f"search space: index of {name} must be from 0 to {len(choices) - 1}, got {int(index)}")
+                raise InputError(
+                    f"search space: index of {name} must be from 0 to {len(choices) - 1}, got {int(index)}"
+                )
             value[name] = choices[int(index)]
         stages = tuple(
             StageSpec(value[f"K{i}"], value.get(f"S{i}", 1), value[f"E{i}"]) for i in range(1, NUM_STAGES + 1)
@@ -242,9 +250,7 @@ class SearchSpace:
 
     def sample(self, generator: torch.Generator | None = None, width: int = DEFAULT_WIDTH) -> Topology:
         """A topology drawn uniformly."""
-        action = [
-            int(torch.randint(len(choices), (), generator=generator)) for choices in self.dimensions.values()
-        ]
+        action = [int(torch.randint(len(choices), (), generator=generator)) for choices in self.dimensions.values()]
         return self.topology(action, width)
 
     def enumerate(self, width: int = DEFAULT_WIDTH) -> Iterator[Topology]:

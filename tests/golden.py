@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ class Golden:
         return 1.0 if radius == "r1" else math.sqrt(3) * self.side
 
 
-@lru_cache(maxsize=None)
+@cache
 def golden(case: str) -> Golden:
     return Golden(case)
 

@@ -21,7 +21,9 @@ def gram_one_by_one(model: nn.Module, images: Tensor, parameters: str = "weights
     chosen = [p for name, p in model.named_parameters() if parameters == "all" or "weight" in name]
     rows = []
     for sample in score_features(model)(images):
-        gradients = torch.autograd.grad(sample.sum(), chosen, retain_graph=True, allow_unused=True, materialize_grads=True)
+        gradients = torch.autograd.grad(
+            sample.sum(), chosen, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
         rows.append(torch.cat([g.flatten() for g in gradients]))
     rows = torch.stack(rows).double()
     return rows @ rows.T
@@ -43,7 +45,9 @@ def test_gram_equals_the_authors(case: str, norm: str) -> None:
         gram = af.ntk_gram(model, images)
         assert gram.dtype == torch.float64
         assert relative_error(gram, data[f"{norm}.ntk_gram"]) < tolerance
-        assert relative_error(af.ntk_gram(model, images, parameters="all"), data[f"{norm}.ntk_gram_allparams"]) < tolerance
+        assert (
+            relative_error(af.ntk_gram(model, images, parameters="all"), data[f"{norm}.ntk_gram_allparams"]) < tolerance
+        )
         assert af.ntk_condition(gram) == pytest.approx(condition, rel=tolerance, abs=0.0)
         assert all(p.grad is None for p in model.parameters())
 
@@ -110,7 +114,7 @@ def test_gram_equals_one_backward_per_sample(network: type[nn.Module], parameter
     )
 
 
-def test_slow_layers_are_named() -> None:
+def test_slow_layers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.randn(4, 3, 16, 16, dtype=torch.float64)
     with pytest.warns(backends.FallbackWarning, match=r"bilinear\.weight \(bilinear\)"):
         af.ntk_gram(Unknown().double(), images)
@@ -119,8 +123,8 @@ def test_slow_layers_are_named() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         af.ntk_gram(Shared().double(), images)  # all known
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(backends.FallbackWarning):
-        patch.setenv("ASVIT_FAST_STRICT", "1")
+    monkeypatch.setenv("ASVIT_FAST_STRICT", "1")
+    with pytest.raises(backends.FallbackWarning):
         af.ntk_gram(Unknown().double(), images)
 
 
@@ -153,7 +157,9 @@ def test_frozen_parameters_do_not_count() -> None:
 def test_condition() -> None:
     assert af.ntk_condition(torch.diag(torch.tensor([4.0, 2.0, 1.0]))) == pytest.approx(4.0)
     assert af.ntk_condition(torch.diag(torch.tensor([4.0, 0.0]))) == math.inf
-    assert af.ntk_condition(torch.diag(torch.tensor([4.0, -1e-9]))) == math.inf  # the authors' code would call it excellent
+    assert (
+        af.ntk_condition(torch.diag(torch.tensor([4.0, -1e-9]))) == math.inf
+    )  # the authors' code would call it excellent
     assert af.ntk_condition(torch.full((2, 2), math.nan)) == math.inf
     assert af.ntk_condition(torch.full((2, 2), math.inf)) == math.inf
     with pytest.raises(af.InputError, match="square"):

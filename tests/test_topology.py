@@ -84,7 +84,18 @@ def test_table_1() -> None:
 
 def test_narrow_and_enumerate() -> None:
     space = af.SearchSpace().narrow(
-        K1=(8,), K2=(4,), K3=(4,), K4=(4,), S1=(2, 4), S2=(1,), S3=(1,), E1=(3,), E2=(2,), E3=(4,), E4=(6,), heads=[16, 32]
+        K1=(8,),
+        K2=(4,),
+        K3=(4,),
+        K4=(4,),
+        S1=(2, 4),
+        S2=(1,),
+        S3=(1,),
+        E1=(3,),
+        E2=(2,),
+        E3=(4,),
+        E4=(6,),
+        heads=[16, 32],
     )
     assert space.size == 4
     assert space.entropy == pytest.approx(math.log(4))

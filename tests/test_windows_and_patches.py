@@ -15,8 +15,11 @@ from asvit_fast.backends import use_backend
 from asvit_fast.nn.patch_embed import embed_patches
 
 
-def attention_by_loops(qkv: Tensor, heads: int, window: tuple[int, int], shift: tuple[int, int], bias: Tensor | None) -> Tensor:
-    """Token by token: who sits in whose window after the padded map is rolled, and came from the same side of the seam."""
+def attention_by_loops(
+    qkv: Tensor, heads: int, window: tuple[int, int], shift: tuple[int, int], bias: Tensor | None
+) -> Tensor:
+    """Token by token: who sits in whose window after the padded map is rolled, and came from the same side of the
+    seam."""
     batch, height, width, channels = qkv.shape
     head_dim = channels // 3 // heads
     rows, columns = math.ceil(height / window[0]) * window[0], math.ceil(width / window[1]) * window[1]
@@ -34,9 +37,13 @@ def attention_by_loops(qkv: Tensor, heads: int, window: tuple[int, int], shift: 
     }
     for (i, j), (a, b) in places.items():
         group = [
-            (k, m) for (k, m), (c, d) in places.items() if c[0] == a[0] and d[0] == b[0] and c[2] == a[2] and d[2] == b[2]
+            (k, m)
+            for (k, m), (c, d) in places.items()
+            if c[0] == a[0] and d[0] == b[0] and c[2] == a[2] and d[2] == b[2]
         ]
-        keys = torch.stack([qkv[:, k, m] for k, m in group], 1).unflatten(2, (3, heads, head_dim))  # [B, n, 3, heads, d]
+        keys = torch.stack([qkv[:, k, m] for k, m in group], 1).unflatten(
+            2, (3, heads, head_dim)
+        )  # [B, n, 3, heads, d]
         query = qkv[:, i, j].unflatten(1, (3, heads, head_dim))[:, 0]  # [B, heads, d]
         scores = torch.einsum("bhd,bnhd->bhn", query, keys[:, :, 1]) * head_dim**-0.5
         if bias is not None:
@@ -116,7 +123,9 @@ def test_window_attention_transforms() -> None:
     directional = torch.func.jvp(f, (qkv,), (tangent,))[1]
     torch.testing.assert_close(directional, (gradient * tangent).sum())
     second = torch.func.jvp(torch.func.grad(f), (qkv,), (tangent,))[1]
-    torch.testing.assert_close((torch.func.hessian(f)(qkv).flatten().reshape(qkv.numel(), -1) @ tangent.flatten()), second.flatten())
+    torch.testing.assert_close(
+        (torch.func.hessian(f)(qkv).flatten().reshape(qkv.numel(), -1) @ tangent.flatten()), second.flatten()
+    )
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(torch.autograd.grad(compiled(leaf), leaf)[0], gradient)
     with use_backend("reference"):
@@ -180,7 +189,9 @@ def test_patch_merge(kernel: int, size: tuple[int, int], norm: bool) -> None:
     before = (kernel - 2) // 2
     for row in range(rows):
         for column in range(columns):
-            patch = torch.zeros(2, 3, kernel, kernel, dtype=torch.float64)  # channel-major, as nn.Unfold orders features
+            patch = torch.zeros(
+                2, 3, kernel, kernel, dtype=torch.float64
+            )  # channel-major, as nn.Unfold orders features
             for ky in range(kernel):
                 for kx in range(kernel):
                     i, j = 2 * row - before + ky, 2 * column - before + kx

@@ -3,7 +3,7 @@
 Feature maps are channels last, [B, H, W, C], everywhere inside the network.
 """
 
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates, resample_abs_pos_embed_nhwc, to_2tuple
@@ -28,7 +28,7 @@ from .state_dict import convert_asvit_state_dict, fit_state_dict
 try:  # timm >= 1.0.30 records resizes so that saved models are rebuilt at their size
     from timm.models._input import update_model_input_size
 except ImportError:
-    update_model_input_size = None
+    update_model_input_size = None  # type: ignore[assignment]
 
 __all__ = ["AsViT", "convert_asvit_state_dict", "create_model"]
 
@@ -74,7 +74,7 @@ class Block(nn.Module):
 class Stage(nn.Module):
     """Patch merging (but for the first stage), then blocks: [B, H, W, in_dim] -> [B, ceil(H/2), ceil(W/2), dim]."""
 
-    def __init__(self, downsample: nn.Module, blocks: List[Block]) -> None:
+    def __init__(self, downsample: nn.Module, blocks: list[Block]) -> None:
         super().__init__()
         self.downsample = downsample
         self.blocks = nn.Sequential(*blocks)
@@ -100,9 +100,11 @@ class ClassifierHead(nn.Module):
         self.act = nn.Tanh()
         self.drop = nn.Dropout(drop_rate)
         self.fc2: nn.Module = nn.Identity()
+        self.pool = pool
         self.reset(num_classes, pool, **factory)
 
-    def reset(self, num_classes: int, pool: Optional[str] = None, **factory: Any) -> None:
+    def reset(self, num_classes: int, pool: str | None = None, **factory: Any) -> None:
+        """A new classifier; ``pool=None`` keeps the pooling."""
         pool = self.pool if pool is None else pool
         if pool not in ("avg", ""):
             raise InputError(f"global_pool must be 'avg' or '', got {pool!r}")
@@ -121,9 +123,10 @@ class ClassifierHead(nn.Module):
 class AsViT(nn.Module):
     """An As-ViT of any topology; ``create_model`` and ``timm.create_model("asvit", topology=...)`` make one.
 
-    Images [B, in_chans, H, W] of any size from 32 pixels up. Feature maps that windows or merging do not divide are padded
-    and the padding masked. ``pos_embed="absolute"`` adds a learned embedding after the patch LayerNorm, resampled when the grid
-    differs from that of ``img_size``. ``norm="identity"`` leaves every LayerNorm out (the network whose curve is measured).
+    Images [B, in_chans, H, W] of any size from 32 pixels up. Feature maps that windows or merging do not divide are
+    padded and the padding masked. ``pos_embed="absolute"`` adds a learned embedding after the patch LayerNorm,
+    resampled when the grid differs from that of ``img_size``. ``norm="identity"`` leaves every LayerNorm out (the
+    network whose curve is measured).
 
     Args:
         topology: a Topology or its text.
@@ -135,18 +138,18 @@ class AsViT(nn.Module):
         InputError: a value that cannot be used, naming it.
     """
 
-    __jit_unused_properties__ = ["grid_size"]
+    __jit_unused_properties__: ClassVar[list[str]] = ["grid_size"]
 
     def __init__(
         self,
-        topology: Union[str, Topology] = SEED_TOPOLOGY,
-        img_size: Union[int, Tuple[int, int]] = 224,
+        topology: str | Topology = SEED_TOPOLOGY,
+        img_size: int | tuple[int, int] = 224,
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = "avg",
         pos_embed: str = "absolute",
         norm: str = "layer",
-        window_size: Optional[Any] = None,
+        window_size: Any | None = None,
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
@@ -171,7 +174,7 @@ class AsViT(nn.Module):
         self.output_fmt = "NHWC"
         self.has_norms = norm == "layer"
         dims, heads = self.topology.dims, self.topology.stage_heads
-        drop_path = calculate_drop_path_rates(drop_path_rate, self.topology.depths, stagewise=True)
+        drop_path: Any = calculate_drop_path_rates(drop_path_rate, list(self.topology.depths), stagewise=True)
 
         self.patch_embed = OverlapPatchEmbed(
             self.topology.stages[0].kernel, dims[0], in_chans, EMBED_STRIDE, self.has_norms, **factory
@@ -199,14 +202,12 @@ class AsViT(nn.Module):
             self.init_weights()
 
     @property
-    def grid_size(self) -> Tuple[int, int]:
+    def grid_size(self) -> tuple[int, int]:
         """Tokens (rows, columns) after the patch embedding at ``img_size``, without token reduction."""
         return -(-self.img_size[0] // EMBED_STRIDE), -(-self.img_size[1] // EMBED_STRIDE)
 
     @torch.jit.ignore
-    def init_weights(
-        self, mode: str = "", needs_reset: bool = True, generator: Optional[torch.Generator] = None
-    ) -> None:
+    def init_weights(self, mode: str = "", needs_reset: bool = True, generator: torch.Generator | None = None) -> None:
         """Draw every weight anew: Linear N(0, 0.02), biases 0, LayerNorm 1 and 0, position embedding N(0, 0.02), the
         convolution U(+-1 / sqrt(fan_in)).
 
@@ -225,9 +226,9 @@ class AsViT(nn.Module):
             nn.init.normal_(self.pos_embed, std=0.02, generator=generator)
 
     @torch.jit.ignore
-    def init_convolution(self, generator: Optional[torch.Generator] = None) -> None:
+    def init_convolution(self, generator: torch.Generator | None = None) -> None:
         """Draw the first projection anew: U(+-1 / sqrt(fan_in)), weight and bias, torch's default for convolutions."""
-        projection = self.patch_embed.proj
+        projection: Any = self.patch_embed.proj
         bound = projection.weight[0].numel() ** -0.5
         nn.init.uniform_(projection.weight, -bound, bound, generator=generator)
         nn.init.uniform_(projection.bias, -bound, bound, generator=generator)
@@ -237,7 +238,7 @@ class AsViT(nn.Module):
         return {"pos_embed"}
 
     @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         blocks: Any = r"^stages\.(\d+)"
         if not coarse:
             blocks = [
@@ -249,6 +250,7 @@ class AsViT(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        stage: Any
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
@@ -256,22 +258,21 @@ class AsViT(nn.Module):
     def get_classifier(self) -> nn.Module:
         return self.head.fc2
 
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new classifier of ``num_classes``; the pre-logits layer keeps its weights."""
         weight = self.head.fc1.weight
         self.head.reset(num_classes, global_pool, device=weight.device, dtype=weight.dtype)
+        classifier: Any = self.head.fc2
         if num_classes > 0:
-            nn.init.normal_(self.head.fc2.weight, std=0.02)
-            nn.init.zeros_(self.head.fc2.bias)
+            nn.init.normal_(classifier.weight, std=0.02)
+            nn.init.zeros_(classifier.bias)
         self.num_classes = num_classes
         self.global_pool = self.head.pool
 
     @torch.jit.ignore
-    def set_input_size(
-        self, img_size: Optional[Union[int, Tuple[int, int]]] = None, window_size: Optional[Any] = None
-    ) -> None:
-        """Resample the position embedding to ``img_size`` pixels; fix the windows to ``window_size`` tokens, one value or one
-        per stage (detection keeps windows while images grow)."""
+    def set_input_size(self, img_size: int | tuple[int, int] | None = None, window_size: Any | None = None) -> None:
+        """Resample the position embedding to ``img_size`` pixels; fix the windows to ``window_size`` tokens, one value
+        or one per stage (detection keeps windows while images grow)."""
         if img_size is not None:
             self.img_size = _image_size(img_size)
             if self.pos_embed is not None:
@@ -281,16 +282,19 @@ class AsViT(nn.Module):
         if update_model_input_size is not None:
             update_model_input_size(self, self.img_size, window_size=self.window_size)
 
-    def _set_windows(self, window_size: Optional[Any]) -> None:
+    def _set_windows(self, window_size: Any | None) -> None:
         if window_size is None:
-            windows: List[Optional[Tuple[int, int]]] = [None] * len(self.stages)
+            windows: list[tuple[int, int] | None] = [None] * len(self.stages)
         elif isinstance(window_size, int):
             windows = [(window_size, window_size)] * len(self.stages)
         elif len(window_size) == len(self.stages):
             windows = [to_2tuple(w) for w in window_size]
         else:
-            raise InputError(f"window_size must be one integer or one per stage ({len(self.stages)}), got {window_size!r}")
+            raise InputError(
+                f"window_size must be one integer or one per stage ({len(self.stages)}), got {window_size!r}"
+            )
         self.window_size = None if window_size is None else tuple(windows)
+        stage: Any
         for stage, window in zip(self.stages, windows, strict=True):
             for block in stage.blocks:
                 block.attn.window = window
@@ -314,12 +318,12 @@ class AsViT(nn.Module):
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: Optional[Union[int, List[int]]] = None,
+        indices: int | list[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """The final feature map [B, h, w, F] and the outputs of the stages ``indices`` (timm's contract)."""
         if output_fmt not in ("NCHW", "NHWC"):
             raise InputError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
@@ -337,8 +341,8 @@ class AsViT(nn.Module):
         return self.norm(x), intermediates
 
     def prune_intermediate_layers(
-        self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> List[int]:
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
         """Drop the layers that ``forward_intermediates`` with these indices does not need."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         self.stages = self.stages[: max_index + 1]
@@ -364,7 +368,7 @@ class AsViT(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _image_size(img_size: Union[int, Tuple[int, int]]) -> Tuple[int, int]:
+def _image_size(img_size: int | tuple[int, int]) -> tuple[int, int]:
     size = to_2tuple(img_size)
     if len(size) != 2 or any(not isinstance(side, int) or side < MIN_IMG_SIZE for side in size):
         raise InputError(f"img_size must be {MIN_IMG_SIZE} pixels or more per side, got {img_size!r}")
@@ -372,15 +376,15 @@ def _image_size(img_size: Union[int, Tuple[int, int]]) -> Tuple[int, int]:
 
 
 def create_model(
-    topology: Union[str, Topology],
-    img_size: Union[int, Tuple[int, int]] = 224,
+    topology: str | Topology,
+    img_size: int | tuple[int, int] = 224,
     num_classes: int = 1000,
     pos_embed: str = "none",
     norm: str = "layer",
     **kwargs: Any,
 ) -> AsViT:
-    """The network of a topology. Without a position embedding by default, as topologies are searched and scored; the named
-    models (``timm.create_model("asvit_small")``) carry one, as the paper's parameter counts need it.
+    """The network of a topology. Without a position embedding by default, as topologies are searched and scored; the
+    named models (``timm.create_model("asvit_small")``) carry one, as the paper's parameter counts need it.
 
     Args:
         topology: a Topology or its text, e.g. "8,2,3,3|4,1,2,1|4,1,4,4|4,1,6,2|32,88".
@@ -396,7 +400,7 @@ def create_model(
     return AsViT(topology, img_size, num_classes=num_classes, pos_embed=pos_embed, norm=norm, **kwargs)
 
 
-def _cfg(url: str = "", **kwargs: Any) -> Dict[str, Any]:
+def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
     return {
         "url": url,
         "num_classes": 1000,
@@ -413,13 +417,18 @@ def _cfg(url: str = "", **kwargs: Any) -> Dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs({name: _cfg() for name in (
-    "asvit.untrained",
-    "asvit_seed.untrained",
-    "asvit_small.untrained",
-    "asvit_base.untrained",
-    "asvit_large.untrained",
-)})
+default_cfgs = generate_default_cfgs(
+    {
+        name: _cfg()
+        for name in (
+            "asvit.untrained",
+            "asvit_seed.untrained",
+            "asvit_small.untrained",
+            "asvit_base.untrained",
+            "asvit_large.untrained",
+        )
+    }
+)
 
 
 def _build(variant: str, pretrained: bool, **kwargs: Any) -> AsViT:

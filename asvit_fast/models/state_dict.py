@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any, Dict, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 from timm.layers import resample_abs_pos_embed_nhwc
 from torch import Tensor
@@ -23,8 +24,9 @@ _RENAME = (
 )
 
 
-def convert_asvit_state_dict(state_dict: Mapping[str, Tensor], norm: str = "layer") -> Dict[str, Tensor]:
-    """Weights of the authors' network (VITA-Group/AsViT) under our names; a dict already in our form comes back as it is.
+def convert_asvit_state_dict(state_dict: Mapping[str, Tensor], norm: str = "layer") -> dict[str, Tensor]:
+    """Weights of the authors' network (VITA-Group/AsViT) under our names; a dict already in our form comes back as it
+    is.
 
     Args:
         state_dict: of their Transformer, with or without LayerNorms and position embedding.
@@ -58,7 +60,7 @@ def _square_grid(pos_embed: Tensor) -> Tensor:
     return pos_embed.reshape(1, side, side, pos_embed.shape[2])
 
 
-def fit_state_dict(state_dict: Mapping[str, Tensor], model: Any) -> Dict[str, Tensor]:
+def fit_state_dict(state_dict: Mapping[str, Any], model: Any) -> dict[str, Tensor]:
     """A checkpoint of ours or of the authors' made to fit ``model``: names converted, position embedding resampled."""
     norm = "layer" if model.has_norms else "identity"
     converted = convert_asvit_state_dict(state_dict.get("state_dict", state_dict), norm)

@@ -1,30 +1,29 @@
 """Windowed multi-head self-attention."""
 
-from typing import Any, Optional, Tuple
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..ops.window_attention import window_attention
 
 
-def split_attention(
-    qkv: Tensor, num_heads: int, splits: int, window: Optional[Tuple[int, int]], dropout: float
-) -> Tensor:
-    """Window attention on [B, H, W, 3*heads*d]; without a fixed ``window`` each side of the map is cut in ``splits`` windows of
-    ceil(side / splits) tokens."""
+def split_attention(qkv: Tensor, num_heads: int, splits: int, window: tuple[int, int] | None, dropout: float) -> Tensor:
+    """Window attention on [B, H, W, 3*heads*d]; without a fixed ``window`` each side of the map is cut in ``splits``
+    windows of ceil(side / splits) tokens."""
     if window is None:
         window = (max(-(-qkv.shape[1] // splits), 1), max(-(-qkv.shape[2] // splits), 1))
     return window_attention(qkv, num_heads, window, dropout=dropout)
 
 
 class WindowAttention(nn.Module):
-    """Attention inside non-overlapping windows: [B, H, W, dim] -> [B, H, W, dim] (As-ViT, arXiv 2202.11921, section 3.1).
+    """Attention inside non-overlapping windows: [B, H, W, dim] -> [B, H, W, dim] (As-ViT, arXiv 2202.11921, section
+    3.1).
 
-    ``head_dim = dim // num_heads``; when heads do not divide the width the inner width ``head_dim * num_heads`` is smaller.
-    Windows follow the map (``splits`` per side) until ``window`` fixes them in tokens.
+    ``head_dim = dim // num_heads``; when heads do not divide the width the inner width ``head_dim * num_heads`` is
+    smaller. Windows follow the map (``splits`` per side) until ``window`` fixes them in tokens.
     """
 
-    window: Optional[Tuple[int, int]]
+    window: tuple[int, int] | None
 
     def __init__(
         self,

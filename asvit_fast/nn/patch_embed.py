@@ -1,6 +1,6 @@
 """Overlapping patch embedding with token reduction."""
 
-from typing import Any, Optional
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -11,11 +11,11 @@ from ..ops.patch_embed import patch_embed
 def embed_patches(
     image: Tensor,
     weight: Tensor,
-    bias: Optional[Tensor],
+    bias: Tensor | None,
     stride: int,
     dilation: int,
-    norm_weight: Optional[Tensor],
-    norm_bias: Optional[Tensor],
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     eps: float,
 ) -> Tensor:
     """``patch_embed`` padded so that the grid is ceil(image / stride): [B, Cin, H, W] -> [B, Ho, Wo, C]."""
@@ -29,7 +29,8 @@ def embed_patches(
 
 
 class OverlapPatchEmbed(nn.Module):
-    """Convolution ``proj`` of K x K pixels with stride 4 and LayerNorm ``norm``: image [B, Cin, H, W] -> [B, Ho, Wo, C].
+    """Convolution ``proj`` of K x K pixels with stride 4 and LayerNorm ``norm``: image [B, Cin, H, W] -> [B, Ho, Wo,
+    C].
 
     ``set_token_reduction(r)`` makes the grid r times coarser per side with the same weights: stride 4r and the dilation
     of As-ViT (arXiv 2202.11921), section 3.4.
@@ -66,8 +67,8 @@ class OverlapPatchEmbed(nn.Module):
         self.dilation = round((reduction - 1) * self.kernel / max(self.kernel - 1, 1)) + 1
 
     def forward(self, image: Tensor) -> Tensor:
-        norm_weight: Optional[Tensor] = None
-        norm_bias: Optional[Tensor] = None
+        norm_weight: Tensor | None = None
+        norm_bias: Tensor | None = None
         eps = 1e-5
         if self.norm is not None:
             norm_weight, norm_bias, eps = self.norm.weight, self.norm.bias, self.norm.eps

@@ -1,6 +1,6 @@
 """Overlapping patch merging."""
 
-from typing import Any, Optional
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -24,8 +24,8 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(features, out_dim, bias=False, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        norm_weight: Optional[Tensor] = None
-        norm_bias: Optional[Tensor] = None
+        norm_weight: Tensor | None = None
+        norm_bias: Tensor | None = None
         eps = 1e-5
         if self.norm is not None:
             norm_weight, norm_bias, eps = self.norm.weight, self.norm.bias, self.norm.eps

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional, Tuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,12 +13,12 @@ from .. import backends
 def patch_embed_reference(
     image: Tensor,
     weight: Tensor,
-    bias: Optional[Tensor],
+    bias: Tensor | None,
     stride: int,
     dilation: int,
-    padding: Tuple[int, int, int, int],
-    norm_weight: Optional[Tensor] = None,
-    norm_bias: Optional[Tensor] = None,
+    padding: tuple[int, int, int, int],
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
     """``patch_embed`` in elementary operations."""
@@ -37,12 +35,12 @@ backends.declare("patch_embed", reference=patch_embed_reference)
 def patch_embed(
     image: Tensor,
     weight: Tensor,
-    bias: Optional[Tensor],
+    bias: Tensor | None,
     stride: int,
     dilation: int,
-    padding: Tuple[int, int, int, int],
-    norm_weight: Optional[Tensor] = None,
-    norm_bias: Optional[Tensor] = None,
+    padding: tuple[int, int, int, int],
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
     """Convolution, then LayerNorm over the channels: image [B, Cin, H, W] -> [B, Ho, Wo, C].

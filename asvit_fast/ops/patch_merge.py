@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import List, Optional
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,7 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from .. import backends
 
 
-def merge_padding(size: int, kernel: int, stride: int) -> List[int]:
+def merge_padding(size: int, kernel: int, stride: int) -> list[int]:
     """Zeros (before, after) along one axis such that the output has ceil(size / stride) tokens.
 
     For even grids these are the authors' (kernel - 2) // 2 and (kernel - 1) // 2; an odd grid gets one more at the end.
@@ -33,9 +31,9 @@ def patch_merge_reference(
     weight: Tensor,
     kernel: int,
     stride: int,
-    norm_weight: Optional[Tensor] = None,
-    norm_bias: Optional[Tensor] = None,
-    bias: Optional[Tensor] = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
     """``patch_merge`` in elementary operations, the neighbourhoods materialised when they are normalised."""
@@ -58,19 +56,20 @@ def patch_merge(
     weight: Tensor,
     kernel: int,
     stride: int,
-    norm_weight: Optional[Tensor] = None,
-    norm_bias: Optional[Tensor] = None,
-    bias: Optional[Tensor] = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
     """Merge K x K neighbourhoods of tokens: x [B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), Cout].
 
-    Zero padding at (kernel - 2) // 2 before and (kernel - 1) // 2 after (stride 2); an odd grid gets one more row and column at
-    the end. Padding counts in the LayerNorm statistics. Source: As-ViT (arXiv 2202.11921), section 3.1.
+    Zero padding at (kernel - 2) // 2 before and (kernel - 1) // 2 after (stride 2); an odd grid gets one more row and
+    column at the end. Padding counts in the LayerNorm statistics. Source: As-ViT (arXiv 2202.11921), section 3.1.
 
     Args:
         x: [B, H, W, C].
-        weight: [Cout, C*K*K], input features ordered (channel, row, column) as nn.Unfold orders them; bias: [Cout] or None.
+        weight: [Cout, C*K*K], input features ordered (channel, row, column) as nn.Unfold orders them; bias: [Cout] or
+            None.
         kernel, stride: tokens.
         norm_weight, norm_bias: [C*K*K]; without ``norm_weight`` there is no LayerNorm.
         eps: LayerNorm's epsilon.

@@ -10,6 +10,7 @@ import torch.autograd.forward_ad as forward_ad
 def transform_active() -> bool:
     """A functorch level (grad, vmap, jvp, ...) or a forward-mode level is active.
 
-    Custom ops lose forward-mode tangents without an error and refuse ``torch.func.grad``; public ops then take their reference.
+    Custom ops lose forward-mode tangents without an error and refuse ``torch.func.grad``; public ops then take their
+    reference.
     """
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0

@@ -1,11 +1,10 @@
 """Attention inside (shifted) windows of a channels-last feature map, straight from the fused qkv projection.
 
-The reference is made of elementary torch operations: any device and dtype, double backward, functorch, forward mode, export.
+The reference is made of elementary torch operations: any device and dtype, double backward, functorch, forward mode,
+export.
 """
 
 from __future__ import annotations
-
-from typing import List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,7 @@ def window_padding(size: int, window: int) -> int:
     return -size % window
 
 
-def partition_windows(x: Tensor, window: List[int], shift: List[int]) -> Tensor:
+def partition_windows(x: Tensor, window: list[int], shift: list[int]) -> Tensor:
     """Cut [B, H, W, C] into [B, windows, tokens, C]: zero-pad at the end, roll by ``-shift``, cut."""
     height, width = window[0], window[1]
     x = F.pad(x, (0, 0, 0, window_padding(x.shape[2], width), 0, window_padding(x.shape[1], height)))
@@ -32,7 +31,7 @@ def partition_windows(x: Tensor, window: List[int], shift: List[int]) -> Tensor:
     return x.transpose(2, 3).reshape(batch, (rows // height) * (columns // width), height * width, channels)
 
 
-def merge_windows(x: Tensor, size: List[int], window: List[int], shift: List[int]) -> Tensor:
+def merge_windows(x: Tensor, size: list[int], window: list[int], shift: list[int]) -> Tensor:
     """The inverse of ``partition_windows``: [B, windows, tokens, C] -> [B, H, W, C], padding dropped."""
     height, width = window[0], window[1]
     rows = size[0] + window_padding(size[0], height)
@@ -46,8 +45,8 @@ def merge_windows(x: Tensor, size: List[int], window: List[int], shift: List[int
 
 
 def _regions(size: int, window: int, shift: int, device: torch.device) -> Tensor:
-    """Region of every (padded, rolled) position along one axis: 0 body, 1 and 2 the two parts that a shift brings together in
-    the last window, 3 padding."""
+    """Region of every (padded, rolled) position along one axis: 0 body, 1 and 2 the two parts that a shift brings
+    together in the last window, 3 padding."""
     padded = size + window_padding(size, window)
     position = torch.arange(padded, device=device)
     region = torch.zeros_like(position)
@@ -57,12 +56,12 @@ def _regions(size: int, window: int, shift: int, device: torch.device) -> Tensor
 
 
 def window_mask(
-    size: List[int], window: List[int], shift: List[int], dtype: torch.dtype, device: torch.device
-) -> Optional[Tensor]:
+    size: list[int], window: list[int], shift: list[int], dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
     """Additive mask [windows, tokens, tokens] of who may attend whom; None when everybody may.
 
-    A key counts when it is a real token (not padding) of the query's own region of the shifted map. The mask is finite, so that
-    rows of padding stay finite too: they are dropped afterwards, but a NaN in them would reach the gradients.
+    A key counts when it is a real token (not padding) of the query's own region of the shifted map. The mask is finite,
+    so that rows of padding stay finite too: they are dropped afterwards, but a NaN in them would reach the gradients.
     """
     padded = window_padding(size[0], window[0]) > 0 or window_padding(size[1], window[1]) > 0
     if not padded and shift[0] == 0 and shift[1] == 0:
@@ -77,14 +76,14 @@ def window_mask(
     return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill(~allowed, masked)
 
 
-def split_heads(qkv: Tensor, num_heads: int) -> Tuple[Tensor, Tensor, Tensor]:
+def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """[B, windows, tokens, 3*heads*d] -> three times [B, windows, heads, tokens, d]."""
     batch, windows, tokens, channels = qkv.shape
     qkv = qkv.reshape(batch, windows, tokens, 3, num_heads, channels // (3 * num_heads)).permute(3, 0, 1, 4, 2, 5)
     return qkv[0], qkv[1], qkv[2]
 
 
-def _check(qkv: Tensor, num_heads: int, window: List[int], shift: List[int], bias: Optional[Tensor]) -> None:
+def _check(qkv: Tensor, num_heads: int, window: list[int], shift: list[int], bias: Tensor | None) -> None:
     if qkv.dim() != 4:
         raise ValueError(f"window_attention: qkv must be [B, H, W, 3*heads*head_dim], got {qkv.dim()} dimensions")
     if num_heads < 1 or qkv.shape[3] % (3 * num_heads) != 0 or qkv.shape[3] == 0:
@@ -102,10 +101,10 @@ def _check(qkv: Tensor, num_heads: int, window: List[int], shift: List[int], bia
 def window_attention_reference(
     qkv: Tensor,
     num_heads: int,
-    window: List[int],
-    shift: List[int],
-    bias: Optional[Tensor] = None,
-    scale: Optional[float] = None,
+    window: list[int],
+    shift: list[int],
+    bias: Tensor | None = None,
+    scale: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
     """``window_attention`` in elementary operations, the attention matrix materialised."""
@@ -126,10 +125,10 @@ def window_attention_reference(
 def _window_attention_sdpa(
     qkv: Tensor,
     num_heads: int,
-    window: List[int],
-    shift: List[int],
-    bias: Optional[Tensor],
-    scale: Optional[float],
+    window: list[int],
+    shift: list[int],
+    bias: Tensor | None,
+    scale: float | None,
     dropout: float,
 ) -> Tensor:
     """The same through torch's fused attention, which has neither forward mode nor double backward."""
@@ -156,10 +155,10 @@ backends.declare("window_attention", reference=window_attention_reference)
 def window_attention(
     qkv: Tensor,
     num_heads: int,
-    window: Tuple[int, int],
-    shift: Tuple[int, int] = (0, 0),
-    bias: Optional[Tensor] = None,
-    scale: Optional[float] = None,
+    window: tuple[int, int],
+    shift: tuple[int, int] = (0, 0),
+    bias: Tensor | None = None,
+    scale: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
     """Softmax attention inside windows: qkv [B, H, W, 3*heads*head_dim] -> [B, H, W, heads*head_dim].
@@ -182,9 +181,7 @@ def window_attention(
     elementary = qkv.numel() == 0
     if not torch.jit.is_scripting():
         if has_torch_function_unary(qkv):
-            return handle_torch_function(
-                window_attention, (qkv,), qkv, num_heads, window, shift, bias, scale, dropout
-            )
+            return handle_torch_function(window_attention, (qkv,), qkv, num_heads, window, shift, bias, scale, dropout)
         if backends.forced_backend() is not None:
             implementation = backends.select("window_attention", qkv.device)
             return implementation(qkv, num_heads, window, shift, bias, scale, dropout)

@@ -1,7 +1,9 @@
-"""Length and curvature of a curve. Source: As-ViT (arXiv 2202.11921), section 3.2; SPEC of the two conventions in the README.
+"""Length and curvature of a curve. Source: As-ViT (arXiv 2202.11921), section 3.2; SPEC of the two conventions in the
+README.
 
-"paper" integrates over theta in [0, 2 pi) (mean times 2 pi; the paper's surplus square root left out), "reference" sums over the
-thetas as the authors' code does. Results are floats, computed in float64, NaN or inf when the curve is not finite.
+"paper" integrates over theta in [0, 2 pi) (mean times 2 pi; the paper's surplus square root left out), "reference" sums
+over the thetas as the authors' code does. Results are floats, computed in float64, NaN or inf when the curve is not
+finite.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """The neural tangent kernel of a batch and its condition number.
 
-Source: As-ViT (arXiv 2202.11921), section 3.2, after Xiao et al. (arXiv 1912.13053). The kernel of sample i and j is the product of
-the gradients of their summed features; one backward pass serves all samples (``per_sample``).
+Source: As-ViT (arXiv 2202.11921), section 3.2, after Xiao et al. (arXiv 1912.13053). The kernel of sample i and j is
+    the product of the gradients of their summed features; one backward pass serves all samples (``per_sample``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,9 @@ from .memory import in_pieces
 from .per_sample import RowSink, per_sample_gradients
 
 
-def score_features(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What scores look at, [B, 3, H, W] -> [B, F]: ``score_features`` of our networks, the pooled features before the classifier
-    of a timm model, the flattened output of any other module."""
+def score_features(model: Any) -> Callable[[Tensor], Tensor]:
+    """What scores look at, [B, 3, H, W] -> [B, F]: ``score_features`` of our networks, the pooled features before the
+    classifier of a timm model, the flattened output of any other module."""
     if hasattr(model, "score_features"):
         return model.score_features
     if hasattr(model, "forward_features") and hasattr(model, "forward_head"):
@@ -30,16 +31,17 @@ def ntk_gram(model: nn.Module, images: Tensor, parameters: str = "weights") -> T
     """Gram matrix [B, B], float64: G_ij = g_i . g_j, g_j the gradient of ``score_features(images)[j].sum()``.
 
     Args:
-        model: any module (see ``score_features``); evaluated in evaluation mode, its mode and gradients left as they were.
+        model: any module (see ``score_features``); evaluated in evaluation mode, its mode and gradients left as they
+            were.
         images: [B, 3, H, W] on the model's device.
-        parameters: "weights", those whose name contains "weight" (what the authors' code takes), or "all". Parameters that do not
-            require or do not receive a gradient count nothing.
+        parameters: "weights", those whose name contains "weight" (what the authors' code takes), or "all". Parameters
+            that do not require or do not receive a gradient count nothing.
 
     Raises:
         InputError: no parameter to differentiate by, or an unknown ``parameters``.
 
-    One forward and one backward pass; per layer, per-sample gradients are contracted at once and never kept. Layers it does not
-    know are named in a warning and take a slower exact path. Splits the batch when memory runs out.
+    One forward and one backward pass; per layer, per-sample gradients are contracted at once and never kept. Layers it
+    does not know are named in a warning and take a slower exact path. Splits the batch when memory runs out.
     """
     if parameters not in ("weights", "all"):
         raise InputError(f"parameters must be 'weights' or 'all', got {parameters!r}")
@@ -80,7 +82,8 @@ def _gram(features: Callable[[Tensor], Tensor], images: Tensor, chosen: dict[str
 
 
 def ntk_condition(gram: Tensor) -> float:
-    """Largest over smallest eigenvalue of a Gram matrix [B, B]; inf (the worst) when it is not finite or not positive definite."""
+    """Largest over smallest eigenvalue of a Gram matrix [B, B]; inf (the worst) when it is not finite or not positive
+    definite."""
     if gram.dim() != 2 or gram.shape[0] != gram.shape[1] or gram.shape[0] == 0:
         raise InputError(f"a Gram matrix is square, got {list(gram.shape)}")
     if not torch.isfinite(gram).all():

@@ -1,8 +1,9 @@
 """Per-sample gradients of every parameter from one backward pass.
 
-While the network runs, a ``TorchFunctionMode`` sees each torch function that takes a parameter. For those it knows it remembers the
-input and, when the backward pass reaches the output, forms the gradients of all samples with one batched product. A parameter used
-several times gets the sum of its uses; one that meets a function without a rule is differentiated sample by sample.
+While the network runs, a ``TorchFunctionMode`` sees each torch function that takes a parameter. For those it knows it
+remembers the input and, when the backward pass reaches the output, forms the gradients of all samples with one batched
+product. A parameter used several times gets the sum of its uses; one that meets a function without a rule is
+differentiated sample by sample.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from ..ops.patch_embed import patch_embed, patch_embed_reference
 from ..ops.patch_merge import patch_merge, patch_merge_reference
 from ..taylor.value import function_name
 
-_REFERENCES = {patch_embed: patch_embed_reference, patch_merge: patch_merge_reference}  # transparent, unlike the fused ops
+_REFERENCES: dict[Any, Callable[..., Tensor]] = {
+    patch_embed: patch_embed_reference,
+    patch_merge: patch_merge_reference,
+}  # transparent, unlike the fused ops
 
 # (gradient of the output [B, ...], sample count) -> gradient rows [B, parameter], per parameter position of the call
 Contraction = Callable[[Tensor, int], Tensor]
@@ -116,7 +120,8 @@ class _Inputs(TorchFunctionMode):
 def _sample_major_calls(features: Callable[[Tensor], Tensor], images: Tensor) -> list[bool]:
     """For each call with a parameter, in order: whether its input holds the samples one after the other.
 
-    Found by trying: of two samples the first is exchanged, and then the first half of the input may change and the second may not.
+    Found by trying: of two samples the first is exchanged, and then the first half of the input may change and the
+    second may not.
     """
     pair = torch.stack([images[0], images[-1]]) if len(images) > 1 else images[[0, 0]]
     inputs = []
@@ -238,9 +243,22 @@ def _detach(values: Any, keep: dict[str, nn.Parameter] | None = None) -> Any:
     return pytree.tree_map(one, values)
 
 
-# ------------------------------------------------------------------ rules: (args, kwargs, B) -> contraction by parameter id
+# ------------------------------------------------------------------ rules: (args, kwargs, B) -> contraction by
+# parameter id
 
-_QUESTIONS = {"shape", "size", "dim", "ndim", "dtype", "device", "numel", "requires_grad", "is_floating_point", "get_device", "is_cuda"}
+_QUESTIONS = {
+    "shape",
+    "size",
+    "dim",
+    "ndim",
+    "dtype",
+    "device",
+    "numel",
+    "requires_grad",
+    "is_floating_point",
+    "get_device",
+    "is_cuda",
+}
 
 
 def _named(args: Any, kwargs: Any, *names: str) -> list[Any]:
@@ -298,7 +316,9 @@ def _layer_norm(args: Any, kwargs: Any, samples: int) -> dict[int, Contraction] 
     def to_weight(gradient: Tensor, samples: int) -> Tensor:
         return (gradient * F.layer_norm(x, shape, eps=eps)).reshape(samples, -1, size).sum(1)
 
-    return _contractions((weight, to_weight), (bias, lambda gradient, samples: gradient.reshape(samples, -1, size).sum(1)))
+    return _contractions(
+        (weight, to_weight), (bias, lambda gradient, samples: gradient.reshape(samples, -1, size).sum(1))
+    )
 
 
 def _batch_norm(args: Any, kwargs: Any, samples: int) -> dict[int, Contraction] | None:

@@ -39,7 +39,8 @@ WEIGHTS, CONVOLUTION, CIRCLE, IMAGES = range(4)
 class ScoreSettings:
     """How to score.
 
-    metrics: of "length_distortion", "curvature", "gauss_length", "ntk_condition". img_size: pixels, int or (height, width).
+    metrics: of "length_distortion", "curvature", "gauss_length", "ntk_condition". img_size: pixels, int or (height,
+        width).
     thetas: points of the circle. repeats: networks drawn. batch: images of the NTK. convention: "paper" or "reference".
     norms: "auto" takes the norms out of our networks for the curve (as the authors do) and keeps those of any other;
     "identity" and "keep" do so for every network. device: None is CUDA if there is one.
@@ -147,8 +148,8 @@ def score(
     """Score a network without training it (As-ViT, arXiv 2202.11921, section 3.2).
 
     Args:
-        target: a Topology (or its text) or a timm model name, drawn anew ``repeats`` times; or a Module, scored with the weights it
-            has: its repeats differ in the circle, and its NTK is measured once.
+        target: a Topology (or its text) or a timm model name, drawn anew ``repeats`` times; or a Module, scored with
+            the weights it has: its repeats differ in the circle, and its NTK is measured once.
         metrics, img_size, thetas, repeats, batch, convention, device, norms: see ScoreSettings.
         images: for the NTK: [batch or more, 3, H, W], a folder of images, or None for standard normal ones.
         seed: of weights, circles and images; the same seed gives the same scores.
@@ -160,8 +161,7 @@ def score(
         InputError: a value that cannot be used, naming it.
         TaylorError: a network that cannot be propagated, naming the function.
     """
-    settings = ScoreSettings(tuple(metrics) if not isinstance(metrics, str) else metrics, img_size, thetas, repeats, batch,
-                             convention, norms, device)  # fmt: skip
+    settings = ScoreSettings(metrics, img_size, thetas, repeats, batch, convention, norms, device)
     target = parse_target(target)
     resolve_device(device)
     pixels = load(images, settings)
@@ -190,8 +190,8 @@ def score_repeat(
         target: see ``score``; a Topology or name is drawn from ``seed`` and ``repeat``.
         repeat: number of the network; network k is scored on circle k.
         images: [batch or more, 3, H, W] for the NTK, or None for standard normal ones.
-        seed: an integer, or a tuple whose first entry alone decides circles and images (so that candidates share them) while the
-            whole tuple decides the weights.
+        seed: an integer, or a tuple whose first entry alone decides circles and images (so that candidates share them)
+            while the whole tuple decides the weights.
     """
     target = parse_target(target)
     device = resolve_device(settings.device)
@@ -222,7 +222,9 @@ def parse_target(target: Target) -> Topology | nn.Module | str:
 
     if not timm.is_model(target):
         close = ", ".join(timm.list_models(f"*{target.split('_')[0]}*")[:5])
-        raise InputError(f"{target!r} is neither a topology nor a timm model{f'; did you mean {close}' if close else ''}")
+        raise InputError(
+            f"{target!r} is neither a topology nor a timm model{f'; did you mean {close}' if close else ''}"
+        )
     return target
 
 
@@ -278,7 +280,7 @@ def _draw(target: Topology | nn.Module | str, repeat: int, settings: ScoreSettin
     import timm
 
     fixed = timm.get_pretrained_cfg_value(target, "fixed_input_size") or target.startswith("asvit")
-    options = {"img_size": settings.image_shape[1:]} if fixed else {}
+    options: dict[str, Any] = {"img_size": settings.image_shape[1:]} if fixed else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(*key, WEIGHTS, repeat).initial_seed())
         return timm.create_model(target, **options).eval()

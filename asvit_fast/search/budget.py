@@ -47,6 +47,7 @@ class Budget:
         return None
 
     def to_dict(self) -> dict[str, list[float | None] | None]:
+        """Plain lists, for JSON."""
         return {name: None if (window := getattr(self, name)) is None else list(window) for name in _UNITS}
 
     def check_possible(self, space: SearchSpace, cost_of: Callable[[Topology], Cost], width: int) -> None:

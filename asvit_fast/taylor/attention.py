@@ -28,7 +28,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     rows = max(1, PIECE_BYTES.get(q.device.type, 2**24) // row_bytes)
     per_piece, rows = max(1, rows // queries), min(rows, queries)
     if mask is not None:
-        mask = mask.expand(*batch, *mask.shape[-2:]).flatten(0, -3) if batch else mask.unsqueeze(0)  # [n, queries or 1, keys]
+        mask = (
+            mask.expand(*batch, *mask.shape[-2:]).flatten(0, -3) if batch else mask.unsqueeze(0)
+        )  # [n, queries or 1, keys]
     pieces = []
     for n in range(0, q.shape[1], per_piece):
         group = slice(n, n + per_piece)
@@ -73,7 +75,16 @@ def _piece(left: list[Tensor], right: list[Tensor], v: Tensor, mask: Tensor | No
 @register_rule("scaled_dot_product_attention")
 def scaled_dot_product_attention(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
     q, k, v, mask, dropout, causal, scale, grouped = _bind(
-        args, kwargs, query=None, key=None, value=None, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+        args,
+        kwargs,
+        query=None,
+        key=None,
+        value=None,
+        attn_mask=None,
+        dropout_p=0.0,
+        is_causal=False,
+        scale=None,
+        enable_gqa=False,
     )
     if dropout > 0.0:
         raise TaylorError("attention with dropout has no derivative to propagate; call model.eval() first")

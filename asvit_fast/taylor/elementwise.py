@@ -166,10 +166,11 @@ def clamp(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 @register_rule("pow", "rpow", "float_power")
-def power(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
+def power(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     base, exponent = args[:2]
-    if isinstance(exponent, Taylor):
-        log_base = torch.log(base) if isinstance(base, Taylor) else torch.log(torch.as_tensor(base).to(exponent.primal))
-        return torch.exp(exponent * log_base)
-    x, n = base.primal, exponent
-    return compose(base, (x**n, n * x ** (n - 1), n * (n - 1) * x ** (n - 2)))
+    if not isinstance(exponent, Taylor):
+        x, n = base.primal, exponent
+        return compose(base, (x**n, n * x ** (n - 1), n * (n - 1) * x ** (n - 2)))
+    if not isinstance(base, Taylor):
+        base = torch.as_tensor(base).to(exponent.primal)
+    return (exponent * base.log()).exp()

@@ -12,21 +12,21 @@ from torch import Tensor
 from .value import Taylor, TaylorError, constant, function_name, mapped, primals, register_rule, taylors
 
 QUESTIONS = """
-    shape size dim ndim ndimension dtype device layout numel nelement stride is_contiguous storage_offset element_size get_device
-    is_floating_point is_complex is_cuda is_cpu is_meta is_mps is_xpu is_sparse is_quantized is_nested is_leaf requires_grad grad_fn
-    is_same_size is_signed is_inference data_ptr names has_names is_mkldnn is_sparse_csr itemsize nbytes
-    new_zeros new_ones new_empty new_full new_tensor zeros_like ones_like empty_like full_like rand_like randn_like
-    lt le gt ge eq ne less less_equal greater greater_equal isnan isinf isfinite isclose allclose equal argmax argmin argsort sign
-    logical_not logical_and logical_or bool int long floor ceil round trunc
+    shape size dim ndim ndimension dtype device layout numel nelement stride is_contiguous storage_offset element_size
+    get_device is_floating_point is_complex is_cuda is_cpu is_meta is_mps is_xpu is_sparse is_quantized is_nested
+    is_leaf requires_grad grad_fn is_same_size is_signed is_inference data_ptr names has_names is_mkldnn is_sparse_csr
+    itemsize nbytes new_zeros new_ones new_empty new_full new_tensor zeros_like ones_like empty_like full_like rand_like
+    randn_like lt le gt ge eq ne less less_equal greater greater_equal isnan isinf isfinite isclose allclose equal
+    argmax argmin argsort sign logical_not logical_and logical_or bool int long floor ceil round trunc
 """
 
 LINEAR = """
-    view view_as reshape reshape_as flatten unflatten ravel permute transpose swapaxes swapdims movedim moveaxis t T mT adjoint
-    squeeze unsqueeze expand expand_as broadcast_to repeat repeat_interleave tile contiguous clone detach unbind chunk split tensor_split
-    split_with_sizes hsplit vsplit narrow select index_select gather take_along_dim getitem roll flip fliplr flipud rot90
-    mean sum nansum cumsum diff neg negative positive to type type_as float double half bfloat16 cpu cuda unfold fold diagonal triu tril trace
-    pixel_shuffle pixel_unshuffle channel_shuffle identity dropout dropout1d dropout2d dropout3d feature_dropout
-    real
+    view view_as reshape reshape_as flatten unflatten ravel permute transpose swapaxes swapdims movedim moveaxis t T mT
+    adjoint squeeze unsqueeze expand expand_as broadcast_to repeat repeat_interleave tile contiguous clone detach unbind
+    chunk split tensor_split split_with_sizes hsplit vsplit narrow select index_select gather take_along_dim getitem
+    roll flip fliplr flipud rot90 mean sum nansum cumsum diff neg negative positive to type type_as float double half
+    bfloat16 cpu cuda unfold fold diagonal triu tril trace pixel_shuffle pixel_unshuffle channel_shuffle identity
+    dropout dropout1d dropout2d dropout3d feature_dropout real
 """
 
 
@@ -58,7 +58,9 @@ def write(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     """x[index] = value, into the memory of every order; a constant's derivatives are zero."""
     x, index, value = args
     if not isinstance(x, Taylor):
-        raise TaylorError("a Taylor value cannot be written into an ordinary tensor; build it with torch.cat or torch.stack")
+        raise TaylorError(
+            "a Taylor value cannot be written into an ordinary tensor; build it with torch.cat or torch.stack"
+        )
     for order, target in enumerate(x.coefficients):
         moving = isinstance(value, Taylor)
         target[index] = value.coefficients[order] if moving else (value if order == 0 else 0.0)
@@ -78,7 +80,9 @@ def joined(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
 
     def promote(value: Any) -> Any:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        moves = (isinstance(value, Tensor) and value.dtype != torch.bool) or (is_number and function_name(func) == "where")
+        moves = (isinstance(value, Tensor) and value.dtype != torch.bool) or (
+            is_number and function_name(func) == "where"
+        )
         return constant(value, like) if moves else value
 
     if function_name(func) == "where":  # where(condition, a, b), or the method a.where(condition, b)
@@ -132,7 +136,11 @@ def selection(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     name, x = function_name(func), args[0]
     if name.startswith("max_pool"):
         return _max_pool(func, args, kwargs)
-    if name in ("amax", "amin") or len(taylors(args, kwargs)) > 1 or (len(args) == 1 and not kwargs and name in ("max", "min")):
+    if (
+        name in ("amax", "amin")
+        or len(taylors(args, kwargs)) > 1
+        or (len(args) == 1 and not kwargs and name in ("max", "min"))
+    ):
         return _extremum(name, args, kwargs)
     result = func(*primals(args), **kwargs)
     dim = kwargs.get("dim", next((a for a in args[1 if name in ("max", "min", "sort", "median") else 2 :]), -1))
@@ -173,5 +181,9 @@ def _max_pool(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 def _bind(args: tuple[Any, ...], kwargs: dict[str, Any], **defaults: Any) -> list[Any]:
     """Arguments by position or name, in the order of ``defaults``."""
-    values = {**defaults, **dict(zip(defaults, args, strict=False)), **{k: v for k, v in kwargs.items() if k in defaults}}
+    values = {
+        **defaults,
+        **dict(zip(defaults, args, strict=False)),
+        **{k: v for k, v in kwargs.items() if k in defaults},
+    }
     return list(values.values())

@@ -1,12 +1,12 @@
 """Rules of softmax and of normalisations (LayerNorm, RMSNorm, GroupNorm, BatchNorm in evaluation, F.normalize).
 
-torch's own second-order forward mode through its fused LayerNorm and BatchNorm is wrong (pytorch/pytorch#196700), so these are
-written out: with c = x - <x>, v = <c c>, r = (v + eps)^-1/2, every derivative of r follows from those of v.
+torch's own second-order forward mode through its fused LayerNorm and BatchNorm is wrong (pytorch/pytorch#196700), so
+these are written out: with c = x - <x>, v = <c c>, r = (v + eps)^-1/2, every derivative of r follows from those of v.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from .linear import _bind
 from .value import Taylor, TaylorError, register_rule
 
 
-def _inverse_root(c: Tensor, dims: Sequence[int], eps: float, total: bool = False) -> list[Tensor]:
+def _inverse_root(c: Tensor, dims: tuple[int, ...], eps: float, total: bool = False) -> list[Tensor]:
     """Derivatives of (<c c> + eps)^-1/2, <> the mean (or the sum, if ``total``) over ``dims``: orders x [..., 1]."""
 
     def product(a: Tensor, b: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def _scaled(c: Tensor, r: list[Tensor]) -> Tensor:
     return torch.stack(orders)
 
 
-def normalize(c: Tensor, dims: Sequence[int], eps: float, center: bool = True) -> Tensor:
+def normalize(c: Tensor, dims: tuple[int, ...], eps: float, center: bool = True) -> Tensor:
     """Stacked derivatives [orders, *shape] of (x - <x>) / sqrt(var + eps) over ``dims`` (negative)."""
     if center:
         c = c - c.mean(dims, keepdim=True)
@@ -57,7 +57,9 @@ def _affine(y: Tensor, weight: Any, bias: Any) -> Taylor:
 
 @register_rule("layer_norm")
 def layer_norm(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
-    x, shape, weight, bias, eps = _bind(args, kwargs, input=None, normalized_shape=None, weight=None, bias=None, eps=1e-5)
+    x, shape, weight, bias, eps = _bind(
+        args, kwargs, input=None, normalized_shape=None, weight=None, bias=None, eps=1e-5
+    )
     dims = tuple(range(-len(shape), 0))
     return _affine(normalize(x.coefficients, dims, eps), weight, bias)
 
@@ -75,13 +77,24 @@ def group_norm(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     c = x.coefficients  # [orders, B, C, *space]
     y = normalize(c.reshape(*c.shape[:2], groups, -1), (-1,), eps).reshape(c.shape)
     channels = (-1, *[1] * (c.dim() - 3))
-    return _affine(y, None if weight is None else weight.reshape(channels), None if bias is None else bias.reshape(channels))
+    return _affine(
+        y, None if weight is None else weight.reshape(channels), None if bias is None else bias.reshape(channels)
+    )
 
 
 @register_rule("batch_norm")
 def batch_norm(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
     x, mean, var, weight, bias, training, _, eps = _bind(
-        args, kwargs, input=None, running_mean=None, running_var=None, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+        args,
+        kwargs,
+        input=None,
+        running_mean=None,
+        running_var=None,
+        weight=None,
+        bias=None,
+        training=False,
+        momentum=0.1,
+        eps=1e-5,
     )
     if training or mean is None:
         raise TaylorError("batch_norm with batch statistics couples the samples of a batch; call model.eval() first")

@@ -38,7 +38,9 @@ def einsum(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     where = [i for i, operand in enumerate(operands) if isinstance(operand, Taylor)]
     if len(where) == 1:
         return mapped(torch.einsum, (equation, *operands), {})
-    if len(where) > 2:  # pair by pair: the last moving operand is multiplied by the others along a product rule of its own
+    if (
+        len(where) > 2
+    ):  # pair by pair: the last moving operand is multiplied by the others along a product rule of its own
         raise NotImplementedError("einsum of more than two Taylor values: split it into products of two")
 
     def contract(a: Tensor, b: Tensor) -> Tensor:
@@ -101,4 +103,4 @@ def quotient(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         a, b = b, a
     if not isinstance(b, Taylor):
         return mapped(torch.div, (a, b), {})
-    return a * torch.reciprocal(b)
+    return a * b.reciprocal()

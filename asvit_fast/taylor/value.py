@@ -23,10 +23,11 @@ class TaylorError(NotImplementedError):
 
 
 class Taylor:
-    """A tensor moving along a curve x(t): ``coefficients`` [order + 1, *shape] stacks x(0), x'(0) and, at order 2, x''(0).
+    """A tensor moving along a curve x(t): ``coefficients`` [order + 1, *shape] stacks x(0), x'(0) and, at order 2,
+    x''(0).
 
-    Derivatives, not Taylor coefficients: nothing is divided by a factorial. Behaves like a tensor of ``shape``: torch functions
-    and methods return Taylor values, questions (``shape``, ``dtype``, ``x > 0``) are answered for x(0).
+    Derivatives, not Taylor coefficients: nothing is divided by a factorial. Behaves like a tensor of ``shape``: torch
+    functions and methods return Taylor values, questions (``shape``, ``dtype``, ``x > 0``) are answered for x(0).
     """
 
     __slots__ = ("coefficients",)
@@ -81,7 +82,24 @@ def _add_operators() -> None:
     def reflected(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda self, other: apply(function, (other, self), {})
 
-    for name in "add sub mul truediv matmul pow neg getitem setitem abs lt le gt ge eq ne".split():
+    for name in [
+        "add",
+        "sub",
+        "mul",
+        "truediv",
+        "matmul",
+        "pow",
+        "neg",
+        "getitem",
+        "setitem",
+        "abs",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+        "eq",
+        "ne",
+    ]:
         setattr(Taylor, f"__{name}__", operator(getattr(Tensor, f"__{name}__")))
     for name, function in (
         ("radd", torch.add),
@@ -102,8 +120,8 @@ def register_rule(*functions: Any) -> Callable[[Rule], Rule]:
     """Decorator: ``rule(func, args, kwargs)`` computes ``func`` when an argument is a Taylor value.
 
     Args:
-        functions: torch functions (or any function that honours ``__torch_function__``); a string stands for every torch function
-            and Tensor method of that name. A rule for a function goes before one for its name.
+        functions: torch functions (or any function that honours ``__torch_function__``); a string stands for every
+            torch function and Tensor method of that name. A rule for a function goes before one for its name.
     """
 
     def register(rule: Rule) -> Rule:
@@ -172,7 +190,8 @@ def primals(values: Any) -> Any:
 
 
 def mapped(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``func`` applied to each order alone: what a function that is linear in its Taylor arguments does. ONE batched call."""
+    """``func`` applied to each order alone: what a function that is linear in its Taylor arguments does. ONE batched
+    call."""
     leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=_is_taylor)
     where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Taylor)]
 
@@ -195,7 +214,7 @@ def constant(value: Any, like: Taylor) -> Taylor:
     return Taylor(torch.cat([tensor.unsqueeze(0), tensor.new_zeros(like.order, *tensor.shape)]))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _warn_once(name: str) -> None:
     warnings.warn(
         f"asvit_fast.taylor: no rule for {name}; torch.func differentiates it on its own (correct, slower). "
@@ -235,8 +254,8 @@ def _fallback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
             if order == 1:
                 coefficients = velocity(zero)
             else:
-                (value, first), (_, second) = torch.func.jvp(velocity, (zero,), (one,))
-                coefficients = (value, first, second)
+                both: Any = torch.func.jvp(velocity, (zero,), (one,))
+                coefficients = (*both[0], both[1][1])
     except (RuntimeError, TypeError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TaylorError(

@@ -23,6 +23,7 @@ from ..topology import Topology
 from .curve import check_convention, circle, curve, theta_grid
 from .measures import curvature, gauss_length, length_distortion
 from .ntk import ntk_condition, ntk_gram, score_features
+from .workers import side_by_side
 
 CURVE_METRICS = {"length_distortion": length_distortion, "curvature": curvature, "gauss_length": gauss_length}
 METRICS = (*CURVE_METRICS, "ntk_condition")
@@ -163,17 +164,22 @@ def score(
     """
     settings = ScoreSettings(metrics, img_size, thetas, repeats, batch, convention, norms, device)
     target = parse_target(target)
-    resolve_device(device)
+    where = resolve_device(device)
     pixels = load(images, settings)
-    values: dict[str, list[float]] = {name: [] for name in settings.metrics}
-    seconds: dict[str, list[float]] = {name: [] for name in settings.metrics}
-    for repeat in range(repeats):
-        skip_ntk = isinstance(target, nn.Module) and repeat > 0
-        for name, result in score_repeat(target, repeat, settings, pixels, seed, skip_ntk=skip_ntk).items():
-            values[name].append(result["value"])
-            seconds[name].append(result["seconds"])
-    measures = {name: Measure(tuple(values[name]), statistics.fmean(seconds[name])) for name in settings.metrics}
+    is_module = isinstance(target, nn.Module)
+
+    def work(repeat: int) -> dict[str, dict[str, float]]:
+        return score_repeat(target, repeat, settings, pixels, seed, skip_ntk=is_module and repeat > 0)
+
+    # a module is one network: its repeats take turns
+    results = [work(r) for r in range(repeats)] if is_module else side_by_side(work, range(repeats), where)
+    measures = {name: _measure([result[name] for result in results if name in result]) for name in settings.metrics}
     return Score(_describe(target), settings, measures)
+
+
+def _measure(results: list[dict[str, float]]) -> Measure:
+    values = tuple(result["value"] for result in results)
+    return Measure(values, statistics.fmean(result["seconds"] for result in results))
 
 
 def score_repeat(

@@ -37,16 +37,13 @@ def rank_device(device: str | torch.device | None) -> torch.device:
     return resolve_device(device)
 
 
-def run_shared(
-    lead: Callable[[Share[Task]], Result], work: Callable[[Task], Values], device: torch.device | None = None
-) -> Result:
-    """Run ``lead(share)`` on rank 0, where ``share(tasks)`` is ``[work(task) for task in tasks]`` spread over all
-    ranks.
+def run_shared(lead: Callable[[Share[Task]], Result], work: Share[Task], device: torch.device | None = None) -> Result:
+    """Run ``lead(share)`` on rank 0, where ``share(tasks)`` is ``work(tasks)`` spread over all ranks.
 
     Every rank gets the result. An error of any rank ends all ranks with its message.
     """
     if _world_size(device or torch.device("cpu")) == 1:
-        return lead(lambda tasks: [work(task) for task in tasks])
+        return lead(work)
     return _lead(lead, work) if dist.get_rank() == 0 else _follow(work)
 
 
@@ -69,7 +66,7 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def _lead(lead: Callable[[Share[Task]], Result], work: Callable[[Task], Values]) -> Result:
+def _lead(lead: Callable[[Share[Task]], Result], work: Share[Task]) -> Result:
     def share(tasks: Sequence[Task]) -> list[Values]:
         _broadcast(("tasks", list(tasks)))
         values, errors = _gather(work, tasks)
@@ -90,7 +87,7 @@ def _lead(lead: Callable[[Share[Task]], Result], work: Callable[[Task], Values])
     return result
 
 
-def _follow(work: Callable[[Task], Values]) -> Any:
+def _follow(work: Share[Any]) -> Any:
     while True:
         kind, content = _broadcast(None)
         if kind == "result":
@@ -100,13 +97,13 @@ def _follow(work: Callable[[Task], Values]) -> Any:
         _gather(work, content)
 
 
-def _gather(work: Callable[[Task], Values], tasks: Sequence[Task]) -> tuple[list[Values], list[tuple[int, Exception]]]:
+def _gather(work: Share[Task], tasks: Sequence[Task]) -> tuple[list[Values], list[tuple[int, Exception]]]:
     """Do every ``world_size``-th task here; return the values of all tasks in order, and who failed with what."""
     rank, size = dist.get_rank(), dist.get_world_size()
     own: list[Values] | Exception
     failure: Exception | None = None
     try:
-        own = [work(task) for task in tasks[rank::size]]  # Python floats: float64 on the way, too
+        own = work(tasks[rank::size])  # Python floats: float64 on the way, too
     except Exception as error:
         failure, own = error, _portable(error)
     gathered: list[Any] = [None] * size

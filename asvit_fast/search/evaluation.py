@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..scoring import ScoreSettings, score_repeat
 from ..scoring.score import load
+from ..scoring.workers import side_by_side
 from ..topology import Topology
 from .distributed import Share, rank_device
 
@@ -87,8 +88,13 @@ class Evaluator:
             "norms": norms,
         }
 
-    def work(self, task: Task) -> tuple[float, ...]:
-        """Do one task: the values of METRICS."""
+    def work(self, tasks: Sequence[Task]) -> list[tuple[float, ...]]:
+        """Do tasks: the values of METRICS of each. Scorers of users are called one at a time."""
+        if self.scorer is None:
+            return side_by_side(self._measure_one, tasks, self.device)
+        return [self._measure_one(task) for task in tasks]
+
+    def _measure_one(self, task: Task) -> tuple[float, ...]:
         if self.scorer is None:
             # The seed alone decides circles and images, shared by all candidates; seed and step decide the weights.
             results = score_repeat(task.topology, task.repeat, self.settings, self.images, (self.seed, task.step))

@@ -171,6 +171,15 @@ def test_score_of_timm_names_and_modules() -> None:
     assert kept["length_distortion"].mean != pytest.approx(bare["length_distortion"].mean, rel=0.01)
 
 
+def test_a_module_keeps_its_dtype_and_image_size() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=48, num_classes=0).double()
+    result = af.score(model, img_size=48, thetas=2, repeats=1, batch=2)
+    assert math.isfinite(result["curvature"].mean)
+    assert next(model.parameters()).dtype == torch.float64
+    with pytest.raises(af.InputError, match="VisionTransformer does not take images of"):
+        af.score(model, img_size=64, thetas=2, repeats=1, batch=2)
+
+
 def test_images_decide_the_ntk() -> None:
     images = torch.randn(6, 3, 32, 32)
     one = af.score(SEED, metrics=("ntk_condition",), images=images, **FAST)

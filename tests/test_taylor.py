@@ -160,7 +160,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     ),
     "pooling": lambda x: F.max_pool2d(x.reshape(1, 1, 5, 6), 2) + F.avg_pool2d(x.reshape(1, 1, 5, 6), 2),
     "interpolation": lambda x: F.interpolate(x.reshape(1, 1, 5, 6), size=(7, 9), mode="bicubic"),
-    "fallback": lambda x: torch.logsumexp(x, 1) + torch.special.ndtr(x).sum(1),
+    "fallback": lambda x: torch.logsumexp(x, 1) + torch.special.ndtr(x).sum(1) + torch.cummax(x, 1)[0].sum(1),
 }
 
 
@@ -193,6 +193,35 @@ def test_attention(masked: str) -> None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=masked == "causal", scale=0.7)
 
     check(attend, x, dx, ddx)
+
+
+@pytest.mark.parametrize("case", ["plain", "weights", "masked", "cross", "unbatched"])
+def test_multihead_attention(case: str) -> None:
+    torch.manual_seed(0)
+    batch_first = case != "unbatched"
+    layer = nn.MultiheadAttention(6, 2, batch_first=batch_first, kdim=4 if case == "cross" else None).double().eval()
+    memory = torch.randn(2, 3, 4, dtype=torch.float64)
+    causal = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    padding = torch.tensor([[False] * 5, [False] * 4 + [True]])
+
+    def attend(x: Tensor) -> Tensor:
+        if case == "cross":
+            return layer(x, memory, torch.cat([memory, memory[..., :2]], -1), need_weights=False)[0]
+        if case == "masked":
+            return layer(x, x, x, attn_mask=causal, key_padding_mask=padding, need_weights=False)[0]
+        out, weights = layer(x, x, x, need_weights=case == "weights")
+        return out + weights.sum() * weights[..., :1].mean() if case == "weights" else out
+
+    shape = (5, 6) if case == "unbatched" else (2, 5, 6)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(attend, *directions(*shape))
+
+
+def test_transformer_encoder_layer() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, activation="gelu", batch_first=True).double().eval()
+    with torch.no_grad():
+        check(layer, *directions(3, 5, 8), tolerance=1e-6)
 
 
 def test_attention_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,19 +200,21 @@ def score_repeat(
             while the whole tuple decides the weights.
     """
     target = parse_target(target)
-    device = resolve_device(settings.device)
-    model = _draw(target, repeat, settings, seed).to(device)
+    model = _draw(target, repeat, settings, seed)
     results: dict[str, dict[str, float]] = {}
-    if "ntk_condition" in settings.metrics and not skip_ntk:
-        started = time.perf_counter()
-        value = ntk_condition(ntk_gram(model, _ntk_images(images, settings, _root(seed)).to(device)))
-        results["ntk_condition"] = {"value": value, "seconds": time.perf_counter() - started}
-    curve_metrics = [name for name in settings.metrics if name in CURVE_METRICS]
-    if curve_metrics:
-        started = time.perf_counter()
-        values = _curve_values(model, curve_metrics, repeat, settings, _root(seed), device)
-        passed = time.perf_counter() - started
-        results |= {name: {"value": value, "seconds": passed} for name, value in values.items()}
+    try:
+        if "ntk_condition" in settings.metrics and not skip_ntk:
+            started = time.perf_counter()
+            value = ntk_condition(ntk_gram(model, _ntk_images(images, settings, _root(seed)).to(*_placement(model))))
+            results["ntk_condition"] = {"value": value, "seconds": time.perf_counter() - started}
+        curve_metrics = [name for name in settings.metrics if name in CURVE_METRICS]
+        if curve_metrics:
+            started = time.perf_counter()
+            values = _curve_values(model, curve_metrics, repeat, settings, _root(seed))
+            passed = time.perf_counter() - started
+            results |= {name: {"value": value, "seconds": passed} for name, value in values.items()}
+    except AssertionError as error:  # how timm refuses an image size
+        raise InputError(f"{_describe(target)} does not take images of {settings.image_shape}: {error}") from error
     return {name: results[name] for name in settings.metrics if name in results}
 
 
@@ -271,9 +273,11 @@ def _root(seed: Seed) -> int:
 
 
 def _draw(target: Topology | nn.Module | str, repeat: int, settings: ScoreSettings, seed: Seed) -> nn.Module:
-    """Network number ``repeat``, in evaluation mode."""
+    """Network number ``repeat``, on the device of the settings; a module stays on its own unless they name another."""
+    device = resolve_device(settings.device)
     if isinstance(target, nn.Module):
-        return target
+        moves = settings.device is not None and _placement(target)[0] != device
+        return copy.deepcopy(target).to(device) if moves else target
     key = (seed,) if isinstance(seed, int) else seed
     if isinstance(target, Topology):
         with torch.device("meta"):
@@ -282,14 +286,23 @@ def _draw(target: Topology | nn.Module | str, repeat: int, settings: ScoreSettin
         model.init_weights(generator=stream(*key, WEIGHTS, repeat))
         if settings.convention == "reference":  # the authors' code draws the convolution once for all repeats
             model.init_convolution(stream(*key, CONVOLUTION))
-        return model.eval()
+        return model.eval().to(device)
     import timm
 
     fixed = timm.get_pretrained_cfg_value(target, "fixed_input_size") or target.startswith("asvit")
     options: dict[str, Any] = {"img_size": settings.image_shape[1:]} if fixed else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(*key, WEIGHTS, repeat).initial_seed())
-        return timm.create_model(target, **options).eval()
+        try:
+            return timm.create_model(target, **options).eval().to(device)
+        except (AssertionError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"timm cannot build {target!r} for images of {settings.image_shape}: {error}") from error
+
+
+def _placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a module's parameters."""
+    parameter = next(model.parameters(), torch.empty(0))
+    return parameter.device, parameter.dtype
 
 
 def _ntk_images(images: Tensor | None, settings: ScoreSettings, root: int) -> Tensor:
@@ -299,12 +312,11 @@ def _ntk_images(images: Tensor | None, settings: ScoreSettings, root: int) -> Te
 
 
 def _curve_values(
-    model: nn.Module, metrics: list[str], repeat: int, settings: ScoreSettings, root: int, device: torch.device
+    model: nn.Module, metrics: list[str], repeat: int, settings: ScoreSettings, root: int
 ) -> dict[str, float]:
     bare = settings.norms == "identity" or (settings.norms == "auto" and isinstance(model, AsViT))
     network = without_norms(model) if bare else model
-    dtype = next((p.dtype for p in model.parameters()), torch.float32)
-    u0, u1 = (u.to(device, dtype) for u in circle(settings.image_shape, stream(root, CIRCLE, repeat)))
+    u0, u1 = (u.to(*_placement(model)) for u in circle(settings.image_shape, stream(root, CIRCLE, repeat)))
     scale = math.sqrt(u0.numel()) if settings.convention == "paper" else 1.0
     theta = theta_grid(settings.thetas, settings.convention)
     order = 1 if metrics == ["length_distortion"] else 2

@@ -4,7 +4,7 @@ Ordinary functions and modules run unchanged on a ``Taylor`` value; rules (one p
 derivatives go through. Rules of your own: ``@register_rule(function)``.
 """
 
-from . import attention, elementwise, linear, normalization, products, window_attention  # noqa: F401  (they register rules)
+from . import attention, elementwise, linear, multihead, normalization, products, window_attention  # noqa: F401  (they register rules)
 from .propagate import jet, jvp
 from .value import Taylor, TaylorError, register_rule
 

@@ -238,12 +238,16 @@ def _fallback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     order = next(iter(moving.values())).shape[0] - 1
     one = next(iter(moving.values())).new_ones(())
 
-    def at(time: Tensor) -> Any:
+    output, output_spec = pytree.tree_flatten(func(*primals(args), **primals(kwargs)))
+    floating = [i for i, leaf in enumerate(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+    def at(time: Tensor) -> tuple[Tensor, ...]:
         filled = list(leaves)
         for i, c in moving.items():
             filled[i] = c[0] + time * c[1] if order == 1 else c[0] + time * (c[1] + 0.5 * time * c[2])
         new_args, new_kwargs = pytree.tree_unflatten(filled, spec)
-        return func(*new_args, **new_kwargs)
+        leaves_at = pytree.tree_leaves(func(*new_args, **new_kwargs))
+        return tuple(leaves_at[i] for i in floating)
 
     def velocity(time: Tensor) -> Any:
         return torch.func.jvp(at, (time,), (one,))
@@ -262,4 +266,6 @@ def _fallback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
             f"no Taylor rule for {name}, and torch.func cannot differentiate it ({reason}); "
             "add one with asvit_fast.taylor.register_rule"
         ) from error
-    return pytree.tree_map(lambda *orders: Taylor(torch.stack(orders)), *coefficients)
+    for i, *orders in zip(floating, *coefficients, strict=True):  # the rest (None, indices) does not move
+        output[i] = Taylor(torch.stack(orders))
+    return pytree.tree_unflatten(output, output_spec)

@@ -7,13 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates, resample_abs_pos_embed_nhwc, to_2tuple
-from timm.models import (
-    build_model_with_cfg,
-    checkpoint_seq,
-    generate_default_cfgs,
-    register_model,
-    register_notrace_function,
-)
+from timm.models import checkpoint_seq, register_notrace_function
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -23,14 +17,13 @@ from ..nn.attention import split_attention
 from ..nn.patch_embed import embed_patches
 from ..ops.patch_merge import patch_merge
 from ..topology import EMBED_STRIDE, StageSpec, Topology
-from .state_dict import convert_asvit_state_dict, fit_state_dict
 
 try:  # timm >= 1.0.30 records resizes so that saved models are rebuilt at their size
     from timm.models._input import update_model_input_size
 except ImportError:
     update_model_input_size = None  # type: ignore[assignment]
 
-__all__ = ["AsViT", "convert_asvit_state_dict", "create_model"]
+__all__ = ["SEED_TOPOLOGY", "AsViT", "create_model"]
 
 SEED_TOPOLOGY = "8,2,3|4,1,2|4,1,4|4,1,6|32"
 MIN_IMG_SIZE = 32
@@ -398,77 +391,3 @@ def create_model(
         InputError: a value that cannot be used, naming it.
     """
     return AsViT(topology, img_size, num_classes=num_classes, pos_embed=pos_embed, norm=norm, **kwargs)
-
-
-def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": "patch_embed.proj",
-        "classifier": "head.fc2",
-        "license": "apache-2.0",
-        **kwargs,
-    }
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        name: _cfg()
-        for name in (
-            "asvit.untrained",
-            "asvit_seed.untrained",
-            "asvit_small.untrained",
-            "asvit_base.untrained",
-            "asvit_large.untrained",
-        )
-    }
-)
-
-
-def _build(variant: str, pretrained: bool, **kwargs: Any) -> AsViT:
-    if isinstance(kwargs.get("topology"), Topology):
-        kwargs["topology"] = str(kwargs["topology"])  # timm saves the arguments as JSON
-    return build_model_with_cfg(
-        AsViT,
-        variant,
-        pretrained,
-        pretrained_filter_fn=fit_state_dict,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **kwargs,
-    )
-
-
-@register_model
-def asvit(pretrained: bool = False, **kwargs: Any) -> AsViT:
-    """An As-ViT of any topology: ``timm.create_model("asvit", topology="8,2,3,3|4,1,2,1|4,1,4,4|4,1,6,2|32,88")``."""
-    return _build("asvit", pretrained, **kwargs)
-
-
-@register_model
-def asvit_seed(pretrained: bool = False, **kwargs: Any) -> AsViT:
-    """The seed topology that the paper's search found: 2.4 M parameters (arXiv 2202.11921, Table 4)."""
-    return _build("asvit_seed", pretrained, **{"topology": SEED_TOPOLOGY, **kwargs})
-
-
-@register_model
-def asvit_small(pretrained: bool = False, **kwargs: Any) -> AsViT:
-    """As-ViT Small: 29.0 M parameters (arXiv 2202.11921, Table 4)."""
-    return _build("asvit_small", pretrained, **{"topology": "8,2,3,3|4,1,2,1|4,1,4,4|4,1,6,2|32,88", **kwargs})
-
-
-@register_model
-def asvit_base(pretrained: bool = False, **kwargs: Any) -> AsViT:
-    """As-ViT Base: 52.6 M parameters (arXiv 2202.11921, Table 4)."""
-    return _build("asvit_base", pretrained, **{"topology": "8,2,3,3|4,1,2,1|4,1,4,5|4,1,6,2|32,116", **kwargs})
-
-
-@register_model
-def asvit_large(pretrained: bool = False, **kwargs: Any) -> AsViT:
-    """As-ViT Large: 88.1 M parameters (arXiv 2202.11921, Table 4)."""
-    return _build("asvit_large", pretrained, **{"topology": "8,2,3,5|4,1,2,2|4,1,4,5|4,1,6,2|32,180", **kwargs})

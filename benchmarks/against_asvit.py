@@ -107,7 +107,7 @@ def their_network(theirs: SimpleNamespace, topology: Topology, img_size: int) ->
 def our_network(topology: Topology, img_size: int, state: dict[str, Tensor], norm: str) -> nn.Module:
     """Our network with their weights, on the device they would use."""
     network = af.create_model(topology, img_size=img_size, pos_embed="none", norm=norm)
-    network.load_state_dict(af.convert_asvit_state_dict(state), strict=norm == "layer")
+    network.load_state_dict(af.convert_asvit_state_dict(state))
     return network.to(device())
 
 

@@ -67,7 +67,7 @@ class Golden:
             norm=name,
             dtype=torch.float64,
         )
-        model.load_state_dict(af.convert_asvit_state_dict(self.state_dict, norm=name))
+        model.load_state_dict(af.convert_asvit_state_dict(self.state_dict))
         return model.to(dtype).eval()
 
     def scale(self, radius: str) -> float:

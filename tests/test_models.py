@@ -69,8 +69,10 @@ def test_convert_is_idempotent_and_drops_norms() -> None:
     again = af.convert_asvit_state_dict(converted)
     assert converted.keys() == again.keys()
     assert converted["pos_embed"].shape == (1, 16, 16, 9)
-    bare = af.convert_asvit_state_dict(data.state_dict, norm="identity")
+    bare = data.model("id").state_dict()  # loaded from the weights with norms
     assert set(bare) == {name for name in converted if ".norm" not in name and not name.startswith("norm.")}
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        data.model("id").load_state_dict({**bare, "surprise": torch.zeros(1)})
     bad = {"absolute_pos_embed": torch.zeros(1, 15, 9)}
     with pytest.raises(af.InputError, match="15 tokens"):
         af.convert_asvit_state_dict(bad)

@@ -149,7 +149,7 @@ def test_without_norms_shares_weights() -> None:
     model = af.create_model(SEED, img_size=32, num_classes=0).eval()
     bare = without_norms(model)
     same = af.create_model(SEED, img_size=32, num_classes=0, norm="identity").eval()
-    same.load_state_dict(af.convert_asvit_state_dict(model.state_dict(), norm="identity"))
+    same.load_state_dict(model.state_dict())
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(bare.score_features(x), same.score_features(x))
     assert bare.stages[0].blocks[0].mlp.fc1.weight is model.stages[0].blocks[0].mlp.fc1.weight

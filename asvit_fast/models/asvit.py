@@ -3,6 +3,7 @@
 Feature maps are channels last, [B, H, W, C], everywhere inside the network.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from ..nn.attention import split_attention
 from ..nn.patch_embed import embed_patches
 from ..ops.patch_merge import patch_merge
 from ..topology import EMBED_STRIDE, StageSpec, Topology
+from .state_dict import drop_norms
 
 try:  # timm >= 1.0.30 records resizes so that saved models are rebuilt at their size
     from timm.models._input import update_model_input_size
@@ -225,6 +227,10 @@ class AsViT(nn.Module):
         bound = projection.weight[0].numel() ** -0.5
         nn.init.uniform_(projection.weight, -bound, bound, generator=generator)
         nn.init.uniform_(projection.bias, -bound, bound, generator=generator)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of any module; a network without norms takes the weights of one with norms and leaves the norms' out."""
+        return super().load_state_dict(state_dict if self.has_norms else drop_norms(state_dict), strict, assign)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

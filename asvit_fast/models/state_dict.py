@@ -24,13 +24,12 @@ _RENAME = (
 )
 
 
-def convert_asvit_state_dict(state_dict: Mapping[str, Tensor], norm: str = "layer") -> dict[str, Tensor]:
+def convert_asvit_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights of the authors' network (VITA-Group/AsViT) under our names; a dict already in our form comes back as it
     is.
 
     Args:
         state_dict: of their Transformer, with or without LayerNorms and position embedding.
-        norm: "identity" drops the LayerNorm weights, for ``create_model(..., norm="identity")``.
 
     Raises:
         InputError: the position embedding is not that of a square grid.
@@ -44,12 +43,15 @@ def convert_asvit_state_dict(state_dict: Mapping[str, Tensor], norm: str = "laye
             if hits:
                 name = new_name
                 break
-        if norm == "identity" and re.search(r"(^|\.)norm\d?\.", name):
-            continue
         if name == "pos_embed" and value.ndim == 3:
             value = _square_grid(value)
         converted[name] = value
     return converted
+
+
+def drop_norms(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights that remain in a network without norms."""
+    return {name: value for name, value in state_dict.items() if not re.search(r"(^|\.)norm\d?\.", name)}
 
 
 def _square_grid(pos_embed: Tensor) -> Tensor:
@@ -62,8 +64,7 @@ def _square_grid(pos_embed: Tensor) -> Tensor:
 
 def fit_state_dict(state_dict: Mapping[str, Any], model: Any) -> dict[str, Tensor]:
     """A checkpoint of ours or of the authors' made to fit ``model``: names converted, position embedding resampled."""
-    norm = "layer" if model.has_norms else "identity"
-    converted = convert_asvit_state_dict(state_dict.get("state_dict", state_dict), norm)
+    converted = convert_asvit_state_dict(state_dict.get("state_dict", state_dict))
     if model.pos_embed is None:
         converted.pop("pos_embed", None)
     elif "pos_embed" in converted and converted["pos_embed"].shape != model.pos_embed.shape:

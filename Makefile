@@ -28,8 +28,9 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 demo: install
 	$(BIN)/python -m asvit_fast.demo
 
+# one thread each: threads of several processes on the same cores wait for each other most of the time
 test: install
-	$(BIN)/pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(PYTEST_ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
@@ -196,7 +197,8 @@ def test_full_disk_keeps_an_earlier_export(tmp_path: Path) -> None:
     assert contents(target) == before
 
 
-def test_full_disk_behind_stdout() -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_full_disk_behind_stdout(unbuffered: str) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "asvit_fast", "search", "--print-config"],
@@ -204,5 +206,6 @@ def test_full_disk_behind_stdout() -> None:
             stderr=subprocess.PIPE,
             text=True,
             check=False,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
         )
     assert "No space left" in one_line(done)

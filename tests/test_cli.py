@@ -250,7 +250,7 @@ def test_interrupt(tmp_path: Path) -> None:
     command = [*SEARCH, "--steps", "60", "--out", str(tmp_path)]
     trace = tmp_path / "trace.jsonl"
     process = subprocess.Popen([sys.executable, "-m", "asvit_fast", *command], stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not trace.exists():
+    while process.poll() is None and not (trace.exists() and trace.read_text().count("\n") >= 2):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)

@@ -7,6 +7,7 @@ runs. Mistakes of the user end with one line on stderr and exit code 2.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -41,9 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         return _fail(str(error))
     except BrokenPipeError:  # the reader of our output (head, less) has left: nobody to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _abandon_stdout()
         return EXIT_INPUT
     except OSError as error:
+        _abandon_stdout()
         return _fail(_describe(error))
     except KeyboardInterrupt:
         resume = "; the same command continues where it stopped" if command is not None and command.resumable else ""
@@ -54,13 +56,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(command: Command, arguments: dict) -> int:
     print_config = arguments.pop("print_config")
     values = settings(command, arguments, arguments.pop("config"))
+    code = 0
     if print_config:
         sys.stdout.write(to_yaml(command, values))
-        return 0
-    require(command, values)
-    code = command.run(values)
+    else:
+        require(command, values)
+        code = command.run(values)
     sys.stdout.flush()  # a full disk or a closed pipe behind stdout shows here, while it can still be reported
     return code
+
+
+def _abandon_stdout() -> None:
+    """What cannot be written stays in the buffer; writing it at exit would fail once more, with an exit code of its
+    own."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):  # a stdout without a descriptor has no such end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str) -> int:

@@ -36,9 +36,12 @@ def _logistic_gate(x):
 def gelu_taylor_kernel(
     input_pointer,  # [ORDERS + 1, count]
     output_pointer,  # [ORDERS + 1, count]
+    bias_pointer,  # [channels], added to the value; read only if BIASED
     count,
+    channels,
     ORDERS: tl.constexpr,
     TANH: tl.constexpr,
+    BIASED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Each program maps BLOCK columns of all rows."""
@@ -48,6 +51,8 @@ def gelu_taylor_kernel(
     x = tl.load(input_pointer + columns, mask=mask, other=0.0)
     if x.dtype != tl.float64:
         x = x.to(tl.float32)
+    if BIASED:
+        x += tl.load(bias_pointer + columns % channels, mask=mask, other=0.0).to(x.dtype)
     # beyond +-40 the derivatives of P are 0; NaN fails both comparisons and stays
     z = tl.where(x < -40.0, -40.0, tl.where(x > 40.0, 40.0, x))
     if TANH:
@@ -67,8 +72,9 @@ def gelu_taylor_kernel(
             tl.store(output_pointer + 2 * count + columns, y2.to(stored), mask=mask)
 
 
-def gelu_taylor(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
-    """GELU's Taylor rule on a GPU: x [orders + 1, ...] of any floating dtype; the result is contiguous."""
+def gelu_taylor(x: torch.Tensor, approximate: str = "none", bias: torch.Tensor | None = None) -> torch.Tensor:
+    """GELU's Taylor rule on a GPU: x [orders + 1, ..., C] of any floating dtype, bias [C] added to the value before it;
+    the result is contiguous."""
     x = x.contiguous()
     y = torch.empty_like(x)  # [orders + 1, ...]
     if x.numel() == 0:
@@ -77,5 +83,16 @@ def gelu_taylor(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
     count = x.numel() // (orders + 1)
     grid = (triton.cdiv(count, BLOCK),)
     with torch.cuda.device_of(x):
-        gelu_taylor_kernel[grid](x, y, count, ORDERS=orders, TANH=approximate == "tanh", BLOCK=BLOCK, **OPTIONS)
+        gelu_taylor_kernel[grid](
+            x,
+            y,
+            x if bias is None else bias.contiguous(),
+            count,
+            1 if bias is None else bias.numel(),
+            ORDERS=orders,
+            TANH=approximate == "tanh",
+            BIASED=bias is not None,
+            BLOCK=BLOCK,
+            **OPTIONS,
+        )
     return y

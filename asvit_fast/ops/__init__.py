@@ -1,8 +1,19 @@
 """Operations: each has a pure-torch reference and the implementations that ``backends`` chooses from."""
 
 from .gelu_taylor import gelu_taylor
+from .layer_norm_taylor import layer_norm_taylor
 from .patch_embed import patch_embed
 from .patch_merge import patch_merge
+from .softmax_taylor import softmax_taylor
+from .tanh_taylor import tanh_taylor
 from .window_attention import window_attention
 
-__all__ = ["gelu_taylor", "patch_embed", "patch_merge", "window_attention"]
+__all__ = [
+    "gelu_taylor",
+    "layer_norm_taylor",
+    "patch_embed",
+    "patch_merge",
+    "softmax_taylor",
+    "tanh_taylor",
+    "window_attention",
+]

@@ -4,6 +4,8 @@ GELU(x) = x P(x), where P is the normal distribution function, or for `approxima
 2 sqrt(2/pi) (x + 0.044715 x^3) (Hendrycks and Gimpel, arXiv 1606.08415). With x(t) the input along a curve,
 
     y = GELU(x),    y' = GELU'(x) x',    y'' = GELU'(x) x'' + GELU''(x) x'^2.
+
+The bias of the Linear before it may come along: it is constant, so it is added to the value only.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from asvit_fast import _extension, backends
 from asvit_fast.errors import InputError
+from asvit_fast.ops.stacked import add_to_value, chain_rule, check_channels, check_stack, compute_dtype
 from asvit_fast.ops.transforms import transform_active
 
 SATURATION = 40.0  # beyond, P is 0 or 1 and its derivatives are 0, in single and double precision
@@ -56,65 +59,60 @@ def _derivatives(x: Tensor, approximate: str, order: int) -> list[Tensor]:
     return [k * gate[k - 1] + z * gate[k] for k in range(1, order + 1)]  # Leibniz' rule for x P(x)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """Half precision is computed in single precision."""
-    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-
-
-def gelu_taylor_reference(x: Tensor, approximate: str = "none") -> Tensor:
+def gelu_taylor_reference(x: Tensor, approximate: str = "none", bias: Tensor | None = None) -> Tensor:
     """`gelu_taylor` in elementary torch operations: any device, any transform, differentiable any number of times."""
-    rows = x.to(_compute_dtype(x)).unbind(0)  # (x, x', x''), as many as there are
-    outputs = [F.gelu(rows[0], approximate=approximate)]
+    rows = x.to(compute_dtype(x))  # [orders + 1, ...]
+    if bias is not None:
+        rows = add_to_value(rows, bias.to(rows.dtype))
+    value = F.gelu(rows[0], approximate=approximate)
     derivatives = _derivatives(rows[0], approximate, len(rows) - 1) if len(rows) > 1 else []
-    if len(rows) >= 2:
-        outputs.append(derivatives[0] * rows[1])
-    if len(rows) == 3:
-        outputs.append(derivatives[0] * rows[2] + derivatives[1] * rows[1] * rows[1])
-    return torch.stack(outputs).to(x.dtype)
+    first, second = (*derivatives, None, None)[:2]
+    return chain_rule(rows, value, first, second).to(x.dtype)
 
 
 # --------------------------------------------------------------------------- fused op
 
 
-def _compiled(x: Tensor, approximate: str) -> Tensor:
-    """C++ on the CPU, CUDA on a GPU: csrc/gelu_taylor.cpp."""
+def _compiled(x: Tensor, approximate: str, bias: Tensor | None) -> Tensor:
+    """C++ on the CPU, CUDA on a GPU: csrc/unary_taylor.cpp."""
     _extension.extension()
-    return torch.ops.asvit_fast_C.gelu_taylor(x, approximate)
+    return torch.ops.asvit_fast_C.gelu_taylor(x, approximate, bias)
 
 
-def _triton(x: Tensor, approximate: str) -> Tensor:
+def _triton(x: Tensor, approximate: str, bias: Tensor | None) -> Tensor:
     """kernels/gelu_taylor.py."""
     from asvit_fast.kernels.gelu_taylor import gelu_taylor
 
-    return gelu_taylor(x, approximate)
+    return gelu_taylor(x, approximate, bias)
 
 
 backends.declare("gelu_taylor", triton=_triton, cuda=_compiled, cpu=_compiled, reference=gelu_taylor_reference)
 
 
 @torch.library.custom_op("asvit_fast::gelu_taylor", mutates_args=())
-def _gelu_taylor(x: Tensor, approximate: str) -> Tensor:
-    return backends.select("gelu_taylor", x.device)(x, approximate)
+def _gelu_taylor(x: Tensor, approximate: str, bias: Tensor | None = None) -> Tensor:
+    return backends.select("gelu_taylor", x.device)(x, approximate, bias)
 
 
 @_gelu_taylor.register_fake
-def _fake(x: Tensor, approximate: str) -> Tensor:
+def _fake(x: Tensor, approximate: str, bias: Tensor | None = None) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 # --------------------------------------------------------------------------- autograd
 
 
-def _setup_context(ctx, inputs: tuple[Tensor, str], output: Tensor) -> None:
-    x, ctx.approximate = inputs
-    ctx.save_for_backward(x)
+def _setup_context(ctx, inputs: tuple[Tensor, str, Tensor | None], output: Tensor) -> None:
+    x, ctx.approximate, bias = inputs
+    ctx.save_for_backward(x, bias)
 
 
-def _backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+def _backward(ctx, gradient: Tensor) -> tuple[Tensor, None, Tensor | None]:
     """The adjoint, in elementary operations, so that it can be differentiated again."""
-    (x,) = ctx.saved_tensors  # [orders + 1, ...], as is the gradient
-    dtype = _compute_dtype(x)
-    rows, g = x.to(dtype).unbind(0), gradient.to(dtype).unbind(0)
+    x, bias = ctx.saved_tensors  # [orders + 1, ...], as is the gradient; [C] or None
+    dtype = compute_dtype(x)
+    rows = x.to(dtype) if bias is None else add_to_value(x.to(dtype), bias.to(dtype))
+    g = gradient.to(dtype).unbind(0)
     derivatives = _derivatives(rows[0], ctx.approximate, len(rows))
     to_value = g[0] * derivatives[0]
     to_rows = []
@@ -124,7 +122,8 @@ def _backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
     if len(rows) == 3:
         to_value = to_value + g[2] * (derivatives[1] * rows[2] + derivatives[2] * rows[1] * rows[1])
         to_rows = [to_rows[0] + 2 * g[2] * derivatives[1] * rows[1], g[2] * derivatives[0]]
-    return torch.stack([to_value, *to_rows]).to(x.dtype), None
+    to_bias = None if bias is None else to_value.reshape(-1, len(bias)).sum(0).to(bias.dtype)
+    return torch.stack([to_value, *to_rows]).to(x.dtype), None, to_bias
 
 
 _gelu_taylor.register_autograd(_backward, setup_context=_setup_context)
@@ -132,27 +131,27 @@ _gelu_taylor.register_autograd(_backward, setup_context=_setup_context)
 # --------------------------------------------------------------------------- public
 
 
-def gelu_taylor(x: Tensor, approximate: str = "none") -> Tensor:
+def gelu_taylor(x: Tensor, approximate: str = "none", bias: Tensor | None = None) -> Tensor:
     """GELU of a value and of its first derivatives along a curve, in one pass.
 
     Args:
         x: [orders + 1, ...], the value, then 0, 1 or 2 derivatives with respect to t (not divided by factorials);
             float32, float64, float16 or bfloat16 (the latter two computed in float32).
         approximate: "none" (normal distribution function) or "tanh", as in `torch.nn.functional.gelu`.
+        bias: [C], added to the value of x [orders + 1, ..., C] before the activation, or None.
 
     Returns:
-        The same for y = GELU(x): [orders + 1, ...], contiguous, of x's dtype. NaN passes through; at infinite x, y is
-        infinite or NaN, and the derivatives of GELU are their limits, 0 or 1.
+        The same for y = GELU(x + bias): [orders + 1, ...], contiguous, of x's dtype. NaN passes through; at infinite x,
+        y is infinite or NaN, and the derivatives of GELU are their limits, 0 or 1.
 
     Raises:
-        InputError: if x has no or more than 3 rows or is not floating point, or `approximate` is unknown.
+        InputError: if x has no or more than 3 rows or is not floating point, `approximate` is unknown, or bias is not
+            [C].
     """
-    if x.dim() == 0 or not 1 <= x.shape[0] <= 3:
-        raise InputError(f"gelu_taylor: x must be [orders + 1, ...] with 0 to 2 orders, got shape {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise InputError(f"gelu_taylor: x must be floating point, got {x.dtype}")
+    check_stack("gelu_taylor", x)
+    check_channels("gelu_taylor", "bias", bias, x)
     if approximate not in ("none", "tanh"):
         raise InputError(f"gelu_taylor: approximate must be 'none' or 'tanh', got {approximate!r}")
     if transform_active():
-        return gelu_taylor_reference(x, approximate)
-    return _gelu_taylor(x, approximate)
+        return gelu_taylor_reference(x, approximate, bias)
+    return _gelu_taylor(x, approximate, bias)

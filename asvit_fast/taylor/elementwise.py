@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.gelu_taylor import gelu_taylor
+from ..ops.stacked import chain_rule
+from ..ops.tanh_taylor import tanh_taylor
 from .linear import _bind
 from .value import Taylor, register_rule
 
@@ -19,23 +21,12 @@ Derivatives = tuple[Tensor, Tensor, Tensor | None]  # f, f', f'' at x(0); None w
 
 def compose(x: Taylor, derivatives: Derivatives) -> Taylor:
     """The chain rule for f(x(t))."""
-    value, first, second = derivatives
-    c = x.coefficients
-    orders = [value, first * c[1]]
-    if x.order == 2:
-        orders.append(first * c[2] if second is None else first * c[2] + second * c[1] * c[1])
-    return Taylor(torch.stack(orders))
+    return Taylor(chain_rule(x.coefficients, *derivatives))
 
 
 def _exp(x: Tensor) -> Derivatives:
     y = torch.exp(x)
     return y, y, y
-
-
-def _tanh(x: Tensor) -> Derivatives:
-    y = torch.tanh(x)
-    first = 1 - y * y
-    return y, first, -2 * y * first
 
 
 def _sigmoid(x: Tensor) -> Derivatives:
@@ -110,7 +101,7 @@ def _erf(x: Tensor) -> Derivatives:
 
 def _mish(x: Tensor) -> Derivatives:
     inner = compose(Taylor(torch.stack([x, torch.ones_like(x), torch.zeros_like(x)])), _softplus(x))
-    t = compose(inner, _tanh(inner.primal)).coefficients  # tanh(softplus(x)) and its derivatives
+    t = tanh_taylor(inner.coefficients)  # tanh(softplus(x)) and its derivatives
     return x * t[0], t[0] + x * t[1], 2 * t[1] + x * t[2]
 
 
@@ -121,7 +112,6 @@ FUNCTIONS: dict[str, Callable[..., Derivatives]] = {
     "log1p": lambda x: (torch.log1p(x), 1 / (1 + x), -1 / (1 + x) ** 2),
     "sin": lambda x: (torch.sin(x), torch.cos(x), -torch.sin(x)),
     "cos": lambda x: (torch.cos(x), -torch.sin(x), -torch.cos(x)),
-    "tanh": _tanh,
     "sigmoid": _sigmoid,
     "silu": _silu,
     "softplus": _softplus,
@@ -150,6 +140,12 @@ def _rule(name: str, derivatives: Callable[..., Derivatives]) -> None:
 
 for _name, _derivatives in FUNCTIONS.items():
     _rule(_name, _derivatives)
+
+
+@register_rule("tanh")
+def tanh(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
+    (x,) = _bind(args, kwargs, input=None)
+    return Taylor(tanh_taylor(x.coefficients))
 
 
 @register_rule("gelu")

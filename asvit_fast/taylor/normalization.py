@@ -1,7 +1,7 @@
 """Rules of softmax and of normalisations (LayerNorm, RMSNorm, GroupNorm, BatchNorm in evaluation, F.normalize).
 
 torch's own second-order forward mode through its fused LayerNorm and BatchNorm is wrong (pytorch/pytorch#196700), so
-these are written out: with c = x - <x>, v = <c c>, r = (v + eps)^-1/2, every derivative of r follows from those of v.
+these are written out, in ``ops.layer_norm_taylor`` and ``ops.softmax_taylor``.
 """
 
 from __future__ import annotations
@@ -12,38 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.layer_norm_taylor import layer_norm_taylor, unit_scale
+from ..ops.softmax_taylor import centred, softmax_taylor
 from .linear import _bind
 from .value import Taylor, TaylorError, register_rule
-
-
-def _inverse_root(c: Tensor, dims: tuple[int, ...], eps: float, total: bool = False) -> list[Tensor]:
-    """Derivatives of (<c c> + eps)^-1/2, <> the mean (or the sum, if ``total``) over ``dims``: orders x [..., 1]."""
-
-    def product(a: Tensor, b: Tensor) -> Tensor:
-        return (a * b).sum(dims, keepdim=True) if total else (a * b).mean(dims, keepdim=True)
-
-    r = torch.rsqrt(product(c[0], c[0]) + eps)
-    v1 = 2 * product(c[0], c[1])
-    derivatives = [r, -0.5 * r**3 * v1]
-    if len(c) == 3:
-        v2 = 2 * product(c[1], c[1]) + 2 * product(c[0], c[2])
-        derivatives.append(0.75 * r**5 * v1 * v1 - 0.5 * r**3 * v2)
-    return derivatives
-
-
-def _scaled(c: Tensor, r: list[Tensor]) -> Tensor:
-    """Derivatives of c r, stacked [orders, *shape]."""
-    orders = [c[0] * r[0], c[1] * r[0] + c[0] * r[1]]
-    if len(c) == 3:
-        orders.append(c[2] * r[0] + 2 * c[1] * r[1] + c[0] * r[2])
-    return torch.stack(orders)
-
-
-def normalize(c: Tensor, dims: tuple[int, ...], eps: float, center: bool = True) -> Tensor:
-    """Stacked derivatives [orders, *shape] of (x - <x>) / sqrt(var + eps) over ``dims`` (negative)."""
-    if center:
-        c = c - c.mean(dims, keepdim=True)
-    return _scaled(c, _inverse_root(c, dims, eps))
 
 
 def _affine(y: Tensor, weight: Any, bias: Any) -> Taylor:
@@ -60,22 +32,25 @@ def layer_norm(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     x, shape, weight, bias, eps = _bind(
         args, kwargs, input=None, normalized_shape=None, weight=None, bias=None, eps=1e-5
     )
-    dims = tuple(range(-len(shape), 0))
-    return _affine(normalize(x.coefficients, dims, eps), weight, bias)
+    if len(shape) == 1:
+        return Taylor(layer_norm_taylor(x.coefficients, weight, bias, eps))
+    c = x.coefficients  # [orders, *batch, *shape]
+    weight, bias = (None if p is None else p.flatten() for p in (weight, bias))
+    return Taylor(layer_norm_taylor(c.flatten(-len(shape)), weight, bias, eps).reshape(c.shape))
 
 
 @register_rule("rms_norm")
 def rms_norm(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
     x, shape, weight, eps = _bind(args, kwargs, input=None, normalized_shape=None, weight=None, eps=None)
     eps = torch.finfo(x.dtype).eps if eps is None else eps
-    return _affine(normalize(x.coefficients, tuple(range(-len(shape), 0)), eps, center=False), weight, None)
+    return _affine(unit_scale(x.coefficients, tuple(range(-len(shape), 0)), eps), weight, None)
 
 
 @register_rule("group_norm")
 def group_norm(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
     x, groups, weight, bias, eps = _bind(args, kwargs, input=None, num_groups=None, weight=None, bias=None, eps=1e-5)
     c = x.coefficients  # [orders, B, C, *space]
-    y = normalize(c.reshape(*c.shape[:2], groups, -1), (-1,), eps).reshape(c.shape)
+    y = layer_norm_taylor(c.reshape(*c.shape[:2], groups, -1), eps=eps).reshape(c.shape)
     channels = (-1, *[1] * (c.dim() - 3))
     return _affine(
         y, None if weight is None else weight.reshape(channels), None if bias is None else bias.reshape(channels)
@@ -113,37 +88,33 @@ def unit_vectors(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     dim = dim if dim < 0 else dim - x.dim()
     c = x.coefficients
     long = c[0].square().sum(dim, keepdim=True) > eps * eps
-    return Taylor(torch.where(long, _scaled(c, _inverse_root(c, (dim,), 0.0, total=True)), c / eps))
+    return Taylor(torch.where(long, unit_scale(c, (dim,), 0.0, total=True), c / eps))
 
 
 @register_rule("softmax")
 def softmax(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
-    """p' = p (s' - <s'>), p'' = p (s'' - <s''> + (s' - <s'>)^2 - <(s' - <s'>)^2>), <> the mean under p."""
-    s, dim, p = _softmax_parts(args, kwargs)
-    first = s[1] - (p * s[1]).sum(dim, keepdim=True)
-    orders = [p, p * first]
-    if len(s) == 3:
-        second = s[2] + first * first
-        orders.append(p * (second - (p * second).sum(dim, keepdim=True)))
-    return Taylor(torch.stack(orders))
+    s, dim = _logits(args, kwargs)
+    return Taylor(softmax_taylor(s).movedim(-1, dim))
 
 
 @register_rule("log_softmax")
 def log_softmax(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
-    s, dim, p = _softmax_parts(args, kwargs)
-    first = s[1] - (p * s[1]).sum(dim, keepdim=True)
-    orders = [torch.log_softmax(s[0], dim), first]
+    """(log p)' = s' - <s'>, (log p)'' = s'' - <s''> - <(s' - <s'>)^2>, <> the mean under p."""
+    s, dim = _logits(args, kwargs)
+    p = torch.softmax(s[0], -1)
+    first = centred(s[1], p)
+    orders = [torch.log_softmax(s[0], -1), first]
     if len(s) == 3:
-        orders.append(s[2] - (p * (s[2] + first * first)).sum(dim, keepdim=True))
-    return Taylor(torch.stack(orders))
+        orders.append(centred(s[2], p) - (p * first * first).sum(-1, keepdim=True))
+    return Taylor(torch.stack(orders).movedim(-1, dim))
 
 
-def _softmax_parts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, int, Tensor]:
-    """Logits [orders, *shape] (in the requested dtype), the dimension counted from the end, and softmax of x(0)."""
+def _logits(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, int]:
+    """Logits [orders, ..., N] in the requested dtype, what is summed over moved last, and where that was (negative)."""
     x = args[0] if args else kwargs["input"]
     dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
     if dim is None:
         raise TaylorError("softmax needs its dim")
     s = x.coefficients if kwargs.get("dtype") is None else x.coefficients.to(kwargs["dtype"])
     dim = dim if dim < 0 else dim - x.dim()
-    return s, dim, torch.softmax(s[0], dim)
+    return s.movedim(dim, -1), dim

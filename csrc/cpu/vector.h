@@ -72,6 +72,9 @@ inline Vector<T> absolute(Vector<T> x) {
   return x < T(0) ? -x : x;
 }
 
+inline float square_root(float x) { return __builtin_sqrtf(x); }
+inline double square_root(double x) { return __builtin_sqrt(x); }
+
 // c[0] + c[1] x + ... (Horner; the loop is unrolled)
 template <typename T, int N>
 inline Vector<T> polynomial(const T (&c)[N], Vector<T> x) {
@@ -81,10 +84,16 @@ inline Vector<T> polynomial(const T (&c)[N], Vector<T> x) {
   return sum;
 }
 
-// exp(x) for x <= 0: x = n ln 2 + r with |r| <= ln 2 / 2, then the series of exp(r), scaled by 2^n through the exponent
+// exp(x), and exp(x) - 1 to full relative accuracy.
+template <typename T>
+struct Exponential {
+  Vector<T> value, minus_one;
+};
+
+// For x <= 0: x = n ln 2 + r with |r| <= ln 2 / 2, then the series of exp(r) - 1, scaled by 2^n through the exponent
 // bits.
 template <typename T>
-inline Vector<T> exp_negative(Vector<T> x) {
+inline Exponential<T> exponential_negative(Vector<T> x) {
   using V = VectorOf<T>;
   constexpr T inverse_factorials[] = {T(1.0),
                                       T(1.0),
@@ -105,13 +114,48 @@ inline Vector<T> exp_negative(Vector<T> x) {
   const Vector<T> r = (x - n * V::kLog2High) - n * V::kLog2Low;
   Vector<T> series = broadcast<T>(inverse_factorials[V::kExpTerms]);
 #pragma GCC unroll 16
-  for (int i = V::kExpTerms - 1; i >= 0; --i) series = series * r + inverse_factorials[i];
+  for (int i = V::kExpTerms - 1; i >= 1; --i) series = series * r + inverse_factorials[i];
   typename V::Bits bits;
   std::memcpy(&bits, &shifted, sizeof bits);
   bits = (bits + V::kBias) << V::kMantissa;  // the low bits of `shifted` are n
   Vector<T> scale;
   std::memcpy(&scale, &bits, sizeof scale);
-  return x < V::kExpMin ? Vector<T>{} : series * scale;
+  const Vector<T> rest = series * r * scale;
+  return {x < V::kExpMin ? Vector<T>{} : scale + rest,
+          x < V::kExpMin ? broadcast<T>(T(-1)) : (scale - T(1)) + rest};
+}
+
+// exp(x) for x <= 0.
+template <typename T>
+inline Vector<T> exp_negative(Vector<T> x) {
+  return exponential_negative<T>(x).value;
+}
+
+// All lanes joined by an associative operation (on vectors and on numbers): halves with halves, always in this order.
+template <typename T, typename Operation>
+inline T reduce(Vector<T> x, Operation join) {
+  typedef T Half __attribute__((vector_size(ASVIT_FAST_VECTOR_BYTES / 2)));
+  Half halves[2];
+  std::memcpy(halves, &x, sizeof x);
+  const Half joined = join(halves[0], halves[1]);
+  T lanes[kLanes<T> / 2];
+  std::memcpy(lanes, &joined, sizeof joined);
+#pragma GCC unroll 8
+  for (int width = kLanes<T> / 4; width >= 1; width /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < width; ++i) lanes[i] = join(lanes[i], lanes[i + width]);
+  }
+  return lanes[0];
+}
+
+template <typename T>
+inline T total(Vector<T> x) {
+  return reduce<T>(x, [](auto a, auto b) { return a + b; });
+}
+
+template <typename T>
+inline T largest(Vector<T> x) {
+  return reduce<T>(x, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "gelu_taylor.h"
+#include "unary_taylor.h"
 
 // Only what follows is compiled for this instruction set; headers with inline functions belong above.
 #ifdef __clang__
@@ -12,10 +12,10 @@
 #pragma GCC target("avx2,fma")
 #endif
 #define ASVIT_FAST_VECTOR_BYTES 32
-#include "cpu/gelu_taylor_kernel.h"
+#include "cpu/unary_taylor_kernel.h"
 
 namespace asvit_fast::avx2 {
-ASVIT_FAST_GELU_TAYLOR_KERNELS
+ASVIT_FAST_UNARY_TAYLOR_KERNELS
 }
 
 #ifdef __clang__

@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "gelu_taylor.h"
+#include "unary_taylor.h"
 
 // Only what follows is compiled for this instruction set; headers with inline functions belong above.
 #ifdef __clang__
@@ -13,10 +13,10 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #endif
 #define ASVIT_FAST_VECTOR_BYTES 64
-#include "cpu/gelu_taylor_kernel.h"
+#include "cpu/unary_taylor_kernel.h"
 
 namespace asvit_fast::avx512 {
-ASVIT_FAST_GELU_TAYLOR_KERNELS
+ASVIT_FAST_UNARY_TAYLOR_KERNELS
 }
 
 #ifdef __clang__

@@ -1,0 +1,122 @@
+"""LayerNorm's Taylor rule: one pass that pushes a value and its derivatives through the normalisation.
+
+With c = x - <x>, <> the mean of a row, r = (<c c> + eps)^-1/2, u = r c in every order, a = <u u'> and
+b = <u' u'> + <u u''>, the derivatives of y = u are
+
+    y' = u' - a u,    y'' = u'' - 2 a u' + (3 a^2 - b) u.
+
+torch's own second-order forward mode through its fused LayerNorm is wrong (pytorch/pytorch#196700); this is not.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from asvit_fast import _extension, backends
+from asvit_fast.ops.stacked import add_to_value, check_channels, check_rows, compute_dtype, gradients
+from asvit_fast.ops.transforms import transform_active
+
+# --------------------------------------------------------------------------- reference
+
+
+def unit_scale(c: Tensor, dims: tuple[int, ...], eps: float, total: bool = False) -> Tensor:
+    """Derivatives of c / sqrt(<c c> + eps), <> the mean (or the sum, if `total`) over `dims` (negative).
+
+    c [orders + 1, *shape] -> [orders + 1, *shape].
+    """
+
+    def product(left: Tensor, right: Tensor) -> Tensor:
+        return (left * right).sum(dims, keepdim=True) if total else (left * right).mean(dims, keepdim=True)
+
+    u = c * torch.rsqrt(product(c[0], c[0]) + eps)
+    orders = [u[0]]
+    if len(u) >= 2:
+        a = product(u[0], u[1])
+        orders.append(u[1] - a * u[0])
+        if len(u) == 3:
+            b = product(u[1], u[1]) + product(u[0], u[2])
+            orders.append(u[2] - 2 * a * u[1] + (3 * a * a - b) * u[0])
+    return torch.stack(orders)
+
+
+def layer_norm_taylor_reference(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """`layer_norm_taylor` in elementary torch operations: any device, any transform, differentiable any number of
+    times."""
+    dtype = compute_dtype(x)
+    rows = x.to(dtype)  # [orders + 1, ..., C]
+    y = unit_scale(rows - rows.mean(-1, keepdim=True), (-1,), eps)
+    if weight is not None:
+        y = y * weight.to(dtype)
+    if bias is not None:
+        y = add_to_value(y, bias.to(dtype))
+    return y.to(x.dtype)
+
+
+# --------------------------------------------------------------------------- fused op
+
+
+def _compiled(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """C++ on the CPU, CUDA on a GPU: csrc/layer_norm_taylor.cpp."""
+    _extension.extension()
+    return torch.ops.asvit_fast_C.layer_norm_taylor(x, weight, bias, eps)
+
+
+backends.declare("layer_norm_taylor", cuda=_compiled, cpu=_compiled, reference=layer_norm_taylor_reference)
+
+
+@torch.library.custom_op("asvit_fast::layer_norm_taylor", mutates_args=())
+def _layer_norm_taylor(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return backends.select("layer_norm_taylor", x.device)(x, weight, bias, eps)
+
+
+@_layer_norm_taylor.register_fake
+def _fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+# --------------------------------------------------------------------------- autograd
+
+
+def _setup_context(ctx, inputs: tuple[Tensor, Tensor | None, Tensor | None, float], output: Tensor) -> None:
+    x, weight, bias, ctx.eps = inputs
+    ctx.save_for_backward(x, weight, bias)
+
+
+def _backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def reference(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return layer_norm_taylor_reference(x, weight, bias, ctx.eps)
+
+    return *gradients(reference, ctx.saved_tensors, gradient), None
+
+
+_layer_norm_taylor.register_autograd(_backward, setup_context=_setup_context)
+
+# --------------------------------------------------------------------------- public
+
+
+def layer_norm_taylor(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """LayerNorm over the last dimension of a value and of its first derivatives along a curve, in one pass.
+
+    Args:
+        x: [orders + 1, ..., C], the value, then 0, 1 or 2 derivatives with respect to t (not divided by factorials);
+            float32, float64, float16 or bfloat16 (the latter two computed in float32).
+        weight, bias: [C], or None for 1 and 0.
+        eps: added to the variance.
+
+    Returns:
+        The same for y = (x - mean) / sqrt(variance + eps) * weight + bias: [orders + 1, ..., C], contiguous, of x's
+        dtype. The variance is that of the centred row, so a common offset does not cancel digits.
+
+    Raises:
+        InputError: if x has no or more than 3 rows, no last dimension or is not floating point, or if weight or bias
+            is not [C].
+    """
+    check_rows("layer_norm_taylor", x)
+    check_channels("layer_norm_taylor", "weight", weight, x)
+    check_channels("layer_norm_taylor", "bias", bias, x)
+    if transform_active():
+        return layer_norm_taylor_reference(x, weight, bias, eps)
+    return _layer_norm_taylor(x, weight, bias, eps)

@@ -1,0 +1,100 @@
+"""Softmax's Taylor rule: one pass that pushes logits and their derivatives through p = softmax(s).
+
+With <> the mean of a row under p and d = s' - <s'>, e = s'' - <s''>, one exp serves all orders:
+
+    p' = p d,    p'' = p (e + d^2 - <e + d^2>).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from asvit_fast import _extension, backends
+from asvit_fast.ops.stacked import check_rows, compute_dtype, gradients
+from asvit_fast.ops.transforms import transform_active
+
+# --------------------------------------------------------------------------- reference
+
+
+def centred(s: Tensor, p: Tensor) -> Tensor:
+    """s - <s>, <> the mean under p over the last dimension; s, p: [..., N].
+
+    In two steps: what all of a row have in common is gone after the first, and with it its rounding errors.
+    """
+    s = s - (p * s).sum(-1, keepdim=True)
+    return s - (p * s).sum(-1, keepdim=True)
+
+
+def softmax_taylor_reference(s: Tensor) -> Tensor:
+    """`softmax_taylor` in elementary torch operations: any device, any transform, differentiable any number of
+    times."""
+    rows = s.to(compute_dtype(s)).unbind(0)  # (s, s', s''), as many as there are
+    p = torch.softmax(rows[0], -1)
+    derivatives = [row.masked_fill(p == 0, 0.0) for row in rows[1:]]
+    orders = [p]
+    if derivatives:
+        d = centred(derivatives[0], p)
+        orders.append(p * d)
+        if len(derivatives) == 2:
+            orders.append(p * centred(centred(derivatives[1], p) + d * d, p))
+    return torch.stack(orders).to(s.dtype)
+
+
+# --------------------------------------------------------------------------- fused op
+
+
+def _compiled(s: Tensor) -> Tensor:
+    """C++ on the CPU, CUDA on a GPU: csrc/softmax_taylor.cpp."""
+    _extension.extension()
+    return torch.ops.asvit_fast_C.softmax_taylor(s)
+
+
+backends.declare("softmax_taylor", cuda=_compiled, cpu=_compiled, reference=softmax_taylor_reference)
+
+
+@torch.library.custom_op("asvit_fast::softmax_taylor", mutates_args=())
+def _softmax_taylor(s: Tensor) -> Tensor:
+    return backends.select("softmax_taylor", s.device)(s)
+
+
+@_softmax_taylor.register_fake
+def _fake(s: Tensor) -> Tensor:
+    return torch.empty_like(s, memory_format=torch.contiguous_format)
+
+
+# --------------------------------------------------------------------------- autograd
+
+
+def _setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, gradient: Tensor) -> Tensor | None:
+    return gradients(softmax_taylor_reference, ctx.saved_tensors, gradient)[0]
+
+
+_softmax_taylor.register_autograd(_backward, setup_context=_setup_context)
+
+# --------------------------------------------------------------------------- public
+
+
+def softmax_taylor(s: Tensor) -> Tensor:
+    """Softmax over the last dimension of logits and of their first derivatives along a curve, in one pass.
+
+    Args:
+        s: [orders + 1, ..., N], the logits, then 0, 1 or 2 derivatives with respect to t (not divided by factorials);
+            float32, float64, float16 or bfloat16 (the latter two computed in float32).
+
+    Returns:
+        The same for p = softmax(s): [orders + 1, ..., N], contiguous, of s's dtype. Where p is 0 (a logit of -inf), so
+        are its derivatives, whatever those of the logit; a row of nothing but -inf is NaN, as torch's is. What all
+        derivatives of a row have in common cancels without loss.
+
+    Raises:
+        InputError: if s has no or more than 3 rows, no last dimension or is not floating point.
+    """
+    check_rows("softmax_taylor", s)
+    if transform_active():
+        return softmax_taylor_reference(s)
+    return _softmax_taylor(s)

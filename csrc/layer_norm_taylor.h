@@ -1,0 +1,35 @@
+// Taylor rule of LayerNorm: pushes (x, x', x'') through y = (x - <x>) / sqrt(<(x - <x>)^2> + eps) weight + bias, <> the
+// mean of a row. One declaration per device; no torch header needed.
+#pragma once
+
+#include <cstdint>
+
+#include "scalar_type.h"
+#include "taylor_matrix.h"
+
+namespace asvit_fast {
+
+// CPU: processes the rows begin <= n < end. weight, bias: [size] or null for none. One copy per instruction set.
+template <typename T>
+using LayerNormTaylorCpu = void(const TaylorMatrix<T>& matrix, const T* weight, const T* bias, double eps,
+                                int64_t begin, int64_t end);
+
+namespace portable {
+LayerNormTaylorCpu<float> layer_norm_taylor_f32;
+LayerNormTaylorCpu<double> layer_norm_taylor_f64;
+}  // namespace portable
+namespace avx2 {
+LayerNormTaylorCpu<float> layer_norm_taylor_f32;
+LayerNormTaylorCpu<double> layer_norm_taylor_f64;
+}  // namespace avx2
+namespace avx512 {
+LayerNormTaylorCpu<float> layer_norm_taylor_f32;
+LayerNormTaylorCpu<double> layer_norm_taylor_f64;
+}  // namespace avx512
+
+// CUDA: launches on `stream` (a cudaStream_t) and returns. Matrices of `type`; weight, bias: double for float64, else
+// float.
+void layer_norm_taylor_cuda(const TaylorMatrix<void>& matrix, const void* weight, const void* bias, double eps,
+                            ScalarType type, void* stream);
+
+}  // namespace asvit_fast

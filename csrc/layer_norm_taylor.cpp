@@ -1,4 +1,5 @@
-// asvit_fast_C::layer_norm_taylor: schema, checks, allocation, threads and streams. The arithmetic is in cpu/ and cuda/.
+// asvit_fast_C::layer_norm_taylor: schema, checks, allocation, threads and streams. The arithmetic is in cpu/ and
+// cuda/.
 #include "layer_norm_taylor.h"
 
 #include <ATen/Parallel.h>

@@ -41,7 +41,7 @@ UnaryFunction gelu(std::string_view approximate) {
 template <typename T>
 TaylorRows<T> stacked_rows(const at::Tensor& input, const at::Tensor& output, const at::Tensor& bias) {
   const int orders = static_cast<int>(input.size(0)) - 1;
-  return {input.const_data_ptr<T>(), output.mutable_data_ptr<T>(), input.numel() / (orders + 1), orders,
+  return {input.const_data_ptr<T>(), output.mutable_data_ptr<T>(),     input.numel() / (orders + 1), orders,
           pointer_or_null<T>(bias),  bias.defined() ? bias.size(0) : 1};
 }
 

@@ -32,6 +32,17 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the CPU kernels with the instruction set that the test is parametrised with."""
+    extension = _extension.extension()
+    assert extension is not None
+    before = extension.get_isa()
+    extension.set_isa(request.param)
+    yield request.param
+    extension.set_isa(before)
+
+
+@pytest.fixture
 def poison_empty() -> Iterator[None]:
     """Every uninitialised tensor, allocated in Python or in C++, is full of NaN: an output not fully written shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -216,11 +217,13 @@ def test_triton_kernel_compiles(capability, dtype):
     from asvit_fast.kernels.gelu_taylor import BLOCK, OPTIONS, gelu_taylor_kernel
     from asvit_fast.kernels.inspection import compile_kernel
 
-    for tanh in (False, True):
+    pointers = {f"{name}_pointer": f"*{dtype}" for name in ("input", "output", "bias")}
+    for tanh, biased in itertools.product((False, True), repeat=2):
         report = compile_kernel(
             gelu_taylor_kernel,
-            {"input_pointer": f"*{dtype}", "output_pointer": f"*{dtype}", "count": "i64"},
-            {"ORDERS": 2, "TANH": tanh, "BLOCK": BLOCK},
+            {f"{name}_pointer": f"*{dtype}" for name in ("input", "output", "bias")}
+            | {"count": "i64", "channels": "i64"},
+            {"ORDERS": 2, "TANH": tanh, "BIASED": biased, "BLOCK": BLOCK},
             capability,
             **OPTIONS,
         )

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
-import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
+from stacked import EXTENSION, TINY, TRANSFORMS, every_isa, needs_extension, rows
 from torch import Tensor
 
 from asvit_fast import _extension, backends
@@ -16,30 +16,7 @@ from asvit_fast.errors import InputError
 from asvit_fast.ops.gelu_taylor import gelu_taylor, gelu_taylor_reference
 
 APPROXIMATE = ("none", "tanh")
-TINY = {torch.float32: 1e-6, torch.float64: 1e-14, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 SHAPES = [(1,), (7,), (16,), (33, 5), (2, 3, 257), (4, 1, 1023), (0, 4), (3, 0)]
-EXTENSION = _extension.extension()
-needs_extension = pytest.mark.skipif(EXTENSION is None, reason=str(_extension.reason()))
-
-
-@pytest.fixture
-def isa(request: pytest.FixtureRequest):
-    """Run the CPU kernels with the instruction set that the test is parametrised with."""
-    before = EXTENSION.get_isa()
-    EXTENSION.set_isa(request.param)
-    yield request.param
-    EXTENSION.set_isa(before)
-
-
-every_isa = pytest.mark.parametrize("isa", EXTENSION.available_isas() if EXTENSION else [], indirect=True)
-
-
-def rows(orders: int, *shape: int, dtype: torch.dtype = torch.float32, device="cpu", scale: float = 3.0) -> Tensor:
-    """Random x [orders + 1, *shape] with values from both tails and the middle."""
-    generator = torch.Generator().manual_seed(orders)
-    x = torch.randn(orders + 1, *shape, generator=generator, dtype=torch.float64)
-    x[0] *= scale
-    return x.to(dtype).to(device)
 
 
 def exact(x: Tensor, approximate: str) -> Tensor:
@@ -195,23 +172,6 @@ def test_compile(device, approximate):
     torch.testing.assert_close(torch.autograd.grad(compiled(x), x), torch.autograd.grad(loss(x), x))
 
 
-def forward_mode(function, x: Tensor, tangent: Tensor) -> Tensor:
-    with forward_ad.dual_level():
-        return forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent))).tangent
-
-
-TRANSFORMS = {
-    "grad": lambda f, x: torch.func.grad(lambda z: f(z).square().sum())(x),
-    "vmap": lambda f, x: torch.vmap(f, in_dims=1, out_dims=1)(x),
-    "vmap(grad)": lambda f, x: torch.vmap(torch.func.grad(lambda z: f(z).square().sum()), in_dims=1)(x),
-    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x.cos(),))[1],
-    "forward mode": lambda f, x: forward_mode(f, x, x.cos()),
-    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
-    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
-    "hessian": lambda f, x: torch.func.hessian(lambda z: f(z).square().sum())(x),
-}
-
-
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("name", list(TRANSFORMS))
 def test_transforms(name, compiled):
@@ -248,6 +208,11 @@ for dtype, tiny in ((torch.float32, 1e-6), (torch.float64, 1e-14), (torch.float1
             with use_backend("triton"):
                 y = gelu_taylor(x, approximate)
             assert y.shape == x.shape and y.dtype == dtype
+            if x.numel():
+                bias = torch.linspace(-1, 1, shape[-1]).to(dtype)
+                with use_backend("triton"):
+                    biased = gelu_taylor(x, approximate, bias)
+                assert torch.allclose(biased, gelu_taylor_reference(x, approximate, bias), rtol=1e-2, atol=100 * tiny)
             truth = gelu_taylor_reference(x.double(), approximate)
             theirs = (gelu_taylor_reference(x, approximate) - truth).abs()
             ours = (y - truth).abs()
@@ -299,6 +264,48 @@ def test_reference_backend_is_used_when_forced(orders):
         assert torch.equal(gelu_taylor(x), gelu_taylor_reference(x))
 
 
+# --------------------------------------------------------------------------- bias
+
+
+@pytest.mark.usefixtures("poison_empty")
+@pytest.mark.parametrize("approximate", APPROXIMATE)
+@pytest.mark.parametrize("dtype", list(TINY))
+@pytest.mark.parametrize("orders", [0, 1, 2])
+def test_bias(device, orders, dtype, approximate):
+    for shape in [(1, 1), (5, 7), (3, 16), (2, 3, 33), (400, 96), (0, 4)]:
+        x = rows(orders, *shape, dtype=dtype, device=device)
+        bias = rows(0, shape[-1], dtype=dtype, device=device, scale=1.0)[0]
+        truth = exact(torch.cat([(x[0].double() + bias.double()).unsqueeze(0), x[1:].double()]), approximate)
+        allowed = 2 * error(gelu_taylor_reference(x, approximate, bias), truth) + TINY[dtype]
+        assert error(gelu_taylor(x, approximate, bias), truth) <= allowed
+
+
+@needs_extension
+@every_isa
+@pytest.mark.parametrize("channels", [1, 3, 16, 100])
+def test_bias_on_every_isa(isa, channels):
+    x, bias = rows(2, 700, channels), rows(0, channels)[0]
+    shifted = torch.cat([(x[0] + bias).unsqueeze(0), x[1:]])
+    assert torch.equal(gelu_taylor(x, bias=bias), gelu_taylor(shifted))
+
+
+@pytest.mark.parametrize("orders", [0, 1, 2])
+def test_bias_gradients(device, orders):
+    x = rows(orders, 2, 3, dtype=torch.float64, device=device, scale=1.0).requires_grad_()
+    bias = rows(0, 3, dtype=torch.float64, device=device, scale=1.0)[0].requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, bias: gelu_taylor(x, "none", bias), (x, bias))
+    assert torch.autograd.gradgradcheck(lambda x, bias: gelu_taylor(x, "none", bias), (x, bias))
+    torch.library.opcheck(torch.ops.asvit_fast.gelu_taylor.default, (x, "none", bias))
+
+
+def test_bias_under_transforms():
+    x, bias = rows(2, 5, 4, dtype=torch.float64), rows(0, 4, dtype=torch.float64)[0]
+    for name, transform in TRANSFORMS.items():
+        ours = transform(lambda z: gelu_taylor(z, bias=bias), x[:, :1] if name == "hessian" else x)
+        theirs = transform(lambda z: gelu_taylor_reference(z, bias=bias), x[:, :1] if name == "hessian" else x)
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_bad_input():
     with pytest.raises(InputError, match=r"0 to 2 orders, got shape \(4, 3\)"):
         gelu_taylor(torch.zeros(4, 3))
@@ -308,6 +315,8 @@ def test_bad_input():
         gelu_taylor(torch.zeros(2, 3, dtype=torch.int64))
     with pytest.raises(InputError, match="'none' or 'tanh', got 'erf'"):
         gelu_taylor(torch.zeros(2, 3), "erf")
+    with pytest.raises(InputError, match=r"bias must be \[C\] .* got shape \(4,\) for x \(2, 3\)"):
+        gelu_taylor(torch.zeros(2, 3), bias=torch.zeros(4))
 
 
 @needs_extension

@@ -303,6 +303,20 @@ def test_gradients_reach_the_weights() -> None:
         assert gradient == pytest.approx(float(above - below) / (2 * h), rel=1e-6, abs=1e-8)
 
 
+def test_bias_of_a_linear_is_added_once_whoever_asks() -> None:
+    """A GELU after a Linear adds its bias on the way; others, before or after it, find it added."""
+    layer = nn.Linear(6, 8).double()
+
+    def branches(t: Tensor) -> Tensor:
+        h = layer(t)
+        first = F.gelu(h)
+        return first + h * h + F.gelu(h, approximate="tanh") + layer(t).tanh() + layer(t)[..., :1]
+
+    with torch.no_grad():
+        check(branches, *directions(3, 5, 6))
+    check(branches, *directions(3, 5, 6))  # with gradients
+
+
 def test_fallback_warns_once_and_names_the_function() -> None:
     from asvit_fast.taylor import value
 

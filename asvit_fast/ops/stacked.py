@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ def gradients(reference: Callable[..., Tensor], inputs: Sequence[Tensor | None],
             filled[i] = tensor
         return reference(*filled)
 
-    _, adjoint = torch.func.vjp(function, *(inputs[i] for i in given))
+    adjoint: Any = torch.func.vjp(function, *(inputs[i] for i in given))[1]
     result: list[Tensor | None] = [None] * len(inputs)
     for i, gradient in zip(given, adjoint(output), strict=True):
         result[i] = gradient

@@ -151,7 +151,8 @@ def tanh(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 @register_rule("gelu")
 def gelu(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
     x, approximate = _bind(args, kwargs, input=None, approximate="none")
-    return Taylor(gelu_taylor(x.coefficients, approximate))
+    coefficients, bias = x.apart()  # a Linear's bias is added on the way
+    return Taylor(gelu_taylor(coefficients, approximate, bias))
 
 
 @register_rule("clamp", "clip", "clamp_min", "clamp_max", "hardtanh")

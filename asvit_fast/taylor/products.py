@@ -77,10 +77,13 @@ def _affine(linear: Callable[..., Any], x: Any, weight: Any, bias: Any, bias_sha
 def linear(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
     x, weight, bias = _bind(args, kwargs, input=None, weight=None, bias=None)
     if isinstance(x, Taylor) and not isinstance(weight, Taylor):  # [orders, *, features]: one product of all rows
-        out = Taylor(F.linear(x.coefficients, weight))
-        if bias is not None:
-            out.coefficients[0].add_(bias)
-        return out
+        out = F.linear(x.coefficients, weight)
+        if bias is None:
+            return Taylor(out)
+        if not torch.is_grad_enabled() and bias.shape == out.shape[-1:]:  # autograd may keep what is added to in place
+            return Taylor(out, bias)
+        out[0].add_(bias)
+        return Taylor(out)
     return _affine(F.linear, x, weight, bias, (-1,))
 
 

@@ -30,10 +30,24 @@ class Taylor:
     functions and methods return Taylor values, questions (``shape``, ``dtype``, ``x > 0``) are answered for x(0).
     """
 
-    __slots__ = ("coefficients",)
+    __slots__ = ("_bias", "_coefficients")
 
-    def __init__(self, coefficients: Tensor) -> None:
-        self.coefficients = coefficients
+    def __init__(self, coefficients: Tensor, bias: Tensor | None = None) -> None:
+        """``bias`` [C] is added to x(0) [..., C], in place, when somebody asks; ``coefficients`` is fresh memory
+        then."""
+        self._coefficients = coefficients
+        self._bias = bias
+
+    @property
+    def coefficients(self) -> Tensor:
+        if self._bias is not None:
+            self._coefficients[0].add_(self._bias)
+            self._bias = None
+        return self._coefficients
+
+    def apart(self) -> tuple[Tensor, Tensor | None]:
+        """The coefficients, and the bias that x(0) still lacks: for rules that add it on the way."""
+        return self._coefficients, self._bias
 
     @property
     def order(self) -> int:

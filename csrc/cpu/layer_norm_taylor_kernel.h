@@ -59,8 +59,7 @@ inline const T* with_room(const T* parameters, int64_t size, T (&room)[kLanes<T>
 }
 
 template <int orders, typename T>
-void layer_norm_rows(const TaylorMatrix<T>& matrix, const T* weight, const T* bias, T eps, int64_t begin,
-                     int64_t end) {
+void layer_norm_rows(const TaylorMatrix<T>& matrix, const T* weight, const T* bias, T eps, int64_t begin, int64_t end) {
   T weight_room[kLanes<T>] = {}, bias_room[kLanes<T>] = {};
   weight = with_room(weight, matrix.size, weight_room);
   bias = with_room(bias, matrix.size, bias_room);

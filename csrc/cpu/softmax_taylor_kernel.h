@@ -25,8 +25,7 @@ inline void softmax_row(const TaylorRow<T>& row) {
     const Vector<T> weight = lanes.only(exp_negative<T>(row.load_from(0, i) - top));
     lanes.store_to(row.out(0, i), weight);
     weights += weight;
-    for (int k = 1; k <= orders; ++k)
-      sums[k] += weight * (weight == T(0) ? Vector<T>{} : row.load_from(k, i));
+    for (int k = 1; k <= orders; ++k) sums[k] += weight * (weight == T(0) ? Vector<T>{} : row.load_from(k, i));
   });
   const T inverse = T(1) / total<T>(weights);
   T means[orders + 1];  // <s'>, <s''>, up to what is left below
@@ -44,7 +43,7 @@ inline void softmax_row(const TaylorRow<T>& row) {
       rest += weight * d;
       if constexpr (orders >= 2) bend += weight * (centred(2, i, weight) + d * d);
     });
-  const T left = total<T>(rest) * inverse;                  // what <s'> lacked
+  const T left = total<T>(rest) * inverse;                // what <s'> lacked
   const T bent = total<T>(bend) * inverse - left * left;  // <e + d^2>
 
   for_each_vector<T>(row.size, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
@@ -75,10 +74,10 @@ inline void softmax_taylor(const TaylorMatrix<T>& matrix, int64_t begin, int64_t
 }  // namespace asvit_fast
 
 // The two entry points, for the namespace of the instruction set.
-#define ASVIT_FAST_SOFTMAX_TAYLOR_KERNELS                                                    \
-  void softmax_taylor_f32(const TaylorMatrix<float>& matrix, int64_t begin, int64_t end) {   \
-    softmax_taylor(matrix, begin, end);                                                      \
-  }                                                                                          \
-  void softmax_taylor_f64(const TaylorMatrix<double>& matrix, int64_t begin, int64_t end) {  \
-    softmax_taylor(matrix, begin, end);                                                      \
+#define ASVIT_FAST_SOFTMAX_TAYLOR_KERNELS                                                   \
+  void softmax_taylor_f32(const TaylorMatrix<float>& matrix, int64_t begin, int64_t end) {  \
+    softmax_taylor(matrix, begin, end);                                                     \
+  }                                                                                         \
+  void softmax_taylor_f64(const TaylorMatrix<double>& matrix, int64_t begin, int64_t end) { \
+    softmax_taylor(matrix, begin, end);                                                     \
   }

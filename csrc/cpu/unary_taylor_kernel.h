@@ -112,10 +112,10 @@ inline void unary_taylor(const TaylorRows<T>& rows, int64_t begin, int64_t end, 
 }  // namespace asvit_fast
 
 // The two entry points, for the namespace of the instruction set.
-#define ASVIT_FAST_UNARY_TAYLOR_KERNELS                                                                           \
-  void unary_taylor_f32(const TaylorRows<float>& rows, int64_t begin, int64_t end, UnaryFunction function) {      \
-    unary_taylor(rows, begin, end, function);                                                                     \
-  }                                                                                                               \
-  void unary_taylor_f64(const TaylorRows<double>& rows, int64_t begin, int64_t end, UnaryFunction function) {     \
-    unary_taylor(rows, begin, end, function);                                                                     \
+#define ASVIT_FAST_UNARY_TAYLOR_KERNELS                                                                       \
+  void unary_taylor_f32(const TaylorRows<float>& rows, int64_t begin, int64_t end, UnaryFunction function) {  \
+    unary_taylor(rows, begin, end, function);                                                                 \
+  }                                                                                                           \
+  void unary_taylor_f64(const TaylorRows<double>& rows, int64_t begin, int64_t end, UnaryFunction function) { \
+    unary_taylor(rows, begin, end, function);                                                                 \
   }

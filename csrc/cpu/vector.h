@@ -121,8 +121,7 @@ inline Exponential<T> exponential_negative(Vector<T> x) {
   Vector<T> scale;
   std::memcpy(&scale, &bits, sizeof scale);
   const Vector<T> rest = series * r * scale;
-  return {x < V::kExpMin ? Vector<T>{} : scale + rest,
-          x < V::kExpMin ? broadcast<T>(T(-1)) : (scale - T(1)) + rest};
+  return {x < V::kExpMin ? Vector<T>{} : scale + rest, x < V::kExpMin ? broadcast<T>(T(-1)) : (scale - T(1)) + rest};
 }
 
 // exp(x) for x <= 0.

@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kBlock)
   C left = 0, bent = 0;  // what <s'> lacked, <e + d^2>
   if constexpr (orders >= 1) {
 #pragma unroll 1
-  for (int64_t i = first; i < end; i += step) {
+    for (int64_t i = first; i < end; i += step) {
       Values s[orders + 1];
 #pragma unroll
       for (int order = 0; order <= orders; ++order) s[order] = logits.load(order, i);
@@ -112,10 +112,8 @@ __global__ void __launch_bounds__(kBlock)
 template <typename T, int orders, int width>
 void launch(const TaylorMatrix<void>& matrix, cudaStream_t stream) {
   const Team team = team_for(matrix.size, width);
-  softmax_taylor_kernel<T, orders, width>
-      <<<blocks_for(matrix.count, team), kBlock, 0, stream>>>(static_cast<const T*>(matrix.input),
-                                                               static_cast<T*>(matrix.output), matrix.count,
-                                                               matrix.size, team);
+  softmax_taylor_kernel<T, orders, width><<<blocks_for(matrix.count, team), kBlock, 0, stream>>>(
+      static_cast<const T*>(matrix.input), static_cast<T*>(matrix.output), matrix.count, matrix.size, team);
 }
 
 }  // namespace

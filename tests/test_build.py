@@ -221,8 +221,7 @@ def test_triton_kernel_compiles(capability, dtype):
     for tanh, biased in itertools.product((False, True), repeat=2):
         report = compile_kernel(
             gelu_taylor_kernel,
-            {f"{name}_pointer": f"*{dtype}" for name in ("input", "output", "bias")}
-            | {"count": "i64", "channels": "i64"},
+            pointers | {"count": "i64", "channels": "i64"},
             {"ORDERS": 2, "TANH": tanh, "BIASED": biased, "BLOCK": BLOCK},
             capability,
             **OPTIONS,

@@ -130,21 +130,23 @@ inline Vector<T> exp_negative(Vector<T> x) {
   return exponential_negative<T>(x).value;
 }
 
+template <typename T, int bytes>
+struct Part {
+  typedef T Type __attribute__((vector_size(bytes)));
+};
+
 // All lanes joined by an associative operation (on vectors and on numbers): halves with halves, always in this order.
-template <typename T, typename Operation>
-inline T reduce(Vector<T> x, Operation join) {
-  typedef T Half __attribute__((vector_size(ASVIT_FAST_VECTOR_BYTES / 2)));
-  Half halves[2];
-  std::memcpy(halves, &x, sizeof x);
-  const Half joined = join(halves[0], halves[1]);
-  T lanes[kLanes<T> / 2];
-  std::memcpy(lanes, &joined, sizeof joined);
-#pragma GCC unroll 8
-  for (int width = kLanes<T> / 4; width >= 1; width /= 2) {
-#pragma GCC unroll 8
-    for (int i = 0; i < width; ++i) lanes[i] = join(lanes[i], lanes[i + width]);
+template <typename T, int bytes = ASVIT_FAST_VECTOR_BYTES, typename Operation>
+inline T reduce(typename Part<T, bytes>::Type x, Operation join) {
+  if constexpr (bytes > 16) {
+    typename Part<T, bytes / 2>::Type halves[2];
+    std::memcpy(halves, &x, sizeof x);
+    return reduce<T, bytes / 2>(join(halves[0], halves[1]), join);
+  } else if constexpr (sizeof(T) == 4) {
+    return join(join(x[0], x[2]), join(x[1], x[3]));
+  } else {
+    return join(x[0], x[1]);
   }
-  return lanes[0];
 }
 
 template <typename T>

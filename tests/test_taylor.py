@@ -312,9 +312,11 @@ def test_bias_of_a_linear_is_added_once_whoever_asks() -> None:
         first = F.gelu(h)
         return first + h * h + F.gelu(h, approximate="tanh") + layer(t).tanh() + layer(t)[..., :1]
 
+    inputs = directions(3, 5, 6)
     with torch.no_grad():
-        check(branches, *directions(3, 5, 6))
-    check(branches, *directions(3, 5, 6))  # with gradients
+        check(branches, *inputs)
+        expected = af.jet(branches, *inputs)
+    torch.testing.assert_close(af.jet(branches, *inputs), expected)  # with gradients it is added at once
 
 
 def test_fallback_warns_once_and_names_the_function() -> None:

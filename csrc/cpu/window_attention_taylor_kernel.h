@@ -159,6 +159,7 @@ inline void weigh(ScoreTile<T, orders>& tile, int64_t keys, SoftmaxState<orders,
   move_reference<T, orders>(state, exp_negative<T>(before - maximum), weights, first, second, factor);
   state.total[0] += weights;
   if constexpr (orders >= 1) {
+    Vector<T> sum[orders + 1] = {};
     for (int64_t key = 0; key < keys; ++key) {
       Vector<T> x[orders + 1];
 #pragma GCC unroll 3
@@ -168,23 +169,20 @@ inline void weigh(ScoreTile<T, orders>& tile, int64_t keys, SoftmaxState<orders,
 #pragma GCC unroll 3
       for (int order = 1; order <= orders; ++order) {
         store<T>(tile.rows[key][order], x[order]);
-        state.total[order] += x[order];
+        sum[order] += x[order];
       }
     }
+#pragma GCC unroll 3
+    for (int order = 1; order <= orders; ++order) state.total[order] += sum[order];
   }
 }
 
-// sums [width][orders + 1][lanes] = factor * sums + the tile's weights * values [key][orders + 1][width]
+// sums [width][orders + 1][lanes] = factor * sums + the tile's weights * values [key][orders + 1][width]. The tile is
+// summed by itself first: rounding errors grow with the length of a sum.
 template <typename T, int orders, int width>
 inline void accumulate(const ScoreTile<T, orders>& tile, int64_t keys, const T* values, const Vector<T>* factor,
                        T* sums) {
-  Vector<T> sum[width][orders + 1];
-#pragma GCC unroll 8
-  for (int i = 0; i < width; ++i) {
-#pragma GCC unroll 3
-    for (int order = 0; order <= orders; ++order) sum[i][order] = load<T>(sums + (i * (orders + 1) + order) * kLanes<T>);
-    multiply_series<orders>(sum[i], factor);
-  }
+  Vector<T> sum[width][orders + 1] = {};
   for (int64_t key = 0; key < keys; ++key) {
     Vector<T> p[orders + 1];
 #pragma GCC unroll 3
@@ -199,9 +197,15 @@ inline void accumulate(const ScoreTile<T, orders>& tile, int64_t keys, const T* 
     values += (orders + 1) * width;
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < width; ++i)
+  for (int i = 0; i < width; ++i) {
+    Vector<T> before[orders + 1];
 #pragma GCC unroll 3
-    for (int order = 0; order <= orders; ++order) store<T>(sums + (i * (orders + 1) + order) * kLanes<T>, sum[i][order]);
+    for (int order = 0; order <= orders; ++order) before[order] = load<T>(sums + order * kLanes<T>);
+    add_product<orders>(sum[i], before, factor);
+#pragma GCC unroll 3
+    for (int order = 0; order <= orders; ++order) store<T>(sums + order * kLanes<T>, sum[i][order]);
+    sums += (orders + 1) * kLanes<T>;
+  }
 }
 
 // y = sums / total, as derivatives, to the tokens first <= i < first + count of the output.

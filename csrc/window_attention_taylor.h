@@ -112,18 +112,30 @@ ASVIT_FAST_HOST_DEVICE inline AttentionWindow window_at(const WindowAttentionTay
   return {index / rows, head, segment_at(problem.rows, index % rows), column};
 }
 
-// Where order 0, component 0 of a token lies. `token` counts along the rows of the rectangle.
+// Row and column of a token on the map less its rectangle's start. `token` counts along the rows of the rectangle.
+struct TokenPlace {
+  int64_t row, column;
+};
+
+ASVIT_FAST_HOST_DEVICE inline TokenPlace place_of(const AttentionWindow& window, int64_t token) {
+  // a window has fewer than 2^32 tokens, and 32-bit division is several times faster
+  const auto length = static_cast<uint32_t>(window.columns.length), index = static_cast<uint32_t>(token);
+  return {index / length, index % length};
+}
+
+// Where order 0, component 0 of a token lies.
 ASVIT_FAST_HOST_DEVICE inline int64_t token_offset(const AttentionWindow& window, const AttentionStrides& strides,
                                                    int64_t token) {
-  return window.batch * strides.batch + (window.rows.start + token / window.columns.length) * strides.row +
-         (window.columns.start + token % window.columns.length) * strides.column + window.head * strides.head;
+  const TokenPlace place = place_of(window, token);
+  return window.batch * strides.batch + (window.rows.start + place.row) * strides.row +
+         (window.columns.start + place.column) * strides.column + window.head * strides.head;
 }
 
 // The token's place in its whole window, as the bias counts.
 ASVIT_FAST_HOST_DEVICE inline int64_t token_in_window(const AttentionWindow& window, int64_t window_columns,
                                                       int64_t token) {
-  return (window.rows.offset + token / window.columns.length) * window_columns + window.columns.offset +
-         token % window.columns.length;
+  const TokenPlace place = place_of(window, token);
+  return (window.rows.offset + place.row) * window_columns + window.columns.offset + place.column;
 }
 
 // Work is handed out in units of neighbouring queries of one window. A unit may lie beyond the window's last query.

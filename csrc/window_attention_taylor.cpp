@@ -31,9 +31,9 @@ constexpr PerIsa<WindowAttentionTaylorCpu<double>> kKernels<double> = ASVIT_FAST
 
 void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::IntArrayRef window, at::IntArrayRef shift,
            const std::optional<at::Tensor>& bias) {
-  TORCH_CHECK_VALUE(q.dim() == 6 && q.size(0) >= 1 && q.size(0) <= 3,
-                    "window_attention_taylor: q must be [orders + 1, B, H, W, heads, head_dim] with 0 to 2 orders, not ",
-                    q.sizes());
+  TORCH_CHECK_VALUE(
+      q.dim() == 6 && q.size(0) >= 1 && q.size(0) <= 3,
+      "window_attention_taylor: q must be [orders + 1, B, H, W, heads, head_dim] with 0 to 2 orders, not ", q.sizes());
   TORCH_CHECK_VALUE(k.sizes() == q.sizes() && v.sizes() == q.sizes(), "window_attention_taylor: q ", q.sizes(), ", k ",
                     k.sizes(), " and v ", v.sizes(), " must have the same shape");
   TORCH_CHECK_VALUE(window.size() == 2 && shift.size() == 2 && window[0] >= 1 && window[1] >= 1 && shift[0] >= 0 &&
@@ -47,9 +47,9 @@ void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::In
                     "window_attention_taylor: q, k, v and bias must be on one device");
   if (!bias) return;
   const int64_t tokens = window[0] * window[1];
-  TORCH_CHECK_VALUE(bias->dim() == 3 && bias->size(0) == q.size(4) && bias->size(1) == tokens && bias->size(2) == tokens,
-                    "window_attention_taylor: bias must be [", q.size(4), ", ", tokens, ", ", tokens, "], not ",
-                    bias->sizes());
+  TORCH_CHECK_VALUE(
+      bias->dim() == 3 && bias->size(0) == q.size(4) && bias->size(1) == tokens && bias->size(2) == tokens,
+      "window_attention_taylor: bias must be [", q.size(4), ", ", tokens, ", ", tokens, "], not ", bias->sizes());
 }
 
 at::Tensor empty_output(const at::Tensor& q) {
@@ -159,9 +159,7 @@ TORCH_LIBRARY_FRAGMENT(asvit_fast_C, library) {
       "Tensor");
 }
 
-TORCH_LIBRARY_IMPL(asvit_fast_C, CPU, library) {
-  library.impl("window_attention_taylor", window_attention_taylor_cpu);
-}
+TORCH_LIBRARY_IMPL(asvit_fast_C, CPU, library) { library.impl("window_attention_taylor", window_attention_taylor_cpu); }
 
 #ifdef ASVIT_FAST_CUDA
 TORCH_LIBRARY_IMPL(asvit_fast_C, CUDA, library) {

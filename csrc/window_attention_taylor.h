@@ -40,9 +40,8 @@ struct WindowAttentionTaylor {
   T scale;
 };
 
-// CPU: the units begin <= i < end of window_count() * units_per_window(), with AttentionWorkspace::total() elements of memory,
-// aligned to 64 bytes, to itself.
-// One copy per instruction set.
+// CPU: the units begin <= i < end of window_count() * units_per_window(), with AttentionWorkspace::total() elements of
+// memory, aligned to 64 bytes, to itself. One copy per instruction set.
 template <typename T>
 using WindowAttentionTaylorCpu = void(const WindowAttentionTaylor<T>& problem, int64_t begin, int64_t end,
                                       T* workspace);
@@ -164,7 +163,7 @@ struct AttentionWorkspace {
                            (columns.window < columns.size ? columns.window : columns.size);
     const int64_t orders = problem.orders + 1;
     padded_dim = (problem.head_dim + 3) / 4 * 4;
-    vectors = padded_dim * orders * 16;                         // no vector has more lanes
+    vectors = padded_dim * orders * 16;                          // no vector has more lanes
     keys = (tokens + 15) / 16 * 16 * problem.head_dim * orders;  // no block has more keys
     values = tokens * padded_dim * orders;
   }

@@ -86,7 +86,9 @@ def assert_as_good_as_reference(y: Tensor, qkv: Tensor, arguments: tuple, tiny: 
     assert y.shape == truth.shape and y.dtype == qkv.dtype and y.is_contiguous()
     for order in range(len(truth)):
         scale = max(1.0, truth[order].abs().max().item()) if truth.numel() else 1.0
-        assert error(y[order], truth[order]) <= 2 * error(theirs[order], truth[order]) + scale * (tiny or TINY[qkv.dtype]), order
+        assert error(y[order], truth[order]) <= 2 * error(theirs[order], truth[order]) + scale * (
+            tiny or TINY[qkv.dtype]
+        ), order
 
 
 def test_reference_equals_nested_forward_mode():
@@ -294,16 +296,12 @@ def test_gradient_in_each_dtype(device, dtype):
     torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("orders", [0, 1, 2])
-def test_opcheck(device, orders):
-    for requires_grad in (False, True):
-        qkv, (heads, window, shift, bias) = inputs(SMALL, orders, device=device)
-        q, k, v = (
-            x.clone().requires_grad_(requires_grad) for x in qkv.unflatten(4, (3, heads, -1)).unbind(4)
-        )
-        for table in (None, bias):
-            arguments = (q, k, v, list(window), list(shift), table, 0.7)
-            torch.library.opcheck(torch.ops.asvit_fast.window_attention_taylor.default, arguments)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(device, requires_grad):
+    qkv, (heads, window, shift, bias) = inputs(SMALL, 2, device=device)
+    q, k, v = (x.clone().requires_grad_(requires_grad) for x in qkv.unflatten(4, (3, heads, -1)).unbind(4))
+    arguments = (q, k, v, list(window), list(shift), bias if requires_grad else None, 0.7)
+    torch.library.opcheck(torch.ops.asvit_fast.window_attention_taylor.default, arguments)
 
 
 def test_compile(device):

@@ -126,9 +126,7 @@ def _compiled(
     return torch.ops.asvit_fast_C.window_attention_taylor(q, k, v, window, shift, bias, scale)
 
 
-backends.declare(
-    "window_attention_taylor", cuda=_compiled, cpu=_compiled, reference=window_attention_taylor_reference
-)
+backends.declare("window_attention_taylor", cuda=_compiled, cpu=_compiled, reference=window_attention_taylor_reference)
 
 
 @torch.library.custom_op("asvit_fast::window_attention_taylor", mutates_args=())
@@ -160,7 +158,7 @@ def _backward(ctx, gradient: Tensor):
     def reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
         return window_attention_taylor_reference(q, k, v, ctx.window, ctx.shift, bias, ctx.scale)
 
-    _, pull = torch.func.vjp(reference, *ctx.saved_tensors)
+    pull = torch.func.vjp(reference, *ctx.saved_tensors)[1]
     to_q, to_k, to_v, *to_bias = pull(gradient)
     return to_q, to_k, to_v, None, None, to_bias[0] if to_bias else None, None
 

@@ -12,6 +12,7 @@ from ..ops.window_attention_taylor import attention_taylor_reference, stacked_wi
 from .linear import _bind
 from .value import Taylor, TaylorError, constant, register_rule
 
+
 @register_rule("scaled_dot_product_attention")
 def scaled_dot_product_attention(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
     q, k, v, mask, dropout, causal, scale, grouped = _bind(
@@ -46,6 +47,7 @@ def scaled_dot_product_attention(func: Callable[..., Any], args: tuple[Any, ...]
 
 def _in_one_window(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Tokens as a map of one row and one window: q, k, v [orders + 1, B, heads, tokens, d] -> the same shape."""
-    maps = [x.transpose(2, 3).unsqueeze(2) for x in (q, k, v)]  # [orders + 1, B, 1, tokens, heads, d]
-    out = stacked_window_attention(*maps, [1, max(1, q.shape[3])], [0, 0], None, scale)
-    return out.squeeze(2).unflatten(3, (q.shape[2], q.shape[4])).transpose(2, 3)
+    heads, tokens, head_dim = q.shape[2:]
+    q, k, v = (x.transpose(2, 3).unsqueeze(2) for x in (q, k, v))  # [orders + 1, B, 1, tokens, heads, d]
+    out = stacked_window_attention(q, k, v, [1, max(1, tokens)], [0, 0], None, scale)
+    return out.squeeze(2).unflatten(3, (heads, head_dim)).transpose(2, 3)

@@ -97,9 +97,8 @@ void pack_queries(const WindowAttentionTaylor<T>& problem, const AttentionWindow
     for (int64_t i = 0; i < problem.head_dim; ++i)
       for (int order = 0; order <= orders; ++order)
         packed[(i * (orders + 1) + order) * kLanes<T> + lane] =
-            lane < count
-                ? coefficient(order, problem.scale * from[order * strides.order + i * strides.component])
-                : T(0);
+            lane < count ? coefficient(order, problem.scale * from[order * strides.order + i * strides.component])
+                         : T(0);
   }
 }
 
@@ -139,8 +138,7 @@ void add_bias(const WindowAttentionTaylor<T>& problem, const AttentionWindow& wi
 
 // Scores of a tile to weights; `factor` is what sums over earlier tiles are to be multiplied with.
 template <typename T, int orders>
-inline void weigh(ScoreTile<T, orders>& tile, int64_t keys, SoftmaxState<orders, Vector<T>>& state,
-                  Vector<T>* factor) {
+inline void weigh(ScoreTile<T, orders>& tile, int64_t keys, SoftmaxState<orders, Vector<T>>& state, Vector<T>* factor) {
   const Vector<T> before = state.reference[0];
   Vector<T> maximum = before;
   for (int64_t key = 0; key < keys; ++key) {
@@ -163,8 +161,7 @@ inline void weigh(ScoreTile<T, orders>& tile, int64_t keys, SoftmaxState<orders,
     for (int64_t key = 0; key < keys; ++key) {
       Vector<T> x[orders + 1];
 #pragma GCC unroll 3
-      for (int order = 1; order <= orders; ++order)
-        x[order] = load<T>(tile.rows[key][order]) - state.reference[order];
+      for (int order = 1; order <= orders; ++order) x[order] = load<T>(tile.rows[key][order]) - state.reference[order];
       exp_series<T, orders>(x, load<T>(tile.rows[key][0]));
 #pragma GCC unroll 3
       for (int order = 1; order <= orders; ++order) {
@@ -255,8 +252,7 @@ void attend(const WindowAttentionTaylor<T>& problem, const AttentionWindow& wind
       if (packed.padded_dim - i >= kValueBlock) {
         accumulate<T, orders, kValueBlock>(tile, keys, values + key * (orders + 1) * kValueBlock, factor, sums);
       } else {
-        accumulate<T, orders, kValueRemainder>(tile, keys, values + key * (orders + 1) * kValueRemainder, factor,
-                                               sums);
+        accumulate<T, orders, kValueRemainder>(tile, keys, values + key * (orders + 1) * kValueRemainder, factor, sums);
       }
     }
   }
@@ -300,12 +296,12 @@ void window_attention_taylor(const WindowAttentionTaylor<T>& problem, int64_t be
 }  // namespace asvit_fast
 
 // The two entry points, for the namespace of the instruction set.
-#define ASVIT_FAST_WINDOW_ATTENTION_TAYLOR_KERNELS                                                               \
-  void window_attention_taylor_f32(const WindowAttentionTaylor<float>& problem, int64_t begin, int64_t end,      \
-                                   float* workspace) {                                                           \
-    window_attention_taylor(problem, begin, end, workspace);                                                     \
-  }                                                                                                              \
-  void window_attention_taylor_f64(const WindowAttentionTaylor<double>& problem, int64_t begin, int64_t end,     \
-                                   double* workspace) {                                                          \
-    window_attention_taylor(problem, begin, end, workspace);                                                     \
+#define ASVIT_FAST_WINDOW_ATTENTION_TAYLOR_KERNELS                                                           \
+  void window_attention_taylor_f32(const WindowAttentionTaylor<float>& problem, int64_t begin, int64_t end,  \
+                                   float* workspace) {                                                       \
+    window_attention_taylor(problem, begin, end, workspace);                                                 \
+  }                                                                                                          \
+  void window_attention_taylor_f64(const WindowAttentionTaylor<double>& problem, int64_t begin, int64_t end, \
+                                   double* workspace) {                                                      \
+    window_attention_taylor(problem, begin, end, workspace);                                                 \
   }

@@ -1,8 +1,8 @@
 // CUDA kernel of window_attention_taylor. No torch header: raw pointers and a stream, so that it compiles in seconds.
 //
-// A query belongs to `group` neighbouring lanes with `width` components each, whose partial scores meet by shuffles. All
-// queries of a block walk through the keys of their window in tiles in shared memory, kKeys keys at a time in registers:
-// nothing of size tokens x tokens exists.
+// A query belongs to `group` neighbouring lanes with `width` components each, whose partial scores meet by shuffles.
+// All queries of a block walk through the keys of their window in tiles in shared memory, kKeys keys at a time in
+// registers: nothing of size tokens x tokens exists.
 #include <cuda_runtime.h>
 
 #include "attention_series.h"
@@ -39,8 +39,8 @@ __device__ T coefficient(int order, T derivative) {
 
 // Keys first <= i < first + count of the window as Taylor coefficients; zeros beyond, and beyond head_dim.
 template <typename T, int orders, int dim>
-__device__ void load_tile(const WindowAttentionTaylor<T>& problem, const AttentionWindow& window, int first,
-                          int count, SharedTile<T, orders, dim>& tile) {
+__device__ void load_tile(const WindowAttentionTaylor<T>& problem, const AttentionWindow& window, int first, int count,
+                          SharedTile<T, orders, dim>& tile) {
   constexpr int kCount = SharedTile<T, orders, dim>::kCount;
   for (int key = threadIdx.x; key < count; key += blockDim.x) {
     tile.key_offsets[key] = token_offset(window, problem.k.strides, first + key);
@@ -193,7 +193,8 @@ void launch(const WindowAttentionTaylor<T>& problem, cudaStream_t stream) {
   const int threads = lanes <= kMaximumThreads / 2 ? kMaximumThreads / 2 : kMaximumThreads;
   const int64_t blocks_per_window = (lanes + threads - 1) / threads;
   const auto blocks = static_cast<unsigned>(window_count(problem) * blocks_per_window);  // grid.x: up to 2^31 - 1
-  window_attention_taylor_kernel<T, orders, width, group><<<blocks, threads, 0, stream>>>(problem, static_cast<unsigned>(blocks_per_window));
+  window_attention_taylor_kernel<T, orders, width, group>
+      <<<blocks, threads, 0, stream>>>(problem, static_cast<unsigned>(blocks_per_window));
 }
 
 // The narrowest layout that holds head_dim.

@@ -226,14 +226,14 @@ def test_transformer_encoder_layer() -> None:
 
 def test_attention_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut anywhere, over batch or query rows, the result is the same."""
-    from asvit_fast.taylor import attention
+    from asvit_fast.ops.window_attention_taylor import PIECE_BYTES, attention_taylor_reference
 
     q, k, v = directions(3, 2, 3, 7, 4)  # [orders, batch, heads, tokens, d]
     mask = torch.randn(2, 1, 7, 7, dtype=torch.float64)
-    whole = attention.attention(q, k, v, mask, 0.5)
+    whole = attention_taylor_reference(q, k, v, mask, 0.5)
     for size in (1, 3 * 3 * 7 * 8 * 3, 3 * 3 * 7 * 8 * 15):  # single rows, part of a map, several maps
-        monkeypatch.setitem(attention.PIECE_BYTES, "cpu", size)
-        torch.testing.assert_close(attention.attention(q, k, v, mask, 0.5), whole, rtol=1e-13, atol=1e-14)
+        monkeypatch.setitem(PIECE_BYTES, "cpu", size)
+        torch.testing.assert_close(attention_taylor_reference(q, k, v, mask, 0.5), whole, rtol=1e-13, atol=1e-14)
 
 
 @pytest.mark.parametrize("shift", [(0, 0), (2, 1)])

@@ -7,6 +7,7 @@ from .patch_merge import patch_merge
 from .softmax_taylor import softmax_taylor
 from .tanh_taylor import tanh_taylor
 from .window_attention import window_attention
+from .window_attention_taylor import window_attention_taylor
 
 __all__ = [
     "gelu_taylor",
@@ -16,4 +17,5 @@ __all__ = [
     "softmax_taylor",
     "tanh_taylor",
     "window_attention",
+    "window_attention_taylor",
 ]

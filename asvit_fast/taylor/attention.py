@@ -1,4 +1,4 @@
-"""Rule of softmax attention: one exponential for all orders, the attention map in pieces that stay in the cache."""
+"""Rule of softmax attention: one exponential for all orders, no attention map in memory where the fused op fits."""
 
 from __future__ import annotations
 
@@ -8,68 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.window_attention_taylor import attention_taylor_reference, stacked_window_attention
 from .linear import _bind
 from .value import Taylor, TaylorError, constant, register_rule
-
-# Bytes of one piece of attention map and its derivatives: a core's L2 on a CPU; on a GPU enough to fill it.
-PIECE_BYTES = {"cpu": 2**20, "cuda": 2**28}
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Derivatives of softmax(scale q k^T + mask) v.
-
-    q [orders, *batch, queries, d], k [orders, *batch, keys, d], v [orders, *batch, keys, dv], mask broadcastable to
-    [*batch, queries, keys] -> [orders, *batch, queries, dv].
-    """
-    batch, queries, keys = q.shape[1:-2], q.shape[-2], k.shape[-2]
-    q, k, v = (x.flatten(1, -3) if x.dim() > 3 else x.unsqueeze(1) for x in (q, k, v))  # [orders, n, tokens, d]
-    left, right = _score_factors(q * scale, k)
-    row_bytes = 3 * len(q) * keys * q.element_size()
-    rows = max(1, PIECE_BYTES.get(q.device.type, 2**24) // row_bytes)
-    per_piece, rows = max(1, rows // queries), min(rows, queries)
-    if mask is not None:
-        mask = (
-            mask.expand(*batch, *mask.shape[-2:]).flatten(0, -3) if batch else mask.unsqueeze(0)
-        )  # [n, queries or 1, keys]
-    pieces = []
-    for n in range(0, q.shape[1], per_piece):
-        group = slice(n, n + per_piece)
-        columns = [factor[group] for factor in right]
-        strips = []
-        for start in range(0, queries, rows):
-            strip = slice(start, start + rows)
-            piece_mask = None
-            if mask is not None:
-                piece_mask = mask[group] if mask.shape[-2] == 1 else mask[group, strip]
-            strips.append(_piece([factor[group, strip] for factor in left], columns, v[:, group], piece_mask))
-        pieces.append(strips[0] if len(strips) == 1 else torch.cat(strips, dim=2))
-    out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)  # [orders, n, queries, dv]
-    return out.reshape(len(q), *batch, queries, v.shape[-1])
-
-
-def _score_factors(q: Tensor, k: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Factors whose products are the derivatives of the scores, Leibniz's sums folded into longer rows:
-    s' = [q' q] [k k']^T, s'' = [q'' 2q' q] [k k' k'']^T."""
-    left, right = [q[0], torch.cat([q[1], q[0]], -1)], [k[0], torch.cat([k[0], k[1]], -1)]
-    if len(q) == 3:
-        left.append(torch.cat([q[2], 2 * q[1], q[0]], -1))
-        right.append(torch.cat([k[0], k[1], k[2]], -1))
-    return left, [factor.transpose(-2, -1) for factor in right]
-
-
-def _piece(left: list[Tensor], right: list[Tensor], v: Tensor, mask: Tensor | None) -> Tensor:
-    """One piece: left [n, rows, *], right [n, *, keys], v [orders, n, keys, dv] -> [orders, n, rows, dv]."""
-    p = torch.bmm(left[0], right[0])  # [n, rows, keys]
-    p = torch.softmax(p if mask is None else p + mask, dim=-1)
-    s1 = torch.bmm(left[1], right[1])
-    s1 = s1 - (p * s1).sum(-1, keepdim=True)  # s' - <s'>
-    p1 = p * s1
-    orders = [torch.bmm(p, v[0]), torch.bmm(p1, v[0]) + torch.bmm(p, v[1])]
-    if len(left) == 3:
-        s2 = torch.bmm(left[2], right[2]) + s1 * s1
-        p2 = p * (s2 - (p * s2).sum(-1, keepdim=True))
-        orders.append(torch.bmm(p2, v[0]) + 2 * torch.bmm(p1, v[1]) + torch.bmm(p, v[2]))
-    return torch.stack(orders)
 
 
 @register_rule("scaled_dot_product_attention")
@@ -99,4 +40,14 @@ def scaled_dot_product_attention(func: Callable[..., Any], args: tuple[Any, ...]
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, float("-inf"))
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    return Taylor(attention(q.coefficients, k.coefficients, v.coefficients, mask, factor))
+    if mask is None and q.dim() == 4 and q.shape == k.shape == v.shape:
+        return Taylor(_in_one_window(q.coefficients, k.coefficients, v.coefficients, factor))
+    return Taylor(attention_taylor_reference(q.coefficients, k.coefficients, v.coefficients, mask, factor))
+
+
+def _in_one_window(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Tokens as a map of one row and one window: q, k, v [orders + 1, B, heads, tokens, d] -> the same shape."""
+    heads, tokens, head_dim = q.shape[2:]
+    q, k, v = (x.transpose(2, 3).unsqueeze(2) for x in (q, k, v))  # [orders + 1, B, 1, tokens, heads, d]
+    out = stacked_window_attention(q, k, v, [1, max(1, tokens)], [0, 0], None, scale)
+    return out.squeeze(2).unflatten(3, (heads, head_dim)).transpose(2, 3)

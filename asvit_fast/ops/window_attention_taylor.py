@@ -1,0 +1,238 @@
+"""Windowed softmax attention of a value and of its derivatives along a curve.
+
+With scores s(t) = scale q(t) k(t)^T + bias, weights p = softmax(s) and <.> the mean under p,
+
+    p' = p (s' - <s'>),    p'' = p (s'' - <s''> + (s' - <s'>)^2 - <(s' - <s'>)^2>),    y = p v and Leibniz' rule:
+
+one exponential for all orders.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from asvit_fast import _extension, backends
+from asvit_fast.errors import InputError
+from asvit_fast.ops.transforms import transform_active
+from asvit_fast.ops.window_attention import merge_windows, partition_windows, window_mask
+
+# Bytes of one piece of attention map and its derivatives: a core's L2 on a CPU; on a GPU enough to fill it.
+PIECE_BYTES = {"cpu": 2**20, "cuda": 2**28}
+MAXIMUM_HEAD_DIM_CUDA = 256
+
+# --------------------------------------------------------------------------- reference
+
+
+def attention_taylor_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Derivatives of softmax(scale q k^T + mask) v, the attention map in pieces that stay in the cache.
+
+    q [orders + 1, *batch, queries, d], k [orders + 1, *batch, keys, d], v [orders + 1, *batch, keys, dv], mask
+    broadcastable to [*batch, queries, keys] -> [orders + 1, *batch, queries, dv].
+    """
+    batch, queries, keys = q.shape[1:-2], q.shape[-2], k.shape[-2]
+    q, k, v = (x.flatten(1, -3) if x.dim() > 3 else x.unsqueeze(1) for x in (q, k, v))  # [orders + 1, n, tokens, d]
+    left, right = _score_factors(q * scale, k)
+    row_bytes = 3 * len(q) * keys * q.element_size()
+    rows = max(1, PIECE_BYTES.get(q.device.type, 2**24) // max(1, row_bytes))
+    per_piece, rows = max(1, rows // max(1, queries)), max(1, min(rows, queries))
+    if mask is not None:
+        mask = (
+            mask.expand(*batch, *mask.shape[-2:]).flatten(0, -3) if batch else mask.unsqueeze(0)
+        )  # [n, queries or 1, keys]
+    pieces = []
+    for n in range(0, max(1, q.shape[1]), per_piece):
+        group = slice(n, n + per_piece)
+        columns = [factor[group] for factor in right]
+        strips = []
+        for start in range(0, max(1, queries), rows):
+            strip = slice(start, start + rows)
+            piece_mask = None
+            if mask is not None:
+                piece_mask = mask[group] if mask.shape[-2] == 1 else mask[group, strip]
+            strips.append(_piece([factor[group, strip] for factor in left], columns, v[:, group], piece_mask))
+        pieces.append(strips[0] if len(strips) == 1 else torch.cat(strips, dim=2))
+    out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)  # [orders + 1, n, queries, dv]
+    return out.reshape(len(q), *batch, queries, v.shape[-1])
+
+
+def _score_factors(q: Tensor, k: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Factors whose products are the derivatives of the scores, Leibniz's sums folded into longer rows:
+    s' = [q' q] [k k']^T, s'' = [q'' 2q' q] [k k' k'']^T."""
+    left, right = [q[0]], [k[0]]
+    if len(q) >= 2:
+        left.append(torch.cat([q[1], q[0]], -1))
+        right.append(torch.cat([k[0], k[1]], -1))
+    if len(q) == 3:
+        left.append(torch.cat([q[2], 2 * q[1], q[0]], -1))
+        right.append(torch.cat([k[0], k[1], k[2]], -1))
+    return left, [factor.transpose(-2, -1) for factor in right]
+
+
+def _piece(left: list[Tensor], right: list[Tensor], v: Tensor, mask: Tensor | None) -> Tensor:
+    """One piece: left [n, rows, *], right [n, *, keys], v [orders + 1, n, keys, dv] -> [orders + 1, n, rows, dv]."""
+    p = torch.bmm(left[0], right[0])  # [n, rows, keys]
+    p = torch.softmax(p if mask is None else p + mask, dim=-1)
+    orders = [torch.bmm(p, v[0])]
+    if len(left) >= 2:
+        s1 = torch.bmm(left[1], right[1])
+        s1 = s1 - (p * s1).sum(-1, keepdim=True)  # s' - <s'>
+        p1 = p * s1
+        orders.append(torch.bmm(p1, v[0]) + torch.bmm(p, v[1]))
+    if len(left) == 3:
+        s2 = torch.bmm(left[2], right[2]) + s1 * s1
+        p2 = p * (s2 - (p * s2).sum(-1, keepdim=True))
+        orders.append(torch.bmm(p2, v[0]) + 2 * torch.bmm(p1, v[1]) + torch.bmm(p, v[2]))
+    return torch.stack(orders)
+
+
+def window_attention_taylor_reference(
+    q: Tensor, k: Tensor, v: Tensor, window: list[int], shift: list[int], bias: Tensor | None, scale: float
+) -> Tensor:
+    """The op in elementary torch operations: any device, any transform, differentiable any number of times.
+
+    q, k, v [orders + 1, B, H, W, heads, d] -> [orders + 1, B, H, W, heads*d].
+    """
+    rows, size = q.shape[0], [q.shape[2], q.shape[3]]
+
+    def split(x: Tensor) -> Tensor:
+        x = partition_windows(x.flatten(0, 1).flatten(3), window, shift)  # [(orders + 1)*B, windows, tokens, heads*d]
+        return x.unflatten(3, q.shape[4:]).transpose(2, 3).unflatten(0, q.shape[:2])
+
+    mask = window_mask(size, window, shift, q.dtype, q.device)  # [windows, tokens, tokens]
+    mask = None if mask is None else mask.unsqueeze(1)
+    if bias is not None:
+        mask = bias if mask is None else mask + bias
+    out = attention_taylor_reference(split(q), split(k), split(v), mask, scale)
+    out = out.flatten(0, 1).transpose(2, 3).flatten(3)  # [(orders + 1)*B, windows, tokens, heads*d]
+    return merge_windows(out, size, window, shift).unflatten(0, (rows, -1))
+
+
+# --------------------------------------------------------------------------- fused op
+
+
+def _compiled(
+    q: Tensor, k: Tensor, v: Tensor, window: list[int], shift: list[int], bias: Tensor | None, scale: float
+) -> Tensor:
+    """C++ on the CPU, CUDA on a GPU: csrc/window_attention_taylor.cpp."""
+    if q.is_cuda and q.shape[-1] > MAXIMUM_HEAD_DIM_CUDA:
+        backends.notify_once(
+            "window_attention_taylor head_dim",
+            f"window_attention_taylor: the CUDA kernel goes up to head_dim {MAXIMUM_HEAD_DIM_CUDA}, "
+            f"got {q.shape[-1]}; the reference runs",
+        )
+        return window_attention_taylor_reference(q, k, v, window, shift, bias, scale)
+    _extension.extension()
+    return torch.ops.asvit_fast_C.window_attention_taylor(q, k, v, window, shift, bias, scale)
+
+
+backends.declare("window_attention_taylor", cuda=_compiled, cpu=_compiled, reference=window_attention_taylor_reference)
+
+
+@torch.library.custom_op("asvit_fast::window_attention_taylor", mutates_args=())
+def _window_attention_taylor(
+    q: Tensor, k: Tensor, v: Tensor, window: list[int], shift: list[int], bias: Tensor | None, scale: float
+) -> Tensor:
+    out = backends.select("window_attention_taylor", q.device)(q, k, v, window, shift, bias, scale)
+    return out.contiguous()
+
+
+@_window_attention_taylor.register_fake
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, window: list[int], shift: list[int], bias: Tensor | None, scale: float
+) -> Tensor:
+    return q.new_empty(*q.shape[:4], q.shape[4] * q.shape[5])
+
+
+# --------------------------------------------------------------------------- autograd
+
+
+def _setup_context(ctx, inputs, output: Tensor) -> None:
+    q, k, v, ctx.window, ctx.shift, bias, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *([] if bias is None else [bias]))
+
+
+def _backward(ctx, gradient: Tensor):
+    """The adjoint of the reference, recomputed; in elementary operations, so that it can be differentiated again."""
+
+    def reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        return window_attention_taylor_reference(q, k, v, ctx.window, ctx.shift, bias, ctx.scale)
+
+    pull = torch.func.vjp(reference, *ctx.saved_tensors)[1]
+    to_q, to_k, to_v, *to_bias = pull(gradient)
+    return to_q, to_k, to_v, None, None, to_bias[0] if to_bias else None, None
+
+
+_window_attention_taylor.register_autograd(_backward, setup_context=_setup_context)
+
+# --------------------------------------------------------------------------- public
+
+
+def _check(qkv: Tensor, num_heads: int, window: tuple[int, int], shift: tuple[int, int], bias: Tensor | None) -> None:
+    name = "window_attention_taylor"
+    if qkv.dim() != 5 or not 1 <= qkv.shape[0] <= 3:
+        raise InputError(
+            f"{name}: qkv must be [orders + 1, B, H, W, 3*heads*head_dim] with 0 to 2 orders, "
+            f"got shape {tuple(qkv.shape)}"
+        )
+    if not qkv.is_floating_point():
+        raise InputError(f"{name}: qkv must be floating point, got {qkv.dtype}")
+    if num_heads < 1 or qkv.shape[4] == 0 or qkv.shape[4] % (3 * num_heads) != 0:
+        raise InputError(f"{name}: {qkv.shape[4]} channels are not 3 * {num_heads} heads * head_dim")
+    if min(window) < 1 or not all(0 <= s < w for s, w in zip(shift, window, strict=True)):
+        raise InputError(
+            f"{name}: window must be positive and 0 <= shift < window, got {tuple(window)}, {tuple(shift)}"
+        )
+    tokens = window[0] * window[1]
+    if bias is None:
+        return
+    if bias.shape != (num_heads, tokens, tokens):
+        raise InputError(f"{name}: bias must be [{num_heads}, {tokens}, {tokens}], got {tuple(bias.shape)}")
+    if bias.dtype != qkv.dtype or bias.device != qkv.device:
+        raise InputError(
+            f"{name}: bias must be {qkv.dtype} on {qkv.device} as qkv is, got {bias.dtype} on {bias.device}"
+        )
+
+
+def window_attention_taylor(
+    qkv: Tensor,
+    num_heads: int,
+    window: tuple[int, int],
+    shift: tuple[int, int] = (0, 0),
+    bias: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """`window_attention` of a value and of its first derivatives along a curve, in one pass.
+
+    Args:
+        qkv: [orders + 1, B, H, W, 3*heads*head_dim], the fused projection's value, then 0, 1 or 2 derivatives with
+            respect to t (not divided by factorials); channels ordered q | k | v, each [head][head_dim]; float32,
+            float64, float16 or bfloat16 (the latter two computed in float32). Read in place whatever its strides.
+        num_heads: attention heads.
+        window, shift: as for `window_attention`.
+        bias: [heads, tokens, tokens] of qkv's dtype, constant along the curve, added to the scaled scores.
+        scale: factor on q @ k; head_dim ** -0.5 by default.
+
+    Returns:
+        [orders + 1, B, H, W, heads*head_dim], contiguous, of qkv's dtype.
+
+    Raises:
+        InputError: shapes or values that do not fit.
+
+    Gradients of every order go through the reference, whose attention maps they keep in memory.
+    """
+    _check(qkv, num_heads, window, shift, bias)
+    head_dim = qkv.shape[4] // (3 * num_heads)
+    q, k, v = qkv.unflatten(4, (3, num_heads, head_dim)).unbind(4)  # [orders + 1, B, H, W, heads, d]
+    factor = head_dim**-0.5 if scale is None else scale
+    return stacked_window_attention(q, k, v, list(window), list(shift), bias, factor)
+
+
+def stacked_window_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: list[int], shift: list[int], bias: Tensor | None, scale: float
+) -> Tensor:
+    """The same on separate operands of any strides: [orders + 1, B, H, W, heads, d] each -> [orders + 1, B, H, W,
+    heads*d]."""
+    if transform_active() or q.numel() == 0:
+        return window_attention_taylor_reference(q, k, v, window, shift, bias, scale)
+    return _window_attention_taylor(q, k, v, window, shift, bias, scale)

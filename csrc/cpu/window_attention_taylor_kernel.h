@@ -1,0 +1,307 @@
+// Windowed attention on series for one instruction set. The lanes of a vector are queries, so that a row's maximum, sum
+// and reference are vectors, keys and values are broadcast from memory, and nothing is ever summed across lanes.
+//
+// A vector of queries meets the keys in tiles: scores of the tile (register block: one vector of queries x kKeyBlock
+// keys, the loop over head_dim inside), weights, then sums of weighted values (register block: kValueBlock components,
+// the loop over keys inside). A tile stays in L1; keys and values of a window, repacked once in the order in which they
+// are read, in L1 or L2.
+#pragma once
+
+#include "attention_series.h"
+#include "cpu/vector.h"
+#include "window_attention_taylor.h"
+
+namespace asvit_fast {
+namespace {
+
+constexpr bool kWide = ASVIT_FAST_VECTOR_BYTES == 64;  // 32 registers, operands broadcast from memory
+constexpr int kTile = 64;                              // keys
+constexpr int kKeyBlock = kWide ? 8 : 4;               // divides kTile
+constexpr int kValueBlock = kWide ? 8 : 4;
+constexpr int kValueRemainder = 4;  // head_dim is padded to a multiple of it
+
+// Vectors of one tile: scores [key][order], which become weights.
+template <typename T, int orders>
+struct alignas(64) ScoreTile {
+  T rows[kTile][orders + 1][kLanes<T>];
+};
+
+// One window's operands in the order in which they are read, in the caller's memory.
+template <typename T, int orders>
+struct PackedWindow {
+  T* keys;     // [key block][component][order][kKeyBlock]
+  T* values;   // [component block][key][order][component in the block]
+  T* queries;  // [component][order][lane]
+  T* sums;     // [component][order][lane]
+  int64_t padded_dim;
+
+  PackedWindow(const WindowAttentionTaylor<T>& problem, T* workspace) {
+    const AttentionWorkspace sizes(problem);
+    padded_dim = sizes.padded_dim;
+    queries = workspace;
+    sums = queries + sizes.vectors;
+    keys = sums + sizes.vectors;
+    values = keys + sizes.keys;
+  }
+};
+
+// Derivatives to Taylor coefficients.
+template <typename T>
+inline T coefficient(int order, T derivative) {
+  return order == 2 ? T(0.5) * derivative : derivative;
+}
+
+template <typename T, int orders>
+void pack_keys(const WindowAttentionTaylor<T>& problem, const AttentionWindow& window, T* packed) {
+  const AttentionStrides& strides = problem.k.strides;
+  const int64_t tokens = window.tokens(), block = problem.head_dim * (orders + 1) * kKeyBlock;
+  for (int64_t token = 0; token < tokens; ++token) {
+    const T* from = problem.k.data + token_offset(window, strides, token);
+    T* to = packed + token / kKeyBlock * block + token % kKeyBlock;
+    for (int64_t i = 0; i < problem.head_dim; ++i)
+      for (int order = 0; order <= orders; ++order)
+        to[(i * (orders + 1) + order) * kKeyBlock] =
+            coefficient(order, from[order * strides.order + i * strides.component]);
+  }
+  if (tokens % kKeyBlock == 0) return;
+  T* last = packed + tokens / kKeyBlock * block;
+  for (int64_t row = 0; row < problem.head_dim * (orders + 1); ++row)
+    for (int64_t key = tokens % kKeyBlock; key < kKeyBlock; ++key) last[row * kKeyBlock + key] = T(0);
+}
+
+template <typename T, int orders>
+void pack_values(const WindowAttentionTaylor<T>& problem, const AttentionWindow& window, int64_t padded_dim,
+                 T* packed) {
+  const AttentionStrides& strides = problem.v.strides;
+  const int64_t tokens = window.tokens();
+  for (int64_t begin = 0; begin < padded_dim; begin += kValueBlock) {
+    const int64_t width = padded_dim - begin < kValueBlock ? padded_dim - begin : kValueBlock;
+    for (int64_t token = 0; token < tokens; ++token) {
+      const T* from = problem.v.data + token_offset(window, strides, token) + begin * strides.component;
+      for (int order = 0; order <= orders; ++order)
+        for (int64_t i = 0; i < width; ++i)
+          *packed++ = begin + i < problem.head_dim
+                          ? coefficient(order, from[order * strides.order + i * strides.component])
+                          : T(0);
+    }
+  }
+}
+
+// Queries first <= i < first + count of the window, scaled; lanes beyond get zeros.
+template <typename T, int orders>
+void pack_queries(const WindowAttentionTaylor<T>& problem, const AttentionWindow& window, int64_t first, int64_t count,
+                  T* packed) {
+  const AttentionStrides& strides = problem.q.strides;
+  for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
+    const T* from = problem.q.data + token_offset(window, strides, first + (lane < count ? lane : 0));
+    for (int64_t i = 0; i < problem.head_dim; ++i)
+      for (int order = 0; order <= orders; ++order)
+        packed[(i * (orders + 1) + order) * kLanes<T> + lane] =
+            lane < count ? coefficient(order, problem.scale * from[order * strides.order + i * strides.component])
+                         : T(0);
+  }
+}
+
+// scores [kKeyBlock][orders + 1][lanes] of one block of keys
+template <typename T, int orders>
+inline void score_block(const T* queries, const T* keys, int64_t head_dim, T (*scores)[orders + 1][kLanes<T>]) {
+  Vector<T> s[kKeyBlock][orders + 1] = {};
+  for (int64_t i = 0; i < head_dim; ++i) {
+    Vector<T> q[orders + 1];
+#pragma GCC unroll 3
+    for (int order = 0; order <= orders; ++order) q[order] = load<T>(queries + order * kLanes<T>);
+#pragma GCC unroll 8
+    for (int key = 0; key < kKeyBlock; ++key) {
+      T k[orders + 1];
+#pragma GCC unroll 3
+      for (int order = 0; order <= orders; ++order) k[order] = keys[order * kKeyBlock + key];
+      add_product<orders>(s[key], q, k);
+    }
+    queries += (orders + 1) * kLanes<T>;
+    keys += (orders + 1) * kKeyBlock;
+  }
+#pragma GCC unroll 8
+  for (int key = 0; key < kKeyBlock; ++key)
+#pragma GCC unroll 3
+    for (int order = 0; order <= orders; ++order) store<T>(scores[key][order], s[key][order]);
+}
+
+template <typename T, int orders>
+void add_bias(const WindowAttentionTaylor<T>& problem, const AttentionWindow& window, int64_t query, int64_t queries,
+              int64_t key, int64_t keys, ScoreTile<T, orders>& tile) {
+  const int64_t columns = problem.columns.window, tokens = problem.rows.window * columns;
+  for (int64_t lane = 0; lane < queries; ++lane) {
+    const T* row = problem.bias + (window.head * tokens + token_in_window(window, columns, query + lane)) * tokens;
+    for (int64_t i = 0; i < keys; ++i) tile.rows[i][0][lane] += row[token_in_window(window, columns, key + i)];
+  }
+}
+
+// Scores of a tile to weights; `factor` is what sums over earlier tiles are to be multiplied with.
+template <typename T, int orders>
+inline void weigh(ScoreTile<T, orders>& tile, int64_t keys, SoftmaxState<orders, Vector<T>>& state, Vector<T>* factor) {
+  const Vector<T> before = state.reference[0];
+  Vector<T> maximum = before;
+  for (int64_t key = 0; key < keys; ++key) {
+    const Vector<T> s = load<T>(tile.rows[key][0]);
+    maximum = s > maximum ? s : maximum;
+  }
+  state.reference[0] = maximum;
+  Vector<T> weights = {}, first = {}, second = {};
+  for (int64_t key = 0; key < keys; ++key) {
+    const Vector<T> p = exp_negative<T>(load<T>(tile.rows[key][0]) - maximum);
+    store<T>(tile.rows[key][0], p);
+    weights += p;
+    if constexpr (orders >= 1) first += p * load<T>(tile.rows[key][1]);
+    if constexpr (orders >= 2) second += p * load<T>(tile.rows[key][2]);
+  }
+  move_reference<T, orders>(state, exp_negative<T>(before - maximum), weights, first, second, factor);
+  state.total[0] += weights;
+  if constexpr (orders >= 1) {
+    Vector<T> sum[orders + 1] = {};
+    for (int64_t key = 0; key < keys; ++key) {
+      Vector<T> x[orders + 1];
+#pragma GCC unroll 3
+      for (int order = 1; order <= orders; ++order) x[order] = load<T>(tile.rows[key][order]) - state.reference[order];
+      exp_series<T, orders>(x, load<T>(tile.rows[key][0]));
+#pragma GCC unroll 3
+      for (int order = 1; order <= orders; ++order) {
+        store<T>(tile.rows[key][order], x[order]);
+        sum[order] += x[order];
+      }
+    }
+#pragma GCC unroll 3
+    for (int order = 1; order <= orders; ++order) state.total[order] += sum[order];
+  }
+}
+
+// sums [width][orders + 1][lanes] = factor * sums + the tile's weights * values [key][orders + 1][width]. The tile is
+// summed by itself first: rounding errors grow with the length of a sum.
+template <typename T, int orders, int width>
+inline void accumulate(const ScoreTile<T, orders>& tile, int64_t keys, const T* values, const Vector<T>* factor,
+                       T* sums) {
+  Vector<T> sum[width][orders + 1] = {};
+  for (int64_t key = 0; key < keys; ++key) {
+    Vector<T> p[orders + 1];
+#pragma GCC unroll 3
+    for (int order = 0; order <= orders; ++order) p[order] = load<T>(tile.rows[key][order]);
+#pragma GCC unroll 8
+    for (int i = 0; i < width; ++i) {
+      T v[orders + 1];
+#pragma GCC unroll 3
+      for (int order = 0; order <= orders; ++order) v[order] = values[order * width + i];
+      add_product<orders>(sum[i], p, v);
+    }
+    values += (orders + 1) * width;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < width; ++i) {
+    Vector<T> before[orders + 1];
+#pragma GCC unroll 3
+    for (int order = 0; order <= orders; ++order) before[order] = load<T>(sums + order * kLanes<T>);
+    add_product<orders>(sum[i], before, factor);
+#pragma GCC unroll 3
+    for (int order = 0; order <= orders; ++order) store<T>(sums + order * kLanes<T>, sum[i][order]);
+    sums += (orders + 1) * kLanes<T>;
+  }
+}
+
+// y = sums / total, as derivatives, to the tokens first <= i < first + count of the output.
+template <typename T, int orders>
+void write_rows(const WindowAttentionTaylor<T>& problem, const AttentionWindow& window, int64_t first, int64_t count,
+                const SoftmaxState<orders, Vector<T>>& state, T* sums) {
+  const AttentionStrides strides = output_strides(problem);
+  const Vector<T> inverse = T(1) / state.total[0];
+  for (int64_t i = 0; i < problem.head_dim; ++i) {
+    T* row = sums + i * (orders + 1) * kLanes<T>;
+    Vector<T> y[orders + 1];
+    for (int order = 0; order <= orders; ++order) y[order] = load<T>(row + order * kLanes<T>);
+    divide_series<orders>(y, state.total, inverse);
+    if constexpr (orders >= 2) y[2] = y[2] + y[2];
+    for (int order = 0; order <= orders; ++order) store<T>(row + order * kLanes<T>, y[order]);
+  }
+  for (int64_t lane = 0; lane < count; ++lane) {
+    T* to = problem.output + token_offset(window, strides, first + lane);
+    for (int order = 0; order <= orders; ++order)
+      for (int64_t i = 0; i < problem.head_dim; ++i)
+        to[order * strides.order + i] = sums[(i * (orders + 1) + order) * kLanes<T> + lane];
+  }
+}
+
+// One vector of queries against all keys of its window.
+template <typename T, int orders>
+void attend(const WindowAttentionTaylor<T>& problem, const AttentionWindow& window,
+            const PackedWindow<T, orders>& packed, int64_t query, int64_t queries) {
+  constexpr T lowest = sizeof(T) == sizeof(float) ? T(-3e38) : T(-1e308);
+  const int64_t tokens = window.tokens();
+  ScoreTile<T, orders> tile;
+  SoftmaxState<orders, Vector<T>> state = {};
+  state.reference[0] = broadcast<T>(lowest);
+  pack_queries<T, orders>(problem, window, query, queries, packed.queries);
+  for (int64_t i = 0; i < packed.padded_dim * (orders + 1); ++i) store<T>(packed.sums + i * kLanes<T>, Vector<T>{});
+  for (int64_t key = 0; key < tokens; key += kTile) {
+    const int64_t keys = tokens - key < kTile ? tokens - key : kTile;
+    for (int64_t block = 0; block < keys; block += kKeyBlock)
+      score_block<T, orders>(packed.queries, packed.keys + (key + block) * problem.head_dim * (orders + 1),
+                             problem.head_dim, tile.rows + block);
+    if (problem.bias) add_bias(problem, window, query, queries, key, keys, tile);
+    Vector<T> factor[orders + 1];
+    weigh(tile, keys, state, factor);
+    for (int64_t i = 0; i < packed.padded_dim; i += kValueBlock) {
+      T* sums = packed.sums + i * (orders + 1) * kLanes<T>;
+      const T* values = packed.values + i * tokens * (orders + 1);
+      if (packed.padded_dim - i >= kValueBlock) {
+        accumulate<T, orders, kValueBlock>(tile, keys, values + key * (orders + 1) * kValueBlock, factor, sums);
+      } else {
+        accumulate<T, orders, kValueRemainder>(tile, keys, values + key * (orders + 1) * kValueRemainder, factor, sums);
+      }
+    }
+  }
+  write_rows(problem, window, query, queries, state, packed.sums);
+}
+
+template <typename T, int orders>
+void attend_units(const WindowAttentionTaylor<T>& problem, int64_t begin, int64_t end, T* workspace) {
+  const PackedWindow<T, orders> packed(problem, workspace);
+  const int64_t per_window = units_per_window(problem);
+  int64_t ready = -1;  // the window whose keys and values are packed
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t index = unit / per_window, first = unit % per_window * kQueriesPerUnit;
+    const AttentionWindow window = window_at(problem, index);
+    const int64_t tokens = window.tokens();
+    const int64_t last = first + kQueriesPerUnit < tokens ? first + kQueriesPerUnit : tokens;
+    if (first >= last) continue;
+    if (index != ready) {
+      pack_keys<T, orders>(problem, window, packed.keys);
+      pack_values<T, orders>(problem, window, packed.padded_dim, packed.values);
+      ready = index;
+    }
+    for (int64_t query = first; query < last; query += kLanes<T>)
+      attend(problem, window, packed, query, last - query < kLanes<T> ? last - query : kLanes<T>);
+  }
+}
+
+template <typename T>
+void window_attention_taylor(const WindowAttentionTaylor<T>& problem, int64_t begin, int64_t end, T* workspace) {
+  switch (problem.orders) {
+    case 0:
+      return attend_units<T, 0>(problem, begin, end, workspace);
+    case 1:
+      return attend_units<T, 1>(problem, begin, end, workspace);
+    default:
+      return attend_units<T, 2>(problem, begin, end, workspace);
+  }
+}
+
+}  // namespace
+}  // namespace asvit_fast
+
+// The two entry points, for the namespace of the instruction set.
+#define ASVIT_FAST_WINDOW_ATTENTION_TAYLOR_KERNELS                                                           \
+  void window_attention_taylor_f32(const WindowAttentionTaylor<float>& problem, int64_t begin, int64_t end,  \
+                                   float* workspace) {                                                       \
+    window_attention_taylor(problem, begin, end, workspace);                                                 \
+  }                                                                                                          \
+  void window_attention_taylor_f64(const WindowAttentionTaylor<double>& problem, int64_t begin, int64_t end, \
+                                   double* workspace) {                                                      \
+    window_attention_taylor(problem, begin, end, workspace);                                                 \
+  }

@@ -15,6 +15,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ from asvit_fast.errors import InputError
 BACKENDS = ("reference", "triton", "cuda", "cpu")
 MINIMUM_CAPABILITY = (8, 0)  # Ampere
 
-Implementation = Callable[..., torch.Tensor]
+Implementation = Callable[..., Any]  # tensors
 
 
 class FallbackWarning(UserWarning):

@@ -6,12 +6,15 @@ export.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from .. import backends
+from .. import _extension, backends
+from ..errors import InputError
 from .transforms import transform_active
 
 
@@ -149,7 +152,134 @@ def _window_attention_sdpa(
     return merge_windows(out, size, window, shift)
 
 
-backends.declare("window_attention", reference=window_attention_reference)
+# --------------------------------------------------------------------------- fused op
+
+Result = tuple[Tensor, Tensor]
+
+
+def _compiled(
+    qkv: Tensor, num_heads: int, window: list[int], shift: list[int], bias: Tensor | None, scale: float
+) -> Result:
+    """C++: csrc/window_attention.cpp."""
+    _extension.extension()
+    return torch.ops.asvit_fast_C.window_attention(qkv, num_heads, window, shift, bias, scale)
+
+
+def _elementary(
+    qkv: Tensor, num_heads: int, window: list[int], shift: list[int], bias: Tensor | None, scale: float
+) -> Result:
+    """The reference, with nothing kept for the backward pass."""
+    return window_attention_reference(qkv, num_heads, window, shift, bias, scale).contiguous(), qkv.new_empty(0)
+
+
+backends.declare("window_attention", cpu=_compiled, reference=_elementary)
+
+
+@torch.library.custom_op("asvit_fast::window_attention", mutates_args=())
+def _window_attention(
+    qkv: Tensor, num_heads: int, window: list[int], shift: list[int], bias: Tensor | None, scale: float
+) -> Result:
+    """The output [B, H, W, heads*d], and [2, B, H, W, heads]: largest score of a row, 1 / sum of its weights."""
+    return backends.select("window_attention", qkv.device)(qkv, num_heads, window, shift, bias, scale)
+
+
+@_window_attention.register_fake
+def _fake(
+    qkv: Tensor, num_heads: int, window: list[int], shift: list[int], bias: Tensor | None, scale: float
+) -> Result:
+    working = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3), qkv.new_empty(2, *qkv.shape[:3], num_heads, dtype=working)
+
+
+# --------------------------------------------------------------------------- autograd
+
+
+def _vector_jacobian_product(
+    num_heads: int, window: list[int], shift: list[int], scale: float
+) -> Callable[..., tuple[Tensor, ...]]:
+    """(gradient of the output, qkv, and the bias if there is one) -> gradients of qkv and bias, through the reference:
+    differentiable in all of them."""
+
+    def product(gradient: Tensor, qkv: Tensor, *bias: Tensor) -> tuple[Tensor, ...]:
+        def reference(qkv: Tensor, *bias: Tensor) -> Tensor:
+            table = bias[0] if bias else None
+            return window_attention_reference(qkv, num_heads, window, shift, table, scale)
+
+        return torch.func.vjp(reference, qkv, *bias)[1](gradient)
+
+    return product
+
+
+@torch.library.custom_op("asvit_fast::window_attention_backward", mutates_args=())
+def _window_attention_backward(
+    gradient: Tensor,
+    qkv: Tensor,
+    output: Tensor,
+    statistics: Tensor,
+    num_heads: int,
+    window: list[int],
+    shift: list[int],
+    bias: Tensor | None,
+    scale: float,
+    bias_gradient: bool,
+) -> Result:
+    """Gradients of qkv and bias (empty unless asked for); sums over windows in an order that only shapes decide."""
+    if statistics.numel() == 0 and qkv.numel() > 0:  # the reference ran
+        product = _vector_jacobian_product(num_heads, window, shift, scale)
+        to_qkv, *to_bias = product(gradient, qkv, *([] if bias is None else [bias]))
+        return to_qkv.contiguous(), to_bias[0].contiguous() if bias_gradient else qkv.new_empty(0)
+    _extension.extension()
+    return torch.ops.asvit_fast_C.window_attention_backward(
+        gradient, qkv, output, statistics, num_heads, window, shift, bias, scale, bias_gradient
+    )
+
+
+@_window_attention_backward.register_fake
+def _fake_backward(gradient, qkv, output, statistics, num_heads, window, shift, bias, scale, bias_gradient) -> Result:
+    to_bias = bias.new_empty(bias.shape) if bias is not None and bias_gradient else qkv.new_empty(0)
+    return qkv.new_empty(qkv.shape), to_bias
+
+
+def _setup_context(ctx, inputs, output: Result) -> None:
+    qkv, *ctx.settings, bias, ctx.scale = inputs  # num_heads, window, shift
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(qkv, *output, *([] if bias is None else [bias]))
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, gradient: Tensor | None, _: Tensor | None):
+    if gradient is None:
+        return None, None, None, None, None, None
+    qkv, output, statistics, *bias = ctx.saved_tensors
+    wanted = ctx.has_bias and ctx.needs_input_grad[4]
+    to_qkv, to_bias = _window_attention_backward(
+        gradient, qkv, output, statistics, *ctx.settings, bias[0] if bias else None, ctx.scale, wanted
+    )
+    return to_qkv, None, None, None, to_bias if wanted else None, None
+
+
+_window_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _setup_double(ctx, inputs, output: Result) -> None:
+    gradient, qkv, _, _, *ctx.settings, bias, ctx.scale, ctx.bias_gradient = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(gradient, qkv, *([] if bias is None else [bias]))
+
+
+def _double_backward(ctx, to_qkv: Tensor, to_bias: Tensor):
+    """In elementary operations, so that it can be differentiated again."""
+    num_heads, window, shift = ctx.settings
+    product = _vector_jacobian_product(num_heads, window, shift, ctx.scale)
+    bias_cotangent = to_bias if ctx.bias_gradient else torch.zeros_like(ctx.saved_tensors[-1])
+    cotangents = (to_qkv, bias_cotangent) if ctx.has_bias else (to_qkv,)
+    gradients = torch.func.vjp(product, *ctx.saved_tensors)[1](cotangents)
+    return gradients[0], gradients[1], None, None, None, None, None, gradients[2] if ctx.has_bias else None, None, None
+
+
+_window_attention_backward.register_autograd(_double_backward, setup_context=_setup_double)
+
+# --------------------------------------------------------------------------- public
 
 
 def window_attention(
@@ -176,17 +306,25 @@ def window_attention(
     Raises:
         ValueError: shapes that do not fit, naming the value.
 
-    Double backward needs ``use_backend("reference")``: torch's fused attention has none.
+    On a CPU one compiled kernel each for forward and backward, which copies nothing and keeps two numbers per row; with
+    dropout, and on a GPU, torch's fused attention, which has no double backward.
     """
+    windows, shifts = [window[0], window[1]], [shift[0], shift[1]]
     elementary = qkv.numel() == 0
     if not torch.jit.is_scripting():
         if has_torch_function_unary(qkv):
             return handle_torch_function(window_attention, (qkv,), qkv, num_heads, window, shift, bias, scale, dropout)
-        if backends.forced_backend() is not None:
-            implementation = backends.select("window_attention", qkv.device)
-            return implementation(qkv, num_heads, window, shift, bias, scale, dropout)
+        _check(qkv, num_heads, windows, shifts, bias)
         elementary = elementary or transform_active()
-    windows, shifts = [window[0], window[1]], [shift[0], shift[1]]
+        forced = backends.forced_backend()
+        if forced is not None:
+            implementation = backends.select("window_attention", qkv.device)
+            elementary = elementary or implementation is _elementary
+        if not elementary and (forced is not None or (qkv.device.type == "cpu" and dropout == 0.0)):
+            if dropout > 0.0:
+                raise InputError(f"window_attention: the {forced} backend has no dropout, got {dropout}")
+            factor = float(qkv.shape[3] // (3 * num_heads)) ** -0.5 if scale is None else scale
+            return _window_attention(qkv, num_heads, windows, shifts, bias, factor)[0]
     _check(qkv, num_heads, windows, shifts, bias)
     if elementary:
         return window_attention_reference(qkv, num_heads, windows, shifts, bias, scale, dropout)

@@ -174,16 +174,16 @@ inline void weigh(ScoreTile<T, orders>& tile, int64_t keys, SoftmaxState<orders,
   }
 }
 
-// sums [width][orders + 1][lanes] = factor * sums + the tile's weights * values [key][orders + 1][width]. The tile is
-// summed by itself first: rounding errors grow with the length of a sum.
+// sums [width][orders + 1][lanes] = factor * sums + weights [key][orders + 1][lanes] * values [key][orders + 1][width].
+// The keys are summed by themselves first: rounding errors grow with the length of a sum.
 template <typename T, int orders, int width>
-inline void accumulate(const ScoreTile<T, orders>& tile, int64_t keys, const T* values, const Vector<T>* factor,
-                       T* sums) {
+inline void accumulate(const T (*weights)[orders + 1][kLanes<T>], int64_t keys, const T* values,
+                       const Vector<T>* factor, T* sums) {
   Vector<T> sum[width][orders + 1] = {};
   for (int64_t key = 0; key < keys; ++key) {
     Vector<T> p[orders + 1];
 #pragma GCC unroll 3
-    for (int order = 0; order <= orders; ++order) p[order] = load<T>(tile.rows[key][order]);
+    for (int order = 0; order <= orders; ++order) p[order] = load<T>(weights[key][order]);
 #pragma GCC unroll 8
     for (int i = 0; i < width; ++i) {
       T v[orders + 1];
@@ -202,6 +202,23 @@ inline void accumulate(const ScoreTile<T, orders>& tile, int64_t keys, const T* 
 #pragma GCC unroll 3
     for (int order = 0; order <= orders; ++order) store<T>(sums + order * kLanes<T>, sum[i][order]);
     sums += (orders + 1) * kLanes<T>;
+  }
+}
+
+// The same for all components: `values` [component block][token][orders + 1][component in the block], of which the
+// tokens from `first` on count, `sums` [component][orders + 1][lanes].
+template <typename T, int orders>
+inline void accumulate_rows(const T (*weights)[orders + 1][kLanes<T>], int64_t keys, const T* values, int64_t tokens,
+                            int64_t first, int64_t padded_dim, const Vector<T>* factor, T* sums) {
+  for (int64_t i = 0; i < padded_dim; i += kValueBlock) {
+    T* block_sums = sums + i * (orders + 1) * kLanes<T>;
+    const T* block = values + i * tokens * (orders + 1);
+    if (padded_dim - i >= kValueBlock) {
+      accumulate<T, orders, kValueBlock>(weights, keys, block + first * (orders + 1) * kValueBlock, factor, block_sums);
+    } else {
+      accumulate<T, orders, kValueRemainder>(weights, keys, block + first * (orders + 1) * kValueRemainder, factor,
+                                             block_sums);
+    }
   }
 }
 
@@ -225,6 +242,15 @@ void write_rows(const WindowAttentionTaylor<T>& problem, const AttentionWindow& 
       for (int64_t i = 0; i < problem.head_dim; ++i)
         to[order * strides.order + i] = sums[(i * (orders + 1) + order) * kLanes<T> + lane];
   }
+  if constexpr (orders == 0) {
+    if (!problem.statistics) return;
+    const int64_t rows = problem.batch * problem.rows.size * problem.columns.size * problem.heads;
+    for (int64_t lane = 0; lane < count; ++lane) {
+      T* to = problem.statistics + token_offset(window, strides, first + lane) / problem.head_dim;
+      to[0] = state.reference[0][lane];
+      to[rows] = inverse[lane];
+    }
+  }
 }
 
 // One vector of queries against all keys of its window.
@@ -246,15 +272,7 @@ void attend(const WindowAttentionTaylor<T>& problem, const AttentionWindow& wind
     if (problem.bias) add_bias(problem, window, query, queries, key, keys, tile);
     Vector<T> factor[orders + 1];
     weigh(tile, keys, state, factor);
-    for (int64_t i = 0; i < packed.padded_dim; i += kValueBlock) {
-      T* sums = packed.sums + i * (orders + 1) * kLanes<T>;
-      const T* values = packed.values + i * tokens * (orders + 1);
-      if (packed.padded_dim - i >= kValueBlock) {
-        accumulate<T, orders, kValueBlock>(tile, keys, values + key * (orders + 1) * kValueBlock, factor, sums);
-      } else {
-        accumulate<T, orders, kValueRemainder>(tile, keys, values + key * (orders + 1) * kValueRemainder, factor, sums);
-      }
-    }
+    accumulate_rows<T, orders>(tile.rows, keys, packed.values, tokens, key, packed.padded_dim, factor, packed.sums);
   }
   write_rows(problem, window, query, queries, state, packed.sums);
 }

@@ -275,15 +275,14 @@ def test_gradients_of_any_layout() -> None:
 def test_opcheck(device: torch.device) -> None:
     if device.type != "cpu":
         pytest.skip("the op is the CPU's")
-    for with_bias in (False, True):
-        for requires_grad in (False, True):
-            qkv = torch.randn(2, 5, 4, 12).requires_grad_(requires_grad)
-            bias = torch.randn(2, 6, 6).requires_grad_(requires_grad) if with_bias else None
-            settings = (2, [3, 2], [1, 0], bias, 0.7)
-            torch.library.opcheck(torch.ops.asvit_fast.window_attention.default, (qkv, *settings))
-            out, statistics = torch.ops.asvit_fast.window_attention(qkv, *settings)
-            arguments = (torch.randn_like(out), qkv, out.detach(), statistics.detach(), *settings, with_bias)
-            torch.library.opcheck(torch.ops.asvit_fast.window_attention_backward.default, arguments)
+    for requires_grad in (False, True):  # without and with a bias
+        qkv = torch.randn(2, 5, 4, 12).requires_grad_(requires_grad)
+        bias = torch.randn(2, 6, 6).requires_grad_() if requires_grad else None
+        settings = (2, [3, 2], [1, 0], bias, 0.7)
+        torch.library.opcheck(torch.ops.asvit_fast.window_attention.default, (qkv, *settings))
+        out, statistics = torch.ops.asvit_fast.window_attention(qkv, *settings)
+        arguments = (torch.randn_like(out), qkv, out.detach(), statistics.detach(), *settings, requires_grad)
+        torch.library.opcheck(torch.ops.asvit_fast.window_attention_backward.default, arguments)
 
 
 @needs_extension

@@ -8,8 +8,6 @@
 // lanes are keys: still nothing is summed across lanes, and every weight is computed once.
 #pragma once
 
-#include <utility>
-
 #include "cpu/window_attention_taylor_kernel.h"
 #include "window_attention.h"
 
@@ -19,25 +17,6 @@ namespace {
 constexpr int kQueryVectors = kWide ? 2 : 4;
 template <typename T>
 constexpr int kQueryGroup = kQueryVectors * kLanes<T>;
-
-// One of the log2(lanes) steps of a transposition: rows `stride` apart exchange a quarter of what they hold.
-template <typename T, int stride, int... lane>
-inline void exchange(Vector<T>& a, Vector<T>& b, std::integer_sequence<int, lane...>) {
-  const Vector<T> low = __builtin_shufflevector(a, b, (lane & stride ? kLanes<T> + lane - stride : lane)...);
-  b = __builtin_shufflevector(a, b, (lane & stride ? kLanes<T> + lane : lane + stride)...);
-  a = low;
-}
-
-template <typename T, int stride = 1>
-inline void transpose(Vector<T> (&rows)[kLanes<T>]) {
-  if constexpr (stride < kLanes<T>) {
-#pragma GCC unroll 16
-    for (int row = 0; row < kLanes<T>; ++row)
-      if (!(row & stride))
-        exchange<T, stride>(rows[row], rows[row + stride], std::make_integer_sequence<int, kLanes<T>>());
-    transpose<T, stride * 2>(rows);
-  }
-}
 
 // Weights and gradients of scores of a group of queries and a tile of keys, lanes along the keys.
 template <typename T>
@@ -49,7 +28,7 @@ struct alignas(64) TransposedTiles {
 // One window's operands, as PackedWindow has them, and sums.
 template <typename T>
 struct BackwardWindow {
-  T *keys, *values;                          // [key block][component][kKeyBlock]
+  T *keys, *values;                          // [key][component]
   T *key_rows, *query_rows, *gradient_rows;  // [component block][token][component in the block]
   T *to_keys, *to_values;                    // [vector of keys][component][lane]
   T *queries, *gradients, *to_queries;       // [vector of queries][component][lane]

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "attention_series.h"
+#include "cpu/transpose.h"
 #include "cpu/vector.h"
 #include "window_attention_taylor.h"
 
@@ -29,7 +30,7 @@ struct alignas(64) ScoreTile {
 // One window's operands in the order in which they are read, in the caller's memory.
 template <typename T, int orders>
 struct PackedWindow {
-  T* keys;     // [key block][component][order][kKeyBlock]
+  T* keys;     // [key][component][order], zeros up to a whole block of keys
   T* values;   // [component block][key][order][component in the block]
   T* queries;  // [component][order][lane]
   T* sums;     // [component][order][lane]
@@ -51,38 +52,56 @@ inline T coefficient(int order, T derivative) {
   return order == 2 ? T(0.5) * derivative : derivative;
 }
 
+// Calls run(width) for widths that cover `size` components from the front: a vector of them, 8, 4, then single ones.
+template <typename T, typename Run>
+inline void in_widths(int64_t size, Run run) {
+  int64_t begin = 0;
+  const auto all = [&](auto width) {
+    for (; size - begin >= width(); begin += width()) run(begin, width);
+  };
+  all(std::integral_constant<int, kLanes<T>>());
+  if constexpr (kLanes<T> > 8) all(std::integral_constant<int, 8>());
+  if constexpr (kLanes<T> > 4) all(std::integral_constant<int, 4>());
+  all(std::integral_constant<int, 1>());
+}
+
 template <typename T, int orders>
 void pack_keys(const WindowAttentionTaylor<T>& problem, const AttentionWindow& window, T* packed) {
-  const AttentionStrides& strides = problem.k.strides;
-  const int64_t tokens = window.tokens(), block = problem.head_dim * (orders + 1) * kKeyBlock;
+  const AttentionStrides strides = problem.k.strides;
+  const int64_t tokens = window.tokens(), head_dim = problem.head_dim;
   for (int64_t token = 0; token < tokens; ++token) {
     const T* from = problem.k.data + token_offset(window, strides, token);
-    T* to = packed + token / kKeyBlock * block + token % kKeyBlock;
-    for (int64_t i = 0; i < problem.head_dim; ++i)
+    if (orders == 0 && strides.component == 1) {
+      in_widths<T>(head_dim, [&](int64_t i, auto width) { std::memcpy(packed + i, from + i, width() * sizeof(T)); });
+      packed += head_dim;
+      continue;
+    }
+    for (int64_t i = 0; i < head_dim; ++i)
       for (int order = 0; order <= orders; ++order)
-        to[(i * (orders + 1) + order) * kKeyBlock] =
-            coefficient(order, from[order * strides.order + i * strides.component]);
+        *packed++ = coefficient(order, from[order * strides.order + i * strides.component]);
   }
-  if (tokens % kKeyBlock == 0) return;
-  T* last = packed + tokens / kKeyBlock * block;
-  for (int64_t row = 0; row < problem.head_dim * (orders + 1); ++row)
-    for (int64_t key = tokens % kKeyBlock; key < kKeyBlock; ++key) last[row * kKeyBlock + key] = T(0);
+  for (int64_t token = tokens; token % kKeyBlock; ++token)
+    for (int64_t i = 0; i < head_dim * (orders + 1); ++i) *packed++ = T(0);
 }
 
 template <typename T, int orders>
 void pack_values(const WindowAttentionTaylor<T>& problem, const AttentionWindow& window, int64_t padded_dim,
                  T* packed) {
-  const AttentionStrides& strides = problem.v.strides;
-  const int64_t tokens = window.tokens();
+  const AttentionStrides strides = problem.v.strides;
+  const int64_t tokens = window.tokens(), head_dim = problem.head_dim;
   for (int64_t begin = 0; begin < padded_dim; begin += kValueBlock) {
     const int64_t width = padded_dim - begin < kValueBlock ? padded_dim - begin : kValueBlock;
     for (int64_t token = 0; token < tokens; ++token) {
       const T* from = problem.v.data + token_offset(window, strides, token) + begin * strides.component;
+      if (orders == 0 && strides.component == 1 && begin + kValueBlock <= head_dim) {
+        std::memcpy(packed, from, kValueBlock * sizeof(T));
+        packed += kValueBlock;
+        continue;
+      }
       for (int order = 0; order <= orders; ++order)
         for (int64_t i = 0; i < width; ++i)
-          *packed++ = begin + i < problem.head_dim
-                          ? coefficient(order, from[order * strides.order + i * strides.component])
-                          : T(0);
+          *packed++ =
+              begin + i < head_dim ? coefficient(order, from[order * strides.order + i * strides.component]) : T(0);
     }
   }
 }
@@ -91,20 +110,45 @@ void pack_values(const WindowAttentionTaylor<T>& problem, const AttentionWindow&
 template <typename T, int orders>
 void pack_queries(const WindowAttentionTaylor<T>& problem, const AttentionWindow& window, int64_t first, int64_t count,
                   T* packed) {
-  const AttentionStrides& strides = problem.q.strides;
-  for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
-    const T* from = problem.q.data + token_offset(window, strides, first + (lane < count ? lane : 0));
-    for (int64_t i = 0; i < problem.head_dim; ++i)
-      for (int order = 0; order <= orders; ++order)
-        packed[(i * (orders + 1) + order) * kLanes<T> + lane] =
-            lane < count ? coefficient(order, problem.scale * from[order * strides.order + i * strides.component])
-                         : T(0);
+  const AttentionStrides strides = problem.q.strides;
+  const T* rows[kLanes<T>];
+  for (int64_t lane = 0; lane < count; ++lane)
+    rows[lane] = problem.q.data + token_offset(window, strides, first + lane);
+  for (int order = 0; order <= orders; ++order) {
+    const T factor = coefficient(order, problem.scale);
+    const auto to = [&](int64_t i) { return packed + (i * (orders + 1) + order) * kLanes<T>; };
+    const auto block = [&](int64_t i, auto width) {
+      Vector<T> lanes[kLanes<T>] = {};
+      for (int64_t lane = 0; lane < count; ++lane)
+        std::memcpy(&lanes[lane], rows[lane] + order * strides.order + i, width() * sizeof(T));
+      transpose<T>(lanes);
+#pragma GCC unroll 16
+      for (int j = 0; j < width(); ++j) store<T>(to(i + j), factor * lanes[j]);
+    };
+    const auto single = [&](int64_t i) {
+      Vector<T> lanes = {};
+      for (int64_t lane = 0; lane < count; ++lane)
+        lanes[lane] = rows[lane][order * strides.order + i * strides.component];
+      store<T>(to(i), factor * lanes);
+    };
+    if (strides.component != 1) {
+      for (int64_t i = 0; i < problem.head_dim; ++i) single(i);
+      continue;
+    }
+    in_widths<T>(problem.head_dim, [&](int64_t i, auto width) {
+      if constexpr (width() == 1) {
+        single(i);
+      } else {
+        block(i, width);
+      }
+    });
   }
 }
 
 // scores [kKeyBlock][orders + 1][lanes] of one block of keys
 template <typename T, int orders>
 inline void score_block(const T* queries, const T* keys, int64_t head_dim, T (*scores)[orders + 1][kLanes<T>]) {
+  const int64_t row = head_dim * (orders + 1);
   Vector<T> s[kKeyBlock][orders + 1] = {};
   for (int64_t i = 0; i < head_dim; ++i) {
     Vector<T> q[orders + 1];
@@ -114,11 +158,11 @@ inline void score_block(const T* queries, const T* keys, int64_t head_dim, T (*s
     for (int key = 0; key < kKeyBlock; ++key) {
       T k[orders + 1];
 #pragma GCC unroll 3
-      for (int order = 0; order <= orders; ++order) k[order] = keys[order * kKeyBlock + key];
+      for (int order = 0; order <= orders; ++order) k[order] = keys[key * row + order];
       add_product<orders>(s[key], q, k);
     }
     queries += (orders + 1) * kLanes<T>;
-    keys += (orders + 1) * kKeyBlock;
+    keys += orders + 1;
   }
 #pragma GCC unroll 8
   for (int key = 0; key < kKeyBlock; ++key)
@@ -236,12 +280,23 @@ void write_rows(const WindowAttentionTaylor<T>& problem, const AttentionWindow& 
     if constexpr (orders >= 2) y[2] = y[2] + y[2];
     for (int order = 0; order <= orders; ++order) store<T>(row + order * kLanes<T>, y[order]);
   }
-  for (int64_t lane = 0; lane < count; ++lane) {
-    T* to = problem.output + token_offset(window, strides, first + lane);
-    for (int order = 0; order <= orders; ++order)
-      for (int64_t i = 0; i < problem.head_dim; ++i)
-        to[order * strides.order + i] = sums[(i * (orders + 1) + order) * kLanes<T> + lane];
-  }
+  T* rows[kLanes<T>];
+  for (int64_t lane = 0; lane < count; ++lane)
+    rows[lane] = problem.output + token_offset(window, strides, first + lane);
+  for (int order = 0; order <= orders; ++order)
+    in_widths<T>(problem.head_dim, [&](int64_t i, auto width) {
+      Vector<T> lanes[kLanes<T>] = {};
+#pragma GCC unroll 16
+      for (int j = 0; j < width(); ++j) lanes[j] = load<T>(sums + ((i + j) * (orders + 1) + order) * kLanes<T>);
+      if constexpr (width() > 1) transpose<T>(lanes);
+      for (int64_t lane = 0; lane < count; ++lane) {
+        if constexpr (width() == 1) {
+          rows[lane][order * strides.order + i] = lanes[0][lane];
+        } else {
+          std::memcpy(rows[lane] + order * strides.order + i, &lanes[lane], width() * sizeof(T));
+        }
+      }
+    });
   if constexpr (orders == 0) {
     if (!problem.statistics) return;
     const int64_t rows = problem.batch * problem.rows.size * problem.columns.size * problem.heads;

@@ -81,23 +81,20 @@ struct RowState {
   Vector<T> maximum, inverse, mean;  // largest score, 1 / sum of weights, <g, y>
 };
 
+// `gradients` and `outputs`: [component][lane] of the queries.
 template <typename T>
-RowState<T> row_state(const WindowAttentionBackward<T>& problem, const AttentionWindow& window, int64_t query,
-                      int64_t count) {
-  const WindowAttentionTaylor<T>& forward = problem.forward;
+RowState<T> row_state(const WindowAttentionTaylor<T>& forward, const AttentionWindow& window, int64_t query,
+                      int64_t count, const T* gradients, const T* outputs) {
   const AttentionStrides strides = output_strides(forward);
   const int64_t rows = forward.batch * forward.rows.size * forward.columns.size * forward.heads;
   RowState<T> state = {};
   for (int64_t lane = 0; lane < count; ++lane) {
-    const int64_t offset = token_offset(window, strides, query + lane);
-    const T* gradient = problem.gradient.data + token_offset(window, problem.gradient.strides, query + lane);
-    T mean = 0;
-    for (int64_t i = 0; i < forward.head_dim; ++i)
-      mean += gradient[i * problem.gradient.strides.component] * forward.output[offset + i];
-    state.maximum[lane] = forward.statistics[offset / forward.head_dim];
-    state.inverse[lane] = forward.statistics[rows + offset / forward.head_dim];
-    state.mean[lane] = mean;
+    const T* from = forward.statistics + token_offset(window, strides, query + lane) / forward.head_dim;
+    state.maximum[lane] = from[0];
+    state.inverse[lane] = from[rows];
   }
+  for (int64_t i = 0; i < forward.head_dim; ++i)
+    state.mean += load<T>(gradients + i * kLanes<T>) * load<T>(outputs + i * kLanes<T>);
   return state;
 }
 
@@ -150,15 +147,15 @@ void add_bias_gradient(const WindowAttentionTaylor<T>& forward, const AttentionW
   }
 }
 
-// Sums [vector][component][lane] to the tokens first <= i < first + count.
+// factor * sums [vector][component][lane] to the tokens first <= i < first + count.
 template <typename T>
 void write_gradient(const AttentionWindow& window, const AttentionStrides& strides, int64_t head_dim,
-                    int64_t padded_dim, int64_t first, int64_t count, T factor, const T* sums, T* to) {
-  for (int64_t i = 0; i < count; ++i) {
-    T* token = to + token_offset(window, strides, first + i);
-    const T* from = sums + i / kLanes<T> * padded_dim * kLanes<T> + i % kLanes<T>;
+                    int64_t padded_dim, int64_t first, int64_t count, T factor, T* sums, T* to) {
+  for (int64_t i = 0; i < count; i += kLanes<T>) {
     for (int64_t component = 0; component < head_dim; ++component)
-      token[component * strides.component] = factor * from[component * kLanes<T>];
+      store<T>(sums + component * kLanes<T>, factor * load<T>(sums + component * kLanes<T>));
+    write_lanes(window, strides, first + i, count - i < kLanes<T> ? count - i : kLanes<T>, head_dim, sums, 1, to);
+    sums += padded_dim * kLanes<T>;
   }
 }
 
@@ -168,6 +165,7 @@ void differentiate_group(const WindowAttentionBackward<T>& problem, const Attent
                          const BackwardWindow<T>& packed, int64_t first, int64_t count, T* to_bias) {
   const WindowAttentionTaylor<T>& forward = problem.forward;
   const WindowAttentionTaylor<T> gradients = with_operand(forward, problem.gradient);
+  const WindowAttentionTaylor<T> outputs = with_operand(forward, {forward.output, output_strides(forward)});
   const int64_t tokens = window.tokens(), vectors = (count + kLanes<T> - 1) / kLanes<T>;
   const auto lanes_of = [count](int64_t vector) {
     return count - vector * kLanes<T> < kLanes<T> ? count - vector * kLanes<T> : kLanes<T>;
@@ -176,9 +174,10 @@ void differentiate_group(const WindowAttentionBackward<T>& problem, const Attent
   RowState<T> states[kQueryVectors];
   for (int64_t vector = 0; vector < vectors; ++vector) {
     const int64_t query = first + vector * kLanes<T>, queries = lanes_of(vector), at = packed.vector(vector);
-    states[vector] = row_state(problem, window, query, queries);
     pack_queries<T, 0>(forward, window, query, queries, packed.queries + at);
     pack_queries<T, 0>(gradients, window, query, queries, packed.gradients + at);
+    pack_queries<T, 0>(outputs, window, query, queries, packed.to_queries + at);
+    states[vector] = row_state(forward, window, query, queries, packed.gradients + at, packed.to_queries + at);
     for (int64_t i = 0; i < packed.padded_dim; ++i) store<T>(packed.to_queries + at + i * kLanes<T>, Vector<T>{});
   }
   ScoreTile<T, 0> weights, scores;

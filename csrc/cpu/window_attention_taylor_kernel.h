@@ -266,6 +266,28 @@ inline void accumulate_rows(const T (*weights)[orders + 1][kLanes<T>], int64_t k
   }
 }
 
+// Component i of the tokens first <= j < first + count, lane j of the vector number i * step of `sums`. Components are
+// neighbours in memory.
+template <typename T>
+void write_lanes(const AttentionWindow& window, const AttentionStrides& strides, int64_t first, int64_t count,
+                 int64_t head_dim, const T* sums, int64_t step, T* to) {
+  T* rows[kLanes<T>];
+  for (int64_t lane = 0; lane < count; ++lane) rows[lane] = to + token_offset(window, strides, first + lane);
+  in_widths<T>(head_dim, [&](int64_t i, auto width) {
+    Vector<T> lanes[kLanes<T>] = {};
+#pragma GCC unroll 16
+    for (int j = 0; j < width(); ++j) lanes[j] = load<T>(sums + (i + j) * step * kLanes<T>);
+    if constexpr (width() > 1) transpose<T>(lanes);
+    for (int64_t lane = 0; lane < count; ++lane) {
+      if constexpr (width() == 1) {
+        rows[lane][i] = lanes[0][lane];
+      } else {
+        std::memcpy(rows[lane] + i, &lanes[lane], width() * sizeof(T));
+      }
+    }
+  });
+}
+
 // y = sums / total, as derivatives, to the tokens first <= i < first + count of the output.
 template <typename T, int orders>
 void write_rows(const WindowAttentionTaylor<T>& problem, const AttentionWindow& window, int64_t first, int64_t count,
@@ -280,23 +302,9 @@ void write_rows(const WindowAttentionTaylor<T>& problem, const AttentionWindow& 
     if constexpr (orders >= 2) y[2] = y[2] + y[2];
     for (int order = 0; order <= orders; ++order) store<T>(row + order * kLanes<T>, y[order]);
   }
-  T* rows[kLanes<T>];
-  for (int64_t lane = 0; lane < count; ++lane)
-    rows[lane] = problem.output + token_offset(window, strides, first + lane);
   for (int order = 0; order <= orders; ++order)
-    in_widths<T>(problem.head_dim, [&](int64_t i, auto width) {
-      Vector<T> lanes[kLanes<T>] = {};
-#pragma GCC unroll 16
-      for (int j = 0; j < width(); ++j) lanes[j] = load<T>(sums + ((i + j) * (orders + 1) + order) * kLanes<T>);
-      if constexpr (width() > 1) transpose<T>(lanes);
-      for (int64_t lane = 0; lane < count; ++lane) {
-        if constexpr (width() == 1) {
-          rows[lane][order * strides.order + i] = lanes[0][lane];
-        } else {
-          std::memcpy(rows[lane] + order * strides.order + i, &lanes[lane], width() * sizeof(T));
-        }
-      }
-    });
+    write_lanes(window, strides, first, count, problem.head_dim, sums + order * kLanes<T>, orders + 1,
+                problem.output + order * strides.order);
   if constexpr (orders == 0) {
     if (!problem.statistics) return;
     const int64_t rows = problem.batch * problem.rows.size * problem.columns.size * problem.heads;

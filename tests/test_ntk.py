@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import asvit_fast as af
 from asvit_fast import backends
 from asvit_fast.nn import PatchMerging
-from asvit_fast.scoring import per_sample
+from asvit_fast.scoring import contractions
 from asvit_fast.scoring.ntk import score_features
 
 
@@ -141,11 +141,11 @@ def test_every_kernel_of_merging(kernel: int) -> None:
 
 
 @pytest.mark.parametrize("size", [32, 44])  # few tokens: products of pairs of tokens; many: products of whole gradients
-@pytest.mark.parametrize("piece", [1, 1000, per_sample.PIECE])
+@pytest.mark.parametrize("piece", [1, 1000, contractions.PIECE])
 def test_pieces(piece: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However the parameters are cut; the condition number in float32 is that in float64."""
-    monkeypatch.setattr(per_sample, "PIECE", piece)
-    monkeypatch.setattr(per_sample, "SHORT", min(piece, per_sample.SHORT))
+    monkeypatch.setattr(contractions, "PIECE", piece)
+    monkeypatch.setattr(contractions, "SHORT", min(piece, contractions.SHORT))
     torch.manual_seed(0)
     model, images = (
         af.create_model("5,2,2|3,1,2|2,1,2|4,1,2|16,16", img_size=size).eval(),

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import asvit_fast as af
 from asvit_fast import backends
+from asvit_fast.nn import PatchMerging
+from asvit_fast.scoring import contractions
 from asvit_fast.scoring.ntk import score_features
 
 
@@ -102,8 +104,24 @@ class SequenceFirst(nn.Module):
         return self.attention(x, x, x, need_weights=False)[0].mean(0)
 
 
+class Merging(nn.Module):
+    """Patch merging of odd grids, one weight also in a Linear: its features are there in another order."""
+
+    def __init__(self, kernel: int = 3) -> None:
+        super().__init__()
+        self.merge, self.again = (PatchMerging(kernel, 3, 4), PatchMerging(kernel, 4, 3))
+        self.shared = PatchMerging(kernel, 3, 5)
+        self.classifier_weight = nn.Parameter(torch.randn(7, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.again(torch.tanh(self.merge(x.permute(0, 2, 3, 1)[:, :13, :11]))))  # [B, 4, 3, 3]
+        once_more = F.linear(x.flatten(1).tile(5)[:, : self.shared.reduction.in_features], self.shared.reduction.weight)
+        x = torch.tanh(self.shared(x)).mean((1, 2)) + once_more
+        return F.linear(x, self.classifier_weight)
+
+
 @pytest.mark.parametrize("parameters", ["weights", "all"])
-@pytest.mark.parametrize("network", [Shared, Unknown, SequenceFirst])
+@pytest.mark.parametrize("network", [Shared, Unknown, SequenceFirst, Merging])
 @pytest.mark.filterwarnings("ignore:asvit_fast. the NTK differentiates")
 def test_gram_equals_one_backward_per_sample(network: type[nn.Module], parameters: str) -> None:
     torch.manual_seed(0)
@@ -112,6 +130,44 @@ def test_gram_equals_one_backward_per_sample(network: type[nn.Module], parameter
     torch.testing.assert_close(
         af.ntk_gram(model, images, parameters), gram_one_by_one(model, images, parameters), rtol=1e-10, atol=1e-14
     )
+
+
+@pytest.mark.parametrize("kernel", [2, 3, 4, 5, 7])
+@pytest.mark.filterwarnings("ignore:asvit_fast. the NTK differentiates")
+def test_every_kernel_of_merging(kernel: int) -> None:
+    torch.manual_seed(0)
+    model, images = Merging(kernel).double().eval(), torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    torch.testing.assert_close(af.ntk_gram(model, images), gram_one_by_one(model, images), rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("size", [32, 44])  # few tokens: products of pairs of tokens; many: products of whole gradients
+@pytest.mark.parametrize("piece", [1, 1000, contractions.PIECE])
+def test_pieces(piece: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the parameters are cut; the condition number in float32 is that in float64."""
+    monkeypatch.setattr(contractions, "PIECE", piece)
+    monkeypatch.setattr(contractions, "SHORT", min(piece, contractions.SHORT))
+    torch.manual_seed(0)
+    model, images = (
+        af.create_model("5,2,2|3,1,2|2,1,2|4,1,2|16,16", img_size=size).eval(),
+        torch.randn(3, 3, size, size),
+    )
+    gram = af.ntk_gram(model, images)
+    model, images = model.double(), images.double()
+    expected = gram_one_by_one(model, images)
+    assert relative_error(gram, expected) < 1e-6
+    assert math.log(af.ntk_condition(gram)) == pytest.approx(math.log(af.ntk_condition(expected)), abs=1e-6)
+    assert relative_error(af.ntk_gram(model, images), expected) < 1e-10
+
+
+def test_almost_equal_images() -> None:
+    """An ill-conditioned Gram matrix, which sums in float32 would get wrong by percents."""
+    torch.manual_seed(0)
+    model = af.create_model("5,2,2|3,1,2|2,1,2|4,1,2|16,16", img_size=64).eval()
+    images = torch.randn(1, 3, 64, 64) + 3e-4 * torch.randn(8, 3, 64, 64)
+    condition = af.ntk_condition(af.ntk_gram(model, images))
+    expected = af.ntk_condition(gram_one_by_one(model.double(), images.double()))
+    assert expected > 1e6
+    assert math.log(condition) == pytest.approx(math.log(expected), abs=1e-3)
 
 
 def test_slow_layers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..models.asvit import MIN_IMG_SIZE, AsViT
 from .memory import in_pieces
 from .per_sample import RowSink, per_sample_gradients
 
@@ -55,18 +56,27 @@ def ntk_gram(model: nn.Module, images: Tensor, parameters: str = "weights") -> T
     was_training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        return _gram(score_features(model), images, chosen)
+        return _gram(score_features(model), images, chosen, _probe(model, images))
     finally:
         for module, mode in was_training.items():
             module.training = mode
 
 
-def _gram(features: Callable[[Tensor], Tensor], images: Tensor, chosen: dict[str, nn.Parameter]) -> Tensor:
+def _probe(model: nn.Module, images: Tensor) -> Tensor:
+    """Images that show in which order ``model`` calls its layers; our own networks do so at any size."""
+    if isinstance(model, AsViT) and model.pos_embed is None:
+        return images[..., :MIN_IMG_SIZE, :MIN_IMG_SIZE]
+    return images
+
+
+def _gram(
+    features: Callable[[Tensor], Tensor], images: Tensor, chosen: dict[str, nn.Parameter], probe: Tensor
+) -> Tensor:
     """The whole batch at once if it fits; in pieces the rows of gradients wait in main memory."""
 
     def run(part: slice) -> RowSink:
         sink = RowSink(keep=part != slice(0, len(images)))
-        per_sample_gradients(features, images[part], chosen, sink)
+        per_sample_gradients(features, images[part], chosen, sink, probe)
         return sink
 
     sinks = in_pieces(run, len(images), "the NTK")

@@ -1,9 +1,9 @@
 """Per-sample gradients of every parameter from one backward pass.
 
 While the network runs, a ``TorchFunctionMode`` sees each torch function that takes a parameter. For those it knows it
-remembers the input and, when the backward pass reaches the output, forms the gradients of all samples with one batched
-product. A parameter used several times gets the sum of its uses; one that meets a function without a rule is
-differentiated sample by sample.
+remembers the input and, when the backward pass reaches the output, forms the gradients of all samples with batched
+products, a piece of the parameter at a time, and adds the piece's Gram matrix while the cache has it. A parameter used
+several times gets the sum of its uses; one that meets a function without a rule is differentiated sample by sample.
 """
 
 from __future__ import annotations
@@ -13,55 +13,77 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..backends import notify_once
 from ..ops.patch_embed import patch_embed, patch_embed_reference
-from ..ops.patch_merge import patch_merge, patch_merge_reference
+from ..ops.patch_merge import (
+    channels_last_features,
+    patch_merge,
+    patch_merge_channels_last,
+    patch_merge_reference,
+)
 from ..taylor.value import function_name
+from .contractions import Contraction, Known, gram_of_rows, named, rule_for
 
 _REFERENCES: dict[Any, Callable[..., Tensor]] = {
     patch_embed: patch_embed_reference,
     patch_merge: patch_merge_reference,
 }  # transparent, unlike the fused ops
-
-# (gradient of the output [B, ...], sample count) -> gradient rows [B, parameter], per parameter position of the call
-Contraction = Callable[[Tensor, int], Tensor]
+_QUESTIONS = {
+    "shape",
+    "size",
+    "dim",
+    "ndim",
+    "dtype",
+    "device",
+    "numel",
+    "requires_grad",
+    "is_floating_point",
+    "get_device",
+    "is_cuda",
+}
 
 
 class RowSink:
-    """Takes the per-sample gradients [B, parameter] of one parameter after the other, adding their Gram matrix at once
-    (products in the gradients' precision over short pieces, sums in float64) or keeping them in main memory."""
+    """Takes the per-sample gradients of one parameter after the other, in pieces [B, n], adding their Gram matrix at
+    once or keeping them in main memory."""
 
     def __init__(self, keep: bool = False) -> None:
         self.keep = keep
         self.rows: dict[str, Tensor] = {}
         self._gram: Tensor | None = None
 
-    def add(self, name: str, rows: Tensor) -> None:
+    def add(self, name: str, pieces: Iterable[Tensor]) -> None:
         if self.keep:
-            self.rows[name] = rows.cpu()
+            self.rows[name] = torch.cat([rows.cpu() for rows in pieces], 1)
             return
-        if rows.dtype != torch.float64:
-            rows = rows.double()
-        gram = rows @ rows.T
-        self._gram = gram if self._gram is None else self._gram + gram
+        for rows in pieces:
+            self.add_gram(gram_of_rows(rows))
+
+    def add_gram(self, gram: Tensor) -> None:
+        """gram [B, B], float64."""
+        self._gram = gram if self._gram is None else self._gram.add_(gram)
 
     def gram(self, samples: int) -> Tensor:
         return torch.zeros(samples, samples, dtype=torch.float64) if self._gram is None else self._gram.cpu()
 
 
 def per_sample_gradients(
-    features: Callable[[Tensor], Tensor], images: Tensor, parameters: dict[str, nn.Parameter], sink: RowSink
+    features: Callable[[Tensor], Tensor],
+    images: Tensor,
+    parameters: dict[str, nn.Parameter],
+    sink: RowSink,
+    probe: Tensor | None = None,
 ) -> None:
     """Gradients of ``features(images)[j].sum()`` for every sample j and parameter, handed to ``sink``.
 
-    ``features``: [B, 3, H, W] -> [B, F].
+    ``features``: [B, 3, H, W] -> [B, F]. ``probe``: images, perhaps smaller ones, for which ``features`` calls the same
+    functions in the same order; it is run on two of them twice.
     """
-    sample_major = _sample_major_calls(features, images)
+    sample_major = _sample_major_calls(features, images if probe is None else probe)
     general: dict[str, str] = {}  # parameters for the slow path -> the function that has no rule
     while True:
         recorder = _Recorder(parameters, len(images), sample_major, general)
@@ -76,9 +98,9 @@ def per_sample_gradients(
         notify_once(("ntk", listed), f"asvit_fast: the NTK differentiates sample by sample (slower, exact): {listed}")
         _one_by_one(output, slow, sink)
     if recorder.leaves:
-        recorder.on_rows = sink.add
+        recorder.sink = sink
         torch.autograd.backward(output.sum(), inputs=recorder.leaves)
-        recorder.flush()
+        recorder.flush(sink)
 
 
 def _one_by_one(output: Tensor, parameters: dict[str, nn.Parameter], sink: RowSink) -> None:
@@ -91,7 +113,7 @@ def _one_by_one(output: Tensor, parameters: dict[str, nn.Parameter], sink: RowSi
         for name, gradient in zip(parameters, gradients, strict=True):
             rows[name].append(gradient.flatten())
     for name, gradients_of_samples in rows.items():
-        sink.add(name, torch.stack(gradients_of_samples))
+        sink.add(name, [torch.stack(gradients_of_samples)])
 
 
 # ------------------------------------------------------------------ which calls keep samples apart
@@ -106,12 +128,10 @@ class _Inputs(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _REFERENCES:
-            with self:
-                return _REFERENCES[func](*args, **kwargs)
         if _reshapes_parameter(func, args):
             return nn.Parameter(func(*_detach(args), **kwargs))
-        if _rule_for(func) is not None and any(isinstance(leaf, nn.Parameter) for leaf in _leaves(args, kwargs)):
+        known = rule_for(func) is not None or func in _REFERENCES
+        if known and any(isinstance(leaf, nn.Parameter) for leaf in _leaves(args, kwargs)):
             tensors = (a for a in _leaves(args, kwargs) if isinstance(a, Tensor) and not isinstance(a, nn.Parameter))
             self.seen.append(next(tensors, torch.empty(0)))
         return func(*args, **kwargs)
@@ -153,13 +173,17 @@ class _Recorder(TorchFunctionMode):
         self.names = {id(parameter): name for name, parameter in parameters.items()}
         self.samples = samples
         self.sample_major = iter(sample_major)
+        self.inside: bool | None = None  # inside an op's reference: whether the op keeps samples apart
         self.forced = forced
         self.general: dict[str, str] = {}
         self.reshaped: dict[int, nn.Parameter] = {}  # other views of parameters, kept alive as their ids are names
         self.known: dict[str, int] = defaultdict(int)  # uses not yet seen by the backward pass
+        self.several: set[str] = set()  # used more than once
+        self.orders: dict[int, tuple[int, ...]] = {}  # of views with the numbers in another order, by id
+        self.order_of: dict[str, tuple[int, ...] | None] = {}
         self.leaves: list[Tensor] = []
         self.pending: dict[str, Tensor] = {}
-        self.on_rows: Callable[[str, Tensor], None] | None = None  # None: backward passes go by unrecorded
+        self.sink: RowSink | None = None  # None: backward passes go by unrecorded
 
     @property
     def conflicts(self) -> dict[str, str]:
@@ -169,65 +193,110 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _REFERENCES:
-            with self:
-                return _REFERENCES[func](*args, **kwargs)
         parameters = [leaf for leaf in _leaves(args, kwargs) if isinstance(leaf, nn.Parameter)]
         if not parameters or function_name(func) in _QUESTIONS:
             return func(*args, **kwargs)
         name = self.names.get(id(args[0])) if _reshapes_parameter(func, args) else None
         if name is not None and name not in self.forced:
-            view = nn.Parameter(func(*_detach(args), **kwargs))
-            self.reshaped[id(view)] = view
-            self.names[id(view)] = name
-            return view
-        rule = _rule_for(func)
-        keeps_samples_apart = rule is not None and next(self.sample_major, False)
+            return self._view(name, func(*_detach(args), **kwargs))
+        rule = rule_for(func)
+        keeps_samples_apart = self._keeps_samples_apart() if rule is not None or func in _REFERENCES else False
         wanted = {self.names[id(p)]: p for p in parameters if id(p) in self.names}
-        contractions = rule(args, kwargs, self.samples) if rule is not None and keeps_samples_apart else None
-        if contractions is None or any(name in self.forced for name in wanted):
+        forced = any(name in self.forced for name in wanted)
+        known = rule(args, kwargs, self.samples) if rule is not None and keeps_samples_apart and not forced else None
+        if known is None and func in _REFERENCES:
+            return self._look_inside(func, args, kwargs, keeps_samples_apart, forced)
+        if known is None:
             self.general |= dict.fromkeys(wanted, function_name(func))
             return func(*_detach(args, keep=wanted), **_detach(kwargs, keep=wanted))
-        return self._run(func, args, kwargs, contractions, wanted)
+        return self._run(func, args, kwargs, known, wanted)
 
-    def _run(
-        self, func: Any, args: Any, kwargs: Any, contractions: dict[int, Contraction], wanted: dict[str, nn.Parameter]
-    ) -> Tensor:
-        out = func(*_detach(args), **_detach(kwargs))
-        needed = {name: contractions[id(p)] for name, p in wanted.items() if id(p) in contractions}
+    def _keeps_samples_apart(self) -> bool:
+        return next(self.sample_major, False) if self.inside is None else self.inside
+
+    def _view(self, name: str, numbers: Tensor, order: tuple[int, ...] | None = None) -> nn.Parameter:
+        """The numbers of a parameter under another shape, or in another order."""
+        view = nn.Parameter(numbers)
+        self.reshaped[id(view)] = view
+        self.names[id(view)] = name
+        if order is not None:
+            self.orders[id(view)] = order
+        return view
+
+    def _look_inside(self, func: Any, args: Any, kwargs: Any, keeps_samples_apart: bool, forced: bool) -> Tensor:
+        implementation = _REFERENCES[func]
+        names = ("x", "weight", "kernel", "stride", "norm_weight", "norm_bias", "bias")
+        x, weight, kernel, stride, *norms, bias = named(args, kwargs, *names)
+        if func is patch_merge and not forced and all(isinstance(p, nn.Parameter) for p in (weight, *norms)):
+            views = [self._channels_last(p, x.shape[3]) for p in (weight, *norms)]
+            implementation = patch_merge_channels_last
+            args, kwargs = (x, views[0], kernel, stride, *views[1:], bias, *args[7:]), _without(kwargs, names)
+        self.inside = keeps_samples_apart
+        try:
+            with self:
+                return implementation(*args, **kwargs)
+        finally:
+            self.inside = None
+
+    def _channels_last(self, parameter: nn.Parameter, channels: int) -> nn.Parameter:
+        """The features of a neighbourhood channels last: the Gram matrix does not see the order."""
+        numbers = channels_last_features(parameter.detach(), channels)
+        name = self.names.get(id(parameter))
+        return nn.Parameter(numbers) if name is None else self._view(name, numbers, (channels, numbers.shape[-1]))
+
+    def _run(self, func: Any, args: Any, kwargs: Any, known: Known, wanted: dict[str, nn.Parameter]) -> Tensor:
+        needed = {name: known.contractions[id(p)] for name, p in wanted.items() if id(p) in known.contractions}
         unknown = set(wanted) - set(needed)
         self.general |= dict.fromkeys(unknown, function_name(func))
+        if unknown and not needed:
+            return func(*_detach(args, keep=wanted), **_detach(kwargs, keep=wanted))
+        out = func(*_detach(args), **_detach(kwargs)) if known.forward is None else known.forward()
         if not needed:
-            return out if not unknown else func(*_detach(args, keep=wanted), **_detach(kwargs, keep=wanted))
+            return out
         if not out.requires_grad:
             out = out.requires_grad_()
             self.leaves.append(out)
-        for name in needed:
+        for name, parameter in wanted.items():
+            if name not in needed:
+                continue
             self.known[name] += 1
+            if self.known[name] > 1:
+                self.several.add(name)
+            order = self.orders.get(id(parameter))
+            if self.order_of.setdefault(name, order) != order:  # such rows cannot be added
+                self.general[name] = function_name(func)
         out.register_hook(lambda gradient: self._reached(gradient, needed))
         return out.view_as(out)
 
     def _reached(self, gradient: Tensor, needed: dict[str, Contraction]) -> None:
-        if self.on_rows is None:
+        if self.sink is None:
             return
-        for name, contract in needed.items():
-            rows = contract(gradient, self.samples)
-            self.pending[name] = self.pending[name] + rows if name in self.pending else rows
+        for name, contraction in needed.items():
             self.known[name] -= 1
-            if self.known[name] == 0:
-                self.on_rows(name, self.pending.pop(name))
+            if name in self.several:
+                rows = torch.cat(list(contraction.rows(gradient)), 1)
+                self.pending[name] = self.pending[name].add_(rows) if name in self.pending else rows
+                if self.known[name] == 0:
+                    self.sink.add(name, [self.pending.pop(name)])
+            elif contraction.gram is not None and not self.sink.keep:
+                self.sink.add_gram(contraction.gram(gradient))
+            else:
+                self.sink.add(name, contraction.rows(gradient))
 
-    def flush(self) -> None:
+    def flush(self, sink: RowSink) -> None:
         """Parameters some of whose uses do not reach the features."""
-        assert self.on_rows is not None
         for name, rows in self.pending.items():
-            self.on_rows(name, rows)
+            sink.add(name, [rows])
         self.pending.clear()
 
 
 def _reshapes_parameter(func: Any, args: Any) -> bool:
     """The same numbers in the same order under another shape: gradients flatten alike."""
     return function_name(func) in ("reshape", "view", "flatten") and bool(args) and isinstance(args[0], nn.Parameter)
+
+
+def _without(kwargs: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name not in names}
 
 
 def _leaves(args: Any, kwargs: Any) -> Iterable[Any]:
@@ -241,131 +310,3 @@ def _detach(values: Any, keep: dict[str, nn.Parameter] | None = None) -> Any:
         return value.detach() if isinstance(value, nn.Parameter) and id(value) not in kept else value
 
     return pytree.tree_map(one, values)
-
-
-# ------------------------------------------------------------------ rules: (args, kwargs, B) -> contraction by
-# parameter id
-
-_QUESTIONS = {
-    "shape",
-    "size",
-    "dim",
-    "ndim",
-    "dtype",
-    "device",
-    "numel",
-    "requires_grad",
-    "is_floating_point",
-    "get_device",
-    "is_cuda",
-}
-
-
-def _named(args: Any, kwargs: Any, *names: str) -> list[Any]:
-    return [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]
-
-
-def _rows(values: Tensor, samples: int) -> Tensor:
-    """[B*n, ...] -> [B, ...flattened]."""
-    return values.reshape(samples, -1)
-
-
-def _contractions(*pairs: tuple[Any, Contraction]) -> dict[int, Contraction]:
-    return {id(parameter): contract for parameter, contract in pairs if isinstance(parameter, nn.Parameter)}
-
-
-def _linear(args: Any, kwargs: Any, samples: int) -> dict[int, Contraction] | None:
-    x, weight, bias = _named(args, kwargs, "input", "weight", "bias")
-    if x.shape[0] % samples:
-        return None
-    x = x.detach()
-
-    def to_weight(gradient: Tensor, samples: int) -> Tensor:
-        g = gradient.reshape(samples, -1, gradient.shape[-1])  # [B, T, out]
-        return _rows(torch.bmm(g.transpose(1, 2), x.reshape(samples, -1, x.shape[-1])), samples)
-
-    def to_bias(gradient: Tensor, samples: int) -> Tensor:
-        return gradient.reshape(samples, -1, gradient.shape[-1]).sum(1)
-
-    return _contractions((weight, to_weight), (bias, to_bias))
-
-
-def _conv2d(args: Any, kwargs: Any, samples: int) -> dict[int, Contraction] | None:
-    x, weight, bias, stride, padding, dilation, groups = _named(
-        args, kwargs, "input", "weight", "bias", "stride", "padding", "dilation", "groups"
-    )
-    if x.shape[0] != samples or isinstance(padding, str):
-        return None
-    x, groups, kernel = x.detach(), groups or 1, tuple(weight.shape[2:])
-
-    def to_weight(gradient: Tensor, samples: int) -> Tensor:
-        patches = F.unfold(x, kernel, dilation or 1, padding or 0, stride or 1)  # [B, Cin*K*K, L]
-        patches = patches.reshape(samples * groups, -1, patches.shape[-1])  # [B*groups, Cin/groups*K*K, L]
-        g = gradient.reshape(samples * groups, -1, patches.shape[-1])  # [B*groups, Cout/groups, L]
-        return _rows(torch.bmm(g, patches.transpose(1, 2)), samples)
-
-    return _contractions((weight, to_weight), (bias, lambda gradient, samples: gradient.sum((2, 3))))
-
-
-def _layer_norm(args: Any, kwargs: Any, samples: int) -> dict[int, Contraction] | None:
-    x, shape, weight, bias, eps = _named(args, kwargs, "input", "normalized_shape", "weight", "bias", "eps")
-    if x.shape[0] % samples:
-        return None
-    x, size, eps = x.detach(), weight.numel() if weight is not None else 0, 1e-5 if eps is None else eps
-
-    def to_weight(gradient: Tensor, samples: int) -> Tensor:
-        return (gradient * F.layer_norm(x, shape, eps=eps)).reshape(samples, -1, size).sum(1)
-
-    return _contractions(
-        (weight, to_weight), (bias, lambda gradient, samples: gradient.reshape(samples, -1, size).sum(1))
-    )
-
-
-def _batch_norm(args: Any, kwargs: Any, samples: int) -> dict[int, Contraction] | None:
-    x, mean, var, weight, bias, training, _, eps = _named(
-        args, kwargs, "input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"
-    )
-    if training or mean is None or x.shape[0] != samples:
-        return None
-    x, eps = x.detach(), 1e-5 if eps is None else eps
-
-    def to_weight(gradient: Tensor, samples: int) -> Tensor:
-        normalised = F.batch_norm(x, mean, var, eps=eps)
-        return (gradient * normalised).flatten(2).sum(2) if x.dim() > 2 else gradient * normalised
-
-    return _contractions(
-        (weight, to_weight), (bias, lambda gradient, samples: gradient.flatten(2).sum(2) if x.dim() > 2 else gradient)
-    )
-
-
-def _broadcast(args: Any, kwargs: Any, samples: int, multiply: bool) -> dict[int, Contraction] | None:
-    """x + p or x * p with p the same for every sample (a position embedding, a layer scale)."""
-    if len(args) < 2 or kwargs or not all(isinstance(a, Tensor) for a in args[:2]):
-        return None
-    x, parameter = args[:2] if isinstance(args[1], nn.Parameter) else (args[1], args[0])
-    same_for_all = parameter.dim() < x.dim() or (parameter.dim() == x.dim() and parameter.shape[0] == 1)
-    if isinstance(x, nn.Parameter) or x.shape[0] % samples or not same_for_all:
-        return None
-    x, shape = x.detach(), parameter.shape
-
-    def contract(gradient: Tensor, samples: int) -> Tensor:
-        gradient = gradient * x if multiply else gradient
-        per_sample = gradient.reshape(samples, -1, *gradient.shape[1:])
-        return torch.stack([_rows(g.sum_to_size(shape), 1)[0] for g in per_sample])
-
-    return _contractions((parameter, contract))
-
-
-Rule = Callable[[Any, Any, int], "dict[int, Contraction] | None"]
-_RULES: dict[str, Rule] = {
-    "linear": _linear,
-    "conv2d": _conv2d,
-    "layer_norm": _layer_norm,
-    "batch_norm": _batch_norm,
-    "add": lambda args, kwargs, samples: _broadcast(args, kwargs, samples, multiply=False),
-    "mul": lambda args, kwargs, samples: _broadcast(args, kwargs, samples, multiply=True),
-}
-
-
-def _rule_for(func: Any) -> Rule | None:
-    return _RULES.get(function_name(func))

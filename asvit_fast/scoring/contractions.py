@@ -1,0 +1,206 @@
+"""Per-sample gradients of a layer's parameters from its input and the gradient of its output: rules by torch function.
+
+Large gradients are formed a piece at a time and multiplied while the cache has the piece; where few tokens meet a large
+weight, products of pairs of tokens give the Gram matrix without forming a gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
+
+from ..taylor.value import function_name
+
+PIECE = 2**21  # gradients to form at a time on a CPU: 8 MB of float32 stay in the last level of cache
+SHORT = 2**16  # gradients to convert to float64 at a time: 512 KB stay in a core's own cache
+
+
+def gram_of_rows(rows: Tensor) -> Tensor:
+    """rows [B, n] -> rows @ rows.T [B, B] in float64: sums in float32 would blur the small eigenvalues."""
+    if rows.dtype == torch.float64 or rows.device.type != "cpu":
+        rows = rows.double()
+        return rows @ rows.T
+    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+    for short in rows.split(max(1, SHORT // len(rows)), 1):  # converted where the cache has it
+        short = short.double()
+        gram.addmm_(short, short.T)
+    return gram
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """From the gradient of a call's output to those of one parameter."""
+
+    rows: Callable[[Tensor], Iterable[Tensor]]  # gradient rows [B, parameter] in pieces [B, n], from left to right
+    gram: Callable[[Tensor], Tensor] | None = None  # their Gram matrix [B, B], float64, where that is cheaper
+
+
+@dataclass(frozen=True)
+class Known:
+    contractions: dict[int, Contraction]  # by parameter id
+    forward: Callable[[], Tensor] | None = None  # to run instead of the function
+
+
+def named(args: Any, kwargs: Any, *names: str) -> list[Any]:
+    return [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]
+
+
+def _contractions(*pairs: tuple[Any, Callable[[Tensor], Tensor]]) -> dict[int, Contraction]:
+    """Of parameters small enough for rows [B, parameter] in one piece."""
+
+    def one_piece(rows: Callable[[Tensor], Tensor]) -> Contraction:
+        return Contraction(lambda gradient: [rows(gradient)])
+
+    return {id(parameter): one_piece(rows) for parameter, rows in pairs if isinstance(parameter, nn.Parameter)}
+
+
+def _parts(outputs: int, inputs: int, like: Tensor, samples: int) -> Iterable[slice]:
+    """Cuts a weight [outputs, inputs] so that the gradient rows of a part are PIECE numbers on a CPU."""
+    step = max(1, PIECE // (samples * inputs)) if like.device.type == "cpu" else outputs
+    return (slice(start, start + step) for start in range(0, outputs, step))
+
+
+def _linear_weight(x: Tensor, samples: int) -> Contraction:
+    """x [B*n, ..., in], the input of a product with weight [out, in]."""
+    x = x.detach().reshape(samples, -1, x.shape[-1])  # [B, T, in]
+
+    def rows(gradient: Tensor) -> Iterable[Tensor]:
+        g = gradient.reshape(*x.shape[:2], -1).transpose(1, 2)  # [B, out, T]
+        return (
+            torch.bmm(g[:, part], x).flatten(1)  # [B, part*in]
+            for part in _parts(g.shape[1], x.shape[2], x, samples)
+        )
+
+    def gram(gradient: Tensor) -> Tensor:
+        g = gradient.reshape(*x.shape[:2], -1)  # [B, T, out]
+        tokens, inputs, outputs = x.shape[1], x.shape[2], g.shape[2]
+        if samples * tokens * (inputs + outputs) >= 2 * inputs * outputs:
+            return sum((gram_of_rows(piece) for piece in rows(gradient)), g.new_zeros((), dtype=torch.float64))
+        pairs_of_x, pairs_of_g = (a @ a.T for a in (x.flatten(0, 1).double(), g.flatten(0, 1).double()))  # [B*T, B*T]
+        return (pairs_of_x * pairs_of_g).reshape(samples, tokens, samples, tokens).sum((1, 3))
+
+    return Contraction(rows, gram)
+
+
+def _linear(args: Any, kwargs: Any, samples: int) -> Known | None:
+    x, weight, bias = named(args, kwargs, "input", "weight", "bias")
+    if x.shape[0] % samples:
+        return None
+    known = _contractions((bias, lambda gradient: gradient.reshape(samples, -1, gradient.shape[-1]).sum(1)))
+    if isinstance(weight, nn.Parameter):
+        known[id(weight)] = _linear_weight(x, samples)
+    return Known(known)
+
+
+def _conv2d(args: Any, kwargs: Any, samples: int) -> Known | None:
+    x, weight, bias, stride, padding, dilation, groups = named(
+        args, kwargs, "input", "weight", "bias", "stride", "padding", "dilation", "groups"
+    )
+    if x.shape[0] != samples or isinstance(padding, str):
+        return None
+    x, shape, groups = x.detach(), tuple(weight.shape), groups or 1
+
+    def rows(gradient: Tensor) -> Iterable[Tensor]:
+        """Sample by sample and, without groups, some output channels at a time."""
+        inputs = math.prod(shape[1:])
+        parts = _parts(shape[0], inputs, x, samples) if groups == 1 else [slice(0, shape[0])]
+        for part in parts:
+            g = gradient[:, part]  # [B, part, Ho, Wo]
+            weights = (g.shape[1], *shape[1:])
+            yield torch.stack(
+                [
+                    conv2d_weight(
+                        x[j : j + 1], weights, g[j : j + 1], stride or 1, padding or 0, dilation or 1, groups
+                    ).flatten()
+                    for j in range(samples)
+                ]
+            )
+
+    known = _contractions((bias, lambda gradient: gradient.sum((2, 3))))
+    if isinstance(weight, nn.Parameter):
+        known[id(weight)] = Contraction(rows)
+    return Known(known)
+
+
+def _layer_norm(args: Any, kwargs: Any, samples: int) -> Known | None:
+    x, shape, weight, bias, eps = named(args, kwargs, "input", "normalized_shape", "weight", "bias", "eps")
+    if x.shape[0] % samples:
+        return None
+    scale, shift = (p.detach() if isinstance(p, nn.Parameter) else p for p in (weight, bias))
+    statistics: list[Tensor] = []  # mean and 1 / standard deviation, [B*n, ..., 1]
+
+    def forward() -> Tensor:
+        out, *rest = torch.native_layer_norm(x, shape, scale, shift, 1e-5 if eps is None else eps)
+        statistics[:] = rest
+        return out
+
+    def of_samples(gradient: Tensor, output: int) -> Tensor:
+        """Gradients [B, parameter] of the weight (output 1) or the bias (2)."""
+        mask = [False, output == 1, output == 2]
+        of_sample = zip(*(t.detach().chunk(samples) for t in (gradient, x, *statistics)), strict=True)
+        gradients = [
+            torch.ops.aten.native_layer_norm_backward(g, x, shape, mean, rstd, scale, shift, mask)[output]
+            for g, x, mean, rstd in of_sample
+        ]
+        return torch.stack(gradients).flatten(1)
+
+    known = _contractions((weight, lambda gradient: of_samples(gradient, 1)), (bias, lambda g: of_samples(g, 2)))
+    return Known(known, forward)
+
+
+def _batch_norm(args: Any, kwargs: Any, samples: int) -> Known | None:
+    x, mean, var, weight, bias, training, _, eps = named(
+        args, kwargs, "input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"
+    )
+    if training or mean is None or x.shape[0] != samples:
+        return None
+    x, eps = x.detach(), 1e-5 if eps is None else eps
+
+    def to_weight(gradient: Tensor) -> Tensor:
+        normalised = F.batch_norm(x, mean, var, eps=eps)
+        return (gradient * normalised).flatten(2).sum(2) if x.dim() > 2 else gradient * normalised
+
+    def to_bias(gradient: Tensor) -> Tensor:
+        return gradient.flatten(2).sum(2) if x.dim() > 2 else gradient
+
+    return Known(_contractions((weight, to_weight), (bias, to_bias)))
+
+
+def _broadcast(args: Any, kwargs: Any, samples: int, multiply: bool) -> Known | None:
+    """x + p or x * p with p the same for every sample (a position embedding, a layer scale)."""
+    if len(args) < 2 or kwargs or not all(isinstance(a, Tensor) for a in args[:2]):
+        return None
+    x, parameter = args[:2] if isinstance(args[1], nn.Parameter) else (args[1], args[0])
+    same_for_all = parameter.dim() < x.dim() or (parameter.dim() == x.dim() and parameter.shape[0] == 1)
+    if isinstance(x, nn.Parameter) or x.shape[0] % samples or not same_for_all:
+        return None
+    x, shape = x.detach(), parameter.shape
+
+    def to_parameter(gradient: Tensor) -> Tensor:
+        gradient = gradient * x if multiply else gradient
+        per_sample = gradient.reshape(samples, -1, *gradient.shape[1:])
+        return torch.stack([g.sum_to_size(shape).flatten() for g in per_sample])
+
+    return Known(_contractions((parameter, to_parameter)))
+
+
+Rule = Callable[[Any, Any, int], "Known | None"]
+_RULES: dict[str, Rule] = {
+    "linear": _linear,
+    "conv2d": _conv2d,
+    "layer_norm": _layer_norm,
+    "batch_norm": _batch_norm,
+    "add": lambda args, kwargs, samples: _broadcast(args, kwargs, samples, multiply=False),
+    "mul": lambda args, kwargs, samples: _broadcast(args, kwargs, samples, multiply=True),
+}
+
+
+def rule_for(func: Any) -> Rule | None:
+    return _RULES.get(function_name(func))

@@ -1,17 +1,28 @@
-// Square blocks of vectors turned around in registers. Included as vector.h is, after <utility>.
+// Square blocks of vectors turned around in registers. Included as vector.h is.
 #pragma once
-
-#include <type_traits>
-#include <utility>
 
 #include "cpu/vector.h"
 
 namespace asvit_fast {
 namespace {
 
+// A number as a type, and the numbers 0 ... n - 1 as one (those of the standard library would bring its headers along).
+template <int value>
+struct Constant {
+  constexpr int operator()() const { return value; }
+};
+template <int... values>
+struct Integers {};
+template <int n, int... values>
+struct FirstIntegers : FirstIntegers<n - 1, n - 1, values...> {};
+template <int... values>
+struct FirstIntegers<0, values...> {
+  using Type = Integers<values...>;
+};
+
 // One of the log2(lanes) steps of a transposition: rows `stride` apart exchange a quarter of what they hold.
 template <typename T, int stride, int... lane>
-inline void exchange(Vector<T>& a, Vector<T>& b, std::integer_sequence<int, lane...>) {
+inline void exchange(Vector<T>& a, Vector<T>& b, Integers<lane...>) {
   const Vector<T> low = __builtin_shufflevector(a, b, (lane & stride ? kLanes<T> + lane - stride : lane)...);
   b = __builtin_shufflevector(a, b, (lane & stride ? kLanes<T> + lane : lane + stride)...);
   a = low;
@@ -24,7 +35,7 @@ inline void transpose(Vector<T> (&rows)[kLanes<T>]) {
 #pragma GCC unroll 16
     for (int row = 0; row < kLanes<T>; ++row)
       if (!(row & stride))
-        exchange<T, stride>(rows[row], rows[row + stride], std::make_integer_sequence<int, kLanes<T>>());
+        exchange<T, stride>(rows[row], rows[row + stride], typename FirstIntegers<kLanes<T>>::Type());
     transpose<T, stride * 2>(rows);
   }
 }

@@ -2,8 +2,6 @@
 #ifdef __x86_64__
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
-#include <utility>
 
 #include "window_attention_taylor.h"
 

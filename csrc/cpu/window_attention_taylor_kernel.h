@@ -59,10 +59,10 @@ inline void in_widths(int64_t size, Run run) {
   const auto all = [&](auto width) {
     for (; size - begin >= width(); begin += width()) run(begin, width);
   };
-  all(std::integral_constant<int, kLanes<T>>());
-  if constexpr (kLanes<T> > 8) all(std::integral_constant<int, 8>());
-  if constexpr (kLanes<T> > 4) all(std::integral_constant<int, 4>());
-  all(std::integral_constant<int, 1>());
+  all(Constant<kLanes<T>>());
+  if constexpr (kLanes<T> > 8) all(Constant<8>());
+  if constexpr (kLanes<T> > 4) all(Constant<4>());
+  all(Constant<1>());
 }
 
 template <typename T, int orders>

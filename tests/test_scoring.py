@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import asvit_fast as af
 from asvit_fast.scoring import Curve, ScoreSettings, circle, score_repeat, theta_grid
 from asvit_fast.scoring.memory import in_pieces
-from asvit_fast.scoring.score import stream, without_norms
+from asvit_fast.scoring.score import score_networks, stream, without_norms
 from asvit_fast.scoring.workers import side_by_side
 
 SEED = "8,2,3|4,1,2|4,1,4|4,1,6|32"
@@ -283,6 +283,33 @@ def test_work_side_by_side() -> None:
         assert side_by_side(str, [], cpu) == []
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("networks", [0, 1, 2, 3])
+@pytest.mark.parametrize("metrics", [("ntk_condition", "curvature", "length_distortion"), ("length_distortion",)])
+def test_networks_side_by_side(networks: int, metrics: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit by bit what one network after the other gives, and the last one in parts when a worker would be idle."""
+    settings, cpu, threads = ScoreSettings(**FAST, metrics=metrics), torch.device("cpu"), torch.get_num_threads()
+    targets = [(SEED, repeat, (1, repeat)) for repeat in range(networks)]
+    torch.set_num_threads(1)
+    alone = [score_repeat(target, repeat, settings, None, seed) for target, repeat, seed in targets]
+    asked: list[tuple[str, ...]] = []
+
+    def spy(target: str, repeat: int, settings: ScoreSettings, *rest: object) -> dict:
+        asked.append(settings.metrics)
+        return score_repeat(target, repeat, settings, *rest)
+
+    monkeypatch.setitem(score_networks.__globals__, "score_repeat", spy)
+    torch.set_num_threads(2)
+    try:
+        results = score_networks(targets, settings, None, cpu)
+    finally:
+        torch.set_num_threads(threads)
+    values = [[{name: r["value"] for name, r in result.items()} for result in each] for each in (alone, results)]
+    split = len(metrics) > 1 and networks % 2 == 1
+    if split or networks > 1:  # a single task has all the threads
+        assert values[0] == values[1]
+    assert len(asked) == networks + split
 
 
 def _fail_at_three(i: int) -> int:

@@ -70,6 +70,48 @@ def test_a_circle_has_the_measures_of_a_circle(radius: float) -> None:
     assert af.length_distortion(c, "reference") == pytest.approx(7 * radius, rel=1e-12)
 
 
+class Written(nn.Module):
+    """Asks for the values and writes to the input before its convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x[:, :, :5] = 2 * x[:, :, :5]
+        x[:, :, 7] = 1.0
+        return torch.tanh(self.conv(x).where(x[:, :1, 1::2, 1::2][..., :15, :15] > 0, 0.5))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("network", ["norms", "no norms", "convolution", "written"])
+def test_a_circle_is_a_combination_of_two_inputs(network: str, dtype: torch.dtype, order: int) -> None:
+    """The first projection of the two inputs alone, against all points pushed through."""
+    torch.manual_seed(0)
+    model = {
+        "norms": lambda: af.create_model(SEED, img_size=32, num_classes=0),
+        "no norms": lambda: af.create_model(SEED, img_size=32, num_classes=0, norm="identity"),
+        "convolution": lambda: nn.Sequential(nn.Conv2d(3, 5, 4, padding=1), nn.GELU(), nn.Flatten()),
+        "written": Written,
+    }[network]().to(dtype)
+    if hasattr(model, "patch_embed"):
+        nn.init.normal_(model.patch_embed.proj.bias)
+    fn = getattr(model, "score_features", model)
+    theta, scale = theta_grid(5), 3.0
+    u0, u1 = (u.to(dtype) for u in circle((3, 32, 32), torch.Generator().manual_seed(0)))
+    cos, sin = ((scale * f(theta).to(dtype)).reshape(-1, 1, 1, 1) for f in (torch.cos, torch.sin))
+    x, dx = cos * u0 + sin * u1, cos * u1 - sin * u0  # [5, 3, 32, 32]
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            c = af.curve(fn, theta, u0, u1, scale, order)
+            expected = af.jvp(fn, x, dx) if order == 1 else af.jet(fn, x, dx, -x)
+        got = [c.output, c.velocity] + ([] if c.acceleration is None else [c.acceleration])
+        tolerance = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 2e-5}
+        for ours, theirs in zip(got, expected, strict=True):
+            torch.testing.assert_close(ours, theirs.flatten(1), **tolerance)
+
+
 def test_theta_grids() -> None:
     assert theta_grid(4).tolist() == pytest.approx([0, math.pi / 2, math.pi, 3 * math.pi / 2])
     assert theta_grid(3, "reference").tolist() == pytest.approx([0, math.pi, 2 * math.pi])

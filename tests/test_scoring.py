@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import platform
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -289,6 +292,29 @@ def test_work_splits_when_memory_runs_out() -> None:
     assert [i for piece in pieces for i in piece] == list(range(10)) and sizes[:2] == [10, 5]
     with pytest.raises(RuntimeError, match="something else"):
         in_pieces(lambda part: (_ for _ in ()).throw(RuntimeError("something else")), 4, "a test")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
+def test_freed_memory_is_kept() -> None:
+    program = """
+import resource, sys, threading, torch
+from asvit_fast.scoring.memory import keep_freed_memory
+assert sys.argv[1] == "no" or keep_freed_memory()
+def work():
+    for _ in range(3):
+        blocks = [torch.ones(6_000_000) for _ in range(8)]  # 24 MB each
+def page_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    thread = threading.Thread(target=work)
+    thread.start(); thread.join()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print([page_faults() for _ in range(4)][-1])
+"""
+    kept, returned = (
+        int(subprocess.run([sys.executable, "-c", program, arg], capture_output=True, text=True, check=True).stdout)
+        for arg in ("yes", "no")
+    )
+    assert kept < 0.1 * returned
 
 
 def test_a_split_curve_and_ntk_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

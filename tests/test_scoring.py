@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import platform
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 import asvit_fast as af
 from asvit_fast.scoring import Curve, ScoreSettings, circle, score_repeat, theta_grid
 from asvit_fast.scoring.memory import in_pieces
-from asvit_fast.scoring.score import stream, without_norms
+from asvit_fast.scoring.score import score_networks, stream, without_norms
 from asvit_fast.scoring.workers import side_by_side
 
 SEED = "8,2,3|4,1,2|4,1,4|4,1,6|32"
@@ -68,6 +71,48 @@ def test_a_circle_has_the_measures_of_a_circle(radius: float) -> None:
     assert af.curvature(c) == pytest.approx(2 * math.pi / radius, rel=1e-12)
     assert af.gauss_length(c) == pytest.approx(2 * math.pi, rel=1e-12)
     assert af.length_distortion(c, "reference") == pytest.approx(7 * radius, rel=1e-12)
+
+
+class Written(nn.Module):
+    """Asks for the values and writes to the input before its convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x[:, :, :5] = 2 * x[:, :, :5]
+        x[:, :, 7] = 1.0
+        return torch.tanh(self.conv(x).where(x[:, :1, 1::2, 1::2][..., :15, :15] > 0, 0.5))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("network", ["norms", "no norms", "convolution", "written"])
+def test_a_circle_is_a_combination_of_two_inputs(network: str, dtype: torch.dtype, order: int) -> None:
+    """The first projection of the two inputs alone, against all points pushed through."""
+    torch.manual_seed(0)
+    model = {
+        "norms": lambda: af.create_model(SEED, img_size=32, num_classes=0),
+        "no norms": lambda: af.create_model(SEED, img_size=32, num_classes=0, norm="identity"),
+        "convolution": lambda: nn.Sequential(nn.Conv2d(3, 5, 4, padding=1), nn.GELU(), nn.Flatten()),
+        "written": Written,
+    }[network]().to(dtype)
+    if hasattr(model, "patch_embed"):
+        nn.init.normal_(model.patch_embed.proj.bias)
+    fn = getattr(model, "score_features", model)
+    theta, scale = theta_grid(5), 3.0
+    u0, u1 = (u.to(dtype) for u in circle((3, 32, 32), torch.Generator().manual_seed(0)))
+    cos, sin = ((scale * f(theta).to(dtype)).reshape(-1, 1, 1, 1) for f in (torch.cos, torch.sin))
+    x, dx = cos * u0 + sin * u1, cos * u1 - sin * u0  # [5, 3, 32, 32]
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            c = af.curve(fn, theta, u0, u1, scale, order)
+            expected = af.jvp(fn, x, dx) if order == 1 else af.jet(fn, x, dx, -x)
+        got = [c.output, c.velocity] + ([] if c.acceleration is None else [c.acceleration])
+        tolerance = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 2e-5}
+        for ours, theirs in zip(got, expected, strict=True):
+            torch.testing.assert_close(ours, theirs.flatten(1), **tolerance)
 
 
 def test_theta_grids() -> None:
@@ -249,6 +294,29 @@ def test_work_splits_when_memory_runs_out() -> None:
         in_pieces(lambda part: (_ for _ in ()).throw(RuntimeError("something else")), 4, "a test")
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
+def test_freed_memory_is_kept() -> None:
+    program = """
+import resource, sys, threading, torch
+from asvit_fast.scoring.memory import keep_freed_memory
+assert sys.argv[1] == "no" or keep_freed_memory()
+def work():
+    for _ in range(3):
+        blocks = [torch.ones(6_000_000) for _ in range(8)]  # 24 MB each
+def page_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    thread = threading.Thread(target=work)
+    thread.start(); thread.join()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print([page_faults() for _ in range(4)][-1])
+"""
+    kept, returned = (
+        int(subprocess.run([sys.executable, "-c", program, arg], capture_output=True, text=True, check=True).stdout)
+        for arg in ("yes", "no")
+    )
+    assert kept < 0.1 * returned
+
+
 def test_a_split_curve_and_ntk_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model = af.create_model(SEED, img_size=32, num_classes=0, dtype=torch.float64).eval()
     u0, u1 = circle((3, 32, 32), torch.Generator().manual_seed(0))
@@ -283,6 +351,33 @@ def test_work_side_by_side() -> None:
         assert side_by_side(str, [], cpu) == []
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("networks", [0, 1, 2, 3])
+@pytest.mark.parametrize("metrics", [("ntk_condition", "curvature", "length_distortion"), ("length_distortion",)])
+def test_networks_side_by_side(networks: int, metrics: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit by bit what one network after the other gives, and the last one in parts when a worker would be idle."""
+    settings, cpu, threads = ScoreSettings(**FAST, metrics=metrics), torch.device("cpu"), torch.get_num_threads()
+    targets = [(SEED, repeat, (1, repeat)) for repeat in range(networks)]
+    torch.set_num_threads(1)
+    alone = [score_repeat(target, repeat, settings, None, seed) for target, repeat, seed in targets]
+    asked: list[tuple[str, ...]] = []
+
+    def spy(target: str, repeat: int, settings: ScoreSettings, *rest: object) -> dict:
+        asked.append(settings.metrics)
+        return score_repeat(target, repeat, settings, *rest)
+
+    monkeypatch.setitem(score_networks.__globals__, "score_repeat", spy)
+    torch.set_num_threads(2)
+    try:
+        results = score_networks(targets, settings, None, cpu)
+    finally:
+        torch.set_num_threads(threads)
+    values = [[{name: r["value"] for name, r in result.items()} for result in each] for each in (alone, results)]
+    split = len(metrics) > 1 and networks % 2 == 1
+    if split or networks > 1:  # a single task has all the threads
+        assert values[0] == values[1]
+    assert len(asked) == networks + split
 
 
 def _fail_at_three(i: int) -> int:

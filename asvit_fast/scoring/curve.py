@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..taylor import jet, jvp
+from ..taylor.propagate import along
+from ..taylor.value import Combination
 from .memory import in_pieces
 
 CONVENTIONS = ("paper", "reference")
@@ -80,11 +81,13 @@ def curve(
         raise InputError(f"u0 and u1 must have one shape, got {list(u0.shape)} and {list(u1.shape)}")
 
     def run(part: slice) -> list[Tensor]:
-        column = theta[part].to(u0.device).reshape(-1, *[1] * u0.dim())  # [n, 1, ...]
-        cos, sin = scale * torch.cos(column).to(u0.dtype), scale * torch.sin(column).to(u0.dtype)
-        x, dx = u0 * cos + u1 * sin, u1 * cos - u0 * sin  # [n, *shape]; the second derivative is -x
-        orders = jvp(fn, x, dx) if order == 1 else jet(fn, x, dx, -x)
-        return [value.flatten(1) for value in orders]
+        angle = theta[part].to(u0.device)  # [n]
+        position, velocity = (
+            scale * torch.stack(mix, 1).to(u0.dtype)  # [n, 2]: how much of u0 and u1
+            for mix in ((angle.cos(), angle.sin()), (-angle.sin(), angle.cos()))
+        )
+        mix = torch.stack([position, velocity, -position][: order + 1])  # [order + 1, n, 2]
+        return [value.flatten(1) for value in along(fn, Combination(mix, torch.stack([u0, u1])))]
 
     pieces = in_pieces(run, len(theta), "the curve")
     return Curve(theta, *(torch.cat(parts) for parts in zip(*pieces, strict=True)))

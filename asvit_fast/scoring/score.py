@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..topology import Topology
 from .curve import check_convention, circle, curve, theta_grid
 from .measures import curvature, gauss_length, length_distortion
 from .ntk import ntk_condition, ntk_gram, score_features
-from .workers import side_by_side
+from .workers import side_by_side, worker_count
 
 CURVE_METRICS = {"length_distortion": length_distortion, "curvature": curvature, "gauss_length": gauss_length}
 METRICS = (*CURVE_METRICS, "ntk_condition")
@@ -167,12 +168,10 @@ def score(
     where = resolve_device(device)
     pixels = load(images, settings)
     is_module = isinstance(target, nn.Module)
-
-    def work(repeat: int) -> dict[str, dict[str, float]]:
-        return score_repeat(target, repeat, settings, pixels, seed, skip_ntk=is_module and repeat > 0)
-
-    # a module is one network: its repeats take turns
-    results = [work(r) for r in range(repeats)] if is_module else side_by_side(work, range(repeats), where)
+    if is_module:  # one network: its repeats take turns, and its NTK is measured once
+        results = [score_repeat(target, r, settings, pixels, seed, skip_ntk=r > 0) for r in range(repeats)]
+    else:
+        results = score_networks([(target, r, seed) for r in range(repeats)], settings, pixels, where)
     measures = {name: _measure([result[name] for result in results if name in result]) for name in settings.metrics}
     return Score(_describe(target), settings, measures)
 
@@ -180,6 +179,32 @@ def score(
 def _measure(results: list[dict[str, float]]) -> Measure:
     values = tuple(result["value"] for result in results)
     return Measure(values, statistics.fmean(result["seconds"] for result in results))
+
+
+def score_networks(
+    networks: Sequence[tuple[Target, int, Seed]],
+    settings: ScoreSettings,
+    images: Tensor | None,
+    device: torch.device,
+) -> list[dict[str, dict[str, float]]]:
+    """``score_repeat`` of each (target, repeat, seed), side by side on a CPU.
+
+    Networks left over when every worker has had its share are done in two parts, the NTK and the curve.
+    """
+    metrics = settings.metrics
+    parts = [tuple(m for m in metrics if (m in CURVE_METRICS) is of_curve) for of_curve in (False, True)]
+    workers = worker_count(len(networks) * len(parts), device)
+    whole = len(networks) // workers * workers if workers > 1 and all(parts) else len(networks)
+    tasks = [(network, metrics) for network in networks[:whole]]
+    tasks += [(network, part) for network in networks[whole:] for part in parts]
+
+    def work(task: tuple[tuple[Target, int, Seed], tuple[str, ...]]) -> dict[str, dict[str, float]]:
+        (target, repeat, seed), wanted = task
+        return score_repeat(target, repeat, replace(settings, metrics=wanted), images, seed)
+
+    done = side_by_side(work, tasks, device)
+    surplus = [ntk | of_curve for ntk, of_curve in zip(done[whole::2], done[whole + 1 :: 2], strict=True)]
+    return done[:whole] + surplus
 
 
 def score_repeat(
@@ -308,7 +333,17 @@ def _placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
 def _ntk_images(images: Tensor | None, settings: ScoreSettings, root: int) -> Tensor:
     if images is not None:
         return images[: settings.batch]
-    return torch.randn(settings.batch, *settings.image_shape, generator=stream(root, IMAGES))
+    return _standard_normal_images((settings.batch, *settings.image_shape), root).clone()
+
+
+@functools.lru_cache(maxsize=1)  # the same for all networks of a search, and slow to draw
+def _standard_normal_images(shape: tuple[int, ...], root: int) -> Tensor:
+    return torch.randn(shape, generator=stream(root, IMAGES))
+
+
+@functools.lru_cache(maxsize=8)  # of the repeats, the same for all topologies of a search
+def _circle(shape: tuple[int, ...], root: int, repeat: int) -> tuple[Tensor, Tensor]:
+    return circle(shape, stream(root, CIRCLE, repeat))
 
 
 def _curve_values(
@@ -316,7 +351,7 @@ def _curve_values(
 ) -> dict[str, float]:
     bare = settings.norms == "identity" or (settings.norms == "auto" and isinstance(model, AsViT))
     network = without_norms(model) if bare else model
-    u0, u1 = (u.to(*_placement(model)) for u in circle(settings.image_shape, stream(root, CIRCLE, repeat)))
+    u0, u1 = (u.to(*_placement(model)) for u in _circle(settings.image_shape, root, repeat))
     scale = math.sqrt(u0.numel()) if settings.convention == "paper" else 1.0
     theta = theta_grid(settings.thetas, settings.convention)
     order = 1 if metrics == ["length_distortion"] else 2

@@ -14,6 +14,11 @@ Result = TypeVar("Result")
 MOST_WORKERS = 4  # each holds the activations of a network of its own
 
 
+def worker_count(tasks: int, device: torch.device) -> int:
+    """How many of ``tasks`` independent tasks ``side_by_side`` does at a time."""
+    return max(1, min(tasks, torch.get_num_threads(), MOST_WORKERS)) if device.type == "cpu" else 1
+
+
 def side_by_side(work: Callable[[Task], Result], tasks: Sequence[Task], device: torch.device) -> list[Result]:
     """``[work(task) for task in tasks]``, on a CPU in several threads that share torch's threads among them.
 
@@ -21,8 +26,8 @@ def side_by_side(work: Callable[[Task], Result], tasks: Sequence[Task], device: 
     not stall when other processes use the machine too. torch's work leaves the interpreter free to run the others.
     """
     threads = torch.get_num_threads()
-    workers = min(len(tasks), threads, MOST_WORKERS)
-    if workers <= 1 or device.type != "cpu":
+    workers = worker_count(len(tasks), device)
+    if workers == 1:
         return [work(task) for task in tasks]
     pool = ThreadPoolExecutor(workers, "score", initializer=torch.set_num_threads, initargs=(threads // workers,))
     try:

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..scoring import ScoreSettings, score_repeat
-from ..scoring.score import load
-from ..scoring.workers import side_by_side
+from ..scoring import ScoreSettings
+from ..scoring.score import load, score_networks
 from ..topology import Topology
 from .distributed import Share, rank_device
 
@@ -90,16 +89,16 @@ class Evaluator:
 
     def work(self, tasks: Sequence[Task]) -> list[tuple[float, ...]]:
         """Do tasks: the values of METRICS of each. Scorers of users are called one at a time."""
-        if self.scorer is None:
-            return side_by_side(self._measure_one, tasks, self.device)
-        return [self._measure_one(task) for task in tasks]
+        if self.scorer is not None:
+            return [self._ask_scorer(self.scorer, task) for task in tasks]
+        # The seed alone decides circles and images, shared by all candidates; seed and step decide the weights.
+        networks = [(task.topology, task.repeat, (self.seed, task.step)) for task in tasks]
+        results = score_networks(networks, self.settings, self.images, self.device)
+        return [tuple(result[metric]["value"] for metric in METRICS) for result in results]
 
-    def _measure_one(self, task: Task) -> tuple[float, ...]:
-        if self.scorer is None:
-            # The seed alone decides circles and images, shared by all candidates; seed and step decide the weights.
-            results = score_repeat(task.topology, task.repeat, self.settings, self.images, (self.seed, task.step))
-            return tuple(results[metric]["value"] for metric in METRICS)
-        scores = self.scorer(task.topology)
+    @staticmethod
+    def _ask_scorer(scorer: Scorer, task: Task) -> tuple[float, ...]:
+        scores = scorer(task.topology)
         if not isinstance(scores, Mapping) or any(metric not in scores for metric in METRICS):
             raise InputError(f"scorer must return a mapping with {' and '.join(METRICS)}, got {scores!r}")
         return tuple(float(scores[metric]) for metric in METRICS)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .linear import _bind
-from .value import Taylor, mapped, register_rule
+from .value import Combination, Taylor, mapped, register_rule
 
 
 def leibniz(product: Callable[[Tensor, Tensor], Tensor], a: Taylor, b: Taylor) -> Taylor:
@@ -63,6 +63,8 @@ def _affine(linear: Callable[..., Any], x: Any, weight: Any, bias: Any, bias_sha
     """linear(x, weight) + bias, the bias on x(0) only."""
     if isinstance(x, Taylor) and isinstance(weight, Taylor):
         out = leibniz(linear, x, weight)
+    elif isinstance(x, Combination) and x.basis is not None:
+        out = Taylor(x.after(linear(x.basis, weight)))
     else:
         out = mapped(linear, (x, weight), {})
     if bias is None:
@@ -73,17 +75,20 @@ def _affine(linear: Callable[..., Any], x: Any, weight: Any, bias: Any, bias_sha
     return out
 
 
+def plus_bias(out: Tensor, bias: Tensor) -> Taylor:
+    """A product's fresh memory ``out`` [order + 1, ..., C] with ``bias`` [C] on x(0), added when somebody asks."""
+    if not torch.is_grad_enabled() and bias.shape == out.shape[-1:]:  # autograd may keep what is added to in place
+        return Taylor(out, bias)
+    out[0].add_(bias)
+    return Taylor(out)
+
+
 @register_rule("linear")
 def linear(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
     x, weight, bias = _bind(args, kwargs, input=None, weight=None, bias=None)
     if isinstance(x, Taylor) and not isinstance(weight, Taylor):  # [orders, *, features]: one product of all rows
         out = F.linear(x.coefficients, weight)
-        if bias is None:
-            return Taylor(out)
-        if not torch.is_grad_enabled() and bias.shape == out.shape[-1:]:  # autograd may keep what is added to in place
-            return Taylor(out, bias)
-        out[0].add_(bias)
-        return Taylor(out)
+        return Taylor(out) if bias is None else plus_bias(out, bias)
     return _affine(F.linear, x, weight, bias, (-1,))
 
 

@@ -58,14 +58,20 @@ def _propagate(fn: Callable[[Any], Any], *derivatives: Tensor) -> tuple[Any, ...
                 f"{name} must match x ({list(x.shape)}, {x.dtype}, {x.device}), "
                 f"got {list(derivative.shape)}, {derivative.dtype}, {derivative.device}"
             )
-    output = fn(Taylor(torch.stack(derivatives)))
+    return along(fn, Taylor(torch.stack(derivatives)))
+
+
+def along(fn: Callable[[Any], Any], x: Taylor) -> tuple[Any, ...]:
+    """The orders of ``fn(x)``, as ``jvp`` and ``jet`` return them."""
+    orders = x.order + 1
+    output = fn(x)
 
     def order(k: int) -> Any:
         return pytree.tree_map(
             lambda leaf: _coefficient(leaf, k), output, is_leaf=lambda leaf: isinstance(leaf, Taylor)
         )
 
-    return tuple(order(k) for k in range(len(derivatives)))
+    return tuple(order(k) for k in range(orders))
 
 
 def _coefficient(leaf: Any, k: int) -> Any:

@@ -51,7 +51,14 @@ class Taylor:
 
     @property
     def order(self) -> int:
-        return self.coefficients.shape[0] - 1
+        return self._coefficients.shape[0] - 1
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._coefficients.shape[1:]
+
+    def dim(self) -> int:
+        return len(self.shape)
 
     @property
     def primal(self) -> Tensor:
@@ -81,6 +88,40 @@ class Taylor:
 
     def __repr__(self) -> str:
         return f"Taylor(order={self.order}, shape={tuple(self.primal.shape)}, dtype={self.primal.dtype})"
+
+
+class Combination(Taylor):
+    """n points whose orders all are combinations of few tensors, as those of a circle are of two.
+
+    ``mix`` [order + 1, n, k] times ``basis`` [k, *shape]. A linear map acts on the k tensors (``after``); anything else
+    finds an ordinary Taylor value of n points.
+    """
+
+    __slots__ = ("basis", "mix")
+
+    def __init__(self, mix: Tensor, basis: Tensor) -> None:
+        super().__init__(mix)  # until somebody asks
+        self.mix = mix
+        self.basis: Tensor | None = basis  # None once the points may have been written to
+
+    @property
+    def coefficients(self) -> Tensor:
+        if self.basis is not None:
+            self._coefficients = self.after(self.basis)
+            self.basis = None
+        return self._coefficients
+
+    def apart(self) -> tuple[Tensor, Tensor | None]:
+        return self.coefficients, None
+
+    @property
+    def shape(self) -> torch.Size:
+        points = self.mix.shape[1:2]
+        return self._coefficients.shape[1:] if self.basis is None else points + self.basis.shape[1:]
+
+    def after(self, images: Tensor) -> Tensor:
+        """A linear map's images [k, *other] of the basis -> its images [order + 1, n, *other] of the points."""
+        return (self.mix.flatten(0, 1) @ images.flatten(1)).reshape(*self.mix.shape[:2], *images.shape[1:])
 
 
 def _call_method(method: Callable[..., Any], value: Taylor, *args: Any, **kwargs: Any) -> Any:

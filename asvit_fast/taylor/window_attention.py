@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch.nn.functional as F
+
 from ..ops.patch_embed import patch_embed, patch_embed_reference
 from ..ops.patch_merge import patch_merge, patch_merge_reference
 from ..ops.window_attention import window_attention
 from ..ops.window_attention_taylor import window_attention_taylor
 from .linear import _bind
-from .value import Taylor, TaylorError, register_rule
+from .products import plus_bias
+from .value import Combination, Taylor, TaylorError, register_rule, taylors
 
 
 @register_rule(window_attention)
@@ -27,7 +30,24 @@ def windowed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 
 @register_rule(patch_embed)
 def embedding(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return patch_embed_reference(*args, **kwargs)
+    image, weight, bias, stride, dilation, padding, norm_weight, norm_bias, eps = _bind(
+        args,
+        kwargs,
+        image=None,
+        weight=None,
+        bias=None,
+        stride=None,
+        dilation=None,
+        padding=None,
+        norm_weight=None,
+        norm_bias=None,
+        eps=1e-5,
+    )
+    if not isinstance(image, Combination) or image.basis is None or taylors(weight, bias, norm_weight, norm_bias):
+        return patch_embed_reference(*args, **kwargs)
+    tokens: Any = image.after(patch_embed_reference(image.basis, weight, None, stride, dilation, padding))
+    tokens = Taylor(tokens) if bias is None else plus_bias(tokens, bias)  # [order + 1, n, Ho, Wo, C]
+    return tokens if norm_weight is None else F.layer_norm(tokens, tokens.shape[-1:], norm_weight, norm_bias, eps)
 
 
 @register_rule(patch_merge)

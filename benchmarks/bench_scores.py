@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import statistics
 import subprocess
 import sys
@@ -104,12 +103,20 @@ def with_fused_attention(run: Run) -> object:
         return run()
 
 
-def with_jax(settings: Settings) -> bool:
-    """Whether JAX takes part."""
-    if importlib.util.find_spec("jax") is None:
-        print("jax: left out, not installed")
-        return False
-    return "jax" not in settings.without
+def add_jax(providers: Providers, model: af.AsViT, names: tuple[str, ...], *inputs: Tensor) -> None:
+    """JAX's functions ``names`` (see jax_asvit.py) of the network at these inputs."""
+    settings = providers.settings
+    if "jax" in settings.without:
+        return
+    try:
+        import jax_asvit
+
+        peer = jax_asvit.Peer(model, settings.device)
+    except (ImportError, RuntimeError) as reason:
+        print(f"jax: left out, {reason}")
+        return
+    for name in names:
+        providers.add_compiled(f"jax.jit({name})", partial(peer.compile, name, *inputs), peer.note)
 
 
 # --------------------------------------------------------------------------- passes
@@ -132,11 +139,7 @@ def order_1(settings: Settings) -> list[NetworkRow]:
     providers = Providers(settings)
     providers.add("torch.func.jvp, eager", jvp, ELEMENTARY)
     providers.add_compiled("torch.func.jvp, compiled", lambda: compiled(torch.func.jvp, fn, (x,), (dx,)), ELEMENTARY)
-    if with_jax(settings):
-        import jax_asvit
-
-        peer = jax_asvit.Peer(model, settings.device)
-        providers.add_compiled("jax.jit(jvp)", lambda: peer.passes(jax_asvit.order_1, x, dx), peer.note)
+    add_jax(providers, model, ("jvp",), x, dx)
     ours = partial(af.jvp, fn, x, dx)
     providers.add("reference", partial(with_reference, ours), "our Taylor propagation, ops in torch operations")
     providers.add("ours", ours)
@@ -152,12 +155,7 @@ def order_2(settings: Settings) -> list[NetworkRow]:
     providers = Providers(settings)
     providers.add("nested torch.func.jvp, eager", partial(nested_jvp, fn, x, dx), ELEMENTARY)
     providers.add_compiled("nested torch.func.jvp, compiled", lambda: compiled(nested_jvp, fn, x, dx), ELEMENTARY)
-    if with_jax(settings):
-        import jax_asvit
-
-        peer = jax_asvit.Peer(model, settings.device)
-        for name, derivative in (("nested jvp", jax_asvit.order_2_nested), ("jet", jax_asvit.order_2_jet)):
-            providers.add_compiled(f"jax.jit({name})", partial(peer.passes, derivative, x, dx), peer.note)
+    add_jax(providers, model, ("nested jvp", "jet"), x, dx)
     ours = partial(af.jet, fn, x, dx, -x)
     providers.add("reference", partial(with_reference, ours), "our Taylor propagation, ops in torch operations")
     providers.add("ours", ours)
@@ -180,11 +178,7 @@ def ntk(settings: Settings) -> list[NetworkRow]:
     providers.add("vmap(grad), SDPA, eager", partial(with_fused_attention, eager), fused)
     providers.add_compiled("vmap(grad), compiled", make, f"{note}in elementary operations")
     providers.add_compiled("vmap(grad), SDPA, compiled", lambda: partial(with_fused_attention, make()), fused)
-    if with_jax(settings):
-        import jax_asvit
-
-        peer = jax_asvit.Peer(model, settings.device)
-        providers.add_compiled("jax.jit(vmap(grad))", lambda: peer.gram(images), peer.note)
+    add_jax(providers, model, ("vmap(grad)",), images)
     ours = partial(af.ntk_gram, model, images)
     providers.add("reference", partial(with_reference, ours), "our contractions, ops in torch operations")
     providers.add("ours", ours)

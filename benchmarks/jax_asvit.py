@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory of the same GPU
 
@@ -19,12 +20,13 @@ import jax.numpy as jnp
 import torch
 from jax import Array, lax
 from jax.experimental.jet import jet
-from torch import Tensor, nn
+from torch import Tensor
 
+from asvit_fast import AsViT
 from asvit_fast.topology import EMBED_STRIDE, Topology
 
 Weights = dict[str, Array]  # names of our state_dict
-Features = Callable[[Array], Array]  # images [B, 3, H, W] -> [B, F]
+Features = Callable[[Weights, Array], Array]  # images [B, 3, H, W] -> [B, F]
 
 LAYER_NORM_EPS = 1e-5
 
@@ -115,85 +117,73 @@ def mlp(weights: Weights, name: str, x: Array) -> Array:
     return linear(weights, f"{name}.fc2", 0.5 * x * (1 + lax.erf(x * 0.5**0.5)))
 
 
-# --------------------------------------------------------------------------- derivatives along a circle
+# --------------------------------------------------------------------------- derivatives
 
 
-def order_1(features: Features, x: Array, dx: Array) -> tuple[Array, ...]:
+def order_1(features: Features, weights: Weights, x: Array, dx: Array) -> tuple[Array, ...]:
     """(y, y'), each [B, F]."""
-    return jax.jvp(features, (x,), (dx,))
+    return jax.jvp(partial(features, weights), (x,), (dx,))
 
 
-def order_2_nested(features: Features, x: Array, dx: Array) -> tuple[Array, ...]:
+def order_2_nested(features: Features, weights: Weights, x: Array, dx: Array) -> tuple[Array, ...]:
     """(y, y', y'') along a circle, where x'' = -x, by forward mode through forward mode."""
 
     def velocity(t: Array) -> tuple[Array, Array]:
-        return jax.jvp(lambda s: features(x + s * dx - 0.5 * s * s * x), (t,), (jnp.ones_like(t),))
+        return jax.jvp(lambda s: features(weights, x + s * dx - 0.5 * s * s * x), (t,), (jnp.ones_like(t),))
 
     zero = jnp.zeros((), x.dtype)
     (y, v), (_, a) = jax.jvp(velocity, (zero,), (jnp.ones_like(zero),))
     return y, v, a
 
 
-def order_2_jet(features: Features, x: Array, dx: Array) -> tuple[Array, ...]:
+def order_2_jet(features: Features, weights: Weights, x: Array, dx: Array) -> tuple[Array, ...]:
     """The same by JAX's Taylor mode."""
-    y, (v, a) = jet(features, (x,), ((dx, -x),))
+    y, (v, a) = jet(partial(features, weights), (x,), ((dx, -x),))
     return y, v, a
 
 
-def gram(features: Callable[[Weights, Array], Array], weights: Weights, images: Array) -> Array:
+def gram(features: Features, weights: Weights, images: Array) -> Array:
     """The NTK Gram [B, B] through vmap(grad), one gradient per sample and weight kept."""
     chosen = {name: weight for name, weight in weights.items() if "weight" in name}
-    rest = {name: weight for name, weight in weights.items() if name not in chosen}
 
     def total(chosen: Weights, image: Array) -> Array:
-        return features({**rest, **chosen}, image[None]).sum()
+        return features({**weights, **chosen}, image[None]).sum()
 
     rows = jax.vmap(jax.grad(total), in_axes=(None, 0))(chosen, images)
     flat = [row.reshape(len(images), -1) for row in rows.values()]  # of every weight [B, elements]
     return jnp.stack([row @ row.T for row in flat]).sum(0)
 
 
+FUNCTIONS = {"jvp": order_1, "nested jvp": order_2_nested, "jet": order_2_jet, "vmap(grad)": gram}
+
+
 # --------------------------------------------------------------------------- from torch and back
 
 
 class Peer:
-    """JAX's derivatives of one of our networks, on the same weights and the same kind of device."""
+    """JAX's derivatives of one of our networks, on the same weights and device; RuntimeError where JAX lacks it."""
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: AsViT, device: torch.device) -> None:
         platform = "gpu" if device.type == "cuda" else "cpu"
-        self.device = jax.devices(platform)[device.index or 0]  # RuntimeError where JAX has no such device
-        self.topology: Topology = model.topology  # type: ignore[assignment]
+        self.device = jax.devices(platform)[device.index or 0]
+        self.features = partial(score_features, model.topology)
         self.weights = {name: self.array(weight) for name, weight in model.state_dict().items()}
-        self.note = f"jax {jax.__version__}, XLA on {platform}, compilation excluded" + (
-            ", threads of its own" if platform == "cpu" else ""
-        )
+        threads = ", threads of its own" if platform == "cpu" else ""
+        self.note = f"jax {jax.__version__}, XLA on {platform}{threads}"
 
     def array(self, tensor: Tensor) -> Array:
         return jax.device_put(tensor.detach().cpu().numpy(), self.device)
 
-    def _ready(self, function: Callable[..., object], *tensors: Tensor) -> Callable[[], object]:
-        """The compiled function on these inputs, waiting for its end and returning torch tensors."""
+    def compile(self, name: str, *tensors: Tensor) -> Callable[[], object]:
+        """One of FUNCTIONS on these inputs (x [B, 3, H, W], and its velocity for passes), compiled, ready to run.
+
+        A run waits for its end and returns torch tensors.
+        """
         arrays = [self.array(tensor) for tensor in tensors]
         with jax.default_matmul_precision("highest"):  # float32, no TF32
-            compiled = jax.jit(function).lower(self.weights, *arrays).compile()
+            compiled = jax.jit(partial(FUNCTIONS[name], self.features)).lower(self.weights, *arrays).compile()
 
         def run() -> object:
             return jax.tree.map(torch.from_dlpack, jax.block_until_ready(compiled(self.weights, *arrays)))
 
         return run
-
-    def passes(self, derivative: Callable[..., tuple[Array, ...]], x: Tensor, dx: Tensor) -> Callable[[], object]:
-        """A derivative of the above along x [B, 3, H, W] with velocity dx, ready to run."""
-
-        def function(weights: Weights, x: Array, dx: Array) -> tuple[Array, ...]:
-            return derivative(lambda image: score_features(self.topology, weights, image), x, dx)
-
-        return self._ready(function, x, dx)
-
-    def gram(self, images: Tensor) -> Callable[[], object]:
-        """The NTK Gram of images [B, 3, H, W], ready to run."""
-
-        def function(weights: Weights, images: Array) -> Array:
-            return gram(lambda chosen, image: score_features(self.topology, chosen, image), weights, images)
-
-        return self._ready(function, images)

@@ -27,7 +27,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
-from networks import SEED_TOPOLOGY, THETAS, NetworkRow, Settings, reject, show, summary
+from networks import SEED_TOPOLOGY, THETAS, NetworkRow, Settings, check_table, reject, show, summary
 from timer import print_header, save_rows
 from torch import Tensor, nn
 
@@ -237,6 +237,7 @@ def main() -> None:
     device = resolve_device(options.device)
     topology = Topology.parse(options.topology)
     settings = Settings(device, topology, options.img_size, options.batch, long_rounds=options.rounds)
+    check_table(options.csv, device)
     print_header(device)
     measured = rows(options.reference, settings, options.coordinates, options.full)
     show(measured)

@@ -32,7 +32,19 @@ from unittest import mock
 
 import against_asvit
 import torch
-from networks import SEED_TOPOLOGY, THETAS, NetworkRow, Providers, Run, Settings, error, reject, show, summary
+from networks import (
+    SEED_TOPOLOGY,
+    THETAS,
+    NetworkRow,
+    Providers,
+    Run,
+    Settings,
+    check_table,
+    error,
+    reject,
+    show,
+    summary,
+)
 from timer import Timing, print_header, save_rows
 from torch import Tensor, nn
 
@@ -50,6 +62,11 @@ ELEMENTARY = "attention in elementary operations, as torch's fused one has no fo
 
 
 # --------------------------------------------------------------------------- providers
+
+
+def single_jvp(fn: Callable[[Tensor], Tensor], x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
+    """Order 1; a function of this file, as torch.compile does not look into those of torch."""
+    return torch.func.jvp(fn, (x,), (dx,))
 
 
 def nested_jvp(fn: Callable[[Tensor], Tensor], x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,10 +152,9 @@ def order_1(settings: Settings) -> list[NetworkRow]:
     """One pass of order 1 of the network without norms, as length distortion takes it."""
     model, (x, dx) = settings.network("identity"), circle_points(settings)
     fn = model.score_features
-    jvp = partial(torch.func.jvp, fn, (x,), (dx,))
     providers = Providers(settings)
-    providers.add("torch.func.jvp, eager", jvp, ELEMENTARY)
-    providers.add_compiled("torch.func.jvp, compiled", lambda: compiled(torch.func.jvp, fn, (x,), (dx,)), ELEMENTARY)
+    providers.add("torch.func.jvp, eager", partial(single_jvp, fn, x, dx), ELEMENTARY)
+    providers.add_compiled("torch.func.jvp, compiled", lambda: compiled(single_jvp, fn, x, dx), ELEMENTARY)
     add_jax(providers, model, ("jvp",), x, dx)
     ours = partial(af.jvp, fn, x, dx)
     providers.add("reference", partial(with_reference, ours), "our Taylor propagation, ops in torch operations")
@@ -274,6 +290,8 @@ def run_ops(arguments: argparse.Namespace, device: torch.device) -> None:
         command = [sys.executable, str(Path(__file__).with_name(f"bench_{op}.py")), "--device", str(device)]
         if arguments.rounds is not None:
             command += ["--rounds", str(max(arguments.rounds, 2))]
+        if arguments.threads is not None:
+            command += ["--threads", str(arguments.threads)]
         if arguments.csv is not None:
             command += ["--csv", str(arguments.csv.with_name(f"{op}.csv"))]
         subprocess.run(command, check=True)
@@ -318,6 +336,7 @@ def main() -> None:
         device, Topology.parse(arguments.topology), arguments.img_size, arguments.batch, arguments.repeats,
         arguments.steps, arguments.rounds or Settings.rounds, arguments.long_rounds, tuple(arguments.without),
     )  # fmt: skip
+    check_table(arguments.csv, device)
     print_header(device)
     sections: dict[str, Callable[[Settings], list[NetworkRow]]] = dict(SECTIONS)
     if arguments.reference is not None:

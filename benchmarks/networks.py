@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
-from timer import Row, Timing, compare, print_rows
+from timer import Row, Timing, compare, machine, print_rows
 from torch import Tensor
 
 from asvit_fast import AsViT, create_model
@@ -123,11 +125,21 @@ def summary(seconds: list[float]) -> Timing:
     return Timing(median, lower, upper, len(seconds))
 
 
+def check_table(path: Path | None, device: torch.device) -> None:
+    """End the program before anything runs if rows do not fit the columns of an existing file."""
+    if path is None or not path.exists():
+        return
+    with path.open(newline="") as file:
+        columns = next(csv.reader(file), [])
+    if columns != [*(column.name for column in fields(NetworkRow)), *machine(device)]:
+        raise SystemExit(f"{path} has other columns ({', '.join(columns)}): remove it, or name another file with --csv")
+
+
 def show(rows: list[NetworkRow]) -> None:
     """Print every case with speeds relative to its slowest provider, and the notes."""
     for case in dict.fromkeys(row.case for row in rows):
         part = [row for row in rows if row.case == case]
         print_rows(part, baseline=max(part, key=lambda row: row.milliseconds).provider)
         for row in part:
-            print(f"  {row.provider}: {row.rounds} rounds{f'; {row.note}' if row.note else ''}")
+            print(f"  {row.provider}: rounds {row.rounds}{f'; {row.note}' if row.note else ''}")
         print(flush=True)

@@ -41,7 +41,10 @@ def test_every_part_has_rows(root: Path, tmp_path: Path) -> None:
     done = run(root, "--only", *parts, "--without", "compiled", "jax", "--csv", str(table))
     assert done.returncode == 0, done.stderr
     assert "authors: left out" in done.stdout
+    again = run(root, "--only", "forward", "--csv", str(table))  # rows are added
+    assert again.returncode == 0, again.stderr
     rows = list(csv.DictReader(table.open()))
+    assert [row["case"] for row in rows].count("forward, 10 thetas, 32 px") == 2
     assert all(float(row["error"]) < 2e-3 and float(row["milliseconds"]) > 0 for row in rows)
     assert {row["topology"] for row in rows} == {"8,2,3,1|4,1,2,1|4,1,4,1|4,1,6,1|32,32"}
     ours = [row["case"] for row in rows if row["provider"] == "ours"]
@@ -85,6 +88,13 @@ def test_a_compiler_that_fails_is_named(benchmark, capsys: pytest.CaptureFixture
     providers.add_compiled("slow peer", fails)
     assert providers.runs == {}
     assert capsys.readouterr().out == "broken: left out, RuntimeError: no rule for this\n"
+
+
+def test_a_table_of_other_columns_is_refused(benchmark, tmp_path: Path) -> None:
+    table = tmp_path / "scores.csv"
+    table.write_text("benchmark,case\n")
+    with pytest.raises(SystemExit, match=r"other columns \(benchmark, case\): remove it"):
+        benchmark("networks").check_table(table, torch.device("cpu"))
 
 
 def test_reference_must_be_a_clone(benchmark, tmp_path: Path) -> None:

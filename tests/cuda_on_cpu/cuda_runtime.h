@@ -1,6 +1,6 @@
-// As much of CUDA as the kernels of csrc/cuda use, on a CPU: blocks run one after the other, and the threads of a block
-// take turns, each running until it waits for the others. Slow, for tests: wrong indices, missing barriers and threads
-// that do not reach a barrier show without a GPU.
+// As much of CUDA as the kernels of csrc/cuda use, on a CPU: blocks run one after the other, and the threads of a
+// block, a multiple of 32, take turns, each running until it waits for the others. Slow, for tests: wrong indices,
+// missing barriers and threads that do not reach a barrier show without a GPU.
 #pragma once
 
 #include <math.h>
@@ -35,15 +35,22 @@ struct Barrier {
   unsigned expected = 0, arrived = 0, meetings = 0;
 };
 
+struct Thread {
+  ucontext_t context;
+  bool finished;
+  const Barrier* waits_at;
+  unsigned meeting;  // that it waits for
+
+  bool can_run() const { return !finished && (waits_at == nullptr || waits_at->meetings != meeting); }
+};
+
 struct Block {
   std::function<void()> body;  // of every thread
-  std::vector<ucontext_t> threads;
-  std::vector<bool> finished;
+  std::vector<Thread> threads;
   std::vector<Barrier> warps;
   std::vector<uint64_t> lanes;  // what each thread gives to the others of its warp
   Barrier all;
   ucontext_t scheduler;
-  unsigned progress = 0;  // counts arrivals and ends
 };
 
 inline Block block;
@@ -51,48 +58,54 @@ inline Index threadIdx, blockIdx, blockDim;
 inline bool backwards = false;  // the order in which threads take turns: results must not depend on it
 
 inline void wait(Barrier& barrier) {
-  const unsigned meeting = barrier.meetings;
-  ++block.progress;
+  Thread& thread = block.threads[threadIdx.x];
+  thread.waits_at = &barrier;
+  thread.meeting = barrier.meetings;
   if (++barrier.arrived == barrier.expected) {
     barrier.arrived = 0;
     ++barrier.meetings;
   }
-  while (barrier.meetings == meeting) swapcontext(&block.threads[threadIdx.x], &block.scheduler);
+  swapcontext(&thread.context, &block.scheduler);
 }
 
 inline void run_thread() {
   block.body();
-  block.finished[threadIdx.x] = true;
-  ++block.progress;
+  block.threads[threadIdx.x].finished = true;
 }
 
-inline void start_thread(unsigned i, char* stack) {
-  ucontext_t& thread = block.threads[i];
-  getcontext(&thread);
-  thread.uc_stack = {stack, 0, kStackBytes};
-  thread.uc_link = &block.scheduler;
-  makecontext(&thread, run_thread, 0);
-  block.finished[i] = false;
+inline void start_thread(Thread& thread, char* stack) {
+  thread.finished = false;
+  thread.waits_at = nullptr;
+  getcontext(&thread.context);
+  thread.context.uc_stack = {stack, 0, kStackBytes};
+  thread.context.uc_link = &block.scheduler;
+  makecontext(&thread.context, run_thread, 0);
 }
 
-// Gives every thread a turn; false once nobody gets any further.
-inline bool run_threads() {
-  const unsigned before = block.progress;
-  const auto count = static_cast<unsigned>(block.threads.size());
-  for (unsigned turn = 0; turn < count; ++turn) {
-    threadIdx.x = backwards ? count - 1 - turn : turn;
-    if (!block.finished[threadIdx.x]) swapcontext(&block.scheduler, &block.threads[threadIdx.x]);
+// Gives a turn to each thread of a warp that can run; false if there is none.
+inline bool run_warp(unsigned first) {
+  bool any = false;
+  for (unsigned i = first; i < first + kWarp; ++i) {
+    threadIdx.x = backwards ? static_cast<unsigned>(block.threads.size()) - 1 - i : i;
+    Thread& thread = block.threads[threadIdx.x];
+    if (!thread.can_run()) continue;
+    any = true;
+    swapcontext(&block.scheduler, &thread.context);
   }
-  return block.progress != before;
+  return any;
 }
 
+// Each warp in turn gets as far as it can without the others, so that what no barrier holds back comes too early.
 inline void run_block(char* stacks) {
-  for (unsigned i = 0; i < block.threads.size(); ++i) start_thread(i, stacks + i * kStackBytes);
-  while (run_threads()) {
+  for (size_t i = 0; i < block.threads.size(); ++i) start_thread(block.threads[i], stacks + i * kStackBytes);
+  for (bool any = true; any;) {
+    any = false;
+    for (unsigned warp = 0; warp < block.threads.size(); warp += kWarp)
+      while (run_warp(warp)) any = true;
   }
-  for (unsigned i = 0; i < block.threads.size(); ++i) {
-    if (block.finished[i]) continue;
-    std::fprintf(stderr, "block %u: thread %u waits for threads that never come\n", blockIdx.x, i);
+  for (size_t i = 0; i < block.threads.size(); ++i) {
+    if (block.threads[i].finished) continue;
+    std::fprintf(stderr, "block %u: thread %zu waits for threads that never come\n", blockIdx.x, i);
     std::abort();
   }
 }
@@ -102,9 +115,8 @@ void run_grid(unsigned blocks, unsigned threads, Body body) {
   static std::vector<char> stacks(1024 * kStackBytes);
   block.body = body;
   block.threads.resize(threads);
-  block.finished.resize(threads);
   block.lanes.resize(threads);
-  block.warps.assign((threads + kWarp - 1) / kWarp, Barrier{kWarp});
+  block.warps.assign(threads / kWarp, Barrier{kWarp});
   block.all = {threads};
   blockDim.x = threads;
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) run_block(stacks.data());

@@ -48,7 +48,8 @@ def build(root: Path, folder: Path) -> Path:
         objects = [folder / f"{source.name}.o" for source in sources]
 
         def run(*arguments: str | Path) -> None:
-            result = subprocess.run([*COMPILER, *arguments], capture_output=True, text=True)
+            environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+            result = subprocess.run([*COMPILER, *arguments], capture_output=True, text=True, env=environment)
             assert result.returncode == 0, result.stderr
 
         with ThreadPoolExecutor(2) as pool:

@@ -9,8 +9,8 @@ The environment variable ASVIT_FAST_BUILD decides what is compiled:
     none   nothing: Triton kernels and pure-torch references only
 
 CUDA is decided by the toolkit, never by a visible GPU. CUDA_HOME and TORCH_CUDA_ARCH_LIST are honoured. The report of
-what was built, or why it was not, is installed as `asvit_fast/_build.json`. ASVIT_FAST_SANITIZE=address,undefined builds
-with these sanitizers of the compiler (see `make sanitize`).
+what was built, or why it was not, is installed as `asvit_fast/_build.json`. ASVIT_FAST_SANITIZE=address,undefined adds
+these sanitizers of the compiler (see `make sanitize`).
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def gelu_taylor_kernel(
     if x.dtype != tl.float64:
         x = x.to(tl.float32)
     if BIASED:
-        # columns % channels with one 64-bit division for the block, as a GPU has none: a slow call that spills registers
+        # columns % channels by one 64-bit division for the block: a GPU has none, and the call that it takes is slow
         channels = tl.cast(channels, tl.int64)
         step = tl.cast(tl.minimum(channels, BLOCK), tl.int32)
         channel = tl.program_id(0).to(tl.int64) * BLOCK % channels + tl.arange(0, BLOCK) % step

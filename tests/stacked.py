@@ -132,6 +132,22 @@ class StackedOp:
         torch.set_num_threads(before)
         assert all(torch.equal(results[0], other) for other in results[1:])
 
+    def test_more_rows_than_65535(self, device):
+        """The most blocks along the second dimension of a grid."""
+        self.check(rows(2, 70_000, 4, device=device), *self.parameters(4, torch.float32, device))
+
+    @needs_extension
+    @every_isa
+    @pytest.mark.parametrize("first", [0, 1], ids=["everything", "derivatives"])
+    def test_denormals(self, isa, first):
+        """Derivatives too small for a normal number keep the digits that they have."""
+        x, parameters = rows(2, 3, 40, scale=1.0), self.parameters(40, torch.float32)
+        x[first:] *= 1e-40
+        y, truth = type(self).op(x, *parameters), self.exact(x, *parameters)
+        assert truth[1].abs().max() > 0
+        mine, theirs = errors(y, truth), errors(type(self).reference(x, *parameters), truth)
+        assert all(ours <= 2 * other + 1e-43 for ours, other in zip(mine[1:], theirs[1:], strict=True))
+
     def test_non_contiguous(self, device):
         x = rows(2, 6, 50, device=device)
         for view in (x[:, ::2], x.transpose(1, 2), x[:, :, 1:], x.flip(1)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -24,6 +25,15 @@ def rows(orders: int, *shape: int, dtype: torch.dtype = torch.float32, device="c
     x = torch.randn(orders + 1, *shape, generator=generator, dtype=torch.float64)
     x[0] *= scale
     return x.to(dtype).to(device)
+
+
+def far_apart(x: Tensor, steps: list[int]) -> Tensor:
+    """x with the strides `steps`, in memory that takes place only where there are values."""
+    size = 1 + sum((length - 1) * step for length, step in zip(x.shape, steps, strict=True))
+    no_reserve = 0x4000  # of Linux; Python's mmap has no name for it before 3.13
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    memory = torch.frombuffer(mmap.mmap(-1, size * x.element_size(), flags=flags), dtype=x.dtype)
+    return memory.as_strided(x.shape, steps).copy_(x)
 
 
 def along_curve(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

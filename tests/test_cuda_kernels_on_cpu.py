@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from stacked import TINY, assert_as_exact, rows
+from stacked import TINY, assert_as_exact, far_apart, rows
 from torch import Tensor
 
 from asvit_fast.ops.gelu_taylor import gelu_taylor_reference
@@ -203,11 +203,8 @@ def attention_on_cpu(
 
 
 def test_window_attention_offsets_beyond_32_bits(kernels):
-    """A view whose memory is touched only where its values are."""
     qkv = rows(1, 1, 3, 4, 3, 2, 3, scale=1.0)  # [2, 1, 3, 4, 3, heads, d]
-    steps = [2**31 + 11, 1, 2**29 - 3, 2**28 + 5, 2**20, 2**26 + 1, 2**24 + 7]
-    memory = torch.empty(sum((size - 1) * step for size, step in zip(qkv.shape, steps, strict=True)) + 1)
-    view = memory.as_strided(qkv.shape, steps).copy_(qkv)
+    view = far_apart(qkv, [2**31 + 11, 1, 2**29 - 3, 2**28 + 5, 2**20, 2**26 + 1, 2**24 + 7])
     ours, theirs = (attention_on_cpu(kernels, list(x.unbind(4)), [2, 2], [1, 0], None, 0.5) for x in (view, qkv))
     assert torch.equal(ours, theirs)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
+from stacked import far_apart
 from torch import Tensor
 
 from asvit_fast import _extension, backends
@@ -301,12 +302,9 @@ def test_many_windows(device):
 @needs_extension
 @every_isa
 def test_offsets_beyond_32_bits(isa):
-    """Of the orders, rows, columns, heads and components: a view whose memory is touched only where its values are."""
     qkv, (_, window, shift, _) = inputs((1, 3, 4, 2, 3, (2, 2), (1, 0), False), 1)
     qkv = qkv.unflatten(4, (3, 2, 3))  # [2, 1, 3, 4, 3, heads, d]
-    steps = [2**31 + 11, 1, 2**29 - 3, 2**28 + 5, 2**20, 2**26 + 1, 2**24 + 7]
-    memory = torch.empty(sum((size - 1) * step for size, step in zip(qkv.shape, steps, strict=True)) + 1)
-    view = memory.as_strided(qkv.shape, steps).copy_(qkv)
+    view = far_apart(qkv, [2**31 + 11, 1, 2**29 - 3, 2**28 + 5, 2**20, 2**26 + 1, 2**24 + 7])
     arguments = list(window), list(shift), None, 0.5
     y = stacked_window_attention(*view.unbind(4), *arguments)
     assert torch.equal(y, stacked_window_attention(*qkv.unbind(4), *arguments))

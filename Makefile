@@ -5,9 +5,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.h)
-CLANG_FORMAT := $(filter %.cpp %.h %.cu,$(SOURCES))
+CLANG_FORMAT := $(filter %.cpp %.h %.cu,$(SOURCES)) $(wildcard tests/cuda_on_cpu/*.* tests/cuda_on_cpu/cuda/*.h)
 
-.PHONY: install demo test lint format bench clean
+.PHONY: install demo test sanitize resource-report lint format bench clean
 
 install: $(VENV)/.installed
 
@@ -31,6 +31,24 @@ demo: install
 # one thread each: threads of several processes on the same cores wait for each other most of the time
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(PYTEST_ARGS)
+
+# The compiled kernels, and the CUDA kernels as tests/cuda_on_cpu compiles them, under g++'s sanitizers. A sanitized
+# library needs their runtime, and exceptions the C++ library, loaded before Python's own. torch keeps memory to the end:
+# leaks are not looked for. With --capture=sys the sanitizers' words reach the terminal.
+SANITIZE := ASVIT_FAST_BUILD=cpu ASVIT_FAST_SANITIZE=address,undefined CXX=g++
+SANITIZED_TESTS := $(wildcard tests/test_*_taylor.py tests/test_window*.py) tests/test_cuda_kernels_on_cpu.py \
+	tests/test_build.py::test_sanitizer_sees_an_overrun
+
+sanitize: install
+	$(SANITIZE) $(BIN)/python setup.py --quiet build --build-lib build/sanitized
+	$(SANITIZE) PYTHONPATH=$(CURDIR)/build/sanitized ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
+		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+		$(BIN)/pytest -n 2 --capture=sys -k "not compile and not export and not opcheck and not transforms and not triton" \
+		$(SANITIZED_TESTS)
+
+# Registers, spills and shared memory of every CUDA and Triton kernel, for GPUs that need not be there; fails on spills.
+resource-report: install
+	$(BIN)/python benchmarks/resource_report.py
 
 lint: install
 	$(BIN)/ruff check .

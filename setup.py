@@ -9,7 +9,8 @@ The environment variable ASVIT_FAST_BUILD decides what is compiled:
     none   nothing: Triton kernels and pure-torch references only
 
 CUDA is decided by the toolkit, never by a visible GPU. CUDA_HOME and TORCH_CUDA_ARCH_LIST are honoured. The report of
-what was built, or why it was not, is installed as `asvit_fast/_build.json`.
+what was built, or why it was not, is installed as `asvit_fast/_build.json`. ASVIT_FAST_SANITIZE=address,undefined adds
+these sanitizers of the compiler (see `make sanitize`).
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ MODES = ("auto", "cuda", "cpu", "none")
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0")
 CXX_FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas"]
 NVCC_FLAGS = ["-O3", "--threads=2"]
+SANITIZERS = os.environ.get("ASVIT_FAST_SANITIZE", "")
+if SANITIZERS:  # later flags win
+    CXX_FLAGS += ["-O1", "-g1", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all"]
 
 
 class CannotBuild(Exception):
@@ -246,12 +250,13 @@ def make_extension(plan: Plan) -> tuple[Any, type]:
         define_macros=[("ASVIT_FAST_CUDA", "1")] if plan.toolkit else [],
         # libgomp is not linked: torch's own copy serves the OpenMP calls, so both share one pool of threads
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        extra_link_args=[f"-fsanitize={SANITIZERS}"] if SANITIZERS else [],
     )
 
     class BuildExtension(cpp_extension.BuildExtension):
         def finalize_options(self) -> None:
             super().finalize_options()
-            variant = "cuda" if plan.toolkit else "cpu"
+            variant = "-".join(["cuda" if plan.toolkit else "cpu", *filter(None, SANITIZERS.split(","))])
             self.build_temp = str(
                 ROOT / "build" / f"{variant}-{sys.implementation.cache_tag}-torch{plan.report['torch']}"
             )

@@ -52,7 +52,12 @@ def gelu_taylor_kernel(
     if x.dtype != tl.float64:
         x = x.to(tl.float32)
     if BIASED:
-        x += tl.load(bias_pointer + columns % channels, mask=mask, other=0.0).to(x.dtype)
+        # columns % channels by one 64-bit division for the block: a GPU has none, and the call that it takes is slow
+        channels = tl.cast(channels, tl.int64)
+        step = tl.cast(tl.minimum(channels, BLOCK), tl.int32)
+        channel = tl.program_id(0).to(tl.int64) * BLOCK % channels + tl.arange(0, BLOCK) % step
+        channel = tl.where(channel < channels, channel, channel - channels)
+        x += tl.load(bias_pointer + channel, mask=mask, other=0.0).to(x.dtype)
     # beyond +-40 the derivatives of P are 0; NaN fails both comparisons and stays
     z = tl.where(x < -40.0, -40.0, tl.where(x > 40.0, 40.0, x))
     if TANH:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -24,6 +25,15 @@ def rows(orders: int, *shape: int, dtype: torch.dtype = torch.float32, device="c
     x = torch.randn(orders + 1, *shape, generator=generator, dtype=torch.float64)
     x[0] *= scale
     return x.to(dtype).to(device)
+
+
+def far_apart(x: Tensor, steps: list[int]) -> Tensor:
+    """x with the strides `steps`, in memory that takes place only where there are values."""
+    size = 1 + sum((length - 1) * step for length, step in zip(x.shape, steps, strict=True))
+    no_reserve = 0x4000  # of Linux; Python's mmap has no name for it before 3.13
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    memory = torch.frombuffer(mmap.mmap(-1, size * x.element_size(), flags=flags), dtype=x.dtype)
+    return memory.as_strided(x.shape, steps).copy_(x)
 
 
 def along_curve(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -131,6 +141,22 @@ class StackedOp:
             results.append(type(self).op(x, *parameters))
         torch.set_num_threads(before)
         assert all(torch.equal(results[0], other) for other in results[1:])
+
+    def test_more_rows_than_65535(self, device):
+        """The most blocks along the second dimension of a grid."""
+        self.check(rows(2, 70_000, 4, device=device), *self.parameters(4, torch.float32, device))
+
+    @needs_extension
+    @every_isa
+    @pytest.mark.parametrize("first", [0, 1], ids=["everything", "derivatives"])
+    def test_denormals(self, isa, first):
+        """Derivatives too small for a normal number keep the digits that they have."""
+        x, parameters = rows(2, 3, 40, scale=1.0), self.parameters(40, torch.float32)
+        x[first:] *= 1e-40
+        y, truth = type(self).op(x, *parameters), self.exact(x, *parameters)
+        assert truth[1].abs().max() > 0
+        mine, theirs = errors(y, truth), errors(type(self).reference(x, *parameters), truth)
+        assert all(ours <= 2 * other + 1e-43 for ours, other in zip(mine[1:], theirs[1:], strict=True))
 
     def test_non_contiguous(self, device):
         x = rows(2, 6, 50, device=device)

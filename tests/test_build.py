@@ -207,6 +207,29 @@ def test_install_survives_a_compiler_that_fails(root, tmp_path):
     assert report["reason"].startswith("compilation failed")
 
 
+@pytest.mark.skipif("address" not in os.environ.get("ASVIT_FAST_SANITIZE", ""), reason="for make sanitize")
+def test_sanitizer_sees_an_overrun():
+    """Of one value, in the memory of a tensor: what `make sanitize` would say if a kernel went too far."""
+    program = (
+        "import numpy, torch; from asvit_fast import _extension; _extension.extension()\n"
+        "beyond = numpy.lib.stride_tricks.as_strided(numpy.zeros(1000, numpy.float32), (1, 1001))\n"
+        "torch.ops.asvit_fast_C.tanh_taylor(torch.from_numpy(beyond))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode != 0 and "heap-buffer-overflow" in result.stderr
+
+
+def test_archs_of_the_installed_build(build):
+    """What was compiled here, was compiled for every GPU that the package supports."""
+    report = _extension.build_report()
+    if not report.get("cuda"):
+        pytest.skip(f"no CUDA kernels: {report.get('cuda_reason', report.get('reason'))}")
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        pytest.skip("TORCH_CUDA_ARCH_LIST chooses")
+    assert [arch.removesuffix("+PTX") for arch in report["archs"]] == list(build.DEFAULT_ARCHS)
+    assert report["archs"][-1].endswith("+PTX")
+
+
 # --------------------------------------------------------------------------- Triton kernels
 
 

@@ -51,6 +51,16 @@ def test_large_logits(isa, size):
 
 @needs_extension
 @every_isa
+def test_tails(isa):
+    """Relative accuracy down to the least normal number; below, p and its derivatives may be 0."""
+    s = rows(2, 2, 300, scale=1.0)
+    s[0] = torch.linspace(0, -120, 300)
+    truth = TestSoftmax().exact(s)
+    assert ((softmax_taylor(s).double() - truth).abs() <= 2e-5 * truth.abs() + 1e-6 * truth[0] + 1e-36).all()
+
+
+@needs_extension
+@every_isa
 @pytest.mark.parametrize("size", [6, 49])
 def test_masked(isa, size):
     """-inf gives zero in all orders, whatever the derivatives there; the rest is as if it were not there."""

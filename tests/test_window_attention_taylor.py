@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
+from stacked import far_apart
 from torch import Tensor
 
 from asvit_fast import _extension, backends
@@ -205,6 +206,25 @@ def test_masking_by_the_bias(isa):
 
 @needs_extension
 @every_isa
+@pytest.mark.parametrize("tokens", [5, 100])
+def test_scattered_masks(isa, tokens):
+    """-inf at random; a query without any key is NaN in every order, as torch's softmax has it."""
+    qkv, (heads, window, shift, _) = inputs((1, 1, tokens, 2, 4, (1, tokens), (0, 0), False), 2)
+    masked = torch.rand(2, tokens, tokens, generator=torch.Generator().manual_seed(0)) < 0.8
+    alone = 3  # this query's keys are all masked
+    masked[:, alone] = True
+    masked[:, torch.arange(tokens) != alone, 1] = False
+    bias = torch.zeros(2, tokens, tokens).masked_fill(masked, float("-inf"))
+    y = window_attention_taylor(qkv, heads, window, shift, bias)
+    assert y[:, :, :, alone].isnan().all() and reference(qkv, heads, window, shift, bias)[:, :, :, alone].isnan().all()
+    others = torch.arange(tokens) != alone
+    truth = exact(qkv, heads, window, shift, bias)[:, :, :, others]
+    assert y[:, :, :, others].isfinite().all()
+    assert error(y[:, :, :, others], truth) <= 1e-5 * truth.abs().max().item()
+
+
+@needs_extension
+@every_isa
 def test_nan_stays_where_it_is(isa):
     qkv, arguments = inputs((1, 1, 40, 1, 4, (1, 20), (0, 0), False), 2)
     qkv[0, 0, 0, 3, 5] = float("nan")  # a key of the first window
@@ -275,6 +295,19 @@ def test_many_windows(device):
     qkv = torch.randn(2, 5, 120, 120, 3, device=device)
     y = window_attention_taylor(qkv, 1, (1, 1))
     torch.testing.assert_close(y, qkv[..., 2:])  # alone in its window, a token attends itself
+    qkv, arguments = inputs((1, 400, 700, 1, 4, (2, 2), (0, 0), False), 2, device=device)  # 70,000 windows
+    assert_as_good_as_reference(window_attention_taylor(qkv, *arguments), qkv, arguments)
+
+
+@needs_extension
+@every_isa
+def test_offsets_beyond_32_bits(isa):
+    qkv, (_, window, shift, _) = inputs((1, 3, 4, 2, 3, (2, 2), (1, 0), False), 1)
+    qkv = qkv.unflatten(4, (3, 2, 3))  # [2, 1, 3, 4, 3, heads, d]
+    view = far_apart(qkv, [2**31 + 11, 1, 2**29 - 3, 2**28 + 5, 2**20, 2**26 + 1, 2**24 + 7])
+    arguments = list(window), list(shift), None, 0.5
+    y = stacked_window_attention(*view.unbind(4), *arguments)
+    assert torch.equal(y, stacked_window_attention(*qkv.unbind(4), *arguments))
 
 
 # --------------------------------------------------------------------------- gradients, transforms, compilation

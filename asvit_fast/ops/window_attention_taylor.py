@@ -214,7 +214,8 @@ def window_attention_taylor(
         scale: factor on q @ k; head_dim ** -0.5 by default.
 
     Returns:
-        [orders + 1, B, H, W, heads*head_dim], contiguous, of qkv's dtype.
+        [orders + 1, B, H, W, heads*head_dim], contiguous, of qkv's dtype. -inf in the bias masks keys; a query
+        whose keys are all masked is NaN, as with torch.softmax.
 
     Raises:
         InputError: shapes or values that do not fit.

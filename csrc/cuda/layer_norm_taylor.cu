@@ -1,4 +1,5 @@
 // CUDA kernel of layer_norm_taylor; formulas in cpu/layer_norm_taylor_kernel.h. No torch header.
+#include "cuda/launch.h"
 #include "cuda/team.h"
 #include "layer_norm_taylor.h"
 
@@ -87,9 +88,9 @@ template <typename T, int orders, int width>
 void launch(const TaylorMatrix<void>& matrix, const void* weight, const void* bias, double eps, cudaStream_t stream) {
   using C = Compute<T>;
   const Team team = team_for(matrix.size, width);
-  layer_norm_taylor_kernel<T, orders, width><<<blocks_for(matrix.count, team), kBlock, 0, stream>>>(
-      static_cast<const T*>(matrix.input), static_cast<T*>(matrix.output), matrix.count, matrix.size,
-      static_cast<const C*>(weight), static_cast<const C*>(bias), static_cast<C>(eps), team);
+  launch_kernel(layer_norm_taylor_kernel<T, orders, width>, blocks_for(matrix.count, team), kBlock, stream,
+                static_cast<const T*>(matrix.input), static_cast<T*>(matrix.output), matrix.count, matrix.size,
+                static_cast<const C*>(weight), static_cast<const C*>(bias), static_cast<C>(eps), team);
 }
 
 }  // namespace

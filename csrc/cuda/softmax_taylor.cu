@@ -1,4 +1,5 @@
 // CUDA kernel of softmax_taylor; formulas in cpu/softmax_taylor_kernel.h. No torch header.
+#include "cuda/launch.h"
 #include "cuda/team.h"
 #include "softmax_taylor.h"
 
@@ -112,8 +113,8 @@ __global__ void __launch_bounds__(kBlock)
 template <typename T, int orders, int width>
 void launch(const TaylorMatrix<void>& matrix, cudaStream_t stream) {
   const Team team = team_for(matrix.size, width);
-  softmax_taylor_kernel<T, orders, width><<<blocks_for(matrix.count, team), kBlock, 0, stream>>>(
-      static_cast<const T*>(matrix.input), static_cast<T*>(matrix.output), matrix.count, matrix.size, team);
+  launch_kernel(softmax_taylor_kernel<T, orders, width>, blocks_for(matrix.count, team), kBlock, stream,
+                static_cast<const T*>(matrix.input), static_cast<T*>(matrix.output), matrix.count, matrix.size, team);
 }
 
 }  // namespace

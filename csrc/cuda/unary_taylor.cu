@@ -1,5 +1,6 @@
 // CUDA kernel of gelu_taylor and tanh_taylor. No torch header: raw pointers and a stream, so that it compiles in
 // seconds.
+#include "cuda/launch.h"
 #include "cuda/numbers.h"
 #include "unary_functions.h"
 #include "unary_taylor.h"
@@ -66,9 +67,9 @@ template <typename T, typename Function, int orders, int width>
 void launch(const TaylorRows<void>& rows, cudaStream_t stream) {
   const int64_t per_block = static_cast<int64_t>(kThreads) * width;
   const auto blocks = static_cast<unsigned>((rows.count + per_block - 1) / per_block);  // grid.x: up to 2^31 - 1
-  unary_taylor_kernel<T, Function, orders, width>
-      <<<blocks, kThreads, 0, stream>>>(static_cast<const T*>(rows.input), static_cast<T*>(rows.output), rows.count,
-                                        static_cast<const Compute<T>*>(rows.bias), rows.channels);
+  launch_kernel(unary_taylor_kernel<T, Function, orders, width>, blocks, kThreads, stream,
+                static_cast<const T*>(rows.input), static_cast<T*>(rows.output), rows.count,
+                static_cast<const Compute<T>*>(rows.bias), rows.channels);
 }
 
 }  // namespace

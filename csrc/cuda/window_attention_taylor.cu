@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include "attention_series.h"
+#include "cuda/launch.h"
 #include "window_attention_taylor.h"
 
 namespace asvit_fast {
@@ -123,9 +124,10 @@ __global__ void __launch_bounds__(kMaximumThreads, 1)
   const int tokens = static_cast<int>(window.tokens());
   const int first = static_cast<int>(blockIdx.x % blocks_per_window) * static_cast<int>(blockDim.x / group);
   if (first >= tokens) return;  // the whole block: this window is cut off by the edge of the map
-  const bool active = first + threadIdx.x / group < tokens;
-  const int token = active ? first + threadIdx.x / group : first;
-  const int begin = threadIdx.x % group * width;  // this lane's components
+  const int lane = static_cast<int>(threadIdx.x);
+  const bool active = first + lane / group < tokens;
+  const int token = active ? first + lane / group : first;
+  const int begin = lane % group * width;  // this lane's components
 
   T query[width][orders + 1], sums[width][orders + 1];
   const T* from = problem.q.data + token_offset(window, problem.q.strides, token);
@@ -193,8 +195,8 @@ void launch(const WindowAttentionTaylor<T>& problem, cudaStream_t stream) {
   const int threads = lanes <= kMaximumThreads / 2 ? kMaximumThreads / 2 : kMaximumThreads;
   const int64_t blocks_per_window = (lanes + threads - 1) / threads;
   const auto blocks = static_cast<unsigned>(window_count(problem) * blocks_per_window);  // grid.x: up to 2^31 - 1
-  window_attention_taylor_kernel<T, orders, width, group>
-      <<<blocks, threads, 0, stream>>>(problem, static_cast<unsigned>(blocks_per_window));
+  launch_kernel(window_attention_taylor_kernel<T, orders, width, group>, blocks, threads, stream, problem,
+                static_cast<unsigned>(blocks_per_window));
 }
 
 // The narrowest layout that holds head_dim.

@@ -1,0 +1,140 @@
+// As much of CUDA as the kernels of csrc/cuda use, on a CPU: blocks run one after the other, and the threads of a
+// block, a multiple of 32, take turns, each running until it waits for the others. Slow, for tests: wrong indices,
+// missing barriers and threads that do not reach a barrier show without a GPU.
+#pragma once
+
+#include <math.h>
+#include <ucontext.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static  // there is one block at a time
+#define __launch_bounds__(...)
+
+using cudaStream_t = void*;
+
+namespace cuda_on_cpu {
+
+struct Index {
+  unsigned x;
+};
+
+constexpr unsigned kWarp = 32;
+constexpr size_t kStackBytes = 256 << 10;
+
+// A meeting point of a fixed number of threads.
+struct Barrier {
+  unsigned expected = 0, arrived = 0, meetings = 0;
+};
+
+struct Thread {
+  ucontext_t context;
+  bool finished;
+  const Barrier* waits_at;
+  unsigned meeting;  // that it waits for
+
+  bool can_run() const { return !finished && (waits_at == nullptr || waits_at->meetings != meeting); }
+};
+
+struct Block {
+  std::function<void()> body;  // of every thread
+  std::vector<Thread> threads;
+  std::vector<Barrier> warps;
+  std::vector<uint64_t> lanes;  // what each thread gives to the others of its warp
+  Barrier all;
+  ucontext_t scheduler;
+};
+
+inline Block block;
+inline Index threadIdx, blockIdx, blockDim;
+inline bool backwards = false;  // the order in which threads take turns: results must not depend on it
+
+inline void wait(Barrier& barrier) {
+  Thread& thread = block.threads[threadIdx.x];
+  thread.waits_at = &barrier;
+  thread.meeting = barrier.meetings;
+  if (++barrier.arrived == barrier.expected) {
+    barrier.arrived = 0;
+    ++barrier.meetings;
+  }
+  swapcontext(&thread.context, &block.scheduler);
+}
+
+inline void run_thread() {
+  block.body();
+  block.threads[threadIdx.x].finished = true;
+}
+
+inline void start_thread(Thread& thread, char* stack) {
+  thread.finished = false;
+  thread.waits_at = nullptr;
+  getcontext(&thread.context);
+  thread.context.uc_stack = {stack, 0, kStackBytes};
+  thread.context.uc_link = &block.scheduler;
+  makecontext(&thread.context, run_thread, 0);
+}
+
+// Gives a turn to each thread of a warp that can run; false if there is none.
+inline bool run_warp(unsigned first) {
+  bool any = false;
+  for (unsigned i = first; i < first + kWarp; ++i) {
+    threadIdx.x = backwards ? static_cast<unsigned>(block.threads.size()) - 1 - i : i;
+    Thread& thread = block.threads[threadIdx.x];
+    if (!thread.can_run()) continue;
+    any = true;
+    swapcontext(&block.scheduler, &thread.context);
+  }
+  return any;
+}
+
+// Each warp in turn gets as far as it can without the others, so that what no barrier holds back comes too early.
+inline void run_block(char* stacks) {
+  for (size_t i = 0; i < block.threads.size(); ++i) start_thread(block.threads[i], stacks + i * kStackBytes);
+  for (bool any = true; any;) {
+    any = false;
+    for (unsigned warp = 0; warp < block.threads.size(); warp += kWarp)
+      while (run_warp(warp)) any = true;
+  }
+  for (size_t i = 0; i < block.threads.size(); ++i) {
+    if (block.threads[i].finished) continue;
+    std::fprintf(stderr, "block %u: thread %zu waits for threads that never come\n", blockIdx.x, i);
+    std::abort();
+  }
+}
+
+template <typename Body>
+void run_grid(unsigned blocks, unsigned threads, Body body) {
+  static std::vector<char> stacks(1024 * kStackBytes);
+  block.body = body;
+  block.threads.resize(threads);
+  block.lanes.resize(threads);
+  block.warps.assign(threads / kWarp, Barrier{kWarp});
+  block.all = {threads};
+  blockDim.x = threads;
+  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) run_block(stacks.data());
+}
+
+}  // namespace cuda_on_cpu
+
+using cuda_on_cpu::blockDim, cuda_on_cpu::blockIdx, cuda_on_cpu::threadIdx;
+
+inline void __syncthreads() { cuda_on_cpu::wait(cuda_on_cpu::block.all); }
+
+template <typename T>
+T __shfl_xor_sync(uint32_t, T value, int lanes) {
+  using namespace cuda_on_cpu;
+  Barrier& warp = block.warps[threadIdx.x / kWarp];
+  std::memcpy(&block.lanes[threadIdx.x], &value, sizeof value);
+  wait(warp);
+  std::memcpy(&value, &block.lanes[threadIdx.x ^ static_cast<unsigned>(lanes)], sizeof value);
+  wait(warp);
+  return value;
+}

@@ -11,9 +11,11 @@ from .search import steps_done
 
 def run(values: SimpleNamespace) -> int:
     check_output_folder(values.out)
+    from ..scoring.memory import keep_freed_memory
     from ..search import scale
     from ..topology import Topology
 
+    keep_freed_memory()
     topology = Topology.parse(values.topology)
     announce(values, topology)
     steps = scale(

@@ -18,7 +18,9 @@ DIRECTIONS = {
 def run(values: SimpleNamespace) -> int:
     from ..files import to_json
     from ..scoring import score
+    from ..scoring.memory import keep_freed_memory
 
+    keep_freed_memory()
     result = score(
         values.what,
         metrics=values.metrics,

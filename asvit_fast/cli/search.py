@@ -11,9 +11,11 @@ from .options import Command, Option, bounds, choices_per_dimension, fraction, i
 
 def run(values: SimpleNamespace) -> int:
     check_output_folder(values.out)
+    from ..scoring.memory import keep_freed_memory
     from ..search import search
     from ..topology import SearchSpace
 
+    keep_freed_memory()
     space = SearchSpace().narrow(**values.space)
     announce(values, space)
     result = search(

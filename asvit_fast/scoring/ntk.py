@@ -42,7 +42,8 @@ def ntk_gram(model: nn.Module, images: Tensor, parameters: str = "weights") -> T
         InputError: no parameter to differentiate by, or an unknown ``parameters``.
 
     One forward and one backward pass; per layer, per-sample gradients are contracted at once and never kept. Layers it
-    does not know are named in a warning and take a slower exact path. Splits the batch when memory runs out.
+    does not know are named in a warning and take a slower exact path. Splits the batch when memory runs out. The result
+    carries no gradient.
     """
     if parameters not in ("weights", "all"):
         raise InputError(f"parameters must be 'weights' or 'all', got {parameters!r}")

@@ -140,10 +140,21 @@ template <typename T>
 void add_bias_gradient(const WindowAttentionTaylor<T>& forward, const AttentionWindow& window, int64_t query,
                        int64_t queries, int64_t key, int64_t keys, const TransposedTiles<T>& tiles, T* to_bias) {
   const int64_t columns = forward.columns.window, tokens = forward.rows.window * columns;
+  const bool whole = is_whole(forward, window);
   for (int64_t row = 0; row < queries; ++row) {
     T* to = to_bias + token_in_window(window, columns, query + row) * tokens;
-    for (int64_t i = 0; i < keys; ++i)
-      to[token_in_window(window, columns, key + i)] += tiles.scores[i / kLanes<T>][row][0][i % kLanes<T>];
+    if (!whole) {
+      for (int64_t i = 0; i < keys; ++i)
+        to[token_in_window(window, columns, key + i)] += tiles.scores[i / kLanes<T>][row][0][i % kLanes<T>];
+      continue;
+    }
+    in_widths<T>(keys, [&](int64_t i, auto width) {
+      Vector<T> sum = {}, more = {};
+      std::memcpy(&sum, to + key + i, width() * sizeof(T));
+      std::memcpy(&more, &tiles.scores[i / kLanes<T>][row][0][i % kLanes<T>], width() * sizeof(T));
+      sum += more;
+      std::memcpy(to + key + i, &sum, width() * sizeof(T));
+    });
   }
 }
 

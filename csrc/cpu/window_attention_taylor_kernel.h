@@ -170,14 +170,39 @@ inline void score_block(const T* queries, const T* keys, int64_t head_dim, T (*s
     for (int order = 0; order <= orders; ++order) store<T>(scores[key][order], s[key][order]);
 }
 
+// Whether the tokens of a window count as those of the bias do.
+template <typename T>
+inline bool is_whole(const WindowAttentionTaylor<T>& problem, const AttentionWindow& window) {
+  return window.rows.length == problem.rows.window && window.columns.length == problem.columns.window;
+}
+
 template <typename T, int orders>
 void add_bias(const WindowAttentionTaylor<T>& problem, const AttentionWindow& window, int64_t query, int64_t queries,
               int64_t key, int64_t keys, ScoreTile<T, orders>& tile) {
   const int64_t columns = problem.columns.window, tokens = problem.rows.window * columns;
-  for (int64_t lane = 0; lane < queries; ++lane) {
-    const T* row = problem.bias + (window.head * tokens + token_in_window(window, columns, query + lane)) * tokens;
-    for (int64_t i = 0; i < keys; ++i) tile.rows[i][0][lane] += row[token_in_window(window, columns, key + i)];
+  const T* rows[kLanes<T>];
+  for (int64_t lane = 0; lane < queries; ++lane)
+    rows[lane] = problem.bias + (window.head * tokens + token_in_window(window, columns, query + lane)) * tokens;
+  if (!is_whole(problem, window)) {
+    for (int64_t i = 0; i < keys; ++i) {
+      const int64_t place = token_in_window(window, columns, key + i);
+      for (int64_t lane = 0; lane < queries; ++lane) tile.rows[i][0][lane] += rows[lane][place];
+    }
+    return;
   }
+  in_widths<T>(keys, [&](int64_t i, auto width) {
+    Vector<T> lanes[kLanes<T>] = {};  // of keys, then of queries
+    for (int64_t lane = 0; lane < queries; ++lane) {
+      if constexpr (width() > 1) {
+        std::memcpy(&lanes[lane], rows[lane] + key + i, width() * sizeof(T));
+      } else {
+        lanes[0][lane] = rows[lane][key + i];
+      }
+    }
+    if constexpr (width() > 1) transpose<T>(lanes);
+#pragma GCC unroll 16
+    for (int j = 0; j < width(); ++j) store<T>(tile.rows[i + j][0], load<T>(tile.rows[i + j][0]) + lanes[j]);
+  });
 }
 
 // Scores of a tile to weights; `factor` is what sums over earlier tiles are to be multiplied with.

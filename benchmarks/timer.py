@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import os
 import platform
 import statistics
@@ -39,13 +40,21 @@ def compare(
 ) -> dict[str, Timing]:
     """Time callables in turn (A B C, A B C, ...), so that clocks, heat and neighbours hit all of them alike.
 
-    A turn repeats its callable until `minimum_seconds` have passed; on CUDA it ends with a synchronisation.
+    A turn repeats its callable until `minimum_seconds` have passed; on CUDA it ends with a synchronisation. Python's
+    garbage is collected between the turns: the search through what compilers left behind is nobody's work.
     """
     repeats = {name: _calibrate(run, device, minimum_seconds) for name, run in candidates.items()}
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name, run in candidates.items():
-            seconds[name].append(_measure(run, device, repeats[name]))
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for name, run in candidates.items():
+                gc.collect()
+                seconds[name].append(_measure(run, device, repeats[name]))
+    finally:
+        if enabled:
+            gc.enable()
     return {name: _summary(values) for name, values in seconds.items()}
 
 

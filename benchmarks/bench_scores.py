@@ -50,6 +50,7 @@ from torch import Tensor, nn
 
 import asvit_fast as af
 from asvit_fast import backends
+from asvit_fast.scoring.memory import keep_freed_memory
 from asvit_fast.scoring.score import WEIGHTS, ScoreSettings, score_repeat, stream
 from asvit_fast.topology import Topology
 
@@ -332,6 +333,7 @@ def main() -> None:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32 for everybody
+    keep_freed_memory()  # as our commands do; theirs and everybody's too, it being one process
     device = backends.resolve_device(arguments.device)
     settings = Settings(
         device, Topology.parse(arguments.topology), arguments.img_size, arguments.batch, arguments.repeats,

@@ -34,7 +34,6 @@ from torch import Tensor, nn
 import asvit_fast as af
 from asvit_fast.backends import resolve_device
 from asvit_fast.cost import topology_cost
-from asvit_fast.scoring.memory import keep_freed_memory
 from asvit_fast.topology import Topology
 
 TOLERANCE = {
@@ -236,7 +235,6 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=None, metavar="FILE", help="append the rows to this file")
     options = parser.parse_args()
     device = resolve_device(options.device)
-    keep_freed_memory()  # as our commands do; theirs and everybody's too, it being one process
     topology = Topology.parse(options.topology)
     settings = Settings(device, topology, options.img_size, options.batch, long_rounds=options.rounds)
     check_table(options.csv, device)

@@ -316,6 +316,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20, help="of the search (default: %(default)s)")
     parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument("--threads", type=int, default=None, help="torch's CPU threads (default: torch's)")
+    parser.add_argument("--keep-freed-memory", action="store_true", help="for all providers, as our commands do")
     parser.add_argument("--rounds", type=int, default=None, help="turns per provider (default: 5; ops: theirs)")
     parser.add_argument("--long-rounds", type=int, default=3, help="of order2 and authors (default: %(default)s)")
     parser.add_argument("--csv", type=Path, default=None, help="append the rows to this file")
@@ -333,11 +334,13 @@ def main() -> None:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32 for everybody
-    keep_freed_memory()  # as our commands do; theirs and everybody's too, it being one process
+    if arguments.keep_freed_memory and not keep_freed_memory():
+        raise SystemExit("--keep-freed-memory needs glibc")
     device = backends.resolve_device(arguments.device)
     settings = Settings(
         device, Topology.parse(arguments.topology), arguments.img_size, arguments.batch, arguments.repeats,
         arguments.steps, arguments.rounds or Settings.rounds, arguments.long_rounds, tuple(arguments.without),
+        arguments.keep_freed_memory,
     )  # fmt: skip
     check_table(arguments.csv, device)
     print_header(device)

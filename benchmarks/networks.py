@@ -36,6 +36,7 @@ class Settings:
     rounds: int = 5
     long_rounds: int = 3
     without: tuple[str, ...] = ()  # providers with one of these words in their name do not take part
+    keeps_memory: bool = False  # the process keeps memory that is freed, as our commands let it
 
     def network(self, norm: str, dtype: torch.dtype = torch.float32) -> AsViT:
         """The same float32 weights on every call."""
@@ -56,7 +57,14 @@ class NetworkRow(Row):
     def of_network(
         cls, settings: Settings, case: str, provider: str, timing: Timing, error: float, note: str
     ) -> NetworkRow:
-        row = Row.of("scores", f"{case}, {settings.img_size} px", provider, timing, 0, error)
+        row = Row.of(
+            "scores",
+            f"{case}, {settings.img_size} px{', freed memory kept' if settings.keeps_memory else ''}",
+            provider,
+            timing,
+            0,
+            error,
+        )
         return cls(**asdict(row), topology=str(settings.topology), rounds=timing.rounds, note=note)
 
 

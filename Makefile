@@ -62,8 +62,7 @@ format: install
 	$(BIN)/clang-format -i $(CLANG_FORMAT)
 
 bench: install
-	$(BIN)/python benchmarks/bench_gelu_taylor.py
-	$(BIN)/python benchmarks/bench_normalization_taylor.py
+	$(BIN)/python benchmarks/bench_scores.py
 
 clean:
 	rm -rf build dist *.egg-info asvit_fast/_build.json asvit_fast/_C.*.so $(VENV)/.installed

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .tiles import block, choose, family_of
 from .window_attention_large import (
     window_attention_bias_gradient_kernel,
     window_attention_blocked_kernel,
@@ -107,10 +108,7 @@ def window_attention_whole_backward_kernel(
     token = tl.arange(0, BLOCK)
     q_pointer = qkv_pointer + head * HEAD_DIM
     to_q_pointer = to_qkv_pointer + head * HEAD_DIM
-    table = 0.0
-    if BIASED:
-        table_pointer = bias_pointer + tl.cast(head, tl.int64) * (TOKENS * TOKENS)
-        table = load_table(table_pointer, token, token, TOKENS, 1, TOKENS)
+    table_pointer = bias_pointer + tl.cast(head, tl.int64) * (TOKENS * TOKENS)
     to_table = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
     for window in range(first, tl.minimum(first + per_program, windows)):
         index, real, region = place(
@@ -120,6 +118,9 @@ def window_attention_whole_backward_kernel(
         k = load(q_pointer + CHANNELS, index, real, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
         v = load(q_pointer + 2 * CHANNELS, index, real, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
         gradient = load(gradient_pointer + head * HEAD_DIM, index, real, CHANNELS, HEAD_DIM, BLOCK_D)
+        table = 0.0
+        if BIASED:  # again for every window: registers are what limits this kernel
+            table = load_table(table_pointer, token, token, TOKENS, 1, TOKENS)
         scores = scores_of(q, k, table, region, tl.where(real, region, -1), scale, BIASED, MASKED, PRECISION)
         largest = finite(tl.max(scores, 1))
         weights = tl.exp2(scores * LOG2E - (largest * LOG2E)[:, None])  # [BLOCK, BLOCK]
@@ -144,11 +145,6 @@ def window_attention_whole_backward_kernel(
 # --------------------------------------------------------------------------- launches
 
 
-def _block(size: int, smallest: int = 16) -> int:
-    """The power of two that holds `size`: what a tile of tensor cores wants."""
-    return max(smallest, triton.next_power_of_2(size))
-
-
 def _precision(x: torch.Tensor) -> str:
     """Of float32 products: three TF32 products have float32's accuracy; one, if torch's own matmul may use TF32."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
@@ -169,10 +165,11 @@ def _shared_arguments(
         "scale": scale,
         "HEADS": num_heads,
         "HEAD_DIM": head_dim,
-        "BLOCK_D": _block(head_dim),
+        "BLOCK_D": block(head_dim),
         "WINDOW_ROWS": window[0],
         "WINDOW_COLUMNS": window[1],
         "BIASED": bias is not None,
+        "MASKED": any(shift) or height % window[0] != 0 or width % window[1] != 0,
         "PRECISION": _precision(qkv),
     }
 
@@ -203,23 +200,20 @@ def window_attention(
         return output
     table = qkv if bias is None else bias.contiguous()
     shared = _shared_arguments(qkv, num_heads, window, shift, bias, scale)
-    cut = any(shift) or qkv.shape[1] % window[0] != 0 or qkv.shape[2] % window[1] != 0
+    shape = (family_of(qkv.device), tokens, shared["HEAD_DIM"], 8 * qkv.element_size())
     with torch.cuda.device_of(qkv):
         if statistics is None:
-            block = _block(tokens)
             per_program, groups = _grouped(shared["windows"], num_heads, 4 * PROGRAMS)
+            shared["MASKED"] |= tokens < block(tokens)
             window_attention_whole_kernel[(groups * num_heads,)](
-                qkv, table, output, per_program=per_program, BLOCK=block, MASKED=cut or tokens < block, **shared,
-                num_warps=4, enable_fp_fusion=True,
-            )  # fmt: skip
-            return output
-        block_m, block_n = 64, 64
-        grid = shared.pop("windows") * num_heads * triton.cdiv(tokens, block_m)
-        window_attention_blocked_kernel[(grid,)](
-            qkv, table, output, statistics[0], statistics[1], **shared, MASKED=cut,
-            BLOCK_M=block_m, TAIL_M=_block(tokens % block_m), BLOCK_N=block_n, TAIL_N=_block(tokens % block_n),
-            num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
+                qkv, table, output, per_program=per_program, BLOCK=block(tokens), **shared, **choose("whole", *shape)
+            )
+        else:
+            tiles = choose("blocked", *shape)
+            programs = shared.pop("windows") * num_heads * triton.cdiv(tokens, tiles["BLOCK_M"])
+            window_attention_blocked_kernel[(programs,)](
+                qkv, table, output, statistics[0], statistics[1], **shared, **tiles
+            )
     return output
 
 
@@ -242,42 +236,38 @@ def window_attention_backward(
         return to_qkv, torch.zeros_like(bias) if bias is not None and bias_gradient else qkv.new_empty(0)
     table = qkv if bias is None else bias.contiguous()
     shared = _shared_arguments(qkv, num_heads, window, shift, bias, scale)
-    cut = any(shift) or qkv.shape[1] % window[0] != 0 or qkv.shape[2] % window[1] != 0
+    windows = shared["windows"]
+    shape = (family_of(qkv.device), tokens, shared["HEAD_DIM"], 8 * qkv.element_size())
     parts = qkv.new_empty(0, dtype=torch.float32)  # [groups of windows, heads, tokens, tokens]
     with torch.cuda.device_of(qkv):
         if statistics is None:
-            block = _block(tokens)
-            per_program, groups = _grouped(shared["windows"], num_heads, PROGRAMS)
+            per_program, groups = _grouped(windows, num_heads, PROGRAMS)
             if bias_gradient:
                 parts = parts.new_empty(groups, num_heads, tokens, tokens)
+            shared["MASKED"] |= tokens < block(tokens)
             window_attention_whole_backward_kernel[(groups * num_heads,)](
-                qkv, table, gradient, to_qkv, parts, per_program=per_program, BLOCK=block,
-                BIAS_GRADIENT=bias_gradient, MASKED=cut or tokens < block, **shared,
-                num_warps=4, enable_fp_fusion=True,
+                qkv, table, gradient, to_qkv, parts, per_program=per_program, BLOCK=block(tokens),
+                BIAS_GRADIENT=bias_gradient, **shared, **choose("whole_backward", *shape),
             )  # fmt: skip
         else:
-            largest, inverse = statistics[0], statistics[1]
-            delta = torch.empty_like(largest)  # [B, H, W, heads]
-            windows = shared.pop("windows")
-            block_m, block_n = 64, 64
-            tiles = {"BLOCK_M": block_m, "TAIL_M": _block(tokens % block_m)}
-            tiles |= {"BLOCK_N": block_n, "TAIL_N": _block(tokens % block_n)}
-            window_attention_q_gradient_kernel[(windows * num_heads * triton.cdiv(tokens, block_m),)](
-                qkv, table, output.contiguous(), gradient, largest, inverse, delta, to_qkv, MASKED=cut, **shared,
-                **tiles, num_warps=4, enable_fp_fusion=True,
-            )  # fmt: skip
-            window_attention_kv_gradient_kernel[(windows * num_heads * triton.cdiv(tokens, block_n),)](
-                qkv, table, gradient, largest, inverse, delta, to_qkv, MASKED=cut, **shared,
-                **tiles, num_warps=4, enable_fp_fusion=True,
-            )  # fmt: skip
+            del shared["windows"]
+            kept = (statistics[0], statistics[1], torch.empty_like(statistics[0]))  # each [B, H, W, heads]
+            tiles = choose("q_gradient", *shape)
+            window_attention_q_gradient_kernel[(windows * num_heads * triton.cdiv(tokens, tiles["BLOCK_M"]),)](
+                qkv, table, output.contiguous(), gradient, *kept, to_qkv, **shared, **tiles
+            )
+            tiles = choose("kv_gradient", *shape)
+            window_attention_kv_gradient_kernel[(windows * num_heads * triton.cdiv(tokens, tiles["BLOCK_N"]),)](
+                qkv, table, gradient, *kept, to_qkv, **shared, **tiles
+            )
             if bias_gradient:
-                pieces = num_heads * triton.cdiv(tokens, block_m) * triton.cdiv(tokens, block_n)
+                tiles = choose("bias_gradient", *shape)
+                pieces = triton.cdiv(tokens, tiles["BLOCK_M"]) * triton.cdiv(tokens, tiles["BLOCK_N"]) * num_heads
                 per_program, groups = _grouped(windows, pieces, PROGRAMS)
                 parts = parts.new_empty(groups, num_heads, tokens, tokens)
                 window_attention_bias_gradient_kernel[(groups * pieces,)](
-                    qkv, table, gradient, largest, inverse, delta, parts, windows, per_program, MASKED=cut, **shared,
-                    BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4, enable_fp_fusion=True,
-                )  # fmt: skip
+                    qkv, table, gradient, *kept, parts, windows, per_program, **shared, **tiles
+                )
     if bias is None or not bias_gradient:
         return to_qkv, qkv.new_empty(0)
     return to_qkv, parts.sum(0).to(bias.dtype)

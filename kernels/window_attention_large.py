@@ -51,7 +51,8 @@ def _forward_queries(
     # QUERIES queries from `start` on, through all keys: blocks of BLOCK_N, then one of TAIL_N if they do not divide
     CHANNELS: tl.constexpr = HEADS * HEAD_DIM
     TOKENS: tl.constexpr = WINDOW_ROWS * WINDOW_COLUMNS
-    FULL: tl.constexpr = TOKENS // BLOCK_N * BLOCK_N
+    FULL: tl.constexpr = TOKENS if TAIL_N == BLOCK_N else TOKENS // BLOCK_N * BLOCK_N  # keys in blocks
+    CUT: tl.constexpr = MASKED or FULL % BLOCK_N != 0
     query = start + tl.arange(0, QUERIES)
     index, real, region = place(window, query, height, width, shift_rows, shift_columns, WINDOW_ROWS, WINDOW_COLUMNS)
     q = load(q_pointer, index, real, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
@@ -62,7 +63,7 @@ def _forward_queries(
         out, largest, total = _attend(
             q, query, region, table_pointer, q_pointer, out, largest, total,
             key, window, height, width, shift_rows, shift_columns, scale,
-            HEADS, HEAD_DIM, BLOCK_D, WINDOW_ROWS, WINDOW_COLUMNS, BLOCK_N, BIASED, MASKED, PRECISION,
+            HEADS, HEAD_DIM, BLOCK_D, WINDOW_ROWS, WINDOW_COLUMNS, BLOCK_N, BIASED, CUT, PRECISION,
         )  # fmt: skip
     if FULL < TOKENS:
         out, largest, total = _attend(
@@ -103,8 +104,8 @@ def window_attention_blocked_kernel(
 ):
     """Each program: BLOCK_M queries, or the last TAIL_M, of one window and head."""
     TOKENS: tl.constexpr = WINDOW_ROWS * WINDOW_COLUMNS
-    FULL: tl.constexpr = TOKENS // BLOCK_M
     BLOCKS: tl.constexpr = (TOKENS + BLOCK_M - 1) // BLOCK_M
+    FULL: tl.constexpr = BLOCKS if TAIL_M == BLOCK_M else TOKENS // BLOCK_M
     block = tl.program_id(0) % BLOCKS
     head = tl.program_id(0) // BLOCKS % HEADS
     window = tl.program_id(0) // (BLOCKS * HEADS)
@@ -173,7 +174,8 @@ def _q_gradient(
     # of QUERIES queries from `start` on, through all keys
     CHANNELS: tl.constexpr = HEADS * HEAD_DIM
     TOKENS: tl.constexpr = WINDOW_ROWS * WINDOW_COLUMNS
-    FULL: tl.constexpr = TOKENS // BLOCK_N * BLOCK_N
+    FULL: tl.constexpr = TOKENS if TAIL_N == BLOCK_N else TOKENS // BLOCK_N * BLOCK_N  # keys in blocks
+    CUT: tl.constexpr = MASKED or FULL % BLOCK_N != 0
     query = start + tl.arange(0, QUERIES)
     index, real, region = place(window, query, height, width, shift_rows, shift_columns, WINDOW_ROWS, WINDOW_COLUMNS)
     q = load(q_pointer, index, real, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
@@ -187,7 +189,7 @@ def _q_gradient(
         to_q = _add_q_gradient(
             q, gradient, query, region, largest, inverse, delta, table_pointer, q_pointer, to_q,
             key, window, height, width, shift_rows, shift_columns, scale,
-            HEADS, HEAD_DIM, BLOCK_D, WINDOW_ROWS, WINDOW_COLUMNS, BLOCK_N, BIASED, MASKED, PRECISION,
+            HEADS, HEAD_DIM, BLOCK_D, WINDOW_ROWS, WINDOW_COLUMNS, BLOCK_N, BIASED, CUT, PRECISION,
         )  # fmt: skip
     if FULL < TOKENS:
         to_q = _add_q_gradient(
@@ -228,8 +230,8 @@ def window_attention_q_gradient_kernel(
 ):
     """Each program: BLOCK_M queries, or the last TAIL_M, of one window and head."""
     TOKENS: tl.constexpr = WINDOW_ROWS * WINDOW_COLUMNS
-    FULL: tl.constexpr = TOKENS // BLOCK_M
     BLOCKS: tl.constexpr = (TOKENS + BLOCK_M - 1) // BLOCK_M
+    FULL: tl.constexpr = BLOCKS if TAIL_M == BLOCK_M else TOKENS // BLOCK_M
     block = tl.program_id(0) % BLOCKS
     head = tl.program_id(0) // BLOCKS % HEADS
     window = tl.program_id(0) // (BLOCKS * HEADS)
@@ -295,7 +297,7 @@ def _kv_gradient(
     # of KEYS keys and values from `start` on, through all queries
     CHANNELS: tl.constexpr = HEADS * HEAD_DIM
     TOKENS: tl.constexpr = WINDOW_ROWS * WINDOW_COLUMNS
-    FULL: tl.constexpr = TOKENS // BLOCK_M * BLOCK_M
+    FULL: tl.constexpr = TOKENS if TAIL_M == BLOCK_M else TOKENS // BLOCK_M * BLOCK_M  # queries in blocks
     key = start + tl.arange(0, KEYS)
     index, real, region = place(window, key, height, width, shift_rows, shift_columns, WINDOW_ROWS, WINDOW_COLUMNS)
     k = load(q_pointer + CHANNELS, index, real, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
@@ -348,8 +350,8 @@ def window_attention_kv_gradient_kernel(
 ):
     """Each program: BLOCK_N keys, or the last TAIL_N, of one window and head."""
     TOKENS: tl.constexpr = WINDOW_ROWS * WINDOW_COLUMNS
-    FULL: tl.constexpr = TOKENS // BLOCK_N
     BLOCKS: tl.constexpr = (TOKENS + BLOCK_N - 1) // BLOCK_N
+    FULL: tl.constexpr = BLOCKS if TAIL_N == BLOCK_N else TOKENS // BLOCK_N
     block = tl.program_id(0) % BLOCKS
     head = tl.program_id(0) // BLOCKS % HEADS
     window = tl.program_id(0) // (BLOCKS * HEADS)
@@ -396,12 +398,14 @@ def window_attention_bias_gradient_kernel(
     WINDOW_ROWS: tl.constexpr,
     WINDOW_COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    TAIL_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    TAIL_N: tl.constexpr,
     BIASED: tl.constexpr,
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Each program: one tile of one head's table, summed over `per_program` windows."""
+    """Each program: one tile of one head's table, summed over `per_program` windows. (TAIL_M, TAIL_N: not used.)"""
     TOKENS: tl.constexpr = WINDOW_ROWS * WINDOW_COLUMNS
     CHANNELS: tl.constexpr = HEADS * HEAD_DIM
     DOWN: tl.constexpr = (TOKENS + BLOCK_M - 1) // BLOCK_M

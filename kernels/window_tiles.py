@@ -13,7 +13,7 @@ SIZES = ("windows", "per_program", "height", "width", "shift_rows", "shift_colum
 
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
-    # a [M, K] @ b [K, N] -> float32; the interpreter's product does not know bfloat16
+    """a [M, K] @ b [K, N] -> float32. The interpreter's product does not know bfloat16."""
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -24,8 +24,8 @@ def dot(a, b, PRECISION: tl.constexpr):
 def place(
     window, token, height, width, shift_rows, shift_columns, WINDOW_ROWS: tl.constexpr, WINDOW_COLUMNS: tl.constexpr
 ):
-    # of tokens [T] of a window: index in [B * H * W], whether there is such a token, and the region of the shifted map
-    # (0 to 3) that it is in: only tokens of one region attend each other
+    """Of tokens [T] of a window: index in [B * H * W], whether there is such a token, and its region of the shifted map
+    (0 to 3): only tokens of one region attend each other."""
     down = tl.cdiv(height, WINDOW_ROWS)  # windows along each axis
     across = tl.cdiv(width, WINDOW_COLUMNS)
     image = window // (down * across)
@@ -42,7 +42,7 @@ def place(
 
 @triton.jit
 def load(pointer, index, real, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    # [T, BLOCK_D]; zeros for tokens that are not there and behind head_dim
+    """[T, BLOCK_D], zeros for tokens that are not there and behind head_dim."""
     channel = tl.arange(0, BLOCK_D)
     mask = real[:, None] & (channel < HEAD_DIM)[None, :]
     return tl.load(pointer + index[:, None] * STRIDE + channel[None, :], mask=mask, other=0.0)
@@ -50,6 +50,7 @@ def load(pointer, index, real, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLO
 
 @triton.jit
 def store(pointer, x, index, real, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The reverse of `load`, in the pointer's type."""
     channel = tl.arange(0, BLOCK_D)
     mask = real[:, None] & (channel < HEAD_DIM)[None, :]
     tl.store(pointer + index[:, None] * STRIDE + channel[None, :], x.to(pointer.dtype.element_ty), mask=mask)
@@ -57,7 +58,7 @@ def store(pointer, x, index, real, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
 
 @triton.jit
 def load_table(pointer, row, column, ROW: tl.constexpr, COLUMN: tl.constexpr, TOKENS: tl.constexpr):
-    # of one head's bias [TOKENS, TOKENS], as float32: entries row * ROW + column * COLUMN
+    """Of one head's bias [TOKENS, TOKENS], as float32: entries row * ROW + column * COLUMN."""
     mask = (row < TOKENS)[:, None] & (column < TOKENS)[None, :]
     return tl.load(pointer + row[:, None] * ROW + column[None, :] * COLUMN, mask=mask, other=0.0).to(tl.float32)
 
@@ -66,7 +67,7 @@ def load_table(pointer, row, column, ROW: tl.constexpr, COLUMN: tl.constexpr, TO
 def scores_of(
     a, b, table, a_region, b_region, scale, BIASED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr
 ):
-    # a [M, D], b [N, D], queries and keys or the reverse -> scores [M, N], -inf where the regions differ
+    """a [M, D], b [N, D], queries and keys or the reverse -> scores [M, N], -inf where the regions differ."""
     scores = dot(a, tl.trans(b), PRECISION) * scale
     if BIASED:
         scores += table
@@ -77,5 +78,5 @@ def scores_of(
 
 @triton.jit
 def finite(largest):
-    # of a row without keys the largest score is -inf: subtracting 0 instead leaves weights of 0, not NaN
+    """Of a row without keys the largest score is -inf: subtracting 0 instead leaves weights of 0, not NaN."""
     return tl.where(largest == float("-inf"), 0.0, largest)

@@ -24,7 +24,7 @@ check(sys.argv[1], torch.device("cpu"))
 print("checked")
 """
 
-# H, W, heads, head_dim, window, shift
+# H, W, heads, head_dim, window, shift; a window is one tile in 16 bits up to 64 tokens and head_dim 32
 WHOLE = [
     (7, 7, 3, 32, (7, 7), (0, 0)),
     (9, 14, 2, 5, (7, 7), (3, 3)),
@@ -32,7 +32,8 @@ WHOLE = [
     (3, 3, 2, 1, (2, 2), (1, 1)),
     (5, 4, 1, 22, (3, 2), (1, 0)),
     (5, 5, 1, 8, (7, 7), (3, 3)),
-    (2, 3, 2, 45, (1, 1), (0, 0)),
+    (2, 3, 2, 3, (1, 1), (0, 0)),
+    (4, 5, 1, 45, (4, 5), (0, 0)),
     (9, 3, 1, 70, (9, 3), (0, 2)),
 ]
 LARGE = [
@@ -93,7 +94,11 @@ def check_details(device: torch.device) -> None:
         assert torch.isfinite(out[1]).all()
         nothing = torch.zeros(0, 6, 8, 24, device=device)
         assert torch.ops.asvit_fast.window_attention(nothing, 2, [3, 4], [0, 0], None, 1.0)[0].shape == (0, 6, 8, 8)
-    compare(50 * torch.randn(1, 7, 7, 24, device=device), 1, (7, 7), (0, 0), None)
+    for size in (7, 9):
+        for dtype, factor in ((torch.float32, 5.0), (torch.bfloat16, 30.0)):
+            qkv = torch.randn(1, size, size, 24, device=device)
+            qkv[..., :16] *= factor
+            compare(qkv.to(dtype), 1, (size, size), (0, 0), None)
     compare(torch.zeros(1, 9, 9, 12, device=device), 1, (9, 9), (3, 3), None)
     for size in (4, 9):  # one tile, and blocks of which some have no key left for a query
         bias = torch.randn(1, size**2, size**2, device=device)

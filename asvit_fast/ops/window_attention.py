@@ -155,7 +155,7 @@ def _window_attention_sdpa(
 # --------------------------------------------------------------------------- fused op
 
 Result = tuple[Tensor, Tensor]
-RECOMPUTED_TOKENS = 64  # on a GPU, the backward pass of windows up to this size finds the statistics again
+WHOLE_TOKENS, WHOLE_HEAD_DIM = 64, 32  # up to which, in 16 bits, Triton kernels keep a whole window in registers
 
 
 def _compiled(
@@ -173,8 +173,14 @@ def _elementary(
     return window_attention_reference(qkv, num_heads, window, shift, bias, scale).contiguous(), qkv.new_empty(0)
 
 
+def _whole(qkv: Tensor, num_heads: int, window: list[int]) -> bool:
+    """Whether the backward kernel on a GPU has all scores of a window at once: it needs no statistics then."""
+    fits = window[0] * window[1] <= WHOLE_TOKENS and qkv.shape[3] <= 3 * num_heads * WHOLE_HEAD_DIM
+    return fits and qkv.element_size() == 2
+
+
 def _statistics_shape(qkv: Tensor, num_heads: int, window: list[int]) -> list[int]:
-    if qkv.device.type == "cuda" and window[0] * window[1] <= RECOMPUTED_TOKENS:
+    if qkv.device.type == "cuda" and _whole(qkv, num_heads, window):
         return [0]
     return [2, *qkv.shape[:3], num_heads]
 
@@ -191,10 +197,10 @@ def _triton(
     from asvit_fast.kernels.window_attention import window_attention
 
     _check_triton(qkv)
-    written = window[0] * window[1] > RECOMPUTED_TOKENS
-    allocate = torch.empty if written else torch.zeros  # the zeros, without elements on a GPU, are never read
+    whole = _whole(qkv, num_heads, window)
+    allocate = torch.zeros if whole else torch.empty  # the zeros, without elements on a GPU, are never read
     statistics = allocate(_statistics_shape(qkv, num_heads, window), dtype=torch.float32, device=qkv.device)
-    kept = statistics if written else None
+    kept = None if whole else statistics
     return window_attention(qkv, num_heads, window, shift, bias, scale, kept), statistics
 
 
@@ -262,7 +268,7 @@ def _window_attention_backward(
         from asvit_fast.kernels.window_attention import window_attention_backward
 
         _check_triton(qkv)
-        kept = statistics if window[0] * window[1] > RECOMPUTED_TOKENS else None
+        kept = None if _whole(qkv, num_heads, window) else statistics
         return window_attention_backward(
             gradient, qkv, output, kept, num_heads, window, shift, bias, scale, bias_gradient
         )

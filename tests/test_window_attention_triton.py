@@ -169,3 +169,61 @@ def test_on_a_gpu(name):
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+# --------------------------------------------------------------------------- compiled
+
+
+def arguments_of(name: str, side: int, head_dim: int, dtype: str, capability: int) -> tuple:
+    """Signature, constants and options of a kernel with a bias and a mask, for 4 heads and windows of side x side."""
+    from asvit_fast.kernels.tiles import block, choose
+
+    tokens = side * side
+    options = choose(name, f"{capability}", tokens, head_dim, {"*fp32": 32, "*bf16": 16}[dtype])
+    constants = {"HEADS": 4, "HEAD_DIM": head_dim, "BLOCK_D": block(head_dim), "BLOCK": block(tokens)}
+    constants |= {"WINDOW_ROWS": side, "WINDOW_COLUMNS": side, "PRECISION": "tf32x3"}
+    constants |= {"BIASED": True, "BIAS_GRADIENT": True, "MASKED": True}
+    constants |= {key: value for key, value in options.items() if key.isupper()}
+    pointers = dict.fromkeys(("bias", "largest", "inverse", "delta", "to_bias"), "*fp32")
+    pointers |= dict.fromkeys(("qkv", "output", "gradient", "to_qkv"), dtype)
+    signature = {f"{key}_pointer": value for key, value in pointers.items()} | dict.fromkeys(SIZES, "i32")
+    options = {key: value for key, value in options.items() if not key.isupper()}
+    return signature | {"scale": "fp32"}, constants, options
+
+
+SIZES = ("windows", "per_program", "height", "width", "shift_rows", "shift_columns")
+WHOLE_KERNELS = ("whole", "whole_backward")
+LARGE_KERNELS = ("blocked", "q_gradient", "kv_gradient", "bias_gradient")
+
+
+@pytest.mark.parametrize(
+    ("names", "side", "head_dim", "dtype", "capability"),
+    [
+        (WHOLE_KERNELS, 7, 32, "*bf16", 90),
+        (WHOLE_KERNELS, 7, 8, "*bf16", 90),
+        (LARGE_KERNELS, 28, 45, "*bf16", 90),
+        (LARGE_KERNELS, 14, 32, "*bf16", 90),
+        (LARGE_KERNELS, 7, 16, "*fp32", 90),
+        (WHOLE_KERNELS, 7, 32, "*bf16", 80),
+        (WHOLE_KERNELS, 7, 32, "*bf16", 100),
+    ],
+)
+def test_compiled(names, side, head_dim, dtype, capability):
+    """For GPUs that need not be there; on Hopper no register is spilled."""
+    from asvit_fast.kernels import window_attention, window_attention_large
+    from asvit_fast.kernels.inspection import compile_kernel
+
+    for name in names:
+        module = window_attention if name in WHOLE_KERNELS else window_attention_large
+        kernel = getattr(module, f"window_attention_{name}_kernel")
+        signature, constants, options = arguments_of(name, side, head_dim, dtype, capability)
+        report = compile_kernel(
+            kernel,
+            {key: value for key, value in signature.items() if key in kernel.arg_names},
+            {key: value for key, value in constants.items() if key in kernel.arg_names},
+            capability,
+            **options,
+        )
+        assert report.shared_bytes <= 99 * 1024, name  # of the smallest GPUs
+        if capability == 90:
+            assert report.spilled_bytes == 0, f"{name}: {report}"

@@ -42,8 +42,12 @@ def compile_kernel(
         options: what a launch would be given (num_warps, enable_fp_fusion, ...).
     """
     types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
+    aligned = [i for i, name in enumerate(kernel.arg_names) if types[name].startswith("*")]  # as torch allocates
     source = ASTSource(
-        fn=kernel, signature=types, constexprs={(kernel.arg_names.index(k),): v for k, v in constants.items()}
+        fn=kernel,
+        signature=types,
+        constexprs={(kernel.arg_names.index(k),): v for k, v in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(options))
     cubin = compiled.asm["cubin"]

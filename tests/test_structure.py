@@ -118,7 +118,7 @@ def test_imports_only_go_down(path):
 @pytest.mark.parametrize("path", python_files("kernels"), ids=lambda path: path.name)
 def test_kernels_import_torch_and_triton_only(path):
     for module, _ in imports(path):
-        assert top(module) in {"torch", "triton"} or top(module) in sys.stdlib_module_names, module
+        assert top(module) in {"torch", "triton", "kernels"} or top(module) in sys.stdlib_module_names, module
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "csrc").rglob("*.cu*")), ids=lambda path: path.name)

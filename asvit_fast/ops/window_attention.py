@@ -155,6 +155,7 @@ def _window_attention_sdpa(
 # --------------------------------------------------------------------------- fused op
 
 Result = tuple[Tensor, Tensor]
+WHOLE_TOKENS, WHOLE_HEAD_DIM = 64, 32  # up to which, in 16 bits, Triton kernels keep a whole window in registers
 
 
 def _compiled(
@@ -172,14 +173,46 @@ def _elementary(
     return window_attention_reference(qkv, num_heads, window, shift, bias, scale).contiguous(), qkv.new_empty(0)
 
 
-backends.declare("window_attention", cpu=_compiled, reference=_elementary)
+def _whole(qkv: Tensor, num_heads: int, window: list[int]) -> bool:
+    """Whether the backward kernel on a GPU has all scores of a window at once: it needs no statistics then."""
+    fits = window[0] * window[1] <= WHOLE_TOKENS and qkv.shape[3] <= 3 * num_heads * WHOLE_HEAD_DIM
+    return fits and qkv.element_size() == 2
+
+
+def _statistics_shape(qkv: Tensor, num_heads: int, window: list[int]) -> list[int]:
+    if qkv.device.type == "cuda" and _whole(qkv, num_heads, window):
+        return [0]
+    return [2, *qkv.shape[:3], num_heads]
+
+
+def _check_triton(qkv: Tensor) -> None:
+    if qkv.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise InputError(f"window_attention: the triton backend computes in float32, got {qkv.dtype}: use reference")
+
+
+def _triton(
+    qkv: Tensor, num_heads: int, window: list[int], shift: list[int], bias: Tensor | None, scale: float
+) -> Result:
+    """kernels/window_attention.py."""
+    from asvit_fast.kernels.window_attention import window_attention
+
+    _check_triton(qkv)
+    whole = _whole(qkv, num_heads, window)
+    allocate = torch.zeros if whole else torch.empty  # the zeros, without elements on a GPU, are never read
+    statistics = allocate(_statistics_shape(qkv, num_heads, window), dtype=torch.float32, device=qkv.device)
+    kept = None if whole else statistics
+    return window_attention(qkv, num_heads, window, shift, bias, scale, kept), statistics
+
+
+backends.declare("window_attention", triton=_triton, cpu=_compiled, reference=_elementary)
 
 
 @torch.library.custom_op("asvit_fast::window_attention", mutates_args=())
 def _window_attention(
     qkv: Tensor, num_heads: int, window: list[int], shift: list[int], bias: Tensor | None, scale: float
 ) -> Result:
-    """The output [B, H, W, heads*d], and [2, B, H, W, heads]: largest score of a row, 1 / sum of its weights."""
+    """The output [B, H, W, heads*d], and [2, B, H, W, heads]: largest score of a row, 1 / sum of its weights (empty
+    where the backward pass does not need them)."""
     return backends.select("window_attention", qkv.device)(qkv, num_heads, window, shift, bias, scale)
 
 
@@ -188,7 +221,8 @@ def _fake(
     qkv: Tensor, num_heads: int, window: list[int], shift: list[int], bias: Tensor | None, scale: float
 ) -> Result:
     working = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-    return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3), qkv.new_empty(2, *qkv.shape[:3], num_heads, dtype=working)
+    statistics = qkv.new_empty(_statistics_shape(qkv, num_heads, window), dtype=working)
+    return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3), statistics
 
 
 # --------------------------------------------------------------------------- autograd
@@ -224,10 +258,20 @@ def _window_attention_backward(
     bias_gradient: bool,
 ) -> Result:
     """Gradients of qkv and bias (empty unless asked for); sums over windows in an order that only shapes decide."""
-    if statistics.numel() == 0 and qkv.numel() > 0:  # the reference ran
+    implementation = backends.select("window_attention", qkv.device)
+    forward_by_reference = list(statistics.shape) != _statistics_shape(qkv, num_heads, window)
+    if implementation is _elementary or forward_by_reference:
         product = _vector_jacobian_product(num_heads, window, shift, scale)
         to_qkv, *to_bias = product(gradient, qkv, *([] if bias is None else [bias]))
         return to_qkv.contiguous(), to_bias[0].contiguous() if bias_gradient else qkv.new_empty(0)
+    if implementation is _triton:
+        from asvit_fast.kernels.window_attention import window_attention_backward
+
+        _check_triton(qkv)
+        kept = None if _whole(qkv, num_heads, window) else statistics
+        return window_attention_backward(
+            gradient, qkv, output, kept, num_heads, window, shift, bias, scale, bias_gradient
+        )
     _extension.extension()
     return torch.ops.asvit_fast_C.window_attention_backward(
         gradient, qkv, output, statistics, num_heads, window, shift, bias, scale, bias_gradient
@@ -306,8 +350,9 @@ def window_attention(
     Raises:
         ValueError: shapes that do not fit, naming the value.
 
-    On a CPU one compiled kernel each for forward and backward, which copies nothing and keeps two numbers per row; with
-    dropout, and on a GPU, torch's fused attention, which has no double backward.
+    On a CPU one compiled kernel each for forward and backward, on a GPU Triton kernels (elementary operations in
+    float64): they copy nothing and keep at most two numbers per row. With dropout, torch's fused attention, which has
+    no double backward.
     """
     windows, shifts = [window[0], window[1]], [shift[0], shift[1]]
     elementary = qkv.numel() == 0
@@ -320,7 +365,9 @@ def window_attention(
         if forced is not None:
             implementation = backends.select("window_attention", qkv.device)
             elementary = elementary or implementation is _elementary
-        if not elementary and (forced is not None or (qkv.device.type == "cpu" and dropout == 0.0)):
+        elif qkv.device.type == "cuda" and qkv.dtype == torch.float64:
+            elementary = True
+        if not elementary and (forced is not None or (qkv.device.type in ("cpu", "cuda") and dropout == 0.0)):
             if dropout > 0.0:
                 raise InputError(f"window_attention: the {forced} backend has no dropout, got {dropout}")
             factor = float(qkv.shape[3] // (3 * num_heads)) ** -0.5 if scale is None else scale

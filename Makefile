@@ -46,7 +46,8 @@ sanitize: install
 		$(BIN)/pytest -n 2 --capture=sys -k "not compile and not export and not opcheck and not transforms and not triton" \
 		$(SANITIZED_TESTS)
 
-# Registers, spills and shared memory of every CUDA and Triton kernel, for GPUs that need not be there; fails on spills.
+# Registers, spills and shared memory of the CUDA kernels and GELU's Triton kernel, for GPUs that need not be there; fails on
+# spills. Those of windowed attention's Triton kernels are in tests/test_window_attention_triton.py.
 resource-report: install
 	$(BIN)/python benchmarks/resource_report.py
 

@@ -87,7 +87,7 @@ def demangle(names: Iterable[str]) -> list[str]:
 
 
 def triton_usage(arch: int) -> Iterator[Usage]:
-    """Every variant of the Triton kernels, for float32 and bfloat16."""
+    """Every variant of GELU's Triton kernel, for float32 and bfloat16."""
     from asvit_fast.kernels.gelu_taylor import BLOCK, OPTIONS, gelu_taylor_kernel
     from asvit_fast.kernels.inspection import compile_kernel
 

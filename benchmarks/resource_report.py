@@ -1,8 +1,8 @@
-"""Registers, stack, spills and shared memory of every kernel, compiled for GPUs that need not be there.
+"""Registers, stack, spills and shared memory of CUDA and Triton kernels, compiled for GPUs that need not be there.
 
     python benchmarks/resource_report.py [--archs 80,90,100] [--sources NAME ...]
 
-CUDA kernels through nvcc (CUDA_HOME, or the one on PATH), Triton kernels through the compiler that comes with Triton.
+CUDA kernels through nvcc (CUDA_HOME, or the one on PATH), GELU's Triton kernel through Triton's own compiler.
 The exit code is 1 if any kernel spills registers, 2 if there is nothing to compile with.
 """
 

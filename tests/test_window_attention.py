@@ -278,10 +278,17 @@ def test_opcheck(device: torch.device) -> None:
     for requires_grad in (False, True):  # without and with a bias
         qkv = torch.randn(2, 5, 4, 12).requires_grad_(requires_grad)
         bias = torch.randn(2, 6, 6).requires_grad_() if requires_grad else None
-        settings = (2, [3, 2], [1, 0], bias, 0.7)
+        settings = (2, [3, 2], [1, 0], 0.7, "masked", bias, None, None)
         torch.library.opcheck(torch.ops.asvit_fast.window_attention.default, (qkv, *settings))
         out, statistics = torch.ops.asvit_fast.window_attention(qkv, *settings)
-        arguments = (torch.randn_like(out), qkv, out.detach(), statistics.detach(), *settings, requires_grad)
+        arguments = (
+            torch.randn_like(out),
+            qkv,
+            out.detach(),
+            statistics.detach(),
+            *settings,
+            [requires_grad, False, False],
+        )
         torch.library.opcheck(torch.ops.asvit_fast.window_attention_backward.default, arguments)
 
 

@@ -94,7 +94,9 @@ def check_details(device: torch.device) -> None:
         out = both_ways(qkv, 2, (3, 4), (1, 2), None, torch.ones((), device=device).expand(2, 6, 8, 8))
         assert torch.isfinite(out[1]).all()
         nothing = torch.zeros(0, 6, 8, 24, device=device)
-        assert torch.ops.asvit_fast.window_attention(nothing, 2, [3, 4], [0, 0], None, 1.0)[0].shape == (0, 6, 8, 8)
+        assert torch.ops.asvit_fast.window_attention(nothing, 2, [3, 4], [0, 0], 1.0, "masked", None, None, None)[
+            0
+        ].shape == (0, 6, 8, 8)
     for size in (7, 9):
         for dtype, factor in ((torch.float32, 5.0), (torch.bfloat16, 30.0)):
             qkv = torch.randn(1, size, size, 24, device=device)

@@ -16,67 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from .. import _extension, backends
 from ..errors import InputError
 from .transforms import transform_active
-
-
-def window_padding(size: int, window: int) -> int:
-    """Tokens to append so that windows of ``window`` tokens cover ``size`` tokens."""
-    return -size % window
-
-
-def partition_windows(x: Tensor, window: list[int], shift: list[int]) -> Tensor:
-    """Cut [B, H, W, C] into [B, windows, tokens, C]: zero-pad at the end, roll by ``-shift``, cut."""
-    height, width = window[0], window[1]
-    x = F.pad(x, (0, 0, 0, window_padding(x.shape[2], width), 0, window_padding(x.shape[1], height)))
-    if shift[0] != 0 or shift[1] != 0:
-        x = torch.roll(x, shifts=(-shift[0], -shift[1]), dims=(1, 2))
-    batch, rows, columns, channels = x.shape
-    x = x.reshape(batch, rows // height, height, columns // width, width, channels)
-    return x.transpose(2, 3).reshape(batch, (rows // height) * (columns // width), height * width, channels)
-
-
-def merge_windows(x: Tensor, size: list[int], window: list[int], shift: list[int]) -> Tensor:
-    """The inverse of ``partition_windows``: [B, windows, tokens, C] -> [B, H, W, C], padding dropped."""
-    height, width = window[0], window[1]
-    rows = size[0] + window_padding(size[0], height)
-    columns = size[1] + window_padding(size[1], width)
-    batch, channels = x.shape[0], x.shape[3]
-    x = x.reshape(batch, rows // height, columns // width, height, width, channels)
-    x = x.transpose(2, 3).reshape(batch, rows, columns, channels)
-    if shift[0] != 0 or shift[1] != 0:
-        x = torch.roll(x, shifts=(shift[0], shift[1]), dims=(1, 2))
-    return x[:, : size[0], : size[1]]
-
-
-def _regions(size: int, window: int, shift: int, device: torch.device) -> Tensor:
-    """Region of every (padded, rolled) position along one axis: 0 body, 1 and 2 the two parts that a shift brings
-    together in the last window, 3 padding."""
-    padded = size + window_padding(size, window)
-    position = torch.arange(padded, device=device)
-    region = torch.zeros_like(position)
-    if shift > 0:
-        region = (position >= padded - window).to(region.dtype) + (position >= padded - shift).to(region.dtype)
-    return torch.where((position + shift) % padded >= size, 3, region)
-
-
-def window_mask(
-    size: list[int], window: list[int], shift: list[int], dtype: torch.dtype, device: torch.device
-) -> Tensor | None:
-    """Additive mask [windows, tokens, tokens] of who may attend whom; None when everybody may.
-
-    A key counts when it is a real token (not padding) of the query's own region of the shifted map. The mask is finite,
-    so that rows of padding stay finite too: they are dropped afterwards, but a NaN in them would reach the gradients.
-    """
-    padded = window_padding(size[0], window[0]) > 0 or window_padding(size[1], window[1]) > 0
-    if not padded and shift[0] == 0 and shift[1] == 0:
-        return None
-    rows = _regions(size[0], window[0], shift[0], device)  # [H']
-    columns = _regions(size[1], window[1], shift[1], device)  # [W']
-    is_padding = (rows == 3).unsqueeze(1) | (columns == 3).unsqueeze(0)  # [H', W']
-    region = (4 * rows.unsqueeze(1) + columns.unsqueeze(0)).masked_fill(is_padding, -1)  # [H', W']
-    region = partition_windows(region[None, :, :, None], window, [0, 0])[0, :, :, 0]  # [windows, tokens]
-    allowed = (region.unsqueeze(1) == region.unsqueeze(2)) & (region.unsqueeze(1) >= 0)  # [windows, query, key]
-    masked = -3.0e4  # nothing after the exponential, and still a float16
-    return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill(~allowed, masked)
+from .windows import LAYOUTS, merge_windows, partition_windows, window_mask, window_padding
 
 
 def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,7 +26,16 @@ def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return qkv[0], qkv[1], qkv[2]
 
 
-def _check(qkv: Tensor, num_heads: int, window: list[int], shift: list[int], bias: Tensor | None) -> None:
+def _check(
+    qkv: Tensor,
+    num_heads: int,
+    window: list[int],
+    shift: list[int],
+    layout: str,
+    bias: Tensor | None,
+    padding: Tensor | None,
+    attn_scale: Tensor | None,
+) -> None:
     if qkv.dim() != 4:
         raise ValueError(f"window_attention: qkv must be [B, H, W, 3*heads*head_dim], got {qkv.dim()} dimensions")
     if num_heads < 1 or qkv.shape[3] % (3 * num_heads) != 0 or qkv.shape[3] == 0:
@@ -99,6 +48,30 @@ def _check(qkv: Tensor, num_heads: int, window: list[int], shift: list[int], bia
         tokens = window[0] * window[1]
         if bias.dim() != 3 or bias.shape[0] != num_heads or bias.shape[1] != tokens or bias.shape[2] != tokens:
             raise ValueError(f"window_attention: bias must be [{num_heads}, {tokens}, {tokens}]")
+    if layout not in LAYOUTS:
+        raise ValueError(f"window_attention: layout must be masked, timm, torchvision or grid, got {layout}")
+    if layout == "grid":
+        if shift[0] != 0 or shift[1] != 0:
+            raise ValueError("window_attention: the layout grid has no shift")
+        if window_padding(qkv.shape[1], window[0]) != 0 or window_padding(qkv.shape[2], window[1]) != 0:
+            raise ValueError("window_attention: with the layout grid windows must divide the map")
+    if padding is not None:
+        if layout == "masked" or layout == "grid":
+            raise ValueError(f"window_attention: nobody attends padding in the layout {layout}, so it has no values")
+        if padding.dim() != 1 or padding.shape[0] != qkv.shape[3]:
+            raise ValueError(f"window_attention: padding must be [{qkv.shape[3]}], one token of qkv")
+    if attn_scale is not None and (attn_scale.dim() != 1 or attn_scale.shape[0] != num_heads):
+        raise ValueError(f"window_attention: attn_scale must be [{num_heads}], one number per head")
+
+
+def _high_pass(attention: Tensor, mask: Tensor | None, attn_scale: Tensor) -> Tensor:
+    """(1 + w) A - w U of attention [B, windows, heads, tokens, tokens], U the uniform attention on the same keys."""
+    factor = attn_scale.to(attention.dtype).unsqueeze(1).unsqueeze(2)  # [heads, 1, 1]
+    if mask is None:
+        return (1.0 + factor) * attention - factor / attention.shape[-1]
+    allowed = (mask == 0).to(attention.dtype)  # [windows, tokens, tokens]
+    uniform = allowed / allowed.sum(-1, keepdim=True).clamp(min=1.0)
+    return (1.0 + factor) * attention - factor * uniform.unsqueeze(1)
 
 
 def window_attention_reference(
@@ -109,20 +82,27 @@ def window_attention_reference(
     bias: Tensor | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
+    layout: str = "masked",
+    padding: Tensor | None = None,
+    attn_scale: Tensor | None = None,
 ) -> Tensor:
     """``window_attention`` in elementary operations, the attention matrix materialised."""
     size = [qkv.shape[1], qkv.shape[2]]
-    q, k, v = split_heads(partition_windows(qkv, window, shift), num_heads)  # [B, windows, heads, tokens, d]
+    windows = partition_windows(qkv, window, shift, layout, padding)  # [B, windows, tokens, 3*heads*d]
+    q, k, v = split_heads(windows, num_heads)  # [B, windows, heads, tokens, d]
     factor = float(q.shape[-1]) ** -0.5 if scale is None else scale
     scores = (q * factor) @ k.transpose(-2, -1)  # [B, windows, heads, tokens, tokens]
     if bias is not None:
         scores = scores + bias
-    mask = window_mask(size, window, shift, scores.dtype, scores.device)
+    mask = window_mask(size, window, shift, scores.dtype, scores.device, layout)
     if mask is not None:
         scores = scores + mask.unsqueeze(1)
-    attention = F.dropout(torch.softmax(scores, dim=-1), dropout, training=dropout > 0.0)
+    attention = torch.softmax(scores, dim=-1)
+    if attn_scale is not None:
+        attention = _high_pass(attention, mask, attn_scale)
+    attention = F.dropout(attention, dropout, training=dropout > 0.0).to(v.dtype)
     out = (attention @ v).transpose(2, 3).flatten(3)  # [B, windows, tokens, heads*d]
-    return merge_windows(out, size, window, shift)
+    return merge_windows(out, size, window, shift, layout)
 
 
 def _window_attention_sdpa(
@@ -133,12 +113,16 @@ def _window_attention_sdpa(
     bias: Tensor | None,
     scale: float | None,
     dropout: float,
+    layout: str,
+    padding: Tensor | None,
 ) -> Tensor:
     """The same through torch's fused attention, which has neither forward mode nor double backward."""
     batch, size = qkv.shape[0], [qkv.shape[1], qkv.shape[2]]
-    q, k, v = split_heads(partition_windows(qkv, window, shift), num_heads)  # [B, windows, heads, tokens, d]
+    # [B, windows, heads, tokens, d]
+    q, k, v = split_heads(partition_windows(qkv, window, shift, layout, padding), num_heads)
     windows = q.shape[1]
-    mask = window_mask(size, window, shift, q.dtype, q.device)  # [windows, tokens, tokens]
+    mask = window_mask(size, window, shift, q.dtype, q.device, layout)  # [windows, tokens, tokens]
+    bias = None if bias is None else bias.to(q.dtype)
     if mask is not None:
         mask = mask.unsqueeze(1)
         mask = mask if bias is None else mask + bias
@@ -149,28 +133,50 @@ def _window_attention_sdpa(
         q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), attn_mask=mask, dropout_p=dropout, scale=scale
     )  # [B*windows, heads, tokens, d]
     out = out.unflatten(0, (batch, windows)).transpose(2, 3).flatten(3)  # [B, windows, tokens, heads*d]
-    return merge_windows(out, size, window, shift)
+    return merge_windows(out, size, window, shift, layout)
 
 
 # --------------------------------------------------------------------------- fused op
 
-Result = tuple[Tensor, Tensor]
+Result = tuple[Tensor, Tensor]  # output, statistics
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of qkv, bias, padding, attn_scale; empty where not asked for
 WHOLE_TOKENS, WHOLE_HEAD_DIM = 64, 32  # up to which, in 16 bits, Triton kernels keep a whole window in registers
 
 
 def _compiled(
-    qkv: Tensor, num_heads: int, window: list[int], shift: list[int], bias: Tensor | None, scale: float
+    qkv: Tensor,
+    num_heads: int,
+    window: list[int],
+    shift: list[int],
+    scale: float,
+    layout: str,
+    bias: Tensor | None,
+    padding: Tensor | None,
+    attn_scale: Tensor | None,
 ) -> Result:
     """C++: csrc/window_attention.cpp."""
     _extension.extension()
+    if layout != "masked" or attn_scale is not None:  # INTERIM
+        return _elementary(qkv, num_heads, window, shift, scale, layout, bias, padding, attn_scale)
     return torch.ops.asvit_fast_C.window_attention(qkv, num_heads, window, shift, bias, scale)
 
 
 def _elementary(
-    qkv: Tensor, num_heads: int, window: list[int], shift: list[int], bias: Tensor | None, scale: float
+    qkv: Tensor,
+    num_heads: int,
+    window: list[int],
+    shift: list[int],
+    scale: float,
+    layout: str,
+    bias: Tensor | None,
+    padding: Tensor | None,
+    attn_scale: Tensor | None,
 ) -> Result:
     """The reference, with nothing kept for the backward pass."""
-    return window_attention_reference(qkv, num_heads, window, shift, bias, scale).contiguous(), qkv.new_empty(0)
+    output = window_attention_reference(
+        qkv, num_heads, window, shift, bias, scale, layout=layout, padding=padding, attn_scale=attn_scale
+    )
+    return output.contiguous(), qkv.new_empty(0)
 
 
 def _whole(qkv: Tensor, num_heads: int, window: list[int]) -> bool:
@@ -191,12 +197,22 @@ def _check_triton(qkv: Tensor) -> None:
 
 
 def _triton(
-    qkv: Tensor, num_heads: int, window: list[int], shift: list[int], bias: Tensor | None, scale: float
+    qkv: Tensor,
+    num_heads: int,
+    window: list[int],
+    shift: list[int],
+    scale: float,
+    layout: str,
+    bias: Tensor | None,
+    padding: Tensor | None,
+    attn_scale: Tensor | None,
 ) -> Result:
     """kernels/window_attention.py."""
     from asvit_fast.kernels.window_attention import window_attention
 
     _check_triton(qkv)
+    if layout != "masked" or attn_scale is not None:  # INTERIM
+        return _elementary(qkv, num_heads, window, shift, scale, layout, bias, padding, attn_scale)
     whole = _whole(qkv, num_heads, window)
     allocate = torch.zeros if whole else torch.empty  # the zeros, without elements on a GPU, are never read
     statistics = allocate(_statistics_shape(qkv, num_heads, window), dtype=torch.float32, device=qkv.device)
@@ -209,17 +225,24 @@ backends.declare("window_attention", triton=_triton, cpu=_compiled, reference=_e
 
 @torch.library.custom_op("asvit_fast::window_attention", mutates_args=())
 def _window_attention(
-    qkv: Tensor, num_heads: int, window: list[int], shift: list[int], bias: Tensor | None, scale: float
+    qkv: Tensor,
+    num_heads: int,
+    window: list[int],
+    shift: list[int],
+    scale: float,
+    layout: str,
+    bias: Tensor | None,
+    padding: Tensor | None,
+    attn_scale: Tensor | None,
 ) -> Result:
     """The output [B, H, W, heads*d], and [2, B, H, W, heads]: largest score of a row, 1 / sum of its weights (empty
     where the backward pass does not need them)."""
-    return backends.select("window_attention", qkv.device)(qkv, num_heads, window, shift, bias, scale)
+    implementation = backends.select("window_attention", qkv.device)
+    return implementation(qkv, num_heads, window, shift, scale, layout, bias, padding, attn_scale)
 
 
 @_window_attention.register_fake
-def _fake(
-    qkv: Tensor, num_heads: int, window: list[int], shift: list[int], bias: Tensor | None, scale: float
-) -> Result:
+def _fake(qkv, num_heads, window, shift, scale, layout, bias, padding, attn_scale) -> Result:
     working = torch.float64 if qkv.dtype == torch.float64 else torch.float32
     statistics = qkv.new_empty(_statistics_shape(qkv, num_heads, window), dtype=working)
     return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3), statistics
@@ -228,18 +251,30 @@ def _fake(
 # --------------------------------------------------------------------------- autograd
 
 
+def _present(*tensors: Tensor | None) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _distribute(values: list[Tensor], present: list[bool]) -> list[Tensor | None]:
+    """Values in order to the places where one is present, None elsewhere."""
+    rest = iter(values)
+    return [next(rest) if there else None for there in present]
+
+
 def _vector_jacobian_product(
-    num_heads: int, window: list[int], shift: list[int], scale: float
+    present: list[bool], num_heads: int, window: list[int], shift: list[int], scale: float, layout: str
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """(gradient of the output, qkv, and the bias if there is one) -> gradients of qkv and bias, through the reference:
-    differentiable in all of them."""
+    """(gradient of the output, qkv, and those of bias, padding and attn_scale that are present) -> gradients of all but
+    the first, through the reference: differentiable in all of them."""
 
-    def product(gradient: Tensor, qkv: Tensor, *bias: Tensor) -> tuple[Tensor, ...]:
-        def reference(qkv: Tensor, *bias: Tensor) -> Tensor:
-            table = bias[0] if bias else None
-            return window_attention_reference(qkv, num_heads, window, shift, table, scale)
+    def product(gradient: Tensor, qkv: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        def reference(qkv: Tensor, *tensors: Tensor) -> Tensor:
+            bias, padding, attn_scale = _distribute(list(tensors), present)
+            return window_attention_reference(
+                qkv, num_heads, window, shift, bias, scale, layout=layout, padding=padding, attn_scale=attn_scale
+            )
 
-        return torch.func.vjp(reference, qkv, *bias)[1](gradient)
+        return torch.func.vjp(reference, qkv, *tensors)[1](gradient)
 
     return product
 
@@ -253,77 +288,117 @@ def _window_attention_backward(
     num_heads: int,
     window: list[int],
     shift: list[int],
-    bias: Tensor | None,
     scale: float,
-    bias_gradient: bool,
-) -> Result:
-    """Gradients of qkv and bias (empty unless asked for); sums over windows in an order that only shapes decide."""
+    layout: str,
+    bias: Tensor | None,
+    padding: Tensor | None,
+    attn_scale: Tensor | None,
+    wanted: list[bool],
+) -> Gradients:
+    """Gradients of qkv and, where `wanted`, of bias, padding and attn_scale; sums over windows in an order that only
+    shapes decide."""
     implementation = backends.select("window_attention", qkv.device)
     forward_by_reference = list(statistics.shape) != _statistics_shape(qkv, num_heads, window)
     if implementation is _elementary or forward_by_reference:
-        product = _vector_jacobian_product(num_heads, window, shift, scale)
-        to_qkv, *to_bias = product(gradient, qkv, *([] if bias is None else [bias]))
-        return to_qkv.contiguous(), to_bias[0].contiguous() if bias_gradient else qkv.new_empty(0)
+        given = [bias is not None, padding is not None, attn_scale is not None]
+        product = _vector_jacobian_product(given, num_heads, window, shift, scale, layout)
+        to_qkv, *others = product(gradient, qkv, *_present(bias, padding, attn_scale))
+        found = [
+            to.contiguous() if to is not None and want else qkv.new_empty(0)
+            for to, want in zip(_distribute(others, given), wanted, strict=True)
+        ]
+        return to_qkv.contiguous(), found[0], found[1], found[2]
+    nothing = qkv.new_empty(0)
     if implementation is _triton:
         from asvit_fast.kernels.window_attention import window_attention_backward
 
         _check_triton(qkv)
         kept = None if _whole(qkv, num_heads, window) else statistics
-        return window_attention_backward(
-            gradient, qkv, output, kept, num_heads, window, shift, bias, scale, bias_gradient
+        to_qkv, to_bias = window_attention_backward(
+            gradient, qkv, output, kept, num_heads, window, shift, bias, scale, wanted[0]
         )
+        return to_qkv, to_bias, nothing, nothing.clone()  # INTERIM
     _extension.extension()
-    return torch.ops.asvit_fast_C.window_attention_backward(
-        gradient, qkv, output, statistics, num_heads, window, shift, bias, scale, bias_gradient
+    to_qkv, to_bias = torch.ops.asvit_fast_C.window_attention_backward(
+        gradient, qkv, output, statistics, num_heads, window, shift, bias, scale, wanted[0]
     )
+    return to_qkv, to_bias, nothing, nothing.clone()  # INTERIM
 
 
 @_window_attention_backward.register_fake
-def _fake_backward(gradient, qkv, output, statistics, num_heads, window, shift, bias, scale, bias_gradient) -> Result:
-    to_bias = bias.new_empty(bias.shape) if bias is not None and bias_gradient else qkv.new_empty(0)
-    return qkv.new_empty(qkv.shape), to_bias
+def _fake_backward(
+    gradient, qkv, output, statistics, num_heads, window, shift, scale, layout, bias, padding, attn_scale, wanted
+) -> Gradients:
+    to_bias, to_padding, to_attn_scale = (
+        tensor.new_empty(tensor.shape) if tensor is not None and want else qkv.new_empty(0)
+        for tensor, want in zip((bias, padding, attn_scale), wanted, strict=True)
+    )
+    return qkv.new_empty(qkv.shape), to_bias, to_padding, to_attn_scale
 
 
 def _setup_context(ctx, inputs, output: Result) -> None:
-    qkv, *ctx.settings, bias, ctx.scale = inputs  # num_heads, window, shift
-    ctx.has_bias = bias is not None
-    ctx.save_for_backward(qkv, *output, *([] if bias is None else [bias]))
+    qkv, *ctx.settings, bias, padding, attn_scale = inputs  # num_heads, window, shift, scale, layout
+    ctx.present = [tensor is not None for tensor in (bias, padding, attn_scale)]
+    ctx.save_for_backward(qkv, *output, *_present(bias, padding, attn_scale))
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, gradient: Tensor | None, _: Tensor | None):
     if gradient is None:
-        return None, None, None, None, None, None
-    qkv, output, statistics, *bias = ctx.saved_tensors
-    wanted = ctx.has_bias and ctx.needs_input_grad[4]
-    to_qkv, to_bias = _window_attention_backward(
-        gradient, qkv, output, statistics, *ctx.settings, bias[0] if bias else None, ctx.scale, wanted
+        return (None,) * 9
+    qkv, output, statistics, *tensors = ctx.saved_tensors
+    wanted = [present and ctx.needs_input_grad[6 + i] for i, present in enumerate(ctx.present)]
+    to_qkv, *others = _window_attention_backward(
+        gradient, qkv, output, statistics, *ctx.settings, *_distribute(tensors, ctx.present), wanted
     )
-    return to_qkv, None, None, None, to_bias if wanted else None, None
+    others = [to if want else None for to, want in zip(others, wanted, strict=True)]
+    return to_qkv, None, None, None, None, None, *others
 
 
 _window_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _setup_double(ctx, inputs, output: Result) -> None:
-    gradient, qkv, _, _, *ctx.settings, bias, ctx.scale, ctx.bias_gradient = inputs
-    ctx.has_bias = bias is not None
-    ctx.save_for_backward(gradient, qkv, *([] if bias is None else [bias]))
+def _setup_double(ctx, inputs, output: Gradients) -> None:
+    gradient, qkv, _, _, *ctx.settings, bias, padding, attn_scale, ctx.wanted = inputs
+    ctx.present = [tensor is not None for tensor in (bias, padding, attn_scale)]
+    ctx.save_for_backward(gradient, qkv, *_present(bias, padding, attn_scale))
 
 
-def _double_backward(ctx, to_qkv: Tensor, to_bias: Tensor):
+def _double_backward(ctx, to_qkv: Tensor, *cotangents: Tensor):
     """In elementary operations, so that it can be differentiated again."""
-    num_heads, window, shift = ctx.settings
-    product = _vector_jacobian_product(num_heads, window, shift, ctx.scale)
-    bias_cotangent = to_bias if ctx.bias_gradient else torch.zeros_like(ctx.saved_tensors[-1])
-    cotangents = (to_qkv, bias_cotangent) if ctx.has_bias else (to_qkv,)
-    gradients = torch.func.vjp(product, *ctx.saved_tensors)[1](cotangents)
-    return gradients[0], gradients[1], None, None, None, None, None, gradients[2] if ctx.has_bias else None, None, None
+    gradient, qkv, *tensors = ctx.saved_tensors
+    product = _vector_jacobian_product(ctx.present, *ctx.settings)
+    asked = [want for want, present in zip(ctx.wanted, ctx.present, strict=True) if present]
+    given = [cotangent for cotangent, present in zip(cotangents, ctx.present, strict=True) if present]
+    others = [
+        cotangent if want else torch.zeros_like(tensor)
+        for cotangent, want, tensor in zip(given, asked, tensors, strict=True)
+    ]
+    to_gradient, to_qkv, *rest = torch.func.vjp(product, gradient, qkv, *tensors)[1]((to_qkv, *others))
+    return to_gradient, to_qkv, *(None,) * 7, *_distribute(rest, ctx.present), None
 
 
 _window_attention_backward.register_autograd(_double_backward, setup_context=_setup_double)
 
 # --------------------------------------------------------------------------- public
+
+
+def _fused(qkv: Tensor, dropout: float) -> bool:
+    """Whether the fused op runs, elementary or torch's fused operations otherwise. A forced backend is obeyed."""
+    forced = backends.forced_backend()
+    if forced is not None:
+        implementation = backends.select("window_attention", qkv.device)
+        if implementation is not _elementary and dropout > 0.0:
+            raise InputError(f"window_attention: the {forced} backend has no dropout, got {dropout}")
+        return implementation is not _elementary
+    if dropout > 0.0 or qkv.device.type not in ("cpu", "cuda"):
+        return False
+    if qkv.device.type == "cpu":
+        return True
+    why = backends.available("window_attention", "triton", qkv.device)
+    if why is not None:
+        backends.notify_once(why, f"asvit_fast runs torch's attention for window_attention on cuda: {why}")
+    return why is None and qkv.dtype != torch.float64
 
 
 def window_attention(
@@ -334,45 +409,63 @@ def window_attention(
     bias: Tensor | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
+    layout: str = "masked",
+    padding: Tensor | None = None,
+    attn_scale: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention inside windows: qkv [B, H, W, 3*heads*head_dim] -> [B, H, W, heads*head_dim].
 
     Args:
         qkv: the fused projection, channels ordered q | k | v, each [head][head_dim]; any floating dtype.
         num_heads: attention heads.
-        window: (height, width) in tokens. Windows need not divide the map: it is padded at the end, padding is masked.
+        window: (height, width) in tokens. Windows need not divide the map: it is padded at the end.
         shift: (rows, columns) of the cyclic shift, below ``window``; tokens that only the shift brings together do not
             attend each other (Swin, arXiv 2103.14030, section 3.2).
         bias: [heads, tokens, tokens], added to the scaled scores of every window (tokens = height * width).
         scale: factor on q @ k; head_dim ** -0.5 by default.
         dropout: probability of dropping an attention weight (pass 0 in evaluation).
+        layout: "masked": padding is attended by nobody. "timm" or "torchvision": padding is attended, the mask of the
+            shift is -100, and the map is rolled before it is padded ("timm") or after ("torchvision"). "grid": the
+            tokens of a window are spread evenly over a map that windows divide (MaxViT, arXiv 2204.01697, section 3.2).
+        padding: [3*heads*head_dim], a token of padding in the layouts "timm" and "torchvision": the projection of
+            zeros, that is its bias. Zeros by default.
+        attn_scale: [heads], w of AttnScale (arXiv 2203.05962, equation 6): the attention A becomes (1 + w) A - w U, U
+            uniform over the keys that the query may attend.
 
     Raises:
         ValueError: shapes that do not fit, naming the value.
 
-    On a CPU one compiled kernel each for forward and backward, on a GPU Triton kernels (elementary operations in
-    float64): they copy nothing and keep at most two numbers per row. With dropout, torch's fused attention, which has
-    no double backward.
+    On a CPU one compiled kernel each for forward and backward, on a GPU Triton kernels: they copy nothing and keep at
+    most two numbers per row. With dropout, in float64 on a GPU, and where Triton is missing, torch's fused attention,
+    which has no double backward.
     """
     windows, shifts = [window[0], window[1]], [shift[0], shift[1]]
-    elementary = qkv.numel() == 0
     if not torch.jit.is_scripting():
         if has_torch_function_unary(qkv):
-            return handle_torch_function(window_attention, (qkv,), qkv, num_heads, window, shift, bias, scale, dropout)
-        _check(qkv, num_heads, windows, shifts, bias)
-        elementary = elementary or transform_active()
-        forced = backends.forced_backend()
-        if forced is not None:
-            implementation = backends.select("window_attention", qkv.device)
-            elementary = elementary or implementation is _elementary
-        elif qkv.device.type == "cuda" and qkv.dtype == torch.float64:
-            elementary = True
-        if not elementary and (forced is not None or (qkv.device.type in ("cpu", "cuda") and dropout == 0.0)):
-            if dropout > 0.0:
-                raise InputError(f"window_attention: the {forced} backend has no dropout, got {dropout}")
+            return handle_torch_function(
+                window_attention,
+                (qkv,),
+                qkv,
+                num_heads,
+                window,
+                shift,
+                bias,
+                scale,
+                dropout,
+                layout,
+                padding,
+                attn_scale,
+            )
+        _check(qkv, num_heads, windows, shifts, layout, bias, padding, attn_scale)
+        if qkv.numel() > 0 and not transform_active() and _fused(qkv, dropout):
             factor = float(qkv.shape[3] // (3 * num_heads)) ** -0.5 if scale is None else scale
-            return _window_attention(qkv, num_heads, windows, shifts, bias, factor)[0]
-    _check(qkv, num_heads, windows, shifts, bias)
-    if elementary:
-        return window_attention_reference(qkv, num_heads, windows, shifts, bias, scale, dropout)
-    return _window_attention_sdpa(qkv, num_heads, windows, shifts, bias, scale, dropout)
+            return _window_attention(qkv, num_heads, windows, shifts, factor, layout, bias, padding, attn_scale)[0]
+        elementary = transform_active() or backends.forced_backend() is not None or qkv.dtype == torch.float64
+    else:
+        elementary = False
+    _check(qkv, num_heads, windows, shifts, layout, bias, padding, attn_scale)
+    if elementary or qkv.numel() == 0 or attn_scale is not None:
+        return window_attention_reference(
+            qkv, num_heads, windows, shifts, bias, scale, dropout, layout, padding, attn_scale
+        )
+    return _window_attention_sdpa(qkv, num_heads, windows, shifts, bias, scale, dropout, layout, padding)

@@ -15,7 +15,7 @@ from torch import Tensor
 from asvit_fast import _extension, backends
 from asvit_fast.errors import InputError
 from asvit_fast.ops.transforms import transform_active
-from asvit_fast.ops.window_attention import merge_windows, partition_windows, window_mask
+from asvit_fast.ops.windows import merge_windows, partition_windows, window_mask
 
 # Bytes of one piece of attention map and its derivatives: a core's L2 on a CPU; on a GPU enough to fill it.
 PIECE_BYTES = {"cpu": 2**20, "cuda": 2**28}

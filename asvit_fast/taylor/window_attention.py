@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ..ops.patch_embed import patch_embed, patch_embed_reference
 from ..ops.patch_merge import patch_merge, patch_merge_reference
-from ..ops.window_attention import window_attention
+from ..ops.window_attention import window_attention, window_attention_reference
 from ..ops.window_attention_taylor import window_attention_taylor
 from .linear import _bind
 from .products import plus_bias
@@ -17,12 +17,27 @@ from .value import Combination, Taylor, TaylorError, register_rule, taylors
 
 
 @register_rule(window_attention)
-def windowed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
-    qkv, num_heads, window, shift, bias, scale, dropout = _bind(
-        args, kwargs, qkv=None, num_heads=None, window=None, shift=(0, 0), bias=None, scale=None, dropout=0.0
+def windowed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    qkv, num_heads, window, shift, bias, scale, dropout, layout, padding, attn_scale = _bind(
+        args,
+        kwargs,
+        qkv=None,
+        num_heads=None,
+        window=None,
+        shift=(0, 0),
+        bias=None,
+        scale=None,
+        dropout=0.0,
+        layout="masked",
+        padding=None,
+        attn_scale=None,
     )
     if dropout > 0.0:
         raise TaylorError("attention with dropout has no derivative to propagate; call model.eval() first")
+    if layout != "masked" or attn_scale is not None:
+        return window_attention_reference(
+            qkv, num_heads, window, shift, bias, scale, layout=layout, padding=padding, attn_scale=attn_scale
+        )
     if not isinstance(qkv, Taylor) or isinstance(bias, Taylor):
         raise TaylorError("window_attention propagates along qkv, its bias must not move")
     return Taylor(window_attention_taylor(qkv.coefficients, num_heads, window, shift, bias, scale))

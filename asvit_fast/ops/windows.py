@@ -1,0 +1,116 @@
+"""Cutting a channels-last map into windows, and which tokens of a window attend each other, by layout.
+
+- "masked": zeros are appended until windows cover the map, which is then rolled. Padding is attended by nobody, tokens
+  that only the roll brings together do not attend each other.
+- "timm", "torchvision": as Swin's public implementations do it. Padding is attended like any token, and its projection
+  is a vector of its own; tokens that only the roll brings together get -100 on their score. timm rolls the map and pads
+  it then, torchvision pads first: on a map that windows divide they are the same.
+- "grid": the tokens of a window are spread evenly over the map (the grid attention of MaxViT, arXiv 2204.01697, section
+  3.2). Windows divide the map, nothing is rolled.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LAYOUTS = ("masked", "timm", "torchvision", "grid")
+REGION_SCORE = -100.0  # what Swin's public implementations add to the scores of tokens of different regions
+
+
+def window_padding(size: int, window: int) -> int:
+    """Tokens to append so that windows of ``window`` tokens cover ``size`` tokens."""
+    return -size % window
+
+
+def _pad(x: Tensor, window: list[int], padding: Tensor | None) -> Tensor:
+    """[B, H, W, C] -> [B, H', W', C]: what is appended is zeros, or `padding` [C]."""
+    size = [x.shape[1], x.shape[2]]
+    below, right = window_padding(size[0], window[0]), window_padding(size[1], window[1])
+    if below == 0 and right == 0:
+        return x
+    x = F.pad(x, (0, 0, 0, right, 0, below))
+    if padding is None:
+        return x
+    rows = torch.arange(size[0] + below, device=x.device) >= size[0]  # [H']
+    columns = torch.arange(size[1] + right, device=x.device) >= size[1]  # [W']
+    appended = rows.unsqueeze(1) | columns.unsqueeze(0)  # [H', W']
+    return x + appended.unsqueeze(2).to(x.dtype) * padding.to(x.dtype)
+
+
+def _roll(x: Tensor, shift: list[int], sign: int) -> Tensor:
+    if shift[0] == 0 and shift[1] == 0:
+        return x
+    return torch.roll(x, shifts=(sign * shift[0], sign * shift[1]), dims=(1, 2))
+
+
+def partition_windows(
+    x: Tensor, window: list[int], shift: list[int], layout: str = "masked", padding: Tensor | None = None
+) -> Tensor:
+    """Cut [B, H, W, C] into [B, windows, tokens, C]; `padding` [C] is a token of padding, zeros without it."""
+    height, width = window[0], window[1]
+    x = _pad(_roll(x, shift, -1), window, padding) if layout == "timm" else _roll(_pad(x, window, padding), shift, -1)
+    batch, rows, columns, channels = x.shape
+    down, across = rows // height, columns // width
+    if layout == "grid":
+        x = x.reshape(batch, height, down, width, across, channels).permute(0, 2, 4, 1, 3, 5)
+    else:
+        x = x.reshape(batch, down, height, across, width, channels).transpose(2, 3)
+    return x.reshape(batch, down * across, height * width, channels)
+
+
+def merge_windows(x: Tensor, size: list[int], window: list[int], shift: list[int], layout: str = "masked") -> Tensor:
+    """The inverse of ``partition_windows``: [B, windows, tokens, C] -> [B, H, W, C], padding dropped."""
+    height, width = window[0], window[1]
+    rows = size[0] + window_padding(size[0], height)
+    columns = size[1] + window_padding(size[1], width)
+    batch, channels = x.shape[0], x.shape[3]
+    x = x.reshape(batch, rows // height, columns // width, height, width, channels)
+    x = x.permute(0, 3, 1, 4, 2, 5) if layout == "grid" else x.transpose(2, 3)
+    x = x.reshape(batch, rows, columns, channels)
+    if layout == "timm":
+        return _roll(x[:, : size[0], : size[1]], shift, 1)
+    return _roll(x, shift, 1)[:, : size[0], : size[1]]
+
+
+def _regions(size: int, window: int, shift: int, layout: str, device: torch.device) -> Tensor:
+    """Region of every position along one axis of the padded and rolled map: 0 body, 1 and 2 the two parts that a shift
+    brings together in the last window, 3 padding that nobody attends."""
+    padded = size + window_padding(size, window)
+    position = torch.arange(padded, device=device)
+    region = torch.zeros_like(position)
+    if shift > 0:
+        region = (position >= padded - window).to(region.dtype) + (position >= padded - shift).to(region.dtype)
+    if layout != "masked":
+        return region
+    return torch.where((position + shift) % padded >= size, 3, region)
+
+
+def window_mask(
+    size: list[int],
+    window: list[int],
+    shift: list[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    layout: str = "masked",
+) -> Tensor | None:
+    """Additive mask [windows, tokens, tokens] of who attends whom; None when everybody does, otherwise 0 where they do.
+
+    The mask is finite, so that rows of padding stay finite too: they are dropped afterwards, but a NaN in them would
+    reach the gradients.
+    """
+    padded = window_padding(size[0], window[0]) > 0 or window_padding(size[1], window[1]) > 0
+    shifted = shift[0] > 0 or shift[1] > 0
+    if layout == "grid" or (not shifted and (layout != "masked" or not padded)):
+        return None
+    rows = _regions(size[0], window[0], shift[0], layout, device)  # [H']
+    columns = _regions(size[1], window[1], shift[1], layout, device)  # [W']
+    region = 4 * rows.unsqueeze(1) + columns.unsqueeze(0)  # [H', W']
+    is_padding = (rows == 3).unsqueeze(1) | (columns == 3).unsqueeze(0)  # [H', W']
+    region = region.masked_fill(is_padding, -1)
+    region = partition_windows(region[None, :, :, None], window, [0, 0])[0, :, :, 0]  # [windows, tokens]
+    allowed = (region.unsqueeze(1) == region.unsqueeze(2)) & (region.unsqueeze(1) >= 0)  # [windows, query, key]
+    # nothing after the exponential, and still a float16
+    score = -3.0e4 if layout == "masked" else REGION_SCORE
+    return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill(~allowed, score)

@@ -1,7 +1,8 @@
 """Modules on top of the ops."""
 
 from .attention import WindowAttention
+from .feat_scale import FeatScale
 from .patch_embed import OverlapPatchEmbed
 from .patch_merging import PatchMerging
 
-__all__ = ["OverlapPatchEmbed", "PatchMerging", "WindowAttention"]
+__all__ = ["FeatScale", "OverlapPatchEmbed", "PatchMerging", "WindowAttention"]

@@ -16,7 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from .. import _extension, backends
 from ..errors import InputError
 from .transforms import transform_active
-from .windows import LAYOUTS, merge_windows, partition_windows, window_mask, window_padding
+from .windows import merge_windows, partition_windows, window_mask, window_padding
 
 
 def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,7 +48,7 @@ def _check(
         tokens = window[0] * window[1]
         if bias.dim() != 3 or bias.shape[0] != num_heads or bias.shape[1] != tokens or bias.shape[2] != tokens:
             raise ValueError(f"window_attention: bias must be [{num_heads}, {tokens}, {tokens}]")
-    if layout not in LAYOUTS:
+    if layout not in ("masked", "timm", "torchvision", "grid"):
         raise ValueError(f"window_attention: layout must be masked, timm, torchvision or grid, got {layout}")
     if layout == "grid":
         if shift[0] != 0 or shift[1] != 0:

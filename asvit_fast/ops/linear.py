@@ -114,7 +114,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
     """
     if not torch.jit.is_scripting():
         if activation not in ("none", "gelu"):
-            raise ValueError(f"linear: activation must be none or gelu, got {activation!r}")
+            raise ValueError(f"linear: activation must be none or gelu, got '{activation}'")
         plain = has_torch_function((x, weight, bias)) or transform_active() or not _fits(x, weight, bias)
         if not plain and not _elementary(x):
             return _through_onednn(x, weight, bias, activation)

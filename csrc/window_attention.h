@@ -219,7 +219,7 @@ struct PackedRows {
 
 template <typename T>
 struct ForwardMemory {
-  Token* tokens;
+  Token* tokens;               // of two windows
   T *queries, *keys, *values;   // [token][component]
   T* columns;                   // queries of a group, [component][query]
   T* scores;                    // of a group and a tile, [key][query]
@@ -233,7 +233,7 @@ struct ForwardMemory {
   ForwardMemory(const WindowAttention<T>& problem, Arena& arena) {
     const PackedRows<T> rows(problem);
     padded_dim = rows.padded_dim;
-    tokens = arena.take<Token>(rows.tokens);
+    tokens = arena.take<Token>(2 * rows.tokens);
     queries = rows.take(arena);
     keys = rows.take(arena);
     values = rows.take(arena);
@@ -251,7 +251,7 @@ struct ForwardMemory {
 
 template <typename T>
 struct BackwardMemory {
-  Token* tokens;
+  Token* tokens;                           // of two windows
   T *queries, *keys, *values, *gradients;   // [token][component]
   T *to_keys, *to_values;                   // [key][padded_dim]
   T *query_columns, *gradient_columns;      // of a group, [component][query]
@@ -266,7 +266,7 @@ struct BackwardMemory {
   BackwardMemory(const WindowAttention<T>& problem, Arena& arena) {
     const PackedRows<T> rows(problem);
     padded_dim = rows.padded_dim;
-    tokens = arena.take<Token>(rows.tokens);
+    tokens = arena.take<Token>(2 * rows.tokens);
     queries = rows.take(arena);
     keys = rows.take(arena);
     values = rows.take(arena);

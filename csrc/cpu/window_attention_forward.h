@@ -169,20 +169,41 @@ void write_group(const WindowAttention<T>& problem, const TokenWindow& window, i
   }
 }
 
+// The window and head that come next: their operands are asked for while there is something to compute.
+template <typename T>
+struct Upcoming {
+  const WindowAttention<T>& problem;
+  const TokenWindow& window;
+  int64_t head;
+
+  void fetch_operand(int part) const {
+    fetch<0>(problem.qkv, window, (part * problem.heads + head) * problem.head_dim, problem.head_dim);
+  }
+
+  void fetch_output() const {
+    const int64_t channels = problem.heads * problem.head_dim;
+    fetch<1>(contiguous_map(problem.rows, problem.columns, channels, problem.output), window, head * problem.head_dim,
+             problem.head_dim);
+  }
+};
+
 // A group of queries against all keys of its window.
 template <typename T>
 void attend_group(const WindowAttention<T>& problem, const TokenWindow& window, int64_t head, int64_t first,
-                  int64_t count, const ForwardMemory<T>& memory) {
+                  int64_t count, const Upcoming<T>& next, const ForwardMemory<T>& memory) {
   const int64_t size = problem.head_dim, padded_dim = memory.padded_dim;
   const bool components = lanes_are_components<T>(window_tokens(problem), size);
   turn_to_columns(memory.queries + first * size, count, size, problem.scale, memory.columns);
   fill(memory.maximum, kGroup, kLowest<T>);
   fill(memory.total, kGroup, T(0));
+  if (first == 0) next.fetch_operand(0);
   for (int64_t key = 0; key < window.count; key += kKeyTile) {
     const int64_t keys = window.count - key < kKeyTile ? window.count - key : kKeyTile;
     const Base<T> base = score_base(problem, window, head, first, count, key, keys, memory.base);
     score_tile(memory.keys + key * size, memory.columns, size, count, keys, base, memory.scores);
+    if (first + key == 0) next.fetch_operand(1);
     weigh(memory.scores, count, keys, memory.maximum, memory.total, memory.factor);
+    if (first + key == 0) next.fetch_operand(2);
     const T* values = memory.values + key * size;
     if (components) {
       if (key > 0) scale_rows(memory.factor, count, size, padded_dim, memory.sums);
@@ -198,21 +219,19 @@ void attend_group(const WindowAttention<T>& problem, const TokenWindow& window, 
   }
   if (!components) turn_to_rows(memory.column_sums, count, size, padded_dim, memory.sums);
   write_group(problem, window, head, first, count, memory);
+  if (first == 0) next.fetch_output();
 }
 
 template <typename T>
 void window_attention(const WindowAttention<T>& problem, int64_t begin, int64_t end, char* bytes) {
   Arena arena(bytes);
   const ForwardMemory<T> memory(problem, arena);
-  const int64_t units = query_units(problem);
-  TokenWindow window = {};
-  int64_t ready_window = -1, ready = -1;  // whose tokens are known; whose operands are packed
+  const int64_t units = query_units(problem), last_task = window_count(problem) * problem.heads - 1;
+  Windows<T> windows(problem, memory.tokens);
+  int64_t ready = -1;  // whose operands are packed
   for (int64_t index = begin; index < end; ++index) {
     const int64_t first = index % units * kUnit, task = index / units, head = task % problem.heads;
-    if (task / problem.heads != ready_window) {
-      ready_window = task / problem.heads;
-      window = window_at(problem, ready_window, memory.tokens);
-    }
+    const TokenWindow& window = windows[task / problem.heads];
     if (first >= window.count) continue;
     if (task != ready) {
       ready = task;
@@ -220,9 +239,11 @@ void window_attention(const WindowAttention<T>& problem, int64_t begin, int64_t 
       if (problem.attn_scale)
         mean_regions(window, memory.values, problem.head_dim, memory.padded_dim, T(1), memory.means);
     }
+    const int64_t following = task < last_task ? task + 1 : task;
+    const Upcoming<T> next = {problem, windows[following / problem.heads], following % problem.heads};
     const int64_t last = first + kUnit < window.count ? first + kUnit : window.count;
     for (int64_t query = first; query < last; query += kGroup)
-      attend_group(problem, window, head, query, last - query < kGroup ? last - query : kGroup, memory);
+      attend_group(problem, window, head, query, last - query < kGroup ? last - query : kGroup, next, memory);
   }
 }
 

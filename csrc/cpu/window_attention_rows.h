@@ -24,7 +24,18 @@ inline void copy_row(const T* from, int64_t size, T* to) {
   in_widths<T>(size, [&](int64_t i, auto width) { std::memcpy(to + i, from + i, width() * sizeof(T)); });
 }
 
-// Queries, keys and values of one head. What the next head needs is asked for in time.
+// Asks for `size` elements from `offset` on of every token, to be read (locality 2) or written (3).
+template <int write, typename T>
+inline void fetch(const TokenMap<T>& map, const TokenWindow& window, int64_t offset, int64_t size) {
+  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
+  for (int64_t i = 0; i < window.count; ++i) {
+    if (window.tokens[i].is_padding()) continue;
+    const T* row = map.data + token_offset(map, window, window.tokens[i]) + offset;
+    for (int64_t j = 0; j < size; j += line) __builtin_prefetch(row + j, write, write ? 3 : 2);
+  }
+}
+
+// Queries, keys and values of one head.
 template <typename T>
 void pack_qkv(const WindowAttention<T>& problem, const TokenWindow& window, int64_t head, T* queries, T* keys,
               T* values) {
@@ -36,12 +47,36 @@ void pack_qkv(const WindowAttention<T>& problem, const TokenWindow& window, int6
     copy_row(from, size, queries + i * size);
     copy_row(from + part, size, keys + i * size);
     copy_row(from + 2 * part, size, values + i * size);
-    if (head + 1 == problem.heads) continue;
-    __builtin_prefetch(from + size);
-    __builtin_prefetch(from + part + size);
-    __builtin_prefetch(from + 2 * part + size);
   }
 }
+
+// A contiguous map of `channels`.
+template <typename T>
+inline TokenMap<T> contiguous_map(const WindowAxis& rows, const WindowAxis& columns, int64_t channels, T* data) {
+  return {data, rows.size * columns.size * channels, columns.size * channels, channels};
+}
+
+// The tokens of the window at hand and of the next one.
+template <typename T>
+class Windows {
+ public:
+  Windows(const WindowAttention<T>& problem, Token* tokens) : problem_(problem), tokens_(tokens) {}
+
+  const TokenWindow& operator[](int64_t index) {
+    const int slot = index % 2;
+    if (known_[slot] != index) {
+      known_[slot] = index;
+      windows_[slot] = window_at(problem_, index, tokens_ + slot * window_tokens(problem_));
+    }
+    return windows_[slot];
+  }
+
+ private:
+  const WindowAttention<T>& problem_;
+  Token* tokens_;
+  TokenWindow windows_[2] = {};
+  int64_t known_[2] = {-1, -1};
+};
 
 // to [component][kGroup queries] = factor * rows [query][size], in whole vectors both ways.
 template <typename T>

@@ -156,9 +156,9 @@ def _compiled(
 ) -> Result:
     """C++: csrc/window_attention.cpp."""
     _extension.extension()
-    if layout != "masked" or attn_scale is not None:  # INTERIM
-        return _elementary(qkv, num_heads, window, shift, scale, layout, bias, padding, attn_scale)
-    return torch.ops.asvit_fast_C.window_attention(qkv, num_heads, window, shift, bias, scale)
+    return torch.ops.asvit_fast_C.window_attention(
+        qkv, num_heads, window, shift, scale, layout, bias, padding, attn_scale
+    )
 
 
 def _elementary(
@@ -319,10 +319,9 @@ def _window_attention_backward(
         )
         return to_qkv, to_bias, nothing, nothing.clone()  # INTERIM
     _extension.extension()
-    to_qkv, to_bias = torch.ops.asvit_fast_C.window_attention_backward(
-        gradient, qkv, output, statistics, num_heads, window, shift, bias, scale, wanted[0]
+    return torch.ops.asvit_fast_C.window_attention_backward(
+        gradient, qkv, output, statistics, num_heads, window, shift, scale, layout, bias, padding, attn_scale, wanted
     )
-    return to_qkv, to_bias, nothing, nothing.clone()  # INTERIM
 
 
 @_window_attention_backward.register_fake

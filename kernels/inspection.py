@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import os
 import re
 import shutil
@@ -101,6 +102,17 @@ def resource_usage(cubin: bytes) -> dict[str, dict[str, int]]:
     """REG, STACK, SHARED, LOCAL, ... of every function of a cubin."""
     found = re.findall(r"Function ([\w$.]+):\s*\n(.*)", _dump(cubin, "-res-usage"))
     return {name: {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", line)} for name, line in found}
+
+
+def block_threads(cubin: bytes) -> dict[str, int]:
+    """Of functions with __launch_bounds__: threads per block."""
+    pattern = r"\.nv\.info\.(\S+)|EIATTR_MAX_THREADS\s+Format:\s*\S+\s+Value:\s*(0x\w+) (0x\w+) (0x\w+)"
+    threads, function = {}, ""
+    for name, *sides in re.findall(pattern, _dump(cubin, "-elf")):
+        function = name or function
+        if not name:
+            threads[function] = math.prod(int(side, 16) for side in sides)
+    return threads
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,14 @@
 """What every CUDA and Triton kernel uses and what its inner loop does, compiled for GPUs that need not be there.
 
-    python benchmarks/kernel_report.py [--arch 80,90,100] [--dtype bf16,fp16,fp32] [--kernel NAME ...] [--shape TEXT ...]
+    python benchmarks/kernel_report.py [--arch 80,90,100] [--dtype bf16,fp32] [--kernel NAME ...] [--shape TEXT ...]
 
-Triton kernels on the shapes of real networks (triton_cases.py), csrc/cuda/*.cu through nvcc (CUDA_HOME, or the one on PATH).
+Triton kernels on the shapes of real networks (triton_cases.py), csrc/cuda/*.cu through nvcc (CUDA_HOME, or PATH's).
 Rows go to a table and to --out, where they replace those of the same kernel, shape, dtype and arch.
 
-The inner loop: of the innermost loops (a branch back to an instruction that every way to it passes) the one with the most
-MUFU, then the most instructions that are not "other"; both sides of a condition count. "issue": picoseconds per score or
-byte on the whole GPU if its schedulers did nothing but issue that loop; tails and what is outside of the loop come on
-top. "exp", "tensor" and "memory": what the score or byte takes at least (rooflines.py has the rates and their sources).
+The inner loop: of the innermost loops (a branch back to an instruction that every way to it passes) the one with the
+most MUFU, then the most instructions that are not "other"; both sides of a condition count. "issue": picoseconds per
+score or byte on the whole GPU if its schedulers did nothing but issue that loop; tails and what is outside of the loop
+come on top. "exp", "tensor" and "memory": what the score or byte takes at least (rooflines.py has rates and sources).
 
 The exit code is 1 if a kernel spills registers on sm_90, 2 if there is nothing to compile with.
 """
@@ -120,17 +120,18 @@ def collect(cases: list[triton_cases.Case], sources: list[tuple[str, Path, int]]
 def table(rows: Iterable[Row]) -> str:
     """One line per row; picoseconds per unit in the last columns."""
     lines = [
-        f"{'kernel':24} {'shape':20} {'dtype':5} {'arch':6} {'regs':>4} {'spill':>5} {'shared':>6} {'warps':>5} {'occ':>4} | "
-        f"{'loop':>5} {'tensor':>6} {'mufu':>4} {'fp32':>5} {'LDS':>4} {'LDG':>4} {'LDL':>3} {'other':>5} | "
-        f"{'unit':5} {'issue':>7} {'exp':>6} {'tensor':>6} {'memory':>6} {'times':>6}"
+        f"{'kernel':24} {'shape':20} {'dtype':5} {'arch':6} {'regs':>4} {'spill':>5} {'shared':>6} {'warps':>5} "
+        f"{'occ':>4} | {'loop':>5} {'tensor':>6} {'mufu':>4} {'fp32':>5} {'LDS':>4} {'LDG':>4} {'LDL':>3} {'other':>5}"
+        f" | {'unit':5} {'issue':>7} {'exp':>6} {'tensor':>6} {'memory':>6} {'times':>6}"
     ]
     for r in rows:
-        lines.append(
+        line = (
             f"{r.kernel:24} {r.shape:20} {r.dtype:5} sm_{r.arch:<3} {r.registers:>4} {r.spilled:>5} {r.shared:>6} "
             f"{r.warps:>5} {r.occupancy:>4.0%} | {r.instructions:>5} {r.tensor:>6} {r.mufu:>4} {r.fp32:>5} "
-            f"{r.shared_access:>4} {r.global_access:>4} {r.local_access:>3} {r.other:>5} | {r.unit:5} {r.issue_ps:>7.3g} "
-            f"{r.exp_ps:>6.3g} {r.tensor_ps:>6.3g} {r.memory_ps:>6.3g} {r.times_roofline:>5.1f}x{'  SPILLS' * bool(r.spilled)}"
+            f"{r.shared_access:>4} {r.global_access:>4} {r.local_access:>3} {r.other:>5} | {r.unit:5} "
+            f"{r.issue_ps:>7.3g} {r.exp_ps:>6.3g} {r.tensor_ps:>6.3g} {r.memory_ps:>6.3g} {r.times_roofline:>5.1f}x"
         )
+        lines.append(line + "  SPILLS" * bool(r.spilled))
     return "\n".join(lines)
 
 
@@ -141,7 +142,9 @@ def save(path: Path, rows: list[Row]) -> None:
     if path.exists():
         with path.open(newline="") as file:
             old = [record for record in csv.DictReader(file) if list(record) == names]
-        records = {tuple(record[name] for name in ("kernel", "shape", "dtype", "arch")): record for record in old} | records
+        records = {
+            tuple(record[name] for name in ("kernel", "shape", "dtype", "arch")): record for record in old
+        } | records
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
@@ -169,7 +172,8 @@ def main(argv: list[str] | None = None) -> int:
     cases = [case for case in triton_cases.cases(archs, options.dtype.split(",")) if wanted(case.kernel.name)]
     sources = [] if options.shape else [path for path in cuda_sources.sources() if wanted(path.name, path.stem)]
     if options.shape:
-        cases = [case for case in cases if all(set(text.split()) & set(case.label.split()) for text in options.shape)]
+        wanted_shapes = [set(text.split()) for text in options.shape]
+        cases = [case for case in cases if any(words <= set(case.label.split()) for words in wanted_shapes)]
     nvcc = cuda_sources.find_nvcc()
     if sources and nvcc is None:
         print("nvcc is missing: set CUDA_HOME to a CUDA toolkit, or put its bin folder on PATH", file=sys.stderr)
@@ -191,7 +195,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--arch", default="90", help="80 (Ampere), 90 (Hopper), 100 (Blackwell), or several: 80,90")
     parser.add_argument("--dtype", default="bf16", help="of Triton kernels: bf16, fp16, fp32, or several: bf16,fp32")
     parser.add_argument("--kernel", nargs="*", metavar="NAME", help="beginnings of names: Triton kernels, .cu files")
-    parser.add_argument("--shape", nargs="*", metavar="TEXT", help="what a shape must have: N=49 d=8 (all of them)")
+    parser.add_argument("--shape", nargs="*", metavar="TEXT", help="what shapes must have: 'N=49 d=8' N=784")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument("--out", default=str(RESULTS), help="CSV file; empty: none")
     return parser.parse_args(argv)

@@ -15,7 +15,7 @@ RESERVED_SHARED = 1024  # bytes of each block, for the system
 
 @dataclass(frozen=True)
 class GPU:
-    """Rates per second of a whole GPU, dense, at the clock where `multiprocessors` reach the data sheet's `tensor_16`."""
+    """Rates per second of a whole GPU, dense, at the clock where its tensor cores reach the data sheet's rate."""
 
     name: str
     multiprocessors: int
@@ -33,7 +33,9 @@ class GPU:
         return self.multiprocessors * MUFU_LANES * self.clock
 
 
-_GUIDE = "lanes and limits per multiprocessor: CUDA C++ Programming Guide, arithmetic throughput and compute capabilities"
+_GUIDE = (
+    "lanes and limits per multiprocessor: CUDA C++ Programming Guide, arithmetic throughput and compute capabilities"
+)
 GPUS = {
     80: GPU("A100 80GB SXM", 108, 1.41e9, 2.039e12, 312e12, 156e12, 64, 164 * 1024,
             f"NVIDIA A100 data sheet and A100 architecture white paper; {_GUIDE}"),
@@ -65,7 +67,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Bounds:
-    """Picoseconds per unit on the whole GPU: what the loop needs to be issued, and what no kernel can be faster than."""
+    """Picoseconds per unit on the whole GPU: of the loop as it is, and what no kernel can be faster than."""
 
     issue: float  # every instruction of the loop
     pipes: float  # its MUFU and float32 instructions, each on its own units

@@ -68,7 +68,8 @@ class Case:
         if missing:
             raise RuntimeError(f"{self.kernel.function} has parameters that its entry in KERNELS lacks: {missing}")
         signature, constants = (
-            {name: value for name, value in part.items() if name in known} for part in (given.signature, given.constants)
+            {name: value for name, value in part.items() if name in known}
+            for part in (given.signature, given.constants)
         )
         return compile_kernel(function, signature, constants, self.arch, **given.options), given.work
 
@@ -115,15 +116,14 @@ def window_attention(kernel: Kernel, shape: Shape, dtype: str, arch: int) -> Arg
 
 
 def _attention(name: str, module: str, products: int, tensors: int, shapes: list[Shape]) -> Kernel:
-    return Kernel(
-        name, module, f"window_attention_{name}_kernel", tuple(shapes), window_attention, products, tensors
-    )
+    return Kernel(name, module, f"window_attention_{name}_kernel", tuple(shapes), window_attention, products, tensors)
 
 
 # --------------------------------------------------------------------------- elementwise
 
 GELU = [
-    {"orders": orders, "tanh": tanh, "bias": bias} for orders, tanh, bias in itertools.product((0, 1, 2), (0, 1), (0, 1))
+    {"orders": orders, "tanh": tanh, "bias": bias}
+    for orders, tanh, bias in itertools.product((0, 1, 2), (0, 1), (0, 1))
 ]
 
 

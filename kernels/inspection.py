@@ -70,9 +70,7 @@ def compile_kernel(
     if frame and not any(class_of(i.name) == "local" for i in disassemble(cubin)[kernel.__name__]):
         frame = 0
     metadata = compiled.metadata
-    return KernelReport(
-        kernel.__name__, capability, usage["REG"], frame, metadata.shared, metadata.num_warps, cubin
-    )
+    return KernelReport(kernel.__name__, capability, usage["REG"], frame, metadata.shared, metadata.num_warps, cubin)
 
 
 # --------------------------------------------------------------------------- reading cubins
@@ -195,7 +193,8 @@ def inner_loop(body: list[Instruction]) -> Loop:
     "other" and "local".
 
     A loop is a branch back to an instruction that every way to the branch passes, with all that lies on ways between
-    them; loops that only wait, with nothing of interest, belong to the one around them. Both sides of a condition count.
+    them; loops that only wait, without anything of interest, belong to the one around them. Both sides of a condition
+    count.
     """
     blocks = _blocks(body)
     mixes = {first: Counter(class_of(i.name) for i in block) for first, block in blocks.items()}
@@ -207,7 +206,9 @@ def inner_loop(body: list[Instruction]) -> Loop:
         return sum(mixes[part]["mufu"] for part in loops[start]), interest(loops[start])
 
     loops = {start: parts for start, parts in _loops(blocks).items() if interest(parts)}
-    innermost = [start for start, parts in loops.items() if not any(other in parts for other in loops if other != start)]
+    innermost = [
+        start for start, parts in loops.items() if not any(other in parts for other in loops if other != start)
+    ]
     start = max(innermost, key=rank, default=None)
     inside = [i for part in sorted(blocks) if start is None or part in loops[start] for i in blocks[part]]
     end = max(i.address for i in inside if start is None or i.target == start)
@@ -239,7 +240,7 @@ def _loops(blocks: dict[int, list[Instruction]]) -> dict[int, frozenset[int]]:
         for target in targets:
             before[target].append(first)
     everything = frozenset(order)
-    dominators = {first: everything for first in order} | {order[0]: frozenset(order[:1])}
+    dominators = dict.fromkeys(order, everything) | {order[0]: frozenset(order[:1])}
     changed = True
     while changed:
         changed = False

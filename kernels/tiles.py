@@ -115,11 +115,11 @@ def nearest(kernel: str, family: str, **features: int) -> Row:
     Args:
         kernel: name of the rows.
         family: of `family_of`, or of FAMILIES, whose shipped table it is then.
-        features: "bits" of an element and whatever else the kernel's rows are told apart by, e.g. tokens=49, block_d=32.
+        features: "bits" of an element and what else the kernel's rows are told apart by, e.g. tokens=49, block_d=32.
 
     Returns:
-        "block_*", "num_warps" and "num_stages" of the row. Blocks are halved, or warps doubled, where elements or rows of
-        a tile are wider ("bits", "block_d") than the table's. A kernel without rows for the family has another's.
+        "block_*", "num_warps" and "num_stages" of the row. Blocks are halved, or warps doubled, where elements or rows
+        of a tile are wider ("bits", "block_d") than the table's. A kernel without rows for the family has another's.
     """
     return dict(_trial[kernel] if kernel in _trial else _nearest(kernel, family, tuple(features.items())))
 
@@ -180,8 +180,8 @@ def launch_options(row: Row) -> dict[str, Any]:
 
 @functools.cache
 def choose(kernel: str, family: str, tokens: int, head_dim: int, bits: int) -> dict[str, Any]:
-    """For windowed attention: BLOCK_M queries and BLOCK_N keys with the tails that `tokens` leave, num_warps, num_stages
-    of the nearest shape with elements of `bits`."""
+    """For windowed attention: BLOCK_M queries and BLOCK_N keys with the tails that `tokens` leave, num_warps and
+    num_stages of the nearest shape with elements of `bits`."""
     options = launch_options(nearest(kernel, family, bits=bits, tokens=tokens, block_d=block(head_dim)))
     blocks = {name: value for name, value in options.items() if name.startswith("BLOCK_")}
     return options | {name.replace("BLOCK", "TAIL"): block(tokens % size) for name, size in blocks.items()}

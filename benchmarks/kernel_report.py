@@ -21,7 +21,9 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -104,13 +106,15 @@ def cuda_rows(nvcc: str, source: Path, arch: int) -> list[Row]:
 
 
 def collect(cases: list[triton_cases.Case], sources: list[tuple[str, Path, int]], jobs: int) -> Iterator[Row]:
-    """All rows, as they are done, in `jobs` processes; what is under way on stderr."""
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        futures = [pool.submit(cuda_rows, *source) for source in sources]
-        futures += [pool.submit(triton_rows, case) for case in cases]
-        for done, future in enumerate(as_completed(futures), start=1):
-            print(f"\r{done} of {len(futures)} compiled", end="", file=sys.stderr, flush=True)
-            yield from future.result()
+    """All rows, as they are done, in `jobs` processes; how far it is on stderr."""
+    calls = [partial(cuda_rows, *source) for source in sources] + [partial(triton_rows, case) for case in cases]
+    with ProcessPoolExecutor(jobs, get_context("spawn")) if jobs > 1 else nullcontext() as pool:
+        done = (
+            (call() for call in calls) if pool is None else (f.result() for f in as_completed(map(pool.submit, calls)))
+        )
+        for number, rows in enumerate(done, start=1):
+            print(f"\r{number} of {len(calls)} compiled", end="", file=sys.stderr, flush=True)
+            yield from rows
         print(file=sys.stderr)
 
 

@@ -101,7 +101,7 @@ def test_the_loop_with_more_exponentials():
         ("HMMA.16816.F32.BF16", "tensor"), ("HGMMA.64x64x16", "tensor"), ("UTCHMMA", "tensor"), ("DMMA", "tensor"),
         ("MUFU.EX2", "mufu"), ("FFMA", "fp32"), ("FFMA2", "fp32"), ("FADD.FTZ", "fp32"), ("FMNMX", "other"),
         ("LDS.128", "shared"), ("LDSM.16.M88", "shared"), ("STS", "shared"), ("LDG.E", "global"),
-        ("STG.E.64", "global"), ("LDGSTS.E.BYPASS.128", "global"), ("LDL", "local"), ("STL.64", "local"), ("IMAD", "other"),
+        ("STG.E.64", "global"), ("LDGSTS.E.BYPASS.128", "global"), ("LDL", "local"), ("IMAD", "other"),
     ],
 )  # fmt: skip
 def test_classes(name, kind):

@@ -398,6 +398,7 @@ def tune(
     found: dict[Task, Found] = {}
     with (
         use_backend("triton"),
+        torch.cuda.device(device if device.type == "cuda" else -1),  # -1: no GPU, Triton's interpreter
         tqdm(total=len(tasks), initial=len(tasks) - len(todo), desc="tune", unit="row", disable=not progress) as bar,
     ):
         for task in todo:

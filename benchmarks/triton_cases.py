@@ -15,7 +15,7 @@ from rooflines import Work
 
 from asvit_fast.kernels.inspection import KernelReport, compile_kernel
 from asvit_fast.kernels.tiles import block, choose
-from asvit_fast.ops.window_attention import WHOLE_HEAD_DIM, WHOLE_TOKENS
+from asvit_fast.tuning import Workload
 
 Shape = Mapping[str, int]
 BITS = {"fp32": 32, "bf16": 16, "fp16": 16}
@@ -84,18 +84,19 @@ PAPER = [  # windows and heads of As-ViT's topologies (arXiv 2202.11921, Table 4
 SWIN = [{"N": tokens, "d": 32, "bias": 1} for tokens in (49, 64, 144)]  # with bias, and half of the blocks shifted
 
 
-def is_whole(shape: Shape, dtype: str) -> bool:
-    """Whether a window is one tile."""
-    return shape["N"] <= WHOLE_TOKENS and shape["d"] <= WHOLE_HEAD_DIM and BITS[dtype] == 16
+def workload(shape: Shape, dtype: str) -> Workload:
+    """Windows of N tokens, a square, and heads of d channels; with a bias the maps are shifted, too."""
+    side = round(shape["N"] ** 0.5)
+    return Workload((side, side), shape["d"], biased=bool(shape["bias"]), dtype=dtype)
 
 
 def window_attention(kernel: Kernel, shape: Shape, dtype: str, arch: int) -> Arguments:
-    """Windows of N tokens, a square, and heads of d channels; with a bias also a mask, as where maps are shifted."""
-    tokens, head_dim, biased = shape["N"], shape["d"], bool(shape["bias"])
-    side = round(tokens**0.5)
+    """Of `workload`, for HEADS heads; with a bias also with a mask."""
+    call = workload(shape, dtype)
+    tokens, head_dim, biased = call.tokens, call.head_dim, call.biased
     options = choose(kernel.name, str(arch), tokens, head_dim, BITS[dtype])
     constants = {"HEADS": HEADS, "HEAD_DIM": head_dim, "BLOCK_D": block(head_dim), "BLOCK": block(tokens)}
-    constants |= {"WINDOW_ROWS": side, "WINDOW_COLUMNS": side, "PRECISION": "tf32x3"}
+    constants |= {"WINDOW_ROWS": call.window[0], "WINDOW_COLUMNS": call.window[1], "PRECISION": "tf32x3"}
     constants |= {"BIASED": biased, "BIAS_GRADIENT": biased}
     constants["MASKED"] = biased or (kernel.name.startswith("whole") and tokens < block(tokens))
     constants |= {name: value for name, value in options.items() if name.isupper()}
@@ -154,9 +155,7 @@ KERNELS = (
 
 def _runs(kernel: Kernel, shape: Shape, dtype: str) -> bool:
     """Whether the op starts this kernel for the shape."""
-    if kernel.arguments is not window_attention:
-        return True
-    return is_whole(shape, dtype) == kernel.name.startswith("whole")
+    return kernel.arguments is not window_attention or kernel.name in workload(shape, dtype).kernels
 
 
 def cases(archs: list[int], dtypes: list[str]) -> Iterator[Case]:

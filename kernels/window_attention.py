@@ -25,7 +25,6 @@ from .window_attention_large_backward import (
 from .window_geometry import SIZES, Shape, inputs_of, locate, place, shape_of
 from .window_tiles import (
     LOG2E,
-    add,
     allowed,
     combine,
     combine_transposed,
@@ -34,12 +33,10 @@ from .window_tiles import (
     load,
     load_projection,
     load_table,
-    padding_sums,
     scores_of,
     store,
-    store_channels,
+    store_padding_sums,
     times,
-    zero_channels,
 )
 
 PROGRAMS = 1024  # that work is cut into where each goes through several windows: a few for every multiprocessor
@@ -108,7 +105,7 @@ def window_attention_whole_backward_kernel(
     gradient_pointer,  # [B, H, W, HEADS, HEAD_DIM]
     to_qkv_pointer,  # as qkv
     to_bias_pointer,  # [programs per head, HEADS, TOKENS, TOKENS]; written only if BIAS_GRADIENT
-    to_padding_pointer,  # [programs per head, HEADS, 2, HEAD_DIM], of k and v; written only if SHAPE.filled
+    to_padding_pointer,  # [windows, HEADS, 2, HEAD_DIM], of k and v: zeros, written where there is padding with values
     to_attn_scale_pointer,  # [programs per head, HEADS]; written only if SHAPE.scaled
     windows,
     per_program,
@@ -132,7 +129,6 @@ def window_attention_whole_backward_kernel(
     token = tl.arange(0, BLOCK)
     to_table = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
     to_factor = tl.zeros([BLOCK], dtype=tl.float32)
-    to_padding_k, to_padding_v = zero_channels(SHAPE), zero_channels(SHAPE)
     first = tl.program_id(0) // SHAPE.heads * per_program
     for number in range(first, tl.minimum(first + per_program, windows)):
         tokens = place(token, locate(number, inputs, SHAPE), inputs, SHAPE)
@@ -154,6 +150,8 @@ def window_attention_whole_backward_kernel(
             to_factor += means - tl.sum(uniform * to_scores, 1)
         to_v = combine_transposed(applied, gradient, SHAPE)
         store(to_q_pointer + 2 * SHAPE.channels, to_v, tokens, 3 * SHAPE.channels, SHAPE)
+        if SHAPE.filled:
+            store_padding_sums(to_padding_pointer, to_v, number * SHAPE.heads + head, 1, tokens, SHAPE)
         to_scores = weights * (to_scores - means[:, None])
         if SHAPE.scaled:
             to_scores *= 1.0 + inputs.factor
@@ -164,16 +162,11 @@ def window_attention_whole_backward_kernel(
         to_k = times(combine_transposed(to_scores, q, SHAPE), scale, SHAPE)
         store(to_q_pointer + SHAPE.channels, to_k, tokens, 3 * SHAPE.channels, SHAPE)
         if SHAPE.filled:
-            to_padding_k = add(to_padding_k, padding_sums(to_k, tokens, SHAPE), SHAPE)
-            to_padding_v = add(to_padding_v, padding_sums(to_v, tokens, SHAPE), SHAPE)
+            store_padding_sums(to_padding_pointer, to_k, number * SHAPE.heads + head, 0, tokens, SHAPE)
     if BIAS_GRADIENT:
         start = to_bias_pointer + tl.cast(tl.program_id(0), tl.int64) * (SHAPE.tokens * SHAPE.tokens)
         mask = (token < SHAPE.tokens)[:, None] & (token < SHAPE.tokens)[None, :]
         tl.store(start + token[:, None] * SHAPE.tokens + token[None, :], to_table, mask=mask)
-    if SHAPE.filled:
-        to_padding_pointer += tl.program_id(0) * 2 * SHAPE.head_dim
-        store_channels(to_padding_pointer, to_padding_k, SHAPE)
-        store_channels(to_padding_pointer + SHAPE.head_dim, to_padding_v, SHAPE)
     if SHAPE.scaled:
         tl.store(to_attn_scale_pointer + tl.program_id(0), tl.sum(to_factor, 0))
 
@@ -195,7 +188,7 @@ def _arguments(
     """What all kernels take, by name; any tensor stands for one that is not read."""
     return {
         "qkv_pointer": qkv,
-        "padding_pointer": qkv if padding is None else padding.contiguous(),
+        "padding_pointer": qkv if padding is None else padding.to(qkv.dtype).contiguous(),
         "bias_pointer": qkv if bias is None else bias.contiguous(),
         "attn_scale_pointer": qkv if attn_scale is None else attn_scale.contiguous(),
         "height": qkv.shape[1],
@@ -274,7 +267,7 @@ def _whole_backward(arguments: dict[str, Any], qkv: torch.Tensor, shape: Shape, 
     new = functools.partial(torch.empty, dtype=torch.float32, device=qkv.device)
     sums = (
         new((groups * bias_gradient, shape.heads, shape.tokens, shape.tokens)),
-        new((groups * shape.filled, shape.heads, 1, 2, shape.head_dim)),
+        new((windows * shape.filled, shape.heads, 1, 2, shape.head_dim)).zero_(),
         new((groups * shape.scaled, shape.heads, 1)),
     )
     window_attention_whole_backward_kernel[(groups * shape.heads,)](
@@ -302,7 +295,7 @@ def _large_backward(
     per_program, groups = _grouped(windows, pieces, PROGRAMS)
     new = functools.partial(torch.empty, dtype=torch.float32, device=qkv.device)
     to_bias = new((groups * bias_gradient, shape.heads, tokens, tokens))
-    to_padding = new((windows * shape.filled, shape.heads, key_blocks, 2, shape.head_dim))
+    to_padding = new((windows * shape.filled, shape.heads, key_blocks, 2, shape.head_dim)).zero_()
     to_attn_scale = new((windows * shape.scaled, shape.heads, query_blocks))
     delta = torch.empty_like(statistics[0])  # [B, H, W, heads], as the next
     share = torch.empty_like(delta) if shape.scaled else delta

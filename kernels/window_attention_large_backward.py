@@ -23,11 +23,10 @@ from .window_tiles import (
     load,
     load_projection,
     load_table,
-    padding_sums,
     row_sums,
     scores_of,
     store,
-    store_channels,
+    store_padding_sums,
     times,
     zeros,
 )
@@ -221,9 +220,8 @@ def _kv_gradient(
     store(to_q_pointer + SHAPE.channels, to_k, tokens, 3 * SHAPE.channels, SHAPE)
     store(to_q_pointer + 2 * SHAPE.channels, to_v, tokens, 3 * SHAPE.channels, SHAPE)
     if SHAPE.filled:
-        to_padding_pointer += tl.cast(tl.program_id(0), tl.int64) * 2 * SHAPE.head_dim
-        store_channels(to_padding_pointer, padding_sums(to_k, tokens, SHAPE), SHAPE)
-        store_channels(to_padding_pointer + SHAPE.head_dim, padding_sums(to_v, tokens, SHAPE), SHAPE)
+        store_padding_sums(to_padding_pointer, to_k, tl.program_id(0), 0, tokens, SHAPE)
+        store_padding_sums(to_padding_pointer, to_v, tl.program_id(0), 1, tokens, SHAPE)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -238,7 +236,7 @@ def window_attention_kv_gradient_kernel(
     delta_pointer,
     share_pointer,
     to_qkv_pointer,  # as qkv; the parts of k and v are written
-    to_padding_pointer,  # [windows, HEADS, blocks of keys, 2, HEAD_DIM], of k and v; written only if SHAPE.filled
+    to_padding_pointer,  # [windows, HEADS, blocks of keys, 2, HEAD_DIM], of k and v: as in the kernel of whole windows
     height,
     width,
     shift_rows,

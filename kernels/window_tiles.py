@@ -38,13 +38,13 @@ def load_projection(inputs, tokens, WHICH: tl.constexpr, SHAPE: tl.constexpr):
     """q (0), k (1) or v (2) of tokens. Padding has the k and v of `inputs.padding`; nobody looks at its q."""
     tile = load(inputs.qkv + WHICH * SHAPE.channels, tokens, 3 * SHAPE.channels, SHAPE)
     if SHAPE.filled and WHICH > 0:
-        padding = (tokens.there & ~tokens.real)[:, None]
+        padding = tokens.there & ~tokens.real
         filled = ()
         for part in tl.static_range(len(SHAPE.parts)):
             channel = part * SHAPE.parts[0] + tl.arange(0, SHAPE.parts[part])
-            pointer = inputs.padding + WHICH * SHAPE.channels + channel
-            values = tl.load(pointer, mask=channel < SHAPE.head_dim, other=0.0).to(tile[part].dtype)
-            filled += (tl.where(padding, values[None, :], tile[part]),)
+            mask = padding[:, None] & (channel < SHAPE.head_dim)[None, :]
+            elements = inputs.padding + WHICH * SHAPE.channels + channel[None, :] + tl.zeros_like(mask).to(tl.int32)
+            filled += (tl.load(elements, mask=mask, other=tile[part]),)
         tile = filled
     return tile
 
@@ -58,11 +58,15 @@ def store(pointer, tile, tokens, STRIDE: tl.constexpr, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def store_channels(pointer, sums, SHAPE: tl.constexpr):
-    """[HEAD_DIM]"""
-    for part in tl.static_range(len(SHAPE.parts)):
-        channel = part * SHAPE.parts[0] + tl.arange(0, SHAPE.parts[part])
-        tl.store(pointer + channel, sums[part], mask=channel < SHAPE.head_dim)
+def store_padding_sums(pointer, tile, place, WHICH: tl.constexpr, tokens, SHAPE: tl.constexpr):
+    """Sums of a tile over the tokens that are padding, if there are some, to [.., 2, HEAD_DIM] at [place, WHICH]."""
+    padding = tokens.there & ~tokens.real
+    if tl.max(padding.to(tl.int32), 0) > 0:
+        pointer += (tl.cast(place, tl.int64) * 2 + WHICH) * SHAPE.head_dim
+        for part in tl.static_range(len(SHAPE.parts)):
+            channel = part * SHAPE.parts[0] + tl.arange(0, SHAPE.parts[part])
+            sums = tl.sum(tl.where(padding[:, None], tile[part], 0.0), 0)
+            tl.store(pointer + channel, sums, mask=channel < SHAPE.head_dim)
 
 
 @triton.jit
@@ -95,15 +99,6 @@ def zeros(ROWS: tl.constexpr, SHAPE: tl.constexpr):
     for part in tl.static_range(len(SHAPE.parts)):
         tile += (tl.zeros([ROWS, SHAPE.parts[part]], dtype=tl.float32),)
     return tile
-
-
-@triton.jit
-def zero_channels(SHAPE: tl.constexpr):
-    """Float32 zeros [HEAD_DIM]."""
-    sums = ()
-    for part in tl.static_range(len(SHAPE.parts)):
-        sums += (tl.zeros([SHAPE.parts[part]], dtype=tl.float32),)
-    return sums
 
 
 @triton.jit
@@ -157,16 +152,6 @@ def row_sums(a, b, SHAPE: tl.constexpr):
     sums = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)
     if len(SHAPE.parts) == 2:
         sums += tl.sum(a[1].to(tl.float32) * b[1].to(tl.float32), 1)
-    return sums
-
-
-@triton.jit
-def padding_sums(tile, tokens, SHAPE: tl.constexpr):
-    """Sums [D] of a tuple over the tokens that are padding."""
-    sums = ()
-    for part in tl.static_range(len(SHAPE.parts)):
-        values = tl.where((tokens.there & ~tokens.real)[:, None], tile[part], 0.0)
-        sums += (tl.sum(values, 0),)
     return sums
 
 

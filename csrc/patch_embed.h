@@ -76,7 +76,7 @@ struct PatchEmbedWorkspace {
   int64_t row;     // one row of the padded image, as far as blocks of tokens reach
   int64_t pixels;  // [in_channels, kernel, row]
   int64_t block;   // [tokens of a block, padded channels]
-  int64_t tokens;  // [columns, padded channels], for the backward pass
+  int64_t tokens;  // [columns, padded channels] as far as blocks reach, for the backward pass
 
   template <typename T>
   explicit PatchEmbedWorkspace(const PatchEmbed<T>& problem, bool backward) {
@@ -84,7 +84,7 @@ struct PatchEmbedWorkspace {
     row = ((columns - 1) * problem.stride + (problem.kernel - 1) * problem.dilation + 16) / 16 * 16;
     pixels = problem.image_rows() * row;
     block = kMaximumTokenBlock * problem.padded();
-    tokens = backward ? problem.columns * problem.padded() : 0;
+    tokens = backward ? columns * problem.padded() : 0;
   }
 
   int64_t total() const { return pixels + block + tokens; }

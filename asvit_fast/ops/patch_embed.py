@@ -91,7 +91,7 @@ def _compiled(operands: Operands, settings: Settings, keep: bool) -> Result:
     return torch.ops.asvit_fast_C.patch_embed(*operands, stride, dilation, padding, eps, dtype, keep)
 
 
-def _reference(operands: Operands, settings: Settings) -> Tensor:
+def _reference(operands: Sequence[Any], settings: Settings) -> Tensor:
     """The reference in the widest of the operands' types."""
     wide = functools.reduce(torch.promote_types, (x.dtype for x in operands if x is not None))
     image, weight = operands[0].to(wide), operands[1].to(wide)

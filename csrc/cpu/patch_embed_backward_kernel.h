@@ -42,40 +42,61 @@ inline void pad_tokens(const PatchEmbed<T>& problem, const T* from, int64_t coun
   }
 }
 
-// Gradients of a block of the convolution's values, from those of the output [tokens][padded channels], in place; and
-// the block's share of the norm's.
-template <typename T>
-inline void differentiate_norm(const PatchEmbed<T>& problem, const T* block, int count, Vector<T> last,
-                               const PatchEmbedSums<T>* sums, T* gradients) {
-  const int64_t padded = problem.padded(), end = vector_count(problem) * kLanes<T>;
+// mean(h) and mean(h n) of a block's tokens, from values block and gradients [tokens][padded channels].
+template <typename T, typename Vectors>
+inline void find_means(const PatchEmbed<T>& problem, const T* block, const T* gradients, Vectors vectors,
+                       const Moments<T>& moments, T* means, T* slopes) {
+  const int64_t padded = problem.padded();
   const T share = T(1) / static_cast<T>(problem.channels);
-  Moments<T> moments;
-  with_vectors(problem, [&](auto vectors) { find_moments(problem, block, last, vectors, moments); });
-  T means[kMaximumTokenBlock], slopes[kMaximumTokenBlock];  // mean(h), mean(h n)
-  for (int token = 0; token < count; ++token) {
-    Vector<T> sum = {}, product = {};
-    for (int64_t i = 0; i < end; i += kLanes<T>) {
-      const Vector<T> h = load<T>(gradients + token * padded + i) * load<T>(problem.norm_weight + i);
-      sum += h;
-      product += h * (load<T>(block + token * padded + i) - moments.mean[token]);
+#pragma GCC unroll 8
+  for (int begin = 0; begin < kTokenBlock; begin += kLanes<T>) {
+    Vector<T> sums[kLanes<T>] = {}, products[kLanes<T>] = {};
+#pragma GCC unroll 16
+    for (int token = 0; token < kLanes<T> && begin + token < kTokenBlock; ++token) {
+      const int64_t row = (begin + token) * padded;
+      const Vector<T> mean = broadcast<T>(moments.mean[begin + token]);
+      for (int64_t i = 0; i < vectors(); ++i) {
+        const int64_t at = i * kLanes<T>;
+        const Vector<T> h = load<T>(gradients + row + at) * load<T>(problem.norm_weight + at);
+        sums[token] += h;
+        products[token] += h * (load<T>(block + row + at) - mean);
+      }
     }
-    means[token] = total<T>(sum) * share;
-    slopes[token] = total<T>(product) * moments.scale[token] * share;
+    store<T>(means + begin, totals<T>(sums) * share);
+    store<T>(slopes + begin, totals<T>(products) * load<T>(moments.scale + begin) * share);
   }
-  for (int64_t i = 0; i < end; i += kLanes<T>) {
-    const Vector<T> weight = load<T>(problem.norm_weight + i);
-    Vector<T> to_weight = {}, to_bias = {};
-    for (int token = 0; token < count; ++token) {
-      T* place = gradients + token * padded + i;
-      const Vector<T> gradient = load<T>(place);
-      const Vector<T> normal = (load<T>(block + token * padded + i) - moments.mean[token]) * moments.scale[token];
+}
+
+// From gradients of the output [tokens][padded channels] those of the convolution's values, in place; and the block's
+// share of the parameters'. Behind the `count` tokens that there are gradients are zero and stay so.
+template <typename T, typename Vectors>
+void differentiate_norm(const PatchEmbed<T>& problem, const T* block, int64_t count, Vector<T> last, Vectors vectors,
+                        const PatchEmbedSums<T>* sums, T* gradients) {
+  const int64_t padded = problem.padded();
+  Moments<T> moments;
+  T means[kMaximumTokenBlock + kLanes<T>], slopes[kMaximumTokenBlock + kLanes<T>];
+  find_moments(problem, block, last, vectors, moments);
+  for (int64_t token = count; token < kTokenBlock; ++token) moments.scale[token] = T(0);  // not infinite where eps is 0
+  find_means(problem, block, gradients, vectors, moments, means, slopes);
+  for (int64_t i = 0; i < vectors(); ++i) {
+    const int64_t at = i * kLanes<T>;
+    const Vector<T> weight = load<T>(problem.norm_weight + at);
+    Vector<T> to_weight = {}, to_bias = {}, to_values = {};
+#pragma GCC unroll 16
+    for (int token = 0; token < kTokenBlock; ++token) {
+      T* place = gradients + token * padded + at;
+      const Vector<T> gradient = load<T>(place), x = load<T>(block + token * padded + at);
+      const Vector<T> normal = (x - moments.mean[token]) * moments.scale[token];
+      const Vector<T> to_value = (gradient * weight - means[token] - normal * slopes[token]) * moments.scale[token];
       to_weight += gradient * normal;
       to_bias += gradient;
-      store<T>(place, (gradient * weight - means[token] - normal * slopes[token]) * moments.scale[token]);
+      to_values += to_value;
+      store<T>(place, to_value);
     }
     if (!sums) continue;
-    add_to<T>(sums->norm_weight + i, to_weight);
-    add_to<T>(sums->norm_bias + i, to_bias);
+    add_to<T>(sums->norm_weight + at, to_weight);
+    add_to<T>(sums->norm_bias + at, to_bias);
+    add_to<T>(sums->bias + at, to_values);
   }
 }
 
@@ -156,25 +177,26 @@ void add_weight_gradient(const PatchEmbed<T>& problem, const TokenRow<T>& row, c
   }
 }
 
-// A row of tokens: gradients of the convolution's values [columns][padded channels] to `tokens`.
+// A row of tokens: gradients of the convolution's values [columns][padded channels] to `tokens`, which has room for
+// whole blocks.
 template <typename T>
 void differentiate_row(const PatchEmbedBackward<T>& problem, const TokenRow<T>& row, int64_t index, Vector<T> last,
                        const PatchEmbedSums<T>* sums, T* block, T* tokens) {
   const PatchEmbed<T>& forward = problem.forward;
   const int64_t padded = forward.padded(), channels = forward.channels, columns = forward.columns;
   pad_tokens(forward, problem.gradient + index * columns * channels, columns, tokens);
-  if (forward.norm_weight) {
-    for (int64_t first = 0; first < columns; first += kTokenBlock) {
-      const int count = static_cast<int>(columns - first < kTokenBlock ? columns - first : kTokenBlock);
-      if (problem.values) {
-        pad_tokens(forward, problem.values + (index * columns + first) * channels, count, block);
-      } else {
-        convolve(forward, row, first, block);
-      }
-      differentiate_norm(forward, block, count, last, sums, tokens + first * padded);
+  for (int64_t first = 0; forward.norm_weight && first < columns; first += kTokenBlock) {
+    const int64_t count = columns - first < kTokenBlock ? columns - first : kTokenBlock;
+    if (problem.values) {
+      pad_tokens(forward, problem.values + (index * columns + first) * channels, count, block);
+    } else {
+      convolve(forward, row, first, block);
     }
+    with_vectors(forward, [&](auto vectors) {
+      differentiate_norm(forward, block, count, last, vectors, sums, tokens + first * padded);
+    });
   }
-  for (int64_t i = 0; sums && i < vector_count(forward) * kLanes<T>; i += kLanes<T>) {
+  for (int64_t i = 0; sums && !forward.norm_weight && i < vector_count(forward) * kLanes<T>; i += kLanes<T>) {
     Vector<T> sum = {};
     for (int64_t token = 0; token < columns; ++token) sum += load<T>(tokens + token * padded + i);
     add_to<T>(sums->bias + i, sum);
@@ -189,7 +211,7 @@ void patch_embed_backward(const PatchEmbedBackward<T>& problem, int64_t begin, i
   T *block = workspace + sizes.pixels, *tokens = block + sizes.block;
   const Vector<T> last = last_lanes(forward);
   const int64_t rows = forward.batch * forward.rows;
-  clear(workspace, sizes.pixels);
+  clear(workspace, sizes.total());
   for (int64_t piece = begin; piece < end; ++piece) {
     const PatchEmbedSums<T> sums(problem, piece);
     for (int64_t index = rows * piece / problem.pieces; index < rows * (piece + 1) / problem.pieces; ++index) {

@@ -320,7 +320,11 @@ def patch_embed_weight_gradient_kernel(
         to_weight += dot(tl.trans(pixels.to(PRODUCTS)), to_values.to(PRODUCTS), PRECISION)
     index = k // WIDE_KERNEL * KERNEL + k % WIDE_KERNEL
     there = (k // WIDE_KERNEL < IN_CHANNELS * KERNEL) & (k % WIDE_KERNEL < KERNEL)
-    place = tl.cast(group, tl.int64) * (IN_CHANNELS * KERNEL * KERNEL * CHANNELS) + index[:, None] * CHANNELS + channel[None, :]
+    place = (
+        tl.cast(group, tl.int64) * (IN_CHANNELS * KERNEL * KERNEL * CHANNELS)
+        + index[:, None] * CHANNELS
+        + channel[None, :]
+    )
     tl.store(to_weight_pointer + place, to_weight, mask=there[:, None] & (channel < CHANNELS)[None, :])
 
 

@@ -39,15 +39,23 @@ def patch_embed_reference(
     return F.layer_norm(tokens, (tokens.shape[3],), norm_weight, norm_bias, eps)
 
 
-def _check(image: Tensor, weight: Tensor, stride: int, dilation: int, padding: list[int]) -> None:
+def _check(
+    image: Tensor, weight: Tensor, vectors: Sequence[Tensor | None], stride: int, dilation: int, padding: list[int]
+) -> None:
+    """`vectors`: bias, norm_weight, norm_bias."""
     if image.dim() != 4 or weight.dim() != 4 or image.shape[1] != weight.shape[1]:
         raise ValueError(
             f"patch_embed: image must be [B, Cin, H, W] and weight [C, Cin, K, K] with the same Cin, "
             f"got {list(image.shape)} and {list(weight.shape)}"
         )
-    kernel = weight.shape[2]
+    channels, kernel = weight.shape[0], weight.shape[2]
     if kernel < 1 or weight.shape[3] != kernel:
         raise ValueError(f"patch_embed: weight must be [C, Cin, K, K] with square patches, got {list(weight.shape)}")
+    for name, vector in zip(("bias", "norm_weight", "norm_bias"), vectors, strict=True):
+        if vector is not None and vector.shape != (channels,):
+            raise ValueError(f"patch_embed: {name} must be [{channels}], got {list(vector.shape)}")
+    if vectors[1] is None and vectors[2] is not None:
+        raise ValueError("patch_embed: norm_bias without norm_weight, which is what asks for a LayerNorm")
     if stride < 1 or dilation < 1:
         raise ValueError(f"patch_embed: stride and dilation must be positive, got {stride} and {dilation}")
     if len(padding) != 4 or min(padding) < 0:
@@ -403,7 +411,7 @@ def patch_embed(
                 patch_embed, operands, image, weight, bias, stride, dilation, padding, norm_weight, norm_bias, eps
             )
         zeros = list(padding)
-        _check(image, weight, stride, dilation, zeros)
+        _check(image, weight, operands[2:], stride, dilation, zeros)
         if _fuses(image, weight):
             products, dtype = _types(image, weight, norm_weight is not None)
             return _patch_embed(

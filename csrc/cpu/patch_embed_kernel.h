@@ -76,11 +76,7 @@ template <int vectors, typename T, typename Step>
 inline void convolve_block(const PatchEmbed<T>& problem, const TokenRow<T>& row, int64_t first, int64_t channel,
                            Step stride, T* block) {
   const int64_t padded = problem.padded(), kernel = problem.kernel, dilation = problem.dilation;
-  Vector<T> sums[kTokenBlock][vectors];
-#pragma GCC unroll 16
-  for (int token = 0; token < kTokenBlock; ++token)
-#pragma GCC unroll 4
-    for (int i = 0; i < vectors; ++i) sums[token][i] = load<T>(problem.bias + channel + i * kLanes<T>);
+  Vector<T> sums[kTokenBlock][vectors] = {};
   for (int64_t image = 0; image < problem.in_channels; ++image) {
     for (int64_t y = image * kernel + row.begin; y < image * kernel + row.end; ++y) {
       const T* pixel = row.pixels + y * row.row + first * stride();
@@ -101,7 +97,10 @@ inline void convolve_block(const PatchEmbed<T>& problem, const TokenRow<T>& row,
 #pragma GCC unroll 16
   for (int token = 0; token < kTokenBlock; ++token)
 #pragma GCC unroll 4
-    for (int i = 0; i < vectors; ++i) store<T>(block + token * padded + channel + i * kLanes<T>, sums[token][i]);
+    for (int i = 0; i < vectors; ++i) {
+      const int64_t at = channel + i * kLanes<T>;
+      store<T>(block + token * padded + at, sums[token][i] + load<T>(problem.bias + at));  // last: it may be large
+    }
 }
 
 // All channels of a block of tokens: block [tokens][padded channels].

@@ -362,13 +362,22 @@ def _shared_arguments(
     }
 
 
-def _tiles(kernel: str, image: torch.Tensor, shared: dict[str, Any], channels: int) -> dict[str, Any]:
-    """BLOCK_M tokens, BLOCK_K pixels of a patch and the launch's options."""
+def channel_block(kernel: str, channels: int) -> int:
+    """BLOCK_C of a kernel: whole tokens, where they are normalised."""
+    return min(block(channels), MAXIMUM_CHANNEL_BLOCK) if kernel == "patch_embed_weight_gradient" else block(channels)
+
+
+def tiles_of(kernel: str, family: str, shared: dict[str, Any], block_c: int) -> dict[str, Any]:
+    """BLOCK_M tokens, BLOCK_K pixels of a patch, BLOCK_C channels and a launch's options."""
     pixels = shared["IN_CHANNELS"] * shared["KERNEL"] * shared["WIDE_KERNEL"]
-    bits = shared["PRODUCTS"].primitive_bitwidth
-    options = dict(choose(kernel, family_of(image.device), pixels, channels, bits))
-    options["BLOCK_K"] = min(options.pop("BLOCK_N"), block(pixels))
-    return {key: value for key, value in options.items() if not key.startswith("TAIL")}
+    options = dict(choose(kernel, family, pixels, block_c, shared["PRODUCTS"].primitive_bitwidth))
+    block_k = min(options.pop("BLOCK_N"), block(pixels))
+    options = {key: value for key, value in options.items() if not key.startswith("TAIL")}
+    return options | {"BLOCK_C": block_c, "BLOCK_K": block_k}
+
+
+def _tiles(kernel: str, image: torch.Tensor, shared: dict[str, Any]) -> dict[str, Any]:
+    return tiles_of(kernel, family_of(image.device), shared, channel_block(kernel, shared["CHANNELS"]))
 
 
 def patch_embed(
@@ -393,11 +402,11 @@ def patch_embed(
     output = image.new_empty(shape, dtype=dtype)
     if output.numel() == 0:
         return output
-    tiles = _tiles("patch_embed", image, shared, weight.shape[0])
+    tiles = _tiles("patch_embed", image, shared)
     vectors = [image if x is None else x.contiguous() for x in (bias, norm_weight, norm_bias)]
     with torch.cuda.device_of(image):
         patch_embed_kernel[(triton.cdiv(shared["tokens"], tiles["BLOCK_M"]),)](
-            image, weight.contiguous(), *vectors, output, eps=eps, BLOCK_C=block(weight.shape[0]),
+            image, weight.contiguous(), *vectors, output, eps=eps,
             BIASED=bias is not None, NORM=norm_weight is not None, NORM_BIASED=norm_bias is not None,
             **shared, **tiles,
         )  # fmt: skip
@@ -416,7 +425,7 @@ def _norm_backward(
 ) -> torch.Tensor:
     """Fills gradients of the convolution's values; returns those of bias, norm_weight and norm_bias: [3, C]."""
     channels = weight.shape[0]
-    tiles = _tiles("patch_embed_norm_gradient", image, shared, channels)
+    tiles = _tiles("patch_embed_norm_gradient", image, shared)
     blocks = triton.cdiv(shared["tokens"], tiles["BLOCK_M"])
     per_program = triton.cdiv(blocks, PROGRAMS)
     programs = triton.cdiv(blocks, per_program)
@@ -424,7 +433,7 @@ def _norm_backward(
     with torch.cuda.device_of(image):
         patch_embed_norm_gradient_kernel[(programs,)](
             image, weight, weight if bias is None else bias.contiguous(), norm_weight.contiguous(), gradient,
-            to_values, to_vectors, eps=eps, per_program=per_program, BLOCK_C=block(channels),
+            to_values, to_vectors, eps=eps, per_program=per_program,
             BIASED=bias is not None, **shared, **tiles,
         )  # fmt: skip
     return to_vectors.sum(0)
@@ -433,10 +442,9 @@ def _norm_backward(
 def _weight_gradient(image: torch.Tensor, to_values: torch.Tensor, shared: dict[str, Any]) -> torch.Tensor:
     """[Cin * K * K, C]."""
     channels = shared["CHANNELS"]
-    block_c = min(block(channels), MAXIMUM_CHANNEL_BLOCK)
-    tiles = _tiles("patch_embed_weight_gradient", image, shared, block_c)
+    tiles = _tiles("patch_embed_weight_gradient", image, shared)
     pixels = shared["IN_CHANNELS"] * shared["KERNEL"] * shared["WIDE_KERNEL"]
-    parts = triton.cdiv(pixels, tiles["BLOCK_K"]) * triton.cdiv(channels, block_c)
+    parts = triton.cdiv(pixels, tiles["BLOCK_K"]) * triton.cdiv(channels, tiles["BLOCK_C"])
     blocks = triton.cdiv(shared["tokens"], tiles["BLOCK_M"])
     per_program = triton.cdiv(blocks * parts, PROGRAMS)
     groups = triton.cdiv(blocks, per_program)
@@ -444,7 +452,7 @@ def _weight_gradient(image: torch.Tensor, to_values: torch.Tensor, shared: dict[
     to_weight = image.new_empty(groups, patch, channels, dtype=torch.float32)
     with torch.cuda.device_of(image):
         patch_embed_weight_gradient_kernel[(groups * parts,)](
-            image, to_values, to_weight, per_program=per_program, BLOCK_C=block_c, **shared, **tiles
+            image, to_values, to_weight, per_program=per_program, **shared, **tiles
         )
     return to_weight.sum(0)
 

@@ -71,7 +71,7 @@ def _check(
 
 # --------------------------------------------------------------------------- fused op
 
-MAXIMUM_CHANNELS = 1024  # that a Triton program normalises in its registers
+MAXIMUM_CHANNELS = 512  # that a Triton program normalises in its registers
 KEPT_FROM = 96  # pixels of a patch in all channels, from which a CPU keeps the convolution's values
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -402,7 +402,7 @@ def patch_embed(
         ValueError: shapes or dtypes that do not fit, naming the value.
 
     On a CPU one compiled kernel each for forward and backward, on a GPU Triton kernels (elementary operations in
-    float64 and beyond 1024 channels). The gradient of the image, where it is needed, is torch's transposed convolution.
+    float64 and beyond 512 channels). The gradient of the image, where it is needed, is torch's transposed convolution.
     """
     if not torch.jit.is_scripting():
         operands = (image, weight, bias, norm_weight, norm_bias)

@@ -6,7 +6,9 @@
 #include "patch_merge.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
@@ -17,6 +19,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <string_view>
 #include <tuple>
 #include <vector>
 
@@ -39,12 +42,36 @@ struct Kernels<double> {
   static constexpr PerIsa<PatchMergeGradientCpu<double>> gradient = ASVIT_FAST_PER_ISA(patch_merge_gradient_f64);
 };
 
-constexpr int64_t kBlockTokens = 128;  // from which on a product of a block is as fast as one of everything
-constexpr int64_t kFewTokens = 48;     // below, it is much slower
-constexpr int64_t kBlocks = 4;         // that small maps are cut into, as far as blocks do not get that small
-constexpr int64_t kBufferBytes = 1 << 22;
-constexpr int64_t kPieces = 16;       // of the gradient of the weights, at most
-constexpr int64_t kWeightRows = 128;  // outputs whose gradients are found together, about
+constexpr int64_t kFewTokens = 48;          // below, the product of a block is slow
+constexpr int64_t kBlocks = 4;              // that maps are cut into at least, as far as blocks do not get that small
+constexpr int64_t kBufferBytes = 1 << 19;   // of a block, which the cache holds beside a part of the weight
+constexpr int64_t kPieces = 16;             // of the gradient of the weights, at most
+constexpr int64_t kWeightRows = 128;        // outputs whose gradients are found together, about
+constexpr int64_t kSmallProduct = 1 << 19;  // multiply-adds below which oneDNN is not worth its call
+
+using LinearPointwise = at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
+                                   std::string_view, c10::List<std::optional<at::Scalar>>,
+                                   std::optional<std::string_view>);
+
+// oneDNN's matrix product, if this torch has one. In float32 torch's own is MKL's, which uses half of the vector units
+// of AMD's processors.
+const std::optional<c10::TypedOperatorHandle<LinearPointwise>>& onednn() {
+  static const auto handle = []() -> std::optional<c10::TypedOperatorHandle<LinearPointwise>> {
+    const auto schema = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
+    if (!schema) return std::nullopt;
+    return schema->typed<LinearPointwise>();
+  }();
+  return handle;
+}
+
+// a [M, K] times b^T, b [N, K], plus bias [N] if it is defined.
+at::Tensor product(const at::Tensor& a, const at::Tensor& b, const at::Tensor& bias = {}) {
+  const std::optional<at::Tensor> added = bias.defined() ? std::optional(bias) : std::nullopt;
+  if (a.scalar_type() == at::kFloat && onednn() && a.numel() * b.size(0) >= kSmallProduct) {
+    return onednn()->call(a, b, added, "none", c10::List<std::optional<at::Scalar>>(), "");
+  }
+  return added ? at::cpu::addmm(bias, a, b.t()) : at::cpu::mm(a, b.t());
+}
 
 // A range of output rows, through all images.
 struct Block {
@@ -65,8 +92,8 @@ struct Merge {
 
   int64_t rows_per_block() const {
     const int64_t item = wide == at::kDouble ? 8 : 4;
-    int64_t tokens = std::clamp(output_tokens() / kBlocks, kFewTokens, kBlockTokens);
-    tokens = std::min(tokens, std::max(kFewTokens, kBufferBytes / (map.features() * item)));
+    const int64_t tokens = std::clamp(std::min(output_tokens() / kBlocks, kBufferBytes / (map.features() * item)),
+                                      kFewTokens, output_tokens() + kFewTokens);
     const int64_t reach = (map.kernel + map.stride - 1) / map.stride - 1;  // blocks two apart share no input
     const int64_t rows = std::max((tokens + map.out_width - 1) / map.out_width, reach);
     const int64_t blocks = (output_rows() + rows - 1) / rows;
@@ -183,7 +210,6 @@ std::tuple<at::Tensor, at::Tensor> patch_merge_cpu(const at::Tensor& x, const at
   const auto& map = merge.map;
   const at::Tensor output = at::empty({merge.output_tokens(), merge.outputs}, weight.options());
   const at::Tensor statistics = at::empty({2, merge.images, map.out_height, map.out_width}, merge.options());
-  const at::Tensor transposed = merge.weight.t();  // [features, outputs]
   at::Tensor offset;
   if (bias) offset = bias->detach().to(weight.scalar_type());
   if (output.numel() > 0)
@@ -191,16 +217,12 @@ std::tuple<at::Tensor, at::Tensor> patch_merge_cpu(const at::Tensor& x, const at
       using T = decltype(zero);
       const auto problem = make_problem<T>(merge, statistics, false);
       at::parallel_for(0, merge.blocks(), 1, [&](int64_t begin, int64_t end) {
+        const at::AutoDispatchBelowADInplaceOrView guard;  // other threads have not been told
         const at::Tensor buffer = merge.buffer();
         for (int64_t i = begin; i < end; ++i) {
           const Block block = merge.block(i);
-          at::Tensor part = merge.part(output, block);
           const at::Tensor rows = normalised_rows<T>(merge, block, problem, buffer).to(weight.scalar_type());
-          if (offset.defined()) {
-            at::cpu::addmm_out(part, offset, rows, transposed);
-          } else {
-            at::cpu::mm_out(part, rows, transposed);
-          }
+          merge.part(output, block).copy_(product(rows, merge.weight, offset));
         }
       });
     });
@@ -212,19 +234,17 @@ template <typename T>
 at::Tensor input_gradient(const Merge& merge, const PatchMerge<T>& problem, const at::Tensor& gradient) {
   const at::Tensor to_x = at::zeros(merge.x.sizes(), merge.options());
   const int64_t features = merge.map.features(), columns = merge.map.out_width;
+  const at::Tensor transposed = merge.weight.t();  // [features, outputs]
   for (int64_t parity = 0; parity < 2; ++parity)
     at::parallel_for(0, (merge.blocks() + 1 - parity) / 2, 1, [&](int64_t begin, int64_t end) {
+      const at::AutoDispatchBelowADInplaceOrView guard;  // other threads have not been told
       const at::Tensor buffer = merge.buffer(), gradients = merge.buffer();
       const at::Tensor workspace = at::empty({features + kRowSlack}, merge.options());
       for (int64_t i = begin; i < end; ++i) {
         const Block block = merge.block(2 * i + parity);
         const at::Tensor rows = normalised_rows<T>(merge, block, problem, buffer);
-        at::Tensor to_rows = gradients.narrow(0, 0, rows.numel()).view(rows.sizes());
-        if (merge.weight.scalar_type() == merge.wide) {
-          at::cpu::mm_out(to_rows, merge.part(gradient, block), merge.weight);
-        } else {
-          to_rows.copy_(at::cpu::mm(merge.part(gradient, block), merge.weight));
-        }
+        const at::Tensor to_rows = gradients.narrow(0, 0, rows.numel()).view(rows.sizes());
+        to_rows.copy_(product(merge.part(gradient, block), transposed));
         select(Kernels<T>::gradient)(problem, block.begin * columns, block.end * columns, rows.const_data_ptr<T>(),
                                      gradients.mutable_data_ptr<T>(), workspace.mutable_data_ptr<T>(),
                                      to_x.mutable_data_ptr<T>());
@@ -236,8 +256,8 @@ at::Tensor input_gradient(const Merge& merge, const PatchMerge<T>& problem, cons
 // gradient^T x [outputs, features], x the normalised rows, and the sum of the gradient [outputs]. Blocks are added in a
 // few pieces and these one after the other; columns of the gradient go apart.
 template <typename T>
-std::tuple<at::Tensor, at::Tensor> products(const Merge& merge, const PatchMerge<T>& problem,
-                                            const at::Tensor& gradient) {
+std::tuple<at::Tensor, at::Tensor> parameter_products(const Merge& merge, const PatchMerge<T>& problem,
+                                                      const at::Tensor& gradient) {
   const int64_t blocks = merge.blocks(), most = std::min(kPieces, blocks);
   const int64_t pieces = std::clamp<int64_t>(merge.output_tokens() / (4 * merge.outputs), 1, most);
   const int64_t groups = std::max<int64_t>(1, merge.outputs / kWeightRows);
@@ -247,6 +267,7 @@ std::tuple<at::Tensor, at::Tensor> products(const Merge& merge, const PatchMerge
     totals.push_back(at::zeros({merge.outputs}, merge.options()));
   }
   at::parallel_for(0, pieces * groups, 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView guard;  // other threads have not been told
     const at::Tensor buffer = merge.buffer();
     for (int64_t task = begin; task < end; ++task) {
       const int64_t piece = task / groups, first = merge.outputs * (task % groups) / groups;
@@ -255,7 +276,8 @@ std::tuple<at::Tensor, at::Tensor> products(const Merge& merge, const PatchMerge
       for (int64_t i = start; i < blocks * (piece + 1) / pieces; ++i) {
         const at::Tensor part = merge.part(gradient, merge.block(i)).narrow(1, first, count).to(merge.wide);
         const at::Tensor rows = normalised_rows<T>(merge, merge.block(i), problem, buffer);
-        at::cpu::addmm_out(sum, sum, part.t(), rows, i == start ? 0 : 1);
+        const at::Tensor more = product(part.t(), rows.t());
+        i == start ? sum.copy_(more) : sum.add_(more);
         total.add_(at::cpu::sum(part, at::IntArrayRef{0}));
       }
     }
@@ -274,16 +296,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> patch_merge_backward_cpu(
   const Merge merge = make_merge(x, weight, kernel, stride, norm_weight, std::nullopt, eps, channels_last, padding);
   TORCH_CHECK_VALUE(gradient.numel() == merge.output_tokens() * merge.outputs, "patch_merge_backward: gradient ",
                     gradient.sizes(), " does not fit x ", x.sizes());
-  at::Tensor to_x = at::empty({0}, x.options()), product = at::empty({0}, merge.options()), total = product;
+  at::Tensor to_x = at::empty({0}, x.options()), sums = at::empty({0}, merge.options()), total = sums;
   if (gradient.numel() > 0)
     in_wide_type(merge, [&](auto zero) {
       using T = decltype(zero);
       const auto problem = make_problem<T>(merge, statistics, true);
       const at::Tensor flat = gradient.to(weight.scalar_type()).reshape({merge.output_tokens(), merge.outputs});
       if (to_input) to_x = input_gradient<T>(merge, problem, flat).to(x.scalar_type());
-      if (to_parameters) std::tie(product, total) = products<T>(merge, problem, flat);
+      if (to_parameters) std::tie(sums, total) = parameter_products<T>(merge, problem, flat);
     });
-  return {to_x, product, total};
+  return {to_x, sums, total};
 }
 
 }  // namespace

@@ -332,7 +332,13 @@ _patch_merge_backward.register_autograd(_double_backward, setup_context=_setup_d
 
 
 def _check(
-    x: Tensor, weight: Tensor, kernel: int, stride: int, norm_weight: Tensor | None, norm_bias: Tensor | None, order: str
+    x: Tensor,
+    weight: Tensor,
+    kernel: int,
+    stride: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    order: str,
 ) -> None:
     if kernel < 1 or stride < 1:
         raise ValueError(f"patch_merge: kernel and stride must be positive, got {kernel} and {stride}")
@@ -346,7 +352,7 @@ def _check(
     if norm_bias is not None and list(norm_bias.shape) != [weight.shape[1]]:
         raise ValueError(f"patch_merge: norm_bias must be [{weight.shape[1]}], got {list(norm_bias.shape)}")
     if order != "unfold" and order != "timm":
-        raise ValueError(f"patch_merge: order must be 'unfold' or 'timm', got {order!r}")
+        raise ValueError(f"patch_merge: order must be 'unfold' or 'timm', got '{order}'")
 
 
 def patch_merge(

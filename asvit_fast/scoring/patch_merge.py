@@ -61,5 +61,3 @@ def patch_merge_channels_last(
     """``patch_merge`` with LayerNorm, of parameters that ``channels_last_features`` returned; reverse mode only."""
     patches = _Neighbourhoods.apply(x, kernel, stride).flatten(3)  # [B, Ho, Wo, K*K*C]
     return F.linear(F.layer_norm(patches, (patches.shape[3],), norm_weight, norm_bias, eps), weight, bias)
-
-

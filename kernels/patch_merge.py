@@ -1,11 +1,11 @@
 """Triton kernels of patch merging: matrix products over neighbourhoods that are never copied out of the map.
 
-With W' the weights times LayerNorm's, u their sums over the features and v the rest that does not depend on x, an output is
-rstd (W' (x - a) - (mean - a) u) + v for any number a: sums of x - a and its square come with the product. a is the mean of
-channels of a token in the neighbourhood, so that a large mean of x cancels before anything is squared.
+With W' the weights times LayerNorm's, u their sums over the features and v the rest that does not depend on x, an
+output is rstd (W' (x - a) - (mean - a) u) + v for any number a: sums of x - a and its square come with the product. a is
+the mean of channels of a token in the neighbourhood, so that a large mean of x cancels before anything is squared.
 
-Backward, g the gradient of the output: each input token gathers from the neighbourhoods that hold it, and g^T x comes in
-pieces, which are added in a fixed order. No float atomics.
+Backward, g the gradient of the output: each input token gathers from the neighbourhoods that hold it, and g^T x comes
+in pieces, which are added in a fixed order. No float atomics.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ SIZES = ("tokens", "per_piece", "height", "width", "out_height", "out_width", "t
 
 @triton.jit
 def neighbour(token, real, row, column, height, width, out_height, out_width, top, left, STRIDE: tl.constexpr):
-    """Of output tokens [T]: index in [B * H * W] of the token at (row, column) of their neighbourhoods, and whether it is
-    on the map."""
+    """Of output tokens [T]: index in [B * H * W] of the token at (row, column) of their neighbourhoods, and whether it
+    is on the map."""
     image = tl.cast(token // (out_width * out_height), tl.int64)
     row += token // out_width % out_height * STRIDE - top
     column += token % out_width * STRIDE - left
@@ -293,7 +293,8 @@ def patch_merge_products_kernel(
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Each program: g^T x, x the normalised neighbourhoods, of `per_piece` tokens, BLOCK_N outputs and BLOCK_C features."""
+    """Each program: g^T x, x the normalised neighbourhoods, of `per_piece` tokens, BLOCK_N outputs and BLOCK_C
+    features."""
     TAPS: tl.constexpr = KERNEL * KERNEL
     BLOCKS: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     GROUPS: tl.constexpr = (OUTPUTS + BLOCK_N - 1) // BLOCK_N
@@ -407,8 +408,8 @@ def patch_merge(
     channels_last: bool,
     padding: list[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Patch merging on a GPU: x [B, H, W, C] -> [B, Ho, Wo, Cout] in the weight's type, and [2, B, Ho, Wo], float32: mean
-    and 1 / standard deviation of every neighbourhood.
+    """Patch merging on a GPU: x [B, H, W, C] -> [B, Ho, Wo, Cout] in the weight's type, and [2, B, Ho, Wo], float32:
+    mean and 1 / standard deviation of every neighbourhood.
 
     Types are float32, float16 and bfloat16. ``padding`` counts zeros above, below, to the left, to the right;
     ``channels_last`` says that features are ordered (column, row, channel), not (channel, row, column).

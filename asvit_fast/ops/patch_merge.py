@@ -1,7 +1,8 @@
 """Overlapping patch merging: K x K neighbourhoods of tokens, stride 2, LayerNorm over the neighbourhood, Linear.
 
-The fused paths never hold all neighbourhoods: the CPU's works on blocks of them that its cache holds, the GPU's reads them
-from the map inside of the matrix product. Backward passes find them again from the map and two numbers per neighbourhood.
+The fused paths never hold all neighbourhoods: the CPU's works on blocks of them that its cache holds, the GPU's reads
+them from the map inside of the matrix product. Backward passes find them again from the map and two numbers per
+neighbourhood.
 """
 
 from __future__ import annotations
@@ -58,10 +59,11 @@ def patch_merge_reference(
         weight = unfold_order(weight, kernel)
         norm_weight = None if norm_weight is None else unfold_order(norm_weight, kernel)
         norm_bias = None if norm_bias is None else unfold_order(norm_bias, kernel)
+    bias = None if bias is None else bias.to(weight.dtype)
     x = _pad(x, kernel, stride)  # [B, C, H', W']
     if norm_weight is None:  # nothing between unfolding and projection: a convolution
         kernels = weight.reshape(weight.shape[0], channels, kernel, kernel)
-        return F.conv2d(x, kernels, bias, stride=stride).permute(0, 2, 3, 1)
+        return F.conv2d(x.to(weight.dtype), kernels, bias, stride=stride).permute(0, 2, 3, 1)
     patches = F.unfold(x, kernel, stride=stride).transpose(1, 2)  # [B, Ho*Wo, C*K*K]
     wide = torch.promote_types(patches.dtype, norm_weight.dtype)
     shift = None if norm_bias is None else norm_bias.to(wide)
@@ -203,8 +205,8 @@ def _vector_jacobian_product(
 def _parameter_gradients(
     product: Tensor, total: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of weight, norm_weight and norm_bias, from gradient^T x (x the normalised neighbourhoods) [Cout, features] and the
-    sum of the gradient [Cout]. ``product`` is used up."""
+    """Of weight, norm_weight and norm_bias, from gradient^T x (x the normalised neighbourhoods) [Cout, features] and
+    the sum of the gradient [Cout]. ``product`` is used up."""
     wide = weight.to(product.dtype)
     to_norm_weight = (wide * product).sum(0)  # [features]
     to_norm_bias = total @ wide  # [features]
@@ -231,8 +233,8 @@ def _patch_merge_backward(
     to_input: bool,
     to_parameters: bool,
 ) -> list[Tensor]:
-    """Gradients of x, weight, norm_weight, norm_bias and bias (empty unless asked for); sums in an order that only shapes
-    decide."""
+    """Gradients of x, weight, norm_weight, norm_bias and bias (empty unless asked for); sums in an order that only
+    shapes decide."""
     parameters: Parameters = [weight, norm_weight, norm_bias, bias]
     implementation = backends.select("patch_merge", x.device)
     if implementation is _elementary or statistics.numel() == 0:

@@ -1,5 +1,5 @@
-"""patch_merge's Triton kernels: in Triton's interpreter against float64, compiled for GPUs that need not be there, and on
-a GPU if there is one."""
+"""patch_merge's Triton kernels: in Triton's interpreter against float64, compiled for GPUs that need not be there,
+and on a GPU if there is one."""
 
 from __future__ import annotations
 
@@ -191,11 +191,12 @@ def arguments_of(name: str, channels: int, outputs: int, kernel: int, dtype: str
 )
 def test_compiled(channels, outputs, kernel, dtype, capability):
     """For GPUs that need not be there; no register is spilled."""
-    from asvit_fast.kernels import patch_merge
+    from asvit_fast.kernels import patch_merge, patch_merge_backward
     from asvit_fast.kernels.inspection import compile_kernel
 
     for name in ("_fold", "", "_row_sums", "_input", "_products"):
-        compiled = getattr(patch_merge, f"patch_merge{name}_kernel")
+        module = patch_merge if name in ("_fold", "") else patch_merge_backward
+        compiled = getattr(module, f"patch_merge{name}_kernel")
         signature, constants, options = arguments_of(f"patch_merge{name}", channels, outputs, kernel, dtype, capability)
         report = compile_kernel(
             compiled,

@@ -243,7 +243,7 @@ def _patch_merge_backward(
         gradients = [next(found), *(None if p is None else next(found) for p in parameters)]
     else:
         if implementation is _triton:
-            from asvit_fast.kernels.patch_merge import patch_merge_backward
+            from asvit_fast.kernels.patch_merge_backward import patch_merge_backward
 
             _check_triton(x, weight)
             to_x, product, total = patch_merge_backward(

@@ -181,6 +181,7 @@ def _fake(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels
 # --------------------------------------------------------------------------- autograd
 
 Parameters = list[Tensor | None]  # weight, norm_weight, norm_bias, bias
+CHUNK = 1 << 18  # numbers of the weight that are worked on together on a CPU
 
 
 def _vector_jacobian_product(
@@ -207,13 +208,18 @@ def _parameter_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of weight, norm_weight and norm_bias, from gradient^T x (x the normalised neighbourhoods) [Cout, features] and
     the sum of the gradient [Cout]. ``product`` is used up."""
-    wide = weight.to(product.dtype)
-    to_norm_weight = (wide * product).sum(0)  # [features]
-    to_norm_bias = total @ wide  # [features]
-    to_weight = product.mul_(norm_weight.to(product.dtype))
-    if norm_bias is not None:
-        to_weight.addr_(total, norm_bias.to(product.dtype))
-    return to_weight, to_norm_weight, to_norm_bias
+    gain = norm_weight.to(product.dtype)  # [features]
+    shift = None if norm_bias is None else norm_bias.to(product.dtype)
+    to_gain, to_shift = torch.zeros_like(gain), torch.zeros_like(gain)
+    rows = max(1, CHUNK // product.shape[1]) if product.device.type == "cpu" else max(1, product.shape[0])
+    for part, other, sums in zip(product.split(rows), weight.split(rows), total.split(rows), strict=True):
+        wide = other.to(product.dtype)  # [rows, features]
+        to_gain += (wide * part).sum(0)
+        to_shift += sums @ wide
+        part.mul_(gain)
+        if shift is not None:  # no addr_, whose roundings depend on how many threads there are
+            part.add_(sums.outer(shift))
+    return product, to_gain, to_shift
 
 
 @torch.library.custom_op("asvit_fast::patch_merge_backward", mutates_args=())

@@ -238,15 +238,14 @@ at::Tensor input_gradient(const Merge& merge, const PatchMerge<T>& problem, cons
   for (int64_t parity = 0; parity < 2; ++parity)
     at::parallel_for(0, (merge.blocks() + 1 - parity) / 2, 1, [&](int64_t begin, int64_t end) {
       const at::AutoDispatchBelowADInplaceOrView guard;  // other threads have not been told
-      const at::Tensor buffer = merge.buffer(), gradients = merge.buffer();
-      const at::Tensor workspace = at::empty({features + kRowSlack}, merge.options());
+      const at::Tensor buffer = merge.buffer();
+      const at::Tensor workspace = at::empty({2 * (features + kRowSlack)}, merge.options());
       for (int64_t i = begin; i < end; ++i) {
         const Block block = merge.block(2 * i + parity);
         const at::Tensor rows = normalised_rows<T>(merge, block, problem, buffer);
-        const at::Tensor to_rows = gradients.narrow(0, 0, rows.numel()).view(rows.sizes());
-        to_rows.copy_(product(merge.part(gradient, block), transposed));
+        const at::Tensor to_rows = product(merge.part(gradient, block), transposed).to(merge.wide).contiguous();
         select(Kernels<T>::gradient)(problem, block.begin * columns, block.end * columns, rows.const_data_ptr<T>(),
-                                     gradients.mutable_data_ptr<T>(), workspace.mutable_data_ptr<T>(),
+                                     to_rows.const_data_ptr<T>(), workspace.mutable_data_ptr<T>(),
                                      to_x.mutable_data_ptr<T>());
       }
     });
@@ -302,8 +301,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> patch_merge_backward_cpu(
       using T = decltype(zero);
       const auto problem = make_problem<T>(merge, statistics, true);
       const at::Tensor flat = gradient.to(weight.scalar_type()).reshape({merge.output_tokens(), merge.outputs});
-      if (to_input) to_x = input_gradient<T>(merge, problem, flat).to(x.scalar_type());
       if (to_parameters) std::tie(sums, total) = parameter_products<T>(merge, problem, flat);
+      if (to_input) to_x = input_gradient<T>(merge, problem, flat).to(x.scalar_type());
     });
   return {to_x, sums, total};
 }

@@ -37,11 +37,11 @@ template <typename T>
 using PatchMergeRowsCpu = void(const PatchMerge<T>& problem, int64_t begin, int64_t end, T* rows);
 
 // Turns gradients [end - begin, features] of the outputs of LayerNorm into those of neighbourhoods and adds them to
-// `to_tokens`, a gradient of all rows. `rows` are those of PatchMergeRowsCpu; `workspace` has features elements. All
-// three have the slack.
+// `to_tokens`, a gradient of all rows. `rows` are those of PatchMergeRowsCpu; `workspace` has twice features +
+// kRowSlack elements.
 template <typename T>
 using PatchMergeGradientCpu = void(const PatchMerge<T>& problem, int64_t begin, int64_t end, const T* rows,
-                                   T* gradients, T* workspace, T* to_tokens);
+                                   const T* gradients, T* workspace, T* to_tokens);
 
 #define ASVIT_FAST_DECLARE_PATCH_MERGE                   \
   PatchMergeRowsCpu<float> patch_merge_rows_f32;         \

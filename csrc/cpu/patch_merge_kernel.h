@@ -274,7 +274,7 @@ void patch_merge_rows(const PatchMerge<T>& problem, int64_t begin, int64_t end, 
 
 // With g = norm_weight * gradient and x the normalised row: rstd (g - <g> - x <g x>), <.> the mean over features.
 template <typename T>
-void differentiate_row(const PatchMerge<T>& problem, T rstd, const T* row, T* gradient) {
+void differentiate_row(const PatchMerge<T>& problem, T rstd, const T* row, const T* gradient, T* to) {
   const int64_t count = problem.map.features();
   const T* weight = problem.norm_weight;
   T mean, along;
@@ -295,17 +295,18 @@ void differentiate_row(const PatchMerge<T>& problem, T rstd, const T* row, T* gr
     return (g - mean - like<T>(kind, row + i) * along) * rstd;
   };
   int64_t i = 0;
-  for (; i + kLanes<T> <= count; i += kLanes<T>) store<T>(gradient + i, value(i, Vector<T>{}));
-  for (; i < count; ++i) gradient[i] = value(i, T(0));
+  for (; i + kLanes<T> <= count; i += kLanes<T>) store<T>(to + i, value(i, Vector<T>{}));
+  for (; i < count; ++i) to[i] = value(i, T(0));
 }
 
 template <typename T>
-void patch_merge_gradient(const PatchMerge<T>& problem, int64_t begin, int64_t end, const T* rows, T* gradients,
+void patch_merge_gradient(const PatchMerge<T>& problem, int64_t begin, int64_t end, const T* rows, const T* gradients,
                           T* workspace, T* to_tokens) {
   const int64_t features = problem.map.features();
+  T* by_token = workspace + features + kRowSlack;
   for (int64_t token = begin; token < end; ++token, rows += features, gradients += features) {
-    differentiate_row(problem, problem.rstd[token], rows, gradients);
-    add_neighbourhood(problem.map, output_token(problem.map, token), gradients, workspace, to_tokens);
+    differentiate_row(problem, problem.rstd[token], rows, gradients, workspace);
+    add_neighbourhood(problem.map, output_token(problem.map, token), workspace, by_token, to_tokens);
   }
 }
 
@@ -321,10 +322,10 @@ void patch_merge_gradient(const PatchMerge<T>& problem, int64_t begin, int64_t e
     patch_merge_rows(problem, begin, end, rows);                                                                   \
   }                                                                                                                \
   void patch_merge_gradient_f32(const PatchMerge<float>& problem, int64_t begin, int64_t end, const float* rows,   \
-                                float* gradients, float* workspace, float* to_tokens) {                            \
+                                const float* gradients, float* workspace, float* to_tokens) {                      \
     patch_merge_gradient(problem, begin, end, rows, gradients, workspace, to_tokens);                              \
   }                                                                                                                \
   void patch_merge_gradient_f64(const PatchMerge<double>& problem, int64_t begin, int64_t end, const double* rows, \
-                                double* gradients, double* workspace, double* to_tokens) {                         \
+                                const double* gradients, double* workspace, double* to_tokens) {                   \
     patch_merge_gradient(problem, begin, end, rows, gradients, workspace, to_tokens);                              \
   }

@@ -76,8 +76,9 @@ class Row:
 def row_of(kernel: str, shape: str, dtype: str, report: KernelReport, body: list[Instruction], work: Work) -> Row:
     """The figures of one compiled kernel."""
     gpu, loop = GPUS[report.capability], inner_loop(body)
-    if not work.units:  # a CUDA kernel: what a round moves is known from its instructions
-        work = Work(work.unit, float(loop.global_bytes * report.warps), bytes=1.0)
+    if not work.units:  # what a round moves is known from its instructions
+        moved = loop.global_bytes * report.warps  # nothing where the loop is one over shared memory
+        work = Work(work.unit, float(moved), bytes=float(moved > 0))
     limits = bounds(gpu, loop, report.warps, work, dtype != "fp32")
     full = occupancy(gpu, report.registers, report.shared_bytes, report.warps) if report.warps else 0.0
     times = limits.issue / limits.roofline if limits.roofline else 0.0

@@ -88,6 +88,8 @@ GELU = [
     {"orders": orders, "tanh": tanh, "bias": bias}
     for orders, tanh, bias in itertools.product((0, 1, 2), (0, 1), (0, 1))
 ]
+EMBEDS = [{"K": 8, "C": channels} for channels in (32, 88, 116, 180)] + [{"K": 4, "C": c} for c in (96, 128)]
+MERGES = [{"K": 4, "C": channels} for channels in (32, 88, 116, 180)] + [{"K": 2, "C": c} for c in (96, 128)]
 
 
 def window_attention(shape: Shape, dtype: str) -> object:
@@ -104,9 +106,31 @@ def gelu_taylor(shape: Shape, dtype: str) -> object:
     return ops.gelu_taylor(x, "tanh" if shape["tanh"] else "none", bias)
 
 
+def patch_embed(shape: Shape, dtype: str) -> object:
+    """K x K pixels with stride 4, C channels, LayerNorm; forward and backward."""
+    kernel, channels, pad = shape["K"], shape["C"], (shape["K"] - 4) // 2
+    image, weight, bias = _leaves(dtype, (1, 3, 64, 64), (channels, 3, kernel, kernel), (channels,))
+    norm = _leaves(dtype, (channels,), (channels,))
+    return ops.patch_embed(image, weight, bias, 4, 1, (pad, pad, pad, pad), *norm).sum().backward()
+
+
+def patch_merge(shape: Shape, dtype: str) -> object:
+    """K x K tokens with stride 2 and twice the channels, LayerNorm; forward and backward."""
+    channels, features = shape["C"], shape["K"] ** 2 * shape["C"]
+    x, weight = _leaves(dtype, (1, 16, 16, channels), (2 * channels, features))
+    norm = _leaves(dtype, (features,), (features,))
+    return ops.patch_merge(x, weight, shape["K"], 2, *norm).sum().backward()
+
+
+def _leaves(dtype: str, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    return [torch.zeros(shape, dtype=DTYPES[dtype], requires_grad=True) for shape in shapes]
+
+
 OPS = (
     Op("window_attention", (*PAPER, *SWIN), window_attention),
     Op("gelu_taylor", tuple(GELU), gelu_taylor),
+    Op("patch_embed", tuple(EMBEDS), patch_embed),
+    Op("patch_merge", tuple(MERGES), patch_merge),
 )
 
 
@@ -127,11 +151,12 @@ def _triton_on_cpu() -> Iterator[None]:
 
 
 def cases(archs: list[int], dtypes: list[str], shapes: Callable[[str], bool] = lambda label: True) -> Iterator[Case]:
-    """Every kernel that an op starts on a shape; `shapes` chooses by label."""
+    """Every kernel that an op starts on a shape; `shapes` chooses by label. Ops without Triton kernels start none."""
     for op, dtype, arch in itertools.product(OPS, dtypes, archs):
         for shape in op.shapes:
-            if not shapes(label_of(shape)):
+            if "triton" not in backends.declared().get(op.name, ()) or not shapes(label_of(shape)):
                 continue
             with _triton_on_cpu(), tiles.assuming(tiles.FAMILIES[str(arch)]), recorded_launches() as launches:
                 op.call(shape, dtype)
-            yield from (Case(launch, shape, dtype, arch) for launch in launches)
+            different = [launch for number, launch in enumerate(launches) if launch not in launches[:number]]
+            yield from (Case(launch, shape, dtype, arch) for launch in different)

@@ -112,7 +112,15 @@ def test_classes(name, kind):
 
 
 def test_bytes_of_a_warp():
-    widths = {"LDG.E": 4, "LDG.E.64": 8, "LDG.E.128.CONSTANT": 16, "STG.E.U16": 2, "LDG.E.U8": 1, "LDS.128": 0}
+    widths = {
+        "LDGSTS.E.BYPASS.LTC128B.128": 16,
+        "LDG.E": 4,
+        "LDG.E.64": 8,
+        "LDG.E.128.CONSTANT": 16,
+        "STG.E.U16": 2,
+        "LDG.E.U8": 1,
+        "LDS.128": 0,
+    }
     assert {name: inspection._bytes(name) // 32 for name in widths} == widths
 
 
@@ -168,7 +176,7 @@ def test_every_kernel_is_reported(report, root):
     """A new Triton kernel is started by one of the ops of the table, too."""
     text = "\n".join(path.read_text() for path in (root / "kernels").glob("*.py"))
     kernels = set(re.findall(r"^def (\w+)_kernel\(\n    \w+_pointer", text, re.MULTILINE))
-    shapes = ("N=49 d=8 bias=0", "N=144 d=32 bias=1", "orders=1 tanh=0 bias=1")
+    shapes = ("N=49 d=8 bias=0", "N=144 d=32 bias=1", "orders=1 tanh=0 bias=1", "K=8 C=88", "K=4 C=88")
     launched = {case.kernel for case in report.triton_cases.cases([90], ["bf16"], lambda label: label in shapes)}
     assert kernels == launched
 

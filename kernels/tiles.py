@@ -1,8 +1,8 @@
 """Tile choices are data: tiles/<family>.json has rows per kernel, looked up by the nearest shape; a table that
 `asvit-fast tune` made for a GPU goes before it. Nothing is tuned while a model runs.
 
-A row's names are features of a shape ("bits" of an element, "tokens", "block_d", ...) and options of a launch: blocks,
-"num_warps", "num_stages". Those that a look-up asks for are the features. "tuned" says where a row comes from.
+A row's names are features of a shape ("bits" of an element, "tokens", "block_d", ...), which a look-up gives, and options
+of a launch: other "block_*", "num_warps", "num_stages". "tuned" says where a row comes from.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def _nearest(kernel: str, family: str, items: tuple[tuple[str, int], ...]) -> Ro
     else:
         raise TileTableError(f"no table of tiles has rows of {kernel!r}: add some to kernels/tiles/hopper.json")
     row = min(rows, key=distance)  # of equals the first: the user's
-    options = {name: row[name] for name in row if name not in features and name not in _COMMENTS}
+    options = {name: row[name] for name in row if name.startswith(("block_", "num_")) and name not in features}
     for name in WEIGHTS:
         if len({other.get(name) for other in rows}) > 1:  # else the kernel's tiles do not depend on it
             options = _smaller(options, features.get(name, 1) / row.get(name, math.inf))

@@ -1,8 +1,8 @@
 """Tile choices are data: tiles/<family>.json has rows per kernel, looked up by the nearest shape; a table that
 `asvit-fast tune` made for a GPU goes before it. Nothing is tuned while a model runs.
 
-A row's names are features of a shape ("bits" of an element, "tokens", "block_d", ...), which a look-up gives, and options
-of a launch: other "block_*", "num_warps", "num_stages". "tuned" says where a row comes from.
+A row's names are features of a shape ("bits" of an element, "tokens", "block_d", ...), which a look-up gives, and
+options of a launch: other "block_*", "num_warps", "num_stages". "tuned" says where a row comes from.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from asvit_fast import ops
 from asvit_fast.backends import use_backend
-from asvit_fast.ops.window_attention import window_attention_reference
 
 
 def attention_by_loops(

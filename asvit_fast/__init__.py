@@ -2,6 +2,7 @@
 2202.11921)."""
 
 from . import ops
+from .accelerate import accelerate, restore
 from .environment import show_config
 from .errors import InputError
 from .models import AsViT, convert_asvit_state_dict, create_model
@@ -27,6 +28,7 @@ __all__ = [
     "SearchSpace",
     "StageSpec",
     "Topology",
+    "accelerate",
     "convert_asvit_state_dict",
     "create_model",
     "curvature",
@@ -38,6 +40,7 @@ __all__ = [
     "ntk_condition",
     "ntk_gram",
     "ops",
+    "restore",
     "scale",
     "score",
     "search",

@@ -1,0 +1,110 @@
+"""What the classes have in common that ``accelerate`` gives to modules of other packages.
+
+A replacement is a subclass of the class that it replaces, `source`, and changes methods only: state, parameters, hooks
+and training mode stay those of the instance, whose ``__class__`` alone is set. Modules inside are called as the source
+calls them. Where a fused op takes a module's part (a softmax, a dropout's probability, the weights of a convolution and
+a norm), `obstacle` says why that would change results: hooks, another type, a quantised or sharded weight. It is asked
+before the swap and at every call, as users may add a hook later; the source's method runs then, which is said once.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import backends
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+DROPOUT = "attention dropout has no kernel: torch's scaled_dot_product_attention runs instead, with copies"
+
+
+class Replacement:
+    """Mixin, first of the bases; the second is `source`."""
+
+    source: ClassVar[type[nn.Module]]
+    inner: ClassVar[dict[str, type[Replacement]]] = {}  # children that are replaced with it, by attribute
+    only_inside: ClassVar[str | None] = None  # the class that must hold it, where a replacement has another signature
+
+    @classmethod
+    def obstacle(cls, module: Any) -> str | None:
+        """Why the fused op must not take the part of this instance's submodules; None if nothing is in the way."""
+        return None
+
+    def usable(self) -> bool:
+        """Whether the fused path may run at this call; where not, says so once."""
+        why = self.obstacle(self)
+        for name, kind in self.inner.items():
+            child = getattr(self, name)
+            if not isinstance(child, kind):
+                why = why or f"its {name} was replaced by a {type(child).__name__}"
+            else:
+                why = why or kind.obstacle(child)
+        if why is not None:
+            name = self.source.__name__
+            backends.notify_once((name, why), f"asvit_fast runs {name} as its package does: {why}")
+        return why is None
+
+
+@functools.cache
+def bound(replacement: type[Replacement], source: type[nn.Module]) -> type[Replacement]:
+    """A replacement for the classes of one package is itself; one that can only be recognised when it is met, of code
+    that is no package, is derived from it here, once for each."""
+    if "source" in vars(replacement):
+        return replacement
+    return type(replacement.__name__, (replacement, source), {"source": source})
+
+
+def overridden(replacement: type[Replacement]) -> list[str]:
+    """The methods of the source that a replacement has another version of."""
+    own = (name for name, value in vars(replacement).items() if inspect.isfunction(value))
+    return [name for name in own if hasattr(replacement.source, name) and not name.startswith("__")]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its ``forward``."""
+    return any(len(getattr(module, hooks)) > 0 for hooks in HOOKS)
+
+
+def why_not_bypass(module: Any, **parts: type[nn.Module] | tuple[type[nn.Module], ...]) -> str | None:
+    """Why the named submodules cannot be taken out of a computation: they are not exactly of the types given, have
+    hooks, or weights that are not plain tensors."""
+    for name, kinds in parts.items():
+        part = getattr(module, name)
+        if type(part) not in (kinds if isinstance(kinds, tuple) else (kinds,)):
+            return f"its {name} is a {type(part).__name__}"
+        if has_hooks(part):
+            return f"its {name} has hooks"
+        for key, weight in part._parameters.items():
+            if weight is not None and type(weight) not in (nn.Parameter, Tensor):
+                return f"the {key} of its {name} is a {type(weight).__name__}"
+    return None
+
+
+def padding_token(qkv: nn.Module, x: Tensor, window: tuple[int, int], norm: nn.Module | None = None) -> Tensor | None:
+    """What the projection makes of a zero token: [channels], or None if windows divide the map x [B, H, W, C]."""
+    if x.shape[1] % window[0] == 0 and x.shape[2] % window[1] == 0:
+        return None
+    zero = x.new_zeros(1, 1, 1, x.shape[3])
+    return qkv(zero if norm is None else norm(zero))[0, 0, 0]
+
+
+def attention_dropout(drop: nn.Dropout) -> float:
+    """The probability that applies now; the first time it is not 0, says what that costs."""
+    if not drop.training or drop.p == 0.0:
+        return 0.0
+    _say_dropout()
+    return drop.p
+
+
+@torch.compiler.assume_constant_result  # a warning would break the graph: this one is given while tracing
+def _say_dropout() -> None:
+    backends.notify_once(DROPOUT, f"asvit_fast: {DROPOUT}")
+
+
+def heads_last(qkv: Tensor, num_heads: int) -> Tensor:
+    """Channels [head][q | k | v] to q | k | v, each [head]: [..., 3*heads*d] -> the same shape."""
+    return qkv.unflatten(-1, (num_heads, 3, -1)).transpose(-3, -2).flatten(-3)

@@ -18,6 +18,7 @@ from .scoring import (
 from .search import Budget, scale, search
 from .taylor import jet, jvp
 from .topology import SearchSpace, StageSpec, Topology
+from .verification import verify
 
 __version__ = "0.1.0"
 
@@ -45,4 +46,5 @@ __all__ = [
     "score",
     "search",
     "show_config",
+    "verify",
 ]

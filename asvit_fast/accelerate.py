@@ -32,9 +32,58 @@ class Family:
         return f"| `{self.source}` | {becomes} | {self.notes} |"
 
 
+ATTENTION = "window attention kernel, no copies of windows"
+INSIDE = "with its block"
+PARTS = "inference on a CPU: tokens in parts that stay in the cache"
+MERGE = "neighbourhoods normalised and projected in one op"
+EMBED = "convolution and LayerNorm in one op"
 FAMILIES = (
-    Family("timm.models.swin_transformer.SwinTransformerBlock", "swin.FastSwinTransformerBlock", "its attention"),
-    Family("timm.models.swin_transformer.WindowAttention", "swin.FastWindowAttention", "window attention kernel"),
+    Family("timm.models.swin_transformer.SwinTransformerBlock", "swin.FastSwinTransformerBlock", ATTENTION),
+    Family("timm.models.swin_transformer.WindowAttention", "swin.FastWindowAttention", INSIDE),
+    Family("timm.models.swin_transformer.PatchMerging", "merging.FastPatchMerging", MERGE),
+    Family("timm.models.swin_transformer_v2.SwinTransformerV2Block", "swin_v2.FastSwinTransformerV2Block", ATTENTION),
+    Family("timm.models.swin_transformer_v2.WindowAttention", "swin_v2.FastWindowAttentionV2", INSIDE),
+    Family("timm.models.swin_transformer_v2.PatchMerging", None, "it normalises after the projection: nothing to fuse"),
+    Family(
+        "timm.models.swin_transformer_v2_cr.SwinTransformerV2CrBlock", "swin_v2.FastSwinTransformerV2CrBlock", ATTENTION
+    ),
+    Family(
+        "timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention", "swin_v2.FastWindowMultiHeadAttention", INSIDE
+    ),
+    Family("timm.models.maxxvit.PartitionAttentionCl", "maxvit.FastPartitionAttentionCl", ATTENTION),
+    Family("timm.models.maxxvit.ParallelPartitionAttention", "maxvit.FastParallelPartitionAttention", ATTENTION),
+    Family("timm.models.maxxvit.AttentionCl", "maxvit.FastAttentionCl", INSIDE),
+    Family("timm.models.maxxvit.Attention2d", None, "channels first: layout copies would cost what the kernel gains"),
+    Family("timm.models.tiny_vit.TinyVitBlock", "tiny_vit.FastTinyVitBlock", ATTENTION),
+    Family("timm.models.tiny_vit.Attention", "tiny_vit.FastTinyVitAttention", INSIDE),
+    Family("timm.models.tiny_vit.NormMlp", "mlp.FastNormMlp", PARTS),
+    Family("timm.models.davit.SpatialBlock", "davit.FastSpatialBlock", ATTENTION),
+    Family("timm.models.davit.WindowAttention", "davit.FastDavitWindowAttention", INSIDE),
+    Family("timm.models.twins.LocallyGroupedAttn", "local_attention.FastLocallyGroupedAttn", ATTENTION),
+    Family("timm.models.nest.Attention", "local_attention.FastNestAttention", ATTENTION),
+    Family("timm.models.pvt_v2.OverlapPatchEmbed", "embedding.FastOverlapPatchEmbed", EMBED),
+    Family("timm.layers.patch_embed.PatchEmbed", "embedding.FastPatchEmbed", EMBED),
+    Family("timm.layers.mlp.Mlp", "mlp.FastMlp", PARTS),
+    Family(
+        "torchvision.models.swin_transformer.ShiftedWindowAttention",
+        "torchvision_swin.FastShiftedWindowAttention",
+        ATTENTION,
+    ),
+    Family(
+        "torchvision.models.swin_transformer.ShiftedWindowAttentionV2",
+        "torchvision_swin.FastShiftedWindowAttentionV2",
+        ATTENTION,
+    ),
+    Family("torchvision.models.swin_transformer.PatchMerging", "merging.FastTorchvisionPatchMerging", MERGE),
+    Family(
+        "torchvision.models.swin_transformer.PatchMergingV2", None, "it normalises after the projection: nothing to fuse"
+    ),
+    Family("torchvision.ops.misc.MLP", "mlp.FastTorchvisionMLP", PARTS),
+    Family("cell_operations.TransformerBlock", "authors.FastAuthorsTransformerBlock", ATTENTION),
+    Family("cell_operations.WindowAttention", "authors.FastAuthorsWindowAttention", INSIDE),
+    Family("cell_operations.PatchMerging", "authors.FastAuthorsPatchMerging", MERGE),
+    Family("cell_operations.Mlp", "authors.FastAuthorsMlp", PARTS),
+    Family("cell_infers.transformer.PatchEmbed", "authors.FastAuthorsPatchEmbed", EMBED),
 )
 
 
@@ -54,7 +103,7 @@ class Decision:
     source: str  # its class
     replacement: str | None  # the class that it has now, None if it was left
     reason: str | None  # why it was left
-    known_gainless: bool = False  # left because nothing would be gained
+    gainless: bool = False  # left because nothing would be gained
 
 
 @dataclass(frozen=True)
@@ -106,13 +155,29 @@ def _family_of(module: nn.Module) -> tuple[Family, type[nn.Module]] | None:
     return None
 
 
-def _replacement_for(family: Family, kind: type[nn.Module]) -> type[Replacement]:
-    assert family.replacement is not None
-    module, _, name = family.replacement.rpartition(".")
-    return bound(getattr(importlib.import_module(f"asvit_fast.nn.{module}"), name), kind)
+def _replacement_of(module: nn.Module) -> type[Replacement] | None:
+    """The class that a module of a known class, or of one derived from it, may become."""
+    found = _family_of(module)
+    if found is None or found[0].replacement is None:
+        return None
+    file, _, name = found[0].replacement.rpartition(".")
+    return bound(getattr(importlib.import_module(f"asvit_fast.nn.{file}"), name), found[1])
 
 
-def _why_left(module: nn.Module, replacement: type[Replacement], parent: nn.Module | None = None) -> str | None:
+def _inner(module: nn.Module, replacement: type[Replacement]) -> Iterator[tuple[str, nn.Module, str | None]]:
+    """(attribute, child, why not) of the children that are replaced with a module."""
+    for name, expected in replacement.inner.items():
+        child = getattr(module, name)
+        kind = _replacement_of(child)
+        if kind is None or not issubclass(kind, expected):
+            yield name, child, f"it is a {_qualified_name(type(child))}"
+        elif has_hooks(child):
+            yield name, child, "it has hooks, which would see whole maps in place of windows"
+        else:
+            yield name, child, _why_left(child, kind)
+
+
+def _why_left(module: nn.Module, replacement: type[Replacement]) -> str | None:
     """Why an instance keeps its class; None if it can be swapped."""
     source = replacement.source
     if type(module) is not source:
@@ -122,13 +187,10 @@ def _why_left(module: nn.Module, replacement: type[Replacement], parent: nn.Modu
             return f"its {method} was replaced on the instance"
         if getattr(source, method).__module__ != source.__module__:
             return f"{source.__name__}.{method} was replaced by {getattr(source, method).__module__}"
-    if parent is not None and has_hooks(module):
-        return "it has hooks, which would see whole maps in place of windows"
-    why = replacement.obstacle(module)
-    for name, kind in replacement.inner.items():
-        inner = _why_left(getattr(module, name), kind, module)
-        why = why or (f"its {name}: {inner}" if inner else None)
-    return why
+    for name, _, why in _inner(module, replacement):
+        if why is not None:
+            return f"its {name}: {why}"
+    return replacement.obstacle(module)
 
 
 # --------------------------------------------------------------------------- swapping
@@ -138,31 +200,28 @@ Plan = tuple[nn.Module, type[Replacement] | None, Decision]
 
 def _considered(model: nn.Module) -> Iterator[Plan]:
     """Every module of a known class, with the class that it gets."""
-    claimed: dict[nn.Module, tuple[type[Replacement], str | None]] = {}  # inner modules, decided with their parent
+    parents: dict[nn.Module, str | None] = {}  # of children that are decided with their parent: why that is left
     for name, module in model.named_modules():
         kind = type(module)
+        title = _qualified_name(kind)
         if issubclass(kind, Replacement):
             yield module, None, Decision(name, _qualified_name(kind.source), kind.__name__, None)
             continue
         found = _family_of(module)
         if found is None:
             continue
-        family, source = found
-        title = _qualified_name(kind)
-        if family.replacement is None:
-            yield module, None, Decision(name, title, None, family.notes, known_gainless=True)
+        replacement = _replacement_of(module)
+        gainless = found[0].notes if replacement is None else replacement.gainless(module)
+        if replacement is None or gainless is not None:
+            yield module, None, Decision(name, title, None, gainless, gainless=True)
             continue
-        replacement = _replacement_for(family, source)
-        if module in claimed:
-            replacement, why = claimed[module]
-        elif replacement.only_inside:
-            why = f"only taken inside of a {replacement.only_inside}"
+        if replacement.only_inside and module not in parents:
+            why: str | None = f"only taken inside of a {replacement.only_inside}"
         else:
-            why = _why_left(module, replacement)
-            for part, inner in replacement.inner.items():
-                claimed[getattr(module, part)] = (inner, why and f"left with its {source.__name__}")
-        taken = None if why else replacement.__name__
-        yield module, None if why else replacement, Decision(name, title, taken, why)
+            why = parents.get(module) or _why_left(module, replacement)
+        for _, child, _ in _inner(module, replacement):
+            parents[child] = why and f"left with its {replacement.source.__name__}: {why}"
+        yield module, None if why else replacement, Decision(name, title, None if why else replacement.__name__, why)
 
 
 def accelerate(model: nn.Module, strict: bool = False) -> Report:
@@ -193,7 +252,7 @@ def accelerate(model: nn.Module, strict: bool = False) -> Report:
     """
     plans = list(_considered(model))
     refused = [
-        decision for _, _, decision in plans if decision.replacement is None and not decision.known_gainless
+        decision for _, _, decision in plans if decision.replacement is None and not decision.gainless
     ]
     if strict and refused:
         names = "; ".join(f"{decision.name or 'the model'}: {decision.reason}" for decision in refused)

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends
@@ -34,6 +36,11 @@ class Replacement:
         """Why the fused op must not take the part of this instance's submodules; None if nothing is in the way."""
         return None
 
+    @classmethod
+    def gainless(cls, module: Any) -> str | None:
+        """Why nothing would be gained for this instance; None if something would."""
+        return None
+
     def usable(self) -> bool:
         """Whether the fused path may run at this call; where not, says so once."""
         why = self.obstacle(self)
@@ -42,7 +49,7 @@ class Replacement:
             if not isinstance(child, kind):
                 why = why or f"its {name} was replaced by a {type(child).__name__}"
             else:
-                why = why or kind.obstacle(child)
+                why = why or child.obstacle(child)
         if why is not None:
             name = self.source.__name__
             backends.notify_once((name, why), f"asvit_fast runs {name} as its package does: {why}")
@@ -58,10 +65,11 @@ def bound(replacement: type[Replacement], source: type[nn.Module]) -> type[Repla
     return type(replacement.__name__, (replacement, source), {"source": source})
 
 
-def overridden(replacement: type[Replacement]) -> list[str]:
+def overridden(replacement: type[Replacement]) -> set[str]:
     """The methods of the source that a replacement has another version of."""
-    own = (name for name, value in vars(replacement).items() if inspect.isfunction(value))
-    return [name for name in own if hasattr(replacement.source, name) and not name.startswith("__")]
+    own = [kind for kind in replacement.__mro__ if issubclass(kind, Replacement) and kind is not Replacement]
+    names = {name for kind in own for name, value in vars(kind).items() if inspect.isfunction(value)}
+    return {name for name in names if hasattr(replacement.source, name) and not name.startswith("__")}
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -76,6 +84,8 @@ def why_not_bypass(module: Any, **parts: type[nn.Module] | tuple[type[nn.Module]
         part = getattr(module, name)
         if type(part) not in (kinds if isinstance(kinds, tuple) else (kinds,)):
             return f"its {name} is a {type(part).__name__}"
+        if part is None:
+            continue
         if has_hooks(part):
             return f"its {name} has hooks"
         for key, weight in part._parameters.items():
@@ -92,12 +102,12 @@ def padding_token(qkv: nn.Module, x: Tensor, window: tuple[int, int], norm: nn.M
     return qkv(zero if norm is None else norm(zero))[0, 0, 0]
 
 
-def attention_dropout(drop: nn.Dropout) -> float:
-    """The probability that applies now; the first time it is not 0, says what that costs."""
-    if not drop.training or drop.p == 0.0:
+def attention_dropout(probability: float, training: bool) -> float:
+    """The probability of dropout that applies now; the first time it is not 0, says what that costs."""
+    if not training or probability == 0.0:
         return 0.0
     _say_dropout()
-    return drop.p
+    return probability
 
 
 @torch.compiler.assume_constant_result  # a warning would break the graph: this one is given while tracing
@@ -105,6 +115,19 @@ def _say_dropout() -> None:
     backends.notify_once(DROPOUT, f"asvit_fast: {DROPOUT}")
 
 
-def heads_last(qkv: Tensor, num_heads: int) -> Tensor:
-    """Channels [head][q | k | v] to q | k | v, each [head]: [..., 3*heads*d] -> the same shape."""
+def by_projection(qkv: Tensor, num_heads: int) -> Tensor:
+    """Channels ordered [head][q | k | v][d] as the op has them, [q | k | v][head][d]: [..., 3*heads*d] -> the same."""
     return qkv.unflatten(-1, (num_heads, 3, -1)).transpose(-3, -2).flatten(-3)
+
+
+def cosine_attention(qkv: Tensor, num_heads: int, logit_scale: Tensor) -> Tensor:
+    """Queries and keys of unit length, queries times their head's factor: softmax attention of scale 1 is cosine
+    attention then (Swin V2, arXiv 2111.09883, equation 2).
+
+    Args:
+        qkv: [..., 3*heads*d]. logit_scale: the logarithm of the factors, any shape with one number per head.
+    """
+    qkv = qkv.unflatten(-1, (3, num_heads, -1))
+    factor = logit_scale.flatten().clamp(max=math.log(100.0)).exp().unsqueeze(1)  # [heads, 1]
+    q, k = F.normalize(qkv[..., :2, :, :], dim=-1).unbind(-3)  # [..., heads, d]
+    return torch.stack([(q * factor).to(qkv.dtype), k.to(qkv.dtype), qkv[..., 2, :, :]], dim=-3).flatten(-3)

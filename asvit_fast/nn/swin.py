@@ -27,7 +27,7 @@ class FastWindowAttention(Replacement, WindowAttention):
         qkv = self.qkv(x)  # [B, H, W, 3*heads*d]
         padding = padding_token(self.qkv, x, self.window_size)
         bias = self._get_rel_pos_bias()[0]  # [heads, N, N]
-        dropout = attention_dropout(self.attn_drop)
+        dropout = attention_dropout(self.attn_drop.p, self.attn_drop.training)
         window, heads = self.window_size, self.num_heads
         x = window_attention(qkv, heads, window, shift, bias, self.scale, dropout, "timm", padding)
         return self.proj_drop(self.proj(x))

@@ -185,8 +185,10 @@ def _why_left(module: nn.Module, replacement: type[Replacement]) -> str | None:
     for method in overridden(replacement):
         if method in vars(module):
             return f"its {method} was replaced on the instance"
-        if getattr(source, method).__module__ != source.__module__:
-            return f"{source.__name__}.{method} was replaced by {getattr(source, method).__module__}"
+        owner = next(kind for kind in source.__mro__ if method in vars(kind))
+        defined = getattr(vars(owner)[method], "__module__", owner.__module__)
+        if defined != owner.__module__:
+            return f"{owner.__name__}.{method} was replaced by {defined}"
     for name, _, why in _inner(module, replacement):
         if why is not None:
             return f"its {name}: {why}"

@@ -77,7 +77,7 @@ def verify(
 
     Works on copies, one at a time: the model, accelerated already or not, stays as it is. Both copies are held against a
     third one in higher precision, so that a difference can be told from rounding: an error counts as rounding up to
-    twice that of the restored model on the same tensor, or on the worst tenth of tensors where that happens to be larger.
+    twice that of the restored model on the same tensor, or on the worst tenth of tensors where that is larger.
     Dropout (not stochastic depth) is off, as its masks are drawn in another order. Prints the largest differences.
     Inside ``torch.autocast`` it compares what autocast makes of both.
 
@@ -196,18 +196,21 @@ def _largest(x: Tensor) -> float:
 def _compare(
     mode: str, fast: dict[str, Tensor], source: dict[str, Tensor], exact: dict[str, Tensor]
 ) -> Iterator[Difference]:
-    """Tensor by tensor. Outputs are few, so each has to be close; gradients of parameters that barely matter are all
-    rounding errors, so what is common among all gradients counts as well."""
+    """Tensor by tensor, outputs and gradients apart.
+
+    The error of one tensor is a matter of luck, and gradients that vanish in theory are nothing but rounding. What is
+    allowed therefore also follows from how precise the source is on all tensors: `common` is its relative error on the
+    worst tenth of them, and a tenth of that, relative to a tensor of middle size, may come on top.
+    """
     for kind in ("output", "gradient"):
         names = [name for name in source if name.startswith(kind)]
         sizes = {name: _largest(exact[name]) for name in names}
+        errors = {name: _largest(source[name] - exact[name]) for name in names}
         middle = sorted(sizes.values())[len(sizes) // 2] if sizes else 0.0
-        scales = {name: max(sizes[name], 1e-3 * middle, 1e-30) for name in names}
-        relative = sorted(_largest(source[name] - exact[name]) / scales[name] for name in names)
-        common = max(relative[len(relative) * 9 // 10], 1e-6) if relative else 0.0
+        relative = sorted(errors[name] / sizes[name] for name in names if sizes[name] > 1e-3 * middle)
+        common = max(relative[len(relative) * 9 // 10] if relative else 0.0, 1e-6)
         for name in names:
             error = _largest(fast[name] - exact[name]) if name in fast else float("inf")
-            source_error = _largest(source[name] - exact[name])
-            allowed = SLACK * max(source_error, common * scales[name])
             difference = _largest(fast[name] - source[name]) if name in fast else float("inf")
-            yield Difference(mode, name, difference, sizes[name], error, source_error, error <= allowed)
+            allowed = SLACK * max(errors[name], common * sizes[name]) + 0.1 * common * middle
+            yield Difference(mode, name, difference, sizes[name], error, errors[name], error <= allowed)

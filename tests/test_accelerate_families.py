@@ -32,22 +32,21 @@ def swin_v2(size: int, **kwargs) -> nn.Module:
     return swin_transformer_v2.SwinTransformerV2(img_size=size, **SWIN, **kwargs)
 
 
+def separate_bias(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, swin_transformer_v2.WindowAttention):
+            module.qkv_bias_separate = True
+    return model
+
+
 def swin_v2_cr(size: int) -> nn.Module:
     return swin_transformer_v2_cr.SwinTransformerV2Cr(img_size=size, window_size=4, **SWIN)
 
 
 def maxvit(size: int, name: str = "maxvit_tiny_tf_224", **kwargs) -> nn.Module:
-    window = {} if "coatnet" in name else {"window_size": size // 32, "grid_size": size // 32}
+    blocks = ("PM", "PM") if "pm" in name else ("M", "M")
     return timm.create_model(
-        name,
-        img_size=size,
-        embed_dim=(32, 64),
-        depths=(1, 1),
-        block_type=("M", "M"),
-        stem_width=8,
-        num_classes=3,
-        **kwargs,
-        **window,
+        name, img_size=size, embed_dim=(32, 64), depths=(1, 1), block_type=blocks, stem_width=8, num_classes=3, **kwargs
     )
 
 
@@ -104,18 +103,18 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int, set[str]]] = {
     "swin_s3": (lambda: swin(56, "swin_s3_tiny_224", window_size=(7, 5)), 56, {"FastSwinTransformerBlock"}),
     "swinv2": (lambda: swin_v2(32), 32, {"FastSwinTransformerV2Block", "FastWindowAttentionV2"}),
     "swinv2 padded": (lambda: swin_v2(44), 44, {"FastSwinTransformerV2Block"}),
-    "swinv2 separate bias": (lambda: swin_v2(44, qkv_bias_separate=True), 44, {"FastSwinTransformerV2Block"}),
+    "swinv2 separate bias": (lambda: separate_bias(swin_v2(44)), 44, {"FastSwinTransformerV2Block"}),
     "swinv2 no bias": (lambda: swin_v2(32, qkv_bias=False), 32, {"FastSwinTransformerV2Block"}),
     "swinv2_cr": (lambda: swin_v2_cr(44), 44, {"FastSwinTransformerV2CrBlock", "FastWindowMultiHeadAttention"}),
-    "maxvit tf": (lambda: maxvit(64), 64, {"FastPartitionAttentionCl", "FastAttentionCl"}),
-    "maxvit rw": (lambda: maxvit(64, "maxvit_rmlp_pico_rw_256"), 64, {"FastPartitionAttentionCl"}),
-    "maxvit parallel": (lambda: maxvit(64, "maxvit_tiny_pm_256"), 64, {"FastParallelPartitionAttention"}),
+    "maxvit tf": (lambda: maxvit(96), 96, {"FastPartitionAttentionCl", "FastAttentionCl"}),
+    "maxvit rw": (lambda: maxvit(96, "maxvit_rmlp_pico_rw_256"), 96, {"FastPartitionAttentionCl"}),
+    "maxvit parallel": (lambda: maxvit(96, "maxvit_tiny_pm_256"), 96, {"FastParallelPartitionAttention"}),
     "tiny_vit": (tiny_vit_model, 64, {"FastTinyVitBlock", "FastTinyVitAttention", "FastNormMlp"}),
     "tiny_vit padded": (tiny_vit_model, 76, {"FastTinyVitBlock"}),
     "davit": (davit_model, 32, {"FastSpatialBlock", "FastDavitWindowAttention"}),
     "davit padded": (davit_model, 44, {"FastSpatialBlock"}),
     "twins": (lambda: twins_model(32), 32, {"FastLocallyGroupedAttn"}),
-    "twins padded": (lambda: twins_model(44), 44, {"FastLocallyGroupedAttn"}),
+    "twins padded": (lambda: twins_model(40), 40, {"FastLocallyGroupedAttn"}),
     "nest": (nest_model, 64, {"FastNestAttention"}),
     "pvt_v2": (pvt_model, 40, {"FastOverlapPatchEmbed"}),
     "torchvision": (
@@ -129,9 +128,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int, set[str]]] = {
 }
 
 
-def prepared(model: nn.Module, seed: int = 0) -> nn.Module:
+def prepared(make: Callable[[], nn.Module]) -> nn.Module:
     """Weights so large that attention is far from uniform and no bias is zero."""
-    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(0)
+    model = make()
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             spread = 1.0 if "bias_table" in name or "attention_biases" in name else 0.1
@@ -151,22 +152,23 @@ def fast_classes(model: nn.Module) -> set[str]:
 @pytest.mark.parametrize("name", MODELS)
 def test_same_outputs_and_gradients(name, dtype):
     make, size, expected = MODELS[name]
-    model = prepared(make()).to(dtype)
+    model = prepared(make).to(dtype)
     af.accelerate(model, strict=True)
     assert expected <= fast_classes(model)
     result = af.verify(model, image(size, dtype), rows=0)
-    assert result.ok, result
+    assert result.ok, result.table()
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_nothing_but_rounding_in_float64(name):
     """Far below what a wrong mask, padding or order of channels would make."""
     make, size, _ = MODELS[name]
-    model = prepared(make()).double().eval()
+    model = prepared(make).double().eval()
     x = image(size, torch.float64)
     with torch.no_grad():
         expected = model(x)
-        af.accelerate(model)
+        report = af.accelerate(model)
+        assert len(report.swapped) > 0
         torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
 
 
@@ -190,7 +192,7 @@ def test_patches_of_other_sizes_are_refused_as_before():
     with pytest.raises(AssertionError):
         prepared_maxvit = maxvit(64)
         af.accelerate(prepared_maxvit)
-        prepared_maxvit(image(80))
+        prepared_maxvit(image(72))
 
 
 # --------------------------------------------------------------------------- inference in parts
@@ -202,7 +204,7 @@ def test_mlp_in_parts(name, monkeypatch):
     monkeypatch.setattr(mlp, "LARGE", 0)
     monkeypatch.setattr(mlp, "PART", 5000)
     make, size, _ = MODELS[name]
-    model = prepared(make()).eval()
+    model = prepared(make).eval()
     x = image(size)
     with torch.no_grad():
         expected = model(x)
@@ -253,10 +255,10 @@ def authors_model() -> nn.Module:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_authors_code(dtype):
-    model = prepared(authors_model()).to(dtype)
+    model = prepared(authors_model).to(dtype)
     af.accelerate(model, strict=True)
     assert fast_classes(model) == {
         family.replacement.rpartition(".")[2] for family in FAMILIES if family.replacement and "Authors" in family.replacement
     }
     result = af.verify(model, image(64, dtype), rows=0)
-    assert result.ok, result
+    assert result.ok, result.table()

@@ -36,7 +36,7 @@ class FastAttentionCl(Replacement, AttentionCl):
         qkv = self.qkv(x)  # [B, H, W, 3*heads*d]
         if self.head_first:
             qkv = by_projection(qkv, self.num_heads)
-        bias = None if self.rel_pos is None else self.rel_pos.get_bias()[0]  # [heads, N, N]
+        bias = None if self.rel_pos is None else self.rel_pos.get_bias().flatten(0, -3)  # [heads, N, N]
         dropout = attention_dropout(self.attn_drop.p, self.attn_drop.training)
         x = window_attention(qkv, self.num_heads, window, (0, 0), bias, self.scale, dropout, layout)
         return self.proj_drop(self.proj(x))

@@ -89,7 +89,7 @@ def why_not_bypass(module: Any, **parts: type[nn.Module] | tuple[type[nn.Module]
         if has_hooks(part):
             return f"its {name} has hooks"
         for key, weight in part._parameters.items():
-            if weight is not None and type(weight) not in (nn.Parameter, Tensor):
+            if weight is not None and type(weight) not in (nn.Parameter, Tensor) and not torch.compiler.is_compiling():
                 return f"the {key} of its {name} is a {type(weight).__name__}"
     return None
 

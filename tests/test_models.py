@@ -13,6 +13,7 @@ import torch
 from golden import CASES, golden, relative_error
 
 import asvit_fast as af
+from asvit_fast.nn import FeatScale
 
 SEED = "8,2,3|4,1,2|4,1,4|4,1,6|32"
 TINY = "5,8,2,1|2,4,3,2|3,2,2,1|2,1,2,2|16,9"  # head_dim floored, uneven splits, several kernels
@@ -251,3 +252,35 @@ def test_meta_construction_and_initialisation() -> None:
 def test_bad_arguments(arguments: dict, says: str) -> None:
     with pytest.raises(af.InputError, match=says):
         af.create_model(SEED, **arguments)
+
+
+SCALED = "4,2,2,1|2,1,2,1|3,1,2,1|2,1,2,1|8,4"
+
+
+def test_scales_against_over_smoothing() -> None:
+    """Both start as the identity, are trained, and survive scripting, scoring and the NTK."""
+    torch.manual_seed(0)
+    plain = af.create_model(SCALED, img_size=64, num_classes=5).eval()
+    scaled = af.create_model(SCALED, img_size=64, num_classes=5, attn_scale=True, feat_scale=True).eval()
+    missing = scaled.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    assert missing and all(key.endswith(("attn_scale", "feat_scale.low", "feat_scale.high")) for key in missing)
+    image = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(scaled(image), plain(image))
+    assert set(missing) <= scaled.no_weight_decay()
+    gradients = torch.autograd.grad(scaled(image).square().sum(), list(scaled.parameters()), allow_unused=True)
+    for (name, _), gradient in zip(scaled.named_parameters(), gradients, strict=True):
+        assert gradient is not None and gradient.isfinite().all() and gradient.abs().max() > 0, name
+    torch.testing.assert_close(torch.jit.script(scaled)(image), plain(image))
+    curve = af.score(scaled, metrics=("length_distortion", "ntk_condition"), img_size=64, repeats=1, thetas=3, batch=2)
+    assert curve["length_distortion"].mean > 0 and curve["ntk_condition"].mean > 0
+
+
+def test_feat_scale() -> None:
+    module = FeatScale(3).double()
+    torch.nn.init.normal_(module.low)
+    torch.nn.init.normal_(module.high)
+    x = torch.randn(2, 4, 5, 3, dtype=torch.float64)
+    mean = x.mean((1, 2), keepdim=True)
+    torch.testing.assert_close(module(x), x + module.low * mean + module.high * (x - mean))
+    flat = x.flatten(1, 2)
+    torch.testing.assert_close(module(flat), module(x).flatten(1, 2))

@@ -13,7 +13,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..nn import OverlapPatchEmbed, PatchMerging, WindowAttention
+from ..nn import FeatScale, OverlapPatchEmbed, PatchMerging, WindowAttention
 from ..nn.attention import split_attention
 from ..nn.patch_embed import embed_patches
 from ..ops.patch_merge import patch_merge
@@ -51,11 +51,15 @@ class Block(nn.Module):
         proj_drop: float,
         attn_drop: float,
         drop_path: float,
+        attn_scale: bool,
+        feat_scale: bool,
         **factory: Any,
     ) -> None:
         super().__init__()
         self.norm1 = _norm(dim, norm, **factory)
-        self.attn = WindowAttention(dim, num_heads, stage.splits, attn_drop, proj_drop, **factory)
+        self.attn = WindowAttention(
+            dim, num_heads, stage.splits, attn_drop, proj_drop, attn_scale, feat_scale, **factory
+        )
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.norm2 = _norm(dim, norm, **factory)
         self.mlp = Mlp(dim, dim * stage.expansion, drop=proj_drop, **factory)
@@ -128,6 +132,8 @@ class AsViT(nn.Module):
         img_size: pixels, int or (height, width): the grid of the position embedding.
         num_classes: 0 for no classifier.
         window_size: fixes the windows of the four stages in tokens instead of splitting the map.
+        attn_scale, feat_scale: learned weights against over-smoothing in every attention (arXiv 2203.05962), both the
+            identity at first.
 
     Raises:
         InputError: a value that cannot be used, naming it.
@@ -150,6 +156,8 @@ class AsViT(nn.Module):
         proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        attn_scale: bool = False,
+        feat_scale: bool = False,
         weight_init: str = "",
         device: Any = None,
         dtype: Any = None,
@@ -182,7 +190,18 @@ class AsViT(nn.Module):
         for i, spec in enumerate(self.topology.stages):
             merging = PatchMerging(spec.kernel, dims[i - 1], dims[i], self.has_norms, **factory) if i else nn.Identity()
             blocks = [
-                Block(dims[i], heads[i], spec, self.has_norms, proj_drop_rate, attn_drop_rate, rate, **factory)
+                Block(
+                    dims[i],
+                    heads[i],
+                    spec,
+                    self.has_norms,
+                    proj_drop_rate,
+                    attn_drop_rate,
+                    rate,
+                    attn_scale,
+                    feat_scale,
+                    **factory,
+                )
                 for rate in drop_path[i]
             ]
             stages.append(Stage(merging, blocks))
@@ -213,6 +232,11 @@ class AsViT(nn.Module):
                 nn.init.normal_(module.weight, std=0.02, generator=generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+            elif isinstance(module, WindowAttention) and module.attn_scale is not None:
+                nn.init.zeros_(module.attn_scale)
+            elif isinstance(module, FeatScale):
+                nn.init.zeros_(module.low)
+                nn.init.zeros_(module.high)
             elif isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
@@ -234,7 +258,8 @@ class AsViT(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        return {"pos_embed"}
+        scales = ("attn_scale", "feat_scale.low", "feat_scale.high")
+        return {"pos_embed"} | {name for name, _ in self.named_parameters() if name.endswith(scales)}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

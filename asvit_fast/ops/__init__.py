@@ -2,6 +2,7 @@
 
 from .gelu_taylor import gelu_taylor
 from .layer_norm_taylor import layer_norm_taylor
+from .linear import linear
 from .patch_embed import patch_embed
 from .patch_merge import patch_merge
 from .softmax_taylor import softmax_taylor
@@ -12,6 +13,7 @@ from .window_attention_taylor import window_attention_taylor
 __all__ = [
     "gelu_taylor",
     "layer_norm_taylor",
+    "linear",
     "patch_embed",
     "patch_merge",
     "softmax_taylor",

@@ -16,7 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from .. import _extension, backends
 from ..errors import InputError
 from .transforms import transform_active
-from .windows import LAYOUTS, merge_windows, partition_windows, window_mask, window_padding
+from .windows import merge_windows, partition_windows, window_mask, window_padding
 
 
 def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,7 +48,7 @@ def _check(
         tokens = window[0] * window[1]
         if bias.dim() != 3 or bias.shape[0] != num_heads or bias.shape[1] != tokens or bias.shape[2] != tokens:
             raise ValueError(f"window_attention: bias must be [{num_heads}, {tokens}, {tokens}]")
-    if layout not in LAYOUTS:
+    if layout not in ("masked", "timm", "torchvision", "grid"):
         raise ValueError(f"window_attention: layout must be masked, timm, torchvision or grid, got {layout}")
     if layout == "grid":
         if shift[0] != 0 or shift[1] != 0:
@@ -156,9 +156,9 @@ def _compiled(
 ) -> Result:
     """C++: csrc/window_attention.cpp."""
     _extension.extension()
-    if layout != "masked" or attn_scale is not None:  # INTERIM
-        return _elementary(qkv, num_heads, window, shift, scale, layout, bias, padding, attn_scale)
-    return torch.ops.asvit_fast_C.window_attention(qkv, num_heads, window, shift, bias, scale)
+    return torch.ops.asvit_fast_C.window_attention(
+        qkv, num_heads, window, shift, scale, layout, bias, padding, attn_scale
+    )
 
 
 def _elementary(
@@ -319,10 +319,9 @@ def _window_attention_backward(
         )
         return to_qkv, to_bias, nothing, nothing.clone()  # INTERIM
     _extension.extension()
-    to_qkv, to_bias = torch.ops.asvit_fast_C.window_attention_backward(
-        gradient, qkv, output, statistics, num_heads, window, shift, bias, scale, wanted[0]
+    return torch.ops.asvit_fast_C.window_attention_backward(
+        gradient, qkv, output, statistics, num_heads, window, shift, scale, layout, bias, padding, attn_scale, wanted
     )
-    return to_qkv, to_bias, nothing, nothing.clone()  # INTERIM
 
 
 @_window_attention_backward.register_fake

@@ -15,9 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LAYOUTS = ("masked", "timm", "torchvision", "grid")
-REGION_SCORE = -100.0  # what Swin's public implementations add to the scores of tokens of different regions
-
 
 def window_padding(size: int, window: int) -> int:
     """Tokens to append so that windows of ``window`` tokens cover ``size`` tokens."""
@@ -111,6 +108,6 @@ def window_mask(
     region = region.masked_fill(is_padding, -1)
     region = partition_windows(region[None, :, :, None], window, [0, 0])[0, :, :, 0]  # [windows, tokens]
     allowed = (region.unsqueeze(1) == region.unsqueeze(2)) & (region.unsqueeze(1) >= 0)  # [windows, query, key]
-    # nothing after the exponential, and still a float16
-    score = -3.0e4 if layout == "masked" else REGION_SCORE
+    # -3e4 leaves nothing after the exponential and is still a float16, -100 is what Swin's public implementations add
+    score = -3.0e4 if layout == "masked" else -100.0
     return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill(~allowed, score)

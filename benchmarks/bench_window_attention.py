@@ -1,0 +1,194 @@
+"""Windowed attention, forward and backward, against every way to run it with torch.
+
+    python benchmarks/bench_window_attention.py [--device cpu|cuda] [--dtype float32] [--case N=49] [--csv FILE]
+
+All providers get the fused projection [B, H, W, 3*heads*head_dim] and return [B, H, W, heads*head_dim]: the copies that
+cut the map into windows and put it together again belong to the work. Shapes are those of As-ViT's stages (windows of
+784, 196 and 49 tokens, head_dim 8 to 45) and of Swin-T's, with its bias and shift. Outputs and gradients are checked
+against float64 first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from operators import DTYPES, Operator, Work, measure, operator_arguments, publish, start
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from asvit_fast.ops.window_attention import split_heads, window_attention, window_attention_reference
+from asvit_fast.ops.windows import merge_windows, partition_windows, window_mask
+
+TOLERANCE = {"float32": 2e-4, "bfloat16": 6e-2, "float16": 1e-2}  # relative to the largest value of a tensor
+
+try:
+    from torch.nn.attention.flex_attention import flex_attention
+except ImportError:  # not in every build of torch
+    flex_attention = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """Attention of one layer."""
+
+    name: str
+    batch: int
+    side: int  # tokens of the square map
+    window: int
+    heads: int
+    head_dim: int
+    shift: int = 0
+    bias: bool = False
+
+    @property
+    def geometry(self) -> tuple[list[int], list[int]]:
+        return [self.window] * 2, [self.shift] * 2
+
+    def work(self, dtype: torch.dtype, device: torch.device) -> Work:
+        channels, tokens = self.heads * self.head_dim, self.window**2
+        qkv = torch.randn(self.batch, self.side, self.side, 3 * channels, device=device, dtype=dtype).requires_grad_()
+        operands = [qkv]
+        if self.bias:
+            operands.append(torch.randn(self.heads, tokens, tokens, device=device, dtype=dtype).requires_grad_())
+        exact = partial(with_flags, partial(window_attention_reference), self)
+        windows = (-(-self.side // self.window)) ** 2 * self.batch
+        moved = sum(operand.numel() for operand in operands) + qkv.numel() // 3
+        scores = float(windows * self.heads * tokens**2)
+        return Work(self.name, tuple(operands), exact, moved * qkv.element_size(), scores, "score")
+
+
+CASES = [
+    Case("N=784 d=8 (As-ViT stage 1)", 2, 56, 28, 4, 8),
+    Case("N=196 d=8 (As-ViT stage 2)", 2, 28, 14, 8, 8),
+    Case("N=49 d=8 (As-ViT stage 3)", 8, 14, 7, 16, 8),
+    Case("N=49 d=8, one window (stage 4)", 8, 7, 7, 32, 8),
+    Case("N=784 d=22 (As-ViT-B stage 1)", 2, 56, 28, 4, 22),
+    Case("N=196 d=45 (As-ViT-L stage 2)", 2, 28, 14, 8, 45),
+    Case("N=49 d=16", 8, 14, 7, 16, 16),
+    Case("N=49 d=32", 8, 14, 7, 12, 32),
+    Case("N=49 d=32, bias (Swin-T stage 1)", 4, 56, 7, 3, 32, bias=True),
+    Case("N=49 d=32, bias, shift (stage 1)", 4, 56, 7, 3, 32, shift=3, bias=True),
+    Case("N=49 d=32, bias, shift (stage 3)", 8, 14, 7, 12, 32, shift=3, bias=True),
+    Case("N=144 d=32, bias, shift", 2, 24, 12, 12, 32, shift=6, bias=True),
+    Case("N=49 d=32, bias, padded 50x50", 4, 50, 7, 3, 32, bias=True),
+]
+
+
+def with_flags(attend: Operator, case: Case, qkv: Tensor, bias: Tensor | None = None) -> Tensor:
+    """An implementation with the signature of the reference, on one case."""
+    window, shift = case.geometry
+    return attend(qkv, case.heads, window, shift, bias)
+
+
+def ours(qkv: Tensor, heads: int, window: list[int], shift: list[int], bias: Tensor | None) -> Tensor:
+    return window_attention(qkv, heads, (window[0], window[1]), (shift[0], shift[1]), bias)
+
+
+def eager(qkv: Tensor, heads: int, window: list[int], shift: list[int], bias: Tensor | None) -> Tensor:
+    """As timm's Swin computes it by default: every step an operation."""
+    size = [qkv.shape[1], qkv.shape[2]]
+    q, k, v = split_heads(partition_windows(qkv, window, shift), heads)  # [B, windows, heads, tokens, d]
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # [B, windows, heads, tokens, tokens]
+    if bias is not None:
+        scores = scores + bias
+    mask = window_mask(size, window, shift, scores.dtype, scores.device)
+    if mask is not None:
+        scores = scores + mask.unsqueeze(1)
+    out = (scores.softmax(-1) @ v).transpose(2, 3).flatten(3)  # [B, windows, tokens, heads*d]
+    return merge_windows(out, size, window, shift)
+
+
+def attention_mask(qkv: Tensor, window: list[int], shift: list[int], bias: Tensor | None, copies: int) -> Tensor | None:
+    """What SDPA takes for windows [B*windows, heads, tokens, d]: bias and mask in one."""
+    mask = window_mask([qkv.shape[1], qkv.shape[2]], window, shift, qkv.dtype, qkv.device)
+    if mask is None:
+        return None if bias is None else bias.unsqueeze(0)
+    mask = mask.unsqueeze(1) if bias is None else mask.unsqueeze(1) + bias
+    return mask.expand(copies, -1, -1, -1, -1).flatten(0, 1)
+
+
+def sdpa(
+    qkv: Tensor,
+    heads: int,
+    window: list[int],
+    shift: list[int],
+    bias: Tensor | None,
+    backend: SDPBackend | None = None,
+    pad_to: int = 1,
+) -> Tensor:
+    """torch's fused attention with one of its backends; head_dim padded with zeros to a multiple of `pad_to`."""
+    batch, size = qkv.shape[0], [qkv.shape[1], qkv.shape[2]]
+    q, k, v = (x.flatten(0, 1) for x in split_heads(partition_windows(qkv, window, shift), heads))
+    mask = attention_mask(qkv, window, shift, bias, batch)
+    head_dim = q.shape[-1]
+    if head_dim % pad_to:
+        q, k, v = (F.pad(x, (0, -head_dim % pad_to)) for x in (q, k, v))
+    with nullcontext() if backend is None else sdpa_kernel(backend):
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=head_dim**-0.5)
+    out = out[..., :head_dim].unflatten(0, (batch, -1)).transpose(2, 3).flatten(3)
+    return merge_windows(out, size, window, shift)
+
+
+def flex(qkv: Tensor, heads: int, window: list[int], shift: list[int], bias: Tensor | None, attend: Any) -> Tensor:
+    """FlexAttention with the bias as a score modification; the mask of a shift is part of the table."""
+    batch, size = qkv.shape[0], [qkv.shape[1], qkv.shape[2]]
+    q, k, v = (x.flatten(0, 1) for x in split_heads(partition_windows(qkv, window, shift), heads))
+    mask = window_mask(size, window, shift, qkv.dtype, qkv.device)  # [windows, tokens, tokens]
+    windows = 1 if mask is None else mask.shape[0]
+
+    def modify(score: Tensor, image: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        if bias is not None:
+            score = score + bias[head, query, key]
+        return score if mask is None else score + mask[image % windows, query, key]
+
+    out = attend(q.contiguous(), k.contiguous(), v.contiguous(), score_mod=modify)
+    out = out.unflatten(0, (batch, -1)).transpose(2, 3).flatten(3)
+    return merge_windows(out, size, window, shift)
+
+
+SDPA_BACKENDS = {
+    "cpu": [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH],
+    "cuda": [
+        SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,
+    ],
+}  # fmt: skip
+
+
+def providers(case: Case, device: torch.device, compiled: bool) -> dict[str, Operator]:
+    """Who takes part, by name. Those that refuse a case are left out with their reason when they are first run."""
+    table: dict[str, Callable[..., Tensor]] = {"ours": ours, "eager": eager, "SDPA, default": sdpa}
+    for backend in SDPA_BACKENDS[device.type]:
+        name = backend.name.lower().removesuffix("_attention")
+        table[f"SDPA, {name}"] = partial(sdpa, backend=backend)
+    if case.head_dim % 8:
+        table["SDPA, head_dim padded to 8"] = partial(sdpa, pad_to=8)
+    if compiled:
+        table["eager, compiled"] = torch.compile(eager, dynamic=False)
+        table["SDPA, compiled"] = torch.compile(sdpa, dynamic=False)
+        if flex_attention is not None:
+            table["FlexAttention"] = partial(flex, attend=torch.compile(flex_attention, dynamic=False))
+    return {name: partial(with_flags, attend, case) for name, attend in table.items()}
+
+
+def main() -> None:
+    """Run all cases."""
+    arguments = operator_arguments(__doc__.splitlines()[0]).parse_args()
+    device = start(arguments)
+    for case in CASES:
+        if arguments.case not in case.name:
+            continue
+        torch.compiler.reset()
+        work = case.work(DTYPES[arguments.dtype], device)
+        table = providers(case, device, not arguments.no_compile)
+        rows = measure("window_attention", work, table, arguments.modes, arguments.rounds, TOLERANCE[arguments.dtype])
+        publish(rows, arguments.csv, device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""ops.linear against torch's own function: values, gradients of every order, and what must not reach oneDNN."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from stacked import needs_extension
+from torch import Tensor
+
+from asvit_fast import nn, ops
+from asvit_fast.backends import use_backend
+
+module = importlib.import_module("asvit_fast.ops.linear")
+
+SHAPES = [((7, 5), 3), ((2, 3, 4, 33), 65), ((1, 1), 1), ((300, 64), 192), ((0, 8), 4), ((5, 129), 16)]
+
+
+@pytest.fixture(autouse=True)
+def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small products take the op as well."""
+    monkeypatch.setattr(module, "SMALL", 0)
+
+
+def operands(shape: tuple[int, ...], features: int, bias: bool = True) -> list[Tensor]:
+    torch.manual_seed(0)
+    tensors = [torch.randn(*shape), torch.randn(features, shape[-1]) / shape[-1] ** 0.5]
+    return [tensor.requires_grad_() for tensor in [*tensors, torch.randn(features)][: 3 if bias else 2]]
+
+
+def error(found: list[Tensor], exact: list[Tensor]) -> float:
+    return max(((a.double() - b).abs().max().item() for a, b in zip(found, exact, strict=True) if b.numel()), default=0)
+
+
+@needs_extension
+@pytest.mark.parametrize(("shape", "features"), SHAPES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_values_and_gradients(
+    shape: tuple[int, ...], features: int, bias: bool, activation: str, poison_empty: None
+) -> None:
+    tensors = operands(shape, features, bias)
+    wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
+
+    def both(function, tensors: list[Tensor]) -> list[Tensor]:
+        y = function(*tensors, activation=activation)
+        cotangent = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
+        return [y, *torch.autograd.grad(y, tensors, cotangent)]
+
+    exact = both(module.linear_reference, wide)
+    found, eager = both(ops.linear, tensors), both(module.linear_reference, tensors)
+    assert [tensor.shape for tensor in found] == [tensor.shape for tensor in exact]
+    assert error(found, exact) < 2 * error(eager, exact) + 1e-6
+    with torch.no_grad():  # the activation is part of the product
+        assert error([ops.linear(*tensors, activation=activation)], exact[:1]) < 2 * error(eager[:1], exact[:1]) + 1e-6
+
+
+@needs_extension
+def test_strided_operands_and_no_bias() -> None:
+    x, weight = torch.randn(64, 40).t(), torch.randn(64, 24).t()
+    torch.testing.assert_close(ops.linear(x, weight), x @ weight.t(), rtol=1e-5, atol=1e-5)
+    rows = torch.randn(4, 6, 2, 64)[:, :, 0]
+    torch.testing.assert_close(ops.linear(rows, weight), rows @ weight.t(), rtol=1e-5, atol=1e-5)
+
+
+@needs_extension
+def test_double_backward_and_partial_gradients() -> None:
+    tensors = operands((6, 4), 5)
+    weight_only = ops.linear(tensors[0].detach(), tensors[1]).square().sum()
+    assert torch.autograd.grad(weight_only, tensors[1])[0].shape == (5, 4)
+
+    def second(function) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(function(*tensors).pow(3).sum(), tensors, create_graph=True)
+        return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), tensors)
+
+    for found, want in zip(second(ops.linear), second(F.linear), strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+
+
+@needs_extension
+def test_opcheck() -> None:
+    for bias in (True, False):
+        tensors = operands((6, 4), 5, bias)
+        arguments = (*tensors, *([] if bias else [None]), "none")
+        torch.library.opcheck(torch.ops.asvit_fast.linear.default, arguments)
+
+
+@needs_extension
+def test_compile_and_export() -> None:
+    layer = nn.Linear(32, 16)
+    x = torch.randn(8, 4, 32, requires_grad=True)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), F.linear(x, layer.weight, layer.bias))
+    torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), layer(x))
+
+
+def test_transforms_take_torchs_own() -> None:
+    x, weight, bias = operands((6, 4), 5)
+    want = torch.func.jvp(F.linear, (x, weight, bias), (x, weight, bias))
+    torch.testing.assert_close(torch.func.jvp(ops.linear, (x, weight, bias), (x, weight, bias)), want)
+    per_sample = torch.func.vmap(torch.func.grad(lambda w, row: ops.linear(row, w).sum()), (None, 0))
+    torch.testing.assert_close(per_sample(weight, x[:, None]), x[:, None].expand(6, 5, 4))
+
+
+def test_what_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other types, autocast, a forced reference and small products."""
+
+    def refuse(*_: object) -> Tensor:
+        raise AssertionError("oneDNN was called")
+
+    x, weight, bias = (tensor.detach() for tensor in operands((6, 4), 5))
+    monkeypatch.setattr(module, "_linear", refuse)
+    assert ops.linear(x.double(), weight.double(), bias.double()).dtype == torch.float64
+    assert ops.linear(x.bfloat16(), weight.bfloat16(), bias.bfloat16()).dtype == torch.bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ops.linear(x, weight, bias).dtype == torch.bfloat16
+    with use_backend("reference"):
+        torch.testing.assert_close(ops.linear(x, weight, bias), F.linear(x, weight, bias))
+    monkeypatch.setattr(module, "SMALL", 10**7)
+    torch.testing.assert_close(ops.linear(x, weight, bias), F.linear(x, weight, bias))
+    with pytest.raises(ValueError, match="none or gelu, got 'relu'"):
+        ops.linear(x, weight, bias, activation="relu")

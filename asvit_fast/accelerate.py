@@ -25,6 +25,7 @@ class Family:
     source: str  # package.module.Class, or the end of it for code that is not a package
     replacement: str | None  # module.Class below asvit_fast.nn, or None
     notes: str
+    optional: bool = False  # not worth a line in the report where it stays as it is
 
     def table_row(self) -> str:
         """A row of the Markdown table that ``families_table`` makes."""
@@ -36,6 +37,7 @@ ATTENTION = "window attention kernel, no copies of windows"
 INSIDE = "with its block"
 PARTS = "inference on a CPU: tokens in parts that stay in the cache"
 MERGE = "neighbourhoods normalised and projected in one op"
+PRODUCT = "float32 inference on an AMD processor: oneDNN's product in place of MKL's"
 EMBED = "convolution and LayerNorm in one op"
 FAMILIES = (
     Family("timm.models.swin_transformer.SwinTransformerBlock", "swin.FastSwinTransformerBlock", ATTENTION),
@@ -63,6 +65,7 @@ FAMILIES = (
     Family("timm.models.nest.Attention", "local_attention.FastNestAttention", ATTENTION),
     Family("timm.models.pvt_v2.OverlapPatchEmbed", "embedding.FastOverlapPatchEmbed", EMBED),
     Family("timm.layers.patch_embed.PatchEmbed", "embedding.FastPatchEmbed", EMBED),
+    Family("torch.nn.modules.linear.Linear", "linear.FastLinear", PRODUCT, optional=True),
     Family("timm.layers.mlp.Mlp", "mlp.FastMlp", PARTS),
     Family(
         "torchvision.models.swin_transformer.ShiftedWindowAttention",
@@ -215,7 +218,8 @@ def _considered(model: nn.Module) -> Iterator[Plan]:
         replacement = _replacement_of(module)
         gainless = found[0].notes if replacement is None else replacement.gainless(module)
         if replacement is None or gainless is not None:
-            yield module, None, Decision(name, title, None, gainless, gainless=True)
+            if not found[0].optional:
+                yield module, None, Decision(name, title, None, gainless, gainless=True)
             continue
         if replacement.only_inside and module not in parents:
             why: str | None = f"only taken inside of a {replacement.only_inside}"
@@ -223,6 +227,8 @@ def _considered(model: nn.Module) -> Iterator[Plan]:
             why = parents.get(module) or _why_left(module, replacement)
         for _, child, _ in _inner(module, replacement):
             parents[child] = why and f"left with its {replacement.source.__name__}: {why}"
+        if why is not None and found[0].optional:
+            continue
         yield module, None if why else replacement, Decision(name, title, None if why else replacement.__name__, why)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import has_torch_function_unary
 
 from ..ops.transforms import transform_active
-from .replacement import Replacement, has_hooks
+from .replacement import Replacement, has_hooks, source_type
 
 LARGE = 8 << 20  # bytes of a hidden activation up to which it is left whole
 PART = 2 << 20  # bytes of a part of it, per thread
@@ -38,7 +38,7 @@ TOKENWISE = (
 def why_not_in_parts(module: nn.Module) -> str | None:
     """Why tokens cannot go through one after the other: a layer that looks at several or is not known."""
     for name, child in module.named_children():
-        if type(child) not in TOKENWISE:
+        if source_type(child) not in TOKENWISE:
             return f"its {name} is a {type(child).__name__}"
         if has_hooks(child):
             return f"its {name} has hooks, which would see parts of the tokens"

@@ -77,12 +77,18 @@ def has_hooks(module: nn.Module) -> bool:
     return any(len(getattr(module, hooks)) > 0 for hooks in HOOKS)
 
 
+def source_type(module: object) -> type:
+    """The class of a module, or that which it was before ``accelerate``."""
+    kind = type(module)
+    return kind.source if issubclass(kind, Replacement) and "source" in vars(kind) else kind
+
+
 def why_not_bypass(module: Any, **parts: type[nn.Module] | tuple[type[nn.Module], ...]) -> str | None:
     """Why the named submodules cannot be taken out of a computation: they are not exactly of the types given, have
     hooks, or weights that are not plain tensors."""
     for name, kinds in parts.items():
         part = getattr(module, name)
-        if type(part) not in (kinds if isinstance(kinds, tuple) else (kinds,)):
+        if source_type(part) not in (kinds if isinstance(kinds, tuple) else (kinds,)):
             return f"its {name} is a {type(part).__name__}"
         if part is None:
             continue

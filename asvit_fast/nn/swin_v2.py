@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block, WindowAttention
 from timm.models.swin_transformer_v2_cr import SwinTransformerV2CrBlock, WindowMultiHeadAttention
 from torch import Tensor, nn
 
+from ..ops.linear import linear
 from ..ops.window_attention import window_attention
 from .replacement import Replacement, attention_dropout, cosine_attention, padding_token, why_not_bypass
 
@@ -40,7 +40,7 @@ class FastWindowAttentionV2(Replacement, WindowAttention):
         if self.q_bias is None:
             return self.qkv(x)
         bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
-        return self.qkv(x) + bias if self.qkv_bias_separate else F.linear(x, self.qkv.weight, bias)
+        return self.qkv(x) + bias if self.qkv_bias_separate else linear(x, self.qkv.weight, bias)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, shift: tuple[int, int] | None = None) -> Tensor:
         if shift is None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
+from ..ops.linear import linear
 from ..ops.window_attention import window_attention
 from ..ops.windows import window_padding
 from .replacement import Replacement, attention_dropout, cosine_attention, padding_token, why_not_bypass
@@ -30,7 +31,7 @@ def _attend(attention: Any, project: Callable[[Tensor], Tensor], x: Tensor, scal
     bias = attention.get_relative_position_bias()[0]  # [heads, N, N]
     heads = attention.num_heads
     x = window_attention(project(x), heads, window, shift, bias, scale, dropout, "torchvision", padding)
-    x = F.linear(x, attention.proj.weight, attention.proj.bias)
+    x = linear(x, attention.proj.weight, attention.proj.bias)
     return F.dropout(x, p=attention.dropout, training=attention.training)
 
 
@@ -44,7 +45,7 @@ class FastShiftedWindowAttention(Replacement, ShiftedWindowAttention):
         return why_not_bypass(module, qkv=nn.Linear, proj=nn.Linear)
 
     def _project(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.qkv.weight, self.qkv.bias)
+        return linear(x, self.qkv.weight, self.qkv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.usable():
@@ -66,7 +67,7 @@ class FastShiftedWindowAttentionV2(Replacement, ShiftedWindowAttentionV2):
         if bias is not None:
             q, k, v = bias.chunk(3)
             bias = torch.cat([q, torch.zeros_like(k), v])
-        return cosine_attention(F.linear(x, self.qkv.weight, bias), self.num_heads, self.logit_scale)
+        return cosine_attention(linear(x, self.qkv.weight, bias), self.num_heads, self.logit_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         return _attend(self, self._project, x, 1.0) if self.usable() else super().forward(x)

@@ -37,7 +37,7 @@ ATTENTION = "window attention kernel, no copies of windows"
 INSIDE = "with its block"
 PARTS = "inference on a CPU: tokens in parts that stay in the cache"
 MERGE = "neighbourhoods normalised and projected in one op"
-PRODUCT = "float32 inference on an AMD processor: oneDNN's product in place of MKL's"
+PRODUCT = "float32 on a CPU: products by oneDNN"
 EMBED = "convolution and LayerNorm in one op"
 FAMILIES = (
     Family("timm.models.swin_transformer.SwinTransformerBlock", "swin.FastSwinTransformerBlock", ATTENTION),
@@ -65,7 +65,7 @@ FAMILIES = (
     Family("timm.models.nest.Attention", "local_attention.FastNestAttention", ATTENTION),
     Family("timm.models.pvt_v2.OverlapPatchEmbed", "embedding.FastOverlapPatchEmbed", EMBED),
     Family("timm.layers.patch_embed.PatchEmbed", "embedding.FastPatchEmbed", EMBED),
-    Family("torch.nn.modules.linear.Linear", "linear.FastLinear", PRODUCT, optional=True),
+    Family("torch.nn.modules.linear.Linear", "fast_linear.FastLinear", PRODUCT, optional=True),
     Family("timm.layers.mlp.Mlp", "mlp.FastMlp", PARTS),
     Family(
         "torchvision.models.swin_transformer.ShiftedWindowAttention",

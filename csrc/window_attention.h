@@ -25,7 +25,8 @@ template <typename T>
 struct WindowAttention {
   TokenMap<const T> qkv;
   const T* padding;     // [3, heads, head_dim], a token of padding; read where padding is attended only
-  const T* bias;        // [heads, keys, padded_to_vector(queries)], times log2(e); or null
+  const T* bias;        // [heads, queries, keys] or null
+  const T* table;       // the same for small windows, times log2(e), [heads, keys, padded_to_vector(queries)]; or null
   const T* attn_scale;  // [heads] or null
   T* output;            // [batch, height, width, heads, head_dim]
   T* statistics;        // [2, batch, height, width, heads]: a query's largest score, 1 / sum of its weights
@@ -42,7 +43,7 @@ struct WindowAttentionBackward {
   WindowAttention<T> forward;
   TokenMap<const T> gradient;  // of the output
   T* to_qkv;                   // [batch, height, width, 3, heads, head_dim], written whole
-  T* to_bias;                  // [pieces, heads, keys, padded_to_vector(queries)]
+  T* to_bias;                  // [pieces, heads, queries, keys]
   T* to_padding;               // [pieces, 3, heads, head_dim]
   T* to_attn_scale;            // [pieces, heads]
   int64_t pieces;
@@ -74,6 +75,7 @@ constexpr int64_t kMaximumLanes = 16;
 constexpr int64_t kGroup = 64;         // queries that go through the keys together
 constexpr int64_t kKeyTile = 64;       // keys whose scores are there at a time
 constexpr int64_t kUnit = 2 * kGroup;  // queries of one window that work is handed out in
+constexpr int64_t kTableTokens = 256;  // up to which the bias is turned around for all windows at once
 constexpr int64_t kRegions = 4;        // parts of a window that a shift along both sides brings together
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kRegionScore = -100.0;  // of a query and a key in different regions, where regions attend each other
@@ -219,7 +221,7 @@ struct PackedRows {
 
 template <typename T>
 struct ForwardMemory {
-  Token* tokens;               // of two windows
+  Token* tokens;                // of two windows
   T *queries, *keys, *values;   // [token][component]
   T* columns;                   // queries of a group, [component][query]
   T* scores;                    // of a group and a tile, [key][query]
@@ -251,7 +253,7 @@ struct ForwardMemory {
 
 template <typename T>
 struct BackwardMemory {
-  Token* tokens;                           // of two windows
+  Token* tokens;                            // of two windows
   T *queries, *keys, *values, *gradients;   // [token][component]
   T *to_keys, *to_values;                   // [key][padded_dim]
   T *query_columns, *gradient_columns;      // of a group, [component][query]

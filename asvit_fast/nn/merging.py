@@ -13,25 +13,10 @@ from ..ops.patch_merge import patch_merge
 from .replacement import Replacement, why_not_bypass
 
 
-def unfolded_order(parameter: Tensor) -> Tensor:
-    """Features of a 2 x 2 neighbourhood from Swin's order (column, row, channel) to (channel, row, column), that of
-    nn.Unfold: [..., 4*C] -> [..., 4*C]."""
-    return parameter.unflatten(-1, (2, 2, -1)).transpose(-1, -3).flatten(-3)
-
-
 def _merge(module: Any, x: Tensor) -> Tensor:
     """x [B, H, W, C] -> [B, ceil(H/2), ceil(W/2), Cout]."""
-    weight, norm = module.reduction.weight, module.norm
-    return patch_merge(
-        x,
-        unfolded_order(weight),
-        2,
-        2,
-        unfolded_order(norm.weight),
-        None if norm.bias is None else unfolded_order(norm.bias),
-        None,
-        norm.eps,
-    )
+    norm = module.norm
+    return patch_merge(x, module.reduction.weight, 2, 2, norm.weight, norm.bias, None, norm.eps, "timm")
 
 
 class FastPatchMerging(Replacement, PatchMerging):

@@ -1,16 +1,22 @@
-"""Overlapping patch merging: K x K neighbourhoods of tokens, stride 2, LayerNorm over the neighbourhood, Linear."""
+"""Overlapping patch merging: K x K neighbourhoods of tokens, stride 2, LayerNorm over the neighbourhood, Linear.
+
+The fused paths never hold all neighbourhoods: the CPU's works on blocks of them that its cache holds, the GPU's reads
+them from the map inside of the matrix product. Backward passes find them again from the map and two numbers per
+neighbourhood.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .. import backends
+from .. import _extension, backends
+from ..errors import InputError
+from .transforms import transform_active
 
 
 def merge_padding(size: int, kernel: int, stride: int) -> list[int]:
@@ -29,6 +35,12 @@ def _pad(x: Tensor, kernel: int, stride: int) -> Tensor:
     return F.pad(x.permute(0, 3, 1, 2), left_right + top_bottom)
 
 
+def unfold_order(parameter: Tensor, kernel: int) -> Tensor:
+    """[..., C*K*K], features ordered (column, row, channel), to the order of nn.Unfold, (channel, row, column)."""
+    by_axis = parameter.unflatten(-1, (kernel, kernel, parameter.shape[-1] // (kernel * kernel)))
+    return by_axis.transpose(-3, -1).flatten(-3)
+
+
 def patch_merge_reference(
     x: Tensor,
     weight: Tensor,
@@ -38,68 +50,317 @@ def patch_merge_reference(
     norm_bias: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    order: str = "unfold",
 ) -> Tensor:
     """``patch_merge`` in elementary operations, the neighbourhoods materialised when they are normalised."""
     channels = x.shape[3]
     size = [-(-x.shape[1] // stride), -(-x.shape[2] // stride)]
+    if order == "timm":
+        weight = unfold_order(weight, kernel)
+        norm_weight = None if norm_weight is None else unfold_order(norm_weight, kernel)
+        norm_bias = None if norm_bias is None else unfold_order(norm_bias, kernel)
+    bias = None if bias is None else bias.to(weight.dtype)
     x = _pad(x, kernel, stride)  # [B, C, H', W']
     if norm_weight is None:  # nothing between unfolding and projection: a convolution
         kernels = weight.reshape(weight.shape[0], channels, kernel, kernel)
-        return F.conv2d(x, kernels, bias, stride=stride).permute(0, 2, 3, 1)
+        return F.conv2d(x.to(weight.dtype), kernels, bias, stride=stride).permute(0, 2, 3, 1)
     patches = F.unfold(x, kernel, stride=stride).transpose(1, 2)  # [B, Ho*Wo, C*K*K]
-    patches = F.layer_norm(patches, (patches.shape[2],), norm_weight, norm_bias, eps)
-    return F.linear(patches, weight, bias).unflatten(1, size)
+    wide = torch.promote_types(patches.dtype, norm_weight.dtype)
+    shift = None if norm_bias is None else norm_bias.to(wide)
+    patches = F.layer_norm(patches.to(wide), (patches.shape[2],), norm_weight.to(wide), shift, eps)
+    return F.linear(patches.to(weight.dtype), weight, bias).unflatten(1, size)
 
 
-class _Neighbourhoods(torch.autograd.Function):
-    """x [B, H, W, C] -> [B, Ho, Wo, K, K, C], and its adjoint: runs of K*C and of stride*C numbers are copied."""
+# --------------------------------------------------------------------------- fused op
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, kernel: int, stride: int) -> Tensor:
-        ctx.shape, ctx.kernel, ctx.stride = x.shape, kernel, stride
-        (top, bottom), (left, right) = (merge_padding(size, kernel, stride) for size in x.shape[1:3])
-        x = F.pad(x, (0, 0, left, right, top, bottom))
-        patches = x.unfold(1, kernel, stride).unfold(2, kernel, stride)  # [B, Ho, Wo, C, K, K]
-        return patches.permute(0, 1, 2, 4, 5, 3).contiguous()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        kernel, stride = ctx.kernel, ctx.stride
-        batch, rows, columns, channels = *gradient.shape[:3], gradient.shape[5]
-        reach = -(-kernel // stride) - 1  # how many steps a neighbourhood reaches beyond its own
-        total = gradient.new_zeros(batch, (rows + reach) * stride, (columns + reach) * stride, channels)
-        for i in range(0, kernel, stride):
-            for j in range(0, kernel, stride):
-                part = gradient[:, :, :, i : i + stride, j : j + stride].transpose(2, 3)  # [B, Ho, <=s, Wo, <=s, C]
-                own = total[:, i : i + rows * stride, j : j + columns * stride]
-                own = own.unflatten(2, (columns, stride)).unflatten(1, (rows, stride))  # [B, Ho, s, Wo, s, C]
-                own[:, :, : part.shape[2], :, : part.shape[4]].add_(part)
-        top, left = (merge_padding(size, kernel, stride)[0] for size in ctx.shape[1:3])
-        return total[:, top : top + ctx.shape[1], left : left + ctx.shape[2]].contiguous(), None, None
+Result = tuple[Tensor, Tensor]
 
 
-def channels_last_features(parameter: Tensor, channels: int) -> Tensor:
-    """[..., C*K*K] -> [..., K*K*C]."""
-    return parameter.unflatten(-1, (channels, -1)).transpose(-1, -2).flatten(-2)
+def _padding(x: Tensor, kernel: int, stride: int) -> list[int]:
+    """Zeros above, below, to the left, to the right."""
+    return merge_padding(x.shape[1], kernel, stride) + merge_padding(x.shape[2], kernel, stride)
 
 
-def patch_merge_channels_last(
+def _output_shape(x: Tensor, weight: Tensor, stride: int) -> list[int]:
+    return [x.shape[0], -(-x.shape[1] // stride), -(-x.shape[2] // stride), weight.shape[0]]
+
+
+def _order(channels_last: bool) -> str:
+    return "timm" if channels_last else "unfold"
+
+
+def _compiled(
     x: Tensor,
     weight: Tensor,
     kernel: int,
     stride: int,
     norm_weight: Tensor,
-    norm_bias: Tensor,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    """``patch_merge`` with LayerNorm, of parameters with ``channels_last_features``; reverse mode only."""
-    patches = _Neighbourhoods.apply(x, kernel, stride).flatten(3)  # [B, Ho, Wo, K*K*C]
-    return F.linear(F.layer_norm(patches, (patches.shape[3],), norm_weight, norm_bias, eps), weight, bias)
+    norm_bias: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    channels_last: bool,
+) -> Result:
+    """C++: csrc/patch_merge.cpp."""
+    _extension.extension()
+    padding = _padding(x, kernel, stride)
+    return torch.ops.asvit_fast_C.patch_merge(
+        x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels_last, padding
+    )
 
 
-backends.declare("patch_merge", reference=patch_merge_reference)
+def _elementary(
+    x: Tensor,
+    weight: Tensor,
+    kernel: int,
+    stride: int,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    channels_last: bool,
+) -> Result:
+    """The reference, with nothing kept for the backward pass."""
+    order = _order(channels_last)
+    out = patch_merge_reference(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, order)
+    return out.contiguous(), x.new_empty(0)
+
+
+def _check_triton(*tensors: Tensor) -> None:
+    for tensor in tensors:
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise InputError(f"patch_merge: the triton backend computes in float32, got {tensor.dtype}: use reference")
+
+
+def _triton(
+    x: Tensor,
+    weight: Tensor,
+    kernel: int,
+    stride: int,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    channels_last: bool,
+) -> Result:
+    """kernels/patch_merge.py."""
+    from asvit_fast.kernels.patch_merge import patch_merge
+
+    _check_triton(x, weight)
+    padding = _padding(x, kernel, stride)
+    return patch_merge(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels_last, padding)
+
+
+backends.declare("patch_merge", triton=_triton, cpu=_compiled, reference=_elementary)
+
+
+@torch.library.custom_op("asvit_fast::patch_merge", mutates_args=())
+def _patch_merge(
+    x: Tensor,
+    weight: Tensor,
+    kernel: int,
+    stride: int,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    channels_last: bool,
+) -> Result:
+    """The output [B, Ho, Wo, Cout] in the weight's type, and [2, B, Ho, Wo]: mean and 1 / standard deviation of every
+    neighbourhood (empty if the reference ran)."""
+    implementation = backends.select("patch_merge", x.device)
+    return implementation(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels_last)
+
+
+@_patch_merge.register_fake
+def _fake(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels_last) -> Result:
+    shape = _output_shape(x, weight, stride)
+    wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    return weight.new_empty(shape), x.new_empty([2, *shape[:3]], dtype=wide)
+
+
+# --------------------------------------------------------------------------- autograd
+
+Parameters = list[Tensor | None]  # weight, norm_weight, norm_bias, bias
+CHUNK = 1 << 18  # numbers of the weight that are worked on together on a CPU
+
+
+def _vector_jacobian_product(
+    kernel: int, stride: int, eps: float, channels_last: bool, present: list[bool]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """(gradient of the output, x, and the parameters there are) -> gradients of the latter, through the reference:
+    differentiable in all of them."""
+
+    def product(gradient: Tensor, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        def reference(x: Tensor, *parameters: Tensor) -> Tensor:
+            given = iter(parameters)
+            weight, norm_weight, norm_bias, bias = (next(given) if there else None for there in present)
+            return patch_merge_reference(
+                x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, _order(channels_last)
+            )
+
+        return torch.func.vjp(reference, x, *parameters)[1](gradient)
+
+    return product
+
+
+def _parameter_gradients(
+    product: Tensor, total: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of weight, norm_weight and norm_bias, from gradient^T x (x the normalised neighbourhoods) [Cout, features] and
+    the sum of the gradient [Cout]. ``product`` is used up."""
+    gain = norm_weight.to(product.dtype)  # [features]
+    shift = None if norm_bias is None else norm_bias.to(product.dtype)
+    to_gain, to_shift = torch.zeros_like(gain), torch.zeros_like(gain)
+    rows = max(1, CHUNK // product.shape[1]) if product.device.type == "cpu" else max(1, product.shape[0])
+    for part, other, sums in zip(product.split(rows), weight.split(rows), total.split(rows), strict=True):
+        wide = other.to(product.dtype)  # [rows, features]
+        to_gain += (wide * part).sum(0)
+        to_shift += sums @ wide
+        part.mul_(gain)
+        if shift is not None:  # no addr_, whose roundings depend on how many threads there are
+            part.add_(sums.outer(shift))
+    return product, to_gain, to_shift
+
+
+@torch.library.custom_op("asvit_fast::patch_merge_backward", mutates_args=())
+def _patch_merge_backward(
+    gradient: Tensor,
+    x: Tensor,
+    output: Tensor,
+    statistics: Tensor,
+    weight: Tensor,
+    kernel: int,
+    stride: int,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    channels_last: bool,
+    to_input: bool,
+    to_parameters: bool,
+) -> list[Tensor]:
+    """Gradients of x, weight, norm_weight, norm_bias and bias (empty unless asked for); sums in an order that only
+    shapes decide."""
+    parameters: Parameters = [weight, norm_weight, norm_bias, bias]
+    implementation = backends.select("patch_merge", x.device)
+    if implementation is _elementary or statistics.numel() == 0:
+        vjp = _vector_jacobian_product(kernel, stride, eps, channels_last, [p is not None for p in parameters])
+        found = iter(vjp(gradient, x, *(p for p in parameters if p is not None)))
+        gradients = [next(found), *(None if p is None else next(found) for p in parameters)]
+    else:
+        if implementation is _triton:
+            from asvit_fast.kernels.patch_merge_backward import patch_merge_backward
+
+            _check_triton(x, weight)
+            to_x, product, total = patch_merge_backward(
+                gradient, x, output, statistics, weight, kernel, stride, norm_weight, norm_bias, bias, channels_last,
+                _padding(x, kernel, stride), to_input, to_parameters,
+            )  # fmt: skip
+        else:
+            _extension.extension()
+            to_x, product, total = torch.ops.asvit_fast_C.patch_merge_backward(
+                gradient, x, weight, statistics, kernel, stride, norm_weight, eps, channels_last,
+                _padding(x, kernel, stride), to_input, to_parameters,
+            )  # fmt: skip
+        gradients = [to_x, None, None, None, None]
+        if to_parameters:
+            gradients[1:] = *_parameter_gradients(product, total, weight, norm_weight, norm_bias), total
+    asked = [to_input, *(to_parameters and p is not None for p in parameters)]
+    return [
+        new.to(old.dtype).contiguous() if wanted and new is not None and old is not None else x.new_empty(0)
+        for wanted, new, old in zip(asked, gradients, [x, *parameters], strict=True)
+    ]
+
+
+@_patch_merge_backward.register_fake
+def _fake_backward(
+    gradient, x, output, statistics, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels_last, to_input,
+    to_parameters,
+) -> list[Tensor]:  # fmt: skip
+    parameters = (weight, norm_weight, norm_bias, bias)
+    asked = [to_input, *(to_parameters and p is not None for p in parameters)]
+    return [
+        old.new_empty(old.shape) if wanted else x.new_empty(0)
+        for wanted, old in zip(asked, (x, *parameters), strict=True)
+    ]
+
+
+def _setup_context(ctx, inputs, output: Result) -> None:
+    x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels_last = inputs
+    ctx.settings = kernel, stride, eps, channels_last
+    ctx.save_for_backward(x, *output, weight, norm_weight, norm_bias, bias)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, gradient: Tensor | None, _: Tensor | None):
+    if gradient is None:
+        return (None,) * 9
+    kernel, stride, eps, channels_last = ctx.settings
+    x, output, statistics, weight, *vectors = ctx.saved_tensors
+    needs_x, needs_weight, _, _, *needs, _, _ = ctx.needs_input_grad
+    found = _patch_merge_backward(
+        gradient, x, output, statistics, weight, kernel, stride, *vectors, eps, channels_last, needs_x,
+        needs_weight or any(needs),
+    )  # fmt: skip
+    wanted = [needs_x, needs_weight, *needs]
+    to_x, to_weight, *to_vectors = (new if want else None for new, want in zip(found, wanted, strict=True))
+    return to_x, to_weight, None, None, *to_vectors, None, None
+
+
+_patch_merge.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _setup_double(ctx, inputs, output: list[Tensor]) -> None:
+    gradient, x, _, _, weight, kernel, stride, *vectors, eps, channels_last, ctx.to_input, ctx.to_parameters = inputs
+    ctx.settings = kernel, stride, eps, channels_last
+    ctx.save_for_backward(gradient, x, weight, *vectors)
+
+
+def _double_backward(ctx, cotangents: list[Tensor | None]):
+    """In elementary operations, so that it can be differentiated again."""
+    gradient, x, *parameters = ctx.saved_tensors
+    present = [p is not None for p in parameters]
+    given = [p for p in parameters if p is not None]
+    asked = [ctx.to_input, *(ctx.to_parameters and there for there in present)]
+    along = [
+        torch.zeros_like(old) if cotangent is None or not wanted else cotangent
+        for cotangent, wanted, old in zip(cotangents, asked, [x, *parameters], strict=True)
+        if old is not None
+    ]
+    product = _vector_jacobian_product(*ctx.settings, present)
+    found = iter(torch.func.vjp(product, gradient, x, *given)[1](tuple(along)))
+    to_gradient, to_x = next(found), next(found)
+    to_weight, *to_vectors = (next(found) if there else None for there in present)
+    return to_gradient, to_x, None, None, to_weight, None, None, *to_vectors, None, None, None, None
+
+
+_patch_merge_backward.register_autograd(_double_backward, setup_context=_setup_double)
+
+# --------------------------------------------------------------------------- public
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    kernel: int,
+    stride: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    order: str,
+) -> None:
+    if kernel < 1 or stride < 1:
+        raise ValueError(f"patch_merge: kernel and stride must be positive, got {kernel} and {stride}")
+    if x.dim() != 4 or weight.dim() != 2 or weight.shape[1] != x.shape[3] * kernel * kernel:
+        raise ValueError(
+            f"patch_merge: x must be [B, H, W, C] and weight [Cout, C*{kernel}*{kernel}], "
+            f"got {list(x.shape)} and {list(weight.shape)}"
+        )
+    if norm_weight is not None and list(norm_weight.shape) != [weight.shape[1]]:
+        raise ValueError(f"patch_merge: norm_weight must be [{weight.shape[1]}], got {list(norm_weight.shape)}")
+    if norm_bias is not None and list(norm_bias.shape) != [weight.shape[1]]:
+        raise ValueError(f"patch_merge: norm_bias must be [{weight.shape[1]}], got {list(norm_bias.shape)}")
+    if order != "unfold" and order != "timm":
+        raise ValueError(f"patch_merge: order must be 'unfold' or 'timm', got '{order}'")
 
 
 def patch_merge(
@@ -111,35 +372,46 @@ def patch_merge(
     norm_bias: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    order: str = "unfold",
 ) -> Tensor:
     """Merge K x K neighbourhoods of tokens: x [B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), Cout].
 
     Zero padding at (kernel - 2) // 2 before and (kernel - 1) // 2 after (stride 2); an odd grid gets one more row and
-    column at the end. Padding counts in the LayerNorm statistics. Source: As-ViT (arXiv 2202.11921), section 3.1.
+    column at the end. Padding counts in the LayerNorm statistics. Source: As-ViT (arXiv 2202.11921), section 3.1; with
+    ``kernel`` 2 and ``order`` "timm", Swin (arXiv 2103.14030), section 3.1.
 
     Args:
-        x: [B, H, W, C].
-        weight: [Cout, C*K*K], input features ordered (channel, row, column) as nn.Unfold orders them; bias: [Cout] or
-            None.
+        x: [B, H, W, C], any floating dtype; the output has the weight's, or autocast's.
+        weight: [Cout, C*K*K], input features ordered as ``order`` says; bias: [Cout] or None.
         kernel, stride: tokens.
-        norm_weight, norm_bias: [C*K*K]; without ``norm_weight`` there is no LayerNorm.
+        norm_weight, norm_bias: [C*K*K], in the same order; without ``norm_weight`` there is no LayerNorm.
         eps: LayerNorm's epsilon.
+        order: "unfold", features ordered (channel, row, column) as by nn.Unfold; "timm", (column, row, channel) as by
+            the PatchMerging of timm's and torchvision's Swin.
 
     Raises:
         ValueError: shapes that do not fit, naming the value.
+
+    On a CPU one compiled kernel each for forward and backward, on a GPU Triton kernels (elementary operations in
+    float64), none of which holds all neighbourhoods. Without LayerNorm it is torch's convolution.
     """
+    elementary = norm_weight is None or x.numel() == 0 or weight.numel() == 0
     if not torch.jit.is_scripting():
         operands = (x, weight, norm_weight, norm_bias, bias)
         if has_torch_function(operands):
             return handle_torch_function(
-                patch_merge, operands, x, weight, kernel, stride, norm_weight, norm_bias, bias, eps
+                patch_merge, operands, x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, order
             )
+        _check(x, weight, kernel, stride, norm_weight, norm_bias, order)
+        if torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.float64:
+            weight = weight.to(torch.get_autocast_dtype(x.device.type))
+        elementary = elementary or transform_active() or x.device.type not in ("cpu", "cuda")
         if backends.forced_backend() is not None:
-            implementation = backends.select("patch_merge", x.device)
-            return implementation(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps)
-    if x.dim() != 4 or weight.dim() != 2 or weight.shape[1] != x.shape[3] * kernel * kernel:
-        raise ValueError(
-            f"patch_merge: x must be [B, H, W, C] and weight [Cout, C*{kernel}*{kernel}], "
-            f"got {list(x.shape)} and {list(weight.shape)}"
-        )
-    return patch_merge_reference(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps)
+            elementary = elementary or backends.select("patch_merge", x.device) is _elementary
+        elif x.device.type == "cuda" and torch.float64 in (x.dtype, weight.dtype):
+            elementary = True
+        if not elementary and norm_weight is not None:
+            channels_last = order == "timm"
+            return _patch_merge(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels_last)[0]
+    _check(x, weight, kernel, stride, norm_weight, norm_bias, order)
+    return patch_merge_reference(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, order)

@@ -19,14 +19,10 @@ from torch.utils import _pytree as pytree
 
 from ..backends import notify_once
 from ..ops.patch_embed import patch_embed, patch_embed_reference
-from ..ops.patch_merge import (
-    channels_last_features,
-    patch_merge,
-    patch_merge_channels_last,
-    patch_merge_reference,
-)
+from ..ops.patch_merge import patch_merge, patch_merge_reference
 from ..taylor.value import function_name
 from .contractions import Contraction, Known, gram_of_rows, named, rule_for
+from .patch_merge import channels_last_features, patch_merge_channels_last
 
 _REFERENCES: dict[Any, Callable[..., Tensor]] = {
     patch_embed: patch_embed_reference,
@@ -228,9 +224,10 @@ class _Recorder(TorchFunctionMode):
         names = ("x", "weight", "kernel", "stride", "norm_weight", "norm_bias", "bias")
         x, weight, kernel, stride, *norms, bias = named(args, kwargs, *names)
         if func is patch_merge and not forced and all(isinstance(p, nn.Parameter) for p in (weight, *norms)):
-            views = [self._channels_last(p, x.shape[3]) for p in (weight, *norms)]
+            eps, order = named(args[7:], kwargs, "eps", "order")
+            views = [self._channels_last(p, x.shape[3], order or "unfold") for p in (weight, *norms)]
             implementation = patch_merge_channels_last
-            args, kwargs = (x, views[0], kernel, stride, *views[1:], bias, *args[7:]), _without(kwargs, names)
+            args, kwargs = (x, views[0], kernel, stride, *views[1:], bias, 1e-5 if eps is None else eps), {}
         self.inside = keeps_samples_apart
         try:
             with self:
@@ -238,11 +235,11 @@ class _Recorder(TorchFunctionMode):
         finally:
             self.inside = None
 
-    def _channels_last(self, parameter: nn.Parameter, channels: int) -> nn.Parameter:
+    def _channels_last(self, parameter: nn.Parameter, channels: int, order: str) -> nn.Parameter:
         """The features of a neighbourhood channels last: the Gram matrix does not see the order."""
-        numbers = channels_last_features(parameter.detach(), channels)
-        name = self.names.get(id(parameter))
-        return nn.Parameter(numbers) if name is None else self._view(name, numbers, (channels, numbers.shape[-1]))
+        numbers = channels_last_features(parameter.detach(), channels, order)
+        name, key = self.names.get(id(parameter)), (channels, numbers.shape[-1], int(order == "timm"))
+        return nn.Parameter(numbers) if name is None else self._view(name, numbers, key)
 
     def _run(self, func: Any, args: Any, kwargs: Any, known: Known, wanted: dict[str, nn.Parameter]) -> Tensor:
         needed = {name: known.contractions[id(p)] for name, p in wanted.items() if id(p) in known.contractions}
@@ -293,10 +290,6 @@ class _Recorder(TorchFunctionMode):
 def _reshapes_parameter(func: Any, args: Any) -> bool:
     """The same numbers in the same order under another shape: gradients flatten alike."""
     return function_name(func) in ("reshape", "view", "flatten") and bool(args) and isinstance(args[0], nn.Parameter)
-
-
-def _without(kwargs: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    return {name: value for name, value in kwargs.items() if name not in names}
 
 
 def _leaves(args: Any, kwargs: Any) -> Iterable[Any]:

@@ -85,18 +85,33 @@ void differentiate_tile(T attn_factor, int64_t count, int64_t keys, const Backwa
   }
 }
 
+// Gradients of scores [key][kGroup queries] of a group and a tile, to the bias [query][key].
 template <typename T>
-void add_bias_gradient(const TokenWindow& window, int64_t row, int64_t first, int64_t count, int64_t key, int64_t keys,
-                       const T* scores, T* to_bias) {
-  for (int64_t i = 0; i < keys; ++i) {
-    T* to = to_bias + window.tokens[key + i].place * row;
-    const T* from = scores + i * kGroup;
-    if (window.whole) {
-      for (int64_t j = 0; j < count; j += kLanes<T>)
-        store<T>(to + first + j, load<T>(to + first + j) + load<T>(from + j));
-    } else {
-      for (int64_t j = 0; j < count; ++j) to[window.tokens[first + j].place] += from[j];
-    }
+void add_bias_gradient(const TokenWindow& window, int64_t tokens, int64_t first, int64_t count, int64_t key,
+                       int64_t keys, const T* scores, T* to_bias) {
+  if (!window.whole) {
+    for (int64_t i = 0; i < keys; ++i)
+      for (int64_t j = 0; j < count; ++j)
+        to_bias[window.tokens[first + j].place * tokens + window.tokens[key + i].place] += scores[i * kGroup + j];
+    return;
+  }
+  for (int64_t i = 0; i < count; i += kLanes<T>) {
+    const int64_t lanes = count - i < kLanes<T> ? count - i : kLanes<T>;
+    in_widths<T>(keys, [&](int64_t j, auto width) {
+      Vector<T> block[kLanes<T>] = {};  // of queries, then of keys
+#pragma GCC unroll 16
+      for (int k = 0; k < kLanes<T>; ++k)
+        if (k < width()) block[k] = load<T>(scores + (j + k) * kGroup + i);
+      transpose<T>(block);
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        T* to = to_bias + (first + i + lane) * tokens + key + j;
+        __builtin_prefetch(to + kKeyTile, 1);  // of the next tile, as where the bias is read
+        Vector<T> sum = {};
+        std::memcpy(&sum, to, width() * sizeof(T));
+        sum += block[lane];
+        std::memcpy(to, &sum, width() * sizeof(T));
+      }
+    });
   }
 }
 
@@ -154,7 +169,6 @@ void differentiate_group(const WindowAttentionBackward<T>& problem, const TokenW
                          int64_t first, int64_t count, const BackwardMemory<T>& memory) {
   const WindowAttention<T>& forward = problem.forward;
   const int64_t size = forward.head_dim, head = task % forward.heads, tokens = window_tokens(forward);
-  const int64_t row = padded_to_vector(tokens);
   const bool components = lanes_are_components<T>(tokens, size);
   turn_to_columns(memory.queries + first * size, count, size, forward.scale, memory.query_columns);
   turn_to_columns(memory.gradients + first * size, count, size, T(1), memory.gradient_columns);
@@ -168,7 +182,8 @@ void differentiate_group(const WindowAttentionBackward<T>& problem, const TokenW
     differentiate_tile(T(1) + (forward.attn_scale ? forward.attn_scale[head] : T(0)), count, keys, memory);
     add_products(size, components, first, count, key, keys, memory);
     if (problem.to_bias)
-      add_bias_gradient(window, row, first, count, key, keys, memory.scores, problem.to_bias + task * tokens * row);
+      add_bias_gradient(window, tokens, first, count, key, keys, memory.scores,
+                        problem.to_bias + task * tokens * tokens);
   }
   if (!components) turn_to_rows(memory.column_sums, count, size, memory.padded_dim, memory.to_queries);
   write_gradient<T>(problem, window, task, 0, first, count, forward.scale / T(kLog2E), nullptr, memory.padded_dim,

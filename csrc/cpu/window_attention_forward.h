@@ -43,22 +43,46 @@ struct Base {
   int64_t row;
 };
 
+// to [key][kGroup queries] = log2(e) * the bias of `count` queries from `query` on and `keys` keys from `key` on.
+template <typename T>
+void turn_bias(const T* bias, int64_t tokens, int64_t query, int64_t count, int64_t key, int64_t keys, T* to) {
+  for (int64_t i = 0; i < count; i += kLanes<T>) {
+    const int64_t lanes = count - i < kLanes<T> ? count - i : kLanes<T>;
+    in_widths<T>(keys, [&](int64_t j, auto width) {
+      Vector<T> block[kLanes<T>] = {};  // of keys, then of queries
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        const T* from = bias + (query + i + lane) * tokens + key + j;
+        __builtin_prefetch(from + kKeyTile);  // of the next tile: neighbours in memory are few
+        std::memcpy(&block[lane], from, width() * sizeof(T));
+      }
+      transpose<T>(block);
+#pragma GCC unroll 16
+      for (int k = 0; k < kLanes<T>; ++k)
+        if (k < width()) store<T>(to + (j + k) * kGroup + i, T(kLog2E) * block[k]);
+    });
+  }
+}
+
 // What is added to the scores of a group of queries from `first` on and the keys from `key` on: the bias, and what sets
 // regions apart. Collected in `to` where it does not lie ready.
 template <typename T>
 Base<T> score_base(const WindowAttention<T>& problem, const TokenWindow& window, int64_t head, int64_t first,
                    int64_t count, int64_t key, int64_t keys, T* to) {
   const int64_t tokens = window_tokens(problem), row = padded_to_vector(tokens);
-  const T* bias = problem.bias ? problem.bias + head * tokens * row : nullptr;
-  if (!window.regions && (window.whole || !bias)) return {bias ? bias + key * row + first : nullptr, row};
+  const T* bias = problem.bias ? problem.bias + head * tokens * tokens : nullptr;
+  if (!bias && !window.regions) return {nullptr, 0};
+  if (window.whole && !window.regions && problem.table)
+    return {problem.table + (head * tokens + key) * row + first, row};
   const Token* queries = window.tokens + first;
+  if (bias && window.whole) turn_bias(bias, tokens, first, count, key, keys, to);
   for (int64_t i = 0; i < keys; ++i) {
     const Token& token = window.tokens[key + i];
-    const T* from = bias ? bias + token.place * row : nullptr;
-    for (int64_t j = 0; j < count; ++j) {
-      const T apart = queries[j].region == token.region ? T(0) : T(kRegionScore * kLog2E);
-      to[i * kGroup + j] = from ? from[queries[j].place] + apart : apart;
-    }
+    T* at = to + i * kGroup;
+    for (int64_t j = 0; j < count && !bias; ++j) at[j] = T(0);
+    for (int64_t j = 0; j < count && !window.whole; ++j)
+      at[j] = T(kLog2E) * bias[queries[j].place * tokens + token.place];
+    for (int64_t j = 0; j < count && window.regions; ++j)
+      at[j] += queries[j].region == token.region ? T(0) : T(kRegionScore * kLog2E);
   }
   return {to, kGroup};
 }
@@ -169,21 +193,20 @@ void write_group(const WindowAttention<T>& problem, const TokenWindow& window, i
   }
 }
 
-// The window and head that come next: their operands are asked for while there is something to compute.
+// The window that comes next: its operands are asked for while there is something to compute, every head's turn another
+// part of them.
 template <typename T>
 struct Upcoming {
   const WindowAttention<T>& problem;
   const TokenWindow& window;
   int64_t head;
 
-  void fetch_operand(int part) const {
-    fetch<0>(problem.qkv, window, (part * problem.heads + head) * problem.head_dim, problem.head_dim);
-  }
-
-  void fetch_output() const {
-    const int64_t channels = problem.heads * problem.head_dim;
-    fetch<1>(contiguous_map(problem.rows, problem.columns, channels, problem.output), window, head * problem.head_dim,
-             problem.head_dim);
+  [[gnu::always_inline]] void fetch_part(int64_t part, int64_t parts) const {
+    const int64_t channels = problem.heads * problem.head_dim, all = parts * problem.heads;
+    const int64_t begin = window.count * (head * parts + part) / all,
+                  end = window.count * (head * parts + part + 1) / all;
+    fetch<0>(problem.qkv, window, begin, end, 3 * channels);
+    fetch<1>(contiguous_map(problem.rows, problem.columns, channels, problem.output), window, begin, end, channels);
   }
 };
 
@@ -196,14 +219,14 @@ void attend_group(const WindowAttention<T>& problem, const TokenWindow& window, 
   turn_to_columns(memory.queries + first * size, count, size, problem.scale, memory.columns);
   fill(memory.maximum, kGroup, kLowest<T>);
   fill(memory.total, kGroup, T(0));
-  if (first == 0) next.fetch_operand(0);
+  if (first == 0) next.fetch_part(0, 3);
   for (int64_t key = 0; key < window.count; key += kKeyTile) {
     const int64_t keys = window.count - key < kKeyTile ? window.count - key : kKeyTile;
     const Base<T> base = score_base(problem, window, head, first, count, key, keys, memory.base);
     score_tile(memory.keys + key * size, memory.columns, size, count, keys, base, memory.scores);
-    if (first + key == 0) next.fetch_operand(1);
+    if (first + key == 0) next.fetch_part(1, 3);
     weigh(memory.scores, count, keys, memory.maximum, memory.total, memory.factor);
-    if (first + key == 0) next.fetch_operand(2);
+    if (first + key == 0) next.fetch_part(2, 3);
     const T* values = memory.values + key * size;
     if (components) {
       if (key > 0) scale_rows(memory.factor, count, size, padded_dim, memory.sums);
@@ -219,14 +242,13 @@ void attend_group(const WindowAttention<T>& problem, const TokenWindow& window, 
   }
   if (!components) turn_to_rows(memory.column_sums, count, size, padded_dim, memory.sums);
   write_group(problem, window, head, first, count, memory);
-  if (first == 0) next.fetch_output();
 }
 
 template <typename T>
 void window_attention(const WindowAttention<T>& problem, int64_t begin, int64_t end, char* bytes) {
   Arena arena(bytes);
   const ForwardMemory<T> memory(problem, arena);
-  const int64_t units = query_units(problem), last_task = window_count(problem) * problem.heads - 1;
+  const int64_t units = query_units(problem), count = window_count(problem);
   Windows<T> windows(problem, memory.tokens);
   int64_t ready = -1;  // whose operands are packed
   for (int64_t index = begin; index < end; ++index) {
@@ -239,8 +261,8 @@ void window_attention(const WindowAttention<T>& problem, int64_t begin, int64_t 
       if (problem.attn_scale)
         mean_regions(window, memory.values, problem.head_dim, memory.padded_dim, T(1), memory.means);
     }
-    const int64_t following = task < last_task ? task + 1 : task;
-    const Upcoming<T> next = {problem, windows[following / problem.heads], following % problem.heads};
+    const int64_t following = task / problem.heads + 1;
+    const Upcoming<T> next = {problem, windows[following < count ? following : count - 1], head};
     const int64_t last = first + kUnit < window.count ? first + kUnit : window.count;
     for (int64_t query = first; query < last; query += kGroup)
       attend_group(problem, window, head, query, last - query < kGroup ? last - query : kGroup, next, memory);

@@ -1,0 +1,330 @@
+// asvit_fast_C::patch_merge and its backward pass on the CPU: schemas, checks, allocation, threads and matrix products.
+//
+// Neighbourhoods are never there all at once: blocks of them are copied into a buffer that the cache holds, normalised
+// there (cpu/) and multiplied by torch's matrix product. Blocks, and the order in which their sums are added, depend on
+// shapes only.
+#include "patch_merge.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/addmm_cpu_dispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/mm_cpu_dispatch.h>
+#include <ATen/ops/sum_cpu_dispatch.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "stacked.h"
+
+namespace asvit_fast {
+namespace {
+
+template <typename T>
+struct Kernels;
+template <>
+struct Kernels<float> {
+  static constexpr PerIsa<PatchMergeRowsCpu<float>> rows = ASVIT_FAST_PER_ISA(patch_merge_rows_f32);
+  static constexpr PerIsa<PatchMergeGradientCpu<float>> gradient = ASVIT_FAST_PER_ISA(patch_merge_gradient_f32);
+};
+template <>
+struct Kernels<double> {
+  static constexpr PerIsa<PatchMergeRowsCpu<double>> rows = ASVIT_FAST_PER_ISA(patch_merge_rows_f64);
+  static constexpr PerIsa<PatchMergeGradientCpu<double>> gradient = ASVIT_FAST_PER_ISA(patch_merge_gradient_f64);
+};
+
+constexpr int64_t kFewTokens = 48;          // below, the product of a block is slow
+constexpr int64_t kBlocks = 4;              // that maps are cut into at least, as far as blocks do not get that small
+constexpr int64_t kBufferBytes = 1 << 19;   // of a block, which the cache holds beside a part of the weight
+constexpr int64_t kPieces = 16;             // of the gradient of the weights, at most
+constexpr int64_t kWeightRows = 128;        // outputs whose gradients are found together, about
+constexpr int64_t kSmallProduct = 1 << 19;  // multiply-adds below which oneDNN is not worth its call
+
+using LinearPointwise = at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
+                                   std::string_view, c10::List<std::optional<at::Scalar>>,
+                                   std::optional<std::string_view>);
+
+// oneDNN's matrix product, if this torch has one. In float32 torch's own is MKL's, which uses half of the vector units
+// of AMD's processors.
+const std::optional<c10::TypedOperatorHandle<LinearPointwise>>& onednn() {
+  static const auto handle = []() -> std::optional<c10::TypedOperatorHandle<LinearPointwise>> {
+    const auto schema = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
+    if (!schema) return std::nullopt;
+    return schema->typed<LinearPointwise>();
+  }();
+  return handle;
+}
+
+// a [M, K] times b^T, b [N, K], plus bias [N] if it is defined.
+at::Tensor product(const at::Tensor& a, const at::Tensor& b, const at::Tensor& bias = {}) {
+  const std::optional<at::Tensor> added = bias.defined() ? std::optional(bias) : std::nullopt;
+  if (a.scalar_type() == at::kFloat && onednn() && a.numel() * b.size(0) >= kSmallProduct) {
+    return onednn()->call(a, b, added, "none", c10::List<std::optional<at::Scalar>>(), "");
+  }
+  return added ? at::cpu::addmm(bias, a, b.t()) : at::cpu::mm(a, b.t());
+}
+
+// A range of output rows, through all images.
+struct Block {
+  int64_t begin, end;
+};
+
+// What all parts of one call share.
+struct Merge {
+  Neighbourhoods map;
+  int64_t images, outputs;
+  double eps;
+  at::ScalarType wide;                           // LayerNorm's type; the products have the weight's
+  at::Tensor x, weight, norm_weight, norm_bias;  // weight [outputs, features]
+
+  int64_t output_rows() const { return images * map.out_height; }
+  int64_t output_tokens() const { return output_rows() * map.out_width; }
+  at::TensorOptions options() const { return x.options().dtype(wide); }
+
+  int64_t rows_per_block() const {
+    const int64_t item = wide == at::kDouble ? 8 : 4;
+    const int64_t tokens = std::clamp(std::min(output_tokens() / kBlocks, kBufferBytes / (map.features() * item)),
+                                      kFewTokens, output_tokens() + kFewTokens);
+    const int64_t reach = (map.kernel + map.stride - 1) / map.stride - 1;  // blocks two apart share no input
+    const int64_t rows = std::max((tokens + map.out_width - 1) / map.out_width, reach);
+    const int64_t blocks = (output_rows() + rows - 1) / rows;
+    return std::max((output_rows() + blocks - 1) / blocks, reach);
+  }
+  int64_t blocks() const { return (output_rows() + rows_per_block() - 1) / rows_per_block(); }
+  Block block(int64_t index) const {
+    const int64_t rows = rows_per_block();
+    return {index * rows, std::min((index + 1) * rows, output_rows())};
+  }
+  // Of [output tokens, ...]
+  at::Tensor part(const at::Tensor& tensor, const Block& block) const {
+    return tensor.narrow(0, block.begin * map.out_width, (block.end - block.begin) * map.out_width);
+  }
+  at::Tensor buffer() const {
+    return at::empty({rows_per_block() * map.out_width * map.features() + kRowSlack}, options());
+  }
+};
+
+Merge make_merge(const at::Tensor& x, const at::Tensor& weight, int64_t kernel, int64_t stride,
+                 const at::Tensor& norm_weight, const std::optional<at::Tensor>& norm_bias, double eps,
+                 bool channels_last, at::IntArrayRef padding) {
+  TORCH_CHECK_VALUE(x.dim() == 4 && kernel >= 1 && stride >= 1 && weight.dim() == 2 &&
+                        weight.size(1) == x.size(3) * kernel * kernel && padding.size() == 4,
+                    "patch_merge: x must be [B, H, W, C] and weight [Cout, C*", kernel, "*", kernel, "], not ",
+                    x.sizes(), " and ", weight.sizes());
+  const auto fits = [&](const at::Tensor& vector) { return vector.dim() == 1 && vector.size(0) == weight.size(1); };
+  TORCH_CHECK_VALUE(fits(norm_weight) && (!norm_bias || fits(*norm_bias)),
+                    "patch_merge: norm_weight and norm_bias must be [", weight.size(1), "]");
+  for (const at::Tensor& tensor : {x, weight})
+    TORCH_CHECK_TYPE(
+        tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble || is_half(tensor.scalar_type()),
+        "patch_merge: no kernel for ", tensor.scalar_type());
+  const auto count = [&](int64_t size, int64_t zeros) {
+    return std::max<int64_t>(0, (size + zeros - kernel) / stride + 1);
+  };
+  Merge merge;
+  merge.map = {x.size(1),
+               x.size(2),
+               x.size(3),
+               kernel,
+               stride,
+               padding[0],
+               padding[2],
+               count(x.size(1), padding[0] + padding[1]),
+               count(x.size(2), padding[2] + padding[3]),
+               channels_last};
+  merge.images = x.size(0);
+  merge.outputs = weight.size(0);
+  merge.eps = eps;
+  merge.wide = x.scalar_type() == at::kDouble || weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  merge.x = x.detach().contiguous();
+  merge.weight = weight.detach();
+  merge.norm_weight = norm_weight.detach().to(merge.wide).contiguous();
+  if (norm_bias) merge.norm_bias = norm_bias->detach().to(merge.wide).contiguous();
+  return merge;
+}
+
+// The input rows that a block's neighbourhoods touch, in LayerNorm's type; `problem` is told where they are.
+template <typename T>
+at::Tensor input_rows(const Merge& merge, const Block& block, PatchMerge<T>& problem) {
+  const Neighbourhoods& map = merge.map;
+  const auto row = [&](int64_t output_row, int64_t offset) {  // of the input
+    const int64_t inside =
+        std::clamp<int64_t>(output_row % map.out_height * map.stride - map.top + offset, 0, map.height);
+    return output_row / map.out_height * map.height + inside;
+  };
+  const int64_t begin = row(block.begin, 0), end = std::max(begin, row(block.end - 1, map.kernel));
+  const at::Tensor rows = merge.x.flatten(0, 1).narrow(0, begin, end - begin).to(merge.wide);
+  problem.tokens = rows.const_data_ptr<T>();
+  problem.first_row = begin;
+  return rows;
+}
+
+// Rows [tokens, features] of a block, in `buffer`.
+template <typename T>
+at::Tensor normalised_rows(const Merge& merge, const Block& block, PatchMerge<T> problem, const at::Tensor& buffer) {
+  const int64_t columns = merge.map.out_width, tokens = (block.end - block.begin) * columns;
+  const at::Tensor source = input_rows(merge, block, problem);
+  select(Kernels<T>::rows)(problem, block.begin * columns, block.end * columns, buffer.mutable_data_ptr<T>());
+  return buffer.narrow(0, 0, tokens * merge.map.features()).view({tokens, merge.map.features()});
+}
+
+template <typename T>
+PatchMerge<T> make_problem(const Merge& merge, const at::Tensor& statistics, bool differentiate) {
+  T* mean = statistics.mutable_data_ptr<T>();
+  return {merge.map,
+          nullptr,
+          0,
+          pointer_or_null<T>(merge.norm_weight),
+          pointer_or_null<T>(merge.norm_bias),
+          static_cast<T>(merge.eps),
+          mean,
+          mean + merge.output_tokens(),
+          differentiate};
+}
+
+// `run` with a number of LayerNorm's type.
+template <typename Run>
+void in_wide_type(const Merge& merge, Run run) {
+  if (merge.wide == at::kDouble) {
+    run(0.);
+  } else {
+    run(0.f);
+  }
+}
+
+std::tuple<at::Tensor, at::Tensor> patch_merge_cpu(const at::Tensor& x, const at::Tensor& weight, int64_t kernel,
+                                                   int64_t stride, const at::Tensor& norm_weight,
+                                                   const std::optional<at::Tensor>& norm_bias,
+                                                   const std::optional<at::Tensor>& bias, double eps,
+                                                   bool channels_last, at::IntArrayRef padding) {
+  const Merge merge = make_merge(x, weight, kernel, stride, norm_weight, norm_bias, eps, channels_last, padding);
+  const auto& map = merge.map;
+  const at::Tensor output = at::empty({merge.output_tokens(), merge.outputs}, weight.options());
+  const at::Tensor statistics = at::empty({2, merge.images, map.out_height, map.out_width}, merge.options());
+  at::Tensor offset;
+  if (bias) offset = bias->detach().to(weight.scalar_type());
+  if (output.numel() > 0)
+    in_wide_type(merge, [&](auto zero) {
+      using T = decltype(zero);
+      const auto problem = make_problem<T>(merge, statistics, false);
+      at::parallel_for(0, merge.blocks(), 1, [&](int64_t begin, int64_t end) {
+        const at::AutoDispatchBelowADInplaceOrView guard;  // other threads have not been told
+        const at::Tensor buffer = merge.buffer();
+        for (int64_t i = begin; i < end; ++i) {
+          const Block block = merge.block(i);
+          const at::Tensor rows = normalised_rows<T>(merge, block, problem, buffer).to(weight.scalar_type());
+          merge.part(output, block).copy_(product(rows, merge.weight, offset));
+        }
+      });
+    });
+  return {output.view({merge.images, map.out_height, map.out_width, merge.outputs}), statistics};
+}
+
+// Gradient of x. Blocks that follow each other add to the same tokens: first go the even ones, then the odd ones.
+template <typename T>
+at::Tensor input_gradient(const Merge& merge, const PatchMerge<T>& problem, const at::Tensor& gradient) {
+  const at::Tensor to_x = at::zeros(merge.x.sizes(), merge.options());
+  const int64_t features = merge.map.features(), columns = merge.map.out_width;
+  const at::Tensor transposed = merge.weight.t();  // [features, outputs]
+  for (int64_t parity = 0; parity < 2; ++parity)
+    at::parallel_for(0, (merge.blocks() + 1 - parity) / 2, 1, [&](int64_t begin, int64_t end) {
+      const at::AutoDispatchBelowADInplaceOrView guard;  // other threads have not been told
+      const at::Tensor buffer = merge.buffer();
+      const at::Tensor workspace = at::empty({2 * (features + kRowSlack)}, merge.options());
+      for (int64_t i = begin; i < end; ++i) {
+        const Block block = merge.block(2 * i + parity);
+        const at::Tensor rows = normalised_rows<T>(merge, block, problem, buffer);
+        const at::Tensor to_rows = product(merge.part(gradient, block), transposed).to(merge.wide).contiguous();
+        select(Kernels<T>::gradient)(problem, block.begin * columns, block.end * columns, rows.const_data_ptr<T>(),
+                                     to_rows.const_data_ptr<T>(), workspace.mutable_data_ptr<T>(),
+                                     to_x.mutable_data_ptr<T>());
+      }
+    });
+  return to_x;
+}
+
+// gradient^T x [outputs, features], x the normalised rows, and the sum of the gradient [outputs]. Blocks are added in a
+// few pieces and these one after the other; columns of the gradient go apart.
+template <typename T>
+std::tuple<at::Tensor, at::Tensor> parameter_products(const Merge& merge, const PatchMerge<T>& problem,
+                                                      const at::Tensor& gradient) {
+  const int64_t blocks = merge.blocks(), most = std::min(kPieces, blocks);
+  const int64_t pieces = std::clamp<int64_t>(merge.output_tokens() / (4 * merge.outputs), 1, most);
+  const int64_t groups = std::max<int64_t>(1, merge.outputs / kWeightRows);
+  std::vector<at::Tensor> sums, totals;  // one by one, so that all but the first can be freed
+  for (int64_t piece = 0; piece < pieces; ++piece) {
+    sums.push_back(at::empty({merge.outputs, merge.map.features()}, merge.options()));
+    totals.push_back(at::zeros({merge.outputs}, merge.options()));
+  }
+  at::parallel_for(0, pieces * groups, 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView guard;  // other threads have not been told
+    const at::Tensor buffer = merge.buffer();
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t piece = task / groups, first = merge.outputs * (task % groups) / groups;
+      const int64_t count = merge.outputs * (task % groups + 1) / groups - first, start = blocks * piece / pieces;
+      at::Tensor sum = sums[piece].narrow(0, first, count), total = totals[piece].narrow(0, first, count);
+      for (int64_t i = start; i < blocks * (piece + 1) / pieces; ++i) {
+        const at::Tensor part = merge.part(gradient, merge.block(i)).narrow(1, first, count).to(merge.wide);
+        const at::Tensor rows = normalised_rows<T>(merge, merge.block(i), problem, buffer);
+        const at::Tensor more = product(part.t(), rows.t());
+        i == start ? sum.copy_(more) : sum.add_(more);
+        total.add_(at::cpu::sum(part, at::IntArrayRef{0}));
+      }
+    }
+  });
+  for (int64_t piece = 1; piece < pieces; ++piece) {
+    sums[0].add_(sums[piece]);
+    totals[0].add_(totals[piece]);
+  }
+  return {sums[0], totals[0]};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> patch_merge_backward_cpu(
+    const at::Tensor& gradient, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& statistics,
+    int64_t kernel, int64_t stride, const at::Tensor& norm_weight, double eps, bool channels_last,
+    at::IntArrayRef padding, bool to_input, bool to_parameters) {
+  const Merge merge = make_merge(x, weight, kernel, stride, norm_weight, std::nullopt, eps, channels_last, padding);
+  TORCH_CHECK_VALUE(gradient.numel() == merge.output_tokens() * merge.outputs, "patch_merge_backward: gradient ",
+                    gradient.sizes(), " does not fit x ", x.sizes());
+  at::Tensor to_x = at::empty({0}, x.options()), sums = at::empty({0}, merge.options()), total = sums;
+  if (gradient.numel() > 0)
+    in_wide_type(merge, [&](auto zero) {
+      using T = decltype(zero);
+      const auto problem = make_problem<T>(merge, statistics, true);
+      const at::Tensor flat = gradient.to(weight.scalar_type()).reshape({merge.output_tokens(), merge.outputs});
+      if (to_parameters) std::tie(sums, total) = parameter_products<T>(merge, problem, flat);
+      if (to_input) to_x = input_gradient<T>(merge, problem, flat).to(x.scalar_type());
+    });
+  return {to_x, sums, total};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(asvit_fast_C, library) {
+  library.def(
+      "patch_merge(Tensor x, Tensor weight, int kernel, int stride, Tensor norm_weight, Tensor? norm_bias, Tensor? "
+      "bias, "
+      "float eps, bool channels_last, int[] padding) -> (Tensor, Tensor)");
+  library.def(
+      "patch_merge_backward(Tensor gradient, Tensor x, Tensor weight, Tensor statistics, int kernel, int stride, "
+      "Tensor "
+      "norm_weight, float eps, bool channels_last, int[] padding, bool to_input, bool to_parameters) -> (Tensor, "
+      "Tensor, "
+      "Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(asvit_fast_C, CPU, library) {
+  library.impl("patch_merge", patch_merge_cpu);
+  library.impl("patch_merge_backward", patch_merge_backward_cpu);
+}
+
+}  // namespace asvit_fast

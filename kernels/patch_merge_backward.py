@@ -1,0 +1,267 @@
+"""Triton kernels of the backward pass of patch merging, which finds neighbourhoods again from the map and their
+statistics.
+
+Each token of the map gathers from the neighbourhoods that hold it; g^T x, g the gradient of the output and x the
+normalised neighbourhoods, comes in pieces, which are added in a fixed order. No float atomics.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .patch_merge import (
+    SIZES,
+    constant_arguments,
+    fold_weights,
+    load_rows,
+    load_weights,
+    map_arguments,
+    neighbour,
+    tile_arguments,
+)
+from .window_tiles import dot
+
+PROGRAMS = 1024  # that sums over all tokens are cut into: a few for every multiprocessor
+
+
+@triton.jit(do_not_specialize=SIZES)
+def patch_merge_row_sums_kernel(
+    gradient_pointer,  # [tokens, OUTPUTS]
+    output_pointer,  # [tokens, OUTPUTS]
+    sums_pointer,  # [2, OUTPUTS]
+    rows_pointer,  # [2, tokens]: means over features of g W' and of g W' x, x the normalised neighbourhood
+    tokens,
+    OUTPUTS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Each program: BLOCK_M tokens. W' x is the output less its constants."""
+    token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    real = token < tokens
+    index = tl.cast(token, tl.int64)
+    mean = tl.zeros([BLOCK_M], dtype=tl.float32)
+    along = tl.zeros([BLOCK_M], dtype=tl.float32)
+    for first in range(0, OUTPUTS, BLOCK_N):
+        channel = first + tl.arange(0, BLOCK_N)
+        gradient = load_rows(gradient_pointer, index, real, first, OUTPUTS, BLOCK_N).to(tl.float32)
+        value = load_rows(output_pointer, index, real, first, OUTPUTS, BLOCK_N).to(tl.float32)
+        sums = tl.load(sums_pointer + channel, mask=channel < OUTPUTS, other=0.0)
+        constants = tl.load(sums_pointer + OUTPUTS + channel, mask=channel < OUTPUTS, other=0.0)
+        mean += tl.sum(gradient * sums[None, :], 1)
+        along += tl.sum(gradient * (value - constants[None, :]), 1)
+    tl.store(rows_pointer + token, mean * (1.0 / FEATURES), mask=real)
+    tl.store(rows_pointer + tokens + token, along * (1.0 / FEATURES), mask=real)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def patch_merge_input_kernel(
+    x_pointer,  # [B, H, W, CHANNELS]
+    folded_pointer,  # [OUTPUTS, KERNEL * KERNEL, CHANNELS]
+    gradient_pointer,  # [B, Ho, Wo, OUTPUTS]
+    statistics_pointer,  # [2, B, Ho, Wo]
+    rows_pointer,  # [2, B, Ho, Wo]
+    to_x_pointer,  # [B, H, W, CHANNELS]
+    tokens,  # of the output
+    height,
+    width,
+    out_height,
+    out_width,
+    top,
+    left,
+    CHANNELS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Each program: BLOCK_C channels of BLOCK_M input tokens of one phase, those that the same positions of
+    neighbourhoods fall on. With g the gradient of the output, of all of these neighbourhoods the sum of
+    rstd (g W' - <g W'> - x <g W' x>)."""
+    PHASES: tl.constexpr = STRIDE * STRIDE
+    BLOCKS: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
+    PARTS: tl.constexpr = (OUTPUTS + BLOCK_N - 1) // BLOCK_N
+    start = tl.program_id(0) % BLOCKS * BLOCK_C
+    phase = tl.program_id(0) // BLOCKS % PHASES
+    place = tl.program_id(0) // (BLOCKS * PHASES) * BLOCK_M + tl.arange(0, BLOCK_M)
+    down = tl.cdiv(height + top, STRIDE)  # places of one phase along each axis
+    across = tl.cdiv(width + left, STRIDE)
+    image = place // (down * across)
+    place_row = place // across % down
+    place_column = place % across
+    row = place_row * STRIDE + phase // STRIDE - top
+    column = place_column * STRIDE + phase % STRIDE - left
+    real = (image * out_height * out_width < tokens) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    index = (tl.cast(image, tl.int64) * height + row) * width + column
+    x = load_rows(x_pointer, index, real, start, CHANNELS, BLOCK_C).to(tl.float32)
+    steps_down = (KERNEL - phase // STRIDE + STRIDE - 1) // STRIDE  # positions of a neighbourhood in this phase
+    steps_across = (KERNEL - phase % STRIDE + STRIDE - 1) // STRIDE
+    to_x = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.float32)
+    for step in range(steps_down * steps_across):
+        down_step = step // steps_across
+        across_step = step % steps_across
+        out_row = place_row - down_step
+        out_column = place_column - across_step
+        inside = real & (out_row >= 0) & (out_row < out_height) & (out_column >= 0) & (out_column < out_width)
+        token = (image * out_height + out_row) * out_width + out_column
+        mean = tl.load(statistics_pointer + token, mask=inside, other=0.0)
+        rstd = tl.load(statistics_pointer + tokens + token, mask=inside, other=0.0)
+        level = tl.load(rows_pointer + token, mask=inside, other=0.0)
+        along = tl.load(rows_pointer + tokens + token, mask=inside, other=0.0)
+        to_x -= rstd[:, None] * (level[:, None] + (x - mean[:, None]) * (rstd * along)[:, None])
+        tap = (phase // STRIDE + down_step * STRIDE) * KERNEL + phase % STRIDE + across_step * STRIDE
+        for part in range(PARTS):
+            weights = load_weights(
+                folded_pointer, part * BLOCK_N, tap, start, OUTPUTS, CHANNELS, KERNEL, BLOCK_N, BLOCK_C
+            )
+            gradient = load_rows(gradient_pointer, tl.cast(token, tl.int64), inside, part * BLOCK_N, OUTPUTS, BLOCK_N)
+            scaled = (gradient.to(tl.float32) * rstd[:, None]).to(weights.dtype)
+            to_x += dot(scaled, weights, PRECISION)
+    channel = start + tl.arange(0, BLOCK_C)
+    to = to_x_pointer + index[:, None] * CHANNELS + channel[None, :]
+    tl.store(to, to_x.to(to_x_pointer.dtype.element_ty), mask=real[:, None] & (channel < CHANNELS)[None, :])
+
+
+@triton.jit(do_not_specialize=SIZES)
+def patch_merge_products_kernel(
+    x_pointer,  # [B, H, W, CHANNELS]
+    gradient_pointer,  # [B, Ho, Wo, OUTPUTS]
+    statistics_pointer,  # [2, B, Ho, Wo]
+    parts_pointer,  # [pieces, OUTPUTS, KERNEL * KERNEL, CHANNELS]
+    tokens,
+    per_piece,
+    height,
+    width,
+    out_height,
+    out_width,
+    top,
+    left,
+    CHANNELS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Each program: g^T x, x the normalised neighbourhoods, of `per_piece` tokens, BLOCK_N outputs and BLOCK_C
+    features."""
+    TAPS: tl.constexpr = KERNEL * KERNEL
+    BLOCKS: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
+    GROUPS: tl.constexpr = (OUTPUTS + BLOCK_N - 1) // BLOCK_N
+    start = tl.program_id(0) % BLOCKS * BLOCK_C
+    tap = tl.program_id(0) // BLOCKS % TAPS
+    first = tl.program_id(0) // (BLOCKS * TAPS) % GROUPS * BLOCK_N
+    piece = tl.program_id(0) // (BLOCKS * TAPS * GROUPS)
+    end = tl.minimum((piece + 1) * per_piece, tokens)
+    product = tl.zeros([BLOCK_N, BLOCK_C], dtype=tl.float32)
+    for begin in range(piece * per_piece, end, BLOCK_M):
+        token = begin + tl.arange(0, BLOCK_M)
+        real = token < end
+        index, inside = neighbour(
+            token, real, tap // KERNEL, tap % KERNEL, height, width, out_height, out_width, top, left, STRIDE
+        )
+        mean = tl.load(statistics_pointer + token, mask=real, other=0.0)
+        rstd = tl.load(statistics_pointer + tokens + token, mask=real, other=0.0)
+        x = load_rows(x_pointer, index, inside, start, CHANNELS, BLOCK_C).to(tl.float32)
+        x = (x - mean[:, None]) * rstd[:, None]
+        gradient = load_rows(gradient_pointer, tl.cast(token, tl.int64), real, first, OUTPUTS, BLOCK_N)
+        product += dot(tl.trans(gradient), x.to(gradient.dtype), PRECISION)
+    output = first + tl.arange(0, BLOCK_N)
+    channel = start + tl.arange(0, BLOCK_C)
+    index = (tl.cast(piece, tl.int64) * OUTPUTS + output) * TAPS + tap
+    mask = (output < OUTPUTS)[:, None] & (channel < CHANNELS)[None, :]
+    tl.store(parts_pointer + index[:, None] * CHANNELS + channel[None, :], product, mask=mask)
+
+
+# --------------------------------------------------------------------------- launches
+
+
+def patch_merge_backward(
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    output: torch.Tensor,
+    statistics: torch.Tensor,
+    weight: torch.Tensor,
+    kernel: int,
+    stride: int,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    channels_last: bool,
+    padding: list[int],
+    to_input: bool,
+    to_parameters: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradient of x, gradient^T x (x the normalised neighbourhoods) [Cout, features] in the order of the weight's
+    features and the sum of the gradient [Cout], these two in float32; empty unless asked for."""
+    x, gradient = x.contiguous(), gradient.to(weight.dtype).contiguous()
+    to_x, product = x.new_empty(0), x.new_empty(0)
+    total = product
+    with torch.cuda.device_of(x):
+        if to_input:
+            folded, sums = fold_weights(weight, kernel, norm_weight, norm_bias, bias, channels_last)
+            to_x = _input_gradient(gradient, x, output.contiguous(), statistics, folded, sums, kernel, stride, padding)
+        if to_parameters:
+            product = _products(gradient, x, statistics, weight, kernel, stride, padding)
+            axes = (0, 2, 1, 3) if channels_last else (0, 3, 1, 2)
+            product = product.view(-1, kernel, kernel, x.shape[3]).permute(axes).reshape(weight.shape)
+            total = gradient.flatten(0, 2).sum(0, dtype=torch.float32)
+    return to_x, product, total
+
+
+def _input_gradient(
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    output: torch.Tensor,
+    statistics: torch.Tensor,
+    folded: torch.Tensor,
+    sums: torch.Tensor,
+    kernel: int,
+    stride: int,
+    padding: list[int],
+) -> torch.Tensor:
+    """[B, H, W, C]."""
+    to_x, rows, sizes = torch.empty_like(x), torch.empty_like(statistics), map_arguments(x, kernel, stride, padding)
+    outputs = folded.shape[0]
+    patch_merge_row_sums_kernel[(triton.cdiv(sizes["tokens"], 32),)](
+        gradient, output, sums, rows, sizes["tokens"], OUTPUTS=outputs, FEATURES=kernel**2 * x.shape[3], BLOCK_M=32,
+        BLOCK_N=min(128, triton.next_power_of_2(outputs)), enable_fp_fusion=True,
+    )  # fmt: skip
+    tiles = tile_arguments("patch_merge_input", x, folded)
+    places = x.shape[0] * triton.cdiv(x.shape[1] + padding[0], stride) * triton.cdiv(x.shape[2] + padding[2], stride)
+    blocks = triton.cdiv(places, tiles["BLOCK_M"]) * stride**2 * triton.cdiv(x.shape[3], tiles["BLOCK_C"])
+    patch_merge_input_kernel[(blocks,)](
+        x, folded, gradient, statistics, rows, to_x, **sizes, **constant_arguments(x, folded, kernel, stride),
+        **tiles,
+    )  # fmt: skip
+    return to_x
+
+
+def _products(
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    statistics: torch.Tensor,
+    weight: torch.Tensor,
+    kernel: int,
+    stride: int,
+    padding: list[int],
+) -> torch.Tensor:
+    """[Cout, K*K*C], features ordered (row, column, channel)."""
+    sizes, tiles = map_arguments(x, kernel, stride, padding), tile_arguments("patch_merge_products", x, weight)
+    blocks = kernel**2 * triton.cdiv(x.shape[3], tiles["BLOCK_C"]) * triton.cdiv(weight.shape[0], tiles["BLOCK_N"])
+    steps = triton.cdiv(sizes["tokens"], tiles["BLOCK_M"])
+    per_piece = triton.cdiv(steps, max(1, min(PROGRAMS // blocks, steps // 4))) * tiles["BLOCK_M"]
+    pieces = triton.cdiv(sizes["tokens"], per_piece)
+    parts = x.new_empty(pieces, *weight.shape, dtype=torch.float32)
+    patch_merge_products_kernel[(pieces * blocks,)](
+        x, gradient, statistics, parts, per_piece=per_piece, **sizes, **constant_arguments(x, weight, kernel, stride),
+        **tiles,
+    )  # fmt: skip
+    return parts.sum(0) if pieces > 1 else parts[0]

@@ -1,0 +1,209 @@
+"""patch_merge's Triton kernels: in Triton's interpreter against float64, compiled for GPUs that need not be there,
+and on a GPU if there is one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from asvit_fast import ops
+from asvit_fast.backends import use_backend
+
+pytest.importorskip("triton")
+
+INTERPRETED = """
+import sys
+import torch
+sys.path.insert(0, "tests")
+from test_patch_merge_triton import check
+check(sys.argv[1], torch.device("cpu"))
+print("checked")
+"""
+
+# H, W, C, Cout, kernel, stride, order, with norm_bias, with bias
+CASES = [
+    (7, 5, 5, 6, 3, 2, "unfold", True, False),
+    (8, 8, 32, 16, 4, 2, "unfold", True, True),
+    (9, 6, 24, 70, 2, 2, "timm", True, False),
+    (5, 4, 70, 9, 3, 2, "timm", False, True),
+    (1, 1, 3, 2, 4, 2, "unfold", True, True),
+    (6, 7, 17, 5, 1, 2, "unfold", False, False),
+    (7, 7, 9, 4, 5, 3, "unfold", True, True),
+]
+TINY = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 2e-2}  # the interpreter cuts bfloat16, not rounds
+
+
+def operands(case: tuple, dtype: torch.dtype, device: torch.device, batch: int = 2) -> list[Tensor | None]:
+    """x, weight, norm_weight, norm_bias, bias."""
+    height, width, channels, outputs, kernel, _, _, shifted, biased = case
+    features = kernel * kernel * channels
+    x = torch.randn(batch, height, width, channels, device=device)
+    weight = torch.randn(outputs, features, device=device) / features**0.5
+    vectors = [torch.randn(size, device=device) for size in (features, features, outputs)]
+    given = [x, weight, vectors[0], vectors[1] if shifted else None, vectors[2] if biased else None]
+    return [None if tensor is None else tensor.to(dtype) for tensor in given]
+
+
+def both_ways(given: list[Tensor | None], case: tuple, dtype: torch.dtype | None, gradient: Tensor) -> list[Tensor]:
+    """Output, and gradients of everything given."""
+    leaves = [None if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in given]
+    out = ops.patch_merge(*leaves[:2], case[4], case[5], *leaves[2:], order=case[6])
+    return [out.detach(), *torch.autograd.grad(out, [t for t in leaves if t is not None], gradient.to(out.dtype))]
+
+
+def compare(given: list[Tensor | None], case: tuple) -> None:
+    """Forward and all gradients: error(ours) < 2 error(elementary operations, same dtype) + tiny, against float64."""
+    x, weight = given[:2]
+    shape = (x.shape[0], -(-x.shape[1] // case[5]), -(-x.shape[2] // case[5]), weight.shape[0])
+    gradient = torch.randn(shape, device=x.device).to(weight.dtype)
+    with use_backend("triton"):
+        ours = both_ways(given, case, None, gradient)
+    with use_backend("reference"):
+        theirs = both_ways(given, case, None, gradient)
+        exact = both_ways(given, case, torch.float64, gradient)
+    expected = [weight.dtype, *(t.dtype for t in given if t is not None)]
+    for got, other, want, dtype in zip(ours, theirs, exact, expected, strict=True):
+        assert got.shape == want.shape and got.dtype == dtype and got.is_contiguous()
+        error, allowed = (got - want).abs().max().item(), (other - want).abs().max().item()
+        tiny = TINY[weight.dtype] * max(1.0, want.abs().max().item())
+        assert error < 2 * allowed + tiny, f"{tuple(want.shape)} of {case} {weight.dtype}: {error} against {allowed}"
+
+
+def check_shapes(device: torch.device) -> None:
+    """Every dtype, memory poisoned."""
+    for number, case in enumerate(CASES):
+        for index, dtype in enumerate(TINY):
+            if device.type == "cpu" and index > 0 and index % 2 != number % 2:
+                continue  # the interpreter is slow
+            compare(operands(case, dtype, device), case)
+
+
+def check_details(device: torch.device) -> None:
+    """What shapes do not show: layouts, mixed types, a large mean, single gradients, determinism."""
+    case = CASES[0]
+    given = operands(case, torch.float32, device)
+    given[0] = given[0].permute(0, 2, 1, 3).contiguous().permute(0, 2, 1, 3)
+    given[1] = given[1].T.contiguous().T
+    compare(given, case)
+    mixed = operands(CASES[1], torch.float32, device)
+    mixed[1] = mixed[1].bfloat16()
+    compare(mixed, CASES[1])
+    for mean in (1e3, 1e4):
+        inside = (6, 6, 24, 8, 2, 2, "timm", True, True)  # no padding, whose distance to the mean would be the spread
+        large = operands(inside, torch.float32, device)
+        large[0] = large[0] + mean
+        compare(large, inside)
+    with use_backend("triton"):
+        x, weight, *vectors = given
+        x = x.clone().requires_grad_()
+        out = ops.patch_merge(x, weight, 3, 2, *vectors)
+        (alone,) = torch.autograd.grad(out.sum(), x)
+        weight = weight.clone().requires_grad_()
+        (other,) = torch.autograd.grad(ops.patch_merge(x.detach(), weight, 3, 2, *vectors).sum(), weight)
+        results = [both_ways(given, case, None, torch.ones_like(out)) for _ in range(2)]
+        assert all(map(torch.equal, *results))
+        assert torch.equal(results[0][1], alone) and torch.equal(results[0][2], other)
+        assert torch.ops.asvit_fast.patch_merge(x[:0], weight, 3, 2, *vectors, 1e-5, False)[0].shape == (0, 4, 3, 6)
+
+
+def check_many_tokens(device: torch.device) -> None:
+    """Several blocks of tokens, and several pieces of the gradient of the weights, the last of them shorter."""
+    case = (34, 18, 3, 4, 2, 2, "unfold", True, True)
+    compare(operands(case, torch.float32, device, 4), case)
+
+
+def check(name: str, device: torch.device) -> None:
+    """One of the checks."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    {"shapes": check_shapes, "details": check_details, "many": check_many_tokens}[name](device)
+
+
+CHECKS = pytest.mark.parametrize("name", ["shapes", "details", "many"])
+
+
+@CHECKS
+def test_interpreted(name, root):
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", INTERPRETED, name],
+        cwd=root,
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.stdout.strip() == "checked", result.stderr
+
+
+@pytest.mark.gpu
+@CHECKS
+def test_on_a_gpu(name):
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA GPU")
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        check(name, torch.device("cuda"))
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+# --------------------------------------------------------------------------- compiled
+
+
+def arguments_of(name: str, channels: int, outputs: int, kernel: int, dtype: str, capability: int) -> tuple:
+    """Signature, constants and options of a kernel."""
+    from asvit_fast.kernels.patch_merge import SIZES, channel_block
+    from asvit_fast.kernels.tiles import choose
+
+    bits = {"*fp32": 32, "*bf16": 16}[dtype]
+    options, constants = {"num_warps": 4}, {"BLOCK_M": 32, "BLOCK_N": 128}
+    if name in ("patch_merge", "patch_merge_input", "patch_merge_products"):
+        options = choose(name, f"{capability}", outputs, channels, bits)
+        constants = {key: value for key, value in options.items() if key.isupper()}
+    constants |= {"CHANNELS": channels, "OUTPUTS": outputs, "KERNEL": kernel, "STRIDE": 2, "PRECISION": "tf32x3"}
+    constants |= {"BLOCK_C": channel_block(channels, bits), "FEATURES": kernel**2 * channels, "BLOCK": 512}
+    constants |= {"CHANNELS_LAST": False, "SHIFTED": True, "BIASED": True}
+    low = ("x", "weight", "norm_weight", "norm_bias", "bias", "folded", "output", "gradient", "to_x")
+    wide = ("sums", "mean", "rstd", "rows", "statistics", "parts")
+    signature = {f"{key}_pointer": dtype for key in low} | {f"{key}_pointer": "*fp32" for key in wide}
+    signature |= dict.fromkeys(SIZES, "i32") | {"eps": "fp32"}
+    return signature, constants, {key: value for key, value in options.items() if not key.isupper()}
+
+
+@pytest.mark.parametrize(
+    ("channels", "outputs", "kernel", "dtype", "capability"),
+    [
+        (32, 64, 4, "*bf16", 90),
+        (88, 176, 4, "*bf16", 90),
+        (384, 768, 2, "*bf16", 90),
+        (96, 192, 2, "*fp32", 90),
+        (128, 256, 3, "*bf16", 80),
+        (96, 192, 2, "*fp32", 80),
+        (192, 384, 2, "*bf16", 100),
+    ],
+)
+def test_compiled(channels, outputs, kernel, dtype, capability):
+    """For GPUs that need not be there; no register is spilled."""
+    from asvit_fast.kernels import patch_merge, patch_merge_backward
+    from asvit_fast.kernels.inspection import compile_kernel
+
+    for name in ("_fold", "", "_row_sums", "_input", "_products"):
+        module = patch_merge if name in ("_fold", "") else patch_merge_backward
+        compiled = getattr(module, f"patch_merge{name}_kernel")
+        signature, constants, options = arguments_of(f"patch_merge{name}", channels, outputs, kernel, dtype, capability)
+        report = compile_kernel(
+            compiled,
+            {key: value for key, value in signature.items() if key in compiled.arg_names},
+            {key: value for key, value in constants.items() if key in compiled.arg_names},
+            capability,
+            **options,
+        )
+        assert report.shared_bytes <= (99 if capability == 80 else 227) * 1024, report  # of the smallest GPUs
+        assert report.spilled_bytes == 0, report

@@ -8,6 +8,7 @@ is left alone.
 from __future__ import annotations
 
 import importlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -107,6 +108,7 @@ class Decision:
     replacement: str | None  # the class that it has now, None if it was left
     reason: str | None  # why it was left
     gainless: bool = False  # left because nothing would be gained
+    optional: bool = False  # summed up when the report is printed
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,10 @@ class Report:
         rows = [
             (decision.name or "(the model)", decision.source, decision.replacement or f"left: {decision.reason}")
             for decision in self.decisions
+            if not decision.optional
         ]
+        others = Counter((d.source, d.replacement or "left") for d in self.decisions if d.optional)
+        rows += [(f"{count} more", source, becomes) for (source, becomes), count in others.items()]
         summary = f"{len(self.swapped)} modules accelerated, {len(self.left)} of known classes left"
         if not rows:
             return f"{summary}: no module of a known class (asvit_fast.accelerate lists them in FAMILIES)"
@@ -208,28 +213,31 @@ def _considered(model: nn.Module) -> Iterator[Plan]:
     parents: dict[nn.Module, str | None] = {}  # of children that are decided with their parent: why that is left
     for name, module in model.named_modules():
         kind = type(module)
-        title = _qualified_name(kind)
-        if issubclass(kind, Replacement):
-            yield module, None, Decision(name, _qualified_name(kind.source), kind.__name__, None)
-            continue
         found = _family_of(module)
         if found is None:
             continue
+        family, source = found
+        title = _qualified_name(source if issubclass(kind, Replacement) else kind)
         replacement = _replacement_of(module)
-        gainless = found[0].notes if replacement is None else replacement.gainless(module)
+        gainless = family.notes if replacement is None else replacement.gainless(module)
+        why: str | None = None
+        if issubclass(kind, Replacement):
+            yield module, None, Decision(name, title, kind.__name__, None, optional=family.optional)
+            continue
         if replacement is None or gainless is not None:
-            if not found[0].optional:
+            if not family.optional:
                 yield module, None, Decision(name, title, None, gainless, gainless=True)
             continue
         if replacement.only_inside and module not in parents:
-            why: str | None = f"only taken inside of a {replacement.only_inside}"
+            why = f"only taken inside of a {replacement.only_inside}"
         else:
             why = parents.get(module) or _why_left(module, replacement)
         for _, child, _ in _inner(module, replacement):
             parents[child] = why and f"left with its {replacement.source.__name__}: {why}"
-        if why is not None and found[0].optional:
-            continue
-        yield module, None if why else replacement, Decision(name, title, None if why else replacement.__name__, why)
+        if why is None:
+            yield module, replacement, Decision(name, title, replacement.__name__, None, optional=family.optional)
+        elif not family.optional:
+            yield module, None, Decision(name, title, None, why)
 
 
 def accelerate(model: nn.Module, strict: bool = False) -> Report:

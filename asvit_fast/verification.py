@@ -166,10 +166,13 @@ def _default_loss(output: Any) -> Tensor:
     return total
 
 
+Run = dict[str, tuple[Tensor, float]]  # by name: a tensor in float64 on the CPU, the precision that it had
+
+
 def _run(
     model: nn.Module, sample: Any, gradients: bool, loss: Callable[[Any], Tensor] | None, seed: int
-) -> dict[str, Tensor]:
-    """Outputs and gradients by name, in float64 on the CPU."""
+) -> Run:
+    """Outputs and gradients."""
     inputs = [(name, x) for name, x in _tensors("input", sample) if x.is_floating_point()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices), torch.set_grad_enabled(gradients):
@@ -185,7 +188,10 @@ def _run(
             (loss or _default_loss)(output).backward()
             named = [*((f"gradient of {name}", p) for name, p in [*model.named_parameters(), *inputs])]
             found |= {name: p.grad for name, p in named if p.grad is not None}
-    return {name: x.detach().to("cpu", torch.float64, copy=True) for name, x in found.items()}
+    return {
+        name: (x.detach().to("cpu", torch.float64, copy=True), torch.finfo(x.dtype).eps if x.is_floating_point() else 0.0)
+        for name, x in found.items()
+    }
 
 
 def _largest(x: Tensor) -> float:
@@ -193,24 +199,23 @@ def _largest(x: Tensor) -> float:
     return float(x.abs().nan_to_num(nan=float("inf")).max()) if x.numel() > 0 else 0.0
 
 
-def _compare(
-    mode: str, fast: dict[str, Tensor], source: dict[str, Tensor], exact: dict[str, Tensor]
-) -> Iterator[Difference]:
+def _compare(mode: str, fast: Run, source: Run, exact: Run) -> Iterator[Difference]:
     """Tensor by tensor, outputs and gradients apart.
 
     The error of one tensor is a matter of luck, and gradients that vanish in theory are nothing but rounding. What is
     allowed therefore also follows from how precise the source is on all tensors: `common` is its relative error on the
-    worst tenth of them, and a tenth of that, relative to a tensor of middle size, may come on top.
+    worst tenth of them, and a tenth of that, relative to a tensor of middle size, may come on top, as may one step of
+    the tensor's own precision.
     """
     for kind in ("output", "gradient"):
         names = [name for name in source if name.startswith(kind)]
-        sizes = {name: _largest(exact[name]) for name in names}
-        errors = {name: _largest(source[name] - exact[name]) for name in names}
+        sizes = {name: _largest(exact[name][0]) for name in names}
+        errors = {name: _largest(source[name][0] - exact[name][0]) for name in names}
         middle = sorted(sizes.values())[len(sizes) // 2] if sizes else 0.0
         relative = sorted(errors[name] / sizes[name] for name in names if sizes[name] > 1e-3 * middle)
         common = max(relative[len(relative) * 9 // 10] if relative else 0.0, 1e-6)
         for name in names:
-            error = _largest(fast[name] - exact[name]) if name in fast else float("inf")
-            difference = _largest(fast[name] - source[name]) if name in fast else float("inf")
-            allowed = SLACK * max(errors[name], common * sizes[name]) + 0.1 * common * middle
+            value, precision = fast.get(name, (torch.full((), float("inf")), 0.0))
+            error, difference = _largest(value - exact[name][0]), _largest(value - source[name][0])
+            allowed = SLACK * max(errors[name], common * sizes[name]) + 0.1 * common * middle + precision * sizes[name]
             yield Difference(mode, name, difference, sizes[name], error, errors[name], error <= allowed)

@@ -86,9 +86,10 @@ def torchvision_model(version: int, window: int) -> nn.Module:
     )
 
 
+FIRST = {"FastSwinTransformerBlock", "FastWindowAttention", "FastMlp", "FastPatchEmbed", "FastLinear"}
 # name: model, side of the image, classes that have to be there afterwards
 MODELS: dict[str, tuple[Callable[[], nn.Module], int, set[str]]] = {
-    "swin": (lambda: swin(56), 56, {"FastSwinTransformerBlock", "FastWindowAttention", "FastMlp", "FastPatchEmbed"}),
+    "swin": (lambda: swin(56), 56, FIRST),
     "swin padded": (lambda: swin(44, window_size=4), 44, {"FastSwinTransformerBlock", "FastPatchMerging"}),
     "swin always partitioned": (
         lambda: swin(36, window_size=6, always_partition=True, strict_img_size=False),
@@ -257,7 +258,7 @@ def authors_model() -> nn.Module:
 def test_authors_code(dtype):
     model = prepared(authors_model).to(dtype)
     af.accelerate(model, strict=True)
-    assert fast_classes(model) == {
+    assert fast_classes(model) - {"FastLinear"} == {
         family.replacement.rpartition(".")[2] for family in FAMILIES if family.replacement and "Authors" in family.replacement
     }
     result = af.verify(model, image(64, dtype), rows=0)

@@ -80,7 +80,9 @@ FAMILIES = (
     ),
     Family("torchvision.models.swin_transformer.PatchMerging", "merging.FastTorchvisionPatchMerging", MERGE),
     Family(
-        "torchvision.models.swin_transformer.PatchMergingV2", None, "it normalises after the projection: nothing to fuse"
+        "torchvision.models.swin_transformer.PatchMergingV2",
+        None,
+        "it normalises after the projection: nothing to fuse",
     ),
     Family("torchvision.ops.misc.MLP", "mlp.FastTorchvisionMLP", PARTS),
     Family("cell_operations.TransformerBlock", "authors.FastAuthorsTransformerBlock", ATTENTION),
@@ -174,7 +176,7 @@ def _replacement_of(module: nn.Module) -> type[Replacement] | None:
 
 def _inner(module: nn.Module, replacement: type[Replacement]) -> Iterator[tuple[str, nn.Module, str | None]]:
     """(attribute, child, why not) of the children that are replaced with a module."""
-    for name, expected in replacement.inner.items():
+    for name, expected in replacement.inner:
         child = getattr(module, name)
         kind = _replacement_of(child)
         if kind is None or not issubclass(kind, expected):
@@ -267,15 +269,13 @@ def accelerate(model: nn.Module, strict: bool = False) -> Report:
         InputError: with ``strict``, the modules left and why; the model is as it was.
     """
     plans = list(_considered(model))
-    refused = [
-        decision for _, _, decision in plans if decision.replacement is None and not decision.gainless
-    ]
+    refused = [decision for _, _, decision in plans if decision.replacement is None and not decision.gainless]
     if strict and refused:
         names = "; ".join(f"{decision.name or 'the model'}: {decision.reason}" for decision in refused)
         raise InputError(f"accelerate(strict=True) cannot take {len(refused)} modules of known classes: {names}")
     for module, replacement, _ in plans:
         if replacement is not None:
-            module.__class__ = replacement
+            module.__class__ = replacement  # type: ignore[assignment]
     return Report(tuple(decision for _, _, decision in plans))
 
 

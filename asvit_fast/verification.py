@@ -75,8 +75,8 @@ def verify(
     """Compare a model with and without ``accelerate`` on your own data: outputs and gradients, with the same random
     numbers.
 
-    Works on copies, one at a time: the model, accelerated already or not, stays as it is. Both copies are held against a
-    third one in higher precision, so that a difference can be told from rounding: an error counts as rounding up to
+    Works on copies, one at a time: the model, accelerated already or not, stays as it is. Both copies are held against
+    a third one in higher precision, so that a difference can be told from rounding: an error counts as rounding up to
     twice that of the restored model on the same tensor, or on the worst tenth of tensors where that is larger.
     Dropout (not stochastic depth) is off, as its masks are drawn in another order. Prints the largest differences.
     Inside ``torch.autocast`` it compares what autocast makes of both.
@@ -169,9 +169,7 @@ def _default_loss(output: Any) -> Tensor:
 Run = dict[str, tuple[Tensor, float]]  # by name: a tensor in float64 on the CPU, the precision that it had
 
 
-def _run(
-    model: nn.Module, sample: Any, gradients: bool, loss: Callable[[Any], Tensor] | None, seed: int
-) -> Run:
+def _run(model: nn.Module, sample: Any, gradients: bool, loss: Callable[[Any], Tensor] | None, seed: int) -> Run:
     """Outputs and gradients."""
     inputs = [(name, x) for name, x in _tensors("input", sample) if x.is_floating_point()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
@@ -189,7 +187,10 @@ def _run(
             named = [*((f"gradient of {name}", p) for name, p in [*model.named_parameters(), *inputs])]
             found |= {name: p.grad for name, p in named if p.grad is not None}
     return {
-        name: (x.detach().to("cpu", torch.float64, copy=True), torch.finfo(x.dtype).eps if x.is_floating_point() else 0.0)
+        name: (
+            x.detach().to("cpu", torch.float64, copy=True),
+            torch.finfo(x.dtype).eps if x.is_floating_point() else 0.0,
+        )
         for name, x in found.items()
     }
 

@@ -62,7 +62,7 @@ class FastAuthorsWindowAttention(FromAuthors):
 class FastAuthorsTransformerBlock(FromAuthors):
     """Tokens [B, H*W, C]; hands whole maps to its attention."""
 
-    inner = {"attn": FastAuthorsWindowAttention}
+    inner = (("attn", FastAuthorsWindowAttention),)
 
     def forward(self: Any, x: Tensor) -> Tensor:
         height, width = self.input_resolution
@@ -81,9 +81,7 @@ class FastAuthorsPatchMerging(FromAuthors):
 
     @classmethod
     def obstacle(cls, module: Any) -> str | None:
-        return why_not_bypass(
-            module, norm=MAYBE_NORM, reduction=nn.Linear, soft_split=nn.Unfold, padding=nn.ZeroPad2d
-        )
+        return why_not_bypass(module, norm=MAYBE_NORM, reduction=nn.Linear, soft_split=nn.Unfold, padding=nn.ZeroPad2d)
 
     def forward(self: Any, x: Tensor) -> Tensor:
         height, width = self.input_resolution

@@ -35,7 +35,7 @@ class FastSpatialBlock(Replacement, SpatialBlock):
     """Hands whole maps to its attention."""
 
     source = SpatialBlock
-    inner = {"attn": FastDavitWindowAttention}
+    inner = (("attn", FastDavitWindowAttention),)
 
     @classmethod
     def obstacle(cls, module: Any) -> str | None:

@@ -77,5 +77,5 @@ class FastOverlapPatchEmbed(Replacement, OverlapPatchEmbed):
     def forward(self, x: Tensor) -> Tensor:
         if not self.usable():
             return super().forward(x)
-        rows, columns = self.proj.padding
+        rows, columns = (int(size) for size in self.proj.padding)
         return embed(self, x, (columns, columns, rows, rows))

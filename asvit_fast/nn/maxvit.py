@@ -51,7 +51,7 @@ class FastPartitionAttentionCl(Replacement, PartitionAttentionCl):
     """Hands whole maps to its attention."""
 
     source = PartitionAttentionCl
-    inner = {"attn": FastAttentionCl}
+    inner = (("attn", FastAttentionCl),)
 
     def _partition_attn(self, x: Tensor) -> Tensor:
         if not (_divides(self.partition_size, x) and self.usable()):
@@ -63,7 +63,7 @@ class FastParallelPartitionAttention(Replacement, ParallelPartitionAttention):
     """Hands whole maps to both of its attentions."""
 
     source = ParallelPartitionAttention
-    inner = {"attn_block": FastAttentionCl, "attn_grid": FastAttentionCl}
+    inner = (("attn_block", FastAttentionCl), ("attn_grid", FastAttentionCl))
 
     def _partition_attn(self, x: Tensor) -> Tensor:
         if not (_divides(self.partition_size, x) and self.usable()):

@@ -9,9 +9,9 @@ before the swap and at every call, as users may add a hook later; the source's m
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -28,7 +28,7 @@ class Replacement:
     """Mixin, first of the bases; the second is `source`."""
 
     source: ClassVar[type[nn.Module]]
-    inner: ClassVar[dict[str, type[Replacement]]] = {}  # children that are replaced with it, by attribute
+    inner: ClassVar[tuple[tuple[str, type[Replacement]], ...]] = ()  # children that are replaced with it, by attribute
     only_inside: ClassVar[str | None] = None  # the class that must hold it, where a replacement has another signature
 
     @classmethod
@@ -44,7 +44,7 @@ class Replacement:
     def usable(self) -> bool:
         """Whether the fused path may run at this call; where not, says so once."""
         why = self.obstacle(self)
-        for name, kind in self.inner.items():
+        for name, kind in self.inner:
             child = getattr(self, name)
             if not isinstance(child, kind):
                 why = why or f"its {name} was replaced by a {type(child).__name__}"
@@ -56,13 +56,18 @@ class Replacement:
         return why is None
 
 
-@functools.cache
+_bound: dict[tuple[type, type], type[Replacement]] = {}
+
+
 def bound(replacement: type[Replacement], source: type[nn.Module]) -> type[Replacement]:
     """A replacement for the classes of one package is itself; one that can only be recognised when it is met, of code
     that is no package, is derived from it here, once for each."""
     if "source" in vars(replacement):
         return replacement
-    return type(replacement.__name__, (replacement, source), {"source": source})
+    key = (replacement, source)
+    if key not in _bound:
+        _bound[key] = type(replacement.__name__, key, {"source": source})
+    return _bound[key]
 
 
 def overridden(replacement: type[Replacement]) -> set[str]:
@@ -83,7 +88,7 @@ def source_type(module: object) -> type:
     return kind.source if issubclass(kind, Replacement) and "source" in vars(kind) else kind
 
 
-def why_not_bypass(module: Any, **parts: type[nn.Module] | tuple[type[nn.Module], ...]) -> str | None:
+def why_not_bypass(module: Any, **parts: type | tuple[type, ...]) -> str | None:
     """Why the named submodules cannot be taken out of a computation: they are not exactly of the types given, have
     hooks, or weights that are not plain tensors."""
     for name, kinds in parts.items():
@@ -100,7 +105,9 @@ def why_not_bypass(module: Any, **parts: type[nn.Module] | tuple[type[nn.Module]
     return None
 
 
-def padding_token(qkv: nn.Module, x: Tensor, window: tuple[int, int], norm: nn.Module | None = None) -> Tensor | None:
+def padding_token(
+    qkv: Callable[[Tensor], Tensor], x: Tensor, window: tuple[int, int], norm: nn.Module | None = None
+) -> Tensor | None:
     """What the projection makes of a zero token: [channels], or None if windows divide the map x [B, H, W, C]."""
     if x.shape[1] % window[0] == 0 and x.shape[2] % window[1] == 0:
         return None

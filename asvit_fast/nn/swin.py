@@ -37,7 +37,7 @@ class FastSwinTransformerBlock(Replacement, SwinTransformerBlock):
     """Hands whole maps to its attention."""
 
     source = SwinTransformerBlock
-    inner = {"attn": FastWindowAttention}
+    inner = (("attn", FastWindowAttention),)
 
     @classmethod
     def obstacle(cls, module: Any) -> str | None:

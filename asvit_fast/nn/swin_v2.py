@@ -39,21 +39,22 @@ class FastWindowAttentionV2(Replacement, WindowAttention):
     def _project(self, x: Tensor) -> Tensor:
         if self.q_bias is None:
             return self.qkv(x)
-        bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
+        bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))  # type: ignore[arg-type]
         return self.qkv(x) + bias if self.qkv_bias_separate else linear(x, self.qkv.weight, bias)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, shift: tuple[int, int] | None = None) -> Tensor:
         if shift is None:
             return super().forward(x, mask)
         table = 16 * torch.sigmoid(self.cpb_mlp(self.relative_coords_table).flatten(0, -2))  # [offsets, heads]
-        return _attend(self, self._project, x, table[self.relative_position_index].permute(2, 0, 1), shift)
+        index: Any = self.relative_position_index  # [N, N]
+        return _attend(self, self._project, x, table[index].permute(2, 0, 1), shift)
 
 
 class FastSwinTransformerV2Block(Replacement, SwinTransformerV2Block):
     """Hands whole maps to its attention."""
 
     source = SwinTransformerV2Block
-    inner = {"attn": FastWindowAttentionV2}
+    inner = (("attn", FastWindowAttentionV2),)
 
     def _attn(self, x: Tensor) -> Tensor:
         return self.attn(x, shift=self.shift_size) if self.usable() else super()._attn(x)
@@ -79,7 +80,7 @@ class FastSwinTransformerV2CrBlock(Replacement, SwinTransformerV2CrBlock):
     """Hands whole maps to its attention."""
 
     source = SwinTransformerV2CrBlock
-    inner = {"attn": FastWindowMultiHeadAttention}
+    inner = (("attn", FastWindowMultiHeadAttention),)
 
     def _shifted_window_attn(self, x: Tensor) -> Tensor:
         return self.attn(x, shift=self.shift_size) if self.usable() else super()._shifted_window_attn(x)

@@ -39,7 +39,7 @@ class FastTinyVitBlock(Replacement, TinyVitBlock):
     """Hands whole maps to its attention."""
 
     source = TinyVitBlock
-    inner = {"attn": FastTinyVitAttention}
+    inner = (("attn", FastTinyVitAttention),)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.usable():

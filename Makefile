@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.h)
 CLANG_FORMAT := $(filter %.cpp %.h %.cu,$(SOURCES)) $(wildcard tests/cuda_on_cpu/*.* tests/cuda_on_cpu/cuda/*.h)
 
-.PHONY: install demo test sanitize resource-report lint format bench clean
+.PHONY: install demo test sanitize kernel-report resource-report lint format bench clean
 
 install: $(VENV)/.installed
 
@@ -46,10 +46,13 @@ sanitize: install
 		$(BIN)/pytest -n 2 --capture=sys -k "not compile and not export and not opcheck and not transforms and not triton" \
 		$(SANITIZED_TESTS)
 
-# Registers, spills and shared memory of the CUDA kernels and GELU's Triton kernel, for GPUs that need not be there; fails on
-# spills. Those of windowed attention's Triton kernels are in tests/test_window_attention_triton.py.
-resource-report: install
-	$(BIN)/python benchmarks/resource_report.py
+# Registers, spills, shared memory, occupancy and the inner loop's instructions of every CUDA and Triton kernel, for GPUs that
+# need not be there, as a table and in benchmarks/results/kernel_report.csv; fails on spills on Hopper.
+# KERNEL_REPORT="--arch 80,90,100 --dtype bf16,fp32" widens it, "--kernel blocked --shape N=784" narrows it.
+kernel-report: install
+	$(BIN)/python benchmarks/kernel_report.py $(KERNEL_REPORT)
+
+resource-report: kernel-report
 
 lint: install
 	$(BIN)/ruff check .

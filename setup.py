@@ -310,7 +310,7 @@ def main() -> None:
     setup(
         packages=[*find_packages(include=["asvit_fast", "asvit_fast.*"]), "asvit_fast.kernels"],
         package_dir={"asvit_fast": "asvit_fast", "asvit_fast.kernels": "kernels"},
-        package_data={"asvit_fast.kernels": ["*.json"]},
+        package_data={"asvit_fast.kernels": ["tiles/*.json"]},
         ext_modules=extensions,
         cmdclass=commands,
     )

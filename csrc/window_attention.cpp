@@ -2,6 +2,8 @@
 // arithmetic is in cpu/.
 #include "window_attention.h"
 
+#include <ATen/Parallel.h>
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -9,16 +11,25 @@
 
 #include <algorithm>
 #include <optional>
+#include <string_view>
 #include <tuple>
 
-#include "window_attention_tensors.h"
+#include "cpu/dispatch.h"
+#include "stacked.h"
 
 namespace asvit_fast {
 namespace {
 
-constexpr int64_t kBiasPieces = 16;
-constexpr int64_t kBiasBytes = int64_t(1) << 26;  // that the pieces' gradients of the bias may take together
+constexpr double kWork = 1 << 18;  // multiply-adds a thread should have at least
+constexpr int64_t kPieces = 16;
+constexpr int64_t kPieceBytes = int64_t(1) << 26;  // that the pieces' gradients of the bias may take together
 
+template <typename T>
+constexpr PerIsa<WindowAttentionCpu<T>> kForward;
+template <>
+constexpr PerIsa<WindowAttentionCpu<float>> kForward<float> = ASVIT_FAST_PER_ISA(window_attention_f32);
+template <>
+constexpr PerIsa<WindowAttentionCpu<double>> kForward<double> = ASVIT_FAST_PER_ISA(window_attention_f64);
 template <typename T>
 constexpr PerIsa<WindowAttentionBackwardCpu<T>> kBackward;
 template <>
@@ -28,141 +39,223 @@ template <>
 constexpr PerIsa<WindowAttentionBackwardCpu<double>> kBackward<double> =
     ASVIT_FAST_PER_ISA(window_attention_backward_f64);
 
-void check(const at::Tensor& qkv, int64_t heads, at::IntArrayRef window, at::IntArrayRef shift,
-           const std::optional<at::Tensor>& bias) {
-  TORCH_CHECK_VALUE(qkv.dim() == 4 && heads >= 1 && qkv.size(3) > 0 && qkv.size(3) % (3 * heads) == 0,
-                    "window_attention: qkv must be [B, H, W, 3 * ", heads, " heads * head_dim], not ", qkv.sizes());
-  TORCH_CHECK_VALUE(window.size() == 2 && shift.size() == 2 && window[0] >= 1 && window[1] >= 1 && shift[0] >= 0 &&
-                        shift[0] < window[0] && shift[1] >= 0 && shift[1] < window[1],
-                    "window_attention: window ", window, " and shift ", shift,
+using OptionalTensor = std::optional<at::Tensor>;
+
+// The arguments that forward and backward pass have in common.
+struct Arguments {
+  const at::Tensor& qkv;  // [B, H, W, 3 * heads * head_dim]
+  int64_t heads;
+  at::IntArrayRef window, shift;
+  double scale;
+  WindowLayout layout;
+  const OptionalTensor &bias, &padding, &attn_scale;
+
+  int64_t tokens() const { return window[0] * window[1]; }
+  at::ScalarType type() const { return compute_type(qkv.scalar_type()); }
+};
+
+WindowLayout parse_layout(std::string_view name) {
+  if (name == "masked") return WindowLayout::masked;
+  if (name == "timm") return WindowLayout::timm;
+  if (name == "torchvision") return WindowLayout::torchvision;
+  TORCH_CHECK_VALUE(name == "grid", "window_attention: layout must be masked, timm, torchvision or grid, not ", name);
+  return WindowLayout::grid;
+}
+
+void check_parameter(const char* name, const OptionalTensor& parameter, at::IntArrayRef sizes, const at::Tensor& qkv) {
+  if (!parameter) return;
+  TORCH_CHECK_VALUE(parameter->sizes() == sizes, "window_attention: ", name, " must be ", sizes, ", not ",
+                    parameter->sizes());
+  TORCH_CHECK_VALUE(parameter->device() == qkv.device(), "window_attention: qkv and ", name, " must be on one device");
+}
+
+void check(const Arguments& a) {
+  TORCH_CHECK_VALUE(a.qkv.dim() == 4 && a.heads >= 1 && a.qkv.size(3) > 0 && a.qkv.size(3) % (3 * a.heads) == 0,
+                    "window_attention: qkv must be [B, H, W, 3 * ", a.heads, " heads * head_dim], not ", a.qkv.sizes());
+  TORCH_CHECK_VALUE(a.window.size() == 2 && a.shift.size() == 2 && a.window[0] >= 1 && a.window[1] >= 1 &&
+                        a.shift[0] >= 0 && a.shift[0] < a.window[0] && a.shift[1] >= 0 && a.shift[1] < a.window[1],
+                    "window_attention: window ", a.window, " and shift ", a.shift,
                     " must be two numbers each, 0 <= shift < window");
-  TORCH_CHECK_TYPE(qkv.scalar_type() == at::kFloat || qkv.scalar_type() == at::kDouble ||
-                       qkv.scalar_type() == at::kHalf || qkv.scalar_type() == at::kBFloat16,
-                   "window_attention: no kernel for ", qkv.scalar_type());
-  if (!bias) return;
-  const int64_t tokens = window[0] * window[1];
-  TORCH_CHECK_VALUE(bias->dim() == 3 && bias->size(0) == heads && bias->size(1) == tokens && bias->size(2) == tokens,
-                    "window_attention: bias must be [", heads, ", ", tokens, ", ", tokens, "], not ", bias->sizes());
-  TORCH_CHECK_VALUE(bias->device() == qkv.device(), "window_attention: qkv and bias must be on one device");
+  const auto divides = [&](int side) { return a.shift[side] == 0 && a.qkv.size(side + 1) % a.window[side] == 0; };
+  TORCH_CHECK_VALUE(a.layout != WindowLayout::grid || (divides(0) && divides(1)),
+                    "window_attention: with the layout grid windows must divide the map, without a shift");
+  scalar_type("window_attention", a.qkv.scalar_type());
+  check_parameter("bias", a.bias, {a.heads, a.tokens(), a.tokens()}, a.qkv);
+  check_parameter("padding", a.padding, {a.qkv.size(3)}, a.qkv);
+  check_parameter("attn_scale", a.attn_scale, {a.heads}, a.qkv);
 }
 
-at::ScalarType working_type(const at::Tensor& qkv) {
-  return qkv.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+// In the type that is computed in (low precision is widened once), channels neighbours.
+at::Tensor map_operand(const at::Tensor& map, at::ScalarType type) {
+  const at::Tensor wide = map.to(type);
+  return wide.stride(3) == 1 ? wide : wide.contiguous();
 }
 
-// Operands in the type that is computed in. Low precision is widened once.
-struct Inputs {
-  at::Tensor qkv, bias;  // [B, H, W, 3, heads, head_dim]; [heads, tokens, tokens] or undefined
+template <typename T>
+TokenMap<const T> token_map(const at::Tensor& map) {
+  return {map.const_data_ptr<T>(), map.stride(0), map.stride(1), map.stride(2)};
+}
 
-  Inputs(const at::Tensor& packed, int64_t heads, const std::optional<at::Tensor>& table) {
-    qkv = packed.to(working_type(packed)).unflatten(3, {3, heads, packed.size(3) / (3 * heads)});
-    if (table) bias = table->to(working_type(packed)).contiguous();
+// Operands as the kernels want them.
+struct Operands {
+  at::Tensor qkv, bias, table, padding, attn_scale;
+
+  explicit Operands(const Arguments& a)
+      : qkv(map_operand(a.qkv, a.type())),
+        bias(parameters(a.bias, a.type())),
+        attn_scale(parameters(a.attn_scale, a.type())) {
+    padding = a.padding ? parameters(a.padding, a.type()) : at::zeros({qkv.size(3)}, qkv.options());
+    if (!a.bias || a.tokens() > kTableTokens) return;
+    table = at::zeros({a.heads, a.tokens(), padded_to_vector(a.tokens())}, qkv.options());
+    table.narrow(2, 0, a.tokens()).copy_(bias.transpose(1, 2)).mul_(kLog2E);
   }
 
-  at::Tensor part(int64_t index) const { return qkv.select(3, index).unsqueeze(0); }
-
   template <typename T>
-  WindowAttentionTaylor<T> problem(at::IntArrayRef window, at::IntArrayRef shift, double scale,
-                                   const at::Tensor& output, const at::Tensor& statistics) const {
-    return make_problem<T>(part(0), part(1), part(2), window, shift,
-                           bias.defined() ? bias.const_data_ptr<T>() : nullptr, scale, output,
-                           statistics.mutable_data_ptr<T>());
+  WindowAttention<T> problem(const Arguments& a, const at::Tensor& output, const at::Tensor& statistics) const {
+    return {token_map<T>(qkv),
+            padding.const_data_ptr<T>(),
+            pointer_or_null<T>(bias),
+            pointer_or_null<T>(table),
+            pointer_or_null<T>(attn_scale),
+            output.mutable_data_ptr<T>(),
+            statistics.mutable_data_ptr<T>(),
+            {qkv.size(1), a.window[0], a.shift[0]},
+            {qkv.size(2), a.window[1], a.shift[1]},
+            a.layout,
+            qkv.size(0),
+            a.heads,
+            qkv.size(3) / (3 * a.heads),
+            static_cast<T>(a.scale * kLog2E)};
   }
 };
 
 // `run` with a number of the type that is computed in.
 template <typename Run>
-void in_working_type(const at::Tensor& qkv, Run run) {
-  if (working_type(qkv) == at::kDouble) {
+void in_working_type(at::ScalarType type, Run run) {
+  if (type == at::kDouble) {
     run(0.);
   } else {
     run(0.f);
   }
 }
 
+// run(begin, end, memory) on parts of 0 <= i < count, each of `work` multiply-adds, with a Memory for each thread.
+template <typename Memory, typename T, typename Run>
+void in_parallel(const WindowAttention<T>& problem, int64_t count, double work, Run run) {
+  Arena arena(nullptr);
+  const Memory memory(problem, arena);
+  const auto grain = static_cast<int64_t>(kWork / (work + 1)) + 1;
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    const at::Tensor bytes = at::empty({arena.used()}, at::kByte);
+    run(begin, end, reinterpret_cast<char*>(bytes.mutable_data_ptr<uint8_t>()));
+  });
+}
+
 std::tuple<at::Tensor, at::Tensor> window_attention_cpu(const at::Tensor& qkv, int64_t heads, at::IntArrayRef window,
-                                                        at::IntArrayRef shift, const std::optional<at::Tensor>& bias,
-                                                        double scale) {
-  check(qkv, heads, window, shift, bias);
-  const Inputs inputs(qkv, heads, bias);
-  const auto options = inputs.qkv.options();
+                                                        at::IntArrayRef shift, double scale, std::string_view layout,
+                                                        const OptionalTensor& bias, const OptionalTensor& padding,
+                                                        const OptionalTensor& attn_scale) {
+  const Arguments arguments{qkv, heads, window, shift, scale, parse_layout(layout), bias, padding, attn_scale};
+  check(arguments);
+  const Operands operands(arguments);
+  const auto options = operands.qkv.options();
   const at::Tensor output = at::empty({qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(3) / 3}, options);
   const at::Tensor statistics = at::empty({2, qkv.size(0), qkv.size(1), qkv.size(2), heads}, options);
   if (output.numel() > 0)
-    in_working_type(qkv, [&](auto zero) {
+    in_working_type(arguments.type(), [&](auto zero) {
       using T = decltype(zero);
-      run_cpu(inputs.problem<T>(window, shift, scale, output, statistics), options);
+      const auto problem = operands.problem<T>(arguments, output, statistics);
+      const int64_t tokens = window_tokens(problem);
+      const double work = 2. * std::min(tokens, kUnit) * tokens * problem.head_dim;
+      in_parallel<ForwardMemory<T>>(
+          problem, window_count(problem) * heads * query_units(problem), work,
+          [&](int64_t begin, int64_t end, char* memory) { select(kForward<T>)(problem, begin, end, memory); });
     });
   return {output.to(qkv.scalar_type()), statistics};
 }
 
 // Fixed by the shapes alone, so that sums do not depend on the number of threads.
+int64_t piece_count(int64_t windows, bool parameters, int64_t bias_bytes) {
+  if (!parameters) return windows;
+  return std::clamp<int64_t>(kPieceBytes / std::max<int64_t>(bias_bytes, 1), 1, std::min(kPieces, windows));
+}
+
+// A parameter's gradient: the sum over pieces [pieces, ...] in its type; empty where it was not asked for.
+at::Tensor sum_pieces(const at::Tensor& pieces, const OptionalTensor& parameter, const at::Tensor& qkv) {
+  if (!pieces.defined()) return at::empty({0}, qkv.options());
+  return pieces.sum(0).to(parameter->scalar_type());
+}
+
+// Gradients of parameters, a slice for each piece; undefined where they are not wanted.
+struct Pieces {
+  int64_t count;
+  at::Tensor bias, padding, attn_scale;
+
+  Pieces(const Arguments& a, const c10::List<bool>& wanted, int64_t windows, const at::TensorOptions& options) {
+    const int64_t bytes =
+        wanted[0] ? a.heads * a.tokens() * a.tokens() * static_cast<int64_t>(options.dtype().itemsize()) : 0;
+    count = piece_count(windows, wanted[0] || wanted[1] || wanted[2], bytes);
+    if (wanted[0]) bias = at::zeros({count, a.heads, a.tokens(), a.tokens()}, options);
+    if (wanted[1]) padding = at::zeros({count, a.qkv.size(3)}, options);
+    if (wanted[2]) attn_scale = at::zeros({count, a.heads}, options);
+  }
+};
+
 template <typename T>
-int64_t piece_count(const WindowAttentionTaylor<T>& problem, bool bias) {
-  const int64_t windows = window_count(problem) / problem.heads;
-  if (!bias) return windows;
-  const int64_t tokens = problem.rows.window * problem.columns.window;
-  const int64_t bytes = problem.heads * tokens * tokens * static_cast<int64_t>(sizeof(T));
-  return std::clamp<int64_t>(kBiasBytes / bytes, 1, std::min(kBiasPieces, windows));
+T* mutable_or_null(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.mutable_data_ptr<T>() : nullptr;
 }
 
 template <typename T>
-void run_backward(const WindowAttentionBackward<T>& problem, const at::TensorOptions& options) {
-  const auto kernel = select(kBackward<T>);
-  const AttentionBackwardWorkspace workspace(problem.forward);
-  const int64_t tokens = problem.forward.rows.window * problem.forward.columns.window;
-  const int64_t windows = window_count(problem.forward) / problem.forward.heads;
-  const double work = 5. * tokens * tokens * workspace.padded_dim * windows / problem.pieces;
-  const auto grain = static_cast<int64_t>(kGrain / (work + 1)) + 1;
-  at::parallel_for(0, problem.forward.heads * problem.pieces, grain, [&](int64_t begin, int64_t end) {
-    const at::Tensor memory = at::empty({workspace.total()}, options);
-    kernel(problem, begin, end, memory.mutable_data_ptr<T>());
-  });
+void run_backward(const WindowAttentionBackward<T>& problem) {
+  const WindowAttention<T>& forward = problem.forward;
+  const double tokens = window_tokens(forward), windows = window_count(forward);
+  in_parallel<BackwardMemory<T>>(
+      forward, problem.pieces * forward.heads, 5 * tokens * tokens * forward.head_dim * windows / problem.pieces,
+      [&](int64_t begin, int64_t end, char* memory) { select(kBackward<T>)(problem, begin, end, memory); });
 }
 
-std::tuple<at::Tensor, at::Tensor> window_attention_backward_cpu(const at::Tensor& gradient, const at::Tensor& qkv,
-                                                                 const at::Tensor& output, const at::Tensor& statistics,
-                                                                 int64_t heads, at::IntArrayRef window,
-                                                                 at::IntArrayRef shift,
-                                                                 const std::optional<at::Tensor>& bias, double scale,
-                                                                 bool bias_gradient) {
-  check(qkv, heads, window, shift, bias);
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> window_attention_backward_cpu(
+    const at::Tensor& gradient, const at::Tensor& qkv, const at::Tensor& output, const at::Tensor& statistics,
+    int64_t heads, at::IntArrayRef window, at::IntArrayRef shift, double scale, std::string_view layout,
+    const OptionalTensor& bias, const OptionalTensor& padding, const OptionalTensor& attn_scale,
+    const c10::List<bool>& wanted) {
+  const Arguments arguments{qkv, heads, window, shift, scale, parse_layout(layout), bias, padding, attn_scale};
+  check(arguments);
   TORCH_CHECK_VALUE(gradient.sizes() == output.sizes(), "window_attention_backward: gradient ", gradient.sizes(),
                     " and output ", output.sizes(), " must have the same shape");
-  TORCH_CHECK_VALUE(bias || !bias_gradient, "window_attention_backward: no bias to find the gradient of");
-  const Inputs inputs(qkv, heads, bias);
-  const auto options = inputs.qkv.options();
-  const at::Tensor to_qkv = at::empty(inputs.qkv.sizes(), options);
-  at::Tensor to_bias = bias_gradient ? at::zeros(inputs.bias.sizes(), options) : at::empty({0}, options);
-  if (to_qkv.numel() > 0)
-    in_working_type(qkv, [&](auto zero) {
-      using T = decltype(zero);
-      const at::Tensor wide_output = output.to(working_type(qkv)).contiguous();
-      const at::Tensor wide_gradient = gradient.to(working_type(qkv)).unflatten(3, {heads, -1}).unsqueeze(0);
-      const auto forward = inputs.problem<T>(window, shift, scale, wide_output, statistics.contiguous());
-      const int64_t pieces = piece_count(forward, bias_gradient);
-      at::Tensor parts;
-      if (bias_gradient) parts = at::zeros({pieces, heads, to_bias.size(1), to_bias.size(2)}, options);
-      T* data = to_qkv.mutable_data_ptr<T>();
-      const int64_t step = to_qkv.stride(3);
-      run_backward<T>({forward, operand<T>(wide_gradient), data, data + step, data + 2 * step,
-                       operand<T>(to_qkv.select(3, 0).unsqueeze(0)).strides,
-                       bias_gradient ? parts.mutable_data_ptr<T>() : nullptr, pieces},
-                      options);
-      if (bias_gradient) to_bias = parts.sum(0);
-    });
-  return {to_qkv.flatten(3).to(qkv.scalar_type()), bias ? to_bias.to(bias->scalar_type()) : to_bias};
+  TORCH_CHECK_VALUE(wanted.size() == 3 && (bias || !wanted[0]) && (padding || !wanted[1]) && (attn_scale || !wanted[2]),
+                    "window_attention_backward: no bias, padding or attn_scale to find the gradient of");
+  const Operands operands(arguments);
+  const at::Tensor to_qkv = at::empty(qkv.sizes(), operands.qkv.options());
+  at::Tensor to_bias, to_padding, to_attn_scale;
+  in_working_type(arguments.type(), [&](auto zero) {
+    using T = decltype(zero);
+    const at::Tensor wide_output = output.to(arguments.type()).contiguous();
+    const at::Tensor wide_gradient = map_operand(gradient, arguments.type()), rows = statistics.contiguous();
+    const auto forward = operands.problem<T>(arguments, wide_output, rows);
+    const Pieces pieces(arguments, wanted, window_count(forward), to_qkv.options());
+    if (to_qkv.numel() > 0)
+      run_backward<T>({forward, token_map<T>(wide_gradient), to_qkv.mutable_data_ptr<T>(),
+                       mutable_or_null<T>(pieces.bias), mutable_or_null<T>(pieces.padding),
+                       mutable_or_null<T>(pieces.attn_scale), pieces.count});
+    to_bias = sum_pieces(pieces.bias, bias, qkv);
+    to_padding = sum_pieces(pieces.padding, padding, qkv);
+    to_attn_scale = sum_pieces(pieces.attn_scale, attn_scale, qkv);
+  });
+  return {to_qkv.to(qkv.scalar_type()), to_bias, to_padding, to_attn_scale};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(asvit_fast_C, library) {
   library.def(
-      "window_attention(Tensor qkv, int heads, int[] window, int[] shift, Tensor? bias, float scale) -> (Tensor, "
-      "Tensor)");
+      "window_attention(Tensor qkv, int heads, int[] window, int[] shift, float scale, str layout, Tensor? bias, "
+      "Tensor? padding, Tensor? attn_scale) -> (Tensor, Tensor)");
   library.def(
       "window_attention_backward(Tensor gradient, Tensor qkv, Tensor output, Tensor statistics, int heads, int[] "
-      "window, int[] shift, Tensor? bias, float scale, bool bias_gradient) -> (Tensor, Tensor)");
+      "window, int[] shift, float scale, str layout, Tensor? bias, Tensor? padding, Tensor? attn_scale, bool[] wanted) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(asvit_fast_C, CPU, library) {

@@ -1,60 +1,293 @@
-// Windowed attention of values: its forward pass is order 0 of window_attention_taylor, which it shares windows and
-// operands with; what is here is the backward pass on the CPU. No torch header.
+// Softmax attention inside windows, forward and backward, on the CPU: what the kernels compute, which tokens a window
+// has in every layout, and the memory that a thread needs. No torch header.
+//
+// Scores are kept in units of ln 2, so that weights are powers of two: the factor log2(e) is in the scale and the bias.
 #pragma once
+
+#include <cstdint>
 
 #include "window_attention_taylor.h"
 
 namespace asvit_fast {
 
+// As asvit_fast/ops/windows.py describes them.
+enum class WindowLayout { masked, timm, torchvision, grid };
+
+// The fused projection [batch, height, width, 3, heads, head_dim], the last three dimensions contiguous; or a map
+// [batch, height, width, heads, head_dim]. In elements.
 template <typename T>
-struct WindowAttentionBackward {
-  WindowAttentionTaylor<T> forward;  // of order 0, with its output and statistics
-  AttentionOperand<T> gradient;      // of the output
-  T *to_q, *to_k, *to_v;             // gradients, written whole
-  AttentionStrides to_strides;       // of all three
-  T* to_bias;      // [pieces, heads, tokens, tokens], zeros; the gradient is the sum over pieces. Or null
-  int64_t pieces;  // that the windows of each head are cut into, whatever the number of threads: sums in a fixed order
+struct TokenMap {
+  T* data;
+  int64_t batch, row, column;  // distances of neighbours
 };
 
-// The tasks begin <= i < end of heads * pieces, with AttentionBackwardWorkspace::total() elements of memory, aligned to
+template <typename T>
+struct WindowAttention {
+  TokenMap<const T> qkv;
+  const T* padding;     // [3, heads, head_dim], a token of padding; read where padding is attended only
+  const T* bias;        // [heads, queries, keys] or null
+  const T* table;       // the same for small windows, times log2(e), [heads, keys, padded_to_vector(queries)]; or null
+  const T* attn_scale;  // [heads] or null
+  T* output;            // [batch, height, width, heads, head_dim]
+  T* statistics;        // [2, batch, height, width, heads]: a query's largest score, 1 / sum of its weights
+  WindowAxis rows, columns;
+  WindowLayout layout;
+  int64_t batch, heads, head_dim;
+  T scale;  // of the scores, times log2(e)
+};
+
+// Gradients of parameters are the sums over pieces, into which the windows of each head are cut whatever the number of
+// threads: sums in a fixed order. Zeros at first; null where not asked for.
+template <typename T>
+struct WindowAttentionBackward {
+  WindowAttention<T> forward;
+  TokenMap<const T> gradient;  // of the output
+  T* to_qkv;                   // [batch, height, width, 3, heads, head_dim], written whole
+  T* to_bias;                  // [pieces, heads, queries, keys]
+  T* to_padding;               // [pieces, 3, heads, head_dim]
+  T* to_attn_scale;            // [pieces, heads]
+  int64_t pieces;
+};
+
+// The units begin <= i < end of window_count() * heads * query_units(), with the memory of a ForwardMemory, aligned to
 // 64 bytes, to itself. One copy per instruction set.
 template <typename T>
+using WindowAttentionCpu = void(const WindowAttention<T>& problem, int64_t begin, int64_t end, char* memory);
+// The tasks begin <= i < end of pieces * heads, with the memory of a BackwardMemory, aligned to 64 bytes, to itself.
+template <typename T>
 using WindowAttentionBackwardCpu = void(const WindowAttentionBackward<T>& problem, int64_t begin, int64_t end,
-                                        T* workspace);
+                                        char* memory);
 
-namespace portable {
-WindowAttentionBackwardCpu<float> window_attention_backward_f32;
-WindowAttentionBackwardCpu<double> window_attention_backward_f64;
-}  // namespace portable
-namespace avx2 {
-WindowAttentionBackwardCpu<float> window_attention_backward_f32;
-WindowAttentionBackwardCpu<double> window_attention_backward_f64;
-}  // namespace avx2
-namespace avx512 {
-WindowAttentionBackwardCpu<float> window_attention_backward_f32;
-WindowAttentionBackwardCpu<double> window_attention_backward_f64;
-}  // namespace avx512
+#define ASVIT_FAST_DECLARE_WINDOW_ATTENTION(isa)                    \
+  namespace isa {                                                   \
+  WindowAttentionCpu<float> window_attention_f32;                   \
+  WindowAttentionCpu<double> window_attention_f64;                  \
+  WindowAttentionBackwardCpu<float> window_attention_backward_f32;  \
+  WindowAttentionBackwardCpu<double> window_attention_backward_f64; \
+  }
+ASVIT_FAST_DECLARE_WINDOW_ATTENTION(portable)
+ASVIT_FAST_DECLARE_WINDOW_ATTENTION(avx2)
+ASVIT_FAST_DECLARE_WINDOW_ATTENTION(avx512)
 
 namespace {  // one copy per including file, as in window_attention_taylor.h
 
-// Queries that go through the keys together, at most.
-constexpr int64_t kMaximumQueryGroup = 32;
+constexpr int64_t kMaximumLanes = 16;
+constexpr int64_t kGroup = 64;         // queries that go through the keys together
+constexpr int64_t kKeyTile = 64;       // keys whose scores are there at a time
+constexpr int64_t kUnit = 2 * kGroup;  // queries of one window that work is handed out in
+constexpr int64_t kTableTokens = 256;  // up to which the bias is turned around for all windows at once
+constexpr int64_t kRegions = 4;        // parts of a window that a shift along both sides brings together
+constexpr double kLog2E = 1.4426950408889634;
+constexpr double kRegionScore = -100.0;  // of a query and a key in different regions, where regions attend each other
 
-// Memory of one CPU thread, in elements: operands of one window and sums of its gradients, and of a group of queries.
-struct AttentionBackwardWorkspace {
-  int64_t padded_dim, packed, rows, sums, group;
+inline int64_t padded_to_vector(int64_t count) { return (count + kMaximumLanes - 1) / kMaximumLanes * kMaximumLanes; }
 
-  template <typename T>
-  explicit AttentionBackwardWorkspace(const WindowAttentionTaylor<T>& problem) {
-    const AttentionWorkspace sizes(problem);
-    padded_dim = sizes.padded_dim;
-    packed = sizes.keys;                            // keys, values
-    rows = (sizes.values + 15) / 16 * 16;           // keys, queries, gradients of the output
-    sums = packed / problem.head_dim * padded_dim;  // gradients of keys, values
-    group = kMaximumQueryGroup * padded_dim;        // queries, gradients of the output, gradients of queries
+// ----------------------------------------------------------------------------------------------- windows along one
+// side
+
+// In the layout "masked" a window that the shift brings together from two parts is two windows.
+inline int64_t axis_windows(const WindowAxis& axis, WindowLayout layout) {
+  return layout == WindowLayout::masked ? segment_count(axis) : (axis.size + axis.window - 1) / axis.window;
+}
+
+struct AxisToken {
+  int64_t position;  // on the map; -1: padding
+  int32_t offset;    // in the whole window, as the bias counts
+  int32_t region;    // 0 or 1
+};
+
+// One window along one side: token(i) for 0 <= i < length.
+struct AxisWindow {
+  WindowAxis axis;
+  WindowLayout layout;
+  int64_t index, length, windows;
+  WindowSegment segment;
+
+  AxisWindow(const WindowAxis& axis, WindowLayout layout, int64_t index)
+      : axis(axis), layout(layout), index(index), length(axis.window), windows(axis_windows(axis, layout)), segment{} {
+    if (layout != WindowLayout::masked) return;
+    segment = segment_at(axis, index);
+    length = segment.length;
   }
 
-  int64_t total() const { return 2 * packed + 3 * rows + 2 * sums + 3 * group; }
+  AxisToken token(int64_t i) const {
+    const auto offset = static_cast<int32_t>(i);
+    if (layout == WindowLayout::masked) return {segment.start + i, offset + static_cast<int32_t>(segment.offset), 0};
+    if (layout == WindowLayout::grid) return {i * windows + index, offset, 0};
+    const int64_t padded = windows * axis.window;
+    const int64_t place = index * axis.window + i;  // on the map as it is rolled and padded
+    const int64_t around = layout == WindowLayout::timm ? axis.size : padded;
+    int64_t position = place < around ? place + axis.shift : padded;
+    while (place < around && position >= around) position -= around;
+    const bool moved = axis.shift > 0 && place >= padded - axis.shift;
+    return {position < axis.size ? position : -1, offset, moved ? 1 : 0};
+  }
+};
+
+// ----------------------------------------------------------------------------------------------------------- windows
+
+template <typename T>
+inline int64_t window_count(const WindowAttention<T>& problem) {
+  return problem.batch * axis_windows(problem.rows, problem.layout) * axis_windows(problem.columns, problem.layout);
+}
+
+template <typename T>
+inline int64_t window_tokens(const WindowAttention<T>& problem) {
+  return problem.rows.window * problem.columns.window;
+}
+
+template <typename T>
+inline int64_t query_units(const WindowAttention<T>& problem) {
+  return (window_tokens(problem) + kUnit - 1) / kUnit;
+}
+
+template <typename T>
+inline int64_t map_tokens(const WindowAttention<T>& problem) {
+  return problem.batch * problem.rows.size * problem.columns.size;
+}
+
+struct Token {
+  int64_t row, column;  // on the map; row -1: padding
+  int32_t place;        // in the whole window, as the bias counts
+  int32_t region;       // 0 ... kRegions - 1
+
+  bool is_padding() const { return row < 0; }
+};
+
+// The tokens of one window of one image.
+struct TokenWindow {
+  int64_t batch, count;
+  Token* tokens;
+  bool whole;    // places are 0, 1, ...
+  bool regions;  // there is more than one
+  bool padded;   // there is padding
+};
+
+template <typename T>
+inline TokenWindow window_at(const WindowAttention<T>& problem, int64_t index, Token* tokens) {
+  const int64_t across = axis_windows(problem.columns, problem.layout);
+  const int64_t down = axis_windows(problem.rows, problem.layout);
+  const AxisWindow columns(problem.columns, problem.layout, index % across);
+  const AxisWindow rows(problem.rows, problem.layout, index / across % down);
+  TokenWindow window = {index / across / down, rows.length * columns.length, tokens, true, false, false};
+  window.whole = window.count == window_tokens(problem);
+  for (int64_t i = 0; i < rows.length; ++i) {
+    const AxisToken row = rows.token(i);
+    for (int64_t j = 0; j < columns.length; ++j) {
+      const AxisToken column = columns.token(j);
+      const bool padding = row.position < 0 || column.position < 0;
+      const auto width = static_cast<int32_t>(problem.columns.window);
+      *tokens = {padding ? -1 : row.position, column.position, row.offset * width + column.offset,
+                 2 * row.region + column.region};
+      window.regions |= tokens->region != window.tokens->region;
+      window.padded |= padding;
+      ++tokens;
+    }
+  }
+  return window;
+}
+
+// ------------------------------------------------------------------------------------------------------------ memory
+
+// Hands out pieces of a thread's memory, or, without memory, measures what they take together.
+class Arena {
+ public:
+  explicit Arena(char* memory) : start_(memory), used_(0) {}
+
+  template <typename Element>
+  Element* take(int64_t count) {
+    char* piece = start_ ? start_ + used_ : nullptr;
+    used_ += (count * static_cast<int64_t>(sizeof(Element)) + 63) / 64 * 64;
+    return reinterpret_cast<Element*>(piece);
+  }
+
+  int64_t used() const { return used_; }
+
+ private:
+  char* start_;
+  int64_t used_;
+};
+
+// One head's operands of one window: [token][component], read in vectors and so with a vector's room at the end.
+template <typename T>
+struct PackedRows {
+  int64_t tokens, padded_dim;
+
+  explicit PackedRows(const WindowAttention<T>& problem)
+      : tokens(window_tokens(problem)), padded_dim(padded_to_vector(problem.head_dim)) {}
+
+  T* take(Arena& arena) const { return arena.take<T>(tokens * padded_dim + kMaximumLanes * padded_dim); }
+};
+
+template <typename T>
+struct ForwardMemory {
+  Token* tokens;                // of two windows
+  T *queries, *keys, *values;   // [token][component]
+  T* columns;                   // queries of a group, [component][query]
+  T* scores;                    // of a group and a tile, [key][query]
+  T* base;                      // what is added to them, [key][query]
+  T* sums;                      // [query][padded_dim]
+  T* column_sums;               // [component][query]
+  T *maximum, *total, *factor;  // [query]
+  T* means;                     // of the values of a region, [region][padded_dim]
+  int64_t padded_dim;
+
+  ForwardMemory(const WindowAttention<T>& problem, Arena& arena) {
+    const PackedRows<T> rows(problem);
+    padded_dim = rows.padded_dim;
+    tokens = arena.take<Token>(2 * rows.tokens);
+    queries = rows.take(arena);
+    keys = rows.take(arena);
+    values = rows.take(arena);
+    columns = arena.take<T>(padded_dim * kGroup);
+    scores = arena.take<T>(kKeyTile * kGroup);
+    base = arena.take<T>(kKeyTile * kGroup);
+    sums = arena.take<T>(kGroup * padded_dim);
+    column_sums = arena.take<T>(padded_dim * kGroup);
+    maximum = arena.take<T>(kGroup);
+    total = arena.take<T>(kGroup);
+    factor = arena.take<T>(kGroup);
+    means = arena.take<T>(kRegions * padded_dim);
+  }
+};
+
+template <typename T>
+struct BackwardMemory {
+  Token* tokens;                            // of two windows
+  T *queries, *keys, *values, *gradients;   // [token][component]
+  T *to_keys, *to_values;                   // [key][padded_dim]
+  T *query_columns, *gradient_columns;      // of a group, [component][query]
+  T *weights, *scores;                      // of a group and a tile, [key][query]; scores: the gradients of
+  T* base;                                  // [key][query]
+  T* to_queries;                            // [query][padded_dim]
+  T* column_sums;                           // [component][query]
+  T *maximum, *inverse, *delta, *products;  // [query]
+  T* means;                                 // [region][padded_dim]
+  int64_t padded_dim;
+
+  BackwardMemory(const WindowAttention<T>& problem, Arena& arena) {
+    const PackedRows<T> rows(problem);
+    padded_dim = rows.padded_dim;
+    tokens = arena.take<Token>(2 * rows.tokens);
+    queries = rows.take(arena);
+    keys = rows.take(arena);
+    values = rows.take(arena);
+    gradients = rows.take(arena);
+    to_keys = rows.take(arena);
+    to_values = rows.take(arena);
+    query_columns = arena.take<T>(padded_dim * kGroup);
+    gradient_columns = arena.take<T>(padded_dim * kGroup);
+    weights = arena.take<T>(kKeyTile * kGroup);
+    scores = arena.take<T>(kKeyTile * kGroup);
+    base = arena.take<T>(kKeyTile * kGroup);
+    to_queries = arena.take<T>(kGroup * padded_dim);
+    column_sums = arena.take<T>(padded_dim * kGroup);
+    maximum = arena.take<T>(kGroup);
+    inverse = arena.take<T>(kGroup);
+    delta = arena.take<T>(kGroup);
+    products = arena.take<T>(kGroup);
+    means = arena.take<T>(kRegions * padded_dim);
+  }
 };
 
 }  // namespace

@@ -1,21 +1,38 @@
-"""Tile choices are data: tiles.json has a table per GPU family and kernel, looked up by the nearest shape. Nothing is
-tuned while a model runs."""
+"""Tile choices are data: tiles/<family>.json has rows per kernel, looked up by the nearest shape; a table that
+`asvit-fast tune` made for a GPU goes before it. Nothing is tuned while a model runs.
+
+A row's names are features of a shape ("bits" of an element, "tokens", "block_d", ...) and options of a launch: blocks,
+"num_warps", "num_stages". Those that a look-up asks for are the features. "tuned" says where a row comes from.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 
+Row = dict[str, Any]
+Table = dict[str, list[Row]]  # rows of each kernel
 
-@functools.cache
-def _tables() -> dict[str, dict[str, list[dict[str, int]]]]:
-    return json.loads(Path(__file__).with_name("tiles.json").read_text())
+FOLDER = "ASVIT_FAST_TILES"  # environment variable: where the tables of this machine's GPUs are
+FAMILIES = {"80": "ampere", "90": "hopper", "100": "blackwell"}  # by the first compute capability
+WEIGHTS = {"bits": 16.0, "block_d": 4.0}  # of a distance, else 1: how wide a tile is decides more than how many tiles
+_COMMENTS = ("tuned",)
+_trial: dict[str, Row] = {}  # by kernel, inside `trying`
+
+
+class TileTableError(ValueError):
+    """A table that cannot be used; the message names the file."""
 
 
 def block(size: int) -> int:
@@ -23,25 +40,148 @@ def block(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
+# --------------------------------------------------------------------------- tables
+
+
+@functools.cache
 def family_of(device: torch.device) -> str:
-    """Whose table a device uses: "90" for Hopper, "100" for datacenter Blackwell, else "80", whose tensor core
-    instructions all others have; the interpreter's is Hopper."""
-    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
-    return {9: "90", 10: "100"}.get(major, "80")
+    """Whose tables a device uses, "family/name of the GPU": hopper, blackwell (datacenter), else ampere, whose tensor
+    core instructions all others have; the interpreter's is hopper."""
+    if device.type != "cuda":
+        return "hopper"
+    family = {9: "hopper", 10: "blackwell"}.get(torch.cuda.get_device_capability(device)[0], "ampere")
+    return f"{family}/{torch.cuda.get_device_name(device)}"
+
+
+def user_folder() -> Path:
+    """Where tables of this machine's GPUs are: ASVIT_FAST_TILES, or the user's cache folder."""
+    if os.environ.get(FOLDER):
+        return Path(os.environ[FOLDER]).expanduser()
+    if sys.platform == "win32":
+        cache = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        cache = Path.home() / "Library" / "Caches"
+    else:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "asvit_fast" / "tiles"
+
+
+def user_table(gpu: str) -> Path:
+    """The table of the GPU of that name, which need not exist."""
+    return user_folder() / (re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json")
+
+
+def read_table(path: Path) -> Table:
+    """Rows of each kernel. Raises TileTableError, which names the file, for anything else."""
+    try:
+        kernels = json.loads(path.read_text(encoding="utf-8"))["kernels"]
+        rows = [row for kernel in kernels.values() for row in kernel]
+        wrong = [row for row in rows if not _is_row(row)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    else:
+        if not wrong:
+            return kernels
+        reason = f"the row {wrong[0]} is not whole numbers above 0 with bits, num_warps and num_stages"
+    raise TileTableError(f"table of tiles {path} cannot be used, repair or delete it ({reason})")
+
+
+def _is_row(row: Row) -> bool:
+    values = [value for name, value in row.items() if name not in _COMMENTS]
+    return {"bits", "num_warps", "num_stages"} <= set(row) and all(type(value) is int and value > 0 for value in values)
+
+
+@functools.cache
+def _tables(family: str) -> tuple[Table, ...]:
+    """The tables of "family" or "family/GPU", the one that goes first first."""
+    name, _, gpu = family.partition("/")
+    shipped = read_table(Path(__file__).with_name("tiles") / f"{FAMILIES.get(name, name)}.json")
+    path = user_table(gpu) if gpu else None
+    return (read_table(path), shipped) if path is not None and path.exists() else (shipped,)
+
+
+def forget() -> None:
+    """Of what was read and looked up: the next look-up reads the files again."""
+    for function in (_tables, _nearest, choose):
+        function.cache_clear()
+
+
+# --------------------------------------------------------------------------- look-up
+
+
+def nearest(kernel: str, family: str, **features: int) -> Row:
+    """Options of the row whose features are nearest, on a logarithmic scale; where tables lack something, a rule.
+
+    Args:
+        kernel: name of the rows.
+        family: of `family_of`, or of FAMILIES, whose shipped table it is then.
+        features: "bits" of an element and what else the kernel's rows are told apart by, e.g. tokens=49, block_d=32.
+
+    Returns:
+        "block_*", "num_warps" and "num_stages" of the row. Blocks are halved, or warps doubled, where elements or rows
+        of a tile are wider ("bits", "block_d") than the table's. A kernel without rows for the family has another's.
+    """
+    return dict(_trial[kernel] if kernel in _trial else _nearest(kernel, family, tuple(features.items())))
+
+
+@functools.cache
+def _nearest(kernel: str, family: str, items: tuple[tuple[str, int], ...]) -> Row:
+    features = dict(items)
+
+    def distance(row: Row) -> float:
+        pairs = ((name, row.get(name, value), value) for name, value in items)
+        return sum(WEIGHTS.get(name, 1.0) * abs(math.log2(known / value)) for name, known, value in pairs)
+
+    for name in (family, *FAMILIES):
+        rows = [row for table in _tables(name) for row in table.get(kernel, ())]
+        if rows:
+            break
+    else:
+        raise TileTableError(f"no table of tiles has rows of {kernel!r}: add some to kernels/tiles/hopper.json")
+    row = min(rows, key=distance)  # of equals the first: the user's
+    options = {name: row[name] for name in row if name not in features and name not in _COMMENTS}
+    for name in WEIGHTS:
+        options = _smaller(options, features.get(name, 1) / row.get(name, math.inf))
+    return options
+
+
+def _smaller(options: Row, factor: float) -> Row:
+    """As many bytes per tile as before where each row of it has `factor` times as many: the largest block is halved, or
+    more warps share it where none is left to halve."""
+    options = dict(options)
+    while factor > 1:
+        blocks = [name for name in options if name.startswith("block_") and options[name] > 16]
+        if blocks:
+            options[max(blocks, key=options.__getitem__)] //= 2
+        else:
+            options["num_warps"] = min(8, 2 * options["num_warps"])
+        factor /= 2
+    return options
+
+
+@contextlib.contextmanager
+def trying(kernel: str, options: Mapping[str, int]) -> Iterator[None]:
+    """Every look-up of `kernel` finds `options` inside the block, as `nearest` returns them: for `asvit-fast tune`."""
+    _trial[kernel] = dict(options)
+    choose.cache_clear()
+    try:
+        yield
+    finally:
+        del _trial[kernel]
+        choose.cache_clear()
+
+
+def launch_options(row: Row) -> dict[str, Any]:
+    """As a launch takes them: blocks are constants, in capitals."""
+    options = {name.upper() if name.startswith("block_") else name: value for name, value in row.items()}
+    # fusing multiplications and additions is wanted, and said: Triton's default changes between versions
+    return options | {"enable_fp_fusion": True}
 
 
 @functools.cache
 def choose(kernel: str, family: str, tokens: int, head_dim: int, bits: int) -> dict[str, Any]:
-    """BLOCK_M queries, BLOCK_N keys, num_warps and num_stages of the nearest shape with elements of `bits`."""
-
-    def distance(row: dict[str, int]) -> float:
-        return abs(math.log2(row["tokens"] / tokens)) + 4 * abs(math.log2(row["block_d"] / block(head_dim)))
-
-    row = min((row for row in _tables()[family][kernel] if row["bits"] == bits), key=distance)
-    options = {name: row[name] for name in ("num_warps", "num_stages")}
-    if "block_m" in row:
-        block_m, block_n = row["block_m"], row["block_n"]
-        options |= {"BLOCK_M": block_m, "TAIL_M": block(tokens % block_m)}
-        options |= {"BLOCK_N": block_n, "TAIL_N": block(tokens % block_n)}
-    # fusing multiplications and additions is wanted, and said: Triton's default changes between versions
-    return options | {"enable_fp_fusion": True}
+    """For windowed attention: BLOCK_M queries and BLOCK_N keys with the tails that `tokens` leave, num_warps and
+    num_stages of the nearest shape with elements of `bits`."""
+    options = launch_options(nearest(kernel, family, bits=bits, tokens=tokens, block_d=block(head_dim)))
+    blocks = {name: value for name, value in options.items() if name.startswith("BLOCK_")}
+    return options | {name.replace("BLOCK", "TAIL"): block(tokens % size) for name, size in blocks.items()}

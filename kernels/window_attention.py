@@ -8,6 +8,7 @@ window_attention_large.py. No float atomics: sums have an order that only shapes
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,23 +16,48 @@ import triton
 import triton.language as tl
 
 from .tiles import block, choose, family_of
-from .window_attention_large import (
+from .window_attention_large import window_attention_blocked_kernel
+from .window_attention_large_backward import (
     window_attention_bias_gradient_kernel,
-    window_attention_blocked_kernel,
     window_attention_kv_gradient_kernel,
     window_attention_q_gradient_kernel,
 )
-from .window_tiles import LOG2E, SIZES, dot, finite, load, load_table, place, scores_of, store
+from .window_geometry import SIZES, Shape, inputs_of, locate, place, shape_of
+from .window_tiles import (
+    LOG2E,
+    allowed,
+    combine,
+    combine_transposed,
+    finite,
+    inner,
+    load,
+    load_projection,
+    load_table,
+    scores_of,
+    store,
+    store_padding_sums,
+    times,
+)
 
 PROGRAMS = 1024  # that work is cut into where each goes through several windows: a few for every multiprocessor
 
 # --------------------------------------------------------------------------- windows that fit a tile
 
 
+@triton.jit
+def _high_pass(weights, tokens, factor):
+    # (1 + w) A - w U, and U, of A [BLOCK, BLOCK]; U is uniform on the keys that a query may attend
+    uniform = allowed(tokens, tokens)
+    uniform *= (1.0 / tl.maximum(tl.sum(uniform, 1), 1.0))[:, None]
+    return (1.0 + factor) * weights - factor * uniform, uniform
+
+
 @triton.jit(do_not_specialize=SIZES)
 def window_attention_whole_kernel(
     qkv_pointer,  # [B, H, W, 3, HEADS, HEAD_DIM]
-    bias_pointer,  # [HEADS, TOKENS, TOKENS]; read only if BIASED
+    padding_pointer,  # [3, HEADS, HEAD_DIM]; read only if SHAPE.filled
+    bias_pointer,  # [HEADS, TOKENS, TOKENS]; read only if SHAPE.biased
+    attn_scale_pointer,  # [HEADS]; read only if SHAPE.scaled
     output_pointer,  # [B, H, W, HEADS, HEAD_DIM]
     windows,
     per_program,
@@ -40,48 +66,47 @@ def window_attention_whole_kernel(
     shift_rows,
     shift_columns,
     scale,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WINDOW_ROWS: tl.constexpr,
-    WINDOW_COLUMNS: tl.constexpr,
+    SHAPE: tl.constexpr,
     BLOCK: tl.constexpr,
-    BIASED: tl.constexpr,
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Each program: `per_program` windows of one head."""
-    TOKENS: tl.constexpr = WINDOW_ROWS * WINDOW_COLUMNS
-    CHANNELS: tl.constexpr = HEADS * HEAD_DIM
-    head = tl.program_id(0) % HEADS
-    first = tl.program_id(0) // HEADS * per_program
+    head = tl.program_id(0) % SHAPE.heads
+    inputs = inputs_of(
+        head, qkv_pointer, padding_pointer, bias_pointer, attn_scale_pointer,
+        height, width, shift_rows, shift_columns, scale, SHAPE,
+    )  # fmt: skip
+    output_pointer += head * SHAPE.head_dim
     token = tl.arange(0, BLOCK)
-    q_pointer = qkv_pointer + head * HEAD_DIM
-    table = 0.0
-    if BIASED:
-        table_pointer = bias_pointer + tl.cast(head, tl.int64) * (TOKENS * TOKENS)
-        table = load_table(table_pointer, token, token, TOKENS, 1, TOKENS)
-    for window in range(first, tl.minimum(first + per_program, windows)):
-        index, real, region = place(
-            window, token, height, width, shift_rows, shift_columns, WINDOW_ROWS, WINDOW_COLUMNS
-        )
-        q = load(q_pointer, index, real, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
-        k = load(q_pointer + CHANNELS, index, real, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
-        v = load(q_pointer + 2 * CHANNELS, index, real, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
-        scores = scores_of(q, k, table, region, tl.where(real, region, -1), scale, BIASED, MASKED, PRECISION)
+    table = load_table(inputs.table, token, token, SHAPE.tokens, 1, SHAPE)
+    first = tl.program_id(0) // SHAPE.heads * per_program
+    for number in range(first, tl.minimum(first + per_program, windows)):
+        tokens = place(token, locate(number, inputs, SHAPE), inputs, SHAPE)
+        q = load_projection(inputs, tokens, 0, SHAPE)
+        k = load_projection(inputs, tokens, 1, SHAPE)
+        v = load_projection(inputs, tokens, 2, SHAPE)
+        scores = scores_of(q, k, tokens, tokens, table, scale, SHAPE.tokens < BLOCK, SHAPE)
         largest = finite(tl.max(scores, 1))
         weights = tl.exp2(scores * LOG2E - (largest * LOG2E)[:, None])  # [BLOCK, BLOCK]
-        out = dot(weights.to(v.dtype), v, PRECISION) * (1.0 / tl.sum(weights, 1))[:, None]
-        store(output_pointer + head * HEAD_DIM, out, index, real, CHANNELS, HEAD_DIM, BLOCK_D)
+        inverse = (1.0 / tl.sum(weights, 1))[:, None]
+        if SHAPE.scaled:
+            weights, _ = _high_pass(weights * inverse, tokens, inputs.factor)
+            out = combine(weights, v, SHAPE)
+        else:
+            out = times(combine(weights, v, SHAPE), inverse, SHAPE)
+        store(output_pointer, out, tokens, SHAPE.channels, SHAPE)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def window_attention_whole_backward_kernel(
     qkv_pointer,  # [B, H, W, 3, HEADS, HEAD_DIM]
-    bias_pointer,  # [HEADS, TOKENS, TOKENS]; read only if BIASED
+    padding_pointer,  # [3, HEADS, HEAD_DIM]; read only if SHAPE.filled
+    bias_pointer,  # [HEADS, TOKENS, TOKENS]; read only if SHAPE.biased
+    attn_scale_pointer,  # [HEADS]; read only if SHAPE.scaled
     gradient_pointer,  # [B, H, W, HEADS, HEAD_DIM]
     to_qkv_pointer,  # as qkv
     to_bias_pointer,  # [programs per head, HEADS, TOKENS, TOKENS]; written only if BIAS_GRADIENT
+    to_padding_pointer,  # [windows, HEADS, 2, HEAD_DIM], of k and v: zeros, written where there is padding with values
+    to_attn_scale_pointer,  # [programs per head, HEADS]; written only if SHAPE.scaled
     windows,
     per_program,
     height,
@@ -89,94 +114,103 @@ def window_attention_whole_backward_kernel(
     shift_rows,
     shift_columns,
     scale,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WINDOW_ROWS: tl.constexpr,
-    WINDOW_COLUMNS: tl.constexpr,
+    SHAPE: tl.constexpr,
     BLOCK: tl.constexpr,
-    BIASED: tl.constexpr,
     BIAS_GRADIENT: tl.constexpr,
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """Each program: `per_program` windows of one head, and the sum of their gradients of the bias."""
-    TOKENS: tl.constexpr = WINDOW_ROWS * WINDOW_COLUMNS
-    CHANNELS: tl.constexpr = HEADS * HEAD_DIM
-    head = tl.program_id(0) % HEADS
-    first = tl.program_id(0) // HEADS * per_program
+    """Each program: `per_program` windows of one head, and the sums of their gradients of what windows share."""
+    head = tl.program_id(0) % SHAPE.heads
+    inputs = inputs_of(
+        head, qkv_pointer, padding_pointer, bias_pointer, attn_scale_pointer,
+        height, width, shift_rows, shift_columns, scale, SHAPE,
+    )  # fmt: skip
+    gradient_pointer += head * SHAPE.head_dim
+    to_q_pointer = to_qkv_pointer + head * SHAPE.head_dim
     token = tl.arange(0, BLOCK)
-    q_pointer = qkv_pointer + head * HEAD_DIM
-    to_q_pointer = to_qkv_pointer + head * HEAD_DIM
-    table_pointer = bias_pointer + tl.cast(head, tl.int64) * (TOKENS * TOKENS)
     to_table = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
-    for window in range(first, tl.minimum(first + per_program, windows)):
-        index, real, region = place(
-            window, token, height, width, shift_rows, shift_columns, WINDOW_ROWS, WINDOW_COLUMNS
-        )
-        q = load(q_pointer, index, real, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
-        k = load(q_pointer + CHANNELS, index, real, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
-        v = load(q_pointer + 2 * CHANNELS, index, real, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
-        gradient = load(gradient_pointer + head * HEAD_DIM, index, real, CHANNELS, HEAD_DIM, BLOCK_D)
-        table = 0.0
-        if BIASED:  # again for every window: registers are what limits this kernel
-            table = load_table(table_pointer, token, token, TOKENS, 1, TOKENS)
-        scores = scores_of(q, k, table, region, tl.where(real, region, -1), scale, BIASED, MASKED, PRECISION)
+    to_factor = tl.zeros([BLOCK], dtype=tl.float32)
+    first = tl.program_id(0) // SHAPE.heads * per_program
+    for number in range(first, tl.minimum(first + per_program, windows)):
+        tokens = place(token, locate(number, inputs, SHAPE), inputs, SHAPE)
+        q = load_projection(inputs, tokens, 0, SHAPE)
+        k = load_projection(inputs, tokens, 1, SHAPE)
+        v = load_projection(inputs, tokens, 2, SHAPE)
+        gradient = load(gradient_pointer, tokens, SHAPE.channels, SHAPE)
+        # again for every window: registers are what limits this kernel
+        table = load_table(inputs.table, token, token, SHAPE.tokens, 1, SHAPE)
+        scores = scores_of(q, k, tokens, tokens, table, scale, SHAPE.tokens < BLOCK, SHAPE)
         largest = finite(tl.max(scores, 1))
         weights = tl.exp2(scores * LOG2E - (largest * LOG2E)[:, None])  # [BLOCK, BLOCK]
-        weights *= tl.where(real, 1.0 / tl.sum(weights, 1), 0.0)[:, None]
-        to_v = dot(tl.trans(weights.to(q.dtype)), gradient, PRECISION)
-        store(to_q_pointer + 2 * CHANNELS, to_v, index, real, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
-        to_scores = dot(gradient, tl.trans(v), PRECISION)  # of the weights, so far
-        to_scores = weights * (to_scores - tl.sum(weights * to_scores, 1)[:, None])
+        weights *= tl.where(tokens.real, 1.0 / tl.sum(weights, 1), 0.0)[:, None]
+        to_scores = inner(gradient, v, SHAPE)  # of the weights, so far
+        means = tl.sum(weights * to_scores, 1)
+        applied = weights
+        if SHAPE.scaled:
+            applied, uniform = _high_pass(weights, tokens, inputs.factor)
+            to_factor += means - tl.sum(uniform * to_scores, 1)
+        to_v = combine_transposed(applied, gradient, SHAPE)
+        store(to_q_pointer + 2 * SHAPE.channels, to_v, tokens, 3 * SHAPE.channels, SHAPE)
+        if SHAPE.filled:
+            store_padding_sums(to_padding_pointer, to_v, number * SHAPE.heads + head, 1, tokens, SHAPE)
+        to_scores = weights * (to_scores - means[:, None])
+        if SHAPE.scaled:
+            to_scores *= 1.0 + inputs.factor
         if BIAS_GRADIENT:
             to_table += to_scores
-        low = to_scores.to(q.dtype)
-        to_q = dot(low, k, PRECISION) * scale
-        store(to_q_pointer, to_q, index, real, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
-        to_k = dot(tl.trans(low), q, PRECISION) * scale
-        store(to_q_pointer + CHANNELS, to_k, index, real, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+        to_q = times(combine(to_scores, k, SHAPE), scale, SHAPE)
+        store(to_q_pointer, to_q, tokens, 3 * SHAPE.channels, SHAPE)
+        to_k = times(combine_transposed(to_scores, q, SHAPE), scale, SHAPE)
+        store(to_q_pointer + SHAPE.channels, to_k, tokens, 3 * SHAPE.channels, SHAPE)
+        if SHAPE.filled:
+            store_padding_sums(to_padding_pointer, to_k, number * SHAPE.heads + head, 0, tokens, SHAPE)
     if BIAS_GRADIENT:
-        start = to_bias_pointer + tl.cast(tl.program_id(0), tl.int64) * (TOKENS * TOKENS)
-        mask = (token < TOKENS)[:, None] & (token < TOKENS)[None, :]
-        tl.store(start + token[:, None] * TOKENS + token[None, :], to_table, mask=mask)
+        start = to_bias_pointer + tl.cast(tl.program_id(0), tl.int64) * (SHAPE.tokens * SHAPE.tokens)
+        mask = (token < SHAPE.tokens)[:, None] & (token < SHAPE.tokens)[None, :]
+        tl.store(start + token[:, None] * SHAPE.tokens + token[None, :], to_table, mask=mask)
+    if SHAPE.scaled:
+        tl.store(to_attn_scale_pointer + tl.program_id(0), tl.sum(to_factor, 0))
 
 
 # --------------------------------------------------------------------------- launches
 
 
-def _precision(x: torch.Tensor) -> str:
-    """Of float32 products: three TF32 products have float32's accuracy; one, if torch's own matmul may use TF32."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
-
-
-def _shared_arguments(
-    qkv: torch.Tensor, num_heads: int, window: list[int], shift: list[int], bias: torch.Tensor | None, scale: float
+def _arguments(
+    qkv: torch.Tensor,
+    num_heads: int,
+    window: list[int],
+    shift: list[int],
+    scale: float,
+    layout: str,
+    bias: torch.Tensor | None,
+    padding: torch.Tensor | None,
+    attn_scale: torch.Tensor | None,
 ) -> dict[str, Any]:
-    """What all kernels take, by name."""
-    batch, height, width, channels = qkv.shape
-    head_dim = channels // (3 * num_heads)
+    """What all kernels take, by name; any tensor stands for one that is not read."""
     return {
-        "windows": batch * triton.cdiv(height, window[0]) * triton.cdiv(width, window[1]),
-        "height": height,
-        "width": width,
+        "qkv_pointer": qkv,
+        "padding_pointer": qkv if padding is None else padding.to(qkv.dtype).contiguous(),
+        "bias_pointer": qkv if bias is None else bias.contiguous(),
+        "attn_scale_pointer": qkv if attn_scale is None else attn_scale.contiguous(),
+        "height": qkv.shape[1],
+        "width": qkv.shape[2],
         "shift_rows": shift[0],
         "shift_columns": shift[1],
         "scale": scale,
-        "HEADS": num_heads,
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": block(head_dim),
-        "WINDOW_ROWS": window[0],
-        "WINDOW_COLUMNS": window[1],
-        "BIASED": bias is not None,
-        "MASKED": any(shift) or height % window[0] != 0 or width % window[1] != 0,
-        "PRECISION": _precision(qkv),
+        "SHAPE": shape_of(qkv, num_heads, window, shift, layout, bias, padding, attn_scale),
     }
 
 
-def _grouped(windows: int, heads: int, programs: int) -> tuple[int, int]:
-    """Windows per program, and programs per head, for about `programs` programs."""
-    per_program = max(1, triton.cdiv(windows * heads, programs))
+def _windows(qkv: torch.Tensor, shape: Shape) -> int:
+    return qkv.shape[0] * triton.cdiv(qkv.shape[1], shape.rows) * triton.cdiv(qkv.shape[2], shape.columns)
+
+
+def _tiles(kernel: str, qkv: torch.Tensor, shape: Shape) -> dict[str, Any]:
+    return choose(kernel, family_of(qkv.device), shape.tokens, shape.head_dim, 8 * qkv.element_size())
+
+
+def _grouped(windows: int, pieces: int, programs: int) -> tuple[int, int]:
+    """Windows per program, and programs per piece of work in each window, for about `programs` programs."""
+    per_program = max(1, triton.cdiv(windows * pieces, programs))
     return per_program, triton.cdiv(windows, per_program)
 
 
@@ -185,36 +219,116 @@ def window_attention(
     num_heads: int,
     window: list[int],
     shift: list[int],
-    bias: torch.Tensor | None,
     scale: float,
+    layout: str,
+    bias: torch.Tensor | None,
+    padding: torch.Tensor | None,
+    attn_scale: torch.Tensor | None,
     statistics: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attention inside windows on a GPU: qkv [B, H, W, 3*heads*head_dim], float32, float16 or bfloat16.
 
-    bias [heads, tokens, tokens] is of any floating dtype; statistics [2, B, H, W, heads], float32, is filled with the
-    largest score of each query and 1 / sum of its weights. Without it each window is one tile.
+    bias [heads, tokens, tokens], padding [3*heads*head_dim] and attn_scale [heads] are of any floating dtype.
+    statistics [2, B, H, W, heads], float32, is filled with the largest score of each query and 1 / sum of its weights;
+    without it each window is one tile.
     """
-    qkv, tokens = qkv.contiguous(), window[0] * window[1]
+    qkv = qkv.contiguous()
     output = qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)  # [B, H, W, heads*d]
     if qkv.numel() == 0:
         return output
-    table = qkv if bias is None else bias.contiguous()
-    shared = _shared_arguments(qkv, num_heads, window, shift, bias, scale)
-    shape = (family_of(qkv.device), tokens, shared["HEAD_DIM"], 8 * qkv.element_size())
+    arguments = _arguments(qkv, num_heads, window, shift, scale, layout, bias, padding, attn_scale)
+    shape = arguments["SHAPE"]
+    windows = _windows(qkv, shape)
     with torch.cuda.device_of(qkv):
         if statistics is None:
-            per_program, groups = _grouped(shared["windows"], num_heads, 4 * PROGRAMS)
-            shared["MASKED"] |= tokens < block(tokens)
+            per_program, groups = _grouped(windows, num_heads, 4 * PROGRAMS)
             window_attention_whole_kernel[(groups * num_heads,)](
-                qkv, table, output, per_program=per_program, BLOCK=block(tokens), **shared, **choose("whole", *shape)
-            )
+                **arguments, output_pointer=output, windows=windows, per_program=per_program,
+                BLOCK=block(shape.tokens), **_tiles("whole", qkv, shape),
+            )  # fmt: skip
         else:
-            tiles = choose("blocked", *shape)
-            programs = shared.pop("windows") * num_heads * triton.cdiv(tokens, tiles["BLOCK_M"])
-            window_attention_blocked_kernel[(programs,)](
-                qkv, table, output, statistics[0], statistics[1], **shared, **tiles
-            )
+            tiles = _tiles("blocked", qkv, shape)
+            window_attention_blocked_kernel[(windows * num_heads * triton.cdiv(shape.tokens, tiles["BLOCK_M"]),)](
+                **arguments, output_pointer=output, largest_pointer=statistics[0], inverse_pointer=statistics[1],
+                **tiles,
+            )  # fmt: skip
     return output
+
+
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # of qkv, bias, padding, attn_scale
+# to_bias [groups of windows, heads, tokens, tokens], to_padding [groups, heads, blocks, 2, d] of k and v, to_attn_scale
+# [groups, heads, blocks]: sums over some windows each, float32, empty where nobody asks for them
+Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _whole_backward(arguments: dict[str, Any], qkv: torch.Tensor, shape: Shape, bias_gradient: bool) -> Sums:
+    windows = _windows(qkv, shape)
+    per_program, groups = _grouped(windows, shape.heads, PROGRAMS)
+    new = functools.partial(torch.empty, dtype=torch.float32, device=qkv.device)
+    sums = (
+        new((groups * bias_gradient, shape.heads, shape.tokens, shape.tokens)),
+        new((windows * shape.filled, shape.heads, 1, 2, shape.head_dim)).zero_(),
+        new((groups * shape.scaled, shape.heads, 1)),
+    )
+    window_attention_whole_backward_kernel[(groups * shape.heads,)](
+        **arguments, to_bias_pointer=sums[0], to_padding_pointer=sums[1], to_attn_scale_pointer=sums[2],
+        windows=windows, per_program=per_program, BLOCK=block(shape.tokens), BIAS_GRADIENT=bias_gradient,
+        **_tiles("whole_backward", qkv, shape),
+    )  # fmt: skip
+    return sums
+
+
+def _large_backward(
+    arguments: dict[str, Any],
+    qkv: torch.Tensor,
+    shape: Shape,
+    output: torch.Tensor,
+    statistics: torch.Tensor,
+    bias_gradient: bool,
+) -> Sums:
+    tiles = {name: _tiles(name, qkv, shape) for name in ("q_gradient", "kv_gradient", "bias_gradient")}
+    windows, tokens = _windows(qkv, shape), shape.tokens
+    query_blocks = triton.cdiv(tokens, tiles["q_gradient"]["BLOCK_M"])
+    key_blocks = triton.cdiv(tokens, tiles["kv_gradient"]["BLOCK_N"])
+    pieces = triton.cdiv(tokens, tiles["bias_gradient"]["BLOCK_M"]) * shape.heads
+    pieces *= triton.cdiv(tokens, tiles["bias_gradient"]["BLOCK_N"])
+    per_program, groups = _grouped(windows, pieces, PROGRAMS)
+    new = functools.partial(torch.empty, dtype=torch.float32, device=qkv.device)
+    to_bias = new((groups * bias_gradient, shape.heads, tokens, tokens))
+    to_padding = new((windows * shape.filled, shape.heads, key_blocks, 2, shape.head_dim)).zero_()
+    to_attn_scale = new((windows * shape.scaled, shape.heads, query_blocks))
+    delta = torch.empty_like(statistics[0])  # [B, H, W, heads], as the next
+    share = torch.empty_like(delta) if shape.scaled else delta
+    to_qkv, arguments = arguments["to_qkv_pointer"], {k: v for k, v in arguments.items() if k != "to_qkv_pointer"}
+    arguments |= {"largest_pointer": statistics[0], "inverse_pointer": statistics[1]}
+    arguments |= {"delta_pointer": delta, "share_pointer": share}
+    window_attention_q_gradient_kernel[(windows * shape.heads * query_blocks,)](
+        **arguments, output_pointer=output, to_qkv_pointer=to_qkv, to_attn_scale_pointer=to_attn_scale,
+        **tiles["q_gradient"],
+    )  # fmt: skip
+    window_attention_kv_gradient_kernel[(windows * shape.heads * key_blocks,)](
+        **arguments, to_qkv_pointer=to_qkv, to_padding_pointer=to_padding, **tiles["kv_gradient"]
+    )
+    if bias_gradient:
+        window_attention_bias_gradient_kernel[(groups * pieces,)](
+            **arguments, to_bias_pointer=to_bias, windows=windows, per_program=per_program, **tiles["bias_gradient"]
+        )
+    return to_bias, to_padding, to_attn_scale
+
+
+def _totals(
+    sums: Sums, bias: torch.Tensor | None, padding: torch.Tensor | None, attn_scale: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of bias, padding and attn_scale, empty for those that are None."""
+    to_bias, to_padding, to_attn_scale = (x.new_empty(0) for x in sums)
+    if bias is not None:
+        to_bias = sums[0].sum(0).to(bias.dtype)
+    if padding is not None:
+        of_kv = sums[1].sum((0, 2)).transpose(0, 1)  # [2, heads, d]; nobody looks at q
+        to_padding = torch.cat((torch.zeros_like(of_kv[:1]), of_kv)).flatten().to(padding.dtype)
+    if attn_scale is not None:
+        to_attn_scale = sums[2].sum((0, 2)).to(attn_scale.dtype)
+    return to_bias, to_padding, to_attn_scale
 
 
 def window_attention_backward(
@@ -225,49 +339,23 @@ def window_attention_backward(
     num_heads: int,
     window: list[int],
     shift: list[int],
-    bias: torch.Tensor | None,
     scale: float,
-    bias_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of qkv [B, H, W, 3*heads*head_dim] and, if asked for, of bias [heads, tokens, tokens] (else empty)."""
-    qkv, gradient, tokens = qkv.contiguous(), gradient.contiguous(), window[0] * window[1]
+    layout: str,
+    bias: torch.Tensor | None,
+    padding: torch.Tensor | None,
+    attn_scale: torch.Tensor | None,
+    wanted: list[bool],
+) -> Gradients:
+    """Gradients of qkv and, where `wanted`, of bias, padding and attn_scale; empty elsewhere."""
+    qkv, gradient = qkv.contiguous(), gradient.contiguous()
     to_qkv = torch.empty_like(qkv)
-    if qkv.numel() == 0:
-        return to_qkv, torch.zeros_like(bias) if bias is not None and bias_gradient else qkv.new_empty(0)
-    table = qkv if bias is None else bias.contiguous()
-    shared = _shared_arguments(qkv, num_heads, window, shift, bias, scale)
-    windows = shared["windows"]
-    shape = (family_of(qkv.device), tokens, shared["HEAD_DIM"], 8 * qkv.element_size())
-    parts = qkv.new_empty(0, dtype=torch.float32)  # [groups of windows, heads, tokens, tokens]
+    arguments = _arguments(qkv, num_heads, window, shift, scale, layout, bias, padding, attn_scale)
+    arguments |= {"gradient_pointer": gradient, "to_qkv_pointer": to_qkv}
+    shape = arguments["SHAPE"]
     with torch.cuda.device_of(qkv):
         if statistics is None:
-            per_program, groups = _grouped(windows, num_heads, PROGRAMS)
-            if bias_gradient:
-                parts = parts.new_empty(groups, num_heads, tokens, tokens)
-            shared["MASKED"] |= tokens < block(tokens)
-            window_attention_whole_backward_kernel[(groups * num_heads,)](
-                qkv, table, gradient, to_qkv, parts, per_program=per_program, BLOCK=block(tokens),
-                BIAS_GRADIENT=bias_gradient, **shared, **choose("whole_backward", *shape),
-            )  # fmt: skip
+            sums = _whole_backward(arguments, qkv, shape, wanted[0])
         else:
-            del shared["windows"]
-            kept = (statistics[0], statistics[1], torch.empty_like(statistics[0]))  # each [B, H, W, heads]
-            tiles = choose("q_gradient", *shape)
-            window_attention_q_gradient_kernel[(windows * num_heads * triton.cdiv(tokens, tiles["BLOCK_M"]),)](
-                qkv, table, output.contiguous(), gradient, *kept, to_qkv, **shared, **tiles
-            )
-            tiles = choose("kv_gradient", *shape)
-            window_attention_kv_gradient_kernel[(windows * num_heads * triton.cdiv(tokens, tiles["BLOCK_N"]),)](
-                qkv, table, gradient, *kept, to_qkv, **shared, **tiles
-            )
-            if bias_gradient:
-                tiles = choose("bias_gradient", *shape)
-                pieces = triton.cdiv(tokens, tiles["BLOCK_M"]) * triton.cdiv(tokens, tiles["BLOCK_N"]) * num_heads
-                per_program, groups = _grouped(windows, pieces, PROGRAMS)
-                parts = parts.new_empty(groups, num_heads, tokens, tokens)
-                window_attention_bias_gradient_kernel[(groups * pieces,)](
-                    qkv, table, gradient, *kept, parts, windows, per_program, **shared, **tiles
-                )
-    if bias is None or not bias_gradient:
-        return to_qkv, qkv.new_empty(0)
-    return to_qkv, parts.sum(0).to(bias.dtype)
+            sums = _large_backward(arguments, qkv, shape, output.contiguous(), statistics, wanted[0])
+    present = zip((bias, padding, attn_scale), wanted, strict=True)
+    return to_qkv, *_totals(sums, *(tensor if want else None for tensor, want in present))

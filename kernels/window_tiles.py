@@ -1,4 +1,7 @@
-"""What the Triton kernels of windowed attention share: where a window's tokens are, tiles in and out, scores."""
+"""What the Triton kernels of windowed attention share: tiles in and out, arithmetic of tiles, scores.
+
+A tile of tokens is a tuple of one or two tensors [T, channels]: head_dim 45 is 32 + 16 channels, not 64.
+"""
 
 from __future__ import annotations
 
@@ -6,73 +9,175 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+REGION_SCORE = tl.constexpr(-100.0)  # where padding is attended, this on scores of tokens of different regions
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-# integers whose value or divisibility must not compile another kernel: maps and batches change during training
-SIZES = ("windows", "per_program", "height", "width", "shift_rows", "shift_columns")
+
+# --------------------------------------------------------------------------- tiles in and out
 
 
 @triton.jit
-def dot(a, b, PRECISION: tl.constexpr):
+def _elements(pointer, tokens, STRIDE: tl.constexpr, PART: tl.constexpr, SHAPE: tl.constexpr):
+    # pointers to one part of the channels of tokens, [T, D], and which of them are there
+    channel = PART * SHAPE.parts[0] + tl.arange(0, SHAPE.parts[PART])
+    mask = tokens.real[:, None] & (channel < SHAPE.head_dim)[None, :]
+    return pointer + tokens.start * STRIDE + tokens.index[:, None] * STRIDE + channel[None, :], mask
+
+
+@triton.jit
+def load(pointer, tokens, STRIDE: tl.constexpr, SHAPE: tl.constexpr):
+    """A tile, zeros for tokens that are not on the map and behind head_dim."""
+    tile = ()
+    for part in tl.static_range(len(SHAPE.parts)):
+        elements, mask = _elements(pointer, tokens, STRIDE, part, SHAPE)
+        tile += (tl.load(elements, mask=mask, other=0.0),)
+    return tile
+
+
+@triton.jit
+def load_projection(inputs, tokens, WHICH: tl.constexpr, SHAPE: tl.constexpr):
+    """q (0), k (1) or v (2) of tokens. Padding has the k and v of `inputs.padding`; nobody looks at its q."""
+    tile = load(inputs.qkv + WHICH * SHAPE.channels, tokens, 3 * SHAPE.channels, SHAPE)
+    if SHAPE.filled and WHICH > 0:
+        padding = tokens.there & ~tokens.real
+        filled = ()
+        for part in tl.static_range(len(SHAPE.parts)):
+            channel = part * SHAPE.parts[0] + tl.arange(0, SHAPE.parts[part])
+            mask = padding[:, None] & (channel < SHAPE.head_dim)[None, :]
+            elements = inputs.padding + WHICH * SHAPE.channels + channel[None, :] + tl.zeros_like(mask).to(tl.int32)
+            filled += (tl.load(elements, mask=mask, other=tile[part]),)
+        tile = filled
+    return tile
+
+
+@triton.jit
+def store(pointer, tile, tokens, STRIDE: tl.constexpr, SHAPE: tl.constexpr):
+    """The reverse of `load`, in the pointer's type."""
+    for part in tl.static_range(len(SHAPE.parts)):
+        elements, mask = _elements(pointer, tokens, STRIDE, part, SHAPE)
+        tl.store(elements, tile[part].to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_padding_sums(pointer, tile, place, WHICH: tl.constexpr, tokens, SHAPE: tl.constexpr):
+    """Sums of a tile over the tokens that are padding, if there are some, to [.., 2, HEAD_DIM] at [place, WHICH]."""
+    padding = tokens.there & ~tokens.real
+    if tl.max(padding.to(tl.int32), 0) > 0:
+        pointer += (tl.cast(place, tl.int64) * 2 + WHICH) * SHAPE.head_dim
+        for part in tl.static_range(len(SHAPE.parts)):
+            channel = part * SHAPE.parts[0] + tl.arange(0, SHAPE.parts[part])
+            sums = tl.sum(tl.where(padding[:, None], tile[part], 0.0), 0)
+            tl.store(pointer + channel, sums, mask=channel < SHAPE.head_dim)
+
+
+@triton.jit
+def load_table(pointer, rows, columns, ROW: tl.constexpr, COLUMN: tl.constexpr, SHAPE: tl.constexpr):
+    """Of one head's bias [TOKENS, TOKENS], as float32: entries row * ROW + column * COLUMN; 0.0 without a bias."""
+    table = 0.0
+    if SHAPE.biased:
+        mask = (rows < SHAPE.tokens)[:, None] & (columns < SHAPE.tokens)[None, :]
+        elements = pointer + rows[:, None] * ROW + columns[None, :] * COLUMN
+        table = tl.load(elements, mask=mask, other=0.0).to(tl.float32)
+    return table
+
+
+# --------------------------------------------------------------------------- arithmetic of tiles
+
+
+@triton.jit
+def dot(a, b, SHAPE: tl.constexpr):
     """a [M, K] @ b [K, N] -> float32. The interpreter's product does not know bfloat16."""
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, input_precision=PRECISION)
+    return tl.dot(a, b, input_precision=SHAPE.precision)
 
 
 @triton.jit
-def place(
-    window, token, height, width, shift_rows, shift_columns, WINDOW_ROWS: tl.constexpr, WINDOW_COLUMNS: tl.constexpr
-):
-    """Of tokens [T] of a window: index in [B * H * W], whether there is such a token, and its region of the shifted map
-    (0 to 3): only tokens of one region attend each other."""
-    down = tl.cdiv(height, WINDOW_ROWS)  # windows along each axis
-    across = tl.cdiv(width, WINDOW_COLUMNS)
-    image = window // (down * across)
-    row = (window // across % down) * WINDOW_ROWS + token // WINDOW_COLUMNS + shift_rows
-    column = (window % across) * WINDOW_COLUMNS + token % WINDOW_COLUMNS + shift_columns
-    below = row >= down * WINDOW_ROWS  # the shift brings them from the other side of the padded map
-    beyond = column >= across * WINDOW_COLUMNS
-    row = tl.where(below, row - down * WINDOW_ROWS, row)
-    column = tl.where(beyond, column - across * WINDOW_COLUMNS, column)
-    real = (token < WINDOW_ROWS * WINDOW_COLUMNS) & (row < height) & (column < width)
-    index = (tl.cast(image, tl.int64) * height + row) * width + column
-    return index, real, 2 * below.to(tl.int32) + beyond.to(tl.int32)
+def zeros(ROWS: tl.constexpr, SHAPE: tl.constexpr):
+    """A tile of float32 zeros."""
+    tile = ()
+    for part in tl.static_range(len(SHAPE.parts)):
+        tile += (tl.zeros([ROWS, SHAPE.parts[part]], dtype=tl.float32),)
+    return tile
 
 
 @triton.jit
-def load(pointer, index, real, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[T, BLOCK_D], zeros for tokens that are not there and behind head_dim."""
-    channel = tl.arange(0, BLOCK_D)
-    mask = real[:, None] & (channel < HEAD_DIM)[None, :]
-    return tl.load(pointer + index[:, None] * STRIDE + channel[None, :], mask=mask, other=0.0)
+def inner(a, b, SHAPE: tl.constexpr):
+    """Tiles of M and N tokens -> [M, N], products over the channels."""
+    product = dot(a[0], tl.trans(b[0]), SHAPE)
+    if len(SHAPE.parts) == 2:
+        product += dot(a[1], tl.trans(b[1]), SHAPE)
+    return product
 
 
 @triton.jit
-def store(pointer, x, index, real, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The reverse of `load`, in the pointer's type."""
-    channel = tl.arange(0, BLOCK_D)
-    mask = real[:, None] & (channel < HEAD_DIM)[None, :]
-    tl.store(pointer + index[:, None] * STRIDE + channel[None, :], x.to(pointer.dtype.element_ty), mask=mask)
+def combine(weights, tile, SHAPE: tl.constexpr):
+    """weights [M, N] @ a tile of N tokens -> a tile of M tokens, float32."""
+    result = ()
+    for part in tl.static_range(len(SHAPE.parts)):
+        result += (dot(weights.to(tile[part].dtype), tile[part], SHAPE),)
+    return result
 
 
 @triton.jit
-def load_table(pointer, row, column, ROW: tl.constexpr, COLUMN: tl.constexpr, TOKENS: tl.constexpr):
-    """Of one head's bias [TOKENS, TOKENS], as float32: entries row * ROW + column * COLUMN."""
-    mask = (row < TOKENS)[:, None] & (column < TOKENS)[None, :]
-    return tl.load(pointer + row[:, None] * ROW + column[None, :] * COLUMN, mask=mask, other=0.0).to(tl.float32)
+def combine_transposed(weights, tile, SHAPE: tl.constexpr):
+    """The same with weights [N, M]."""
+    result = ()
+    for part in tl.static_range(len(SHAPE.parts)):
+        result += (dot(tl.trans(weights.to(tile[part].dtype)), tile[part], SHAPE),)
+    return result
 
 
 @triton.jit
-def scores_of(
-    a, b, table, a_region, b_region, scale, BIASED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr
-):
-    """a [M, D], b [N, D], queries and keys or the reverse -> scores [M, N], -inf where the regions differ."""
-    scores = dot(a, tl.trans(b), PRECISION) * scale
-    if BIASED:
+def add(a, b, SHAPE: tl.constexpr):
+    """The sum of two tuples."""
+    result = ()
+    for part in tl.static_range(len(SHAPE.parts)):
+        result += (a[part] + b[part],)
+    return result
+
+
+@triton.jit
+def times(tile, factor, SHAPE: tl.constexpr):
+    """Each tensor of a tuple times a factor."""
+    result = ()
+    for part in tl.static_range(len(SHAPE.parts)):
+        result += (tile[part] * factor,)
+    return result
+
+
+@triton.jit
+def row_sums(a, b, SHAPE: tl.constexpr):
+    """[T], sums over the channels of the products of two tiles."""
+    sums = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)
+    if len(SHAPE.parts) == 2:
+        sums += tl.sum(a[1].to(tl.float32) * b[1].to(tl.float32), 1)
+    return sums
+
+
+# --------------------------------------------------------------------------- scores
+
+
+@triton.jit
+def allowed(a, b):
+    """[M, N] as 0.0 or 1.0: whether tokens attend each other."""
+    return tl.where(a.region[:, None] == b.region[None, :], 1.0, 0.0)
+
+
+@triton.jit
+def scores_of(a, b, rows, columns, table, scale, TAIL: tl.constexpr, SHAPE: tl.constexpr):
+    """Tiles a of `rows` and b of `columns`, queries and keys or the reverse -> scores [M, N]. With TAIL some columns
+    are keys that are not there; such rows may have any score, as nobody sums over rows."""
+    scores = inner(a, b, SHAPE) * scale
+    if SHAPE.biased:
         scores += table
-    if MASKED:
-        scores = tl.where(a_region[:, None] == b_region[None, :], scores, float("-inf"))
+    if SHAPE.masked:
+        scores = tl.where(rows.region[:, None] == columns.region[None, :], scores, float("-inf"))
+    else:
+        if SHAPE.shifted:
+            scores = tl.where(rows.region[:, None] == columns.region[None, :], scores, scores + REGION_SCORE)
+        if TAIL:
+            scores = tl.where(columns.there[None, :], scores, float("-inf"))
     return scores
 
 

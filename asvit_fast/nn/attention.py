@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..ops.window_attention import window_attention
 from .feat_scale import FeatScale
+from .linear import Linear
 
 
 def split_attention(
@@ -55,8 +56,8 @@ class WindowAttention(nn.Module):
         self.window = None
         self.attn_drop = attn_drop
         inner_dim = self.head_dim * num_heads
-        self.qkv = nn.Linear(dim, 3 * inner_dim, **factory)
-        self.proj = nn.Linear(inner_dim, dim, **factory)
+        self.qkv = Linear(dim, 3 * inner_dim, **factory)
+        self.proj = Linear(inner_dim, dim, **factory)
         self.attn_scale = nn.Parameter(torch.zeros(num_heads, **factory)) if attn_scale else None
         self.feat_scale = FeatScale(dim, **factory) if feat_scale else nn.Identity()
         self.proj_drop = nn.Dropout(proj_drop)

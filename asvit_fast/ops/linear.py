@@ -14,7 +14,6 @@ from torch.overrides import has_torch_function
 from .. import backends
 from .transforms import transform_active
 
-ACTIVATIONS = ("none", "gelu")
 SMALL = 10**7  # multiply-adds below which calling an op of our own costs more than it gains
 
 
@@ -91,6 +90,14 @@ def _elementary(x: Tensor) -> bool:
     return backends.forced_backend() is not None and backends.select("linear", x.device) is linear_reference
 
 
+def _through_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """The activation is part of the product unless a gradient is recorded."""
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    rows = x.reshape(-1, x.shape[-1])  # [rows, K]
+    y = _linear(rows, weight, bias, "none" if recorded else activation).reshape(*x.shape[:-1], weight.shape[0])
+    return F.gelu(y) if activation == "gelu" and recorded else y
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
     """x @ weight.T + bias, then GELU if asked for: x [*, K], weight [N, K], bias [N] -> [*, N].
 
@@ -105,15 +112,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
     Raises:
         ValueError: an unknown activation, naming it.
     """
-    if torch.jit.is_scripting():
-        return linear_reference(x, weight, bias, activation)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"linear: activation must be none or gelu, got {activation!r}")
-    operands = (x, weight) if bias is None else (x, weight, bias)
-    if has_torch_function(operands) or transform_active() or not _fits(x, weight, bias) or _elementary(x):
-        return linear_reference(x, weight, bias, activation)
-    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in operands)
-    fused = "none" if recorded else activation
-    rows = x.reshape(-1, x.shape[-1])  # [rows, K]
-    y = _linear(rows, weight, bias, fused).reshape(*x.shape[:-1], weight.shape[0])
-    return F.gelu(y) if activation == "gelu" and recorded else y
+    if not torch.jit.is_scripting():
+        if activation not in ("none", "gelu"):
+            raise ValueError(f"linear: activation must be none or gelu, got '{activation}'")
+        plain = has_torch_function((x, weight, bias)) or transform_active() or not _fits(x, weight, bias)
+        if not plain and not _elementary(x):
+            return _through_onednn(x, weight, bias, activation)
+    return linear_reference(x, weight, bias, activation)

@@ -1,13 +1,23 @@
-"""Overlapping, dilated patch embedding: image -> normalised tokens, channels last."""
+"""Overlapping, dilated patch embedding: image -> normalised tokens, channels last.
+
+The fused op's backward pass computes the convolution again where that costs less than writing its values and reading
+them back: always on a GPU, for small patches on a CPU.
+"""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .. import backends
+from .. import _extension, backends
+from ..errors import InputError
+from .transforms import transform_active
 
 
 def patch_embed_reference(
@@ -29,7 +39,341 @@ def patch_embed_reference(
     return F.layer_norm(tokens, (tokens.shape[3],), norm_weight, norm_bias, eps)
 
 
-backends.declare("patch_embed", reference=patch_embed_reference)
+def _check(
+    image: Tensor, weight: Tensor, vectors: Sequence[Tensor | None], stride: int, dilation: int, padding: list[int]
+) -> None:
+    """`vectors`: bias, norm_weight, norm_bias."""
+    if image.dim() != 4 or weight.dim() != 4 or image.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"patch_embed: image must be [B, Cin, H, W] and weight [C, Cin, K, K] with the same Cin, "
+            f"got {list(image.shape)} and {list(weight.shape)}"
+        )
+    channels, kernel = weight.shape[0], weight.shape[2]
+    if kernel < 1 or weight.shape[3] != kernel:
+        raise ValueError(f"patch_embed: weight must be [C, Cin, K, K] with square patches, got {list(weight.shape)}")
+    for name, vector in zip(("bias", "norm_weight", "norm_bias"), vectors, strict=True):
+        if vector is not None and vector.shape != (channels,):
+            raise ValueError(f"patch_embed: {name} must be [{channels}], got {list(vector.shape)}")
+    if vectors[1] is None and vectors[2] is not None:
+        raise ValueError("patch_embed: norm_bias without norm_weight, which is what asks for a LayerNorm")
+    if stride < 1 or dilation < 1:
+        raise ValueError(f"patch_embed: stride and dilation must be positive, got {stride} and {dilation}")
+    if len(padding) != 4 or min(padding) < 0:
+        raise ValueError(f"patch_embed: padding must be zeros at (left, right, top, bottom), got {padding}")
+    span = dilation * (kernel - 1) + 1
+    height, width = image.shape[2] + padding[2] + padding[3], image.shape[3] + padding[0] + padding[1]
+    if height < span or width < span:
+        raise ValueError(
+            f"patch_embed: patches of {span} pixels (K {kernel}, dilation {dilation}) do not fit an image of "
+            f"{height} x {width} pixels with its padding"
+        )
+
+
+# --------------------------------------------------------------------------- fused op
+
+MAXIMUM_CHANNELS = 512  # that a Triton program normalises in its registers
+KEPT_FROM = 96  # pixels of a patch in all channels, from which a CPU keeps the convolution's values
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+Result = tuple[Tensor, Tensor]
+Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+# image, weight, bias, norm_weight, norm_bias
+
+
+class Settings(NamedTuple):
+    """What is not a tensor. `products`: what a GPU rounds pixels and weights to before it multiplies them (sums are
+    float32); `dtype`: of the output."""
+
+    stride: int
+    dilation: int
+    padding: list[int]
+    eps: float
+    products: torch.dtype
+    dtype: torch.dtype
+
+
+def _compiled(operands: Operands, settings: Settings, keep: bool) -> Result:
+    """C++: csrc/patch_embed.cpp."""
+    _extension.extension()
+    stride, dilation, padding, eps, _, dtype = settings
+    return torch.ops.asvit_fast_C.patch_embed(*operands, stride, dilation, padding, eps, dtype, keep)
+
+
+def _reference(operands: Sequence[Any], settings: Settings) -> Tensor:
+    """The reference in the widest of the operands' types."""
+    wide = functools.reduce(torch.promote_types, (x.dtype for x in operands if x is not None))
+    image, weight = operands[0].to(wide), operands[1].to(wide)
+    bias, norm_weight, norm_bias = (None if x is None else x.to(wide) for x in operands[2:])
+    stride, dilation, padding, eps, _, dtype = settings
+    zeros = (padding[0], padding[1], padding[2], padding[3])
+    return patch_embed_reference(image, weight, bias, stride, dilation, zeros, norm_weight, norm_bias, eps).to(dtype)
+
+
+def _elementary(operands: Operands, settings: Settings, keep: bool) -> Result:
+    """The reference, with nothing kept for the backward pass."""
+    tokens = _reference(operands, settings).contiguous()
+    return tokens, tokens.new_empty(0)
+
+
+def _check_triton(operands: Operands) -> None:
+    image, weight = operands[:2]
+    if image.dtype == torch.float64:
+        raise InputError("patch_embed: the triton backend computes in float32, got torch.float64: use reference")
+    if weight.shape[0] > MAXIMUM_CHANNELS:
+        raise InputError(
+            f"patch_embed: the triton backend has at most {MAXIMUM_CHANNELS} channels, got {weight.shape[0]}: "
+            "use reference"
+        )
+
+
+def _triton(operands: Operands, settings: Settings, keep: bool) -> Result:
+    """kernels/patch_embed.py; keeps nothing."""
+    from asvit_fast.kernels.patch_embed import patch_embed
+
+    _check_triton(operands)
+    tokens = patch_embed(*operands, *settings)
+    return tokens, tokens.new_empty(0)
+
+
+backends.declare("patch_embed", triton=_triton, cpu=_compiled, reference=_elementary)
+
+
+@torch.library.custom_op("asvit_fast::patch_embed", mutates_args=())
+def _patch_embed(
+    image: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    stride: int,
+    dilation: int,
+    padding: list[int],
+    eps: float,
+    products: torch.dtype,
+    dtype: torch.dtype,
+    keep: bool,
+) -> Result:
+    """Tokens [B, Ho, Wo, C], and if a backward pass that needs them comes the convolution's values (else empty)."""
+    settings = Settings(stride, dilation, padding, eps, products, dtype)
+    run = backends.select("patch_embed", image.device)
+    return run((image, weight, bias, norm_weight, norm_bias), settings, keep)
+
+
+def _output_shape(image: Tensor, weight: Tensor, stride: int, dilation: int, padding: list[int]) -> list[int]:
+    span = dilation * (weight.shape[2] - 1) + 1
+    rows = (image.shape[2] + padding[2] + padding[3] - span) // stride + 1
+    columns = (image.shape[3] + padding[0] + padding[1] - span) // stride + 1
+    return [image.shape[0], rows, columns, weight.shape[0]]
+
+
+@_patch_embed.register_fake
+def _fake(image, weight, bias, norm_weight, norm_bias, stride, dilation, padding, eps, products, dtype, keep) -> Result:
+    shape = _output_shape(image, weight, stride, dilation, padding)
+    working = torch.float64 if image.dtype == torch.float64 else torch.float32
+    kept = image.new_empty(shape if keep and image.device.type == "cpu" else [0], dtype=working)
+    return image.new_empty(shape, dtype=dtype), kept
+
+
+# --------------------------------------------------------------------------- autograd
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # of the operands
+
+
+def _present(operands: Operands) -> list[Tensor]:
+    return [x for x in operands if x is not None]
+
+
+def _restored(tensors: Sequence[Any], like: Sequence[bool]) -> list[Any]:
+    """The reverse: None where `like` says that there was nothing."""
+    rest = iter(tensors)
+    return [next(rest) if there else None for there in like]
+
+
+def _vector_jacobian_product(there: list[bool], settings: Settings) -> Callable[..., tuple[Tensor, ...]]:
+    """(gradient of the output, the operands that are there) -> their gradients, through the reference: differentiable
+    in all of them."""
+
+    def product(gradient: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
+        def reference(*operands: Tensor) -> Tensor:
+            return _reference(_restored(operands, there), settings)
+
+        return torch.func.vjp(reference, *operands)[1](gradient)
+
+    return product
+
+
+def _image_gradient(to_values: Tensor, image: Tensor, weight: Tensor, settings: Settings) -> Tensor:
+    """From gradients [B, Ho, Wo, C] of the convolution's values by torch's transposed convolution, whose result loses
+    its padding: [B, Cin, H, W]."""
+    batch, channels, height, width = image.shape
+    left, right, top, bottom = settings.padding
+    to_image = torch.nn.grad.conv2d_input(
+        [batch, channels, height + top + bottom, width + left + right],
+        weight.to(to_values.dtype),
+        to_values.permute(0, 3, 1, 2),
+        stride=settings.stride,
+        dilation=settings.dilation,
+    )
+    return to_image[:, :, top : top + height, left : left + width].to(image.dtype, copy=True).contiguous()
+
+
+def _fused_backward(
+    implementation: Callable[..., Result], gradient: Tensor, operands: Operands, settings: Settings, values: Tensor,
+    of_image: bool, of_parameters: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of the convolution's values and of the parameters, each empty unless asked for."""
+    if implementation is _triton:
+        from asvit_fast.kernels.patch_embed import patch_embed_backward
+
+        _check_triton(operands)
+        return patch_embed_backward(gradient, *operands, *settings[:5], of_image, of_parameters)
+    _extension.extension()
+    return torch.ops.asvit_fast_C.patch_embed_backward(
+        gradient, *operands, *settings[:4], values, of_image, of_parameters
+    )
+
+
+def _elementary_backward(
+    gradient: Tensor, operands: Operands, settings: Settings, of_image: bool, of_parameters: bool
+) -> Gradients:
+    there = [x is not None for x in operands]
+    found = _restored(_vector_jacobian_product(there, settings)(gradient, *_present(operands)), there)
+    wanted = [of_image] + [of_parameters] * 4
+    nothing = (gradient.new_empty(0) for _ in operands)
+    image, weight, bias, norm_weight, norm_bias = (
+        x.clone(memory_format=torch.contiguous_format) if x is not None and want else next(nothing)
+        for x, want in zip(found, wanted, strict=True)
+    )
+    return image, weight, bias, norm_weight, norm_bias
+
+
+@torch.library.custom_op("asvit_fast::patch_embed_backward", mutates_args=())
+def _patch_embed_backward(
+    gradient: Tensor,
+    image: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    stride: int,
+    dilation: int,
+    padding: list[int],
+    eps: float,
+    products: torch.dtype,
+    dtype: torch.dtype,
+    values: Tensor,
+    of_image: bool,
+    of_parameters: bool,
+) -> Gradients:
+    """Gradients of the operands, empty for those that are not there or not asked for; sums over tokens in an order that
+    only shapes decide."""
+    settings = Settings(stride, dilation, padding, eps, products, dtype)
+    operands = (image, weight, bias, norm_weight, norm_bias)
+    implementation = backends.select("patch_embed", image.device)
+    if implementation is _elementary:
+        return _elementary_backward(gradient, operands, settings, of_image, of_parameters)
+    to_values, *parameters = _fused_backward(
+        implementation, gradient, operands, settings, values, of_image, of_parameters
+    )
+    to_image = _image_gradient(to_values, image, weight, settings) if of_image else to_values
+    return (to_image, *parameters)  # type: ignore[return-value]
+
+
+@_patch_embed_backward.register_fake
+def _fake_backward(
+    gradient, image, weight, bias, norm_weight, norm_bias, stride, dilation, padding, eps, products, dtype, values,
+    of_image, of_parameters,
+) -> Gradients:  # fmt: skip
+    def like(operand: Tensor | None, wanted: bool) -> Tensor:
+        return operand.new_empty(operand.shape) if operand is not None and wanted else image.new_empty(0)
+
+    parameters = (like(x, of_parameters) for x in (weight, bias, norm_weight, norm_bias))
+    return (like(image, of_image), *parameters)  # type: ignore[return-value]
+
+
+def _setup_context(ctx, inputs, output: Result) -> None:
+    operands = inputs[:5]
+    ctx.settings, ctx.there = inputs[5:11], [x is not None for x in operands]
+    ctx.save_for_backward(output[1], *_present(operands))
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, gradient: Tensor | None, _: Tensor | None):
+    if gradient is None:
+        return (None,) * 12
+    values, *operands = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[:5]
+    found = _patch_embed_backward(
+        gradient, *_restored(operands, ctx.there), *ctx.settings, values, wanted[0], any(wanted[1:])
+    )
+    gradients = (x if want and there else None for x, want, there in zip(found, wanted, ctx.there, strict=True))
+    return (*gradients, *(None,) * 7)
+
+
+_patch_embed.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _setup_double(ctx, inputs, output: Gradients) -> None:
+    gradient, operands = inputs[0], inputs[1:6]
+    ctx.settings, (ctx.of_image, ctx.of_parameters) = Settings(*inputs[6:12]), inputs[13:]
+    ctx.there = [x is not None for x in operands]
+    ctx.save_for_backward(gradient, *_present(operands))
+
+
+def _double_backward(ctx, *cotangents: Tensor):
+    """In elementary operations, so that it can be differentiated again."""
+    gradient, *operands = ctx.saved_tensors
+    wanted = [ctx.of_image] + [ctx.of_parameters] * 4
+    given = [cotangent if want else None for cotangent, want in zip(cotangents, wanted, strict=True)]
+    known = tuple(
+        torch.zeros_like(operand) if cotangent is None else cotangent
+        for cotangent, operand in zip(
+            [one for one, there in zip(given, ctx.there, strict=True) if there], operands, strict=True
+        )
+    )
+    product = _vector_jacobian_product(ctx.there, ctx.settings)
+    to_gradient, *found = torch.func.vjp(product, gradient, *operands)[1](known)
+    return (to_gradient, *_restored(found, ctx.there), *(None,) * 9)
+
+
+_patch_embed_backward.register_autograd(_double_backward, setup_context=_setup_double)
+
+
+# --------------------------------------------------------------------------- public
+
+
+def _types(image: Tensor, weight: Tensor, normalised: bool) -> tuple[torch.dtype, torch.dtype]:
+    """Of products and output, as autocast chooses them for a convolution and a LayerNorm (float32 on a GPU)."""
+    device = image.device.type
+    if image.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        low = torch.get_autocast_dtype(device)
+        return low, torch.float32 if normalised and device == "cuda" else low
+    if image.dtype != weight.dtype:
+        raise ValueError(f"patch_embed: image is {image.dtype} and weight {weight.dtype}: convert one of them")
+    return image.dtype, image.dtype
+
+
+def _fuses(image: Tensor, weight: Tensor) -> bool:
+    """Whether the fused op is for this call."""
+    if image.numel() == 0 or weight.numel() == 0 or image.dtype not in _FLOATS or transform_active():
+        return False
+    if backends.forced_backend() is not None:
+        return backends.select("patch_embed", image.device) is not _elementary
+    if image.device.type == "cuda" and weight.shape[0] > MAXIMUM_CHANNELS:
+        backends.notify_once(
+            "patch_embed channels",
+            f"patch_embed of {weight.shape[0]} channels runs in elementary operations on a GPU: its kernels have at "
+            f"most {MAXIMUM_CHANNELS}",
+        )
+        return False
+    return image.device.type == "cpu" or (image.device.type == "cuda" and image.dtype != torch.float64)
+
+
+def _keeps(operands: Operands) -> bool:
+    """Whether a backward pass on a CPU will want the convolution's values."""
+    weight = operands[1]
+    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in _present(operands))
+    return differentiated and weight.device.type == "cpu" and weight[0].numel() >= KEPT_FROM
 
 
 def patch_embed(
@@ -46,16 +390,19 @@ def patch_embed(
     """Convolution, then LayerNorm over the channels: image [B, Cin, H, W] -> [B, Ho, Wo, C].
 
     Args:
-        image: [B, Cin, H, W].
-        weight: [C, Cin, K, K]; bias: [C] or None.
+        image: [B, Cin, H, W], of any layout; float32, float64, float16 or bfloat16.
+        weight: [C, Cin, K, K], of the image's dtype except under autocast; bias: [C] or None.
         stride, dilation: pixels; with token reduction the dilation keeps a patch about as wide as its stride
             (As-ViT, arXiv 2202.11921, section 3.4).
         padding: zeros at (left, right, top, bottom), in pixels.
-        norm_weight, norm_bias: [C]; without ``norm_weight`` there is no LayerNorm.
+        norm_weight, norm_bias: [C], of any floating dtype; without ``norm_weight`` there is no LayerNorm.
         eps: LayerNorm's epsilon.
 
     Raises:
-        ValueError: shapes that do not fit, naming the value.
+        ValueError: shapes or dtypes that do not fit, naming the value.
+
+    On a CPU one compiled kernel each for forward and backward, on a GPU Triton kernels (elementary operations in
+    float64 and beyond 512 channels). The gradient of the image, where it is needed, is torch's transposed convolution.
     """
     if not torch.jit.is_scripting():
         operands = (image, weight, bias, norm_weight, norm_bias)
@@ -63,12 +410,12 @@ def patch_embed(
             return handle_torch_function(
                 patch_embed, operands, image, weight, bias, stride, dilation, padding, norm_weight, norm_bias, eps
             )
-        if backends.forced_backend() is not None:
-            implementation = backends.select("patch_embed", image.device)
-            return implementation(image, weight, bias, stride, dilation, padding, norm_weight, norm_bias, eps)
-    if image.dim() != 4 or weight.dim() != 4 or image.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"patch_embed: image must be [B, Cin, H, W] and weight [C, Cin, K, K] with the same Cin, "
-            f"got {list(image.shape)} and {list(weight.shape)}"
-        )
+        zeros = list(padding)
+        _check(image, weight, operands[2:], stride, dilation, zeros)
+        if _fuses(image, weight):
+            products, dtype = _types(image, weight, norm_weight is not None)
+            return _patch_embed(
+                image, weight, bias, norm_weight, norm_bias, stride, dilation, zeros, eps, products, dtype,
+                norm_weight is not None and _keeps(operands),
+            )[0]  # fmt: skip
     return patch_embed_reference(image, weight, bias, stride, dilation, padding, norm_weight, norm_bias, eps)

@@ -156,9 +156,9 @@ def _compiled(
 ) -> Result:
     """C++: csrc/window_attention.cpp."""
     _extension.extension()
-    if layout != "masked" or attn_scale is not None:  # INTERIM
-        return _elementary(qkv, num_heads, window, shift, scale, layout, bias, padding, attn_scale)
-    return torch.ops.asvit_fast_C.window_attention(qkv, num_heads, window, shift, bias, scale)
+    return torch.ops.asvit_fast_C.window_attention(
+        qkv, num_heads, window, shift, scale, layout, bias, padding, attn_scale
+    )
 
 
 def _elementary(
@@ -211,13 +211,12 @@ def _triton(
     from asvit_fast.kernels.window_attention import window_attention
 
     _check_triton(qkv)
-    if layout != "masked" or attn_scale is not None:  # INTERIM
-        return _elementary(qkv, num_heads, window, shift, scale, layout, bias, padding, attn_scale)
     whole = _whole(qkv, num_heads, window)
     allocate = torch.zeros if whole else torch.empty  # the zeros, without elements on a GPU, are never read
     statistics = allocate(_statistics_shape(qkv, num_heads, window), dtype=torch.float32, device=qkv.device)
     kept = None if whole else statistics
-    return window_attention(qkv, num_heads, window, shift, bias, scale, kept), statistics
+    output = window_attention(qkv, num_heads, window, shift, scale, layout, bias, padding, attn_scale, kept)
+    return output, statistics
 
 
 backends.declare("window_attention", triton=_triton, cpu=_compiled, reference=_elementary)
@@ -314,15 +313,13 @@ def _window_attention_backward(
 
         _check_triton(qkv)
         kept = None if _whole(qkv, num_heads, window) else statistics
-        to_qkv, to_bias = window_attention_backward(
-            gradient, qkv, output, kept, num_heads, window, shift, bias, scale, wanted[0]
+        return window_attention_backward(
+            gradient, qkv, output, kept, num_heads, window, shift, scale, layout, bias, padding, attn_scale, wanted
         )
-        return to_qkv, to_bias, nothing, nothing.clone()  # INTERIM
     _extension.extension()
-    to_qkv, to_bias = torch.ops.asvit_fast_C.window_attention_backward(
-        gradient, qkv, output, statistics, num_heads, window, shift, bias, scale, wanted[0]
+    return torch.ops.asvit_fast_C.window_attention_backward(
+        gradient, qkv, output, statistics, num_heads, window, shift, scale, layout, bias, padding, attn_scale, wanted
     )
-    return to_qkv, to_bias, nothing, nothing.clone()  # INTERIM
 
 
 @_window_attention_backward.register_fake

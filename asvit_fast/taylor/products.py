@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.linear import linear as fast_linear
 from .linear import _bind
 from .value import Combination, Taylor, mapped, register_rule
 
@@ -87,7 +88,7 @@ def plus_bias(out: Tensor, bias: Tensor) -> Taylor:
 def linear(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
     x, weight, bias = _bind(args, kwargs, input=None, weight=None, bias=None)
     if isinstance(x, Taylor) and not isinstance(weight, Taylor):  # [orders, *, features]: one product of all rows
-        out = F.linear(x.coefficients, weight)
+        out = fast_linear(x.coefficients, weight)
         return Taylor(out) if bias is None else plus_bias(out, bias)
     return _affine(F.linear, x, weight, bias, (-1,))
 

@@ -1,4 +1,4 @@
-// Square blocks of vectors turned around in registers. Included as vector.h is.
+// Square blocks of vectors turned around in registers, and rows cut into vectors. Included as vector.h is.
 #pragma once
 
 #include "cpu/vector.h"
@@ -38,6 +38,20 @@ inline void transpose(Vector<T> (&rows)[kLanes<T>]) {
         exchange<T, stride>(rows[row], rows[row + stride], typename FirstIntegers<kLanes<T>>::Type());
     transpose<T, stride * 2>(rows);
   }
+}
+
+// Calls run(begin, width) for widths that cover `size` elements from the front: a vector of them, 8, 4, then single
+// ones.
+template <typename T, typename Run>
+inline void in_widths(int64_t size, Run run) {
+  int64_t begin = 0;
+  const auto all = [&](auto width) {
+    for (; size - begin >= width(); begin += width()) run(begin, width);
+  };
+  all(Constant<kLanes<T>>());
+  if constexpr (kLanes<T> > 8) all(Constant<8>());
+  if constexpr (kLanes<T> > 4) all(Constant<4>());
+  all(Constant<1>());
 }
 
 }  // namespace

@@ -52,19 +52,6 @@ inline T coefficient(int order, T derivative) {
   return order == 2 ? T(0.5) * derivative : derivative;
 }
 
-// Calls run(width) for widths that cover `size` components from the front: a vector of them, 8, 4, then single ones.
-template <typename T, typename Run>
-inline void in_widths(int64_t size, Run run) {
-  int64_t begin = 0;
-  const auto all = [&](auto width) {
-    for (; size - begin >= width(); begin += width()) run(begin, width);
-  };
-  all(Constant<kLanes<T>>());
-  if constexpr (kLanes<T> > 8) all(Constant<8>());
-  if constexpr (kLanes<T> > 4) all(Constant<4>());
-  all(Constant<1>());
-}
-
 template <typename T, int orders>
 void pack_keys(const WindowAttentionTaylor<T>& problem, const AttentionWindow& window, T* packed) {
   const AttentionStrides strides = problem.k.strides;

@@ -1,0 +1,245 @@
+// The backward pass of patch embedding for one instruction set. With normal values
+// n, gradients g of the output and h = g * norm_weight, the gradient of the convolution's result is
+//
+//   (h - mean(h) - n mean(h n)) / deviation,
+//
+// whose products with the pixels, summed over tokens in registers, are the gradient of the weight.
+#pragma once
+
+#include "cpu/patch_embed_kernel.h"
+
+namespace asvit_fast {
+namespace {
+
+// What a piece adds to: rows of [patch + 3, padded channels].
+template <typename T>
+struct PatchEmbedSums {
+  T *weight, *bias, *norm_weight, *norm_bias;
+
+  PatchEmbedSums(const PatchEmbedBackward<T>& problem, int64_t piece) {
+    const int64_t padded = problem.forward.padded(), patch = problem.forward.patch();
+    weight = problem.sums + piece * (patch + 3) * padded;
+    bias = weight + patch * padded;
+    norm_weight = bias + padded;
+    norm_bias = norm_weight + padded;
+  }
+};
+
+template <typename T>
+inline void add_to(T* to, Vector<T> x) {
+  store<T>(to, load<T>(to) + x);
+}
+
+// [tokens][channels] to [tokens][padded channels], zeros behind the channels.
+template <typename T>
+inline void pad_tokens(const PatchEmbed<T>& problem, const T* from, int64_t count, T* to) {
+  const int64_t padded = problem.padded(), channels = problem.channels;
+  for (int64_t token = 0; token < count; ++token, from += channels, to += padded) {
+    int64_t i = 0;
+    for (; i + kLanes<T> <= channels; i += kLanes<T>) store<T>(to + i, load<T>(from + i));
+    for (; i < channels; ++i) to[i] = from[i];
+    for (; i < padded; ++i) to[i] = T(0);
+  }
+}
+
+// mean(h) and mean(h n) of a block's tokens, from values block and gradients [tokens][padded channels].
+template <typename T, typename Vectors>
+inline void find_means(const PatchEmbed<T>& problem, const T* block, const T* gradients, Vectors vectors,
+                       const Moments<T>& moments, T* means, T* slopes) {
+  const int64_t padded = problem.padded();
+  const T share = T(1) / static_cast<T>(problem.channels);
+#pragma GCC unroll 8
+  for (int begin = 0; begin < kTokenBlock; begin += kLanes<T>) {
+    Vector<T> sums[kLanes<T>] = {}, products[kLanes<T>] = {};
+#pragma GCC unroll 16
+    for (int token = 0; token < kLanes<T> && begin + token < kTokenBlock; ++token) {
+      const int64_t row = (begin + token) * padded;
+      const Vector<T> mean = broadcast<T>(moments.mean[begin + token]);
+      for (int64_t i = 0; i < vectors(); ++i) {
+        const int64_t at = i * kLanes<T>;
+        const Vector<T> h = load<T>(gradients + row + at) * load<T>(problem.norm_weight + at);
+        sums[token] += h;
+        products[token] += h * (load<T>(block + row + at) - mean);
+      }
+    }
+    store<T>(means + begin, totals<T>(sums) * share);
+    store<T>(slopes + begin, totals<T>(products) * load<T>(moments.scale + begin) * share);
+  }
+}
+
+// From gradients of the output [tokens][padded channels] those of the convolution's values, in place; and the block's
+// share of the parameters'. Behind the `count` tokens that there are gradients are zero and stay so.
+template <typename T, typename Vectors>
+void differentiate_norm(const PatchEmbed<T>& problem, const T* block, int64_t count, Vector<T> last, Vectors vectors,
+                        const PatchEmbedSums<T>* sums, T* gradients) {
+  const int64_t padded = problem.padded();
+  Moments<T> moments;
+  T means[kMaximumTokenBlock + kLanes<T>], slopes[kMaximumTokenBlock + kLanes<T>];
+  find_moments(problem, block, last, vectors, moments);
+  for (int64_t token = count; token < kTokenBlock; ++token) moments.scale[token] = T(0);  // not infinite where eps is 0
+  find_means(problem, block, gradients, vectors, moments, means, slopes);
+  for (int64_t i = 0; i < vectors(); ++i) {
+    const int64_t at = i * kLanes<T>;
+    const Vector<T> weight = load<T>(problem.norm_weight + at);
+    Vector<T> to_weight = {}, to_bias = {}, to_values = {};
+#pragma GCC unroll 16
+    for (int token = 0; token < kTokenBlock; ++token) {
+      T* place = gradients + token * padded + at;
+      const Vector<T> gradient = load<T>(place), x = load<T>(block + token * padded + at);
+      const Vector<T> normal = (x - moments.mean[token]) * moments.scale[token];
+      const Vector<T> to_value = (gradient * weight - means[token] - normal * slopes[token]) * moments.scale[token];
+      to_weight += gradient * normal;
+      to_bias += gradient;
+      to_values += to_value;
+      store<T>(place, to_value);
+    }
+    if (!sums) continue;
+    add_to<T>(sums->norm_weight + at, to_weight);
+    add_to<T>(sums->norm_bias + at, to_bias);
+    add_to<T>(sums->bias + at, to_values);
+  }
+}
+
+// Adds the products of all tokens of a row with `count` neighbouring pixels of their patches to `to` [count][padded].
+// Few products are summed in two or four rows of sums, by turns: an addition has to wait for the one before.
+template <int count, int vectors, typename T>
+inline void add_products(const PatchEmbed<T>& problem, const T* pixels, const T* tokens, T* to) {
+  constexpr int turns = count * vectors > 8 || !kWide ? 1 : count * vectors > 4 ? 2 : 4;
+  const int64_t padded = problem.padded(), dilation = problem.dilation, stride = problem.stride;
+  Vector<T> sums[turns][count][vectors] = {};
+  const auto add_token = [&](Vector<T>(&sum)[count][vectors]) {
+    Vector<T> values[vectors];
+#pragma GCC unroll 4
+    for (int i = 0; i < vectors; ++i) values[i] = load<T>(tokens + i * kLanes<T>);
+#pragma GCC unroll 8
+    for (int x = 0; x < count; ++x) {
+      const Vector<T> pixel = broadcast<T>(pixels[x * dilation]);
+#pragma GCC unroll 4
+      for (int i = 0; i < vectors; ++i) sum[x][i] += pixel * values[i];
+    }
+    pixels += stride;
+    tokens += padded;
+  };
+  int64_t token = 0;
+  for (; token + turns <= problem.columns; token += turns)
+#pragma GCC unroll 4
+    for (int turn = 0; turn < turns; ++turn) add_token(sums[turn]);
+  for (; token < problem.columns; ++token) add_token(sums[0]);
+#pragma GCC unroll 8
+  for (int x = 0; x < count; ++x)
+#pragma GCC unroll 4
+    for (int i = 0; i < vectors; ++i) {
+#pragma GCC unroll 4
+      for (int turn = 1; turn < turns; ++turn) sums[0][x][i] += sums[turn][x][i];
+      add_to<T>(to + x * padded + i * kLanes<T>, sums[0][x][i]);
+    }
+}
+
+template <int vectors, typename T>
+inline void add_products(const PatchEmbed<T>& problem, int64_t count, const T* pixels, const T* tokens, T* to) {
+  switch (count) {
+    case 1:
+      return add_products<1, vectors>(problem, pixels, tokens, to);
+    case 2:
+      return add_products<2, vectors>(problem, pixels, tokens, to);
+    case 3:
+      return add_products<3, vectors>(problem, pixels, tokens, to);
+    case 4:
+      return add_products<4, vectors>(problem, pixels, tokens, to);
+    case 5:
+      return add_products<5, vectors>(problem, pixels, tokens, to);
+    case 6:
+      return add_products<6, vectors>(problem, pixels, tokens, to);
+    case 7:
+      return add_products<7, vectors>(problem, pixels, tokens, to);
+    default:
+      return add_products<8, vectors>(problem, pixels, tokens, to);
+  }
+}
+
+// tokens: [columns][padded channels], gradients of the convolution's values.
+template <typename T>
+void add_weight_gradient(const PatchEmbed<T>& problem, const TokenRow<T>& row, const T* tokens, T* to_weight) {
+  constexpr int vectors = kWide ? kChannelVectors : 1;
+  const int64_t padded = problem.padded(), kernel = problem.kernel, end = vector_count(problem) * kLanes<T>;
+  for (int64_t image = 0; image < problem.in_channels; ++image) {
+    for (int64_t y = image * kernel + row.begin; y < image * kernel + row.end; ++y) {
+      for (int64_t x = 0; x < kernel; x += 8) {
+        const int64_t count = kernel - x < 8 ? kernel - x : 8;
+        const T* pixels = row.pixels + y * row.row + x * problem.dilation;
+        T* to = to_weight + (y * kernel + x) * padded;
+        int64_t i = 0;
+        for (; i + vectors * kLanes<T> <= end; i += vectors * kLanes<T>)
+          add_products<vectors>(problem, count, pixels, tokens + i, to + i);
+        if (i < end) add_products<1>(problem, count, pixels, tokens + i, to + i);
+      }
+    }
+  }
+}
+
+// A row of tokens: gradients of the convolution's values [columns][padded channels] to `tokens`, which has room for
+// whole blocks.
+template <typename T>
+void differentiate_row(const PatchEmbedBackward<T>& problem, const TokenRow<T>& row, int64_t index, Vector<T> last,
+                       const PatchEmbedSums<T>* sums, T* block, T* tokens) {
+  const PatchEmbed<T>& forward = problem.forward;
+  const int64_t padded = forward.padded(), channels = forward.channels, columns = forward.columns;
+  pad_tokens(forward, problem.gradient + index * columns * channels, columns, tokens);
+  for (int64_t first = 0; forward.norm_weight && first < columns; first += kTokenBlock) {
+    const int64_t count = columns - first < kTokenBlock ? columns - first : kTokenBlock;
+    if (problem.values) {
+      pad_tokens(forward, problem.values + (index * columns + first) * channels, count, block);
+    } else {
+      convolve(forward, row, first, block);
+    }
+    with_vectors(forward, [&](auto vectors) {
+      differentiate_norm(forward, block, count, last, vectors, sums, tokens + first * padded);
+    });
+  }
+  for (int64_t i = 0; sums && !forward.norm_weight && i < vector_count(forward) * kLanes<T>; i += kLanes<T>) {
+    Vector<T> sum = {};
+    for (int64_t token = 0; token < columns; ++token) sum += load<T>(tokens + token * padded + i);
+    add_to<T>(sums->bias + i, sum);
+  }
+  if (problem.to_tokens) copy_tokens(forward, tokens, columns, problem.to_tokens + index * columns * channels);
+}
+
+template <typename T>
+void patch_embed_backward(const PatchEmbedBackward<T>& problem, int64_t begin, int64_t end, T* workspace) {
+  const PatchEmbed<T>& forward = problem.forward;
+  const PatchEmbedWorkspace sizes(forward, true);
+  T *block = workspace + sizes.pixels, *tokens = block + sizes.block;
+  const Vector<T> last = last_lanes(forward);
+  const int64_t rows = forward.batch * forward.rows;
+  clear(workspace, sizes.total());
+  for (int64_t piece = begin; piece < end; ++piece) {
+    const PatchEmbedSums<T> sums(problem, piece);
+    for (int64_t index = rows * piece / problem.pieces; index < rows * (piece + 1) / problem.pieces; ++index) {
+      const TokenRow<T> row = copy_pixels(forward, index, sizes.row, workspace);
+      differentiate_row(problem, row, index, last, problem.sums ? &sums : nullptr, block, tokens);
+      if (problem.sums) add_weight_gradient(forward, row, tokens, sums.weight);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace asvit_fast
+
+// The entry points, for the namespace of the instruction set.
+#define ASVIT_FAST_PATCH_EMBED_KERNELS                                                                                \
+  void patch_embed_f32(const PatchEmbed<float>& problem, float* output, float* values, int64_t begin, int64_t end,    \
+                       float* workspace) {                                                                            \
+    patch_embed(problem, output, values, begin, end, workspace);                                                      \
+  }                                                                                                                   \
+  void patch_embed_f64(const PatchEmbed<double>& problem, double* output, double* values, int64_t begin, int64_t end, \
+                       double* workspace) {                                                                           \
+    patch_embed(problem, output, values, begin, end, workspace);                                                      \
+  }                                                                                                                   \
+  void patch_embed_backward_f32(const PatchEmbedBackward<float>& problem, int64_t begin, int64_t end,                 \
+                                float* workspace) {                                                                   \
+    patch_embed_backward(problem, begin, end, workspace);                                                             \
+  }                                                                                                                   \
+  void patch_embed_backward_f64(const PatchEmbedBackward<double>& problem, int64_t begin, int64_t end,                \
+                                double* workspace) {                                                                  \
+    patch_embed_backward(problem, begin, end, workspace);                                                             \
+  }

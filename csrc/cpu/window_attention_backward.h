@@ -1,0 +1,230 @@
+// The backward pass of windowed attention for one instruction set. With weights p, gradients g of the output, values'
+// means M (over the keys that a query may attend) and AttnScale's w, whose output is y = (1 + w) p v - w M,
+//
+//   dp = g v^T,  ds = p ((1 + w) dp - <g, y> - w <g, M>),  dq = scale ds k,  dk = scale ds^T q,
+//   dv = (1 + w) p^T g - w / n sum of g,  dw = sum of p dp - <g, M>.
+//
+// Weights and gradients of scores of a group of queries and a tile of keys lie [key][query], as in the forward pass,
+// and every weight is computed once.
+#pragma once
+
+#include "cpu/window_attention_forward.h"
+
+namespace asvit_fast {
+namespace {
+
+template <typename T>
+inline T dot(const T* a, const T* b, int64_t size) {
+  T sum = T(0);
+  in_widths<T>(size, [&](int64_t i, auto width) {
+    if constexpr (width() == kLanes<T>) {
+      sum += total<T>(load<T>(a + i) * load<T>(b + i));
+    } else {
+      for (int j = 0; j < width(); ++j) sum += a[i + j] * b[i + j];
+    }
+  });
+  return sum;
+}
+
+// Gradients of one head's output; zeros for padding, which has none.
+template <typename T>
+void pack_gradient(const WindowAttentionBackward<T>& problem, const TokenWindow& window, int64_t head, T* to) {
+  const int64_t size = problem.forward.head_dim;
+  for (int64_t i = 0; i < window.count; ++i) {
+    const Token& token = window.tokens[i];
+    T* row = to + i * size;
+    if (token.is_padding()) {
+      for (int64_t j = 0; j < size; ++j) row[j] = T(0);
+    } else {
+      copy_row(problem.gradient.data + token_offset(problem.gradient, window, token) + head * size, size, row);
+    }
+  }
+}
+
+// What a group of queries knows from the forward pass; padding gets the weight 0. Returns the sum of <g, M>.
+template <typename T>
+T read_group(const WindowAttention<T>& forward, const TokenWindow& window, int64_t head, int64_t first, int64_t count,
+             const BackwardMemory<T>& memory) {
+  const int64_t size = forward.head_dim, statistics = map_tokens(forward) * forward.heads;
+  T sum = T(0);
+  for (int64_t i = 0; i < count; ++i) {
+    const Token& token = window.tokens[first + i];
+    if (token.is_padding()) {
+      memory.maximum[i] = -kLowest<T>;
+      memory.inverse[i] = memory.delta[i] = T(0);
+      continue;
+    }
+    const int64_t row = token_index(forward, window, token) * forward.heads + head;
+    const T* gradient = memory.gradients + (first + i) * size;
+    memory.maximum[i] = forward.statistics[row];
+    memory.inverse[i] = forward.statistics[statistics + row];
+    memory.delta[i] = dot(gradient, forward.output + row * size, size);
+    if (!forward.attn_scale) continue;
+    const T mean = dot(gradient, memory.means + token.region * memory.padded_dim, size);
+    memory.delta[i] += forward.attn_scale[head] * mean;
+    sum += mean;
+  }
+  return sum;
+}
+
+// Scores and dp of a group and a tile to weights and gradients of scores; p dp is added to `products`.
+template <typename T>
+void differentiate_tile(T attn_factor, int64_t count, int64_t keys, const BackwardMemory<T>& memory) {
+  for (int64_t i = 0; i < count; i += kLanes<T>) {
+    const Vector<T> most = load<T>(memory.maximum + i), inverse = load<T>(memory.inverse + i);
+    const Vector<T> delta = load<T>(memory.delta + i);
+    Vector<T> sum = load<T>(memory.products + i);
+    for (int64_t key = 0; key < keys; ++key) {
+      T *weights = memory.weights + key * kGroup + i, *scores = memory.scores + key * kGroup + i;
+      const Vector<T> p = exp2_negative(load<T>(weights) - most) * inverse, dp = load<T>(scores);
+      sum += p * dp;
+      store<T>(weights, p);
+      store<T>(scores, p * (attn_factor * dp - delta));
+    }
+    store<T>(memory.products + i, sum);
+  }
+}
+
+// Gradients of scores [key][kGroup queries] of a group and a tile, to the bias [query][key].
+template <typename T>
+void add_bias_gradient(const TokenWindow& window, int64_t tokens, int64_t first, int64_t count, int64_t key,
+                       int64_t keys, const T* scores, T* to_bias) {
+  if (!window.whole) {
+    for (int64_t i = 0; i < keys; ++i)
+      for (int64_t j = 0; j < count; ++j)
+        to_bias[window.tokens[first + j].place * tokens + window.tokens[key + i].place] += scores[i * kGroup + j];
+    return;
+  }
+  for (int64_t i = 0; i < count; i += kLanes<T>) {
+    const int64_t lanes = count - i < kLanes<T> ? count - i : kLanes<T>;
+    in_widths<T>(keys, [&](int64_t j, auto width) {
+      Vector<T> block[kLanes<T>] = {};  // of queries, then of keys
+#pragma GCC unroll 16
+      for (int k = 0; k < kLanes<T>; ++k)
+        if (k < width()) block[k] = load<T>(scores + (j + k) * kGroup + i);
+      transpose<T>(block);
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        T* to = to_bias + (first + i + lane) * tokens + key + j;
+        __builtin_prefetch(to + kKeyTile, 1);  // of the next tile, as where the bias is read
+        Vector<T> sum = {};
+        std::memcpy(&sum, to, width() * sizeof(T));
+        sum += block[lane];
+        std::memcpy(to, &sum, width() * sizeof(T));
+      }
+    });
+  }
+}
+
+// factor * sums [token][padded_dim] less shares [region][padded_dim], to part 0, 1 or 2 of the gradient of qkv; what
+// padding gets, to the gradient of padding.
+template <typename T>
+void write_gradient(const WindowAttentionBackward<T>& problem, const TokenWindow& window, int64_t task, int part,
+                    int64_t first, int64_t count, T factor, const T* shares, int64_t padded_dim, T* sums) {
+  const WindowAttention<T>& forward = problem.forward;
+  const int64_t size = forward.head_dim, heads = forward.heads, head = task % heads;
+  T* padding = problem.to_padding ? problem.to_padding + ((task / heads * 3 + part) * heads + head) * size : nullptr;
+  for (int64_t i = 0; i < count; ++i, sums += padded_dim) {
+    const Token& token = window.tokens[first + i];
+    for (int64_t j = 0; j < size; j += kLanes<T>) {
+      Vector<T> value = factor * load<T>(sums + j);
+      if (shares) value -= load<T>(shares + token.region * padded_dim + j);
+      store<T>(sums + j, value);
+    }
+    if (!token.is_padding()) {
+      copy_row(sums, size, problem.to_qkv + ((token_index(forward, window, token) * 3 + part) * heads + head) * size);
+    } else if (padding) {
+      for (int64_t j = 0; j < size; ++j) padding[j] += sums[j];
+    }
+  }
+}
+
+// A group of queries against a tile of keys: what they give to the gradients of queries, keys and values.
+template <typename T>
+void add_products(int64_t size, bool components, int64_t first, int64_t count, int64_t key, int64_t keys,
+                  const BackwardMemory<T>& memory) {
+  const int64_t padded_dim = memory.padded_dim;
+  const auto base = [](bool more, T* sums) { return more ? sums : nullptr; };
+  const T* key_rows = memory.keys + key * size;
+  if (components) {
+    multiply<T>({memory.scores, 1, kGroup, key_rows, size, base(key > 0, memory.to_queries), padded_dim,
+                 memory.to_queries, padded_dim},
+                count, size, keys);
+  } else {
+    multiply<T>({key_rows, 1, size, memory.scores, kGroup, base(key > 0, memory.column_sums), kGroup,
+                 memory.column_sums, kGroup},
+                size, count, keys);
+  }
+  T *to_keys = memory.to_keys + key * padded_dim, *to_values = memory.to_values + key * padded_dim;
+  multiply<T>({memory.scores, kGroup, 1, memory.queries + first * size, size, base(first > 0, to_keys), padded_dim,
+               to_keys, padded_dim},
+              keys, size, count);
+  multiply<T>({memory.weights, kGroup, 1, memory.gradients + first * size, size, base(first > 0, to_values), padded_dim,
+               to_values, padded_dim},
+              keys, size, count);
+}
+
+// A group of queries against all keys of their window.
+template <typename T>
+void differentiate_group(const WindowAttentionBackward<T>& problem, const TokenWindow& window, int64_t task,
+                         int64_t first, int64_t count, const BackwardMemory<T>& memory) {
+  const WindowAttention<T>& forward = problem.forward;
+  const int64_t size = forward.head_dim, head = task % forward.heads, tokens = window_tokens(forward);
+  const bool components = lanes_are_components<T>(tokens, size);
+  turn_to_columns(memory.queries + first * size, count, size, forward.scale, memory.query_columns);
+  turn_to_columns(memory.gradients + first * size, count, size, T(1), memory.gradient_columns);
+  const T means = read_group(forward, window, head, first, count, memory);
+  fill(memory.products, kGroup, T(0));
+  for (int64_t key = 0; key < window.count; key += kKeyTile) {
+    const int64_t keys = window.count - key < kKeyTile ? window.count - key : kKeyTile;
+    const Base<T> base = score_base(forward, window, head, first, count, key, keys, memory.base);
+    score_tile(memory.keys + key * size, memory.query_columns, size, count, keys, base, memory.weights);
+    score_tile(memory.values + key * size, memory.gradient_columns, size, count, keys, {}, memory.scores);
+    differentiate_tile(T(1) + (forward.attn_scale ? forward.attn_scale[head] : T(0)), count, keys, memory);
+    add_products(size, components, first, count, key, keys, memory);
+    if (problem.to_bias)
+      add_bias_gradient(window, tokens, first, count, key, keys, memory.scores,
+                        problem.to_bias + task * tokens * tokens);
+  }
+  if (!components) turn_to_rows(memory.column_sums, count, size, memory.padded_dim, memory.to_queries);
+  write_gradient<T>(problem, window, task, 0, first, count, forward.scale / T(kLog2E), nullptr, memory.padded_dim,
+                    memory.to_queries);
+  if (!problem.to_attn_scale) return;
+  T sum = -means;
+  for (int64_t i = 0; i < count; ++i) sum += memory.products[i];
+  problem.to_attn_scale[task] += sum;
+}
+
+template <typename T>
+void differentiate_window(const WindowAttentionBackward<T>& problem, const TokenWindow& window, int64_t task,
+                          const BackwardMemory<T>& memory) {
+  const WindowAttention<T>& forward = problem.forward;
+  const int64_t size = forward.head_dim, padded_dim = memory.padded_dim, head = task % forward.heads;
+  const T attn_scale = forward.attn_scale ? forward.attn_scale[head] : T(0);
+  pack_qkv(forward, window, head, memory.queries, memory.keys, memory.values);
+  pack_gradient(problem, window, head, memory.gradients);
+  if (forward.attn_scale) mean_regions(window, memory.values, size, padded_dim, T(1), memory.means);
+  for (int64_t first = 0; first < window.count; first += kGroup)
+    differentiate_group(problem, window, task, first, window.count - first < kGroup ? window.count - first : kGroup,
+                        memory);
+  write_gradient<T>(problem, window, task, 1, 0, window.count, forward.scale / T(kLog2E), nullptr, padded_dim,
+                    memory.to_keys);
+  if (forward.attn_scale) mean_regions(window, memory.gradients, size, padded_dim, attn_scale, memory.means);
+  write_gradient<T>(problem, window, task, 2, 0, window.count, T(1) + attn_scale,
+                    forward.attn_scale ? memory.means : nullptr, padded_dim, memory.to_values);
+}
+
+template <typename T>
+void window_attention_backward(const WindowAttentionBackward<T>& problem, int64_t begin, int64_t end, char* bytes) {
+  Arena arena(bytes);
+  const WindowAttention<T>& forward = problem.forward;
+  const BackwardMemory<T> memory(forward, arena);
+  const int64_t windows = window_count(forward);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t piece = task / forward.heads;
+    for (int64_t index = windows * piece / problem.pieces; index < windows * (piece + 1) / problem.pieces; ++index)
+      differentiate_window(problem, window_at(forward, index, memory.tokens), task, memory);
+  }
+}
+
+}  // namespace
+}  // namespace asvit_fast

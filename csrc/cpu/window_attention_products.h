@@ -1,0 +1,97 @@
+// Products of small matrices that lie in the first levels of the cache. Included as vector.h is.
+//
+// A register block is `rows` numbers of the left matrix, each broadcast from memory, times `vectors` vectors of the
+// right one: enough independent sums to keep both multipliers busy, few enough for the registers.
+#pragma once
+
+#include "cpu/vector.h"
+
+namespace asvit_fast {
+namespace {
+
+// to[i][j] = base[i][j] + sum over k of left[i * left_row + k * left_step] * right[k][j]
+template <typename T>
+struct Product {
+  const T* left;
+  int64_t left_row, left_step;
+  const T* right;
+  int64_t right_row;
+  const T* base;  // null: zeros
+  int64_t base_row;
+  T* to;
+  int64_t to_row;
+};
+
+constexpr bool kWideRegisters = ASVIT_FAST_VECTOR_BYTES == 64;  // 32 of them
+
+constexpr int most_rows(int vectors) { return kWideRegisters ? 8 : vectors == 1 ? 8 : vectors == 2 ? 6 : 4; }
+
+// The sum is added to the base at its end: rounding errors grow with the length of a sum.
+template <typename T, int vectors, int rows>
+inline void multiply_block(const Product<T>& p, int64_t i, int64_t j, int64_t depth) {
+  Vector<T> sum[rows][vectors] = {};
+  const T* left = p.left + i * p.left_row;
+  const T* right = p.right + j;
+  for (int64_t k = 0; k < depth; ++k) {
+    Vector<T> b[vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) b[v] = load<T>(right + v * kLanes<T>);
+#pragma GCC unroll 8
+    for (int row = 0; row < rows; ++row) {
+      const Vector<T> a = broadcast<T>(left[row * p.left_row]);
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) sum[row][v] += a * b[v];
+    }
+    left += p.left_step;
+    right += p.right_row;
+  }
+#pragma GCC unroll 8
+  for (int row = 0; row < rows; ++row) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t at = j + v * kLanes<T>;
+      if (p.base) sum[row][v] += load<T>(p.base + (i + row) * p.base_row + at);
+      store<T>(p.to + (i + row) * p.to_row + at, sum[row][v]);
+    }
+  }
+}
+
+template <typename T, int vectors, int rows = most_rows(vectors)>
+inline void multiply_rows(const Product<T>& p, int64_t i, int64_t count, int64_t j, int64_t depth) {
+  if (count == rows) {
+    multiply_block<T, vectors, rows>(p, i, j, depth);
+  } else if constexpr (rows > 1) {
+    multiply_rows<T, vectors, rows - 1>(p, i, count, j, depth);
+  }
+}
+
+// One strip of columns; the rows are cut into blocks of nearly one size.
+template <typename T, int vectors>
+void multiply_strip(const Product<T>& p, int64_t rows, int64_t j, int64_t depth) {
+  const auto count = static_cast<uint32_t>(rows);
+  const uint32_t blocks = (count + most_rows(vectors) - 1) / most_rows(vectors);
+  const uint32_t size = count / blocks, larger = count % blocks;
+  int64_t i = 0;
+  for (uint32_t block = 0; block < blocks; ++block) {
+    const int64_t block_rows = size + (block < larger ? 1 : 0);
+    multiply_rows<T, vectors>(p, i, block_rows, j, depth);
+    i += block_rows;
+  }
+}
+
+// `columns` of the right matrix are read and written in whole vectors.
+template <typename T>
+void multiply(const Product<T>& p, int64_t rows, int64_t columns, int64_t depth) {
+  int64_t vectors = (columns + kLanes<T> - 1) / kLanes<T>;
+  for (int64_t j = 0; vectors > 0;) {
+    const int64_t strip = vectors == 1 || vectors == 3 ? vectors : 2;
+    if (strip == 1) multiply_strip<T, 1>(p, rows, j, depth);
+    if (strip == 2) multiply_strip<T, 2>(p, rows, j, depth);
+    if (strip == 3) multiply_strip<T, 3>(p, rows, j, depth);
+    vectors -= strip;
+    j += strip * kLanes<T>;
+  }
+}
+
+}  // namespace
+}  // namespace asvit_fast

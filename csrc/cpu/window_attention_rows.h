@@ -1,0 +1,112 @@
+// Rows of tokens between the map and the memory of a thread, and turned around. Included as vector.h is.
+#pragma once
+
+#include "cpu/transpose.h"
+#include "cpu/vector.h"
+#include "window_attention.h"
+
+namespace asvit_fast {
+namespace {
+
+template <typename T>
+inline int64_t token_offset(const TokenMap<T>& map, const TokenWindow& window, const Token& token) {
+  return window.batch * map.batch + token.row * map.row + token.column * map.column;
+}
+
+// Index of the token on the map.
+template <typename T>
+inline int64_t token_index(const WindowAttention<T>& problem, const TokenWindow& window, const Token& token) {
+  return (window.batch * problem.rows.size + token.row) * problem.columns.size + token.column;
+}
+
+template <typename T>
+inline void copy_row(const T* from, int64_t size, T* to) {
+  in_widths<T>(size, [&](int64_t i, auto width) { std::memcpy(to + i, from + i, width() * sizeof(T)); });
+}
+
+// Asks for all `channels` of the tokens begin <= i < end, to be read or written. Inlined at all events: GCC drops calls
+// of a function that does nothing else.
+template <int write, typename T>
+[[gnu::always_inline]] inline void fetch(const TokenMap<T>& map, const TokenWindow& window, int64_t begin, int64_t end,
+                                         int64_t channels) {
+  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
+  for (int64_t i = begin; i < end; ++i) {
+    if (window.tokens[i].is_padding()) continue;
+    const T* row = map.data + token_offset(map, window, window.tokens[i]);
+    for (int64_t j = 0; j < channels; j += line) __builtin_prefetch(row + j, write, 2);
+  }
+}
+
+// Queries, keys and values of one head.
+template <typename T>
+void pack_qkv(const WindowAttention<T>& problem, const TokenWindow& window, int64_t head, T* queries, T* keys,
+              T* values) {
+  const int64_t size = problem.head_dim, part = problem.heads * size;
+  for (int64_t i = 0; i < window.count; ++i) {
+    const Token& token = window.tokens[i];
+    const T* from = token.is_padding() ? problem.padding : problem.qkv.data + token_offset(problem.qkv, window, token);
+    from += head * size;
+    copy_row(from, size, queries + i * size);
+    copy_row(from + part, size, keys + i * size);
+    copy_row(from + 2 * part, size, values + i * size);
+  }
+}
+
+// A contiguous map of `channels`.
+template <typename T>
+inline TokenMap<T> contiguous_map(const WindowAxis& rows, const WindowAxis& columns, int64_t channels, T* data) {
+  return {data, rows.size * columns.size * channels, columns.size * channels, channels};
+}
+
+// The tokens of the window at hand and of the next one.
+template <typename T>
+class Windows {
+ public:
+  Windows(const WindowAttention<T>& problem, Token* tokens) : problem_(problem), tokens_(tokens) {}
+
+  const TokenWindow& operator[](int64_t index) {
+    const int slot = index % 2;
+    if (known_[slot] != index) {
+      known_[slot] = index;
+      windows_[slot] = window_at(problem_, index, tokens_ + slot * window_tokens(problem_));
+    }
+    return windows_[slot];
+  }
+
+ private:
+  const WindowAttention<T>& problem_;
+  Token* tokens_;
+  TokenWindow windows_[2] = {};
+  int64_t known_[2] = {-1, -1};
+};
+
+// to [component][kGroup queries] = factor * rows [query][size], in whole vectors both ways.
+template <typename T>
+void turn_to_columns(const T* rows, int64_t count, int64_t size, T factor, T* to) {
+  for (int64_t i = 0; i < count; i += kLanes<T>)
+    for (int64_t component = 0; component < size; component += kLanes<T>) {
+      Vector<T> block[kLanes<T>];
+#pragma GCC unroll 16
+      for (int lane = 0; lane < kLanes<T>; ++lane) block[lane] = load<T>(rows + (i + lane) * size + component);
+      transpose<T>(block);
+#pragma GCC unroll 16
+      for (int lane = 0; lane < kLanes<T>; ++lane) store<T>(to + (component + lane) * kGroup + i, factor * block[lane]);
+    }
+}
+
+// to [query][padded_dim] = columns [component][kGroup queries], in whole vectors both ways.
+template <typename T>
+void turn_to_rows(const T* columns, int64_t count, int64_t size, int64_t padded_dim, T* to) {
+  for (int64_t i = 0; i < count; i += kLanes<T>)
+    for (int64_t component = 0; component < size; component += kLanes<T>) {
+      Vector<T> block[kLanes<T>];
+#pragma GCC unroll 16
+      for (int lane = 0; lane < kLanes<T>; ++lane) block[lane] = load<T>(columns + (component + lane) * kGroup + i);
+      transpose<T>(block);
+#pragma GCC unroll 16
+      for (int lane = 0; lane < kLanes<T>; ++lane) store<T>(to + (i + lane) * padded_dim + component, block[lane]);
+    }
+}
+
+}  // namespace
+}  // namespace asvit_fast

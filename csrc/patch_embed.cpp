@@ -1,0 +1,271 @@
+// asvit_fast_C::patch_embed and its backward pass on the CPU: schemas, checks, allocation and threads. The arithmetic
+// is in cpu/.
+#include "patch_embed.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <tuple>
+
+#include "cpu/dispatch.h"
+
+namespace asvit_fast {
+namespace {
+
+constexpr double kGrain = 1 << 18;     // multiply-adds a thread should have at least
+constexpr int64_t kPieceTokens = 256;  // of a piece, at least: adding up its gradients is little beside finding them
+constexpr int64_t kMaximumPieces = 64;
+
+template <typename T>
+constexpr PerIsa<PatchEmbedCpu<T>> kForward;
+template <>
+constexpr PerIsa<PatchEmbedCpu<float>> kForward<float> = ASVIT_FAST_PER_ISA(patch_embed_f32);
+template <>
+constexpr PerIsa<PatchEmbedCpu<double>> kForward<double> = ASVIT_FAST_PER_ISA(patch_embed_f64);
+template <typename T>
+constexpr PerIsa<PatchEmbedBackwardCpu<T>> kBackward;
+template <>
+constexpr PerIsa<PatchEmbedBackwardCpu<float>> kBackward<float> = ASVIT_FAST_PER_ISA(patch_embed_backward_f32);
+template <>
+constexpr PerIsa<PatchEmbedBackwardCpu<double>> kBackward<double> = ASVIT_FAST_PER_ISA(patch_embed_backward_f64);
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+int64_t tokens_along(int64_t size, int64_t zeros, int64_t kernel, int64_t stride, int64_t dilation) {
+  return (size + zeros - dilation * (kernel - 1) - 1) / stride + 1;
+}
+
+void check(const at::Tensor& image, const at::Tensor& weight, int64_t stride, int64_t dilation,
+           at::IntArrayRef padding) {
+  TORCH_CHECK_VALUE(image.dim() == 4 && weight.dim() == 4 && image.size(1) == weight.size(1) &&
+                        weight.size(2) == weight.size(3) && weight.numel() > 0,
+                    "patch_embed: image must be [B, Cin, H, W] and weight [C, Cin, K, K], not ", image.sizes(), " and ",
+                    weight.sizes());
+  TORCH_CHECK_VALUE(stride >= 1 && dilation >= 1 && padding.size() == 4 &&
+                        std::all_of(padding.begin(), padding.end(), [](int64_t zeros) { return zeros >= 0; }),
+                    "patch_embed: stride ", stride, " and dilation ", dilation, " must be positive, padding ", padding,
+                    " four numbers of zeros");
+  const int64_t span = dilation * (weight.size(2) - 1) + 1;
+  TORCH_CHECK_VALUE(image.size(2) + padding[2] + padding[3] >= span && image.size(3) + padding[0] + padding[1] >= span,
+                    "patch_embed: patches of ", span, " pixels do not fit the padded image ", image.sizes());
+  TORCH_CHECK_TYPE(image.scalar_type() == at::kFloat || image.scalar_type() == at::kDouble ||
+                       image.scalar_type() == at::kHalf || image.scalar_type() == at::kBFloat16,
+                   "patch_embed: no kernel for ", image.scalar_type());
+}
+
+// Operands in the type that is computed in, low precision widened once, and parameters as the kernels read them.
+struct Inputs {
+  at::ScalarType type;
+  at::Tensor image;       // [B, Cin, H, W]
+  at::Tensor parameters;  // [Cin * K * K + 3, padded channels]: the weight, bias, the norm's weight and bias
+  int64_t kernel, stride, dilation, channels;
+  at::IntArrayRef padding;
+  bool norm;
+  double eps;
+
+  Inputs(const at::Tensor& picture, const at::Tensor& weight, const OptionalTensor& bias, int64_t step, int64_t spread,
+         at::IntArrayRef zeros, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double epsilon)
+      : type(picture.scalar_type() == at::kDouble ? at::kDouble : at::kFloat),
+        kernel(weight.size(-1)),
+        stride(step),
+        dilation(spread),
+        channels(weight.size(0)),
+        padding(zeros),
+        norm(norm_weight.has_value()),
+        eps(epsilon) {
+    check(picture, weight, step, spread, zeros);
+    image = picture.to(type);
+    const int64_t patch = weight[0].numel(), padded = (channels + kChannelBlock - 1) / kChannelBlock * kChannelBlock;
+    parameters = at::empty({patch + 3, padded}, image.options());
+    if (type == at::kDouble) {
+      pack<double>(weight, {bias, norm_weight, norm_bias}, patch, padded);
+    } else {
+      pack<float>(weight, {bias, norm_weight, norm_bias}, patch, padded);
+    }
+  }
+
+  template <typename T>
+  void pack(const at::Tensor& weight, std::array<OptionalTensor, 3> vectors, int64_t patch, int64_t padded) const {
+    const at::Tensor wide = weight.to(type).contiguous();
+    const T* from = wide.const_data_ptr<T>();
+    T* to = parameters.mutable_data_ptr<T>();
+    for (int64_t block = 0; block < padded; block += kChannelBlock) {
+      const int64_t count = std::min(kChannelBlock, channels - block);
+      for (int64_t i = 0; i < patch; ++i) {
+        T* row = to + i * padded + block;
+        for (int64_t channel = 0; channel < count; ++channel) row[channel] = from[(block + channel) * patch + i];
+        std::fill(row + count, row + kChannelBlock, T(0));
+      }
+    }
+    to += patch * padded;
+    for (const OptionalTensor& vector : vectors) {
+      std::fill(to, to + padded, T(0));
+      if (vector) {
+        TORCH_CHECK_VALUE(vector->dim() == 1 && vector->size(0) == channels,
+                          "patch_embed: biases and norm parameters must be [", channels, "], not ", vector->sizes());
+        const at::Tensor one = vector->to(type).contiguous();
+        std::copy_n(one.const_data_ptr<T>(), channels, to);
+      }
+      to += padded;
+    }
+  }
+
+  template <typename T>
+  PatchEmbed<T> problem() const {
+    const int64_t height = image.size(2), width = image.size(3);
+    const int64_t patch = parameters.size(0) - 3, padded = parameters.size(1);
+    const T* weight = parameters.const_data_ptr<T>();
+    const T* bias = weight + patch * padded;
+    return {image.const_data_ptr<T>(),
+            {image.stride(0), image.stride(1), image.stride(2), image.stride(3)},
+            image.size(0),
+            image.size(1),
+            height,
+            width,
+            kernel,
+            stride,
+            dilation,
+            padding[0],
+            padding[2],
+            tokens_along(height, padding[2] + padding[3], kernel, stride, dilation),
+            tokens_along(width, padding[0] + padding[1], kernel, stride, dilation),
+            channels,
+            weight,
+            bias,
+            norm ? bias + padded : nullptr,
+            norm ? bias + 2 * padded : nullptr,
+            static_cast<T>(eps)};
+  }
+
+  // `run` with the problem in the type that is computed in.
+  template <typename Run>
+  void in_working_type(Run run) const {
+    if (type == at::kDouble) {
+      run(problem<double>());
+    } else {
+      run(problem<float>());
+    }
+  }
+};
+
+// Multiply-adds of one row of tokens.
+template <typename T>
+double row_work(const PatchEmbed<T>& problem) {
+  return static_cast<double>(problem.columns) * problem.patch() * problem.padded();
+}
+
+template <typename T, typename Kernel>
+void run_parallel(const PatchEmbedWorkspace& workspace, int64_t tasks, double work, const at::TensorOptions& options,
+                  Kernel kernel) {
+  const auto grain = static_cast<int64_t>(kGrain / (work + 1)) + 1;
+  at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    const at::Tensor memory = at::empty({workspace.total()}, options);
+    kernel(begin, end, memory.mutable_data_ptr<T>());
+  });
+}
+
+// The tokens [B, Ho, Wo, C] and, to keep for the backward pass, the values of the convolution (else empty).
+std::tuple<at::Tensor, at::Tensor> patch_embed_cpu(const at::Tensor& image, const at::Tensor& weight,
+                                                   const OptionalTensor& bias, const OptionalTensor& norm_weight,
+                                                   const OptionalTensor& norm_bias, int64_t stride, int64_t dilation,
+                                                   at::IntArrayRef padding, double eps, at::ScalarType dtype,
+                                                   bool keep) {
+  const Inputs inputs(image, weight, bias, stride, dilation, padding, norm_weight, norm_bias, eps);
+  const auto options = inputs.image.options();
+  at::Tensor output, values;
+  inputs.in_working_type([&](auto problem) {
+    using T = std::remove_cv_t<decltype(problem.eps)>;
+    output = at::empty({problem.batch, problem.rows, problem.columns, problem.channels}, options);
+    values = at::empty(keep ? output.sizes() : at::IntArrayRef{0}, options);
+    if (output.numel() == 0) return;
+    const auto kernel = select(kForward<T>);
+    T *to = output.mutable_data_ptr<T>(), *kept = keep ? values.mutable_data_ptr<T>() : nullptr;
+    run_parallel<T>(PatchEmbedWorkspace(problem, false), problem.batch * problem.rows, row_work(problem), options,
+                    [&](int64_t begin, int64_t end, T* memory) { kernel(problem, to, kept, begin, end, memory); });
+  });
+  return {output.to(dtype), values};
+}
+
+// Fixed by the shapes alone, so that sums do not depend on the number of threads.
+template <typename T>
+int64_t piece_count(const PatchEmbed<T>& problem) {
+  const int64_t rows = problem.batch * problem.rows;
+  return std::clamp<int64_t>(rows * problem.columns / kPieceTokens, 1, std::min(rows, kMaximumPieces));
+}
+
+// Gradients of the pieces [pieces, Cin * K * K + 3, padded channels] added up, in the shapes and types of the
+// parameters; empty for those that are not there.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> unpack(const at::Tensor& sums, const at::Tensor& weight,
+                                                                  std::array<OptionalTensor, 3> vectors) {
+  const at::Tensor sum = sums.sum(0).narrow(1, 0, weight.size(0));
+  const int64_t patch = sum.size(0) - 3;
+  const at::Tensor to_weight = at::empty(weight.sizes(), weight.options());
+  to_weight.flatten(1).t().copy_(sum.narrow(0, 0, patch));
+  const auto row = [&](int64_t index) {
+    const OptionalTensor& vector = vectors[index];
+    return vector ? sum.select(0, patch + index).to(vector->scalar_type(), false, true) : at::empty({0}, sum.options());
+  };
+  return {to_weight, row(0), row(1), row(2)};
+}
+
+// Gradients of the convolution's values [B, Ho, Wo, C], the weight, the bias, the norm's weight and bias: empty unless
+// asked for.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> patch_embed_backward_cpu(
+    const at::Tensor& gradient, const at::Tensor& image, const at::Tensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, int64_t stride, int64_t dilation,
+    at::IntArrayRef padding, double eps, const at::Tensor& values, bool tokens_wanted, bool parameters_wanted) {
+  const Inputs inputs(image, weight, bias, stride, dilation, padding, norm_weight, norm_bias, eps);
+  const auto options = inputs.image.options();
+  const at::Tensor wide = gradient.to(inputs.type).contiguous();
+  const at::Tensor kept = values.to(inputs.type).contiguous();
+  const auto nothing = [&] { return at::empty({0}, options); };  // each its own, as outputs must not share memory
+  const at::Tensor to_tokens = tokens_wanted ? at::empty(wide.sizes(), options) : nothing();
+  at::Tensor sums;
+  inputs.in_working_type([&](auto problem) {
+    using T = std::remove_cv_t<decltype(problem.eps)>;
+    TORCH_CHECK_VALUE(
+        gradient.sizes() == at::IntArrayRef({problem.batch, problem.rows, problem.columns, problem.channels}) &&
+            (values.numel() == 0 || values.sizes() == gradient.sizes()),
+        "patch_embed_backward: gradient ", gradient.sizes(), " must have the output's shape");
+    const int64_t pieces = gradient.numel() > 0 ? piece_count(problem) : 1;
+    if (parameters_wanted) sums = at::zeros({pieces, problem.patch() + 3, problem.padded()}, options);
+    if (gradient.numel() == 0) return;
+    const auto kernel = select(kBackward<T>);
+    const PatchEmbedBackward<T> backward = {problem,
+                                            wide.const_data_ptr<T>(),
+                                            kept.numel() > 0 ? kept.const_data_ptr<T>() : nullptr,
+                                            tokens_wanted ? to_tokens.mutable_data_ptr<T>() : nullptr,
+                                            parameters_wanted ? sums.mutable_data_ptr<T>() : nullptr,
+                                            pieces};
+    const double work = 2 * row_work(problem) * problem.batch * problem.rows / pieces;
+    run_parallel<T>(PatchEmbedWorkspace(problem, true), pieces, work, options,
+                    [&](int64_t begin, int64_t end, T* memory) { kernel(backward, begin, end, memory); });
+  });
+  if (!parameters_wanted) return {to_tokens, nothing(), nothing(), nothing(), nothing()};
+  return std::tuple_cat(std::make_tuple(to_tokens), unpack(sums, weight, {bias, norm_weight, norm_bias}));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(asvit_fast_C, library) {
+  library.def(
+      "patch_embed(Tensor image, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, int stride, int "
+      "dilation, int[] padding, float eps, ScalarType dtype, bool keep) -> (Tensor, Tensor)");
+  library.def(
+      "patch_embed_backward(Tensor gradient, Tensor image, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? "
+      "norm_bias, int stride, int dilation, int[] padding, float eps, Tensor values, bool tokens_wanted, bool "
+      "parameters_wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(asvit_fast_C, CPU, library) {
+  library.impl("patch_embed", patch_embed_cpu);
+  library.impl("patch_embed_backward", patch_embed_backward_cpu);
+}
+
+}  // namespace asvit_fast

@@ -1,0 +1,94 @@
+// Patch embedding on the CPU: convolution, bias and LayerNorm over the channels, channels last, and its backward pass.
+// No torch header.
+#pragma once
+
+#include <cstdint>
+
+namespace asvit_fast {
+
+// Distances between neighbours along each dimension of the image [batch, in_channels, height, width], in elements.
+struct ImageStrides {
+  int64_t batch, channel, row, column;
+};
+
+// Vectors of channels have this many elements, zeros behind the last channel: whole vectors of every instruction set.
+constexpr int64_t kChannelBlock = 16;
+
+template <typename T>
+struct PatchEmbed {
+  const T* image;
+  ImageStrides strides;
+  int64_t batch, in_channels, height, width;
+  int64_t kernel, stride, dilation, left, top;  // left, top: zeros before the image
+  int64_t rows, columns, channels;              // of the output
+  const T* weight;                              // [in_channels, kernel, kernel, padded channels]
+  const T* bias;                                // [padded channels]
+  const T *norm_weight, *norm_bias;             // [padded channels]; or null: no LayerNorm
+  T eps;
+
+  int64_t padded() const { return (channels + kChannelBlock - 1) / kChannelBlock * kChannelBlock; }
+  int64_t image_rows() const { return in_channels * kernel; }  // that the patches of one row of tokens have
+  int64_t patch() const { return image_rows() * kernel; }
+};
+
+template <typename T>
+struct PatchEmbedBackward {
+  PatchEmbed<T> forward;
+  const T* gradient;  // of the output, [batch, rows, columns, channels]
+  const T* values;    // of the convolution, same shape; or null: they are computed again, if they are needed
+  T* to_tokens;       // of the convolution, same shape; or null
+  T* sums;         // [pieces, patch + 3, padded channels], zeros: gradients of the weight, the bias, the norm's weight
+                   // and bias; the gradient is the sum over pieces. Or null
+  int64_t pieces;  // that the rows of tokens are cut into, whatever the number of threads: sums in a fixed order
+};
+
+// Output and, unless null, the convolution's values [batch, rows, columns, channels]: of the rows of tokens begin <= i
+// < end of batch * rows.  Backward: or the pieces begin <= i < end, with PatchEmbedWorkspace::total() elements of
+// memory, aligned to 64 bytes, to itself. One copy per instruction set.
+template <typename T>
+using PatchEmbedCpu = void(const PatchEmbed<T>& problem, T* output, T* values, int64_t begin, int64_t end,
+                           T* workspace);
+template <typename T>
+using PatchEmbedBackwardCpu = void(const PatchEmbedBackward<T>& problem, int64_t begin, int64_t end, T* workspace);
+
+#define ASVIT_FAST_DECLARE_PATCH_EMBED                   \
+  PatchEmbedCpu<float> patch_embed_f32;                  \
+  PatchEmbedCpu<double> patch_embed_f64;                 \
+  PatchEmbedBackwardCpu<float> patch_embed_backward_f32; \
+  PatchEmbedBackwardCpu<double> patch_embed_backward_f64;
+namespace portable {
+ASVIT_FAST_DECLARE_PATCH_EMBED
+}
+namespace avx2 {
+ASVIT_FAST_DECLARE_PATCH_EMBED
+}
+namespace avx512 {
+ASVIT_FAST_DECLARE_PATCH_EMBED
+}
+#undef ASVIT_FAST_DECLARE_PATCH_EMBED
+
+namespace {  // one copy per including file: nothing compiled for one instruction set may be linked into another
+
+constexpr int64_t kMaximumTokenBlock = 14;  // tokens whose channels are summed together, at most
+
+// Memory of one CPU thread, in elements.
+struct PatchEmbedWorkspace {
+  int64_t row;     // one row of the padded image, as far as blocks of tokens reach
+  int64_t pixels;  // [in_channels, kernel, row]
+  int64_t block;   // [tokens of a block, padded channels]
+  int64_t tokens;  // [columns, padded channels] as far as blocks reach, for the backward pass
+
+  template <typename T>
+  explicit PatchEmbedWorkspace(const PatchEmbed<T>& problem, bool backward) {
+    const int64_t columns = problem.columns + kMaximumTokenBlock - 1;
+    row = ((columns - 1) * problem.stride + (problem.kernel - 1) * problem.dilation + 16) / 16 * 16;
+    pixels = problem.image_rows() * row;
+    block = kMaximumTokenBlock * problem.padded();
+    tokens = backward ? columns * problem.padded() : 0;
+  }
+
+  int64_t total() const { return pixels + block + tokens; }
+};
+
+}  // namespace
+}  // namespace asvit_fast

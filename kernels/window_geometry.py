@@ -1,0 +1,199 @@
+"""What the Triton kernels of windowed attention are compiled for, and where a window's tokens are."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+# integers whose value or divisibility must not compile another kernel: maps and batches change during training
+SIZES = ("windows", "per_program", "height", "width", "shift_rows", "shift_columns")
+
+
+class Shape(NamedTuple):
+    """What a kernel is compiled for."""
+
+    heads: int
+    head_dim: int
+    channels: int  # heads * head_dim
+    parts: tuple[int, ...]  # widths of a tile's tensors, together at least head_dim
+    rows: int  # of a window, in tokens
+    columns: int
+    tokens: int  # rows * columns
+    layout: str  # "masked", "timm", "torchvision" or "grid"
+    attended: bool  # whether padding is, as in timm and torchvision
+    masked: bool  # scores between regions are -inf
+    shifted: bool
+    padded: bool  # whether windows do not divide the map
+    filled: bool  # padding has values other than 0
+    biased: bool
+    scaled: bool  # AttnScale
+    wide: bool  # an image has 2^31 elements
+    precision: str  # of float32 products
+
+
+def _parts(head_dim: int, bits: int) -> tuple[int, ...]:
+    """Powers of two that hold head_dim: one, or 3/4 of it or less in two; each at least what tensor cores take."""
+    least = 16 if bits == 16 else 8
+    whole = max(least, triton.next_power_of_2(head_dim))
+    rest = max(least, triton.next_power_of_2(max(1, head_dim - whole // 2)))
+    return (whole // 2, rest) if rest < whole // 2 else (whole,)
+
+
+def shape_of(
+    qkv: torch.Tensor,
+    num_heads: int,
+    window: list[int],
+    shift: list[int],
+    layout: str,
+    bias: torch.Tensor | None,
+    padding: torch.Tensor | None,
+    attn_scale: torch.Tensor | None,
+) -> Shape:
+    """Of window_attention's arguments, qkv [B, H, W, 3*heads*head_dim]; layouts that are the same on this map get the
+    same kernels."""
+    height, width, channels = qkv.shape[1:]
+    padded, shifted = height % window[0] != 0 or width % window[1] != 0, any(shift)
+    if layout == "timm" and not (padded and shifted):
+        layout = "torchvision"
+    if layout == "torchvision" and not padded and not shifted:
+        layout = "masked"
+    attended = layout in ("timm", "torchvision")
+    return Shape(
+        heads=num_heads,
+        head_dim=channels // (3 * num_heads),
+        channels=channels // 3,
+        parts=_parts(channels // (3 * num_heads), 8 * qkv.element_size()),
+        rows=window[0],
+        columns=window[1],
+        tokens=window[0] * window[1],
+        layout=layout,
+        attended=attended,
+        masked=(padded or shifted) and not attended,
+        shifted=shifted,
+        padded=padded,
+        filled=padding is not None and padded and attended,
+        biased=bias is not None,
+        scaled=attn_scale is not None,
+        wide=height * width * channels >= 2**31,
+        # three TF32 products have float32's accuracy; one, if torch's own matmul may use TF32
+        precision="tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3",
+    )
+
+
+class Inputs(NamedTuple):
+    """Of one head, what its attention is computed from."""
+
+    qkv: tl.tensor  # pointer to [B, H, W, 3, HEADS, HEAD_DIM], at the head
+    padding: tl.tensor  # pointer to [3, HEADS, HEAD_DIM], at the head; read only if SHAPE.filled
+    table: tl.tensor  # pointer to [TOKENS, TOKENS], added to scores; read only if SHAPE.biased
+    factor: tl.tensor  # w of AttnScale, 0 if not SHAPE.scaled
+    scale: tl.tensor
+    height: tl.tensor
+    width: tl.tensor
+    shift_rows: tl.tensor
+    shift_columns: tl.tensor
+
+
+class Window(NamedTuple):
+    """Where a window is."""
+
+    start: tl.tensor  # index of the image's first token, 64 bits
+    row: tl.tensor  # of the window's first token on the shifted map
+    column: tl.tensor
+    last: tl.tensor  # in the last row of windows: 2, in the last column: + 1; there a shift brings regions together
+
+
+class Tokens(NamedTuple):
+    """Some tokens [T] of a window."""
+
+    number: tl.tensor  # in the window
+    start: tl.tensor  # index of the image's first token, 64 bits
+    index: tl.tensor  # in the image
+    real: tl.tensor  # on the map
+    there: tl.tensor  # attended by somebody: on the map, or padding that is attended
+    region: tl.tensor  # only tokens of one region attend each other; -1 where there is none
+
+
+# --------------------------------------------------------------------------- where tokens are
+
+
+@triton.jit
+def inputs_of(
+    head, qkv_pointer, padding_pointer, bias_pointer, attn_scale_pointer,
+    height, width, shift_rows, shift_columns, scale, SHAPE: tl.constexpr,
+):  # fmt: skip
+    """Arguments of a kernel -> Inputs of one head."""
+    factor = 0.0
+    if SHAPE.scaled:
+        factor = tl.load(attn_scale_pointer + head).to(tl.float32)
+    offset = head * SHAPE.head_dim
+    table = bias_pointer + tl.cast(head, tl.int64) * (SHAPE.tokens * SHAPE.tokens)
+    return Inputs(
+        qkv_pointer + offset, padding_pointer + offset, table, factor, scale, height, width, shift_rows, shift_columns
+    )
+
+
+@triton.jit
+def locate(number, inputs, SHAPE: tl.constexpr):
+    """The window of this number among all of a batch."""
+    down = tl.cdiv(inputs.height, SHAPE.rows)
+    across = tl.cdiv(inputs.width, SHAPE.columns)
+    image = number // (down * across)
+    number -= image * (down * across)
+    row = number // across
+    column = number - row * across
+    last = 2 * (row == down - 1).to(tl.int32) + (column == across - 1).to(tl.int32)
+    if SHAPE.layout != "grid":
+        row *= SHAPE.rows
+        column *= SHAPE.columns
+    return Window(tl.cast(image, tl.int64) * inputs.height * inputs.width, row, column, last)
+
+
+@triton.jit
+def _unroll(position, size, shift, WINDOW: tl.constexpr, SHAPE: tl.constexpr):
+    # positions on the shifted map -> positions on the map, and whether they are on it
+    if SHAPE.layout == "timm":  # the map was rolled, then padded
+        source, real = (position + shift) % size, position < size
+    else:
+        padded = size
+        if SHAPE.padded:
+            padded = tl.cdiv(size, WINDOW) * WINDOW
+        source = position + shift
+        source = tl.where(source >= padded, source - padded, source)
+        real = source < size
+    return source, real
+
+
+@triton.jit
+def place(number, window, inputs, SHAPE: tl.constexpr):
+    """Tokens of these numbers in a window."""
+    row, column = number // SHAPE.columns, number % SHAPE.columns
+    there = number < SHAPE.tokens
+    region = tl.zeros_like(number)
+    if SHAPE.layout == "grid":
+        row = row * (inputs.height // SHAPE.rows) + window.row
+        column = column * (inputs.width // SHAPE.columns) + window.column
+        real = there
+    else:
+        if SHAPE.shifted:
+            below = row >= SHAPE.rows - inputs.shift_rows  # from the other side of the map, in the last windows
+            beyond = column >= SHAPE.columns - inputs.shift_columns
+            region = (2 * below.to(tl.int32) + beyond.to(tl.int32)) & window.last
+            row, on_rows = _unroll(row + window.row, inputs.height, inputs.shift_rows, SHAPE.rows, SHAPE)
+            column, on_columns = _unroll(
+                column + window.column, inputs.width, inputs.shift_columns, SHAPE.columns, SHAPE
+            )
+        else:
+            row, column = row + window.row, column + window.column
+            on_rows, on_columns = row < inputs.height, column < inputs.width
+        real = there
+        if SHAPE.padded:
+            real = there & on_rows & on_columns
+        if not SHAPE.attended:
+            there = real
+    if SHAPE.wide:
+        row = row.to(tl.int64)
+    return Tokens(number, window.start, row * inputs.width + column, real, there, tl.where(there, region, -1))

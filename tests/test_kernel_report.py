@@ -1,0 +1,238 @@
+"""benchmarks/kernel_report.py and kernels/inspection.py: what they read from compilers and machine code, the bounds
+that follow from it, and real kernels from the compiler to the table."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import itertools
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("triton")
+
+from asvit_fast.kernels import inspection
+from asvit_fast.kernels.inspection import Loop, class_of, inner_loop, parse_sass
+
+# the words of ptxas -v; the second kernel spills
+PTXAS = """\
+ptxas info    : Compiling entry function '_ZN10asvit_fast12_GLOBAL__N_16kernelIfLi2EEEvPT_l' for 'sm_90'
+ptxas info    : Function properties for _ZN10asvit_fast12_GLOBAL__N_16kernelIfLi2EEEvPT_l
+    16 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 24624 bytes smem, 400 bytes cmem[0]
+ptxas info    : Compiling entry function 'plain' for 'sm_90'
+ptxas info    : Function properties for plain
+    24 bytes stack frame, 20 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 255 registers, used 0 barriers, 24 bytes cumulative stack size
+"""
+
+# the words of cuobjdump -sass: a loop that waits inside of a loop that works, part of which is behind the exit
+SASS = """\
+		Function : busy
+        /*0000*/                   LDC R1, c[0x0][0x28] ;            /* 0x00000a00ff017b82 */
+        /*0010*/                   LDG.E.128 R4, [R2] ;              /* 0x00000a00ff017b82 */
+        /*0020*/                   FFMA R8, R4, R5, R8 ;             /* 0x00000a00ff017b82 */
+        /*0030*/                   SYNCS.PHASECHK.TRYWAIT P0, [R9] ; /* 0x00000a00ff017b82 */
+        /*0040*/              @!P0 BRA 0x30 ;                        /* 0x00000a00ff017b82 */
+        /*0050*/               @P1 BRA 0xb0 ;                        /* 0x00000a00ff017b82 */
+        /*0060*/                   MUFU.EX2 R8, R8 ;                 /* 0x00000a00ff017b82 */
+        /*0070*/                   HGMMA.64x64x16.F32 R24, gdesc ;   /* 0x00000a00ff017b82 */
+        /*0080*/                   BRA.U UP0, 0x20 ;                 /* 0x00000a00ff017b82 */
+        /*0090*/              @!PT STG.E.U16 desc[UR4][R2.64], R8 ;  /* 0x00000a00ff017b82 */
+        /*00a0*/                   EXIT ;                            /* 0x00000a00ff017b82 */
+        /*00b0*/                   LDS.64 R6, [R6] ;                 /* 0x00000a00ff017b82 */
+        /*00c0*/                   BRA 0x60 ;                        /* 0x00000a00ff017b82 */
+        /*00d0*/                   BRA 0xd0 ;                        /* 0x00000a00ff017b82 */
+		Function : straight
+        /*0000*/                   LDL.LU R2, [R1] ;                 /* 0x00000a00ff017b82 */
+        /*0010*/                   EXIT ;                            /* 0x00000a00ff017b82 */
+"""
+
+
+@pytest.fixture(scope="module")
+def report(root: Path):
+    """The scripts of benchmarks/, imported as they import each other."""
+    sys.path.insert(0, str(root / "benchmarks"))
+    try:
+        names = ("kernel_report", "cuda_sources", "rooflines", "triton_cases")
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    finally:
+        sys.path.remove(str(root / "benchmarks"))
+
+
+# --------------------------------------------------------------------------- machine code
+
+
+def test_loops():
+    functions = parse_sass(SASS)
+    assert list(functions) == ["busy", "straight"]
+    assert [i.name for i in functions["busy"]][:2] == ["LDC", "LDG.E.128"]
+    loop = inner_loop(functions["busy"])
+    assert loop.found == "branch at 0x80 back to 0x20"
+    assert loop.mix == {"fp32": 1, "mufu": 1, "tensor": 1, "shared": 1, "other": 5}  # LDS comes back, the wait counts
+    assert loop.instructions == 9
+    assert loop.global_bytes == 0
+    straight = inner_loop(functions["straight"])
+    assert straight.found == "no loop: the whole kernel"
+    assert straight.mix == {"local": 1, "other": 1}
+
+
+def test_the_loop_with_more_exponentials():
+    """Of two loops beside each other, and not the one around both."""
+    lines = [
+        "IADD3 R1",
+        *["FADD R1"] * 9,
+        "BRA.U UP0, 0x10",
+        "MUFU.EX2 R1",
+        "BRA.U UP0, 0xb0",
+        "BRA.U UP0, 0x0",
+        "EXIT",
+    ]
+    text = "Function : two\n" + "\n".join(f"/*{16 * n:04x}*/ {line} ;" for n, line in enumerate(lines))
+    assert inner_loop(parse_sass(text)["two"]).start == 0xB0
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("HMMA.16816.F32.BF16", "tensor"), ("HGMMA.64x64x16", "tensor"), ("UTCHMMA", "tensor"), ("DMMA", "tensor"),
+        ("MUFU.EX2", "mufu"), ("FFMA", "fp32"), ("FFMA2", "fp32"), ("FADD.FTZ", "fp32"), ("FMNMX", "other"),
+        ("LDS.128", "shared"), ("LDSM.16.M88", "shared"), ("STS", "shared"), ("LDG.E", "global"),
+        ("STG.E.64", "global"), ("LDGSTS.E.BYPASS.128", "global"), ("LDL", "local"), ("IMAD", "other"),
+    ],
+)  # fmt: skip
+def test_classes(name, kind):
+    assert class_of(name) == kind
+
+
+def test_bytes_of_a_warp():
+    widths = {"LDG.E": 4, "LDG.E.64": 8, "LDG.E.128.CONSTANT": 16, "STG.E.U16": 2, "LDG.E.U8": 1, "LDS.128": 0}
+    assert {name: inspection._bytes(name) // 32 for name in widths} == widths
+
+
+# --------------------------------------------------------------------------- bounds
+
+
+def test_occupancy(report):
+    gpu, occupancy = report.rooflines.GPUS[90], report.rooflines.occupancy
+    assert occupancy(gpu, 32, 0, 8) == 1.0
+    assert occupancy(gpu, 255, 0, 8) == 8 / 64  # 256 x 32 x 8 registers: one block
+    assert occupancy(gpu, 128, 0, 4) == 16 / 64
+    assert occupancy(gpu, 32, 100 * 1024, 4) == 8 / 64  # two blocks of shared memory
+    assert occupancy(gpu, 16, 0, 1) == 32 / 64  # 32 blocks
+    assert report.rooflines.GPUS[80].shared < gpu.shared
+
+
+def test_rates(report):
+    """The clock is the one of the data sheet's tensor rate: operations per clock and multiprocessor are powers of 2."""
+    for gpu in report.rooflines.GPUS.values():
+        per_clock = gpu.tensor_16 / (gpu.multiprocessors * gpu.clock)
+        assert min(abs(per_clock / power - 1) for power in (2048, 4096, 8192)) < 0.01
+        assert gpu.tensor_32 == gpu.tensor_16 / 2 or gpu.tensor_32 == pytest.approx(gpu.tensor_16 / 2, rel=0.01)
+        assert len(gpu.source) > 20
+    assert report.rooflines.GPUS[90].exponentials == pytest.approx(3.9e12, rel=0.01)
+
+
+def test_bounds(report):
+    gpu = report.rooflines.GPUS[90]
+    mix = {"mufu": 32, "fp32": 100, "other": 268}
+    loop = Loop(0, 16, inspection.Counter(mix), 0)
+    work = report.rooflines.Work("score", 64 * 64, exponentials=1.0, operations=64.0, bytes=0.5)
+    bounds = report.rooflines.bounds(gpu, loop, 4, work, half=True)
+    per_score = 400 * 4 / 4 / (64 * 64)  # instructions of all warps, four a clock
+    assert bounds.issue == pytest.approx(1e12 * per_score / (132 * 1.83e9))
+    assert bounds.pipes == pytest.approx(1e12 * 32 * 2 * 4 / 4096 / (132 * 1.83e9))
+    assert bounds.roofline == bounds.exponential == pytest.approx(0.2587, rel=1e-3)
+    assert report.rooflines.bounds(gpu, loop, 4, work, half=False).tensor == pytest.approx(64e12 / 494e12)
+
+
+# --------------------------------------------------------------------------- compilers
+
+
+def test_what_ptxas_says(report):
+    found = report.cuda_sources.parse(PTXAS, 90, {"plain": 96})
+    template, plain = found.values()
+    assert list(found)[1] == "plain"
+    assert template.name in ("kernel<float, 2>", "_ZN10asvit_fast12_GLOBAL__N_16kernelIfLi2EEEvPT_l")
+    assert (template.registers, template.spilled_bytes, template.shared_bytes) == (40, 0, 24624)
+    assert (plain.registers, plain.spilled_bytes, plain.warps) == (255, 20, 3)
+
+
+def test_every_kernel_has_an_entry(report, root):
+    """A new Triton kernel is in the table, too."""
+    text = "\n".join(path.read_text() for path in (root / "kernels").glob("*.py"))
+    functions = {line.split("def ")[1].split("(")[0] for line in text.splitlines() if line.startswith("def ")}
+    kernels = {name for name in functions if name.endswith("_kernel") and name != "compile_kernel"}
+    assert kernels == {kernel.function for kernel in report.triton_cases.KERNELS}
+
+
+def test_cases(report):
+    cases = list(report.triton_cases.cases([80, 90, 100], ["bf16", "fp32"]))
+    labels = {case.label for case in cases}
+    assert {f"N={n} d={d} bias=0" for n, d in itertools.product((49, 196, 784), (4, 8, 16, 22, 29, 32, 45))} <= labels
+    assert {f"N={n} d=32 bias=1" for n in (49, 64, 144)} <= labels
+    assert {(case.arch, case.dtype) for case in cases} == set(itertools.product((80, 90, 100), ("bf16", "fp32")))
+
+
+def test_same_architectures_as_the_build(report, root):
+    archs = ", ".join(f'"{arch / 10:.1f}"' for arch in report.rooflines.GPUS)
+    assert f"DEFAULT_ARCHS = ({archs})" in (root / "setup.py").read_text()
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_triton_kernels(report, tmp_path, capsys):
+    """From the compiler to the table: one tile, and a loop over blocks whose exponentials are known."""
+    out = tmp_path / "report.csv"
+    arguments = ["--out", str(out), "--jobs", "1", "--arch", "90"]
+    assert report.kernel_report.main([*arguments, "--kernel", "whole", "--shape", "N=49 d=8"]) == 0
+    assert report.kernel_report.main([*arguments, "--kernel", "blocked", "--shape", "N=784 d=8"]) == 0
+    assert report.kernel_report.main([*arguments, "--kernel", "blocked", "--shape", "N=784 d=8"]) == 0
+    shown = capsys.readouterr().out
+    assert "H200" in shown and "SPILLS" not in shown
+    rows = {row["kernel"]: row for row in rows_of(out)}
+    assert list(rows) == ["blocked", "whole", "whole_backward"]
+    for row in rows.values():
+        assert row["spilled"] == "0" and int(row["tensor"]) > 0 and "back to" in row["loop"]
+        assert float(row["issue_ps"]) > float(row["exp_ps"]) > 0.2
+        assert 0 < float(row["occupancy"]) <= 1
+    blocked = rows["blocked"]
+    lanes = 32 * int(blocked["warps"]) * int(blocked["mufu"])
+    assert 1.0 <= lanes / float(blocked["units"]) <= 1.2  # an exponential per score, and some to rescale
+
+
+def test_a_cuda_source(report, tmp_path, capsys):
+    if report.cuda_sources.find_nvcc() is None:
+        pytest.skip("no nvcc: set CUDA_HOME or PATH")
+    out = tmp_path / "report.csv"
+    arguments = ["--arch", "90", "--kernel", "layer_norm_taylor.cu", "--jobs", "1", "--out", str(out)]
+    assert report.kernel_report.main(arguments) == 0
+    assert "24 kernels compiled" in capsys.readouterr().out
+    rows = rows_of(out)
+    assert len(rows) == 24 and all(row["kernel"].startswith("layer_norm_taylor_kernel<") for row in rows)
+    assert all(row["spilled"] == "0" and row["warps"] == "8" for row in rows)
+
+
+def test_spills_fail(report, monkeypatch, capsys):
+    """Only on Hopper; the message says which."""
+    body = parse_sass(SASS)["busy"]
+    work = report.rooflines.Work("score", 1.0, exponentials=1.0)
+    for arch, code in ((90, 1), (80, 0)):
+        compiled = inspection.KernelReport("k", arch, 255, 24, 0, 4, b"")
+        row = report.kernel_report.row_of("blocked", "N=784 d=8 bias=0", "bf16", compiled, body, work)
+        monkeypatch.setattr(report.kernel_report, "collect", lambda *_, row=row: [row])
+        options = ["--arch", str(arch), "--kernel", "blocked", "--out", ""]
+        assert report.kernel_report.main(options) == code
+        shown = capsys.readouterr().out
+        assert "SPILLS" in shown and "blocked N=784 d=8 bias=0 bf16: 24 bytes per thread" in shown
+
+
+def test_nothing_to_do(report, capsys):
+    assert report.kernel_report.main(["--kernel", "nonsense"]) == 2
+    assert "triton_cases.py" in capsys.readouterr().err

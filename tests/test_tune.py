@@ -1,0 +1,279 @@
+"""`asvit-fast tune` without a GPU: the search with times that are made up, the table, resuming, what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from asvit_fast import tuning
+from asvit_fast.cli import main
+from asvit_fast.errors import InputError
+from asvit_fast.kernels import tiles
+from asvit_fast.tuning import Comparison, Task, UserTable, Workload, neighbours, refine, tasks_of, tune
+
+START = {"block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 2}
+FEATURES = (("bits", 16), ("tokens", 784), ("block_d", 16))
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ASVIT_FAST_TILES", str(tmp_path))
+    tiles.forget()
+    yield tmp_path
+    tiles.forget()
+
+
+def seconds(options: dict[str, int]) -> float:
+    """A valley: fastest with blocks of 128 x 32 and 8 warps."""
+    ideal = START | {"block_m": 128, "block_n": 32, "num_warps": 8}
+    return 1.0 + sum(abs(options[name] / ideal[name] - 1) for name in ideal)
+
+
+# --------------------------------------------------------------------------- the search
+
+
+def test_neighbours():
+    found = list(neighbours({"block_m": 16, "num_warps": 8, "num_stages": 2}))
+    assert found == [
+        {"block_m": 32, "num_warps": 8, "num_stages": 2},
+        {"block_m": 16, "num_warps": 4, "num_stages": 2},
+        {"block_m": 16, "num_warps": 8, "num_stages": 1},
+        {"block_m": 16, "num_warps": 8, "num_stages": 3},
+    ]
+
+
+def test_refine_walks_down_the_valley():
+    shown: list[tuple] = []
+    found = refine(START, lambda best, new: seconds(new) / seconds(best), 100, lambda *pair: shown.append(pair))
+    assert found.tiles == START | {"block_m": 128, "block_n": 32, "num_warps": 8}
+    assert found.speed == pytest.approx(seconds(START) / seconds(found.tiles))
+    assert found.refused == 0
+    assert found.tried == len(shown) == len({str(candidate) for candidate, _ in shown})  # none twice
+    assert shown[0][1] == START
+
+
+def test_refine_stops_and_refuses():
+    assert refine(START, lambda best, new: None) == tuning.Found(START, 1.0, 8, 8)
+    assert refine(START, lambda best, new: 0.99) == tuning.Found(START, 1.0, 8, 0)  # within the noise
+    assert refine(START, lambda best, new: 0.5, limit=5).tried == 5
+    flattering = refine(START, lambda best, new: 1.2 if best == START and new["num_warps"] == 8 else 0.9, limit=3)
+    assert flattering.tiles == START or flattering.speed > 1.0
+    times = iter([0.9] * 3 + [1.0] * 100)  # three wins that the last comparison does not confirm
+    assert refine(START, lambda best, new: next(times), limit=3) == tuning.Found(START, 1.0, 3, 0)
+
+
+# --------------------------------------------------------------------------- what is tuned
+
+
+def test_default_workloads():
+    workloads = tuning.default_workloads()
+    assert {w.tokens for w in workloads} == {49, 196, 784}
+    assert {w.head_dim for w in workloads} == {4, 8, 16, 22, 29, 32, 45}
+    tasks = tasks_of(workloads, ("bf16", "fp16", "fp32"))
+    assert len({(task.kernel, task.features) for task in tasks}) == len(tasks)
+    assert {dict(task.features)["bits"] for task in tasks} == {16, 32}
+    for task in tasks:
+        half = [w.dtype for w in task.workloads if w.bits == 16]
+        assert half.count("fp16") == (1 if half else 0)
+        assert all(task.kernel in w.kernels and tuple(w.features().items()) == task.features for w in task.workloads)
+    assert {task.kernel for task in tasks} == {
+        "whole", "whole_backward", "blocked", "q_gradient", "kv_gradient", "bias_gradient"
+    }  # fmt: skip
+
+
+def test_other_image_sizes():
+    small = tuning.default_workloads(64)  # maps of 16, 8, 4 and 2 tokens per side
+    assert {w.window for w in small[:4]} == {(8, 8), (4, 4), (2, 2)}
+
+
+# --------------------------------------------------------------------------- measuring
+
+
+class Fake:
+    """A workload whose result is right but for 2 warps, that cannot run 8, and remembers the tiles it ran with."""
+
+    dtype = "fp32"
+
+    def prepare(self, kernel, batch, device):
+        def run():
+            self.ran = tiles.nearest(kernel, "hopper", **dict(FEATURES))
+            if self.ran["num_warps"] == 8:
+                raise type("OutOfResources", (Exception,), {"__module__": "triton.runtime.errors"})
+            if self.ran["num_stages"] == 4:
+                raise KeyError("a mistake")
+            result = torch.empty(4) if self.ran["num_stages"] == 3 else torch.arange(4.0)
+            return [result + 0.1 * (self.ran["num_warps"] == 2)]
+
+        return run
+
+
+def timer_of(*workloads):
+    def timer(runs):
+        found = []
+        for run in runs:
+            run()
+            found.append(seconds(workloads[0].ran))
+        return found
+
+    return timer
+
+
+def test_candidates_are_checked():
+    fake = Fake()
+    task = Task("blocked", FEATURES, (fake,))
+    measure = Comparison(task, START, 1, torch.device("cpu"), timer_of(fake))
+    assert measure(START, START | {"block_m": 128}) == pytest.approx(seconds(START | {"block_m": 128}) / seconds(START))
+    assert measure(START, START | {"num_warps": 2}) is None  # another result
+    assert measure(START, START | {"num_stages": 3}) is None  # memory that nobody wrote
+    assert measure(START, START | {"num_warps": 8}) is None  # does not fit
+    with pytest.raises(KeyError):
+        measure(START, START | {"num_stages": 4})
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+# --------------------------------------------------------------------------- the table and resuming
+
+
+def tasks(*tokens: int) -> list[Task]:
+    return [Task("blocked", (("bits", 16), ("tokens", n), ("block_d", 16)), (Fake(),)) for n in tokens]
+
+
+def tune_with(todo: list[Task], table: UserTable, **options):
+    """With the times of `seconds`, whichever of the workloads ran."""
+
+    def timer(runs):
+        found = []
+        for run in runs:
+            run()
+            found.append(next(seconds(w.ran) for task in todo for w in task.workloads if hasattr(w, "ran")))
+        return found
+
+    return tune(todo, table, torch.device("cpu"), 1, progress=False, timer=options.pop("timer", timer), **options)
+
+
+def test_tune_writes_rows_that_lookups_find(folder, monkeypatch):
+    monkeypatch.setattr(tuning, "use_backend", lambda name: pytest.MonkeyPatch.context())
+    table = UserTable.of("My GPU")
+    assert table.path == folder / "my-gpu.json"
+    todo = tasks(784)
+    found = tune_with(todo, table)
+    best = found[todo[0]]
+    assert best.speed > 1.0 and best.refused > 0
+    row = json.loads(table.path.read_text())["kernels"]["blocked"][0]
+    assert row == dict(todo[0].features) | best.tiles | {"tuned": row["tuned"]}
+    assert row["tuned"]["speed"] == pytest.approx(best.speed, abs=1e-3)
+    assert tiles.nearest("blocked", "hopper/My GPU", bits=16, tokens=784, block_d=16) == best.tiles
+    assert tune_with(todo, table) == {}
+    assert set(tune_with(todo, table, again=True)) == set(todo)
+    assert len(table.read()["blocked"]) == 1
+
+
+def test_killed_and_resumed(folder, monkeypatch):
+    monkeypatch.setattr(tuning, "use_backend", lambda name: pytest.MonkeyPatch.context())
+    table, todo = UserTable.of("My GPU"), tasks(49, 196, 784)
+    put = UserTable.put
+    monkeypatch.setattr(
+        UserTable, "put", lambda self, task, found: (_ for _ in ()).throw(KeyboardInterrupt) if task == todo[1]
+        else put(self, task, found),
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        tune_with(todo, table)
+    assert [row["tokens"] for row in table.read()["blocked"]] == [49]
+    monkeypatch.undo()
+    monkeypatch.setenv("ASVIT_FAST_TILES", str(folder))
+    monkeypatch.setattr(tuning, "use_backend", lambda name: pytest.MonkeyPatch.context())
+    assert list(tune_with(todo, table)) == todo[1:]
+    assert [row["tokens"] for row in table.read()["blocked"]] == [49, 196, 784]
+    monkeypatch.setattr(tuning, "_triton_version", lambda: "another")
+    assert list(tune_with(todo, table)) == todo
+
+
+def test_a_bad_table_is_an_input_error(folder):
+    table = UserTable.of("My GPU")
+    table.path.write_text("{")
+    with pytest.raises(InputError, match=r"my-gpu\.json"):
+        table.has(tasks(49)[0])
+    assert table.path.read_text() == "{"
+
+
+INTERPRETED = """
+import json, sys
+import torch
+from asvit_fast.tuning import DTYPES, UserTable, Workload, tasks_of, tune
+
+todo = tasks_of([Workload((3, 3), 8, 1, 3, biased=True)], ("bf16", "fp32"))
+ratios = iter([[1.0, 0.9]] * 3 + [[1.0, 1.1]] * 10000)
+found = tune(todo, UserTable.of("interpreter"), torch.device("cpu"), 1, progress=False, timer=lambda runs: next(ratios))
+print(json.dumps({str(task): result.refused for task, result in found.items()}))
+"""
+
+
+def test_in_the_interpreter(folder, root):
+    """Real kernels, forward and backward, with other tiles: every candidate that can run is right."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", INTERPRETED]
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    refused = json.loads(result.stdout)
+    assert len(refused) == 6 and set(refused.values()) == {0}
+    assert len(tiles.read_table(folder / "interpreter.json")) == 6
+
+
+# --------------------------------------------------------------------------- the command
+
+
+def test_dry_run(capsys):
+    assert main(["tune", "--dry-run", "--dtypes", "bf16,fp32"]) == 0
+    shown = capsys.readouterr().out
+    assert "whole bits=16 tokens=49 block_d=32" in shown
+    assert "28x28x45 fp32" in shown
+    assert "fp16" not in shown
+    assert "minutes" in shown
+    assert main(["tune", "--dry-run", "--shapes", "5x6x7,7x7x32b", "--dtypes", "bf16"]) == 0
+    shown = capsys.readouterr().out
+    assert "5x6x7 bf16" in shown and "7x7x32 bf16 biased" in shown and "784" not in shown
+    assert main(["tune", "--dry-run", "--topology", "4,2,2|2,1,2|2,1,2|2,1,2|16", "--img-size", "64"]) == 0
+    assert "8x8x16" in capsys.readouterr().out
+
+
+def test_without_a_gpu(capsys, folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["tune"]) == 2
+    assert "--dry-run" in capsys.readouterr().err
+    assert main(["tune", "--device", "cpu"]) == 2
+    assert "'cpu'" in capsys.readouterr().err
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--shapes", "7x7", "7x7"),
+        ("--shapes", "7x0x8", "7x0x8"),
+        ("--dtypes", "fp64", "fp64"),
+        ("--ops", "softmax", "softmax"),
+        ("--topology", "1,2", "topology"),
+    ],
+)
+def test_bad_options(option, value, message, capsys):
+    assert main(["tune", "--dry-run", option, value]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(folder):
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA GPU")
+    assert main(["tune", "--shapes", "7x7x32b", "--dtypes", "bf16", "--batch", "4", "--quiet"]) == 0
+    table = UserTable.of(torch.cuda.get_device_name())
+    assert set(table.read()) == {"whole", "whole_backward"}
+    assert all(Workload((7, 7), 32).tokens == row["tokens"] for rows in table.read().values() for row in rows)

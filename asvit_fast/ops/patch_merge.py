@@ -186,13 +186,14 @@ Parameters = list[Tensor | None]  # weight, norm_weight, norm_bias, bias
 def _vector_jacobian_product(
     kernel: int, stride: int, eps: float, channels_last: bool, present: list[bool]
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """(gradient of the output, x, and the parameters there are) -> gradients of the latter, through the reference:
-    differentiable in all of them."""
+    """(gradient of the output, x, weight, and what is ``present`` of norm_weight, norm_bias and bias) -> gradients of
+    all but the first, through the reference: differentiable in all of them."""
 
     def product(gradient: Tensor, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         def reference(x: Tensor, *parameters: Tensor) -> Tensor:
             given = iter(parameters)
-            weight, norm_weight, norm_bias, bias = (next(given) if there else None for there in present)
+            weight = next(given)
+            norm_weight, norm_bias, bias = (next(given) if there else None for there in present)
             return patch_merge_reference(
                 x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, _order(channels_last)
             )
@@ -224,7 +225,7 @@ def _patch_merge_backward(
     parameters: Parameters = [weight, norm_weight, norm_bias, bias]
     implementation = backends.select("patch_merge", x.device)
     if implementation is _elementary or statistics.numel() == 0:
-        vjp = _vector_jacobian_product(kernel, stride, eps, channels_last, [p is not None for p in parameters])
+        vjp = _vector_jacobian_product(kernel, stride, eps, channels_last, [p is not None for p in parameters[1:]])
         found = iter(vjp(gradient, x, *(p for p in parameters if p is not None)))
         gradients = [next(found), *(None if p is None else next(found) for p in parameters)]
     elif implementation is _triton:
@@ -294,19 +295,20 @@ def _setup_double(ctx, inputs, output: list[Tensor]) -> None:
 
 def _double_backward(ctx, cotangents: list[Tensor | None]):
     """In elementary operations, so that it can be differentiated again."""
-    gradient, x, *parameters = ctx.saved_tensors
-    present = [p is not None for p in parameters]
-    given = [p for p in parameters if p is not None]
-    asked = [ctx.to_input, *(ctx.to_parameters and there for there in present)]
+    kernel, stride, eps, channels_last = ctx.settings
+    gradient, x, weight, *vectors = ctx.saved_tensors
+    present = [vector is not None for vector in vectors]
+    asked = [ctx.to_input, ctx.to_parameters, *(ctx.to_parameters and there for there in present)]
     along = [
-        torch.zeros_like(old) if cotangent is None or not wanted else cotangent
-        for cotangent, wanted, old in zip(cotangents, asked, [x, *parameters], strict=True)
+        cotangent if wanted and cotangent is not None else torch.zeros_like(old)
+        for cotangent, wanted, old in zip(cotangents, asked, [x, weight, *vectors], strict=True)
         if old is not None
     ]
-    product = _vector_jacobian_product(*ctx.settings, present)
-    found = iter(torch.func.vjp(product, gradient, x, *given)[1](tuple(along)))
-    to_gradient, to_x = next(found), next(found)
-    to_weight, *to_vectors = (next(found) if there else None for there in present)
+    product = _vector_jacobian_product(kernel, stride, eps, channels_last, present)
+    given = [vector for vector in vectors if vector is not None]
+    found = iter(torch.func.vjp(product, gradient, x, weight, *given)[1](tuple(along)))
+    to_gradient, to_x, to_weight = next(found), next(found), next(found)
+    to_vectors = [next(found) if there else None for there in present]
     return to_gradient, to_x, None, None, to_weight, None, None, *to_vectors, None, None, None, None
 
 

@@ -21,7 +21,7 @@ from .patch_merge import (
     neighbour,
     tile_arguments,
 )
-from .window_tiles import dot
+from .products import dot
 
 PROGRAMS = 1024  # that sums over all tokens are cut into: a few for every multiprocessor
 

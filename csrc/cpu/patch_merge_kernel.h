@@ -133,6 +133,14 @@ inline int64_t offset_of(const Neighbourhoods& map, int64_t first_row, const Out
   return ((token.image * map.height + row - first_row) * map.width + column) * map.channels;
 }
 
+// `count` numbers, or zeros where there is nothing to copy from. For so few a call of memcpy takes longer.
+template <typename T>
+inline void copy(const T* from, int64_t count, T* to) {
+  int64_t i = 0;
+  for (; i + kLanes<T> <= count; i += kLanes<T>) store<T>(to + i, from ? load<T>(from + i) : Vector<T>{});
+  for (; i < count; ++i) to[i] = from ? from[i] : T(0);
+}
+
 template <typename T>
 void copy_neighbourhood(const PatchMerge<T>& problem, const OutputToken& token, T* to) {
   const Neighbourhoods& map = problem.map;
@@ -143,11 +151,7 @@ void copy_neighbourhood(const PatchMerge<T>& problem, const OutputToken& token, 
   };
   if (map.channels_last) {
     for (int64_t i = 0; i < taps; ++i, to += channels) {
-      if (const T* from = source(i % kernel, i / kernel)) {
-        std::memcpy(to, from, channels * sizeof(T));
-      } else {
-        std::memset(to, 0, channels * sizeof(T));
-      }
+      copy(source(i % kernel, i / kernel), channels, to);
     }
     return;
   }

@@ -38,17 +38,20 @@ def write(kernels: dict) -> Path:
     return path
 
 
+FEATURES = ("bits", "tokens", "block_d", "outputs")
+
+
 @pytest.mark.parametrize("family", tiles.FAMILIES.values())
 def test_shipped_tables(family, root):
     table = tiles.read_table(root / "kernels" / "tiles" / f"{family}.json")
     assert set(ATTENTION) <= set(table)
     for kernel, rows in table.items():
-        keys = [tuple(sorted((k, v) for k, v in row.items() if k in ("bits", "tokens", "block_d"))) for row in rows]
+        keys = [tuple(sorted((k, v) for k, v in row.items() if k in FEATURES)) for row in rows]
         assert len(set(keys)) == len(keys), f"{kernel}: two rows of one shape"
         for row in rows:
             assert all(value & (value - 1) == 0 for name, value in row.items() if name.startswith("block_"))
             assert row["num_warps"] in (1, 2, 4, 8)
-            own = {name: value for name, value in row.items() if name in ("bits", "tokens", "block_d")}
+            own = {name: value for name, value in row.items() if name in FEATURES}
             found = tiles.nearest(kernel, family, **own)
             assert found == {name: value for name, value in row.items() if name not in own}
 

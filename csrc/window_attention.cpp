@@ -107,7 +107,7 @@ struct Operands {
     padding = a.padding ? parameters(a.padding, a.type()) : at::zeros({qkv.size(3)}, qkv.options());
     if (!a.bias || a.tokens() > kTableTokens) return;
     table = at::zeros({a.heads, a.tokens(), padded_to_vector(a.tokens())}, qkv.options());
-    table.narrow(2, 0, a.tokens()).copy_(bias.transpose(1, 2)).mul_(kLog2E);
+    table.narrow(2, 0, a.tokens()).copy_(bias.transpose(1, 2));
   }
 
   template <typename T>
@@ -125,7 +125,7 @@ struct Operands {
             qkv.size(0),
             a.heads,
             qkv.size(3) / (3 * a.heads),
-            static_cast<T>(a.scale * kLog2E)};
+            static_cast<T>(a.scale)};
   }
 };
 

@@ -13,16 +13,12 @@
 namespace asvit_fast {
 namespace {
 
+// In the order in which dp is summed: where one weight is 1, dp - <g, y> is then exactly 0, and not the rounding error
+// of two large numbers.
 template <typename T>
 inline T dot(const T* a, const T* b, int64_t size) {
   T sum = T(0);
-  in_widths<T>(size, [&](int64_t i, auto width) {
-    if constexpr (width() == kLanes<T>) {
-      sum += total<T>(load<T>(a + i) * load<T>(b + i));
-    } else {
-      for (int j = 0; j < width(); ++j) sum += a[i + j] * b[i + j];
-    }
-  });
+  for (int64_t i = 0; i < size; ++i) sum += a[i] * b[i];
   return sum;
 }
 
@@ -75,7 +71,7 @@ void differentiate_tile(T attn_factor, int64_t count, int64_t keys, const Backwa
     Vector<T> sum = load<T>(memory.products + i);
     for (int64_t key = 0; key < keys; ++key) {
       T *weights = memory.weights + key * kGroup + i, *scores = memory.scores + key * kGroup + i;
-      const Vector<T> p = exp2_negative(load<T>(weights) - most) * inverse, dp = load<T>(scores);
+      const Vector<T> p = weight_of(load<T>(weights) - most) * inverse, dp = load<T>(scores);
       sum += p * dp;
       store<T>(weights, p);
       store<T>(scores, p * (attn_factor * dp - delta));
@@ -219,7 +215,7 @@ void differentiate_group(const WindowAttentionBackward<T>& problem, const TokenW
                         problem.to_bias + task * tokens * tokens);
   }
   if (!components) turn_to_rows(memory.column_sums, count, size, memory.padded_dim, memory.to_queries);
-  write_gradient<T>(problem, window, task, 0, first, count, forward.scale / T(kLog2E), nullptr, memory.padded_dim,
+  write_gradient<T>(problem, window, task, 0, first, count, forward.scale, nullptr, memory.padded_dim,
                     memory.to_queries);
   if (!problem.to_attn_scale) return;
   double sum = 0.;
@@ -239,8 +235,7 @@ void differentiate_window(const WindowAttentionBackward<T>& problem, const Token
   for (int64_t first = 0; first < window.count; first += kGroup)
     differentiate_group(problem, window, task, first, window.count - first < kGroup ? window.count - first : kGroup,
                         next, memory);
-  write_gradient<T>(problem, window, task, 1, 0, window.count, forward.scale / T(kLog2E), nullptr, padded_dim,
-                    memory.to_keys);
+  write_gradient<T>(problem, window, task, 1, 0, window.count, forward.scale, nullptr, padded_dim, memory.to_keys);
   if (forward.attn_scale) mean_regions(window, memory.gradients, size, padded_dim, attn_scale, memory.means);
   write_gradient<T>(problem, window, task, 2, 0, window.count, T(1) + attn_scale,
                     forward.attn_scale ? memory.means : nullptr, padded_dim, memory.to_values);

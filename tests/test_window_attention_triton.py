@@ -154,6 +154,9 @@ def check_details(device: torch.device) -> None:
     for dtype in (torch.float32, torch.bfloat16):  # w = -1: nothing but the mean is left, and nothing divides by 0
         qkv, ones = torch.randn(1, 5, 4, 24, device=device).to(dtype), torch.ones(1, device=device)
         compare(qkv, 1, (3, 3), (1, 0), attn_scale=-ones)
+    # -100 is not -inf: a bias may outweigh it
+    bias, padding = 80.0 * torch.randn(1, 9, 9, device=device), torch.randn(24, device=device)
+    compare(torch.randn(1, 5, 4, 24, device=device), 1, (3, 3), (1, 1), bias, "torchvision", padding)
     padding = torch.full((24,), torch.nan, device=device)  # a token that windows without padding do not look at
     with use_backend("triton"):
         out = ops.window_attention(qkv, 1, (5, 3), (0, 0), layout="timm", padding=padding)

@@ -317,10 +317,14 @@ def _large_backward(
 
 
 def _totals(
-    sums: Sums, bias: torch.Tensor | None, padding: torch.Tensor | None, attn_scale: torch.Tensor | None
+    sums: Sums,
+    nothing: torch.Tensor,
+    bias: torch.Tensor | None,
+    padding: torch.Tensor | None,
+    attn_scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of bias, padding and attn_scale, empty for those that are None."""
-    to_bias, to_padding, to_attn_scale = (x.new_empty(0) for x in sums)
+    """Gradients of bias, padding and attn_scale; copies of `nothing` for those that are None."""
+    to_bias, to_padding, to_attn_scale = nothing, nothing.clone(), nothing.clone()
     if bias is not None:
         to_bias = sums[0].sum(0).to(bias.dtype)
     if padding is not None:
@@ -358,4 +362,5 @@ def window_attention_backward(
         else:
             sums = _large_backward(arguments, qkv, shape, output.contiguous(), statistics, wanted[0])
     present = zip((bias, padding, attn_scale), wanted, strict=True)
-    return to_qkv, *_totals(sums, *(tensor if want else None for tensor, want in present))
+    nothing = qkv.new_empty(0)
+    return to_qkv, *_totals(sums, nothing, *(tensor if want else None for tensor, want in present))

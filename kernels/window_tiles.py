@@ -93,11 +93,16 @@ def dot(a, b, SHAPE: tl.constexpr):
 
 
 @triton.jit
+def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return tl.zeros([ROWS, COLUMNS], dtype=tl.float32)  # Triton 3.6 takes no element of a tuple in a list
+
+
+@triton.jit
 def zeros(ROWS: tl.constexpr, SHAPE: tl.constexpr):
     """A tile of float32 zeros."""
     tile = ()
     for part in tl.static_range(len(SHAPE.parts)):
-        tile += (tl.zeros([ROWS, SHAPE.parts[part]], dtype=tl.float32),)
+        tile += (_zeros(ROWS, SHAPE.parts[part]),)
     return tile
 
 

@@ -144,7 +144,6 @@ def check_details(device: torch.device) -> None:
     with use_backend("triton"):
         found = both_ways(qkv, 2, (3, 4), (1, 2), torch.ones((), device=device).expand(2, 6, 8, 8))
         assert torch.isfinite(found["qkv"]).all()
-        check_nothing(device)
     for size in (7, 9):
         for dtype, factor in ((torch.float32, 5.0), (torch.bfloat16, 30.0)):
             qkv = torch.randn(1, size, size, 24, device=device)
@@ -154,6 +153,9 @@ def check_details(device: torch.device) -> None:
     for dtype in (torch.float32, torch.bfloat16):  # w = -1: nothing but the mean is left, and nothing divides by 0
         qkv, ones = torch.randn(1, 5, 4, 24, device=device).to(dtype), torch.ones(1, device=device)
         compare(qkv, 1, (3, 3), (1, 0), attn_scale=-ones)
+    # -100 is not -inf: a bias may outweigh it
+    bias, padding = 80.0 * torch.randn(1, 9, 9, device=device), torch.randn(24, device=device)
+    compare(torch.randn(1, 5, 4, 24, device=device), 1, (3, 3), (1, 1), bias, "torchvision", padding)
     padding = torch.full((24,), torch.nan, device=device)  # a token that windows without padding do not look at
     with use_backend("triton"):
         out = ops.window_attention(qkv, 1, (5, 3), (0, 0), layout="timm", padding=padding)
@@ -175,6 +177,8 @@ def check_details(device: torch.device) -> None:
         with use_backend("triton"):
             first, second = both_ways(*arguments, **given), both_ways(*arguments, **given)
         assert all(torch.equal(first[name], second[name]) for name in first)
+    check_nothing(device)
+    check_fake(device)
 
 
 def check_nothing(device: torch.device) -> None:
@@ -190,6 +194,27 @@ def check_nothing(device: torch.device) -> None:
         assert found[0].shape == qkv.shape
         for gradient, tensor in zip(found[1:], arguments[5:], strict=True):
             assert torch.equal(gradient, torch.zeros_like(tensor))
+
+
+def check_fake(device: torch.device) -> None:
+    """Results are what the fake ops promise, also those of gradients that nobody wants."""
+    qkv, padding = torch.randn(1, 3, 4, 6, device=device).to(torch.bfloat16), torch.randn(6, device=device)
+    settings = (
+        1,
+        [2, 2],
+        [1, 0],
+        1.0,
+        "timm",
+        torch.randn(1, 4, 4, device=device),
+        padding,
+        torch.ones(1, device=device),
+    )
+    tests = ("test_schema", "test_faketensor")
+    with use_backend("triton"):
+        torch.library.opcheck(torch.ops.asvit_fast.window_attention, (qkv, *settings), test_utils=tests)
+        out, statistics = torch.ops.asvit_fast.window_attention(qkv, *settings)
+        backward = (out, qkv, out, statistics, *settings, [False, True, False])
+        torch.library.opcheck(torch.ops.asvit_fast.window_attention_backward, backward, test_utils=tests)
 
 
 def check_many_windows(device: torch.device) -> None:

@@ -42,9 +42,9 @@ struct PatchEmbedBackward {
   int64_t pieces;  // that the rows of tokens are cut into, whatever the number of threads: sums in a fixed order
 };
 
-// Output and, unless null, the convolution's values [batch, rows, columns, channels]: of the rows of tokens begin <= i
-// < end of batch * rows.  Backward: or the pieces begin <= i < end, with PatchEmbedWorkspace::total() elements of
-// memory, aligned to 64 bytes, to itself. One copy per instruction set.
+// Forward: output and, unless null, the convolution's values [batch, rows, columns, channels] of the tokens' rows begin
+// <= i < end of batch * rows. Backward: the pieces begin <= i < end. Both with PatchEmbedWorkspace::total() elements of
+// memory, aligned to 64 bytes, to themselves. One copy per instruction set.
 template <typename T>
 using PatchEmbedCpu = void(const PatchEmbed<T>& problem, T* output, T* values, int64_t begin, int64_t end,
                            T* workspace);

@@ -2,6 +2,7 @@
 2202.11921)."""
 
 from . import ops
+from .accelerate import accelerate, restore
 from .environment import show_config
 from .errors import InputError
 from .models import AsViT, convert_asvit_state_dict, create_model
@@ -17,6 +18,7 @@ from .scoring import (
 from .search import Budget, scale, search
 from .taylor import jet, jvp
 from .topology import SearchSpace, StageSpec, Topology
+from .verification import verify
 
 __version__ = "0.1.0"
 
@@ -27,6 +29,7 @@ __all__ = [
     "SearchSpace",
     "StageSpec",
     "Topology",
+    "accelerate",
     "convert_asvit_state_dict",
     "create_model",
     "curvature",
@@ -38,8 +41,10 @@ __all__ = [
     "ntk_condition",
     "ntk_gram",
     "ops",
+    "restore",
     "scale",
     "score",
     "search",
     "show_config",
+    "verify",
 ]

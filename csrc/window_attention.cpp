@@ -183,7 +183,7 @@ int64_t piece_count(int64_t windows, bool parameters, int64_t bias_bytes) {
 // A parameter's gradient: the sum over pieces [pieces, ...] in its type; empty where it was not asked for.
 at::Tensor sum_pieces(const at::Tensor& pieces, const OptionalTensor& parameter, const at::Tensor& qkv) {
   if (!pieces.defined()) return at::empty({0}, qkv.options());
-  return pieces.sum(0).to(parameter->scalar_type());
+  return (pieces.size(0) == 1 ? pieces.squeeze(0) : pieces.sum(0)).to(parameter->scalar_type());
 }
 
 // Gradients of parameters, a slice for each piece; undefined where they are not wanted.

@@ -98,6 +98,14 @@ def test_wider_tiles_get_smaller_blocks():
     assert (huge["block_m"], huge["block_n"], huge["num_warps"]) == (16, 16, 8)
 
 
+def test_what_tiles_do_not_depend_on(folder):
+    """A width that all rows share says nothing."""
+    row = {"bits": 16, "block_d": 64, "block_m": 64, "num_warps": 4, "num_stages": 1}
+    write({"new": [row | {"tokens": 64}, row | {"tokens": 256}]})
+    assert tiles.nearest("new", FAMILY, bits=16, tokens=64, block_d=1024)["block_m"] == 64
+    assert tiles.choose("new", FAMILY, 64, 1024, 16)["BLOCK_M"] == 64
+
+
 def test_other_families_and_kernels(monkeypatch):
     only = {"new": [{"bits": 16, "num_warps": 2, "num_stages": 3}]}
     known = tiles.read_table
@@ -115,6 +123,12 @@ def test_family_of_a_device(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
         assert tiles.family_of(torch.device("cuda", 90 + number)) == f"{family}/A GPU"
     tiles.family_of.cache_clear()
+
+
+def test_assuming_a_family():
+    with tiles.assuming("blackwell"):
+        assert tiles.family_of(torch.device("cpu")) == "blackwell"
+    assert tiles.family_of(torch.device("cpu")) == "hopper"
 
 
 # --------------------------------------------------------------------------- a user's table

@@ -205,8 +205,8 @@ struct Upcoming {
     const int64_t channels = problem.heads * problem.head_dim, all = parts * problem.heads;
     const int64_t begin = window.count * (head * parts + part) / all,
                   end = window.count * (head * parts + part + 1) / all;
-    fetch<0>(problem.qkv, window, begin, end, 3 * channels);
-    fetch<1>(contiguous_map(problem.rows, problem.columns, channels, problem.output), window, begin, end, channels);
+    fetch<0>(problem.qkv, window, begin, end, 0, 3 * channels);
+    fetch<1>(contiguous_map(problem.rows, problem.columns, channels, problem.output), window, begin, end, 0, channels);
   }
 };
 
@@ -253,7 +253,7 @@ void window_attention(const WindowAttention<T>& problem, int64_t begin, int64_t 
   int64_t ready = -1;  // whose operands are packed
   for (int64_t index = begin; index < end; ++index) {
     const int64_t first = index % units * kUnit, task = index / units, head = task % problem.heads;
-    const TokenWindow& window = windows[task / problem.heads];
+    const TokenWindow& window = windows.at(task / problem.heads);
     if (first >= window.count) continue;
     if (task != ready) {
       ready = task;
@@ -262,7 +262,8 @@ void window_attention(const WindowAttention<T>& problem, int64_t begin, int64_t 
         mean_regions(window, memory.values, problem.head_dim, memory.padded_dim, T(1), memory.means);
     }
     const int64_t following = task / problem.heads + 1;
-    const Upcoming<T> next = {problem, windows[following < count ? following : count - 1], head};
+    const Upcoming<T> next = {problem, windows.next(task / problem.heads, following < count ? following : count - 1),
+                              head};
     const int64_t last = first + kUnit < window.count ? first + kUnit : window.count;
     for (int64_t query = first; query < last; query += kGroup)
       attend_group(problem, window, head, query, last - query < kGroup ? last - query : kGroup, next, memory);

@@ -1,0 +1,99 @@
+"""Replacements for feed-forward networks: on a CPU, in inference, tokens go through in parts that stay in the cache.
+
+A large hidden activation is written to and read from memory that the system has to provide anew every time: the first
+blocks of Swin-T spend half of their feed-forward network on that. Every token is on its own, so the network may as well
+see a few hundred of them at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm.layers
+import timm.models.tiny_vit
+import torch
+import torchvision.ops.misc
+from torch import Tensor, nn
+from torch.overrides import has_torch_function_unary
+
+from ..ops.transforms import transform_active
+from .replacement import Replacement, has_hooks, source_type
+
+LARGE = 8 << 20  # bytes of a hidden activation up to which it is left whole
+PART = 2 << 20  # bytes of a part of it, per thread
+TOKENWISE = (
+    nn.Linear,
+    nn.Identity,
+    nn.Dropout,
+    nn.LayerNorm,
+    nn.GELU,
+    nn.ReLU,
+    nn.SiLU,
+    timm.layers.LayerNorm,
+    timm.layers.GELU,
+    timm.layers.GELUTanh,
+)
+
+
+def why_not_in_parts(module: nn.Module) -> str | None:
+    """Why tokens cannot go through one after the other: a layer that looks at several or is not known."""
+    for name, child in module.named_children():
+        if source_type(child) not in TOKENWISE:
+            return f"its {name} is a {type(child).__name__}"
+        if has_hooks(child):
+            return f"its {name} has hooks, which would see parts of the tokens"
+    return None
+
+
+def tokens_at_a_time(module: nn.Module, x: Tensor) -> int | None:
+    """How many of the tokens x [..., C] make a part; None to leave them together."""
+    if torch.is_grad_enabled() or x.device.type != "cpu" or x.dim() < 2 or torch.compiler.is_compiling():
+        return None
+    if has_torch_function_unary(x) or transform_active() or torch.jit.is_tracing():
+        return None
+    children = list(module.children())
+    if any(isinstance(child, nn.Dropout) and child.training and child.p > 0.0 for child in children):
+        return None  # it draws its mask in the order of calls
+    width = max((child.out_features for child in children if isinstance(child, nn.Linear)), default=0)
+    token = width * x.element_size()  # bytes
+    if x.numel() // max(x.shape[-1], 1) * token <= LARGE:
+        return None
+    return max(PART * torch.get_num_threads() // token, 1)
+
+
+class InParts(Replacement):
+    """``forward`` of the source on parts of the tokens."""
+
+    @classmethod
+    def gainless(cls, module: Any) -> str | None:
+        device = next((parameter.device.type for parameter in module.parameters()), "cpu")
+        return None if device in ("cpu", "meta") else f"on {device} it would not be faster"
+
+    @classmethod
+    def obstacle(cls, module: Any) -> str | None:
+        return why_not_in_parts(module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        source = super().forward  # type: ignore[misc]
+        tokens = tokens_at_a_time(self, x)  # type: ignore[arg-type]
+        if tokens is None or not self.usable():
+            return source(x)
+        return torch.cat([source(part) for part in x.flatten(0, -2).split(tokens)]).unflatten(0, x.shape[:-1])
+
+
+class FastMlp(InParts, timm.layers.Mlp):
+    """timm's."""
+
+    source = timm.layers.Mlp
+
+
+class FastNormMlp(InParts, timm.models.tiny_vit.NormMlp):
+    """TinyViT's."""
+
+    source = timm.models.tiny_vit.NormMlp
+
+
+class FastTorchvisionMLP(InParts, torchvision.ops.misc.MLP):
+    """torchvision's."""
+
+    source = torchvision.ops.misc.MLP

@@ -1,0 +1,222 @@
+"""Does an accelerated model still compute what it did? Outputs and gradients on the user's own data."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .accelerate import accelerate, restore
+from .errors import InputError
+
+SLACK = 2.0  # how many times the source's own error is still rounding
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One tensor: an output, or the gradient of a parameter or an input."""
+
+    mode: str  # "eval" or "train"
+    name: str
+    difference: float  # largest absolute difference of the accelerated and the restored model
+    size: float  # largest absolute value in the reference
+    error: float  # largest absolute error of the accelerated model against the reference
+    source_error: float  # that of the restored model
+    rounding: bool  # whether the error is of the size of rounding errors
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What ``verify`` found, the largest differences first, relative to the size of the tensor."""
+
+    differences: tuple[Difference, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether all differences are rounding."""
+        return all(difference.rounding for difference in self.differences)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {"ok": self.ok, "differences": [asdict(difference) for difference in self.differences]}
+
+    def table(self, rows: int = 10) -> str:
+        """The first `rows` differences, all that are more than rounding, and a verdict."""
+        shown = [d for i, d in enumerate(self.differences) if i < rows or not d.rounding]
+        width = max((len(d.name) for d in shown), default=0)
+        lines = [
+            f"{d.mode:<5}  {d.name:<{width}}  difference {d.difference:.1e} of {d.size:.1e}, error {d.error:.1e} "
+            f"(as its package does it: {d.source_error:.1e}){'' if d.rounding else '  MORE THAN ROUNDING'}"
+            for d in shown
+        ]
+        wrong = sum(not d.rounding for d in self.differences)
+        verdict = "all differences are rounding" if self.ok else f"{wrong} of them differ by more than rounding"
+        return "\n".join([*lines, f"{len(self.differences)} tensors compared: {verdict}"])
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+def verify(
+    model: nn.Module,
+    sample: Any,
+    *,
+    modes: Sequence[str] = ("eval", "train"),
+    gradients: bool = True,
+    loss: Callable[[Any], Tensor] | None = None,
+    reference: torch.dtype | None = torch.float64,
+    seed: int = 0,
+    rows: int = 10,
+) -> Verification:
+    """Compare a model with and without ``accelerate`` on your own data: outputs and gradients, with the same random
+    numbers.
+
+    Works on copies, one at a time: the model, accelerated already or not, stays as it is. Both copies are held against
+    a third one in higher precision, so that a difference can be told from rounding: an error counts as rounding up to
+    twice that of the restored model on the same tensor, or on the worst tenth of tensors where that is larger.
+    Dropout (not stochastic depth) is off, as its masks are drawn in another order. Prints the largest differences.
+    Inside ``torch.autocast`` it compares what autocast makes of both.
+
+    Args:
+        model: a model.
+        sample: what it is called with: a tensor, a tuple of arguments or a dict of keyword arguments.
+        modes: "eval", "train" or both.
+        gradients: also compare the gradients of all parameters and floating point inputs.
+        loss: scalar function of the output to differentiate; by default a fixed random linear one of all its tensors.
+        reference: precision of the third copy; None: compare the two only, with errors relative to the restored one.
+        seed: of the random numbers in training mode.
+        rows: how many differences to print; 0 prints nothing.
+
+    Returns:
+        Everything that was compared; ``ok`` says whether all of it is rounding.
+
+    Raises:
+        InputError: a model that cannot be copied, or an unknown mode.
+    """
+    unknown = set(modes) - {"eval", "train"}
+    if unknown:
+        raise InputError(f"verify: modes are 'eval' and 'train', got {sorted(unknown)}")
+    found: list[Difference] = []
+    for mode in modes:
+        runs = [
+            _run(_prepared(model, mode, fast, dtype), _converted(sample, dtype), gradients, loss, seed)
+            for fast, dtype in ((True, None), (False, None), (False, reference or torch.float32))
+            if reference is not None or dtype is None
+        ]
+        found += _compare(mode, runs[0], runs[1], runs[-1])
+    found.sort(key=lambda d: (d.rounding, -d.difference / max(d.size, 1e-30)))
+    result = Verification(tuple(found))
+    if rows > 0:
+        print(result.table(rows))
+    return result
+
+
+def _prepared(model: nn.Module, mode: str, fast: bool, dtype: torch.dtype | None) -> nn.Module:
+    """A copy to run: accelerated or restored, in `dtype`, without dropout."""
+    try:
+        copied = restore(copy.deepcopy(model))
+    except RuntimeError as error:
+        raise InputError(f"verify: the model cannot be copied ({error}); verify it before it has run") from error
+    if fast:
+        accelerate(copied)
+    copied.train(mode == "train")
+    copied.zero_grad()
+    for module in copied.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):  # torchvision's
+            module.attention_dropout = module.dropout = 0.0  # type: ignore[assignment]
+    return copied if dtype is None else copied.to(dtype)
+
+
+def _converted(sample: Any, dtype: torch.dtype | None) -> Any:
+    """Floating point tensors detached and in `dtype`."""
+    if isinstance(sample, Tensor):
+        moved = sample.detach()
+        return moved.to(dtype) if dtype is not None and moved.is_floating_point() else moved
+    if isinstance(sample, Mapping):
+        return {key: _converted(value, dtype) for key, value in sample.items()}
+    if isinstance(sample, (tuple, list)):
+        return tuple(_converted(value, dtype) for value in sample)
+    return sample
+
+
+def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _tensors(f"{name}.{key}", item)
+    elif isinstance(value, (tuple, list)):
+        for index, item in enumerate(value):
+            yield from _tensors(f"{name}.{index}", item)
+
+
+def _default_loss(output: Any) -> Tensor:
+    total: Any = 0.0
+    generator = torch.Generator().manual_seed(0)
+    for _, tensor in _tensors("output", output):
+        if tensor.requires_grad:
+            weights = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            total = total + (tensor.double() * weights.to(tensor.device)).sum()
+    return total
+
+
+Run = dict[str, tuple[Tensor, float]]  # by name: a tensor in float64 on the CPU, the precision that it had
+
+
+def _run(model: nn.Module, sample: Any, gradients: bool, loss: Callable[[Any], Tensor] | None, seed: int) -> Run:
+    """Outputs and gradients."""
+    inputs = [(name, x) for name, x in _tensors("input", sample) if x.is_floating_point()]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices), torch.set_grad_enabled(gradients):
+        torch.manual_seed(seed)
+        for _, x in inputs:
+            x.requires_grad_(gradients)
+        if isinstance(sample, Mapping):
+            output = model(**sample)
+        else:
+            output = model(*sample) if isinstance(sample, tuple) else model(sample)
+        found = dict(_tensors("output", output))
+        if gradients:
+            (loss or _default_loss)(output).backward()
+            named = [*((f"gradient of {name}", p) for name, p in [*model.named_parameters(), *inputs])]
+            found |= {name: p.grad for name, p in named if p.grad is not None}
+    return {
+        name: (
+            x.detach().to("cpu", torch.float64, copy=True),
+            torch.finfo(x.dtype).eps if x.is_floating_point() else 0.0,
+        )
+        for name, x in found.items()
+    }
+
+
+def _largest(x: Tensor) -> float:
+    """The largest absolute value; infinity if one is not a number."""
+    return float(x.abs().nan_to_num(nan=float("inf")).max()) if x.numel() > 0 else 0.0
+
+
+def _compare(mode: str, fast: Run, source: Run, exact: Run) -> Iterator[Difference]:
+    """Tensor by tensor, outputs and gradients apart.
+
+    The error of one tensor is a matter of luck, and gradients that vanish in theory are nothing but rounding. What is
+    allowed therefore also follows from how precise the source is on all tensors: `common` is its relative error on the
+    worst tenth of them, and a tenth of that, relative to a tensor of middle size, may come on top, as may one step of
+    the tensor's own precision.
+    """
+    for kind in ("output", "gradient"):
+        names = [name for name in source if name.startswith(kind)]
+        sizes = {name: _largest(exact[name][0]) for name in names}
+        errors = {name: _largest(source[name][0] - exact[name][0]) for name in names}
+        middle = sorted(sizes.values())[len(sizes) // 2] if sizes else 0.0
+        relative = sorted(errors[name] / sizes[name] for name in names if sizes[name] > 1e-3 * middle)
+        common = max(relative[len(relative) * 9 // 10] if relative else 0.0, 1e-6)
+        for name in names:
+            value, precision = fast.get(name, (torch.full((), float("inf")), 0.0))
+            error, difference = _largest(value - exact[name][0]), _largest(value - source[name][0])
+            allowed = SLACK * max(errors[name], common * sizes[name]) + 0.1 * common * middle + precision * sizes[name]
+            yield Difference(mode, name, difference, sizes[name], error, errors[name], error <= allowed)

@@ -1,0 +1,500 @@
+"""accelerate, restore and verify: what changes in a model, what does not, and what is said about it."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import pickle
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import asvit_fast as af
+from asvit_fast import backends
+from asvit_fast.nn.replacement import Replacement
+
+SIZE = 44  # maps of 11 x 11 and 6 x 6 tokens: windows of 4 do not divide them
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_notified", set())
+
+
+def swin(**kwargs) -> nn.Module:
+    torch.manual_seed(0)
+    options = {
+        "embed_dim": 16,
+        "depths": (2, 2),
+        "num_heads": (2, 4),
+        "num_classes": 3,
+        "window_size": 4,
+        "drop_path_rate": 0.0,
+    }
+    model = timm.create_model("swin_tiny_patch4_window7_224", img_size=SIZE, **options | kwargs)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_((1.0 if "bias_table" in name else 0.1) * torch.randn_like(parameter))
+    return model
+
+
+def images(count: int = 2) -> Tensor:
+    return torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+
+
+def classes(model: nn.Module) -> list[type]:
+    return [type(module) for module in model.modules()]
+
+
+def is_fast(model: nn.Module) -> bool:
+    return any(isinstance(module, Replacement) for module in model.modules())
+
+
+def block(model: nn.Module) -> SwinTransformerBlock:
+    return model.get_submodule("layers.0.blocks.1")
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+# --------------------------------------------------------------------------- what stays as it is
+
+
+def test_restore_undoes_it_and_both_may_be_called_again():
+    model = swin()
+    before, expected = classes(model), model(images())
+    report = af.accelerate(model, strict=True)
+    fast = classes(model)
+    assert fast != before and len(report.swapped) == 32 and report.left == []
+    again = af.accelerate(model, strict=True)
+    assert classes(model) == fast and [d.name for d in again.swapped] == [d.name for d in report.swapped]
+    close(model(images()), expected)
+    assert af.restore(model) is model
+    assert classes(model) == before
+    assert torch.equal(model(images()), expected)
+    af.restore(model)
+    assert classes(model) == before
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_accelerated_and_can_be_restored(copied):
+    model = swin().eval()
+    before, expected = classes(model), model(images())
+    af.accelerate(model)
+    twin = copied(model)
+    assert classes(twin) == classes(model) and torch.equal(twin(images()), model(images()))
+    af.restore(twin)
+    assert classes(twin) == before and torch.equal(twin(images()), expected)
+    assert is_fast(model)
+
+
+def test_saved_whole_and_loaded_elsewhere():
+    model = swin().eval()
+    af.accelerate(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    program = (
+        "import sys, io, torch, asvit_fast; assert 'asvit_fast.nn.swin' not in sys.modules; "
+        "model = torch.load(io.BytesIO(sys.stdin.buffer.read()), weights_only=False); "
+        "print(type(model.layers[0].blocks[0]).__name__)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], input=file.getvalue(), capture_output=True, check=False)
+    assert result.stdout.decode().strip() == "FastSwinTransformerBlock", result.stderr.decode()
+
+
+def test_state_dict_goes_both_ways():
+    model, fast = swin(), swin()
+    af.accelerate(fast)
+    assert list(fast.state_dict()) == list(model.state_dict())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    fast.load_state_dict(model.state_dict(), strict=True)
+    close(fast.eval()(images()), model.eval()(images()))
+    model.load_state_dict(fast.state_dict(), strict=True)
+
+
+def test_optimizer_made_before_keeps_its_parameters():
+    model, fast = swin(), swin()
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, fast)]
+    af.accelerate(fast)
+    for _ in range(3):
+        for m, optimizer in zip((model, fast), optimizers, strict=True):
+            optimizer.zero_grad()
+            m(images()).square().sum().backward()
+            optimizer.step()
+    close(fast(images()), model(images()))
+
+
+def test_training_mode_requires_grad_and_hooks_stay():
+    model = swin().eval()
+    block(model).train()
+    model.patch_embed.requires_grad_(False)
+    seen: list[torch.Size] = []
+    block(model).register_forward_hook(lambda m, args, output: seen.append(output.shape))
+    block(model).attn.qkv.register_forward_hook(lambda m, args, output: seen.append(output.shape))
+    flags = [module.training for module in model.modules()]
+    frozen = [parameter.requires_grad for parameter in model.parameters()]
+    report = af.accelerate(model, strict=True)
+    assert report.left == []
+    assert [module.training for module in model.modules()] == flags
+    assert [parameter.requires_grad for parameter in model.parameters()] == frozen
+    model(images())
+    assert seen[0] == (2, 11, 11, 48) and seen[-1] == (2, 11, 11, 16)
+    assert isinstance(block(model), SwinTransformerBlock)
+
+
+def test_ema_of_timm():
+    model = swin()
+    af.accelerate(model)
+    ema = ModelEmaV3(model, decay=0.5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    ema.update(model)
+    assert is_fast(ema.module) and ema.module(images()).isfinite().all()
+
+
+def test_other_input_and_window_sizes_afterwards():
+    model, fast = swin(), swin()
+    af.accelerate(fast)
+    for m in (model, fast):
+        m.eval().set_input_size((64, 64), window_size=5)
+    x = torch.randn(1, 3, 64, 64)
+    close(fast(x), model(x))
+
+
+class Adapter(nn.Module):
+    """A low rank correction of a Linear layer."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_adapters_on_projections(first):
+    model = swin().eval()
+    if first:
+        af.accelerate(model, strict=True)
+    for attention in [m for m in model.modules() if isinstance(m, WindowAttention)]:
+        attention.qkv, attention.proj = Adapter(attention.qkv), Adapter(attention.proj)
+    af.accelerate(model, strict=True)
+    fast = model(images())
+    close(fast, af.restore(model)(images()))
+
+
+def test_quantised_linear_layers():
+    model = torch.ao.quantization.quantize_dynamic(swin().eval(), {nn.Linear})
+    expected = model(images())
+    report = af.accelerate(model)
+    assert "FastSwinTransformerBlock" in {d.replacement for d in report.swapped}
+    assert {d.source for d in report.left} == {
+        "timm.layers.mlp.Mlp",
+        "timm.models.swin_transformer.PatchMerging",
+    }
+    torch.testing.assert_close(model(images()), expected, rtol=0.1, atol=0.1)
+
+
+# --------------------------------------------------------------------------- compilers, precision, sharding
+
+
+def test_compiles_into_one_graph():
+    model = swin()
+    af.accelerate(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for m in (model, compiled):
+        model.zero_grad()
+        m(images()).square().sum().backward()
+        gradients.append(block(model).attn.relative_position_bias_table.grad.clone())
+    close(*gradients)
+    close(compiled(images()), model(images()))
+
+
+def test_export():
+    model = swin().eval()
+    af.accelerate(model)
+    exported = torch.export.export(model, (images(),))
+    close(exported.module()(images()), model(images()))
+
+
+def test_autocast():
+    model = swin()
+    with torch.autocast("cpu", torch.bfloat16):
+        result = af.verify(model, images(), rows=0)
+    assert result.ok, result.table()
+    assert max(d.source_error for d in result.differences if d.name == "output") > 1e-4  # it was in bfloat16
+
+
+def test_activation_checkpointing():
+    model = swin()
+    af.accelerate(model)
+    model(images()).square().sum().backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    model.set_grad_checkpointing(True)
+    model(images()).square().sum().backward()
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+
+
+def test_function_transforms():
+    model = swin().eval()
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, parameters, (images(),)).square().sum()
+
+    expected = torch.func.grad(loss)(parameters)
+    af.accelerate(model)
+    for name, gradient in torch.func.grad(loss)(parameters).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-3)
+
+
+def test_taylor_propagation():
+    model = swin().double().eval()
+    x, dx = images().double(), torch.randn(2, 3, SIZE, SIZE, dtype=torch.float64)
+    expected = af.jvp(model, x, dx)
+    af.accelerate(model)
+    for actual, wanted in zip(af.jvp(model, x, dx), expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_sharded(process_group):
+    model, fast = swin(), swin()
+    af.accelerate(fast, strict=True)
+    mesh = dist.init_device_mesh("cpu", (1,))
+    for module in reversed(list(fast.modules())):  # inner ones first
+        if isinstance(module, (SwinTransformerBlock, WindowAttention)):
+            fully_shard(module, mesh=mesh)
+    fully_shard(fast, mesh=mesh)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", backends.FallbackWarning)
+        for m in (model, fast):
+            m(images()).square().sum().backward()
+    for expected, parameter in zip(model.parameters(), fast.parameters(), strict=True):
+        assert isinstance(parameter, DTensor)
+        torch.testing.assert_close(parameter.grad.full_tensor(), expected.grad, rtol=1e-3, atol=1e-3)
+    af.restore(fast)
+    assert not is_fast(fast) and type(block(fast)).__name__ == "FSDPSwinTransformerBlock"
+    fast(images()).sum().backward()
+    report = af.accelerate(fast)
+    assert {decision.replacement for decision in report.swapped} == {"FastMlp", "FastLinear"}
+    assert "FSDPSwinTransformerBlock is not exactly" in report.left[1].reason
+
+
+def test_parametrised_weights():
+    model = swin().eval()
+    af.accelerate(model, strict=True)
+    nn.utils.parametrizations.weight_norm(block(model).attn.qkv)
+    nn.utils.parametrizations.weight_norm(block(model).mlp.fc1)
+    fast = model(images())
+    close(fast, af.restore(model)(images()))
+    assert is_fast(model) is False
+
+
+# --------------------------------------------------------------------------- what is left alone, and the reason
+
+
+class MyBlock(SwinTransformerBlock):
+    """A user's own version."""
+
+    def _attn(self, x: Tensor) -> Tensor:
+        return 2 * super()._attn(x)
+
+
+def reasons(model: nn.Module) -> dict[str, str]:
+    return {decision.name: decision.reason for decision in af.accelerate(model).left}
+
+
+def test_subclass_is_left_with_its_attention():
+    model = swin()
+    block(model).__class__ = MyBlock
+    expected = model(images())
+    found = reasons(model)
+    assert set(found) == {"layers.0.blocks.1", "layers.0.blocks.1.attn"}
+    assert "test_accelerate.MyBlock is not exactly timm.models" in found["layers.0.blocks.1"]
+    assert type(block(model)) is MyBlock
+    close(model(images()), expected)
+
+
+def patched(self: nn.Module, x: Tensor) -> Tensor:
+    return 2 * x
+
+
+def test_patched_methods_are_left(monkeypatch):
+    model = swin()
+    block(model)._attn = lambda x: x
+    assert reasons(model)["layers.0.blocks.1"] == "its _attn was replaced on the instance"
+    monkeypatch.setattr(SwinTransformerBlock, "_attn", patched)
+    other = swin()
+    assert "SwinTransformerBlock._attn was replaced by" in reasons(other)["layers.0.blocks.1"]
+    assert "only taken inside" not in reasons(other)["layers.0.blocks.1.attn"]
+
+
+def test_hooks_that_would_not_see_what_they_saw():
+    model = swin()
+    block(model).attn.register_forward_hook(lambda m, args, output: None)
+    model.get_submodule("layers.1.blocks.0.attn.softmax").register_forward_hook(lambda m, args, output: None)
+    model.get_submodule("layers.1.downsample.norm").register_forward_pre_hook(lambda m, args: None)
+    model.get_submodule("layers.1.blocks.0.mlp.act").register_forward_pre_hook(lambda m, args: None)
+    found = reasons(model)
+    assert "hooks" in found["layers.0.blocks.1"] and "hooks" in found["layers.0.blocks.1.attn"]
+    assert found["layers.1.blocks.0"] == "its attn: its softmax has hooks"
+    assert found["layers.1.downsample"] == "its norm has hooks"
+    assert "act has hooks" in found["layers.1.blocks.0.mlp"]
+    assert len(found) == 6
+
+
+def test_attention_outside_of_a_block_is_left():
+    assert "only taken inside of a SwinTransformerBlock" in reasons(nn.Sequential(WindowAttention(8, 2)))["0"]
+
+
+def test_strict_names_what_cannot_be_taken_and_changes_nothing():
+    model = swin()
+    block(model).attn.softmax = nn.Softmin(dim=-1)
+    with pytest.raises(af.InputError, match=r"cannot take 2 modules.*layers.0.blocks.1: its attn: its softmax is a"):
+        af.accelerate(model, strict=True)
+    assert not is_fast(model)
+    assert af.accelerate(nn.Conv2d(2, 2, 1), strict=True).decisions == ()
+
+
+def test_hooks_that_come_later_are_obeyed_and_said_once():
+    model = swin().eval()
+    expected = model(images())
+    af.accelerate(model, strict=True)
+    seen = []
+    block(model).attn.softmax.register_forward_hook(lambda m, args, output: seen.append(output.shape))
+    with pytest.warns(backends.FallbackWarning, match="runs SwinTransformerBlock as its package does: its softmax"):
+        close(model(images()), expected)
+    assert len(seen) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(images())
+    block(model).attn = WindowAttention(16, 2, window_size=4)
+    with pytest.warns(backends.FallbackWarning, match="its attn was replaced by a WindowAttention"):
+        model(images())
+
+
+def test_attention_dropout_is_torchs_with_the_same_mask_and_said_once(monkeypatch):
+    model = swin(attn_drop_rate=0.5)
+    torch.manual_seed(3)
+    expected = model(images())
+    af.accelerate(model, strict=True)
+    torch.manual_seed(3)
+    with pytest.warns(backends.FallbackWarning, match="attention dropout has no kernel") as said:
+        close(model(images()), expected)
+    assert len(said) == 1
+    model.eval()(images())
+    monkeypatch.setenv("ASVIT_FAST_STRICT", "1")
+    with pytest.raises(backends.FallbackWarning):
+        model.train()(images())
+
+
+def test_report_prints_and_serialises():
+    model = swin()
+    block(model).attn.register_forward_hook(lambda m, args, output: None)
+    report = af.accelerate(model)
+    text = str(report)
+    assert "18 more " in text and "qkv" not in text
+    assert (
+        "layers.0.blocks.0 " in text and "FastSwinTransformerBlock" in text and "left: its attn: it has hooks" in text
+    )
+    assert text.endswith("30 modules accelerated, 2 of known classes left")
+    assert json.loads(json.dumps(report.to_dict()))["swapped"] == 30
+    assert "no module of a known class" in str(af.accelerate(nn.Conv2d(2, 2, 1)))
+
+
+# --------------------------------------------------------------------------- verify
+
+
+def test_verify_leaves_the_model_as_it_is(capsys):
+    model = swin(drop_path_rate=0.5, proj_drop_rate=0.2, attn_drop_rate=0.2)
+    block(model).eval()
+    af.accelerate(model)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    kinds, flags, random = classes(model), [m.training for m in model.modules()], torch.get_rng_state()
+    result = af.verify(model, images())
+    assert result.ok, result.table()
+    assert classes(model) == kinds and [m.training for m in model.modules()] == flags
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert "all differences are rounding" in capsys.readouterr().out
+    names = {d.name for d in result.differences}
+    assert {"output", "gradient of input", "gradient of layers.0.blocks.1.attn.relative_position_bias_table"} <= names
+    json.dumps(result.to_dict())
+
+
+@pytest.mark.parametrize("error", ["padding", "bias", "gradient", "slight"])
+def test_verify_finds_errors(error, monkeypatch):
+    swin_module = sys.modules["asvit_fast.nn.swin"]
+    right = swin_module.window_attention
+
+    def wrong(qkv, heads, window, shift, bias, scale, dropout, layout, padding):
+        bias = {"bias": bias.transpose(1, 2), "gradient": bias.detach()}.get(error, bias)
+        padding = None if error == "padding" else padding
+        scale = scale * (1 + 1e-4) if error == "slight" else scale
+        return right(qkv, heads, window, shift, bias, scale, dropout, layout, padding)
+
+    monkeypatch.setattr(swin_module, "window_attention", wrong)
+    result = af.verify(swin(), images(), rows=0)
+    assert not result.ok
+    assert "MORE THAN ROUNDING" in result.table() and "differ by more than rounding" in result.table()
+    if error == "gradient":
+        assert {d.name.rpartition(".")[2] for d in result.differences if not d.rounding} == {
+            "relative_position_bias_table"
+        }
+
+
+def test_verify_takes_losses_several_inputs_and_outputs():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = swin()
+
+        def forward(self, x, factor, flag=True):
+            y = self.net(x) * factor
+            return {"y": y, "pair": (y + 1, torch.arange(3))} if flag else y
+
+    sample = {"x": images(), "factor": torch.tensor(2.0)}
+    result = af.verify(Two(), sample, rows=0, reference=None)
+    names = {d.name for d in result.differences}
+    assert result.ok and {"output.y", "output.pair.0", "output.pair.1", "gradient of input.factor"} <= names
+    result = af.verify(
+        Two(), (images(), torch.tensor(2.0), False), loss=lambda y: y.square().mean(), modes=("eval",), rows=0
+    )
+    assert result.ok and {d.mode for d in result.differences} == {"eval"}
+    assert {d.name for d in af.verify(Two(), sample, gradients=False, rows=0).differences} == {
+        "output.y",
+        "output.pair.0",
+        "output.pair.1",
+    }
+    with pytest.raises(af.InputError, match="modes are"):
+        af.verify(Two(), sample, modes=("test",))

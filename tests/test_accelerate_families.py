@@ -1,0 +1,273 @@
+"""Every family that ``accelerate`` knows against its source on the same weights: outputs and all gradients."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torchvision.models.swin_transformer as torchvision_swin
+from timm.layers import PatchEmbed
+from timm.models import davit, nest, pvt_v2, swin_transformer_v2, swin_transformer_v2_cr, tiny_vit, twins
+from torch import Tensor, nn
+
+import asvit_fast as af
+from asvit_fast.accelerate import FAMILIES, families_table
+from asvit_fast.nn.replacement import Replacement
+
+SWIN = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 3}
+
+
+def swin(size: int, name: str = "swin_tiny_patch4_window7_224", **kwargs) -> nn.Module:
+    return timm.create_model(name, img_size=size, **SWIN, **kwargs)
+
+
+def swin_v2(size: int, **kwargs) -> nn.Module:
+    kwargs = {"window_size": 4} | kwargs
+    return swin_transformer_v2.SwinTransformerV2(img_size=size, **SWIN, **kwargs)
+
+
+def separate_bias(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, swin_transformer_v2.WindowAttention):
+            module.qkv_bias_separate = True
+    return model
+
+
+def swin_v2_cr(size: int) -> nn.Module:
+    return swin_transformer_v2_cr.SwinTransformerV2Cr(img_size=size, window_size=4, **SWIN)
+
+
+def maxvit(size: int, name: str = "maxvit_tiny_tf_224", **kwargs) -> nn.Module:
+    blocks = ("PM", "PM") if "pm" in name else ("M", "M")
+    return timm.create_model(
+        name, img_size=size, embed_dim=(32, 64), depths=(1, 1), block_type=blocks, stem_width=8, num_classes=3, **kwargs
+    )
+
+
+def tiny_vit_model() -> nn.Module:
+    return tiny_vit.TinyVit(
+        embed_dims=(16, 16, 32), depths=(1, 1, 1), num_heads=(1, 2, 2), window_sizes=(7, 4, 4), num_classes=3
+    )
+
+
+def davit_model() -> nn.Module:
+    return davit.DaVit(embed_dims=(16, 32), depths=(1, 1), num_heads=(2, 4), window_size=4, num_classes=3)
+
+
+def twins_model(size: int) -> nn.Module:
+    return twins.Twins(
+        img_size=size,
+        embed_dims=(16, 32),
+        num_heads=(2, 4),
+        mlp_ratios=(2, 2),
+        depths=(2, 2),
+        wss=(4, 4),
+        num_classes=3,
+    )
+
+
+def nest_model() -> nn.Module:
+    return nest.Nest(
+        img_size=64, num_levels=2, embed_dims=(16, 32), num_heads=(2, 4), depths=(1, 1), num_classes=3, mlp_ratio=2
+    )
+
+
+def pvt_model() -> nn.Module:
+    return pvt_v2.PyramidVisionTransformerV2(
+        depths=(1, 1), embed_dims=(16, 32), num_heads=(1, 2), sr_ratios=(4, 2), mlp_ratios=(2, 2), num_classes=3
+    )
+
+
+def torchvision_model(version: int, window: int) -> nn.Module:
+    block = torchvision_swin.SwinTransformerBlock if version == 1 else torchvision_swin.SwinTransformerBlockV2
+    merging = torchvision_swin.PatchMerging if version == 1 else torchvision_swin.PatchMergingV2
+    return torchvision_swin.SwinTransformer(
+        [4, 4], 16, [2, 2], [2, 4], [window, window], num_classes=3, block=block, downsample_layer=merging
+    )
+
+
+FIRST = {"FastSwinTransformerBlock", "FastWindowAttention", "FastMlp", "FastPatchEmbed", "FastLinear"}
+# name: model, side of the image, classes that have to be there afterwards
+MODELS: dict[str, tuple[Callable[[], nn.Module], int, set[str]]] = {
+    "swin": (lambda: swin(56), 56, FIRST),
+    "swin padded": (lambda: swin(44, window_size=4), 44, {"FastSwinTransformerBlock", "FastPatchMerging"}),
+    "swin always partitioned": (
+        lambda: swin(36, window_size=6, always_partition=True, strict_img_size=False),
+        36,
+        {"FastSwinTransformerBlock"},
+    ),
+    "swin other size": (
+        lambda: swin(56, strict_img_size=False),
+        52,
+        {"FastSwinTransformerBlock"},
+    ),
+    "swin_s3": (lambda: swin(56, "swin_s3_tiny_224", window_size=(7, 5)), 56, {"FastSwinTransformerBlock"}),
+    "swinv2": (lambda: swin_v2(32), 32, {"FastSwinTransformerV2Block", "FastWindowAttentionV2"}),
+    "swinv2 padded": (lambda: swin_v2(44), 44, {"FastSwinTransformerV2Block"}),
+    "swinv2 separate bias": (lambda: separate_bias(swin_v2(44)), 44, {"FastSwinTransformerV2Block"}),
+    "swinv2 no bias": (lambda: swin_v2(32, qkv_bias=False), 32, {"FastSwinTransformerV2Block"}),
+    "swinv2_cr": (lambda: swin_v2_cr(44), 44, {"FastSwinTransformerV2CrBlock", "FastWindowMultiHeadAttention"}),
+    "maxvit tf": (lambda: maxvit(96), 96, {"FastPartitionAttentionCl", "FastAttentionCl"}),
+    "maxvit rw": (lambda: maxvit(96, "maxvit_rmlp_pico_rw_256"), 96, {"FastPartitionAttentionCl"}),
+    "maxvit parallel": (lambda: maxvit(96, "maxvit_tiny_pm_256"), 96, {"FastParallelPartitionAttention"}),
+    "tiny_vit": (tiny_vit_model, 64, {"FastTinyVitBlock", "FastTinyVitAttention", "FastNormMlp"}),
+    "tiny_vit padded": (tiny_vit_model, 76, {"FastTinyVitBlock"}),
+    "davit": (davit_model, 32, {"FastSpatialBlock", "FastDavitWindowAttention"}),
+    "davit padded": (davit_model, 44, {"FastSpatialBlock"}),
+    "twins": (lambda: twins_model(32), 32, {"FastLocallyGroupedAttn"}),
+    "twins padded": (lambda: twins_model(40), 40, {"FastLocallyGroupedAttn"}),
+    "nest": (nest_model, 64, {"FastNestAttention"}),
+    "pvt_v2": (pvt_model, 40, {"FastOverlapPatchEmbed"}),
+    "torchvision": (
+        lambda: torchvision_model(1, 4),
+        32,
+        {"FastShiftedWindowAttention", "FastTorchvisionPatchMerging", "FastTorchvisionMLP"},
+    ),
+    "torchvision padded": (lambda: torchvision_model(1, 7), 44, {"FastShiftedWindowAttention"}),
+    "torchvision v2": (lambda: torchvision_model(2, 4), 32, {"FastShiftedWindowAttentionV2"}),
+    "torchvision v2 padded": (lambda: torchvision_model(2, 7), 44, {"FastShiftedWindowAttentionV2"}),
+}
+
+
+def prepared(make: Callable[[], nn.Module]) -> nn.Module:
+    """Weights so large that attention is far from uniform and no bias is zero."""
+    torch.manual_seed(0)
+    model = make()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            spread = 1.0 if "bias_table" in name or "attention_biases" in name else 0.1
+            parameter.add_(spread * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def image(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def fast_classes(model: nn.Module) -> set[str]:
+    return {type(module).__name__ for module in model.modules() if isinstance(module, Replacement)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_same_outputs_and_gradients(name, dtype):
+    make, size, expected = MODELS[name]
+    model = prepared(make).to(dtype)
+    af.accelerate(model, strict=True)
+    assert expected <= fast_classes(model)
+    result = af.verify(model, image(size, dtype), rows=0)
+    assert result.ok, result.table()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_nothing_but_rounding_in_float64(name):
+    """Far below what a wrong mask, padding or order of channels would make."""
+    make, size, _ = MODELS[name]
+    model = prepared(make).double().eval()
+    x = image(size, torch.float64)
+    with torch.no_grad():
+        expected = model(x)
+        report = af.accelerate(model)
+        assert len(report.swapped) > 0
+        torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_every_family_is_tested_or_known_to_be_left():
+    tested = set().union(*(classes for _, _, classes in MODELS.values()))
+    fast = {family.replacement.rpartition(".")[2] for family in FAMILIES if family.replacement}
+    assert {name for name in fast if "Authors" not in name} <= tested
+    assert families_table().count("\n") == len(FAMILIES) + 1
+
+
+def test_embedding_without_norm_is_left_as_gainless():
+    report = af.accelerate(PatchEmbed(32, 4, 3, 8), strict=True)
+    assert report.swapped == [] and "nothing to fuse" in report.left[0].reason
+
+
+def test_patches_of_other_sizes_are_refused_as_before():
+    model = swin(56)
+    af.accelerate(model)
+    with pytest.raises(AssertionError, match="doesn't match"):
+        model(image(60))
+    model = maxvit(64)
+    af.accelerate(model)
+    with pytest.raises(AssertionError, match="divisible"):
+        model(image(72))
+
+
+# --------------------------------------------------------------------------- inference in parts
+
+
+@pytest.mark.parametrize("name", ["swin", "tiny_vit", "torchvision"])
+def test_mlp_in_parts(name, monkeypatch):
+    mlp = importlib.import_module("asvit_fast.nn.mlp")
+    monkeypatch.setattr(mlp, "LARGE", 0)
+    monkeypatch.setattr(mlp, "PART", 5000)
+    make, size, _ = MODELS[name]
+    model = prepared(make).eval()
+    x = image(size)
+    with torch.no_grad():
+        expected = model(x)
+        af.accelerate(model)
+        calls = []
+        source = mlp.tokens_at_a_time
+        monkeypatch.setattr(mlp, "tokens_at_a_time", lambda m, x: calls.append(source(m, x)) or calls[-1])
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert calls and all(tokens is not None for tokens in calls)
+
+
+def test_mlp_stays_whole_where_parts_would_change_or_cost_something(monkeypatch):
+    mlp = importlib.import_module("asvit_fast.nn.mlp")
+    monkeypatch.setattr(mlp, "LARGE", 0)
+    module = timm.layers.Mlp(8, 16, drop=0.5)
+    x = torch.randn(3, 5, 8)
+    assert mlp.tokens_at_a_time(module, x) is None  # gradients are wanted
+    with torch.no_grad():
+        assert mlp.tokens_at_a_time(module, x) is None  # dropout draws in the order of calls
+        assert mlp.tokens_at_a_time(module.eval(), x) is not None
+        monkeypatch.setattr(mlp, "LARGE", 1 << 30)
+        assert mlp.tokens_at_a_time(module, x) is None
+
+
+# --------------------------------------------------------------------------- the authors' code
+
+
+def authors_model() -> nn.Module:
+    checkout = os.environ.get("ASVIT_FAST_ASVIT")
+    if not checkout:
+        pytest.skip("set ASVIT_FAST_ASVIT to a checkout of the authors' code")
+    library = str(Path(checkout) / "lib")
+    if library not in sys.path:
+        sys.path.insert(0, library)
+    transformer = importlib.import_module("models.cell_infers.transformer")
+    return transformer.Transformer(
+        img_size=64,
+        patch_sizes=[8, 2, 3, 3],
+        stride=4,
+        num_classes=3,
+        embed_dim=16,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 2, 4, 8],
+        window_sizes=[2, 2, 1, 1],
+        mlp_ratios=[2, 2, 2, 2],
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_authors_code(dtype):
+    model = prepared(authors_model).to(dtype)
+    af.accelerate(model, strict=True)
+    assert fast_classes(model) - {"FastLinear"} == {
+        family.replacement.rpartition(".")[2]
+        for family in FAMILIES
+        if family.replacement and "Authors" in family.replacement
+    }
+    result = af.verify(model, image(64, dtype), rows=0)
+    assert result.ok, result.table()

@@ -110,7 +110,7 @@ def reshaped(
 PROVIDERS: dict[str, Callable[..., Tensor]] = {
     "ours": patch_merge,
     "unfold + LN + Linear": unfolded,
-    "timm's reshape + LN + Linear": reshaped,
+    "reshape + LN + Linear": reshaped,
 }
 
 

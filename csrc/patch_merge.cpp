@@ -12,7 +12,6 @@
 #include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
 #include <ATen/ops/sum_cpu_dispatch.h>
 #include <ATen/ops/zeros.h>
@@ -96,8 +95,8 @@ struct Merge {
 
   int64_t rows_per_block() const {
     const int64_t item = wide == at::kDouble ? 8 : 4;
-    const int64_t tokens = std::clamp(std::min(output_tokens() / kBlocks, kBufferBytes / (map.features() * item)),
-                                      kFewTokens, output_tokens() + kFewTokens);
+    const int64_t cached = kBufferBytes / (map.features() * item);
+    const int64_t tokens = std::max(kFewTokens, std::min(output_tokens() / kBlocks, cached));
     const int64_t reach = (map.kernel + map.stride - 1) / map.stride - 1;  // blocks two apart share no input
     const int64_t rows = std::max((tokens + map.out_width - 1) / map.out_width, reach);
     const int64_t blocks = (output_rows() + rows - 1) / rows;

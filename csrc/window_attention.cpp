@@ -105,7 +105,7 @@ struct Operands {
         bias(parameters(a.bias, a.type())),
         attn_scale(parameters(a.attn_scale, a.type())) {
     padding = a.padding ? parameters(a.padding, a.type()) : at::zeros({qkv.size(3)}, qkv.options());
-    if (!a.bias || a.tokens() > kTableTokens) return;
+    if (!a.bias || !is_small(a.tokens())) return;
     table = at::zeros({a.heads, a.tokens(), padded_to_vector(a.tokens())}, qkv.options());
     table.narrow(2, 0, a.tokens()).copy_(bias.transpose(1, 2));
   }
@@ -192,10 +192,10 @@ struct Pieces {
   at::Tensor bias, padding, attn_scale;
 
   Pieces(const Arguments& a, const c10::List<bool>& wanted, int64_t windows, const at::TensorOptions& options) {
-    const int64_t bytes =
-        wanted[0] ? a.heads * a.tokens() * a.tokens() * static_cast<int64_t>(options.dtype().itemsize()) : 0;
+    const int64_t row = is_small(a.tokens()) ? padded_to_vector(a.tokens()) : a.tokens();
+    const int64_t bytes = wanted[0] ? a.heads * a.tokens() * row * static_cast<int64_t>(options.dtype().itemsize()) : 0;
     count = piece_count(windows, wanted[0] || wanted[1] || wanted[2], bytes);
-    if (wanted[0]) bias = at::zeros({count, a.heads, a.tokens(), a.tokens()}, options);
+    if (wanted[0]) bias = at::zeros({count, a.heads, a.tokens(), row}, options);
     if (wanted[1]) padding = at::zeros({count, a.qkv.size(3)}, options);
     if (wanted[2]) attn_scale = at::zeros({count, a.heads}, options);
   }
@@ -243,6 +243,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> window_attention_back
     to_padding = sum_pieces(pieces.padding, padding, qkv);
     to_attn_scale = sum_pieces(pieces.attn_scale, attn_scale, qkv);
   });
+  if (wanted[0] && is_small(arguments.tokens()))
+    to_bias = to_bias.narrow(2, 0, arguments.tokens()).transpose(1, 2).contiguous();
   return {to_qkv.to(qkv.scalar_type()), to_bias, to_padding, to_attn_scale};
 }
 

@@ -41,7 +41,7 @@ struct WindowAttentionBackward {
   WindowAttention<T> forward;
   TokenMap<const T> gradient;  // of the output
   T* to_qkv;                   // [batch, height, width, 3, heads, head_dim], written whole
-  T* to_bias;                  // [pieces, heads, queries, keys]
+  T* to_bias;                  // [pieces, heads, queries, keys]; of small windows as the table
   T* to_padding;               // [pieces, 3, heads, head_dim]
   T* to_attn_scale;            // [pieces, heads]
   int64_t pieces;
@@ -76,6 +76,9 @@ constexpr int64_t kUnit = 2 * kGroup;    // queries of one window that work is h
 constexpr int64_t kTableTokens = 256;    // up to which the bias is turned around for all windows at once
 constexpr int64_t kRegions = 4;          // parts of a window that a shift along both sides brings together
 constexpr double kRegionScore = -100.0;  // of a query and a key in different regions, where regions attend each other
+
+// Whether the bias of windows of so many tokens is turned around once: their queries and keys change places then.
+inline bool is_small(int64_t tokens) { return tokens <= kTableTokens; }
 
 inline int64_t padded_to_vector(int64_t count) { return (count + kMaximumLanes - 1) / kMaximumLanes * kMaximumLanes; }
 

@@ -38,8 +38,6 @@ struct WindowAttentionTaylor {
   int64_t batch, heads, head_dim;
   int orders;  // 0, 1 or 2
   T scale;
-  T* statistics;  // [2, batch, height, width, heads] of order 0 on the CPU: a row's largest score, 1 / sum of weights;
-                  // or null
 };
 
 // CPU: the units begin <= i < end of window_count() * units_per_window(), with AttentionWorkspace::total() elements of

@@ -80,16 +80,10 @@ void differentiate_tile(T attn_factor, int64_t count, int64_t keys, const Backwa
   }
 }
 
-// Gradients of scores [key][kGroup queries] of a group and a tile, to the bias [query][key].
+// Gradients of scores [key][kGroup queries] of a group and a tile, to those of the bias of large windows [query][key].
 template <typename T>
-void add_bias_gradient(const TokenWindow& window, int64_t tokens, int64_t first, int64_t count, int64_t key,
-                       int64_t keys, const T* scores, T* to_bias) {
-  if (!window.whole) {
-    for (int64_t i = 0; i < keys; ++i)
-      for (int64_t j = 0; j < count; ++j)
-        to_bias[window.tokens[first + j].place * tokens + window.tokens[key + i].place] += scores[i * kGroup + j];
-    return;
-  }
+void add_turned_bias_gradient(int64_t tokens, int64_t first, int64_t count, int64_t key, int64_t keys, const T* scores,
+                              T* to_bias) {
   for (int64_t i = 0; i < count; i += kLanes<T>) {
     const int64_t lanes = count - i < kLanes<T> ? count - i : kLanes<T>;
     in_widths<T>(keys, [&](int64_t j, auto width) {
@@ -107,6 +101,21 @@ void add_bias_gradient(const TokenWindow& window, int64_t tokens, int64_t first,
         std::memcpy(to, &sum, width() * sizeof(T));
       }
     });
+  }
+}
+
+template <typename T>
+void add_bias_gradient(const TokenWindow& window, int64_t tokens, int64_t first, int64_t count, int64_t key,
+                       int64_t keys, const T* scores, T* to_bias) {
+  if (window.whole && !is_small(tokens))
+    return add_turned_bias_gradient(tokens, first, count, key, keys, scores, to_bias);
+  const int64_t row = is_small(tokens) ? padded_to_vector(tokens) : 1, column = is_small(tokens) ? 1 : tokens;
+  for (int64_t i = 0; i < keys; ++i) {
+    T* to = to_bias + window.tokens[key + i].place * row;
+    const T* from = scores + i * kGroup;
+    for (int64_t j = 0; j < count && window.whole; j += kLanes<T>)
+      store<T>(to + first + j, load<T>(to + first + j) + load<T>(from + j));
+    for (int64_t j = 0; j < count && !window.whole; ++j) to[window.tokens[first + j].place * column] += from[j];
   }
 }
 
@@ -212,7 +221,7 @@ void differentiate_group(const WindowAttentionBackward<T>& problem, const TokenW
     if (first + key == 0) next.fetch_gradients();
     if (problem.to_bias)
       add_bias_gradient(window, tokens, first, count, key, keys, memory.scores,
-                        problem.to_bias + task * tokens * tokens);
+                        problem.to_bias + task * tokens * (is_small(tokens) ? padded_to_vector(tokens) : tokens));
   }
   if (!components) turn_to_rows(memory.column_sums, count, size, memory.padded_dim, memory.to_queries);
   write_gradient<T>(problem, window, task, 0, first, count, forward.scale, nullptr, memory.padded_dim,

@@ -317,15 +317,6 @@ void write_rows(const WindowAttentionTaylor<T>& problem, const AttentionWindow& 
   for (int order = 0; order <= orders; ++order)
     write_lanes(window, strides, first, count, problem.head_dim, sums + order * kLanes<T>, orders + 1,
                 problem.output + order * strides.order);
-  if constexpr (orders == 0) {
-    if (!problem.statistics) return;
-    const int64_t rows = problem.batch * problem.rows.size * problem.columns.size * problem.heads;
-    for (int64_t lane = 0; lane < count; ++lane) {
-      T* to = problem.statistics + token_offset(window, strides, first + lane) / problem.head_dim;
-      to[0] = state.reference[0][lane];
-      to[rows] = inverse[lane];
-    }
-  }
 }
 
 // One vector of queries against all keys of its window.

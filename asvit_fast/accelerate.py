@@ -61,6 +61,8 @@ FAMILIES = (
     Family("timm.models.tiny_vit.Attention", "tiny_vit.FastTinyVitAttention", INSIDE),
     Family("timm.models.tiny_vit.NormMlp", "mlp.FastNormMlp", PARTS),
     Family("timm.models.davit.SpatialBlock", "davit.FastSpatialBlock", ATTENTION),
+    Family("timm.models.davit.Stem", None, "below 1 percent of the network's time"),
+    Family("timm.models.convnext.ConvNeXt", None, "its stem: below 1 percent of the network's time"),
     Family("timm.models.davit.WindowAttention", "davit.FastDavitWindowAttention", INSIDE),
     Family("timm.models.twins.LocallyGroupedAttn", "local_attention.FastLocallyGroupedAttn", ATTENTION),
     Family("timm.models.nest.Attention", "local_attention.FastNestAttention", ATTENTION),
@@ -220,9 +222,13 @@ def _considered(model: nn.Module) -> Iterator[Plan]:
             continue
         family, source = found
         title = _qualified_name(source if issubclass(kind, Replacement) else kind)
-        replacement = _replacement_of(module)
-        gainless = family.notes if replacement is None else replacement.gainless(module)
         why: str | None = None
+        try:
+            replacement = _replacement_of(module)
+        except (ImportError, AttributeError) as error:
+            yield module, None, Decision(name, title, None, f"this version of its package is not known: {error}")
+            continue
+        gainless = family.notes if replacement is None else replacement.gainless(module)
         if issubclass(kind, Replacement):
             yield module, None, Decision(name, title, kind.__name__, None, optional=family.optional)
             continue

@@ -417,6 +417,12 @@ def test_attention_dropout_is_torchs_with_the_same_mask_and_said_once(monkeypatc
         model.train()(images())
 
 
+def test_package_of_another_version_is_left_with_the_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "asvit_fast.nn.swin", None)
+    found = reasons(swin())
+    assert "this version of its package is not known" in found["layers.0.blocks.0"]
+
+
 def test_report_prints_and_serialises():
     model = swin()
     block(model).attn.register_forward_hook(lambda m, args, output: None)
@@ -496,5 +502,9 @@ def test_verify_takes_losses_several_inputs_and_outputs():
         "output.pair.0",
         "output.pair.1",
     }
+    uncopied = swin()
+    uncopied.cache = images().requires_grad_() * 2
+    with pytest.raises(af.InputError, match="cannot be copied"):
+        af.verify(uncopied, images())
     with pytest.raises(af.InputError, match="modes are"):
         af.verify(Two(), sample, modes=("test",))

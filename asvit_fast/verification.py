@@ -121,7 +121,9 @@ def _prepared(model: nn.Module, mode: str, fast: bool, dtype: torch.dtype | None
         copied = restore(copy.deepcopy(model))
     except Exception as error:  # whatever its modules raise
         what = f"{type(error).__name__}: {error}"
-        raise InputError(f"verify: the model cannot be copied ({what}): call it before sharding and training") from error
+        raise InputError(
+            f"verify: the model cannot be copied ({what}): call it before sharding and training"
+        ) from error
     if fast:
         accelerate(copied)
     copied.train(mode == "train")

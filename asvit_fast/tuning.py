@@ -84,11 +84,11 @@ class Workload:
         generator = torch.Generator(device).manual_seed(0)
 
         def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, device=device).to(DTYPES[self.dtype])
+            return torch.randn(shape, generator=generator, device=device)
 
-        qkv = draw(batch, height, width, 3 * self.heads * self.head_dim)
-        bias = draw(self.heads, self.tokens, self.tokens) if self.biased else None
-        gradient = draw(batch, height, width, self.heads * self.head_dim)
+        qkv = draw(batch, height, width, 3 * self.heads * self.head_dim).to(DTYPES[self.dtype])
+        bias = draw(self.heads, self.tokens, self.tokens) if self.biased else None  # float32, as under autocast
+        gradient = draw(batch, height, width, self.heads * self.head_dim).to(DTYPES[self.dtype])
         shift = (self.window[0] // 2, self.window[1] // 2) if self.biased else (0, 0)
         inputs = [x for x in (qkv, bias) if x is not None]
 

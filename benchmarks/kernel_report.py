@@ -76,8 +76,9 @@ class Row:
 def row_of(kernel: str, shape: str, dtype: str, report: KernelReport, body: list[Instruction], work: Work) -> Row:
     """The figures of one compiled kernel."""
     gpu, loop = GPUS[report.capability], inner_loop(body)
-    if not work.units:  # a CUDA kernel: what a round moves is known from its instructions
-        work = Work(work.unit, float(loop.global_bytes * report.warps), bytes=1.0)
+    if not work.units:  # what a round moves is known from its instructions
+        moved = loop.global_bytes * report.warps  # nothing where the loop is one over shared memory
+        work = Work(work.unit, float(moved), bytes=float(moved > 0))
     limits = bounds(gpu, loop, report.warps, work, dtype != "fp32")
     full = occupancy(gpu, report.registers, report.shared_bytes, report.warps) if report.warps else 0.0
     times = limits.issue / limits.roofline if limits.roofline else 0.0
@@ -94,9 +95,9 @@ def row_of(kernel: str, shape: str, dtype: str, report: KernelReport, body: list
 
 def triton_rows(case: triton_cases.Case) -> list[Row]:
     """The row of one case."""
-    report, work = case.compile()
-    body = disassemble(report.cubin)[case.kernel.function]
-    return [row_of(case.kernel.name, case.label, case.dtype, report, body, work)]
+    report = case.launch.compile(case.arch)
+    body = disassemble(report.cubin)[case.launch.name]
+    return [row_of(case.kernel, case.label, case.dtype, report, body, case.work())]
 
 
 def cuda_rows(nvcc: str, source: Path, arch: int) -> list[Row]:
@@ -124,13 +125,13 @@ def collect(cases: list[triton_cases.Case], sources: list[tuple[str, Path, int]]
 def table(rows: Iterable[Row]) -> str:
     """One line per row; picoseconds per unit in the last columns."""
     lines = [
-        f"{'kernel':24} {'shape':20} {'dtype':5} {'arch':6} {'regs':>4} {'spill':>5} {'shared':>6} {'warps':>5} "
+        f"{'kernel':31} {'shape':20} {'dtype':5} {'arch':6} {'regs':>4} {'spill':>5} {'shared':>6} {'warps':>5} "
         f"{'occ':>4} | {'loop':>5} {'tensor':>6} {'mufu':>4} {'fp32':>5} {'LDS':>4} {'LDG':>4} {'LDL':>3} {'other':>5}"
         f" | {'unit':5} {'issue':>7} {'exp':>6} {'tensor':>6} {'memory':>6} {'times':>6}"
     ]
     for r in rows:
         line = (
-            f"{r.kernel:24} {r.shape:20} {r.dtype:5} sm_{r.arch:<3} {r.registers:>4} {r.spilled:>5} {r.shared:>6} "
+            f"{r.kernel:31} {r.shape:20} {r.dtype:5} sm_{r.arch:<3} {r.registers:>4} {r.spilled:>5} {r.shared:>6} "
             f"{r.warps:>5} {r.occupancy:>4.0%} | {r.instructions:>5} {r.tensor:>6} {r.mufu:>4} {r.fp32:>5} "
             f"{r.shared_access:>4} {r.global_access:>4} {r.local_access:>3} {r.other:>5} | {r.unit:5} "
             f"{r.issue_ps:>7.3g} {r.exp_ps:>6.3g} {r.tensor_ps:>6.3g} {r.memory_ps:>6.3g} {r.times_roofline:>5.1f}x"
@@ -172,12 +173,13 @@ def main(argv: list[str] | None = None) -> int:
     def wanted(*names: str) -> bool:
         return not options.kernel or any(name.startswith(kernel) for kernel in options.kernel for name in names)
 
+    def shaped(label: str) -> bool:
+        return not options.shape or any(set(text.split()) <= set(label.split()) for text in options.shape)
+
     archs = [int(arch) for arch in options.arch.split(",")]
-    cases = [case for case in triton_cases.cases(archs, options.dtype.split(",")) if wanted(case.kernel.name)]
+    cases = list(triton_cases.cases(archs, options.dtype.split(","), shaped))
+    cases = [case for case in cases if wanted(case.kernel)]
     sources = [] if options.shape else [path for path in cuda_sources.sources() if wanted(path.name, path.stem)]
-    if options.shape:
-        wanted_shapes = [set(text.split()) for text in options.shape]
-        cases = [case for case in cases if any(words <= set(case.label.split()) for words in wanted_shapes)]
     nvcc = cuda_sources.find_nvcc()
     if sources and nvcc is None:
         print("nvcc is missing: set CUDA_HOME to a CUDA toolkit, or put its bin folder on PATH", file=sys.stderr)

@@ -1,166 +1,162 @@
-"""What the Triton kernels are compiled with: the shapes of real networks, and the work of each round of their loops.
+"""What the Triton kernels are compiled with: the launches of ops on the shapes of real networks.
 
-A new kernel is an entry of KERNELS: where it is, its shapes, and a function that says its arguments.
+An op that gets Triton kernels is an entry of OPS: its shapes, and a function that calls it, forward and backward. Which
+kernels it starts, and with what, is recorded from the launches themselves.
 """
 
 from __future__ import annotations
 
-import importlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
+import torch
 from rooflines import Work
 
-from asvit_fast.kernels.inspection import KernelReport, compile_kernel
-from asvit_fast.kernels.tiles import block, choose
-from asvit_fast.tuning import Workload
+from asvit_fast import backends, ops
+from asvit_fast.kernels import tiles
+from asvit_fast.kernels.inspection import Launch, recorded_launches
+from asvit_fast.tuning import DTYPES, Workload
 
 Shape = Mapping[str, int]
-BITS = {"fp32": 32, "bf16": 16, "fp16": 16}
+
+
+def label_of(shape: Shape) -> str:
+    """As `--shape` takes it: "N=49 d=8"."""
+    return " ".join(f"{name}={value}" for name, value in shape.items())
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """Of one compilation; names that a kernel has no parameter for are left out."""
-
-    signature: Mapping[str, str]
-    constants: Mapping[str, Any]
-    options: Mapping[str, Any]
-    work: Work
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A Triton kernel: `module` of asvit_fast.kernels, its `function`, the `shapes` and what it is compiled with."""
+class Op:
+    """An op with Triton kernels."""
 
     name: str
-    module: str
-    function: str
     shapes: tuple[Shape, ...]
-    arguments: Callable[[Kernel, Shape, str, int], Arguments]  # of kernel, shape, dtype, arch
-    products: int = 0  # of matrices per score
-    tensors: int = 0  # [tokens, head_dim] per head that it reads and writes
-    dtypes: tuple[str, ...] = ("bf16", "fp16", "fp32")
+    call: Callable[[Shape, str], object]  # of a shape and a dtype, with tensors of the CPU
 
 
 @dataclass(frozen=True)
 class Case:
     """One compilation."""
 
-    kernel: Kernel
+    launch: Launch
     shape: Shape
     dtype: str
     arch: int
 
     @property
+    def kernel(self) -> str:
+        return self.launch.name.removesuffix("_kernel")
+
+    @property
     def label(self) -> str:
-        """As `--shape` takes it: "N=49 d=8"."""
-        return " ".join(f"{name}={value}" for name, value in self.shape.items())
+        return label_of(self.shape)
 
-    def compile(self) -> tuple[KernelReport, Work]:
-        """Compile it; needs no GPU."""
-        function = getattr(importlib.import_module(f"asvit_fast.kernels.{self.kernel.module}"), self.kernel.function)
-        given = self.kernel.arguments(self.kernel, self.shape, self.dtype, self.arch)
-        known = set(function.arg_names)
-        missing = known - set(given.signature) - set(given.constants)
-        if missing:
-            raise RuntimeError(f"{self.kernel.function} has parameters that its entry in KERNELS lacks: {missing}")
-        signature, constants = (
-            {name: value for name, value in part.items() if name in known}
-            for part in (given.signature, given.constants)
+    def work(self) -> Work:
+        """Of a round of its loop: scores for attention, else bytes, as many as the loop's instructions move."""
+        if self.kernel not in ATTENTION:
+            return Work("byte", 0.0)
+        products, tensors = ATTENTION[self.kernel]
+        tokens, head_dim = self.shape["N"], self.shape["d"]
+        rows, columns = (self.launch.constants.get(f"BLOCK_{n}", tokens) for n in ("M", "N"))
+        return Work(
+            "score",
+            min(rows, tokens) * min(columns, tokens),
+            exponentials=1.0,
+            operations=2.0 * products * head_dim * (3 if self.dtype == "fp32" else 1),  # three TF32 products are one
+            bytes=tensors * head_dim * DTYPES[self.dtype].itemsize / tokens,
         )
-        return compile_kernel(function, signature, constants, self.arch, **given.options), given.work
 
 
-# --------------------------------------------------------------------------- windowed attention
+# --------------------------------------------------------------------------- ops
 
-HEADS = 4
-
+# kernels of windowed attention: matrix products per score, and tensors [tokens, head_dim] that are read and written
+ATTENTION = {
+    "window_attention_whole": (2, 4),
+    "window_attention_whole_backward": (5, 7),
+    "window_attention_blocked": (2, 4),
+    "window_attention_q_gradient": (3, 6),
+    "window_attention_kv_gradient": (4, 6),
+    "window_attention_bias_gradient": (2, 4),
+}
 PAPER = [  # windows and heads of As-ViT's topologies (arXiv 2202.11921, Table 4), without bias or shift
     {"N": tokens, "d": head_dim, "bias": 0} for tokens in (49, 196, 784) for head_dim in (4, 8, 16, 22, 29, 32, 45)
 ]
 SWIN = [{"N": tokens, "d": 32, "bias": 1} for tokens in (49, 64, 144)]  # with bias, and half of the blocks shifted
-
-
-def workload(shape: Shape, dtype: str) -> Workload:
-    """Windows of N tokens, a square, and heads of d channels; with a bias the maps are shifted, too."""
-    side = round(shape["N"] ** 0.5)
-    return Workload((side, side), shape["d"], biased=bool(shape["bias"]), dtype=dtype)
-
-
-def window_attention(kernel: Kernel, shape: Shape, dtype: str, arch: int) -> Arguments:
-    """Of `workload`, for HEADS heads; with a bias also with a mask."""
-    call = workload(shape, dtype)
-    tokens, head_dim, biased = call.tokens, call.head_dim, call.biased
-    options = choose(kernel.name, str(arch), tokens, head_dim, BITS[dtype])
-    constants = {"HEADS": HEADS, "HEAD_DIM": head_dim, "BLOCK_D": block(head_dim), "BLOCK": block(tokens)}
-    constants |= {"WINDOW_ROWS": call.window[0], "WINDOW_COLUMNS": call.window[1], "PRECISION": "tf32x3"}
-    constants |= {"BIASED": biased, "BIAS_GRADIENT": biased}
-    constants["MASKED"] = biased or (kernel.name.startswith("whole") and tokens < block(tokens))
-    constants |= {name: value for name, value in options.items() if name.isupper()}
-    pointers = dict.fromkeys(("qkv", "output", "gradient", "to_qkv"), f"*{dtype}")
-    pointers |= dict.fromkeys(("bias", "largest", "inverse", "delta", "to_bias"), "*fp32")
-    signature = {f"{name}_pointer": value for name, value in pointers.items()}
-    sizes = ("windows", "per_program", "height", "width", "shift_rows", "shift_columns")
-    signature |= dict.fromkeys(sizes, "i32") | {"scale": "fp32"}
-    scores = min(options.get("BLOCK_M", tokens), tokens) * min(options.get("BLOCK_N", tokens), tokens)
-    work = Work(
-        "score",
-        scores,
-        exponentials=1.0,
-        operations=2.0 * kernel.products * head_dim * (3 if dtype == "fp32" else 1),  # three TF32 products are one
-        bytes=kernel.tensors * head_dim * BITS[dtype] / 8 / tokens,
-    )
-    return Arguments(signature, constants, {k: v for k, v in options.items() if not k.isupper()}, work)
-
-
-def _attention(name: str, module: str, products: int, tensors: int, shapes: list[Shape]) -> Kernel:
-    return Kernel(name, module, f"window_attention_{name}_kernel", tuple(shapes), window_attention, products, tensors)
-
-
-# --------------------------------------------------------------------------- elementwise
-
 GELU = [
     {"orders": orders, "tanh": tanh, "bias": bias}
     for orders, tanh, bias in itertools.product((0, 1, 2), (0, 1), (0, 1))
 ]
+EMBEDS = [{"K": 8, "C": channels} for channels in (32, 88, 116, 180)] + [{"K": 4, "C": c} for c in (96, 128)]
+MERGES = [{"K": 4, "C": channels} for channels in (32, 88, 116, 180)] + [{"K": 2, "C": c} for c in (96, 128)]
 
 
-def gelu_taylor(kernel: Kernel, shape: Shape, dtype: str, arch: int) -> Arguments:
-    """Rows of orders 0 to `orders`."""
-    from asvit_fast.kernels.gelu_taylor import BLOCK, OPTIONS
-
-    signature = {f"{name}_pointer": f"*{dtype}" for name in ("input", "output", "bias")}
-    signature |= {"count": "i64", "channels": "i64"}
-    constants = {"ORDERS": shape["orders"], "TANH": bool(shape["tanh"]), "BIASED": bool(shape["bias"]), "BLOCK": BLOCK}
-    moved = 2 * (shape["orders"] + 1) * BITS[dtype] / 8  # bytes of a column
-    return Arguments(signature, constants, OPTIONS, Work("byte", BLOCK * moved, exponentials=1 / moved, bytes=1.0))
+def window_attention(shape: Shape, dtype: str) -> object:
+    """A square window of N tokens, heads of d channels; with a bias the map is shifted, too."""
+    side = round(shape["N"] ** 0.5)
+    workload = Workload((side, side), shape["d"], biased=bool(shape["bias"]), dtype=dtype)
+    return workload.prepare("backward", 1, torch.device("cpu"))()
 
 
-# --------------------------------------------------------------------------- all of them
+def gelu_taylor(shape: Shape, dtype: str) -> object:
+    """Rows of orders 0 to `orders`, [orders + 1, 3136 tokens, 128 channels]."""
+    x = torch.zeros(shape["orders"] + 1, 3136, 128, dtype=DTYPES[dtype])
+    bias = torch.zeros(128, dtype=DTYPES[dtype]) if shape["bias"] else None
+    return ops.gelu_taylor(x, "tanh" if shape["tanh"] else "none", bias)
 
-ATTENTION = [*PAPER, *SWIN]
-KERNELS = (
-    _attention("whole", "window_attention", 2, 4, ATTENTION),
-    _attention("whole_backward", "window_attention", 5, 7, ATTENTION),
-    _attention("blocked", "window_attention_large", 2, 4, ATTENTION),
-    _attention("q_gradient", "window_attention_large", 3, 6, ATTENTION),
-    _attention("kv_gradient", "window_attention_large", 4, 6, ATTENTION),
-    _attention("bias_gradient", "window_attention_large", 2, 4, SWIN),
-    Kernel("gelu_taylor", "gelu_taylor", "gelu_taylor_kernel", tuple(GELU), gelu_taylor),
+
+def patch_embed(shape: Shape, dtype: str) -> object:
+    """K x K pixels with stride 4, C channels, LayerNorm; forward and backward."""
+    kernel, channels, pad = shape["K"], shape["C"], (shape["K"] - 4) // 2
+    image, weight, bias = _leaves(dtype, (1, 3, 64, 64), (channels, 3, kernel, kernel), (channels,))
+    norm = _leaves(dtype, (channels,), (channels,))
+    return ops.patch_embed(image, weight, bias, 4, 1, (pad, pad, pad, pad), *norm).sum().backward()
+
+
+def patch_merge(shape: Shape, dtype: str) -> object:
+    """K x K tokens with stride 2 and twice the channels, LayerNorm; forward and backward."""
+    channels, features = shape["C"], shape["K"] ** 2 * shape["C"]
+    x, weight = _leaves(dtype, (1, 16, 16, channels), (2 * channels, features))
+    norm = _leaves(dtype, (features,), (features,))
+    return ops.patch_merge(x, weight, shape["K"], 2, *norm).sum().backward()
+
+
+def _leaves(dtype: str, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    return [torch.zeros(shape, dtype=DTYPES[dtype], requires_grad=True) for shape in shapes]
+
+
+OPS = (
+    Op("window_attention", (*PAPER, *SWIN), window_attention),
+    Op("gelu_taylor", tuple(GELU), gelu_taylor),
+    Op("patch_embed", tuple(EMBEDS), patch_embed),
+    Op("patch_merge", tuple(MERGES), patch_merge),
 )
 
 
-def _runs(kernel: Kernel, shape: Shape, dtype: str) -> bool:
-    """Whether the op starts this kernel for the shape."""
-    return kernel.arguments is not window_attention or kernel.name in workload(shape, dtype).kernels
+# --------------------------------------------------------------------------- launches
 
 
-def cases(archs: list[int], dtypes: list[str]) -> Iterator[Case]:
-    """Every kernel on every shape that it runs on."""
-    for kernel, dtype in itertools.product(KERNELS, dtypes):
-        for shape, arch in itertools.product(kernel.shapes, archs):
-            if dtype in kernel.dtypes and _runs(kernel, shape, dtype):
-                yield Case(kernel, shape, dtype, arch)
+@contextmanager
+def _triton_on_cpu() -> Iterator[None]:
+    """Ops take their Triton kernels for tensors of the CPU, as they do in Triton's interpreter."""
+    interpreted, backends._interpreted = backends._interpreted, lambda: True
+    backends._reason.cache_clear()
+    try:
+        with backends.use_backend("triton"):
+            yield
+    finally:
+        backends._interpreted = interpreted
+        backends._reason.cache_clear()
+
+
+def cases(archs: list[int], dtypes: list[str], shapes: Callable[[str], bool] = lambda label: True) -> Iterator[Case]:
+    """Every kernel that an op starts on a shape; `shapes` chooses by label. Ops without Triton kernels start none."""
+    for op, dtype, arch in itertools.product(OPS, dtypes, archs):
+        for shape in op.shapes:
+            if "triton" not in backends.declared().get(op.name, ()) or not shapes(label_of(shape)):
+                continue
+            with _triton_on_cpu(), tiles.assuming(tiles.FAMILIES[str(arch)]), recorded_launches() as launches:
+                op.call(shape, dtype)
+            different = [launch for number, launch in enumerate(launches) if launch not in launches[:number]]
+            yield from (Case(launch, shape, dtype, arch) for launch in different)

@@ -18,8 +18,8 @@
 namespace asvit_fast {
 namespace {
 
-constexpr double kGrain = 1 << 18;     // multiply-adds a thread should have at least
-constexpr int64_t kPieceTokens = 256;  // of a piece, at least: adding up its gradients is little beside finding them
+constexpr double kGrain = 1 << 18;      // multiply-adds a thread should have at least
+constexpr int64_t kPieceTokens = 1024;  // of a piece, at least: adding up its gradients is little beside finding them
 constexpr int64_t kMaximumPieces = 64;
 
 template <typename T>

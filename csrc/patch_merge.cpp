@@ -11,6 +11,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
 #include <ATen/ops/sum_cpu_dispatch.h>
@@ -35,18 +36,21 @@ template <>
 struct Kernels<float> {
   static constexpr PerIsa<PatchMergeRowsCpu<float>> rows = ASVIT_FAST_PER_ISA(patch_merge_rows_f32);
   static constexpr PerIsa<PatchMergeGradientCpu<float>> gradient = ASVIT_FAST_PER_ISA(patch_merge_gradient_f32);
+  static constexpr PerIsa<PatchMergeParametersCpu<float>> parameters = ASVIT_FAST_PER_ISA(patch_merge_parameters_f32);
 };
 template <>
 struct Kernels<double> {
   static constexpr PerIsa<PatchMergeRowsCpu<double>> rows = ASVIT_FAST_PER_ISA(patch_merge_rows_f64);
   static constexpr PerIsa<PatchMergeGradientCpu<double>> gradient = ASVIT_FAST_PER_ISA(patch_merge_gradient_f64);
+  static constexpr PerIsa<PatchMergeParametersCpu<double>> parameters = ASVIT_FAST_PER_ISA(patch_merge_parameters_f64);
 };
 
 constexpr int64_t kFewTokens = 48;          // below, the product of a block is slow
 constexpr int64_t kBlocks = 4;              // that maps are cut into at least, as far as blocks do not get that small
 constexpr int64_t kBufferBytes = 1 << 19;   // of a block, which the cache holds beside a part of the weight
 constexpr int64_t kPieces = 16;             // of the gradient of the weights, at most
-constexpr int64_t kWeightRows = 128;        // outputs whose gradients are found together, about
+constexpr int64_t kWeightRows = 256;        // outputs whose gradients are found together, about
+constexpr int64_t kFeatures = 256;          // of the gradients of the parameters that are found together
 constexpr int64_t kSmallProduct = 1 << 19;  // multiply-adds below which oneDNN is not worth its call
 
 using LinearPointwise = at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
@@ -288,38 +292,65 @@ std::tuple<at::Tensor, at::Tensor> parameter_products(const Merge& merge, const 
   return {sums[0], totals[0]};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> patch_merge_backward_cpu(
-    const at::Tensor& gradient, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& statistics,
-    int64_t kernel, int64_t stride, const at::Tensor& norm_weight, double eps, bool channels_last,
-    at::IntArrayRef padding, bool to_input, bool to_parameters) {
-  const Merge merge = make_merge(x, weight, kernel, stride, norm_weight, std::nullopt, eps, channels_last, padding);
+// Gradients of weight, norm_weight, norm_bias and bias.
+template <typename T>
+std::vector<at::Tensor> parameter_gradients(const Merge& merge, const PatchMerge<T>& problem,
+                                            const at::Tensor& gradient) {
+  const auto [sums, total] = parameter_products<T>(merge, problem, gradient);
+  const at::Tensor wide = merge.weight.to(merge.wide).contiguous();
+  const at::Tensor to_norm_weight = at::empty({merge.map.features()}, merge.options());
+  const at::Tensor to_norm_bias = at::empty_like(to_norm_weight);
+  const PatchMergeParameters<T> parameters = {merge.outputs,
+                                              merge.map.features(),
+                                              wide.const_data_ptr<T>(),
+                                              problem.norm_weight,
+                                              problem.norm_bias,
+                                              total.template const_data_ptr<T>(),
+                                              sums.template mutable_data_ptr<T>(),
+                                              to_norm_weight.mutable_data_ptr<T>(),
+                                              to_norm_bias.mutable_data_ptr<T>()};
+  const auto kernel = select(Kernels<T>::parameters);
+  const int64_t parts = (parameters.features + kFeatures - 1) / kFeatures;
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      kernel(parameters, i * kFeatures, std::min((i + 1) * kFeatures, parameters.features));
+  });
+  return {sums, to_norm_weight, to_norm_bias, total};
+}
+
+std::vector<at::Tensor> patch_merge_backward_cpu(const at::Tensor& gradient, const at::Tensor& x,
+                                                 const at::Tensor& weight, const at::Tensor& statistics, int64_t kernel,
+                                                 int64_t stride, const at::Tensor& norm_weight,
+                                                 const std::optional<at::Tensor>& norm_bias, double eps,
+                                                 bool channels_last, at::IntArrayRef padding, bool to_input,
+                                                 bool to_parameters) {
+  const Merge merge = make_merge(x, weight, kernel, stride, norm_weight, norm_bias, eps, channels_last, padding);
   TORCH_CHECK_VALUE(gradient.numel() == merge.output_tokens() * merge.outputs, "patch_merge_backward: gradient ",
                     gradient.sizes(), " does not fit x ", x.sizes());
-  at::Tensor to_x = at::empty({0}, x.options()), sums = at::empty({0}, merge.options()), total = sums;
-  if (gradient.numel() > 0)
-    in_wide_type(merge, [&](auto zero) {
-      using T = decltype(zero);
-      const auto problem = make_problem<T>(merge, statistics, true);
-      const at::Tensor flat = gradient.to(weight.scalar_type()).reshape({merge.output_tokens(), merge.outputs});
-      if (to_parameters) std::tie(sums, total) = parameter_products<T>(merge, problem, flat);
-      if (to_input) to_x = input_gradient<T>(merge, problem, flat).to(x.scalar_type());
-    });
-  return {to_x, sums, total};
+  std::vector<at::Tensor> found(5, at::empty({0}, x.options()));
+  in_wide_type(merge, [&](auto zero) {
+    using T = decltype(zero);
+    const auto problem = make_problem<T>(merge, statistics, true);
+    const at::Tensor flat = gradient.to(weight.scalar_type()).reshape({merge.output_tokens(), merge.outputs});
+    if (to_parameters) {
+      const std::vector<at::Tensor> gradients = parameter_gradients<T>(merge, problem, flat);
+      std::copy(gradients.begin(), gradients.end(), found.begin() + 1);
+    }
+    if (to_input) found[0] = input_gradient<T>(merge, problem, flat).to(x.scalar_type());
+  });
+  return found;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(asvit_fast_C, library) {
   library.def(
-      "patch_merge(Tensor x, Tensor weight, int kernel, int stride, Tensor norm_weight, Tensor? norm_bias, Tensor? "
-      "bias, "
-      "float eps, bool channels_last, int[] padding) -> (Tensor, Tensor)");
+      "patch_merge(Tensor x, Tensor weight, int kernel, int stride, Tensor norm_weight, Tensor? norm_bias, "
+      "Tensor? bias, float eps, bool channels_last, int[] padding) -> (Tensor, Tensor)");
   library.def(
       "patch_merge_backward(Tensor gradient, Tensor x, Tensor weight, Tensor statistics, int kernel, int stride, "
-      "Tensor "
-      "norm_weight, float eps, bool channels_last, int[] padding, bool to_input, bool to_parameters) -> (Tensor, "
-      "Tensor, "
-      "Tensor)");
+      "Tensor norm_weight, Tensor? norm_bias, float eps, bool channels_last, int[] padding, bool to_input, "
+      "bool to_parameters) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(asvit_fast_C, CPU, library) {

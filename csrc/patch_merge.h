@@ -43,11 +43,28 @@ template <typename T>
 using PatchMergeGradientCpu = void(const PatchMerge<T>& problem, int64_t begin, int64_t end, const T* rows,
                                    const T* gradients, T* workspace, T* to_tokens);
 
-#define ASVIT_FAST_DECLARE_PATCH_MERGE                   \
-  PatchMergeRowsCpu<float> patch_merge_rows_f32;         \
-  PatchMergeRowsCpu<double> patch_merge_rows_f64;        \
-  PatchMergeGradientCpu<float> patch_merge_gradient_f32; \
-  PatchMergeGradientCpu<double> patch_merge_gradient_f64;
+// What the gradients of the parameters are made of, and themselves.
+template <typename T>
+struct PatchMergeParameters {
+  int64_t outputs, features;
+  const T* weight;                   // [outputs, features]
+  const T *norm_weight, *norm_bias;  // [features]; norm_bias or null
+  const T* total;                    // sum of the gradient of the output [outputs]
+  T* to_weight;                      // [outputs, features]; before, gradient^T x, x the normalised neighbourhoods
+  T *to_norm_weight, *to_norm_bias;  // [features]
+};
+
+// Features begin <= i < end.
+template <typename T>
+using PatchMergeParametersCpu = void(const PatchMergeParameters<T>& problem, int64_t begin, int64_t end);
+
+#define ASVIT_FAST_DECLARE_PATCH_MERGE                       \
+  PatchMergeRowsCpu<float> patch_merge_rows_f32;             \
+  PatchMergeRowsCpu<double> patch_merge_rows_f64;            \
+  PatchMergeGradientCpu<float> patch_merge_gradient_f32;     \
+  PatchMergeGradientCpu<double> patch_merge_gradient_f64;    \
+  PatchMergeParametersCpu<float> patch_merge_parameters_f32; \
+  PatchMergeParametersCpu<double> patch_merge_parameters_f64;
 namespace portable {
 ASVIT_FAST_DECLARE_PATCH_MERGE
 }

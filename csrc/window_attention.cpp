@@ -107,7 +107,7 @@ struct Operands {
     padding = a.padding ? parameters(a.padding, a.type()) : at::zeros({qkv.size(3)}, qkv.options());
     if (!a.bias || a.tokens() > kTableTokens) return;
     table = at::zeros({a.heads, a.tokens(), padded_to_vector(a.tokens())}, qkv.options());
-    table.narrow(2, 0, a.tokens()).copy_(bias.transpose(1, 2)).mul_(kLog2E);
+    table.narrow(2, 0, a.tokens()).copy_(bias.transpose(1, 2));
   }
 
   template <typename T>
@@ -125,7 +125,7 @@ struct Operands {
             qkv.size(0),
             a.heads,
             qkv.size(3) / (3 * a.heads),
-            static_cast<T>(a.scale * kLog2E)};
+            static_cast<T>(a.scale)};
   }
 };
 
@@ -183,7 +183,7 @@ int64_t piece_count(int64_t windows, bool parameters, int64_t bias_bytes) {
 // A parameter's gradient: the sum over pieces [pieces, ...] in its type; empty where it was not asked for.
 at::Tensor sum_pieces(const at::Tensor& pieces, const OptionalTensor& parameter, const at::Tensor& qkv) {
   if (!pieces.defined()) return at::empty({0}, qkv.options());
-  return pieces.sum(0).to(parameter->scalar_type());
+  return (pieces.size(0) == 1 ? pieces.squeeze(0) : pieces.sum(0)).to(parameter->scalar_type());
 }
 
 // Gradients of parameters, a slice for each piece; undefined where they are not wanted.

@@ -1,7 +1,5 @@
 // Softmax attention inside windows, forward and backward, on the CPU: what the kernels compute, which tokens a window
 // has in every layout, and the memory that a thread needs. No torch header.
-//
-// Scores are kept in units of ln 2, so that weights are powers of two: the factor log2(e) is in the scale and the bias.
 #pragma once
 
 #include <cstdint>
@@ -26,14 +24,14 @@ struct WindowAttention {
   TokenMap<const T> qkv;
   const T* padding;     // [3, heads, head_dim], a token of padding; read where padding is attended only
   const T* bias;        // [heads, queries, keys] or null
-  const T* table;       // the same for small windows, times log2(e), [heads, keys, padded_to_vector(queries)]; or null
+  const T* table;       // the same for small windows, [heads, keys, padded_to_vector(queries)]; or null
   const T* attn_scale;  // [heads] or null
   T* output;            // [batch, height, width, heads, head_dim]
   T* statistics;        // [2, batch, height, width, heads]: a query's largest score, 1 / sum of its weights
   WindowAxis rows, columns;
   WindowLayout layout;
   int64_t batch, heads, head_dim;
-  T scale;  // of the scores, times log2(e)
+  T scale;  // of the scores
 };
 
 // Gradients of parameters are the sums over pieces, into which the windows of each head are cut whatever the number of
@@ -72,12 +70,11 @@ ASVIT_FAST_DECLARE_WINDOW_ATTENTION(avx512)
 namespace {  // one copy per including file, as in window_attention_taylor.h
 
 constexpr int64_t kMaximumLanes = 16;
-constexpr int64_t kGroup = 64;         // queries that go through the keys together
-constexpr int64_t kKeyTile = 64;       // keys whose scores are there at a time
-constexpr int64_t kUnit = 2 * kGroup;  // queries of one window that work is handed out in
-constexpr int64_t kTableTokens = 256;  // up to which the bias is turned around for all windows at once
-constexpr int64_t kRegions = 4;        // parts of a window that a shift along both sides brings together
-constexpr double kLog2E = 1.4426950408889634;
+constexpr int64_t kGroup = 64;           // queries that go through the keys together
+constexpr int64_t kKeyTile = 64;         // keys whose scores are there at a time
+constexpr int64_t kUnit = 2 * kGroup;    // queries of one window that work is handed out in
+constexpr int64_t kTableTokens = 256;    // up to which the bias is turned around for all windows at once
+constexpr int64_t kRegions = 4;          // parts of a window that a shift along both sides brings together
 constexpr double kRegionScore = -100.0;  // of a query and a key in different regions, where regions attend each other
 
 inline int64_t padded_to_vector(int64_t count) { return (count + kMaximumLanes - 1) / kMaximumLanes * kMaximumLanes; }

@@ -3,7 +3,9 @@ does."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import itertools
 import math
 import os
@@ -12,14 +14,16 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import mangle_type
 
 # --------------------------------------------------------------------------- compiling
 
@@ -46,6 +50,7 @@ def compile_kernel(
     signature: Mapping[str, str],
     constants: Mapping[str, Any],
     capability: int,
+    divisible: Iterable[str] | None = None,
     **options: Any,
 ) -> KernelReport:
     """Compile `kernel` to a cubin for `capability` (80, 90, 100, ...) and report its resources; needs no GPU.
@@ -53,15 +58,17 @@ def compile_kernel(
     Args:
         signature: type of each argument that is not a constant ("*fp32", "i64", ...).
         constants: value of each `tl.constexpr` argument.
+        divisible: arguments that are multiples of 16; all pointers by default, as torch allocates.
         options: what a launch would be given (num_warps, enable_fp_fusion, ...).
     """
     types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    aligned = [i for i, name in enumerate(kernel.arg_names) if types[name].startswith("*")]  # as torch allocates
+    if divisible is None:
+        divisible = [name for name in kernel.arg_names if types[name].startswith("*")]
     source = ASTSource(
         fn=kernel,
         signature=types,
         constexprs={(kernel.arg_names.index(k),): v for k, v in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+        attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(options))
     cubin = compiled.asm["cubin"]
@@ -71,6 +78,60 @@ def compile_kernel(
         frame = 0
     metadata = compiled.metadata
     return KernelReport(kernel.__name__, capability, usage["REG"], frame, metadata.shared, metadata.num_warps, cubin)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launch would compile."""
+
+    module: str
+    name: str
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    divisible: tuple[str, ...]
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, kernel: triton.JITFunction, values: tuple, named: dict[str, Any]) -> Launch:
+        """Of `kernel[grid](*values, **named)`: types, constants and divisibility as Triton finds them."""
+        given = dict(zip(kernel.arg_names, values, strict=False)) | named
+        signature, constants, divisible = {}, {}, []
+        for parameter in kernel.params:
+            value = given.get(parameter.name, parameter.default)
+            kind = "constexpr"
+            if not parameter.is_constexpr:
+                kind = mangle_type(value, specialize=not parameter.do_not_specialize)
+            if kind == "constexpr":
+                constants[parameter.name] = value
+                continue
+            signature[parameter.name] = kind
+            number = value.data_ptr() if isinstance(value, torch.Tensor) else value
+            if isinstance(number, int) and number % 16 == 0 and not parameter.do_not_specialize:
+                divisible.append(parameter.name)
+        options = {name: value for name, value in named.items() if name not in kernel.arg_names}
+        return cls(kernel.fn.__module__, kernel.__name__, signature, constants, tuple(divisible), options)
+
+    def compile(self, capability: int) -> KernelReport:
+        """For a GPU that need not be there."""
+        kernel = getattr(importlib.import_module(self.module), self.name)
+        return compile_kernel(
+            kernel, self.signature, self.constants, capability, divisible=self.divisible, **self.options
+        )
+
+
+@contextlib.contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """Inside the block kernels are not started: the list has what would have been. Outputs stay uninitialised."""
+    launches: list[Launch] = []
+
+    def record(kernel: triton.JITFunction, *values: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        launches.append(Launch.of(kernel, values, named))
+
+    run, triton.JITFunction.run = triton.JITFunction.run, record
+    try:
+        yield launches
+    finally:
+        triton.JITFunction.run = run
 
 
 # --------------------------------------------------------------------------- reading cubins

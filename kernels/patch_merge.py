@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .tiles import choose, family_of
-from .window_tiles import dot
+from .products import dot, precision
+from .tiles import family_of, launch_options, nearest
 
 # integers whose value or divisibility must not compile another kernel
 SIZES = ("tokens", "per_piece", "height", "width", "out_height", "out_width", "top", "left")
@@ -167,11 +167,6 @@ def patch_merge_kernel(
 # --------------------------------------------------------------------------- launches
 
 
-def precision() -> str:
-    """Of float32 products: three TF32 products have float32's accuracy; one, if torch's own matmul may use TF32."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
-
-
 def channel_block(channels: int, bits: int) -> int:
     """Channels that are loaded together: up to 128 bytes, with as few lanes as possible beyond the last one."""
     sizes = [size for size in (64, 32, 16) if size * bits <= 1024]
@@ -196,11 +191,9 @@ def map_arguments(x: torch.Tensor, kernel: int, stride: int, padding: list[int])
 
 def tile_arguments(name: str, x: torch.Tensor, weight: torch.Tensor) -> dict[str, Any]:
     """Tile sizes and launch options."""
-    channels, bits = x.shape[3], 8 * weight.element_size()
-    chosen = choose(name, family_of(x.device), weight.shape[0], channels, bits)
-    return {key: value for key, value in chosen.items() if not key.startswith("TAIL")} | {
-        "BLOCK_C": channel_block(channels, bits)
-    }
+    bits = 8 * weight.element_size()
+    options = launch_options(nearest(name, family_of(x.device), bits=bits, outputs=weight.shape[0]))
+    return options | {"BLOCK_C": channel_block(x.shape[3], bits)}
 
 
 def constant_arguments(x: torch.Tensor, weight: torch.Tensor, kernel: int, stride: int) -> dict[str, Any]:

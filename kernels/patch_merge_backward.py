@@ -21,7 +21,7 @@ from .patch_merge import (
     neighbour,
     tile_arguments,
 )
-from .window_tiles import dot
+from .products import dot
 
 PROGRAMS = 1024  # that sums over all tokens are cut into: a few for every multiprocessor
 
@@ -198,22 +198,27 @@ def patch_merge_backward(
     padding: list[int],
     to_input: bool,
     to_parameters: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradient of x, gradient^T x (x the normalised neighbourhoods) [Cout, features] in the order of the weight's
-    features and the sum of the gradient [Cout], these two in float32; empty unless asked for."""
+) -> list[torch.Tensor | None]:
+    """Gradients of x, weight, norm_weight, norm_bias and bias, the last four in float32; None unless asked for."""
     x, gradient = x.contiguous(), gradient.to(weight.dtype).contiguous()
-    to_x, product = x.new_empty(0), x.new_empty(0)
-    total = product
+    found: list[torch.Tensor | None] = [None] * 5
     with torch.cuda.device_of(x):
         if to_input:
             folded, sums = fold_weights(weight, kernel, norm_weight, norm_bias, bias, channels_last)
-            to_x = _input_gradient(gradient, x, output.contiguous(), statistics, folded, sums, kernel, stride, padding)
+            found[0] = _input_gradient(
+                gradient, x, output.contiguous(), statistics, folded, sums, kernel, stride, padding
+            )
         if to_parameters:
             product = _products(gradient, x, statistics, weight, kernel, stride, padding)
             axes = (0, 2, 1, 3) if channels_last else (0, 3, 1, 2)
             product = product.view(-1, kernel, kernel, x.shape[3]).permute(axes).reshape(weight.shape)
-            total = gradient.flatten(0, 2).sum(0, dtype=torch.float32)
-    return to_x, product, total
+            total = gradient.flatten(0, 2).sum(0, dtype=torch.float32)  # [Cout]
+            wide = weight.to(torch.float32)
+            found[2], found[3], found[4] = (wide * product).sum(0), (wide * total[:, None]).sum(0), total
+            found[1] = product * norm_weight
+            if norm_bias is not None:
+                found[1] += total.outer(norm_bias.to(torch.float32))
+    return found
 
 
 def _input_gradient(

@@ -1,8 +1,8 @@
 """Tile choices are data: tiles/<family>.json has rows per kernel, looked up by the nearest shape; a table that
 `asvit-fast tune` made for a GPU goes before it. Nothing is tuned while a model runs.
 
-A row's names are features of a shape ("bits" of an element, "tokens", "block_d", ...) and options of a launch: blocks,
-"num_warps", "num_stages". Those that a look-up asks for are the features. "tuned" says where a row comes from.
+A row's names are features of a shape ("bits" of an element, "tokens", "block_d", ...), which a look-up gives, and
+options of a launch: other "block_*", "num_warps", "num_stages". "tuned" says where a row comes from.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ FAMILIES = {"80": "ampere", "90": "hopper", "100": "blackwell"}  # by the first 
 WEIGHTS = {"bits": 16.0, "block_d": 4.0}  # of a distance, else 1: how wide a tile is decides more than how many tiles
 _COMMENTS = ("tuned",)
 _trial: dict[str, Row] = {}  # by kernel, inside `trying`
+_assumed = "hopper"
 
 
 class TileTableError(ValueError):
@@ -46,11 +47,24 @@ def block(size: int) -> int:
 @functools.cache
 def family_of(device: torch.device) -> str:
     """Whose tables a device uses, "family/name of the GPU": hopper, blackwell (datacenter), else ampere, whose tensor
-    core instructions all others have; the interpreter's is hopper."""
+    core instructions all others have; without a GPU it is hopper, or the one of `assuming`."""
     if device.type != "cuda":
-        return "hopper"
+        return _assumed
     family = {9: "hopper", 10: "blackwell"}.get(torch.cuda.get_device_capability(device)[0], "ampere")
     return f"{family}/{torch.cuda.get_device_name(device)}"
+
+
+@contextlib.contextmanager
+def assuming(family: str) -> Iterator[None]:
+    """Devices other than GPUs are of `family` inside the block: for compiling what such a GPU would run."""
+    global _assumed
+    before, _assumed = _assumed, family
+    family_of.cache_clear()
+    try:
+        yield
+    finally:
+        _assumed = before
+        family_of.cache_clear()
 
 
 def user_folder() -> Path:
@@ -139,9 +153,10 @@ def _nearest(kernel: str, family: str, items: tuple[tuple[str, int], ...]) -> Ro
     else:
         raise TileTableError(f"no table of tiles has rows of {kernel!r}: add some to kernels/tiles/hopper.json")
     row = min(rows, key=distance)  # of equals the first: the user's
-    options = {name: row[name] for name in row if name not in features and name not in _COMMENTS}
+    options = {name: row[name] for name in row if name.startswith(("block_", "num_")) and name not in features}
     for name in WEIGHTS:
-        options = _smaller(options, features.get(name, 1) / row.get(name, math.inf))
+        if len({other.get(name) for other in rows}) > 1:  # else the kernel's tiles do not depend on it
+            options = _smaller(options, features.get(name, 1) / row.get(name, math.inf))
     return options
 
 
@@ -183,5 +198,5 @@ def choose(kernel: str, family: str, tokens: int, head_dim: int, bits: int) -> d
     """For windowed attention: BLOCK_M queries and BLOCK_N keys with the tails that `tokens` leave, num_warps and
     num_stages of the nearest shape with elements of `bits`."""
     options = launch_options(nearest(kernel, family, bits=bits, tokens=tokens, block_d=block(head_dim)))
-    blocks = {name: value for name, value in options.items() if name.startswith("BLOCK_")}
-    return options | {name.replace("BLOCK", "TAIL"): block(tokens % size) for name, size in blocks.items()}
+    tails = {f"TAIL_{n}": block(tokens % options[f"BLOCK_{n}"]) for n in ("M", "N") if f"BLOCK_{n}" in options}
+    return options | tails

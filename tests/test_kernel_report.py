@@ -6,15 +6,18 @@ from __future__ import annotations
 import csv
 import importlib
 import itertools
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
-from asvit_fast.kernels import inspection
+from asvit_fast import ops
+from asvit_fast.kernels import inspection, tiles
 from asvit_fast.kernels.inspection import Loop, class_of, inner_loop, parse_sass
 
 # the words of ptxas -v; the second kernel spills
@@ -109,7 +112,15 @@ def test_classes(name, kind):
 
 
 def test_bytes_of_a_warp():
-    widths = {"LDG.E": 4, "LDG.E.64": 8, "LDG.E.128.CONSTANT": 16, "STG.E.U16": 2, "LDG.E.U8": 1, "LDS.128": 0}
+    widths = {
+        "LDGSTS.E.BYPASS.LTC128B.128": 16,
+        "LDG.E": 4,
+        "LDG.E.64": 8,
+        "LDG.E.128.CONSTANT": 16,
+        "STG.E.U16": 2,
+        "LDG.E.U8": 1,
+        "LDS.128": 0,
+    }
     assert {name: inspection._bytes(name) // 32 for name in widths} == widths
 
 
@@ -161,20 +172,36 @@ def test_what_ptxas_says(report):
     assert (plain.registers, plain.spilled_bytes, plain.warps) == (255, 20, 3)
 
 
-def test_every_kernel_has_an_entry(report, root):
-    """A new Triton kernel is in the table, too."""
+def test_every_kernel_is_reported(report, root):
+    """A new Triton kernel is started by one of the ops of the table, too."""
     text = "\n".join(path.read_text() for path in (root / "kernels").glob("*.py"))
-    functions = {line.split("def ")[1].split("(")[0] for line in text.splitlines() if line.startswith("def ")}
-    kernels = {name for name in functions if name.endswith("_kernel") and name != "compile_kernel"}
-    assert kernels == {kernel.function for kernel in report.triton_cases.KERNELS}
+    kernels = set(re.findall(r"^def (\w+)_kernel\(\n    \w+_pointer", text, re.MULTILINE))
+    shapes = ("N=49 d=8 bias=0", "N=144 d=32 bias=1", "orders=1 tanh=0 bias=1", "K=8 C=88", "K=4 C=88")
+    launched = {case.kernel for case in report.triton_cases.cases([90], ["bf16"], lambda label: label in shapes)}
+    assert kernels == launched
 
 
 def test_cases(report):
-    cases = list(report.triton_cases.cases([80, 90, 100], ["bf16", "fp32"]))
-    labels = {case.label for case in cases}
+    labels = {report.triton_cases.label_of(shape) for op in report.triton_cases.OPS for shape in op.shapes}
     assert {f"N={n} d={d} bias=0" for n, d in itertools.product((49, 196, 784), (4, 8, 16, 22, 29, 32, 45))} <= labels
     assert {f"N={n} d=32 bias=1" for n in (49, 64, 144)} <= labels
-    assert {(case.arch, case.dtype) for case in cases} == set(itertools.product((80, 90, 100), ("bf16", "fp32")))
+
+
+def test_cases_are_what_ops_start(report):
+    """Forward and backward, with the tiles of the GPU's family, and as a launch specialises."""
+    found = list(report.triton_cases.cases([80, 90], ["fp32"], lambda label: label == "N=49 d=8 bias=0"))
+    assert [(case.arch, case.kernel.removeprefix("window_attention_")) for case in found] == [
+        (arch, name) for arch in (80, 90) for name in ("blocked", "q_gradient", "kv_gradient")
+    ]
+    launch, expected = found[0].launch, tiles.choose("blocked", "ampere", 49, 8, 32)
+    assert launch.constants | launch.options == launch.constants | launch.options | expected
+    assert launch.signature["qkv_pointer"] == "*fp32" and launch.signature["scale"] == "fp32"
+    assert "qkv_pointer" in launch.divisible and "height" not in launch.divisible  # sizes are not specialised
+    assert found[0].work().units == min(expected["BLOCK_M"], 49) * min(expected["BLOCK_N"], 49)
+    (gelu,) = report.triton_cases.cases([90], ["bf16"], lambda label: label == "orders=1 tanh=0 bias=0")
+    assert gelu.launch.signature["count"] == "i32" and "count" in gelu.launch.divisible
+    assert gelu.launch.constants["channels"] == 1  # as Triton makes every 1 a constant
+    assert ops.gelu_taylor(torch.zeros(1, 3)).tolist() == [[0.0] * 3]  # ops are themselves again
 
 
 def test_same_architectures_as_the_build(report, root):
@@ -191,12 +218,12 @@ def test_triton_kernels(report, tmp_path, capsys):
     """From the compiler to the table: one tile, and a loop over blocks whose exponentials are known."""
     out = tmp_path / "report.csv"
     arguments = ["--out", str(out), "--jobs", "1", "--arch", "90"]
-    assert report.kernel_report.main([*arguments, "--kernel", "whole", "--shape", "N=49 d=8"]) == 0
-    assert report.kernel_report.main([*arguments, "--kernel", "blocked", "--shape", "N=784 d=8"]) == 0
-    assert report.kernel_report.main([*arguments, "--kernel", "blocked", "--shape", "N=784 d=8"]) == 0
+    assert report.kernel_report.main([*arguments, "--kernel", "window_attention_whole", "--shape", "N=49 d=8"]) == 0
+    assert report.kernel_report.main([*arguments, "--kernel", "window_attention_blocked", "--shape", "N=784 d=8"]) == 0
+    assert report.kernel_report.main([*arguments, "--kernel", "window_attention_blocked", "--shape", "N=784 d=8"]) == 0
     shown = capsys.readouterr().out
     assert "H200" in shown and "SPILLS" not in shown
-    rows = {row["kernel"]: row for row in rows_of(out)}
+    rows = {row["kernel"].removeprefix("window_attention_"): row for row in rows_of(out)}
     assert list(rows) == ["blocked", "whole", "whole_backward"]
     for row in rows.values():
         assert row["spilled"] == "0" and int(row["tensor"]) > 0 and "back to" in row["loop"]
@@ -225,12 +252,12 @@ def test_spills_fail(report, monkeypatch, capsys):
     work = report.rooflines.Work("score", 1.0, exponentials=1.0)
     for arch, code in ((90, 1), (80, 0)):
         compiled = inspection.KernelReport("k", arch, 255, 24, 0, 4, b"")
-        row = report.kernel_report.row_of("blocked", "N=784 d=8 bias=0", "bf16", compiled, body, work)
+        row = report.kernel_report.row_of("window_attention_blocked", "N=784 d=8 bias=0", "bf16", compiled, body, work)
         monkeypatch.setattr(report.kernel_report, "collect", lambda *_, row=row: [row])
-        options = ["--arch", str(arch), "--kernel", "blocked", "--out", ""]
+        options = ["--arch", str(arch), "--kernel", "window_attention_blocked", "--out", ""]
         assert report.kernel_report.main(options) == code
         shown = capsys.readouterr().out
-        assert "SPILLS" in shown and "blocked N=784 d=8 bias=0 bf16: 24 bytes per thread" in shown
+        assert "SPILLS" in shown and "window_attention_blocked N=784 d=8 bias=0 bf16: 24 bytes per thread" in shown
 
 
 def test_nothing_to_do(report, capsys):

@@ -280,6 +280,30 @@ def test_inside(mode: str, kernel: int) -> None:
 
 
 @needs_extension
+def test_backend_of_a_compiled_function() -> None:
+    """It is chosen when the op runs, forward and backward on their own."""
+    torch.manual_seed(11)
+    operands = make_operands(2, 3, (16, 20), 24, 7)
+    torch.compiler.reset()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def function(image: Tensor, weight: Tensor) -> Tensor:
+        return embed(operands | {"image": image, "weight": weight}, 4, 1, (1, 2, 1, 2))
+
+    want = both_ways(operands, None, 4, 1, (1, 2, 1, 2))
+    for forward, backward in (("cpu", "reference"), ("reference", "cpu"), ("reference", "reference")):
+        weight = operands["weight"].clone().requires_grad_()
+        with use_backend("cpu"):
+            function(operands["image"], weight)  # traced with the fused op
+        with use_backend(forward):
+            out = function(operands["image"], weight)
+        with use_backend(backward):
+            (gradient,) = torch.autograd.grad(out.sum(), weight)
+        torch.testing.assert_close(out, want["output"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(gradient, want["weight"], rtol=1e-4, atol=1e-4)
+
+
+@needs_extension
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("norm", [True, False])
 def test_autocast(dtype: torch.dtype, norm: bool) -> None:

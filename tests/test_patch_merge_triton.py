@@ -160,12 +160,12 @@ def test_on_a_gpu(name):
 def arguments_of(name: str, channels: int, outputs: int, kernel: int, dtype: str, capability: int) -> tuple:
     """Signature, constants and options of a kernel."""
     from asvit_fast.kernels.patch_merge import SIZES, channel_block
-    from asvit_fast.kernels.tiles import choose
+    from asvit_fast.kernels.tiles import FAMILIES, launch_options, nearest
 
     bits = {"*fp32": 32, "*bf16": 16}[dtype]
     options, constants = {"num_warps": 4}, {"BLOCK_M": 32, "BLOCK_N": 128}
     if name in ("patch_merge", "patch_merge_input", "patch_merge_products"):
-        options = choose(name, f"{capability}", outputs, channels, bits)
+        options = launch_options(nearest(name, FAMILIES[f"{capability}"], bits=bits, outputs=outputs))
         constants = {key: value for key, value in options.items() if key.isupper()}
     constants |= {"CHANNELS": channels, "OUTPUTS": outputs, "KERNEL": kernel, "STRIDE": 2, "PRECISION": "tf32x3"}
     constants |= {"BLOCK_C": channel_block(channels, bits), "FEATURES": kernel**2 * channels, "BLOCK": 512}

@@ -38,17 +38,20 @@ def write(kernels: dict) -> Path:
     return path
 
 
+FEATURES = ("bits", "tokens", "block_d", "outputs")
+
+
 @pytest.mark.parametrize("family", tiles.FAMILIES.values())
 def test_shipped_tables(family, root):
     table = tiles.read_table(root / "kernels" / "tiles" / f"{family}.json")
     assert set(ATTENTION) <= set(table)
     for kernel, rows in table.items():
-        keys = [tuple(sorted((k, v) for k, v in row.items() if k in ("bits", "tokens", "block_d"))) for row in rows]
+        keys = [tuple(sorted((k, v) for k, v in row.items() if k in FEATURES)) for row in rows]
         assert len(set(keys)) == len(keys), f"{kernel}: two rows of one shape"
         for row in rows:
             assert all(value & (value - 1) == 0 for name, value in row.items() if name.startswith("block_"))
             assert row["num_warps"] in (1, 2, 4, 8)
-            own = {name: value for name, value in row.items() if name in ("bits", "tokens", "block_d")}
+            own = {name: value for name, value in row.items() if name in FEATURES}
             found = tiles.nearest(kernel, family, **own)
             assert found == {name: value for name, value in row.items() if name not in own}
 
@@ -95,6 +98,14 @@ def test_wider_tiles_get_smaller_blocks():
     assert (huge["block_m"], huge["block_n"], huge["num_warps"]) == (16, 16, 8)
 
 
+def test_what_tiles_do_not_depend_on(folder):
+    """A width that all rows share says nothing."""
+    row = {"bits": 16, "block_d": 64, "block_m": 64, "num_warps": 4, "num_stages": 1}
+    write({"new": [row | {"tokens": 64}, row | {"tokens": 256}]})
+    assert tiles.nearest("new", FAMILY, bits=16, tokens=64, block_d=1024)["block_m"] == 64
+    assert tiles.choose("new", FAMILY, 64, 1024, 16)["BLOCK_M"] == 64
+
+
 def test_other_families_and_kernels(monkeypatch):
     only = {"new": [{"bits": 16, "num_warps": 2, "num_stages": 3}]}
     known = tiles.read_table
@@ -112,6 +123,12 @@ def test_family_of_a_device(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
         assert tiles.family_of(torch.device("cuda", 90 + number)) == f"{family}/A GPU"
     tiles.family_of.cache_clear()
+
+
+def test_assuming_a_family():
+    with tiles.assuming("blackwell"):
+        assert tiles.family_of(torch.device("cpu")) == "blackwell"
+    assert tiles.family_of(torch.device("cpu")) == "hopper"
 
 
 # --------------------------------------------------------------------------- a user's table

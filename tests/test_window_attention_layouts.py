@@ -7,12 +7,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from stacked import needs_extension
+from stacked import every_isa, needs_extension
 from torch import Tensor
 
 from asvit_fast import ops
 from asvit_fast.backends import use_backend
-from asvit_fast.ops.window_attention import window_attention_reference
 
 
 def attention_by_loops(
@@ -130,17 +129,120 @@ def test_padding_is_zeros_by_default() -> None:
         torch.testing.assert_close(got, ops.window_attention(qkv, 2, (3, 3), (1, 1), layout=layout, padding=zeros))
 
 
+def both_ways(case: tuple, tensors: dict[str, Tensor], cotangent: Tensor) -> dict[str, Tensor]:
+    """The output, and the gradients of all tensors."""
+    _, _, heads, _, window, shift, layout = case
+    leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
+    out = ops.window_attention(num_heads=heads, window=window, shift=shift, layout=layout, **leaves)
+    gradients = torch.autograd.grad(
+        out, list(leaves.values()), cotangent.to(out.dtype), allow_unused=True, materialize_grads=True
+    )
+    return {"output": out.detach()} | dict(zip(leaves, gradients, strict=True))
+
+
+def random_tensors(case: tuple) -> dict[str, Tensor]:
+    """qkv, bias, attn_scale, and padding where it is attended."""
+    height, width, heads, head_dim, window, _, layout = case
+    tokens = window[0] * window[1]
+    tensors = {"qkv": torch.randn(2, height, width, 3 * heads * head_dim), "bias": torch.randn(heads, tokens, tokens)}
+    tensors["attn_scale"] = torch.randn(heads)
+    if layout in ("timm", "torchvision"):
+        tensors["padding"] = torch.randn(3 * heads * head_dim)
+    return tensors
+
+
+LARGER = [  # several vectors, groups and tiles; heads narrower and wider than a vector
+    (10, 9, 4, 8, (7, 7), (3, 3), "timm"),
+    (10, 9, 2, 32, (7, 7), (3, 0), "torchvision"),
+    (12, 9, 3, 5, (6, 9), (0, 4), "torchvision"),
+    (20, 17, 1, 13, (12, 12), (6, 6), "timm"),
+    (20, 20, 2, 22, (10, 10), (0, 0), "grid"),
+    (9, 14, 2, 32, (7, 7), (3, 3), "masked"),
+    (18, 18, 1, 8, (18, 18), (5, 0), "masked"),
+]
+
+
 @needs_extension
-def test_half_precision() -> None:
-    qkv = torch.randn(2, 10, 9, 3 * 4 * 8, dtype=torch.float64)
-    padding, scale = torch.randn(96, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
-    exact = window_attention_reference(qkv, 4, [7, 7], [3, 3], layout="timm", padding=padding, attn_scale=scale)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        low = [x.to(dtype) for x in (qkv, padding, scale)]
-        got = ops.window_attention(low[0], 4, (7, 7), (3, 3), layout="timm", padding=low[1], attn_scale=low[2])
-        eager = window_attention_reference(low[0], 4, [7, 7], [3, 3], layout="timm", padding=low[1], attn_scale=low[2])
-        assert got.dtype == dtype
-        assert (got - exact).abs().max() < 2 * (eager - exact).abs().max() + 1e-6
+@every_isa
+@pytest.mark.usefixtures("poison_empty")
+@pytest.mark.parametrize("case", LARGER, ids=lambda case: f"{case[-1]}-{case[0]}x{case[1]}x{case[2]}x{case[3]}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_every_isa(isa: str, case: tuple, dtype: torch.dtype) -> None:
+    """error(ours) < 2 error(elementary operations, same dtype) + tiny, against float64: forward and all gradients."""
+    torch.manual_seed(1)
+    tensors = {name: x.to(dtype) for name, x in random_tensors(case).items()}
+    cotangent = torch.randn(2, case[0], case[1], case[2] * case[3]).to(dtype)
+    ours = both_ways(case, tensors, cotangent)
+    with use_backend("reference"):
+        theirs = both_ways(case, tensors, cotangent)
+        exact = both_ways(case, {name: x.double() for name, x in tensors.items()}, cotangent.double())
+    tiny = {torch.float32: 1e-6, torch.float64: 1e-14, torch.float16: 1e-3, torch.bfloat16: 1e-2}[dtype]
+    for name, want in exact.items():
+        assert ours[name].dtype == dtype and ours[name].shape == want.shape
+        error, allowed = (ours[name] - want).abs().max().item(), (theirs[name] - want).abs().max().item()
+        slack = 10 * tiny if name == "attn_scale" else tiny  # a sum over the map, of which there are few to compare
+        assert error < 2 * allowed + slack * max(1.0, want.abs().max().item()), f"{name}: {error} against {allowed}"
+
+
+@needs_extension
+def test_threads_agree() -> None:
+    """Bit for bit, the gradients of parameters too."""
+    torch.manual_seed(5)
+    case = (24, 17, 4, 8, (7, 7), (3, 3), "timm")
+    tensors, cotangent = random_tensors(case), torch.randn(2, 24, 17, 32)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(both_ways(case, tensors, cotangent))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(results[0][name], other[name]) for name in other)
+
+
+@needs_extension
+def test_strides_and_mixed_types() -> None:
+    """Channels far apart in memory; half precision with parameters in float32, whose gradients are float32."""
+    case = (10, 9, 2, 4, (4, 4), (2, 1), "torchvision")
+    tensors, cotangent = random_tensors(case), torch.randn(2, 10, 9, 8)
+    expected = both_ways(case, tensors, cotangent)
+    tensors["qkv"] = tensors["qkv"].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    got = both_ways(case, tensors, cotangent.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0))
+    assert all(torch.equal(got[name], expected[name]) for name in got)
+    tensors["qkv"] = tensors["qkv"].bfloat16()
+    got = both_ways(case, tensors, cotangent)
+    assert {name: x.dtype for name, x in got.items() if x.dtype != torch.float32} == {
+        "output": torch.bfloat16,
+        "qkv": torch.bfloat16,
+    }
+    for name, want in expected.items():
+        torch.testing.assert_close(got[name].float(), want, rtol=0.05, atol=0.2)
+
+
+@needs_extension
+def test_empty() -> None:
+    case = (10, 9, 2, 4, (4, 4), (2, 1), "timm")
+    tensors = random_tensors(case)
+    tensors["qkv"] = tensors["qkv"][:0]
+    got = both_ways(case, tensors, torch.randn(0, 10, 9, 8))
+    assert got["output"].shape == (0, 10, 9, 8) and got["qkv"].shape == (0, 10, 9, 24)
+    assert all(not got[name].any() for name in ("bias", "attn_scale", "padding"))
+
+
+@needs_extension
+@pytest.mark.parametrize("layout", ["masked", "timm", "torchvision", "grid"])
+def test_opcheck(layout: str) -> None:
+    case = (6, 4, 2, 2, (3, 2), (0, 0) if layout == "grid" else (1, 0), layout)
+    tensors = {name: x.requires_grad_() for name, x in random_tensors(case).items()}
+    parameters = [tensors.get(name) for name in ("bias", "padding", "attn_scale")]
+    settings = (2, [3, 2], list(case[5]), 0.7, layout, *parameters)
+    utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.asvit_fast.window_attention.default, (tensors["qkv"], *settings))
+    out, statistics = torch.ops.asvit_fast.window_attention(tensors["qkv"], *settings)
+    arguments = (torch.randn_like(out), tensors["qkv"], out.detach(), statistics.detach(), *settings)
+    wanted = [parameter is not None for parameter in parameters]
+    operation = torch.ops.asvit_fast.window_attention_backward.default
+    torch.library.opcheck(operation, (*arguments, wanted), test_utils=utilities)
+    torch.library.opcheck(operation, (*arguments, [True, False, False]), test_utils=utilities)
 
 
 def test_dropout_keeps_the_layout() -> None:

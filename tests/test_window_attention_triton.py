@@ -45,32 +45,63 @@ LARGE = [
     (14, 10, 1, 29, (14, 14), (5, 3)),
     (1, 70, 1, 16, (1, 70), (0, 7)),
 ]
+# H, W, heads, head_dim, window, shift, layout: padding and mask as the layouts define them, and AttnScale
+LAYOUTS = [
+    (7, 9, 2, 8, (4, 4), (2, 2), "timm"),
+    (7, 9, 2, 3, (4, 4), (2, 2), "torchvision"),
+    (8, 6, 1, 5, (4, 3), (2, 1), "timm"),  # windows divide the map
+    (2, 5, 1, 4, (4, 4), (3, 1), "timm"),  # rolled by more than its height
+    (5, 4, 1, 22, (7, 7), (0, 3), "torchvision"),
+    (5, 5, 1, 4, (3, 3), (0, 0), "timm"),
+    (8, 6, 2, 4, (4, 3), (0, 0), "grid"),
+    (7, 5, 1, 8, (4, 3), (1, 2), "masked"),
+    (8, 8, 1, 8, (8, 8), (0, 0), "masked"),
+    (9, 7, 1, 4, (9, 9), (4, 2), "timm"),
+    (7, 11, 1, 4, (7, 10), (3, 4), "torchvision"),
+    (9, 20, 1, 4, (9, 10), (0, 0), "grid"),
+    (10, 9, 1, 4, (10, 10), (0, 5), "masked"),
+    (5, 14, 1, 33, (5, 14), (0, 0), "masked"),
+]
 TINY = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 
-def both_ways(qkv, heads, window, shift, bias, gradient) -> list[torch.Tensor]:
-    """Output, and gradients of qkv and bias."""
-    inputs = [x.detach().requires_grad_() for x in (qkv, bias) if x is not None]
-    out = ops.window_attention(inputs[0], heads, window, shift, *inputs[1:])
-    return [out.detach(), *torch.autograd.grad(out, inputs, gradient.to(out.dtype))]
+def both_ways(qkv, heads, window, shift, gradient, layout="masked", **tensors) -> dict[str, torch.Tensor]:
+    """Output, and gradients of qkv and of bias, padding and attn_scale where they are."""
+    inputs = {"qkv": qkv} | {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    inputs = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+    others = {name: tensor for name, tensor in inputs.items() if name != "qkv"}
+    out = ops.window_attention(inputs["qkv"], heads, window, shift, layout=layout, **others)
+    gradients = torch.autograd.grad(
+        out, list(inputs.values()), gradient.to(out.dtype), allow_unused=True, materialize_grads=True
+    )
+    return {"output": out.detach()} | dict(zip(inputs, gradients, strict=True))
 
 
-def compare(qkv, heads, window, shift, bias) -> None:
+def compare(qkv, heads, window, shift, bias=None, layout="masked", padding=None, attn_scale=None) -> None:
     """Forward and all gradients: error(ours) < 2 error(elementary operations, same dtype) + tiny, against float64."""
     shape = (*qkv.shape[:3], qkv.shape[3] // 3)
     gradient = torch.randn(shape, dtype=torch.float64, device=qkv.device).to(qkv.dtype)
+    tensors = {"bias": bias, "padding": padding, "attn_scale": attn_scale}
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    def run(dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+        cast = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in tensors.items()}
+        return both_ways(qkv.to(dtype or qkv.dtype), heads, window, shift, gradient, layout, **cast)
+
     with use_backend("triton"):
-        ours = both_ways(qkv, heads, window, shift, bias, gradient)
+        ours = run(None)
     with use_backend("reference"):
-        table = None if bias is None else bias.to(qkv.dtype)
-        theirs = both_ways(qkv, heads, window, shift, table, gradient)
-        exact = both_ways(qkv.double(), heads, window, shift, None if bias is None else bias.double(), gradient)
-    for name, got, other, want in zip(("output", "qkv", "bias"), ours, theirs, exact, strict=False):
+        theirs, exact = run(qkv.dtype), run(torch.float64)
+    for name, got in ours.items():
+        want = exact[name]
         assert got.shape == want.shape and got.is_contiguous(), name
-        assert got.dtype == (bias.dtype if name == "bias" else qkv.dtype), name
-        error, allowed = (got - want).abs().max().item(), (other - want).abs().max().item()
+        assert got.dtype == (tensors[name].dtype if name in tensors else qkv.dtype), name
+        error, allowed = (got - want).abs().max().item(), (theirs[name] - want).abs().max().item()
         tiny = TINY[got.dtype] * max(1.0, want.abs().max().item())
-        assert error < 2 * allowed + tiny, f"{name} of {tuple(qkv.shape)} {qkv.dtype}: {error} against {allowed}"
+        if name == "attn_scale":  # a sum over all tokens that may cancel
+            tiny *= qkv[..., 0].numel() ** 0.5
+        message = f"{name} of {tuple(qkv.shape)} {qkv.dtype} {layout} {list(tensors)}: {error} against {allowed}"
+        assert error < 2 * allowed + tiny, message
 
 
 def check_shapes(cases: list, device: torch.device) -> None:
@@ -78,7 +109,7 @@ def check_shapes(cases: list, device: torch.device) -> None:
     for number, (height, width, heads, head_dim, window, shift) in enumerate(cases):
         for dtype in TINY:
             for biased in (False, True):
-                if device.type == "cpu" and dtype != torch.float32 and biased == bool(number % 2):
+                if device.type == "cpu" and biased == bool(number % 2) ^ (dtype == torch.float32):
                     continue  # the interpreter is slow
                 qkv = torch.randn(1, height, width, 3 * heads * head_dim, device=device).to(dtype)
                 tokens = window[0] * window[1]
@@ -86,23 +117,47 @@ def check_shapes(cases: list, device: torch.device) -> None:
                 compare(qkv, heads, window, shift, bias)
 
 
+def check_layouts(device: torch.device) -> None:
+    """Every layout, with everything that can be given at once and with less; padding and AttnScale of other dtypes."""
+    for number, (height, width, heads, head_dim, window, shift, layout) in enumerate(LAYOUTS):
+        for half in (False, True):
+            for everything in (False, True):
+                if device.type == "cpu" and everything != (half == bool(number % 2)):
+                    continue  # the interpreter is slow
+                dtype = (torch.float16, torch.bfloat16)[number // 2 % 2] if half else torch.float32
+                channels, tokens = 3 * heads * head_dim, window[0] * window[1]
+                tensors = {}
+                if layout in ("timm", "torchvision"):
+                    tensors["padding"] = torch.randn(channels, device=device).to(dtype if everything else torch.float32)
+                if everything or layout == "masked":
+                    tensors["attn_scale"] = torch.randn(heads, device=device)
+                if everything:
+                    tensors["bias"] = torch.randn(heads, tokens, tokens, device=device)
+                qkv = torch.randn(1, height, width, channels, device=device).to(dtype)
+                compare(qkv, heads, window, shift, layout=layout, **tensors)
+
+
 def check_details(device: torch.device) -> None:
     """What shapes do not show: layouts, empty maps, other bias types, large scores, infinite bias, determinism."""
     qkv = torch.randn(2, 24, 6, 8, device=device).permute(0, 2, 3, 1)  # channels far apart
     compare(qkv, 2, (3, 4), (1, 2), torch.randn(2, 12, 12, device=device).to(torch.bfloat16))
     with use_backend("triton"):
-        out = both_ways(qkv, 2, (3, 4), (1, 2), None, torch.ones((), device=device).expand(2, 6, 8, 8))
-        assert torch.isfinite(out[1]).all()
-        nothing = torch.zeros(0, 6, 8, 24, device=device)
-        assert torch.ops.asvit_fast.window_attention(nothing, 2, [3, 4], [0, 0], 1.0, "masked", None, None, None)[
-            0
-        ].shape == (0, 6, 8, 8)
+        found = both_ways(qkv, 2, (3, 4), (1, 2), torch.ones((), device=device).expand(2, 6, 8, 8))
+        assert torch.isfinite(found["qkv"]).all()
+        check_nothing(device)
     for size in (7, 9):
         for dtype, factor in ((torch.float32, 5.0), (torch.bfloat16, 30.0)):
             qkv = torch.randn(1, size, size, 24, device=device)
             qkv[..., :16] *= factor
             compare(qkv.to(dtype), 1, (size, size), (0, 0), None)
-    compare(torch.zeros(1, 9, 9, 12, device=device), 1, (9, 9), (3, 3), None)
+    compare(torch.zeros(1, 9, 9, 12, device=device), 1, (9, 9), (3, 3))
+    for dtype in (torch.float32, torch.bfloat16):  # w = -1: nothing but the mean is left, and nothing divides by 0
+        qkv, ones = torch.randn(1, 5, 4, 24, device=device).to(dtype), torch.ones(1, device=device)
+        compare(qkv, 1, (3, 3), (1, 0), attn_scale=-ones)
+    padding = torch.full((24,), torch.nan, device=device)  # a token that windows without padding do not look at
+    with use_backend("triton"):
+        out = ops.window_attention(qkv, 1, (5, 3), (0, 0), layout="timm", padding=padding)
+    assert out.isnan().any(-1).flatten(1).tolist() == [[column == 3 for column in range(4)] * 5]
     for size in (4, 9):  # one tile, and blocks of which some have no key left for a query
         bias = torch.randn(1, size**2, size**2, device=device)
         bias = bias.masked_fill(torch.rand_like(bias) < 0.4, -torch.inf)
@@ -114,9 +169,27 @@ def check_details(device: torch.device) -> None:
         with use_backend("triton"):
             out = ops.window_attention(qkv, 1, (size, size), (0, 0), bias)
         assert out.isnan().all(-1).flatten().tolist() == [token == 3 for token in range(size**2)]
-        arguments = (qkv, 1, (size, size), (1, 0), torch.randn(1, size**2, size**2, device=device), out.nan_to_num())
+        given = {"bias": torch.randn(1, size**2, size**2, device=device), "layout": "timm"}
+        given |= {"padding": torch.randn(12, device=device), "attn_scale": torch.randn(1, device=device)}
+        arguments = (qkv[:, 1:], 1, (size, size), (1, 0), out[:, 1:].nan_to_num())
         with use_backend("triton"):
-            assert all(map(torch.equal, both_ways(*arguments), both_ways(*arguments)))
+            first, second = both_ways(*arguments, **given), both_ways(*arguments, **given)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def check_nothing(device: torch.device) -> None:
+    """An empty batch: empty outputs, and zeros for the gradients of what all windows share."""
+    from asvit_fast.kernels.window_attention import window_attention, window_attention_backward
+
+    for dtype, statistics in ((torch.bfloat16, None), (torch.float32, torch.empty(2, 0, 6, 8, 2, device=device))):
+        qkv, bias = torch.empty(0, 6, 8, 24, dtype=dtype, device=device), torch.ones(2, 25, 25, device=device)
+        arguments = (2, [5, 5], [1, 0], 1.0, "timm", bias, torch.ones(24, device=device), torch.ones(2, device=device))
+        out = window_attention(qkv, *arguments, statistics)
+        assert out.shape == (0, 6, 8, 8)
+        found = window_attention_backward(out, qkv, out, statistics, *arguments, [True] * 3)
+        assert found[0].shape == qkv.shape
+        for gradient, tensor in zip(found[1:], arguments[5:], strict=True):
+            assert torch.equal(gradient, torch.zeros_like(tensor))
 
 
 def check_many_windows(device: torch.device) -> None:
@@ -127,6 +200,9 @@ def check_many_windows(device: torch.device) -> None:
         kernels.PROGRAMS = 3
     compare(torch.randn(3, 10, 8, 24, device=device), 2, (4, 4), (1, 2), torch.randn(2, 16, 16, device=device))
     compare(torch.randn(3, 5, 26, 12, device=device), 2, (5, 13), (2, 0), torch.randn(2, 65, 65, device=device))
+    more = {"padding": torch.randn(12, device=device), "attn_scale": torch.randn(1, device=device)}
+    qkv = torch.randn(2, 9, 8, 12, device=device).to(torch.bfloat16)
+    compare(qkv, 1, (4, 4), (1, 2), torch.randn(1, 16, 16, device=device), "timm", **more)
     if device.type == "cuda":
         compare(torch.randn(1, 300, 440, 12, device=device), 2, (2, 1), (0, 0), torch.randn(2, 2, 2, device=device))
 
@@ -139,12 +215,13 @@ def check(name: str, device: torch.device) -> None:
     {
         "whole": lambda: check_shapes(WHOLE, device),
         "large": lambda: check_shapes(LARGE, device),
+        "layouts": lambda: check_layouts(device),
         "details": lambda: check_details(device),
         "many": lambda: check_many_windows(device),
     }[name]()
 
 
-CHECKS = pytest.mark.parametrize("name", ["whole", "large", "details", "many"])
+CHECKS = pytest.mark.parametrize("name", ["whole", "large", "layouts", "details", "many"])
 
 
 @CHECKS
@@ -176,57 +253,71 @@ def test_on_a_gpu(name):
 
 # --------------------------------------------------------------------------- compiled
 
-
-def arguments_of(name: str, side: int, head_dim: int, dtype: str, capability: int) -> tuple:
-    """Signature, constants and options of a kernel with a bias and a mask, for 4 heads and windows of side x side."""
-    from asvit_fast.kernels.tiles import block, choose
-
-    tokens = side * side
-    options = choose(name, f"{capability}", tokens, head_dim, {"*fp32": 32, "*bf16": 16}[dtype])
-    constants = {"HEADS": 4, "HEAD_DIM": head_dim, "BLOCK_D": block(head_dim), "BLOCK": block(tokens)}
-    constants |= {"WINDOW_ROWS": side, "WINDOW_COLUMNS": side, "PRECISION": "tf32x3"}
-    constants |= {"BIASED": True, "BIAS_GRADIENT": True, "MASKED": True}
-    constants |= {key: value for key, value in options.items() if key.isupper()}
-    pointers = dict.fromkeys(("bias", "largest", "inverse", "delta", "to_bias"), "*fp32")
-    pointers |= dict.fromkeys(("qkv", "output", "gradient", "to_qkv"), dtype)
-    signature = {f"{key}_pointer": value for key, value in pointers.items()} | dict.fromkeys(SIZES, "i32")
-    options = {key: value for key, value in options.items() if not key.isupper()}
-    return signature | {"scale": "fp32"}, constants, options
+FORWARD = ("window_attention_whole_kernel", "window_attention_blocked_kernel")
+SHIFTED = {"shift": True}
+PADDED = {"shift": True, "size": 30, "layout": "timm", "padding": True}
+LEAN = {"bias": False}
 
 
-SIZES = ("windows", "per_program", "height", "width", "shift_rows", "shift_columns")
-WHOLE_KERNELS = ("whole", "whole_backward")
-LARGE_KERNELS = ("blocked", "q_gradient", "kv_gradient", "bias_gradient")
+def launches(monkeypatch, capability, side, head_dim, dtype, shift=False, size=0, bias=True, padding=False, **more):
+    """(kernel, arguments by name) of what a forward and a backward pass with 4 heads would start on such a GPU."""
+    from triton.runtime.jit import JITFunction
+
+    from asvit_fast.kernels import window_attention as kernels
+
+    found = []
+    monkeypatch.setattr(JITFunction, "__getitem__", lambda kernel, grid: lambda **named: found.append((kernel, named)))
+    monkeypatch.setattr(kernels, "family_of", lambda device: str(capability))
+    size, channels, tokens = size or 4 * side, 12 * head_dim, side * side
+    qkv = torch.empty(2, size, size, channels, dtype=dtype, device="meta")
+    out, statistics = qkv.new_empty(*qkv.shape[:3], channels // 3), qkv.new_empty(2, *qkv.shape[:3], 4).float()
+    whole = tokens <= 64 and head_dim <= 32 and dtype != torch.float32
+    arguments = (4, [side, side], [side // 2] * 2 if shift else [0, 0], 1.0, more.get("layout", "masked"))
+    arguments += (torch.empty(4, tokens, tokens, device="meta") if bias else None,)
+    arguments += (qkv.new_empty(channels) if padding else None, qkv.new_empty(4) if more.get("attn_scale") else None)
+    kernels.window_attention(qkv, *arguments, None if whole else statistics)
+    wanted = [bias, padding, more.get("attn_scale", False)]
+    kernels.window_attention_backward(out, qkv, out, None if whole else statistics, *arguments, wanted)
+    assert [kernel.__name__ in FORWARD for kernel, _ in found] == [True] + [False] * (len(found) - 1)
+    return found
+
+
+def report_of(kernel, named, capability):
+    """What the kernel compiled for these arguments uses."""
+    from asvit_fast.kernels.inspection import compile_kernel
+
+    constants = {parameter.name: named[parameter.name] for parameter in kernel.params if parameter.is_constexpr}
+    options = {name: value for name, value in named.items() if name not in kernel.arg_names}
+    types = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+    signature = {}
+    for name in (name for name in kernel.arg_names if name not in constants):
+        value = named[name]
+        signature[name] = (
+            types[value.dtype] if isinstance(value, torch.Tensor) else {int: "i32", float: "fp32"}[type(value)]
+        )
+    return compile_kernel(kernel, signature, constants, capability, **options)
 
 
 @pytest.mark.parametrize(
-    ("names", "side", "head_dim", "dtype", "capability"),
+    ("side", "head_dim", "dtype", "capability", "settings"),
     [
-        (WHOLE_KERNELS, 7, 32, "*bf16", 90),
-        (WHOLE_KERNELS, 7, 8, "*bf16", 90),
-        (LARGE_KERNELS, 28, 45, "*bf16", 90),
-        (LARGE_KERNELS, 14, 32, "*bf16", 90),
-        (LARGE_KERNELS, 7, 16, "*fp32", 90),
-        (WHOLE_KERNELS, 7, 32, "*bf16", 80),
-        (WHOLE_KERNELS, 7, 32, "*bf16", 100),
+        (7, 32, torch.bfloat16, 90, SHIFTED),
+        (7, 8, torch.bfloat16, 90, LEAN),
+        (7, 32, torch.bfloat16, 90, PADDED),
+        (14, 8, torch.bfloat16, 90, SHIFTED | {"attn_scale": True}),
+        (14, 32, torch.float16, 90, PADDED),
+        (28, 45, torch.bfloat16, 90, LEAN),
+        (28, 45, torch.float32, 90, {}),
+        (7, 16, torch.float32, 90, {"layout": "grid"}),
+        (7, 32, torch.bfloat16, 80, SHIFTED),
+        (28, 8, torch.bfloat16, 80, LEAN),
+        (7, 32, torch.bfloat16, 100, SHIFTED),
+        (28, 8, torch.bfloat16, 100, LEAN),
     ],
 )
-def test_compiled(names, side, head_dim, dtype, capability):
-    """For GPUs that need not be there; on Hopper no register is spilled."""
-    from asvit_fast.kernels import window_attention, window_attention_large
-    from asvit_fast.kernels.inspection import compile_kernel
-
-    for name in names:
-        module = window_attention if name in WHOLE_KERNELS else window_attention_large
-        kernel = getattr(module, f"window_attention_{name}_kernel")
-        signature, constants, options = arguments_of(name, side, head_dim, dtype, capability)
-        report = compile_kernel(
-            kernel,
-            {key: value for key, value in signature.items() if key in kernel.arg_names},
-            {key: value for key, value in constants.items() if key in kernel.arg_names},
-            capability,
-            **options,
-        )
-        assert report.shared_bytes <= 99 * 1024, name  # of the smallest GPUs
-        if capability == 90:
-            assert report.spilled_bytes == 0, f"{name}: {report}"
+def test_compiled(monkeypatch, side, head_dim, dtype, capability, settings):
+    """For GPUs that need not be there: everything fits, and no register is spilled."""
+    for kernel, named in launches(monkeypatch, capability, side, head_dim, dtype, **settings):
+        report = report_of(kernel, named, capability)
+        assert report.shared_bytes <= 99 * 1024, report  # of the smallest GPUs
+        assert report.spilled_bytes == 0, report

@@ -76,8 +76,8 @@ KEPT_FROM = 96  # pixels of a patch in all channels, from which a CPU keeps the 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 Result = tuple[Tensor, Tensor]
-Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 # image, weight, bias, norm_weight, norm_bias
+Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 class Settings(NamedTuple):
@@ -90,6 +90,10 @@ class Settings(NamedTuple):
     eps: float
     products: torch.dtype
     dtype: torch.dtype
+
+
+def _working_type(image: Tensor) -> torch.dtype:
+    return torch.float64 if image.dtype == torch.float64 else torch.float32
 
 
 def _compiled(operands: Operands, settings: Settings, keep: bool) -> Result:
@@ -110,9 +114,12 @@ def _reference(operands: Sequence[Any], settings: Settings) -> Tensor:
 
 
 def _elementary(operands: Operands, settings: Settings, keep: bool) -> Result:
-    """The reference, with nothing kept for the backward pass."""
+    """The reference; what is to be kept is computed again, as whoever asked expects to get it."""
     tokens = _reference(operands, settings).contiguous()
-    return tokens, tokens.new_empty(0)
+    if not keep:
+        return tokens, tokens.new_empty(0)
+    unrounded = settings._replace(dtype=_working_type(operands[0]))
+    return tokens, _reference((*operands[:3], None, None), unrounded).contiguous()
 
 
 def _check_triton(operands: Operands) -> None:
@@ -169,8 +176,7 @@ def _output_shape(image: Tensor, weight: Tensor, stride: int, dilation: int, pad
 @_patch_embed.register_fake
 def _fake(image, weight, bias, norm_weight, norm_bias, stride, dilation, padding, eps, products, dtype, keep) -> Result:
     shape = _output_shape(image, weight, stride, dilation, padding)
-    working = torch.float64 if image.dtype == torch.float64 else torch.float32
-    kept = image.new_empty(shape if keep and image.device.type == "cpu" else [0], dtype=working)
+    kept = image.new_empty(shape if keep else [0], dtype=_working_type(image))
     return image.new_empty(shape, dtype=dtype), kept
 
 
@@ -353,20 +359,26 @@ def _types(image: Tensor, weight: Tensor, normalised: bool) -> tuple[torch.dtype
     return image.dtype, image.dtype
 
 
+@torch.compiler.assume_constant_result  # said while tracing
+def _say_too_wide() -> None:
+    backends.notify_once(
+        "patch_embed channels",
+        f"patch_embed of more than {MAXIMUM_CHANNELS} channels runs in elementary operations on a GPU",
+    )
+
+
 def _fuses(image: Tensor, weight: Tensor) -> bool:
     """Whether the fused op is for this call."""
     if image.numel() == 0 or weight.numel() == 0 or image.dtype not in _FLOATS or transform_active():
         return False
-    if backends.forced_backend() is not None:
+    if not torch.compiler.is_compiling() and backends.forced_backend() is not None:  # else the op asks when it runs
         return backends.select("patch_embed", image.device) is not _elementary
-    if image.device.type == "cuda" and weight.shape[0] > MAXIMUM_CHANNELS:
-        backends.notify_once(
-            "patch_embed channels",
-            f"patch_embed of {weight.shape[0]} channels runs in elementary operations on a GPU: its kernels have at "
-            f"most {MAXIMUM_CHANNELS}",
-        )
-        return False
-    return image.device.type == "cpu" or (image.device.type == "cuda" and image.dtype != torch.float64)
+    if image.device.type == "cuda":
+        if weight.shape[0] > MAXIMUM_CHANNELS:
+            _say_too_wide()
+            return False
+        return image.dtype != torch.float64
+    return image.device.type == "cpu"
 
 
 def _keeps(operands: Operands) -> bool:

@@ -181,19 +181,19 @@ def _fake(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels
 # --------------------------------------------------------------------------- autograd
 
 Parameters = list[Tensor | None]  # weight, norm_weight, norm_bias, bias
-CHUNK = 1 << 18  # numbers of the weight that are worked on together on a CPU
 
 
 def _vector_jacobian_product(
     kernel: int, stride: int, eps: float, channels_last: bool, present: list[bool]
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """(gradient of the output, x, and the parameters there are) -> gradients of the latter, through the reference:
-    differentiable in all of them."""
+    """(gradient of the output, x, weight, and what is ``present`` of norm_weight, norm_bias and bias) -> gradients of
+    all but the first, through the reference: differentiable in all of them."""
 
     def product(gradient: Tensor, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         def reference(x: Tensor, *parameters: Tensor) -> Tensor:
             given = iter(parameters)
-            weight, norm_weight, norm_bias, bias = (next(given) if there else None for there in present)
+            weight = next(given)
+            norm_weight, norm_bias, bias = (next(given) if there else None for there in present)
             return patch_merge_reference(
                 x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, _order(channels_last)
             )
@@ -201,25 +201,6 @@ def _vector_jacobian_product(
         return torch.func.vjp(reference, x, *parameters)[1](gradient)
 
     return product
-
-
-def _parameter_gradients(
-    product: Tensor, total: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of weight, norm_weight and norm_bias, from gradient^T x (x the normalised neighbourhoods) [Cout, features] and
-    the sum of the gradient [Cout]. ``product`` is used up."""
-    gain = norm_weight.to(product.dtype)  # [features]
-    shift = None if norm_bias is None else norm_bias.to(product.dtype)
-    to_gain, to_shift = torch.zeros_like(gain), torch.zeros_like(gain)
-    rows = max(1, CHUNK // product.shape[1]) if product.device.type == "cpu" else max(1, product.shape[0])
-    for part, other, sums in zip(product.split(rows), weight.split(rows), total.split(rows), strict=True):
-        wide = other.to(product.dtype)  # [rows, features]
-        to_gain += (wide * part).sum(0)
-        to_shift += sums @ wide
-        part.mul_(gain)
-        if shift is not None:  # no addr_, whose roundings depend on how many threads there are
-            part.add_(sums.outer(shift))
-    return product, to_gain, to_shift
 
 
 @torch.library.custom_op("asvit_fast::patch_merge_backward", mutates_args=())
@@ -244,27 +225,23 @@ def _patch_merge_backward(
     parameters: Parameters = [weight, norm_weight, norm_bias, bias]
     implementation = backends.select("patch_merge", x.device)
     if implementation is _elementary or statistics.numel() == 0:
-        vjp = _vector_jacobian_product(kernel, stride, eps, channels_last, [p is not None for p in parameters])
+        vjp = _vector_jacobian_product(kernel, stride, eps, channels_last, [p is not None for p in parameters[1:]])
         found = iter(vjp(gradient, x, *(p for p in parameters if p is not None)))
         gradients = [next(found), *(None if p is None else next(found) for p in parameters)]
-    else:
-        if implementation is _triton:
-            from asvit_fast.kernels.patch_merge_backward import patch_merge_backward
+    elif implementation is _triton:
+        from asvit_fast.kernels.patch_merge_backward import patch_merge_backward
 
-            _check_triton(x, weight)
-            to_x, product, total = patch_merge_backward(
-                gradient, x, output, statistics, weight, kernel, stride, norm_weight, norm_bias, bias, channels_last,
-                _padding(x, kernel, stride), to_input, to_parameters,
-            )  # fmt: skip
-        else:
-            _extension.extension()
-            to_x, product, total = torch.ops.asvit_fast_C.patch_merge_backward(
-                gradient, x, weight, statistics, kernel, stride, norm_weight, eps, channels_last,
-                _padding(x, kernel, stride), to_input, to_parameters,
-            )  # fmt: skip
-        gradients = [to_x, None, None, None, None]
-        if to_parameters:
-            gradients[1:] = *_parameter_gradients(product, total, weight, norm_weight, norm_bias), total
+        _check_triton(x, weight)
+        gradients = patch_merge_backward(
+            gradient, x, output, statistics, weight, kernel, stride, norm_weight, norm_bias, bias, channels_last,
+            _padding(x, kernel, stride), to_input, to_parameters,
+        )  # fmt: skip
+    else:
+        _extension.extension()
+        gradients = torch.ops.asvit_fast_C.patch_merge_backward(
+            gradient, x, weight, statistics, kernel, stride, norm_weight, norm_bias, eps, channels_last,
+            _padding(x, kernel, stride), to_input, to_parameters,
+        )  # fmt: skip
     asked = [to_input, *(to_parameters and p is not None for p in parameters)]
     return [
         new.to(old.dtype).contiguous() if wanted and new is not None and old is not None else x.new_empty(0)
@@ -318,19 +295,20 @@ def _setup_double(ctx, inputs, output: list[Tensor]) -> None:
 
 def _double_backward(ctx, cotangents: list[Tensor | None]):
     """In elementary operations, so that it can be differentiated again."""
-    gradient, x, *parameters = ctx.saved_tensors
-    present = [p is not None for p in parameters]
-    given = [p for p in parameters if p is not None]
-    asked = [ctx.to_input, *(ctx.to_parameters and there for there in present)]
+    kernel, stride, eps, channels_last = ctx.settings
+    gradient, x, weight, *vectors = ctx.saved_tensors
+    present = [vector is not None for vector in vectors]
+    asked = [ctx.to_input, ctx.to_parameters, *(ctx.to_parameters and there for there in present)]
     along = [
-        torch.zeros_like(old) if cotangent is None or not wanted else cotangent
-        for cotangent, wanted, old in zip(cotangents, asked, [x, *parameters], strict=True)
+        cotangent if wanted and cotangent is not None else torch.zeros_like(old)
+        for cotangent, wanted, old in zip(cotangents, asked, [x, weight, *vectors], strict=True)
         if old is not None
     ]
-    product = _vector_jacobian_product(*ctx.settings, present)
-    found = iter(torch.func.vjp(product, gradient, x, *given)[1](tuple(along)))
-    to_gradient, to_x = next(found), next(found)
-    to_weight, *to_vectors = (next(found) if there else None for there in present)
+    product = _vector_jacobian_product(kernel, stride, eps, channels_last, present)
+    given = [vector for vector in vectors if vector is not None]
+    found = iter(torch.func.vjp(product, gradient, x, weight, *given)[1](tuple(along)))
+    to_gradient, to_x, to_weight = next(found), next(found), next(found)
+    to_vectors = [next(found) if there else None for there in present]
     return to_gradient, to_x, None, None, to_weight, None, None, *to_vectors, None, None, None, None
 
 

@@ -307,7 +307,6 @@ def _window_attention_backward(
             for to, want in zip(_distribute(others, given), wanted, strict=True)
         ]
         return to_qkv.contiguous(), found[0], found[1], found[2]
-    nothing = qkv.new_empty(0)
     if implementation is _triton:
         from asvit_fast.kernels.window_attention import window_attention_backward
 

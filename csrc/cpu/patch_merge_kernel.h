@@ -133,6 +133,14 @@ inline int64_t offset_of(const Neighbourhoods& map, int64_t first_row, const Out
   return ((token.image * map.height + row - first_row) * map.width + column) * map.channels;
 }
 
+// `count` numbers, or zeros where there is nothing to copy from. For so few a call of memcpy takes longer.
+template <typename T>
+inline void copy(const T* from, int64_t count, T* to) {
+  int64_t i = 0;
+  for (; i + kLanes<T> <= count; i += kLanes<T>) store<T>(to + i, from ? load<T>(from + i) : Vector<T>{});
+  for (; i < count; ++i) to[i] = from ? from[i] : T(0);
+}
+
 template <typename T>
 void copy_neighbourhood(const PatchMerge<T>& problem, const OutputToken& token, T* to) {
   const Neighbourhoods& map = problem.map;
@@ -143,11 +151,7 @@ void copy_neighbourhood(const PatchMerge<T>& problem, const OutputToken& token, 
   };
   if (map.channels_last) {
     for (int64_t i = 0; i < taps; ++i, to += channels) {
-      if (const T* from = source(i % kernel, i / kernel)) {
-        std::memcpy(to, from, channels * sizeof(T));
-      } else {
-        std::memset(to, 0, channels * sizeof(T));
-      }
+      copy(source(i % kernel, i / kernel), channels, to);
     }
     return;
   }
@@ -310,6 +314,27 @@ void patch_merge_gradient(const PatchMerge<T>& problem, int64_t begin, int64_t e
   }
 }
 
+// One pass over the weight.
+template <typename T>
+void patch_merge_parameters(const PatchMergeParameters<T>& problem, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) problem.to_norm_weight[i] = problem.to_norm_bias[i] = T(0);
+  for (int64_t output = 0; output < problem.outputs; ++output) {
+    const T* weight = problem.weight + output * problem.features;
+    T* product = problem.to_weight + output * problem.features;
+    const T total = problem.total[output];
+    const auto step = [&](int64_t i, auto kind, auto put) {
+      const auto w = like<T>(kind, weight + i), p = like<T>(kind, product + i);
+      put(problem.to_norm_weight + i, like<T>(kind, problem.to_norm_weight + i) + w * p);
+      put(problem.to_norm_bias + i, like<T>(kind, problem.to_norm_bias + i) + w * total);
+      const auto scaled = p * like<T>(kind, problem.norm_weight + i);
+      put(product + i, problem.norm_bias ? scaled + like<T>(kind, problem.norm_bias + i) * total : scaled);
+    };
+    int64_t i = begin;
+    for (; i + kLanes<T> <= end; i += kLanes<T>) step(i, Vector<T>{}, [](T* to, Vector<T> x) { store<T>(to, x); });
+    for (; i < end; ++i) step(i, T(0), [](T* to, T x) { *to = x; });
+  }
+}
+
 }  // namespace
 }  // namespace asvit_fast
 
@@ -328,4 +353,10 @@ void patch_merge_gradient(const PatchMerge<T>& problem, int64_t begin, int64_t e
   void patch_merge_gradient_f64(const PatchMerge<double>& problem, int64_t begin, int64_t end, const double* rows, \
                                 const double* gradients, double* workspace, double* to_tokens) {                   \
     patch_merge_gradient(problem, begin, end, rows, gradients, workspace, to_tokens);                              \
+  }                                                                                                                \
+  void patch_merge_parameters_f32(const PatchMergeParameters<float>& problem, int64_t begin, int64_t end) {        \
+    patch_merge_parameters(problem, begin, end);                                                                   \
+  }                                                                                                                \
+  void patch_merge_parameters_f64(const PatchMergeParameters<double>& problem, int64_t begin, int64_t end) {       \
+    patch_merge_parameters(problem, begin, end);                                                                   \
   }

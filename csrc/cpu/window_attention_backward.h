@@ -13,16 +13,12 @@
 namespace asvit_fast {
 namespace {
 
+// In the order in which dp is summed: where one weight is 1, dp - <g, y> is then exactly 0, and not the rounding error
+// of two large numbers.
 template <typename T>
 inline T dot(const T* a, const T* b, int64_t size) {
   T sum = T(0);
-  in_widths<T>(size, [&](int64_t i, auto width) {
-    if constexpr (width() == kLanes<T>) {
-      sum += total<T>(load<T>(a + i) * load<T>(b + i));
-    } else {
-      for (int j = 0; j < width(); ++j) sum += a[i + j] * b[i + j];
-    }
-  });
+  for (int64_t i = 0; i < size; ++i) sum += a[i] * b[i];
   return sum;
 }
 
@@ -41,12 +37,12 @@ void pack_gradient(const WindowAttentionBackward<T>& problem, const TokenWindow&
   }
 }
 
-// What a group of queries knows from the forward pass; padding gets the weight 0. Returns the sum of <g, M>.
+// What a group of queries knows from the forward pass; padding gets the weight 0. `products` start with -<g, M>.
 template <typename T>
-T read_group(const WindowAttention<T>& forward, const TokenWindow& window, int64_t head, int64_t first, int64_t count,
-             const BackwardMemory<T>& memory) {
+void read_group(const WindowAttention<T>& forward, const TokenWindow& window, int64_t head, int64_t first,
+                int64_t count, const BackwardMemory<T>& memory) {
   const int64_t size = forward.head_dim, statistics = map_tokens(forward) * forward.heads;
-  T sum = T(0);
+  fill(memory.products, kGroup, T(0));
   for (int64_t i = 0; i < count; ++i) {
     const Token& token = window.tokens[first + i];
     if (token.is_padding()) {
@@ -62,9 +58,8 @@ T read_group(const WindowAttention<T>& forward, const TokenWindow& window, int64
     if (!forward.attn_scale) continue;
     const T mean = dot(gradient, memory.means + token.region * memory.padded_dim, size);
     memory.delta[i] += forward.attn_scale[head] * mean;
-    sum += mean;
+    memory.products[i] = -mean;
   }
-  return sum;
 }
 
 // Scores and dp of a group and a tile to weights and gradients of scores; p dp is added to `products`.
@@ -76,7 +71,7 @@ void differentiate_tile(T attn_factor, int64_t count, int64_t keys, const Backwa
     Vector<T> sum = load<T>(memory.products + i);
     for (int64_t key = 0; key < keys; ++key) {
       T *weights = memory.weights + key * kGroup + i, *scores = memory.scores + key * kGroup + i;
-      const Vector<T> p = exp2_negative(load<T>(weights) - most) * inverse, dp = load<T>(scores);
+      const Vector<T> p = weight_of(load<T>(weights) - most) * inverse, dp = load<T>(scores);
       sum += p * dp;
       store<T>(weights, p);
       store<T>(scores, p * (attn_factor * dp - delta));
@@ -163,40 +158,74 @@ void add_products(int64_t size, bool components, int64_t first, int64_t count, i
               keys, size, count);
 }
 
+// The window and head that come next: what they read and write is asked for while there is something to compute.
+template <typename T>
+struct UpcomingGradient {
+  const WindowAttentionBackward<T>& problem;
+  const TokenWindow& window;
+  int64_t head;
+
+  [[gnu::always_inline]] void fetch_operands() const {
+    const WindowAttention<T>& forward = problem.forward;
+    for (int64_t part = 0; part < 3; ++part)
+      fetch<0>(forward.qkv, window, 0, window.count, (part * forward.heads + head) * forward.head_dim,
+               forward.head_dim);
+  }
+
+  [[gnu::always_inline]] void fetch_outputs() const {
+    const WindowAttention<T>& forward = problem.forward;
+    const int64_t size = forward.head_dim;
+    fetch<0>(problem.gradient, window, 0, window.count, head * size, size);
+    fetch<0>(contiguous_map(forward.rows, forward.columns, forward.heads * size, forward.output), window, 0,
+             window.count, head * size, size);
+  }
+
+  [[gnu::always_inline]] void fetch_gradients() const {
+    const WindowAttention<T>& forward = problem.forward;
+    const int64_t size = forward.head_dim;
+    const TokenMap<T> map = contiguous_map(forward.rows, forward.columns, 3 * forward.heads * size, problem.to_qkv);
+    for (int64_t part = 0; part < 3; ++part)
+      fetch<1>(map, window, 0, window.count, (part * forward.heads + head) * size, size);
+  }
+};
+
 // A group of queries against all keys of their window.
 template <typename T>
 void differentiate_group(const WindowAttentionBackward<T>& problem, const TokenWindow& window, int64_t task,
-                         int64_t first, int64_t count, const BackwardMemory<T>& memory) {
+                         int64_t first, int64_t count, const UpcomingGradient<T>& next,
+                         const BackwardMemory<T>& memory) {
   const WindowAttention<T>& forward = problem.forward;
   const int64_t size = forward.head_dim, head = task % forward.heads, tokens = window_tokens(forward);
   const bool components = lanes_are_components<T>(tokens, size);
   turn_to_columns(memory.queries + first * size, count, size, forward.scale, memory.query_columns);
   turn_to_columns(memory.gradients + first * size, count, size, T(1), memory.gradient_columns);
-  const T means = read_group(forward, window, head, first, count, memory);
-  fill(memory.products, kGroup, T(0));
+  read_group(forward, window, head, first, count, memory);
   for (int64_t key = 0; key < window.count; key += kKeyTile) {
     const int64_t keys = window.count - key < kKeyTile ? window.count - key : kKeyTile;
     const Base<T> base = score_base(forward, window, head, first, count, key, keys, memory.base);
     score_tile(memory.keys + key * size, memory.query_columns, size, count, keys, base, memory.weights);
+    if (first + key == 0) next.fetch_operands();
     score_tile(memory.values + key * size, memory.gradient_columns, size, count, keys, {}, memory.scores);
+    if (first + key == 0) next.fetch_outputs();
     differentiate_tile(T(1) + (forward.attn_scale ? forward.attn_scale[head] : T(0)), count, keys, memory);
     add_products(size, components, first, count, key, keys, memory);
+    if (first + key == 0) next.fetch_gradients();
     if (problem.to_bias)
       add_bias_gradient(window, tokens, first, count, key, keys, memory.scores,
                         problem.to_bias + task * tokens * tokens);
   }
   if (!components) turn_to_rows(memory.column_sums, count, size, memory.padded_dim, memory.to_queries);
-  write_gradient<T>(problem, window, task, 0, first, count, forward.scale / T(kLog2E), nullptr, memory.padded_dim,
+  write_gradient<T>(problem, window, task, 0, first, count, forward.scale, nullptr, memory.padded_dim,
                     memory.to_queries);
   if (!problem.to_attn_scale) return;
-  T sum = -means;
+  double sum = 0.;
   for (int64_t i = 0; i < count; ++i) sum += memory.products[i];
-  problem.to_attn_scale[task] += sum;
+  problem.to_attn_scale[task] += static_cast<T>(sum);
 }
 
 template <typename T>
 void differentiate_window(const WindowAttentionBackward<T>& problem, const TokenWindow& window, int64_t task,
-                          const BackwardMemory<T>& memory) {
+                          const UpcomingGradient<T>& next, const BackwardMemory<T>& memory) {
   const WindowAttention<T>& forward = problem.forward;
   const int64_t size = forward.head_dim, padded_dim = memory.padded_dim, head = task % forward.heads;
   const T attn_scale = forward.attn_scale ? forward.attn_scale[head] : T(0);
@@ -205,9 +234,8 @@ void differentiate_window(const WindowAttentionBackward<T>& problem, const Token
   if (forward.attn_scale) mean_regions(window, memory.values, size, padded_dim, T(1), memory.means);
   for (int64_t first = 0; first < window.count; first += kGroup)
     differentiate_group(problem, window, task, first, window.count - first < kGroup ? window.count - first : kGroup,
-                        memory);
-  write_gradient<T>(problem, window, task, 1, 0, window.count, forward.scale / T(kLog2E), nullptr, padded_dim,
-                    memory.to_keys);
+                        next, memory);
+  write_gradient<T>(problem, window, task, 1, 0, window.count, forward.scale, nullptr, padded_dim, memory.to_keys);
   if (forward.attn_scale) mean_regions(window, memory.gradients, size, padded_dim, attn_scale, memory.means);
   write_gradient<T>(problem, window, task, 2, 0, window.count, T(1) + attn_scale,
                     forward.attn_scale ? memory.means : nullptr, padded_dim, memory.to_values);
@@ -218,11 +246,18 @@ void window_attention_backward(const WindowAttentionBackward<T>& problem, int64_
   Arena arena(bytes);
   const WindowAttention<T>& forward = problem.forward;
   const BackwardMemory<T> memory(forward, arena);
-  const int64_t windows = window_count(forward);
+  Windows<T> windows(forward, memory.tokens);
+  const int64_t count = window_count(forward);
+  const auto first_of = [&](int64_t task) { return count * (task / forward.heads) / problem.pieces; };
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t piece = task / forward.heads;
-    for (int64_t index = windows * piece / problem.pieces; index < windows * (piece + 1) / problem.pieces; ++index)
-      differentiate_window(problem, window_at(forward, index, memory.tokens), task, memory);
+    const int64_t last = first_of(task + forward.heads) - 1;
+    for (int64_t index = first_of(task); index <= last; ++index) {
+      const int64_t following_task = index < last || task + 1 == end ? task : task + 1;
+      const int64_t following = index < last ? index + 1 : first_of(following_task);
+      const TokenWindow& window = windows.at(index);
+      const TokenWindow& next = windows.next(index, following);
+      differentiate_window<T>(problem, window, task, {problem, next, following_task % forward.heads}, memory);
+    }
   }
 }
 

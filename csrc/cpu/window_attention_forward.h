@@ -11,22 +11,23 @@
 namespace asvit_fast {
 namespace {
 
-// Rounding to n and exponent bits as in vector.h, the bias of the exponent in the number that rounds. The polynomial is
-// 2^x to 1e-7 on -1/2 <= x <= 1/2 (minimax, 1 at 0).
-inline Vector<float> exp2_negative(Vector<float> x) {
+// The weight exp(x) of a score x <= 0, less the row's maximum, as 2^n 2^r: rounding to n and exponent bits as in
+// vector.h, the bias of the exponent in the number that rounds. The polynomial is 2^r to 1e-7 on -1/2 <= r <= 1/2
+// (minimax, 1 at 0). The maximum's own weight is exactly 1.
+inline Vector<float> weight_of(Vector<float> x) {
   constexpr float coefficients[] = {1.f, 0.69314698f, 0.24022242f, 0.055507337f, 0.0096715128f, 0.0013264727f};
-  constexpr float rounding = 12582912.f + 127.f, lowest = -127.f;  // 2^lowest, no normal number, is 0
+  constexpr float rounding = 12582912.f + 127.f, log2_e = 1.44269504f, lowest = -88.02969f;  // below, it is 0
   x = lowest > x ? broadcast<float>(lowest) : x;
-  const Vector<float> shifted = x + rounding;
+  const Vector<float> shifted = x * log2_e + rounding;
   VectorOf<float>::Bits bits;
   std::memcpy(&bits, &shifted, sizeof bits);
   bits = bits << 23;
   Vector<float> power;
   std::memcpy(&power, &bits, sizeof power);
-  return polynomial<float>(coefficients, x - (shifted - rounding)) * power;
+  return polynomial<float>(coefficients, x * log2_e - (shifted - rounding)) * power;
 }
 
-inline Vector<double> exp2_negative(Vector<double> x) { return exp_negative<double>(x * 0.6931471805599453094); }
+inline Vector<double> weight_of(Vector<double> x) { return exp_negative<double>(x); }
 
 template <typename T>
 constexpr T kLowest = sizeof(T) == sizeof(float) ? T(-3e38) : T(-1e308);  // below any score but -infinity
@@ -43,7 +44,7 @@ struct Base {
   int64_t row;
 };
 
-// to [key][kGroup queries] = log2(e) * the bias of `count` queries from `query` on and `keys` keys from `key` on.
+// to [key][kGroup queries] = the bias of `count` queries from `query` on and `keys` keys from `key` on.
 template <typename T>
 void turn_bias(const T* bias, int64_t tokens, int64_t query, int64_t count, int64_t key, int64_t keys, T* to) {
   for (int64_t i = 0; i < count; i += kLanes<T>) {
@@ -58,7 +59,7 @@ void turn_bias(const T* bias, int64_t tokens, int64_t query, int64_t count, int6
       transpose<T>(block);
 #pragma GCC unroll 16
       for (int k = 0; k < kLanes<T>; ++k)
-        if (k < width()) store<T>(to + (j + k) * kGroup + i, T(kLog2E) * block[k]);
+        if (k < width()) store<T>(to + (j + k) * kGroup + i, block[k]);
     });
   }
 }
@@ -79,10 +80,9 @@ Base<T> score_base(const WindowAttention<T>& problem, const TokenWindow& window,
     const Token& token = window.tokens[key + i];
     T* at = to + i * kGroup;
     for (int64_t j = 0; j < count && !bias; ++j) at[j] = T(0);
-    for (int64_t j = 0; j < count && !window.whole; ++j)
-      at[j] = T(kLog2E) * bias[queries[j].place * tokens + token.place];
+    for (int64_t j = 0; j < count && !window.whole; ++j) at[j] = bias[queries[j].place * tokens + token.place];
     for (int64_t j = 0; j < count && window.regions; ++j)
-      at[j] += queries[j].region == token.region ? T(0) : T(kRegionScore * kLog2E);
+      at[j] += queries[j].region == token.region ? T(0) : T(kRegionScore);
   }
   return {to, kGroup};
 }
@@ -108,11 +108,11 @@ void weigh(T* scores, int64_t count, int64_t keys, T* maximum, T* total, T* fact
     const Vector<T> most = maximum_of<T>(maximum_of<T>(largest[0], largest[1]), maximum_of<T>(largest[2], largest[3]));
     Vector<T> sum = {};
     for (key = 0; key < keys; ++key) {
-      const Vector<T> weight = exp2_negative(load<T>(scores + key * kGroup + i) - most);
+      const Vector<T> weight = weight_of(load<T>(scores + key * kGroup + i) - most);
       store<T>(scores + key * kGroup + i, weight);
       sum += weight;
     }
-    const Vector<T> decay = exp2_negative(before - most);
+    const Vector<T> decay = weight_of(before - most);
     store<T>(maximum + i, most);
     store<T>(factor + i, decay);
     store<T>(total + i, decay * load<T>(total + i) + sum);
@@ -205,8 +205,8 @@ struct Upcoming {
     const int64_t channels = problem.heads * problem.head_dim, all = parts * problem.heads;
     const int64_t begin = window.count * (head * parts + part) / all,
                   end = window.count * (head * parts + part + 1) / all;
-    fetch<0>(problem.qkv, window, begin, end, 3 * channels);
-    fetch<1>(contiguous_map(problem.rows, problem.columns, channels, problem.output), window, begin, end, channels);
+    fetch<0>(problem.qkv, window, begin, end, 0, 3 * channels);
+    fetch<1>(contiguous_map(problem.rows, problem.columns, channels, problem.output), window, begin, end, 0, channels);
   }
 };
 
@@ -253,7 +253,7 @@ void window_attention(const WindowAttention<T>& problem, int64_t begin, int64_t 
   int64_t ready = -1;  // whose operands are packed
   for (int64_t index = begin; index < end; ++index) {
     const int64_t first = index % units * kUnit, task = index / units, head = task % problem.heads;
-    const TokenWindow& window = windows[task / problem.heads];
+    const TokenWindow& window = windows.at(task / problem.heads);
     if (first >= window.count) continue;
     if (task != ready) {
       ready = task;
@@ -262,7 +262,8 @@ void window_attention(const WindowAttention<T>& problem, int64_t begin, int64_t 
         mean_regions(window, memory.values, problem.head_dim, memory.padded_dim, T(1), memory.means);
     }
     const int64_t following = task / problem.heads + 1;
-    const Upcoming<T> next = {problem, windows[following < count ? following : count - 1], head};
+    const Upcoming<T> next = {problem, windows.next(task / problem.heads, following < count ? following : count - 1),
+                              head};
     const int64_t last = first + kUnit < window.count ? first + kUnit : window.count;
     for (int64_t query = first; query < last; query += kGroup)
       attend_group(problem, window, head, query, last - query < kGroup ? last - query : kGroup, next, memory);

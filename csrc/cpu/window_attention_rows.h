@@ -24,16 +24,16 @@ inline void copy_row(const T* from, int64_t size, T* to) {
   in_widths<T>(size, [&](int64_t i, auto width) { std::memcpy(to + i, from + i, width() * sizeof(T)); });
 }
 
-// Asks for all `channels` of the tokens begin <= i < end, to be read or written. Inlined at all events: GCC drops calls
-// of a function that does nothing else.
+// Asks for the channels offset <= j < offset + size of the tokens begin <= i < end, to be read or written. Inlined at
+// all events: GCC drops calls of a function that does nothing else.
 template <int write, typename T>
 [[gnu::always_inline]] inline void fetch(const TokenMap<T>& map, const TokenWindow& window, int64_t begin, int64_t end,
-                                         int64_t channels) {
+                                         int64_t offset, int64_t size) {
   constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
   for (int64_t i = begin; i < end; ++i) {
     if (window.tokens[i].is_padding()) continue;
-    const T* row = map.data + token_offset(map, window, window.tokens[i]);
-    for (int64_t j = 0; j < channels; j += line) __builtin_prefetch(row + j, write, 2);
+    const T* row = map.data + token_offset(map, window, window.tokens[i]) + offset;
+    for (int64_t j = 0; j < size; j += line) __builtin_prefetch(row + j, write, 3);
   }
 }
 
@@ -58,26 +58,35 @@ inline TokenMap<T> contiguous_map(const WindowAxis& rows, const WindowAxis& colu
   return {data, rows.size * columns.size * channels, columns.size * channels, channels};
 }
 
-// The tokens of the window at hand and of the next one.
+// The tokens of the window at hand and of the one to come.
 template <typename T>
 class Windows {
  public:
   Windows(const WindowAttention<T>& problem, Token* tokens) : problem_(problem), tokens_(tokens) {}
 
-  const TokenWindow& operator[](int64_t index) {
-    const int slot = index % 2;
-    if (known_[slot] != index) {
-      known_[slot] = index;
-      windows_[slot] = window_at(problem_, index, tokens_ + slot * window_tokens(problem_));
-    }
-    return windows_[slot];
+  const TokenWindow& at(int64_t index) { return windows_[slot_of(index)]; }
+
+  // Leaves the window `index` as it is.
+  const TokenWindow& next(int64_t index, int64_t following) {
+    kept_ = slot_of(index);
+    return windows_[slot_of(following)];
   }
 
  private:
+  int slot_of(int64_t index) {
+    for (int slot = 0; slot < 2; ++slot)
+      if (known_[slot] == index) return slot;
+    const int slot = 1 - kept_;
+    known_[slot] = index;
+    windows_[slot] = window_at(problem_, index, tokens_ + slot * window_tokens(problem_));
+    return slot;
+  }
+
   const WindowAttention<T>& problem_;
   Token* tokens_;
   TokenWindow windows_[2] = {};
   int64_t known_[2] = {-1, -1};
+  int kept_ = 0;
 };
 
 // to [component][kGroup queries] = factor * rows [query][size], in whole vectors both ways.

@@ -1,0 +1,23 @@
+"""Matrix products of tiles."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr):
+    """a [M, K] @ b [K, N] -> float32. The interpreter's product does not know bfloat16."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+def precision() -> str:
+    """Of float32 products: three TF32 products have float32's accuracy; one, if torch's own matmul may use TF32."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"

@@ -119,8 +119,11 @@ def _prepared(model: nn.Module, mode: str, fast: bool, dtype: torch.dtype | None
     """A copy to run: accelerated or restored, in `dtype`, without dropout."""
     try:
         copied = restore(copy.deepcopy(model))
-    except RuntimeError as error:
-        raise InputError(f"verify: the model cannot be copied ({error}); verify it before it has run") from error
+    except Exception as error:  # whatever its modules raise
+        what = f"{type(error).__name__}: {error}"
+        raise InputError(
+            f"verify: the model cannot be copied ({what}): call it before sharding and training"
+        ) from error
     if fast:
         accelerate(copied)
     copied.train(mode == "train")

@@ -12,62 +12,22 @@ import warnings
 from collections.abc import Iterator
 
 import pytest
-import timm
 import torch
 import torch.distributed as dist
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from timm.utils import ModelEmaV3
+from tiny_swin import SIZE, block, classes, close, images, is_fast, swin
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import asvit_fast as af
 from asvit_fast import backends
-from asvit_fast.nn.replacement import Replacement
-
-SIZE = 44  # maps of 11 x 11 and 6 x 6 tokens: windows of 4 do not divide them
 
 
 @pytest.fixture(autouse=True)
 def nothing_said_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_notified", set())
-
-
-def swin(**kwargs) -> nn.Module:
-    torch.manual_seed(0)
-    options = {
-        "embed_dim": 16,
-        "depths": (2, 2),
-        "num_heads": (2, 4),
-        "num_classes": 3,
-        "window_size": 4,
-        "drop_path_rate": 0.0,
-    }
-    model = timm.create_model("swin_tiny_patch4_window7_224", img_size=SIZE, **options | kwargs)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.add_((1.0 if "bias_table" in name else 0.1) * torch.randn_like(parameter))
-    return model
-
-
-def images(count: int = 2) -> Tensor:
-    return torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
-
-
-def classes(model: nn.Module) -> list[type]:
-    return [type(module) for module in model.modules()]
-
-
-def is_fast(model: nn.Module) -> bool:
-    return any(isinstance(module, Replacement) for module in model.modules())
-
-
-def block(model: nn.Module) -> SwinTransformerBlock:
-    return model.get_submodule("layers.0.blocks.1")
-
-
-def close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 # --------------------------------------------------------------------------- what stays as it is
@@ -417,6 +377,12 @@ def test_attention_dropout_is_torchs_with_the_same_mask_and_said_once(monkeypatc
         model.train()(images())
 
 
+def test_package_of_another_version_is_left_with_the_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "asvit_fast.nn.swin", None)
+    found = reasons(swin())
+    assert "this version of its package is not known" in found["layers.0.blocks.0"]
+
+
 def test_report_prints_and_serialises():
     model = swin()
     block(model).attn.register_forward_hook(lambda m, args, output: None)
@@ -429,72 +395,3 @@ def test_report_prints_and_serialises():
     assert text.endswith("30 modules accelerated, 2 of known classes left")
     assert json.loads(json.dumps(report.to_dict()))["swapped"] == 30
     assert "no module of a known class" in str(af.accelerate(nn.Conv2d(2, 2, 1)))
-
-
-# --------------------------------------------------------------------------- verify
-
-
-def test_verify_leaves_the_model_as_it_is(capsys):
-    model = swin(drop_path_rate=0.5, proj_drop_rate=0.2, attn_drop_rate=0.2)
-    block(model).eval()
-    af.accelerate(model)
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    kinds, flags, random = classes(model), [m.training for m in model.modules()], torch.get_rng_state()
-    result = af.verify(model, images())
-    assert result.ok, result.table()
-    assert classes(model) == kinds and [m.training for m in model.modules()] == flags
-    assert torch.equal(torch.get_rng_state(), random)
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert "all differences are rounding" in capsys.readouterr().out
-    names = {d.name for d in result.differences}
-    assert {"output", "gradient of input", "gradient of layers.0.blocks.1.attn.relative_position_bias_table"} <= names
-    json.dumps(result.to_dict())
-
-
-@pytest.mark.parametrize("error", ["padding", "bias", "gradient", "slight"])
-def test_verify_finds_errors(error, monkeypatch):
-    swin_module = sys.modules["asvit_fast.nn.swin"]
-    right = swin_module.window_attention
-
-    def wrong(qkv, heads, window, shift, bias, scale, dropout, layout, padding):
-        bias = {"bias": bias.transpose(1, 2), "gradient": bias.detach()}.get(error, bias)
-        padding = None if error == "padding" else padding
-        scale = scale * (1 + 1e-4) if error == "slight" else scale
-        return right(qkv, heads, window, shift, bias, scale, dropout, layout, padding)
-
-    monkeypatch.setattr(swin_module, "window_attention", wrong)
-    result = af.verify(swin(), images(), rows=0)
-    assert not result.ok
-    assert "MORE THAN ROUNDING" in result.table() and "differ by more than rounding" in result.table()
-    if error == "gradient":
-        assert {d.name.rpartition(".")[2] for d in result.differences if not d.rounding} == {
-            "relative_position_bias_table"
-        }
-
-
-def test_verify_takes_losses_several_inputs_and_outputs():
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = swin()
-
-        def forward(self, x, factor, flag=True):
-            y = self.net(x) * factor
-            return {"y": y, "pair": (y + 1, torch.arange(3))} if flag else y
-
-    sample = {"x": images(), "factor": torch.tensor(2.0)}
-    result = af.verify(Two(), sample, rows=0, reference=None)
-    names = {d.name for d in result.differences}
-    assert result.ok and {"output.y", "output.pair.0", "output.pair.1", "gradient of input.factor"} <= names
-    result = af.verify(
-        Two(), (images(), torch.tensor(2.0), False), loss=lambda y: y.square().mean(), modes=("eval",), rows=0
-    )
-    assert result.ok and {d.mode for d in result.differences} == {"eval"}
-    assert {d.name for d in af.verify(Two(), sample, gradients=False, rows=0).differences} == {
-        "output.y",
-        "output.pair.0",
-        "output.pair.1",
-    }
-    with pytest.raises(af.InputError, match="modes are"):
-        af.verify(Two(), sample, modes=("test",))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
+import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -271,3 +273,16 @@ def test_authors_code(dtype):
     }
     result = af.verify(model, image(64, dtype), rows=0)
     assert result.ok, result.table()
+
+
+def test_authors_code_is_copied_pickled_and_restored():
+    """Its replacements are classes made at run time."""
+    model = prepared(authors_model).eval()
+    before, expected = [type(module) for module in model.modules()], model(image(64))
+    af.accelerate(model)
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    assert [type(module) for module in twin.modules()] == [type(module) for module in model.modules()]
+    assert torch.equal(twin(image(64)), model(image(64)))
+    af.restore(twin)
+    assert [type(module) for module in twin.modules()] == before
+    assert torch.equal(twin(image(64)), expected)

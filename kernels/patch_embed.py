@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .tiles import block, choose, family_of
-from .window_tiles import dot
+from .products import dot, precision
 
 PROGRAMS = 1024  # that a sum over tokens is cut into: a few for every multiprocessor
 MAXIMUM_CHANNEL_BLOCK = 128  # of the weight's gradient
@@ -341,7 +341,6 @@ def _shared_arguments(
     rows = (height + padding[2] + padding[3] - span) // stride + 1
     columns = (width + padding[0] + padding[1] - span) // stride + 1
     names = ("batch_stride", "channel_stride", "row_stride", "column_stride")
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return dict(zip(names, image.stride(), strict=True)) | {
         "tokens": batch * rows * columns,
         "rows": rows,
@@ -358,7 +357,7 @@ def _shared_arguments(
         "CHANNELS": channels,
         "PADDED": any(padding),
         "PRODUCTS": TRITON_TYPES[products],
-        "PRECISION": "tf32" if tf32 else "tf32x3",  # of float32: three products have its accuracy
+        "PRECISION": precision(),
     }
 
 

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .products import precision
+
 # integers whose value or divisibility must not compile another kernel: maps and batches change during training
 SIZES = ("windows", "per_program", "height", "width", "shift_rows", "shift_columns")
 
@@ -78,8 +80,7 @@ def shape_of(
         biased=bias is not None,
         scaled=attn_scale is not None,
         wide=height * width * channels >= 2**31,
-        # three TF32 products have float32's accuracy; one, if torch's own matmul may use TF32
-        precision="tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3",
+        precision=precision(),
     )
 
 

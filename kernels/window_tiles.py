@@ -8,9 +8,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .products import dot
+
 LOG2E = tl.constexpr(1.4426950408889634)
 REGION_SCORE = tl.constexpr(-100.0)  # where padding is attended, this on scores of tokens of different regions
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 # --------------------------------------------------------------------------- tiles in and out
 
@@ -84,15 +85,6 @@ def load_table(pointer, rows, columns, ROW: tl.constexpr, COLUMN: tl.constexpr, 
 
 
 @triton.jit
-def dot(a, b, SHAPE: tl.constexpr):
-    """a [M, K] @ b [K, N] -> float32. The interpreter's product does not know bfloat16."""
-    if INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, input_precision=SHAPE.precision)
-
-
-@triton.jit
 def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return tl.zeros([ROWS, COLUMNS], dtype=tl.float32)  # Triton 3.6 takes no element of a tuple in a list
 
@@ -109,9 +101,9 @@ def zeros(ROWS: tl.constexpr, SHAPE: tl.constexpr):
 @triton.jit
 def inner(a, b, SHAPE: tl.constexpr):
     """Tiles of M and N tokens -> [M, N], products over the channels."""
-    product = dot(a[0], tl.trans(b[0]), SHAPE)
+    product = dot(a[0], tl.trans(b[0]), SHAPE.precision)
     if len(SHAPE.parts) == 2:
-        product += dot(a[1], tl.trans(b[1]), SHAPE)
+        product += dot(a[1], tl.trans(b[1]), SHAPE.precision)
     return product
 
 
@@ -120,7 +112,7 @@ def combine(weights, tile, SHAPE: tl.constexpr):
     """weights [M, N] @ a tile of N tokens -> a tile of M tokens, float32."""
     result = ()
     for part in tl.static_range(len(SHAPE.parts)):
-        result += (dot(weights.to(tile[part].dtype), tile[part], SHAPE),)
+        result += (dot(weights.to(tile[part].dtype), tile[part], SHAPE.precision),)
     return result
 
 
@@ -129,7 +121,7 @@ def combine_transposed(weights, tile, SHAPE: tl.constexpr):
     """The same with weights [N, M]."""
     result = ()
     for part in tl.static_range(len(SHAPE.parts)):
-        result += (dot(tl.trans(weights.to(tile[part].dtype)), tile[part], SHAPE),)
+        result += (dot(tl.trans(weights.to(tile[part].dtype)), tile[part], SHAPE.precision),)
     return result
 
 

@@ -94,7 +94,7 @@ FAMILIES: tuple[Family, ...] = (
     *_timm("pvt_v2", ("OverlapPatchEmbed", "embedding.FastOverlapPatchEmbed", EMBED, "PVT-V2-B0 1.2x, 1.0x")),
     *_timm("convnext", ("ConvNeXt", None, "its stem: below 1 percent of the network's time")),
     Family("timm.layers.patch_embed.PatchEmbed", "embedding.FastPatchEmbed", EMBED, "the module 2x, 1x"),
-    Family("timm.layers.mlp.Mlp", "mlp.FastMlp", PARTS, "25,088 tokens of 96 channels 1.6x, -"),
+    Family("timm.layers.mlp.Mlp", "mlp.FastMlp", PARTS, "25,088 tokens of 96 channels 2.5x, -"),
     Family("torch.nn.modules.linear.Linear", "fast_linear.FastLinear", PRODUCT, "ViT-S 1.6x, 1.3x", optional=True),
     *_torchvision(
         (

@@ -53,7 +53,7 @@ POST_NORM = "it normalises after the projection: nothing to fuse"
 FAMILIES: tuple[Family, ...] = (
     *_timm(
         "swin_transformer",
-        ("SwinTransformerBlock", "swin.FastSwinTransformerBlock", ATTENTION, "Swin-T 2.2x, 1.5x; Swin-S3-T 2.1x, 1.6x"),
+        ("SwinTransformerBlock", "swin.FastSwinTransformerBlock", ATTENTION, "Swin-T 2.2x, 1.7x; Swin-S3-T 2.1x, 1.6x"),
         ("WindowAttention", "swin.FastWindowAttention", INSIDE),
         ("PatchMerging", "merging.FastPatchMerging", MERGE, "the module 6x, 1.4x"),
     ),
@@ -94,7 +94,7 @@ FAMILIES: tuple[Family, ...] = (
     *_timm("pvt_v2", ("OverlapPatchEmbed", "embedding.FastOverlapPatchEmbed", EMBED, "PVT-V2-B0 1.2x, 1.0x")),
     *_timm("convnext", ("ConvNeXt", None, "its stem: below 1 percent of the network's time")),
     Family("timm.layers.patch_embed.PatchEmbed", "embedding.FastPatchEmbed", EMBED, "the module 2x, 1x"),
-    Family("timm.layers.mlp.Mlp", "mlp.FastMlp", PARTS, "25,088 tokens of 96 channels 1.6x, -"),
+    Family("timm.layers.mlp.Mlp", "mlp.FastMlp", PARTS, "25,088 tokens of 96 channels 2.5x, -"),
     Family("torch.nn.modules.linear.Linear", "fast_linear.FastLinear", PRODUCT, "ViT-S 1.6x, 1.3x", optional=True),
     *_torchvision(
         (

@@ -24,10 +24,10 @@ from .window_attention_large_backward import (
 )
 from .window_geometry import SIZES, Shape, inputs_of, locate, place, shape_of
 from .window_tiles import (
-    LOG2E,
     allowed,
     combine,
     combine_transposed,
+    exp,
     finite,
     inner,
     load,
@@ -86,7 +86,7 @@ def window_attention_whole_kernel(
         v = load_projection(inputs, tokens, 2, SHAPE)
         scores = scores_of(q, k, tokens, tokens, table, scale, SHAPE.tokens < BLOCK, SHAPE)
         largest = finite(tl.max(scores, 1))
-        weights = tl.exp2(scores * LOG2E - (largest * LOG2E)[:, None])  # [BLOCK, BLOCK]
+        weights = exp(scores - largest[:, None])  # [BLOCK, BLOCK]
         inverse = (1.0 / tl.sum(weights, 1))[:, None]
         if SHAPE.scaled:
             weights, _ = _high_pass(weights * inverse, tokens, inputs.factor)
@@ -140,7 +140,7 @@ def window_attention_whole_backward_kernel(
         table = load_table(inputs.table, token, token, SHAPE.tokens, 1, SHAPE)
         scores = scores_of(q, k, tokens, tokens, table, scale, SHAPE.tokens < BLOCK, SHAPE)
         largest = finite(tl.max(scores, 1))
-        weights = tl.exp2(scores * LOG2E - (largest * LOG2E)[:, None])  # [BLOCK, BLOCK]
+        weights = exp(scores - largest[:, None])  # [BLOCK, BLOCK]
         weights *= tl.where(tokens.real, 1.0 / tl.sum(weights, 1), 0.0)[:, None]
         to_scores = inner(gradient, v, SHAPE)  # of the weights, so far
         means = tl.sum(weights * to_scores, 1)

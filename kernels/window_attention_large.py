@@ -13,10 +13,10 @@ import triton.language as tl
 
 from .window_geometry import SIZES, inputs_of, locate, place
 from .window_tiles import (
-    LOG2E,
     add,
     allowed,
     combine,
+    exp,
     finite,
     load_projection,
     load_table,
@@ -51,9 +51,9 @@ def _attend(state, q, queries, start, window, inputs, BLOCK: tl.constexpr, TAIL:
     table = load_table(inputs.table, queries.number, keys.number, SHAPE.tokens, 1, SHAPE)
     scores = scores_of(q, k, queries, keys, table, inputs.scale, TAIL, SHAPE)
     larger = tl.maximum(state.largest, tl.max(scores, 1))
-    base = finite(larger) * LOG2E
-    shrink = tl.exp2(state.largest * LOG2E - base)
-    weights = tl.exp2(scores * LOG2E - base[:, None])  # [M, BLOCK]
+    base = finite(larger)
+    shrink = exp(state.largest - base)
+    weights = exp(scores - base[:, None])  # [M, BLOCK]
     out = add(times(state.out, shrink[:, None], SHAPE), combine(weights, v, SHAPE), SHAPE)
     return _Online(out, larger, state.total * shrink + tl.sum(weights, 1))
 

@@ -15,10 +15,10 @@ import triton.language as tl
 from .window_attention_large import job_of, mean_values
 from .window_geometry import SIZES, inputs_of, locate, place
 from .window_tiles import (
-    LOG2E,
     add,
     allowed,
     combine,
+    exp,
     inner,
     load,
     load_projection,
@@ -52,7 +52,7 @@ def _load_kept(pointer, queries, OTHER: tl.constexpr, SHAPE: tl.constexpr):
 def _statistics(kept, queries, SHAPE: tl.constexpr):
     # largest score, in powers of 2, and 1 / sum of weights; where no query is, values that make every weight 0
     largest = _load_kept(kept.largest, queries, float("inf"), SHAPE)
-    return largest * LOG2E, _load_kept(kept.inverse, queries, 0.0, SHAPE)
+    return largest, _load_kept(kept.inverse, queries, 0.0, SHAPE)
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def _add_q_gradient(
     v = load_projection(inputs, keys, 2, SHAPE)
     table = load_table(inputs.table, queries.tokens.number, keys.number, SHAPE.tokens, 1, SHAPE)
     scores = scores_of(queries.q, k, queries.tokens, keys, table, inputs.scale, TAIL, SHAPE)
-    weights = tl.exp2(scores * LOG2E - queries.largest[:, None]) * queries.inverse[:, None]  # [M, BLOCK]
+    weights = exp(scores - queries.largest[:, None]) * queries.inverse[:, None]  # [M, BLOCK]
     to_weights = inner(queries.gradient, v, SHAPE)
     if SHAPE.scaled:
         products += tl.sum(weights * to_weights, 1)
@@ -192,7 +192,7 @@ def _add_kv_gradient(
     delta = _load_kept(kept.delta, queries, 0.0, SHAPE)
     table = load_table(inputs.table, keys.tokens.number, queries.number, 1, SHAPE.tokens, SHAPE)
     scores = scores_of(keys.k, q, keys.tokens, queries, table, inputs.scale, False, SHAPE)
-    weights = tl.exp2(scores * LOG2E - largest[None, :]) * inverse[None, :]
+    weights = exp(scores - largest[None, :]) * inverse[None, :]
     applied = weights
     if SHAPE.scaled:
         share = _load_kept(kept.share, queries, 0.0, SHAPE)
@@ -321,7 +321,7 @@ def window_attention_bias_gradient_kernel(
         largest, inverse = _statistics(kept, queries, SHAPE)
         delta = _load_kept(kept.delta, queries, 0.0, SHAPE)
         scores = scores_of(q, k, queries, keys, table, scale, False, SHAPE)
-        weights = tl.exp2(scores * LOG2E - largest[:, None]) * inverse[:, None]  # [BLOCK_M, BLOCK_N]
+        weights = exp(scores - largest[:, None]) * inverse[:, None]  # [BLOCK_M, BLOCK_N]
         to_table += _score_gradient(weights, inner(gradient, v, SHAPE), delta[:, None], inputs.factor, SHAPE)
     start = to_bias_pointer + (tl.cast(group, tl.int64) * SHAPE.heads + head) * (SHAPE.tokens * SHAPE.tokens)
     mask = (query < SHAPE.tokens)[:, None] & (key < SHAPE.tokens)[None, :]

@@ -85,6 +85,12 @@ def load_table(pointer, rows, columns, ROW: tl.constexpr, COLUMN: tl.constexpr, 
 
 
 @triton.jit
+def exp(x):
+    """Of scores less a maximum: scaled after the subtraction, so that the maximum's own weight is exactly 1."""
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
 def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return tl.zeros([ROWS, COLUMNS], dtype=tl.float32)  # Triton 3.6 takes no element of a tuple in a list
 

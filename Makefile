@@ -36,7 +36,8 @@ test: install
 # library needs their runtime, and exceptions the C++ library, loaded before Python's own. torch keeps memory to the end:
 # leaks are not looked for. With --capture=sys the sanitizers' words reach the terminal.
 SANITIZE := ASVIT_FAST_BUILD=cpu ASVIT_FAST_SANITIZE=address,undefined CXX=g++
-SANITIZED_TESTS := $(wildcard tests/test_*_taylor.py tests/test_window*.py) tests/test_cuda_kernels_on_cpu.py \
+SANITIZED_TESTS := $(wildcard tests/test_*_taylor.py tests/test_window*.py) tests/test_patch_embed.py \
+	tests/test_patch_merge.py tests/test_cuda_kernels_on_cpu.py \
 	tests/test_build.py::test_sanitizer_sees_an_overrun
 
 sanitize: install

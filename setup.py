@@ -35,7 +35,17 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "cuda", "cpu", "none")
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0")
-CXX_FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas"]
+CXX_FLAGS = [
+    "-O3",
+    "-g0",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+    "-Wno-unknown-pragmas",
+]
 NVCC_FLAGS = ["-O3", "--threads=2"]
 SANITIZERS = os.environ.get("ASVIT_FAST_SANITIZE", "")
 if SANITIZERS:  # later flags win

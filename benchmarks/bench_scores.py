@@ -115,8 +115,12 @@ def with_fused_attention(run: Run) -> object:
 
     attention = importlib.import_module("asvit_fast.ops.window_attention")
 
-    def fused(qkv: Tensor, num_heads: int, window: tuple[int, int], dropout: float = 0.0) -> Tensor:
-        return attention._window_attention_sdpa(qkv, num_heads, list(window), [0, 0], None, None, dropout)
+    def fused(
+        qkv: Tensor, num_heads: int, window: tuple[int, int], dropout: float = 0.0, attn_scale: None = None
+    ) -> Tensor:
+        return attention._window_attention_sdpa(
+            qkv, num_heads, list(window), [0, 0], None, None, dropout, "masked", None
+        )
 
     with mock.patch.object(importlib.import_module("asvit_fast.nn.attention"), "window_attention", fused):
         return run()

@@ -50,7 +50,7 @@ def _load_kept(pointer, queries, OTHER: tl.constexpr, SHAPE: tl.constexpr):
 
 @triton.jit
 def _statistics(kept, queries, SHAPE: tl.constexpr):
-    # largest score, in powers of 2, and 1 / sum of weights; where no query is, values that make every weight 0
+    # largest score and 1 / sum of weights; where no query is, values that make every weight 0
     largest = _load_kept(kept.largest, queries, float("inf"), SHAPE)
     return largest, _load_kept(kept.inverse, queries, 0.0, SHAPE)
 

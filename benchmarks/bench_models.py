@@ -59,7 +59,10 @@ def build(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
     if name.startswith("torchvision/"):
         import torchvision
 
-        model = torchvision.models.get_model(name.removeprefix("torchvision/"), stochastic_depth_prob=0.0)
+        model = torchvision.models.get_model(name.removeprefix("torchvision/"))
+        for module in model.modules():
+            if isinstance(module, torchvision.ops.StochasticDepth):
+                module.p = 0.0
     else:
         model = timm.create_model(name, drop_path_rate=0.0)
     return model.to(device, dtype)

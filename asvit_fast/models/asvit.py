@@ -13,7 +13,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..nn import FeatScale, OverlapPatchEmbed, PatchMerging, WindowAttention
+from ..nn import FeatScale, Linear, OverlapPatchEmbed, PatchMerging, WindowAttention
 from ..nn.attention import split_attention
 from ..nn.patch_embed import embed_patches
 from ..ops.patch_merge import patch_merge
@@ -63,6 +63,8 @@ class Block(nn.Module):
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.norm2 = _norm(dim, norm, **factory)
         self.mlp = Mlp(dim, dim * stage.expansion, drop=proj_drop, **factory)
+        for layer in (self.mlp.fc1, self.mlp.fc2):  # timm's Mlp makes its layers itself
+            layer.__class__ = Linear
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

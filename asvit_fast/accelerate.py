@@ -59,7 +59,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     *_timm(
         "swin_transformer_v2",
-        ("SwinTransformerV2Block", "swin_v2.FastSwinTransformerV2Block", ATTENTION, "Swin-V2-T 1.6x, 1.5x"),
+        ("SwinTransformerV2Block", "swin_v2.FastSwinTransformerV2Block", ATTENTION, "Swin-V2-T 1.9x, 1.6x"),
         ("WindowAttention", "swin_v2.FastWindowAttentionV2", INSIDE),
         ("PatchMerging", None, POST_NORM),
     ),
@@ -70,38 +70,38 @@ FAMILIES: tuple[Family, ...] = (
     ),
     *_timm(
         "maxxvit",
-        ("PartitionAttentionCl", "maxvit.FastPartitionAttentionCl", ATTENTION, "MaxViT-T 1.3x, 1.06x"),
+        ("PartitionAttentionCl", "maxvit.FastPartitionAttentionCl", ATTENTION, "MaxViT-T 1.3x, 1.2x"),
         ("ParallelPartitionAttention", "maxvit.FastParallelPartitionAttention", ATTENTION),
         ("AttentionCl", "maxvit.FastAttentionCl", INSIDE),
         ("Attention2d", None, "channels first: layout copies would cost what the kernel gains"),
     ),
     *_timm(
         "tiny_vit",
-        ("TinyVitBlock", "tiny_vit.FastTinyVitBlock", ATTENTION, "TinyViT-11M 1.5x, 1.4x"),
+        ("TinyVitBlock", "tiny_vit.FastTinyVitBlock", ATTENTION, "TinyViT-5M 1.4x, 1.2x"),
         ("Attention", "tiny_vit.FastTinyVitAttention", INSIDE),
         ("NormMlp", "mlp.FastNormMlp", PARTS),
     ),
     *_timm(
         "davit",
-        ("SpatialBlock", "davit.FastSpatialBlock", ATTENTION, "DaViT-T 1.9x, 1.5x"),
+        ("SpatialBlock", "davit.FastSpatialBlock", ATTENTION, "DaViT-T 1.6x, 1.4x"),
         ("WindowAttention", "davit.FastDavitWindowAttention", INSIDE),
         ("Stem", None, "below 1 percent of the network's time"),
     ),
     *_timm(
-        "twins", ("LocallyGroupedAttn", "local_attention.FastLocallyGroupedAttn", ATTENTION, "Twins-SVT-S 1.8x, 1.4x")
+        "twins", ("LocallyGroupedAttn", "local_attention.FastLocallyGroupedAttn", ATTENTION, "Twins-SVT-S 1.8x, 1.3x")
     ),
     *_timm("nest", ("Attention", "local_attention.FastNestAttention", ATTENTION, "NesT-T 1.9x, 1.7x")),
-    *_timm("pvt_v2", ("OverlapPatchEmbed", "embedding.FastOverlapPatchEmbed", EMBED, "PVT-V2-B0 1.2x, 1.0x")),
+    *_timm("pvt_v2", ("OverlapPatchEmbed", "embedding.FastOverlapPatchEmbed", EMBED, "PVT-V2-B1 1.3x, 1.1x")),
     *_timm("convnext", ("ConvNeXt", None, "its stem: below 1 percent of the network's time")),
     Family("timm.layers.patch_embed.PatchEmbed", "embedding.FastPatchEmbed", EMBED, "the module 2x, 1x"),
     Family("timm.layers.mlp.Mlp", "mlp.FastMlp", PARTS, "25,088 tokens of 96 channels 2.5x, -"),
-    Family("torch.nn.modules.linear.Linear", "fast_linear.FastLinear", PRODUCT, "ViT-S 1.6x, 1.3x", optional=True),
+    Family("torch.nn.modules.linear.Linear", "fast_linear.FastLinear", PRODUCT, "ConvNeXt-T 1.7x, 1.5x", optional=True),
     *_torchvision(
         (
             "models.swin_transformer.ShiftedWindowAttention",
             "torchvision_swin.FastShiftedWindowAttention",
             ATTENTION,
-            "Swin-T 1.8x, 1.6x",
+            "Swin-T 1.9x, 1.6x",
         ),
         (
             "models.swin_transformer.ShiftedWindowAttentionV2",
@@ -130,8 +130,8 @@ def families_table() -> str:
     """``FAMILIES`` as a Markdown table.
 
     Its last column has the speed in inference and in a training step of a whole network after ``accelerate`` against
-    the same network before: one thread of an AMD EPYC, float32, batches of 4 and 2 images (MaxViT 2 and 1), 224 x 224
-    (V2 256 x 256), minima of interleaved rounds.
+    the same network before: an AMD EPYC, float32, interleaved rounds of 1 to 8 images of 224 x 224 pixels (V2 256 x
+    256); two cores for networks in benchmarks/results/models.csv, one for the others.
     """
     head = ["| module | becomes | what it brings | faster: inference, training |", "|---|---|---|---|"]
     return "\n".join([*head, *(family.table_row() for family in FAMILIES)])

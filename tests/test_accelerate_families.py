@@ -186,6 +186,7 @@ def test_every_family_is_tested_or_known_to_be_left():
     fast = {family.replacement.rpartition(".")[2] for family in FAMILIES if family.replacement}
     assert {name for name in fast if "Authors" not in name} <= tested
     assert families_table().count("\n") == len(FAMILIES) + 1
+    assert families_table() in (Path(__file__).parent.parent / "README.md").read_text()
 
 
 def test_embedding_without_norm_is_left_as_gainless():

@@ -53,7 +53,7 @@ POST_NORM = "it normalises after the projection: nothing to fuse"
 FAMILIES: tuple[Family, ...] = (
     *_timm(
         "swin_transformer",
-        ("SwinTransformerBlock", "swin.FastSwinTransformerBlock", ATTENTION, "Swin-T 2.2x, 1.7x; Swin-S3-T 2.1x, 1.6x"),
+        ("SwinTransformerBlock", "swin.FastSwinTransformerBlock", ATTENTION, "Swin-T 2.2x, 1.6x; Swin-S3-T 2.1x, 1.6x"),
         ("WindowAttention", "swin.FastWindowAttention", INSIDE),
         ("PatchMerging", "merging.FastPatchMerging", MERGE, "the module 6x, 1.4x"),
     ),

@@ -134,15 +134,20 @@ def measure_memory(
     forward, device = _forward_pass(model, img_size, batch, device)
     with torch.inference_mode(), _evaluation(model):
         forward()  # what is only made once (workspaces, caches) does not count
-        if device.type == "cuda":
-            _synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
-            forward()
-            _synchronize(device)
-            return torch.cuda.max_memory_allocated(device) - before
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            forward()
+        return peak_allocation(forward, device)
+
+
+def peak_allocation(run: Callable[[], object], device: torch.device) -> int:
+    """Bytes allocated at the worst moment of one call, beyond what was there before it."""
+    if device.type == "cuda":
+        _synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        _synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
     return _peak_of_allocations(profile)
 
 

@@ -19,12 +19,13 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from operators import DTYPES, peak_bytes
+from operators import DTYPES
 from timer import Row, Timing, compare, print_header, save_rows
 from torch import Tensor, nn
 
 import asvit_fast as af
 from asvit_fast import backends
+from asvit_fast.cost import peak_allocation
 
 MODELS = [
     "swin_tiny_patch4_window7_224",
@@ -164,7 +165,7 @@ def measure(name: str, arguments: argparse.Namespace, device: torch.device) -> l
         wrong = {who: error for who, error in errors.items() if not error < TOLERANCE[arguments.dtype]}
         if wrong:
             raise SystemExit(f"{name}, {mode}: wrong results, nothing timed: {wrong}")
-        memory = {who: peak_bytes(run, device) for who, run in runs.items()}
+        memory = {who: peak_allocation(run, device) for who, run in runs.items()}
         timings = compare(runs, device, arguments.rounds)
         rows += [row(name, mode, who, arguments, timings[who], errors[who], memory[who]) for who in runs]
     return rows

@@ -22,7 +22,7 @@ from timer import Row, compare, print_header, print_rows, save_rows
 from torch import Tensor
 
 from asvit_fast import _extension, backends
-from asvit_fast.cost import _peak_of_allocations
+from asvit_fast.cost import peak_allocation
 from asvit_fast.nn.patch_embed import embed_patches
 from asvit_fast.ops.patch_embed import patch_embed_reference
 
@@ -199,18 +199,9 @@ def timed(mode: str, embed: Embed, operands: list[Tensor], gradient: Tensor) -> 
 
 
 def peak_megabytes(run: Callable[[], object], device: torch.device) -> float:
-    """Largest number of bytes that one call allocates beyond its operands."""
+    """Of one call, beyond its operands and what is only made once."""
     run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        torch.cuda.synchronize(device)
-        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    return _peak_of_allocations(profile) / 1e6
+    return peak_allocation(run, device) / 1e6
 
 
 def roofline(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from timer import Row, Timing, compare, print_header, save_rows
 from torch import Tensor
-from torch.autograd.profiler_util import FunctionEvent
 
 from asvit_fast import backends
+from asvit_fast.cost import peak_allocation
 
 MODES = ("forward", "backward", "both")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -78,27 +78,6 @@ def relative_error(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     )
 
 
-def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Bytes allocated at the worst moment of a call, beyond what was allocated before it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        result = run()
-    del result
-    events: list[FunctionEvent] = profile.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    peak = now = 0
-    for _, change in changes:
-        now += change
-        peak = max(peak, now)
-    return peak
-
-
 def measure(
     benchmark: str, work: Work, providers: dict[str, Operator], modes: Sequence[str], rounds: int, tolerance: float
 ) -> list[OperatorRow]:
@@ -131,7 +110,7 @@ def measure(
         wrong = {name: value for name, value in errors.items() if not value < tolerance}
         if wrong:
             raise SystemExit(f"{work.name}, {mode}: wrong results, nothing timed: {wrong}")
-        memory = {name: peak_bytes(run, device) for name, run in runs.items()}
+        memory = {name: peak_allocation(run, device) for name, run in runs.items()}
         timings = compare(runs, device, rounds)
         rows += [_row(benchmark, work, mode, name, timings[name], errors[name], memory[name]) for name in runs]
     return rows

@@ -212,6 +212,17 @@ def resolve_device(device: str | torch.device | None = None) -> torch.device:
     return torch.device("cuda", index)
 
 
+def rank_device(device: str | torch.device | None) -> torch.device:
+    """The device of this process: a GPU if there is one, unless told otherwise; GPU ``LOCAL_RANK`` under torchrun.
+
+    Raises InputError for a device that does not exist.
+    """
+    local_rank = os.environ.get("LOCAL_RANK")
+    if local_rank is not None and torch.cuda.is_available() and (device is None or str(device) == "cuda"):
+        device = f"cuda:{local_rank}"
+    return resolve_device(device)
+
+
 def strict() -> bool:
     """Whether fallbacks are errors: ASVIT_FAST_STRICT=1."""
     return os.environ.get("ASVIT_FAST_STRICT", "0") not in ("", "0")

@@ -24,7 +24,7 @@ def _file_errors(verb: str, path: Path) -> Iterator[None]:
         raise InputError(f"cannot {verb} {path}: {reason}; free space or choose another path") from error
 
 
-def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
+def write_atomic(path: str | os.PathLike[str], data: bytes | memoryview | str) -> None:
     """Write ``data`` (text as UTF-8) so that ``path`` holds either its old content or all of the new, never a part.
 
     The data reaches the disk in a temporary file of the same folder, which then replaces ``path`` in one step.

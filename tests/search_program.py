@@ -17,8 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from asvit_fast import run_directory
 from asvit_fast.errors import InputError
-from asvit_fast.search import Budget, run_directory, scale, search
+from asvit_fast.search import Budget, scale, search
 from asvit_fast.topology import Topology
 
 SEED = "8,2,3|4,1,2|4,1,4|4,1,6|32"

@@ -151,7 +151,7 @@ def test_policy_of_the_state_is_shown(tmp_path: Path) -> None:
     policy = Policy(SearchSpace())
     with torch.no_grad():
         policy.logits[4] += 100  # K1 = 8 for certain
-    torch.save({"trace_lines": 12, "state": {"policy": policy.state_dict()}}, tmp_path / "state.pt")
+    torch.save({"trace_lines": 12, "policy": policy.state_dict()}, tmp_path / "state.pt")
     row = re.search(r"<tr><td>K1</td>.*?</tr>", report(tmp_path).read_text())
     assert row is not None
     assert "<b>8</b> &nbsp;100 %" in row.group()

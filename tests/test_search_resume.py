@@ -14,7 +14,8 @@ import torch
 from search_program import RUN, measures, run_killed, run_killed_in_write, run_on_full_disk, run_search
 
 from asvit_fast.errors import InputError
-from asvit_fast.search import RunDirectory, search
+from asvit_fast.run_directory import RunDirectory
+from asvit_fast.search import search
 
 # Forked from one warm server: importing torch anew for every process would take most of the time.
 CONTEXT = multiprocessing.get_context("forkserver")

@@ -231,7 +231,7 @@ def _policy(run: Run) -> dict[tuple[str, int], float] | None:
         return None
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu")
-        logits = saved["state"]["policy"]["logits"]  # [choices of all dimensions]
+        logits = saved["policy"]["logits"]  # [choices of all dimensions]
     except Exception as error:  # a torn or foreign file raises whatever its bytes suggest
         raise InputError(f"{str(path)!r} is not the state of a search ({type(error).__name__}); restore it") from error
     dimensions = _space(run).dimensions

@@ -4,7 +4,6 @@ from .budget import Budget
 from .policy import Policy
 from .reinforce import SearchResult, search
 from .reward import RewardHistory, reward_sequence
-from .run_directory import RunDirectory
 from .scaling import Candidate, ScaleStep, scale
 
 __all__ = [
@@ -12,7 +11,6 @@ __all__ = [
     "Candidate",
     "Policy",
     "RewardHistory",
-    "RunDirectory",
     "ScaleStep",
     "SearchResult",
     "reward_sequence",

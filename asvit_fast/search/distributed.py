@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from ..backends import resolve_device
 from ..errors import InputError
 
 Task = TypeVar("Task")
@@ -24,17 +23,6 @@ Values = tuple[float, ...]
 Share = Callable[[Sequence[Task]], list[Values]]
 
 _TIMEOUT = timedelta(days=7)  # a rank may score for long; torchrun ends everybody when one process dies
-
-
-def rank_device(device: str | torch.device | None) -> torch.device:
-    """The device of this process: a GPU if there is one, unless told otherwise; GPU ``LOCAL_RANK`` under torchrun.
-
-    Raises InputError for a device that does not exist.
-    """
-    local_rank = os.environ.get("LOCAL_RANK")
-    if local_rank is not None and torch.cuda.is_available() and (device is None or str(device) == "cuda"):
-        device = f"cuda:{local_rank}"
-    return resolve_device(device)
 
 
 def run_shared(lead: Callable[[Share[Task]], Result], work: Share[Task], device: torch.device | None = None) -> Result:

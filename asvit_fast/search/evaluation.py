@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends import rank_device
 from ..errors import InputError
 from ..scoring import ScoreSettings
 from ..scoring.score import load, score_networks
 from ..topology import Topology
-from .distributed import Share, rank_device
+from .distributed import Share
 
 Scorer = Callable[[Topology], Mapping[str, float]]
 Images = Tensor | str | Path | None

@@ -14,13 +14,13 @@ from tqdm import tqdm
 from ..cost import Cost, topology_cost
 from ..errors import InputError
 from ..files import as_float
+from ..run_directory import RunDirectory
 from ..topology import DEFAULT_WIDTH, SearchSpace, Topology
 from .budget import Budget
 from .distributed import Share, run_shared
 from .evaluation import METRICS, Evaluator, Images, Scorer, Task
 from .policy import Policy
 from .reward import RewardHistory
-from .run_directory import RunDirectory
 
 MAX_REJECTED = 1000  # draws of one step outside the budget
 _COUNTS = ("params", "flops", "steps", "entropy")

@@ -15,10 +15,10 @@ from tqdm import tqdm
 from ..cost import Cost, topology_cost
 from ..errors import InputError
 from ..files import as_float
+from ..run_directory import RunDirectory
 from ..topology import Topology
 from .distributed import Share, run_shared
 from .evaluation import METRICS, Evaluator, Images, Measures, Scorer, Task
-from .run_directory import RunDirectory
 
 WIDTH_GROWTH = (0.05, 0.1, 0.15, 0.2)
 REFERENCE_SHRINK = 4  # the authors' code scores networks of a quarter of the width

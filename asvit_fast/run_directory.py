@@ -12,20 +12,21 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError
-from ..files import append_jsonl, from_json, read_jsonl, to_json, write_atomic
+from .errors import InputError
+from .files import append_jsonl, from_json, read_jsonl, to_json, write_atomic
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-CONFIG, TRACE, STATE, RESULT = "config.json", "trace.jsonl", "state.pt", "result.json"
+CONFIG, TRACE, RESULT = "config.json", "trace.jsonl", "result.json"
 _LOCK = ".lock"
+_LINES = "trace_lines"  # of the state: how much of the trace it accounts for
 
 
 class RunDirectory:
-    """``config.json`` (options), ``trace.jsonl`` (one line a step), ``state.pt`` (how to go on), ``result.json``.
+    """``config.json`` (options), ``trace.jsonl`` (one line a step), the state (how to go on), ``result.json``.
 
     A step first appends to the trace, then replaces the state; the state knows how many lines of the trace it accounts
     for, and lines beyond that are cut off when the run continues. With ``out=None`` everything stays in memory.
@@ -36,14 +37,18 @@ class RunDirectory:
         out: the folder, made if missing.
         config: all options that the result depends on, and "kind". The package's version is added; a folder begun by
             another version is continued with a warning.
+        state_file: name of the file that holds the state, a dict that ``torch.save`` takes.
 
     Raises:
         InputError: the folder cannot be written, is in use, is damaged, or holds a run of another kind or other
             options.
     """
 
-    def __init__(self, out: str | os.PathLike[str] | None, config: dict[str, Any]) -> None:
+    def __init__(
+        self, out: str | os.PathLike[str] | None, config: dict[str, Any], state_file: str = "state.pt"
+    ) -> None:
         self.path = None if out is None else Path(out)
+        self.state_file = state_file
         self.config = from_json(to_json({**config, "version": _version()}))  # as it will be read back: lists for tuples
         self.trace: list[dict[str, Any]] = []
         self.state: dict[str, Any] | None = None
@@ -70,8 +75,8 @@ class RunDirectory:
         self.state = state
         if self.path is not None:
             buffer = io.BytesIO()
-            torch.save({"trace_lines": len(self.trace), "state": state}, buffer)
-            write_atomic(self.path / STATE, buffer.getvalue())
+            torch.save({**state, _LINES: len(self.trace)}, buffer)
+            write_atomic(self.path / self.state_file, buffer.getbuffer())
 
     def finish(self, result: dict[str, Any]) -> None:
         self.result = result
@@ -110,11 +115,11 @@ class RunDirectory:
             raise InputError(f"run directory {path} is in use by another process; wait, or choose another") from error
 
     def _open(self, path: Path) -> None:
-        for name in (CONFIG, TRACE, STATE, RESULT):
+        for name in (CONFIG, TRACE, self.state_file, RESULT):
             for leftover in path.glob(f".{name}.*.tmp"):  # of a process killed while it wrote
                 leftover.unlink()
         if not (path / CONFIG).exists():
-            for name in (TRACE, STATE, RESULT):
+            for name in (TRACE, self.state_file, RESULT):
                 if (path / name).exists():
                     raise InputError(f"run directory {path} has {name} but no {CONFIG}; choose another")
             write_atomic(path / CONFIG, to_json(self.config, indent=2) + "\n")
@@ -123,13 +128,9 @@ class RunDirectory:
         if (path / RESULT).exists():
             self.result = _read_json(path / RESULT)
         lines = 0
-        if (path / STATE).exists():
-            try:
-                saved = torch.load(path / STATE, map_location="cpu", weights_only=True)
-                lines, self.state = saved["trace_lines"], saved["state"]
-            except Exception as error:
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise InputError(f"{path / STATE} is damaged ({reason}); choose another run directory") from error
+        if (path / self.state_file).exists():
+            self.state = load_state(path / self.state_file)
+            lines = self.state.pop(_LINES)
         self.trace = self._read_trace(path / TRACE, lines)
 
     def _compare(self, path: Path, stored: Any) -> None:
@@ -151,7 +152,7 @@ class RunDirectory:
         complete = content.split(b"\n")[:-1]
         if len(complete) < lines:
             raise InputError(
-                f"{path} has {len(complete)} steps but {STATE} knows {lines}; choose another run directory"
+                f"{path} has {len(complete)} steps but {self.state_file} knows {lines}; choose another run directory"
             )
         kept = b"".join(line + b"\n" for line in complete[:lines])
         if kept != content:
@@ -159,8 +160,19 @@ class RunDirectory:
         return read_jsonl(path)
 
 
+def load_state(path: Path) -> dict[str, Any]:
+    """What ``RunDirectory.save`` wrote, on the CPU. Raises InputError when the file is not that."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state[_LINES]
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path} is damaged ({reason}); choose another run directory") from error
+    return state
+
+
 def _version() -> str:
-    from .. import __version__  # here, because the package imports this module while it is being made
+    from . import __version__  # here, because the package imports this module while it is being made
 
     return __version__
 

@@ -1,0 +1,5 @@
+"""Training with progressive re-tokenization (As-ViT, arXiv 2202.11921, section 3.4)."""
+
+from .recipe import Recipe
+
+__all__ = ["Recipe"]

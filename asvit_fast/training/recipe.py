@@ -1,0 +1,124 @@
+"""How a network is trained: every choice that has a default. Names and meanings are those of timm's train.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ..errors import InputError
+
+BASE_BATCH = 1024  # images per update for which ``lr_base`` is meant
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The training recipe; by default the paper's (As-ViT, arXiv 2202.11921, section 4 and appendix), whose unstated
+    strengths of augmentation are those of DeiT (arXiv 2012.12877).
+
+    Raises:
+        InputError: a value out of its range, naming it.
+    """
+
+    # data
+    dataset: str = _option(
+        "", "timm's name of the data set: folder, tar, 'hfds/NAME', 'hfids/NAME', 'wds/NAME', 'tfds/NAME'"
+    )
+    train_split: str = _option("train", "split, or subfolder, to train on")
+    val_split: str = _option("validation", "split, or subfolder, to validate on ('val' is found as well); '' for none")
+    class_map: str = _option("", "file of class names, one a line, or timm's mapping of class to index")
+    workers: int = _option(4, "processes that read images, per rank; 0 reads in the training process")
+    bad_images: str = _option("stop", "an image that cannot be read: stop, or skip to the next one")
+
+    # augmentation
+    no_aug: bool = _option(False, "only resize and crop to the centre")
+    scale: tuple[float, float] = _option((0.08, 1.0), "area of the random crop, parts of the image")
+    ratio: tuple[float, float] = _option((3 / 4, 4 / 3), "aspect ratio of the random crop")
+    hflip: float = _option(0.5, "probability of a horizontal flip")
+    color_jitter: float = _option(0.4, "strength of colour jitter where RandAugment does not replace it")
+    aa: str = _option("rand-m9-mstd0.5-inc1", "timm's policy of AutoAugment or RandAugment; '' for none")
+    reprob: float = _option(0.25, "probability of random erasing")
+    remode: str = _option("pixel", "what erased rectangles hold: const, rand or pixel")
+    mixup: float = _option(0.8, "alpha of Mixup, 0 for none")
+    cutmix: float = _option(1.0, "alpha of CutMix, 0 for none")
+    mixup_prob: float = _option(1.0, "probability of Mixup or CutMix for a batch")
+    mixup_switch_prob: float = _option(0.5, "probability of CutMix where both are on")
+    interpolation: str = _option("bicubic", "how images are resized: bicubic, bilinear, random")
+    crop_pct: float = _option(0.9, "part of the image that validation keeps")
+    smoothing: float = _option(0.1, "label smoothing")
+
+    # network
+    drop_path: float = _option(0.1, "rate of stochastic depth in the last block")
+    grad_checkpointing: bool = _option(False, "compute activations again in the backward pass instead of keeping them")
+    channels_last: bool = _option(False, "images in channels-last memory")
+    torchcompile: bool = _option(False, "compile the network, one graph for each token reduction")
+
+    # optimisation
+    opt: str = _option("adamw", "timm's name of the optimizer")
+    lr: float | None = _option(None, "learning rate; without it, lr_base scaled to the batch as timm does")
+    lr_base: float = _option(1e-3, f"learning rate for {BASE_BATCH} images per update")
+    lr_base_scale: str = _option("", "how lr_base follows the batch: linear, sqrt; by default sqrt for Adam-like ones")
+    weight_decay: float = _option(0.05, "weight decay")
+    layer_decay: float | None = _option(None, "factor of the learning rate from a layer to the one before it")
+    sched: str = _option("cosine", "timm's name of the learning rate schedule")
+    warmup_epochs: int = _option(20, "epochs of linear warm-up, at most a fifth of the training")
+    warmup_lr: float = _option(1e-6, "learning rate at the start of the warm-up")
+    min_lr: float = _option(1e-5, "learning rate at the end")
+    batch_size: int = _option(128, "images of one pass, per rank")
+    grad_accum_steps: int = _option(1, "passes per update: batch_size x this x ranks images an update")
+    phase_batch_sizes: str = _option(
+        "", "images of one pass by token reduction, '4:1024,2:512', or auto: what fits the memory of full tokens"
+    )
+    clip_grad: float | None = _option(None, "largest gradient norm")
+    bce_loss: bool = _option(False, "binary cross-entropy on soft targets")
+    regularizers: str = _option("", "losses for diversity and their weights, 'patch:0.1,attention:0.1,weight:1e-4'")
+    amp: bool = _option(False, "mixed precision")
+    amp_dtype: str = _option("bfloat16", "half type of mixed precision: bfloat16 or float16")
+    model_ema: bool = _option(True, "keep an exponential moving average of the weights")
+    model_ema_decay: float = _option(0.9999, "decay of the average")
+    model_ema_warmup: bool = _option(True, "a smaller decay at first: short trainings need it")
+
+    # running
+    seed: int = _option(0, "seed of weights, order, augmentation and dropout")
+    parallel: str = _option("ddp", "under torchrun: ddp (replicas) or fsdp (FSDP2, parameters in shards)")
+    checkpoint_interval: int = _option(500, "updates between checkpoints inside an epoch; 0: at the end of epochs only")
+    eval_interval: int = _option(1, "epochs between validations; the last one is always validated")
+    log_interval: int = _option(50, "updates between log entries")
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "grad_accum_steps", "eval_interval", "log_interval"):
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("workers", "warmup_epochs", "checkpoint_interval", "mixup", "cutmix", "weight_decay", "seed"):
+            self._check(name, getattr(self, name) >= 0, "0 or more")
+        for name in ("hflip", "reprob", "mixup_prob", "mixup_switch_prob"):
+            self._check(name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
+        for name in ("smoothing", "drop_path"):
+            self._check(name, 0 <= getattr(self, name) < 1, "from 0 to below 1")
+        for name in ("lr", "lr_base", "clip_grad", "layer_decay"):
+            self._check(name, getattr(self, name) is None or getattr(self, name) > 0, "above 0")
+        self._check("crop_pct", 0 < self.crop_pct <= 1, "above 0 and at most 1")
+        self._check("model_ema_decay", 0 <= self.model_ema_decay < 1, "from 0 to below 1")
+        for name, choices in (
+            ("bad_images", ("stop", "skip")),
+            ("remode", ("const", "rand", "pixel")),
+            ("lr_base_scale", ("", "linear", "sqrt")),
+            ("amp_dtype", ("bfloat16", "float16")),
+            ("parallel", ("ddp", "fsdp")),
+        ):
+            self._check(name, getattr(self, name) in choices, "one of " + ", ".join(map(repr, choices)))
+
+    def _check(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise InputError(f"recipe: {name} must be {expected}, got {getattr(self, name)!r}")
+
+    @classmethod
+    def of(cls, **options: Any) -> Recipe:
+        """The recipe with some choices changed. Raises InputError for a name that is none of its choices."""
+        known = [one.name for one in fields(cls)]
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            raise InputError(f"recipe: unknown option {', '.join(unknown)}; one of {', '.join(known)}")
+        return cls(**options)

@@ -6,7 +6,7 @@ import contextlib
 import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -77,7 +77,7 @@ class Retokenizer:
                 set_token_reduction(module, reduction)
         return changed
 
-    def warmup(self, images: Images, autocast: Context | None = None, evaluate: bool = True) -> None:
+    def warmup(self, images: Images, autocast: Context | None = None, evaluate: bool | Context = True) -> None:
         """Run the model once at every reduction of the schedule, forward and backward in training mode and forward in
         evaluation mode, so that no later phase compiles, tunes or runs out of memory: the first epoch starts with all
         of that behind it.
@@ -95,8 +95,8 @@ class Retokenizer:
         Args:
             images: [B, 3, H, W] on the model's device, or a function from a reduction to those of its phases.
             autocast: what the training's forward pass runs in, a context manager or a function that makes one.
-            evaluate: also run in evaluation mode, without gradients (torch.inference_mode, as ``asvit_fast`` and timm
-                evaluate).
+            evaluate: also run in evaluation mode, in torch.inference_mode as timm evaluates; or what else the evaluation
+                runs in, such as torch.no_grad.
         """
         before = self.reduction
         with _undisturbed(self.model):
@@ -104,11 +104,11 @@ class Retokenizer:
                 for reduction in self.schedule.reductions:
                     self._set(reduction)
                     batch = images(reduction) if callable(images) else images  # [B, 3, H, W]
-                    self._run(batch, autocast, evaluate)
+                    self._run(batch, autocast, torch.inference_mode if evaluate is True else evaluate)
             finally:
                 self._set(before)
 
-    def _run(self, images: Tensor, autocast: Context | None, evaluate: bool) -> None:
+    def _run(self, images: Tensor, autocast: Context | None, evaluate: Literal[False] | Context) -> None:
         with _random_states(images.device):
             self.model.train()
             with _entered(autocast):
@@ -117,9 +117,9 @@ class Retokenizer:
             loss.backward()
             for parameter in self.model.parameters():
                 parameter.grad = None
-            if evaluate:
+            if evaluate is not False:
                 self.model.eval()
-                with torch.inference_mode(), _entered(autocast):
+                with _entered(evaluate), _entered(autocast):
                     self.model(images)
 
 

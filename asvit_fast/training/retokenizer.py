@@ -95,8 +95,8 @@ class Retokenizer:
         Args:
             images: [B, 3, H, W] on the model's device, or a function from a reduction to those of its phases.
             autocast: what the training's forward pass runs in, a context manager or a function that makes one.
-            evaluate: also run in evaluation mode, in torch.inference_mode as timm evaluates; or what else the evaluation
-                runs in, such as torch.no_grad.
+            evaluate: also run in evaluation mode, in torch.inference_mode as timm evaluates; or what else the
+                evaluation runs in, such as torch.no_grad.
         """
         before = self.reduction
         with _undisturbed(self.model):

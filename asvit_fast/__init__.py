@@ -18,6 +18,7 @@ from .scoring import (
 from .search import Budget, scale, search
 from .taylor import jet, jvp
 from .topology import SearchSpace, StageSpec, Topology
+from .training import TrainResult, train
 from .verification import verify
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __all__ = [
     "SearchSpace",
     "StageSpec",
     "Topology",
+    "TrainResult",
     "accelerate",
     "convert_asvit_state_dict",
     "create_model",
@@ -46,5 +48,6 @@ __all__ = [
     "score",
     "search",
     "show_config",
+    "train",
     "verify",
 ]

@@ -37,6 +37,7 @@ class Reader:
     device: torch.device
     rank: int
     ranks: int
+    crop_mode: str = "center"  # of validation, as timm names it
 
     @property
     def mode(self) -> str:
@@ -70,7 +71,9 @@ class Reader:
             "auto_augment": recipe.aa or None,
             "interpolation": fixed if recipe.no_aug else recipe.interpolation,
         }
-        chosen: dict[str, Any] = options if training else {"interpolation": fixed, "crop_pct": recipe.crop_pct}
+        chosen: dict[str, Any] = (
+            options if training else {"interpolation": fixed, "crop_pct": recipe.crop_pct, "crop_mode": self.crop_mode}
+        )
         try:
             return create_transform(
                 self.shape, is_training=training, mean=self.mean, std=self.std, use_prefetcher=True, **chosen
@@ -256,9 +259,10 @@ def load_validation(
     in_chans: int = 3,
     mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
+    crop_mode: str = "center",
 ) -> Validation:
     """The images of the recipe's ``val_split`` alone; arguments and errors as for ``load_data``."""
-    reader = _reader(recipe, img_size, device, rank, ranks, in_chans, mean, std)
+    reader = _reader(recipe, img_size, device, rank, ranks, in_chans, mean, std, crop_mode)
     dataset = _open(data, reader, recipe.val_split, training=False)
     return Validation(dataset, count_classes(dataset), reader)
 
@@ -272,11 +276,12 @@ def _reader(
     in_chans: int,
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    crop_mode: str = "center",
 ) -> Reader:
     if in_chans not in MODES:
         raise InputError(f"in_chans must be one of {', '.join(map(str, MODES))}, got {in_chans}")
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-    return Reader(recipe, (in_chans, height, width), tuple(mean), tuple(std), device, rank, ranks)
+    return Reader(recipe, (in_chans, height, width), tuple(mean), tuple(std), device, rank, ranks, crop_mode)
 
 
 def _open(data: str | Path, reader: Reader, split: str, training: bool) -> Any:

@@ -48,9 +48,12 @@ class Reading:
         return self._only_latest(self._checked(iter(self.loader)), self.passes)
 
     def _only_latest(self, batches: Iterator[Batch], number: int) -> Iterator[Batch]:
-        for batch in batches:
+        while True:
             if number != self.passes:
                 raise RuntimeError("these batches were given up when other ones were asked for: workers serve one pass")
+            batch = next(batches, None)
+            if batch is None:
+                return
             yield batch
 
     def _checked(self, batches: Iterable[Batch | InputError]) -> Iterator[Batch]:

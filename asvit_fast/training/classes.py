@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import IterableDataset, Subset, TensorDataset
 
 from ..errors import InputError
 from .folders import some
@@ -29,16 +29,21 @@ def class_names(dataset: Any) -> list[str] | None:
     return names
 
 
-def count_classes(dataset: Any) -> int:
+def count_classes(dataset: Any, given: int | None = None) -> int:
     """Number of classes: of the names, or the largest target plus one; without ``targets``, all samples are read.
 
-    Raises InputError for a stream that names no classes.
+    Raises InputError for a stream that names no classes, and for more names than the number given.
     """
+    if given is not None:
+        known = class_names(dataset) or []
+        if len(known) > given:
+            raise InputError(f"the images have {len(known)} classes, num_classes is {given}; leave it out")
+        return given
     names = class_names(dataset)
     if names is not None:
         return len(names)
-    if not hasattr(dataset, "__getitem__"):
-        raise InputError("this data set does not say which classes it has; give the file of their names as class_map")
+    if isinstance(dataset, IterableDataset):
+        raise InputError("this data set does not say how many classes it has; give num_classes")
     return int(targets_of(dataset).max()) + 1
 
 

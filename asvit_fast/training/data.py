@@ -215,6 +215,7 @@ def load_data(
     in_chans: int = 3,
     mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
+    num_classes: int | None = None,
 ) -> TrainingData:
     """Open training and validation images.
 
@@ -228,6 +229,7 @@ def load_data(
         rank, ranks: which share of the images is read here.
         in_chans: channels of the images, 3 or 1.
         mean, std: what uint8 images are normalised with, parts of 255.
+        num_classes: number of classes where the data set does not say it, or not all of it.
 
     Raises:
         InputError: no such folder, split, package or class map; no images; classes that differ or lack images; fewer
@@ -242,7 +244,7 @@ def load_data(
     else:
         train = _open(data, reader, recipe.train_split, training=True)
         held_out = _open(data, reader, recipe.val_split, training=False) if recipe.val_split else None
-    classes = count_classes(train)
+    classes = count_classes(train, num_classes)
     check_same_classes(train, held_out)
     for dataset in (train, held_out):
         _check_targets(dataset, classes)
@@ -260,11 +262,12 @@ def load_validation(
     mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
     crop_mode: str = "center",
+    num_classes: int | None = None,
 ) -> Validation:
     """The images of the recipe's ``val_split`` alone; arguments and errors as for ``load_data``."""
     reader = _reader(recipe, img_size, device, rank, ranks, in_chans, mean, std, crop_mode)
     dataset = _open(data, reader, recipe.val_split, training=False)
-    return Validation(dataset, count_classes(dataset), reader)
+    return Validation(dataset, count_classes(dataset, num_classes), reader)
 
 
 def _reader(
@@ -313,9 +316,7 @@ def _check_targets(dataset: Any, classes: int) -> None:
         return
     lowest, highest = (int(value) for value in targets_of(dataset).aminmax())
     if lowest < 0 or highest >= classes:
-        raise InputError(
-            f"validation targets go from {lowest} to {highest}, the training set has classes 0 to {classes - 1}"
-        )
+        raise InputError(f"targets go from {lowest} to {highest}, there are classes 0 to {classes - 1}")
 
 
 def _stream_length(dataset: Any) -> int:

@@ -61,7 +61,9 @@ def evaluate(
     together = ranks > 1 and isinstance(model, FSDPModule)
     counted = _in_step(batches, device) if together else ((batch, True) for batch in batches)
     with _evaluating(model), torch.no_grad():  # inference_mode would leave FSDP2 with tensors that cannot train
-        for (images, targets), counts in tqdm(counted, desc="evaluating", unit=" batches", disable=not progress):
+        for (images, targets), counts in tqdm(
+            counted, desc="evaluating", unit=" batches", leave=False, disable=not progress
+        ):
             with context():
                 logits = model(images)  # [b, classes]
                 mean_loss = criterion(logits, targets)

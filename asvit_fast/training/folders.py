@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,13 @@ def _open_folder(data: Path, split: str, class_map: str, mode: str) -> Any:
     try:
         classes: Any = {"class_map": class_map} if class_map else {}
         return create_dataset("", root=str(root), search_split=False, input_img_mode=mode, **classes)
-    except (RuntimeError, ValueError, AssertionError, OSError) as error:  # no images, or a class map timm cannot read
+    except (
+        RuntimeError,
+        ValueError,
+        AssertionError,
+        OSError,
+        tarfile.TarError,
+    ) as error:  # no images, or a class map timm cannot read
         raise InputError(f"data {str(root)!r} cannot be used: {first_line(error)}") from error
 
 

@@ -64,7 +64,7 @@ class Samples(Dataset):
             try:
                 return self._read_all(*request)
             except InputError as error:
-                return error
+                return InputError(str(error))  # a plain one, that workers can send
 
     def _select(self, tensors: tuple[Tensor, Tensor], indices: list[int]) -> Batch:
         images, targets = (tensor.index_select(0, torch.tensor(indices, device=tensor.device)) for tensor in tensors)
@@ -112,7 +112,7 @@ class StreamSamples(IterableDataset):
                     yield stack(samples, [])
                     samples = []
         except InputError as error:
-            yield error
+            yield InputError(str(error))
             return
         if samples:
             yield stack(samples, [])

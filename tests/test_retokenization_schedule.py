@@ -98,7 +98,9 @@ def test_for_epochs_refuses() -> None:
         af.InputError, match="schedule '40:4,30:2,230:1' is 300 epochs long but the training has 100: shorten"
     ):
         Schedule.parse("40:4,30:2,230:1").for_epochs(100)
-    with pytest.raises(af.InputError, match="schedule 'table6-40' leaves no epoch for its phase 40:4 in a training of 3"):
+    with pytest.raises(
+        af.InputError, match="schedule 'table6-40' leaves no epoch for its phase 40:4 in a training of 3"
+    ):
         Schedule.parse("table6-40").for_epochs(3)
     for wrong in (0, -1, True, 2.0):
         with pytest.raises(af.InputError, match="a training has 1 or more whole epochs, got"):

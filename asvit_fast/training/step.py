@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from .. import processes
 from .parallel import gradient_sync
 from .recipe import Recipe
-from .regularizers import Regularization
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 NEVER = 2**62  # an update that no training reaches
@@ -38,7 +37,7 @@ class Step:
     scaler: torch.amp.GradScaler
     criterion: nn.Module
     mixup: Mixup | None
-    regularization: Regularization | None
+    regularization: Any
     recipe: Recipe
     device: torch.device
     grad_norm: Tensor | None = None  # of the last update, where gradients are clipped

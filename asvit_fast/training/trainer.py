@@ -39,7 +39,6 @@ from .network import What, create_network, pixel_statistics
 from .optimization import make_optimizer, make_scheduler
 from .parallel import load_model, load_optimizer, replicate, shard, whole
 from .recipe import Recipe
-from .regularizers import Regularization, parse_regularizers
 from .result import TrainResult, best_row, metric
 from .retokenizer import Retokenizer
 from .saving import schedule_cost
@@ -133,7 +132,6 @@ class Trainer:
         if recipe.torchcompile:
             for module in (model, *([ema.module] if ema else [])):
                 module.compile(dynamic=False)  # one graph for each grid: an update never meets a new one
-        terms = parse_regularizers(recipe.regularizers)
         self.step = Step(
             replica=replicate(model, device),
             model=model,
@@ -142,7 +140,7 @@ class Trainer:
             scaler=make_scaler(recipe, device),
             criterion=make_criterion(recipe).to(device),
             mixup=make_mixup(recipe, self.description["num_classes"]),
-            regularization=Regularization(model, terms) if terms else None,
+            regularization=None,
             recipe=recipe,
             device=device,
         )
@@ -275,13 +273,14 @@ class Trainer:
             self.retokenizer.warmup(
                 lambda reduction: torch.zeros(self.batch_sizes[reduction], *self.image, device=self.device),
                 autocast=self.step.autocast,
+                evaluate=torch.no_grad,
             )
 
     def _train_epoch(self, run: RunDirectory) -> None:
         """The updates of this epoch that are left."""
         position, per_rank = self.position, self.images_per_update // self.ranks
         if self.retokenizer.step(position.epoch) and position.epoch:
-            self.log.say(f"epoch {position.epoch}: tokens per side 1/{self.retokenizer.reduction} from here on")
+            self.log.say(f"epoch {position.epoch}: {tokens(self.retokenizer.reduction)} from here on")
         self.reduction = self.retokenizer.reduction
         size = self.batch_sizes[self.reduction]
         batches = self.data.train_batches(position.epoch, position.update * per_rank, size)
@@ -440,6 +439,10 @@ class Trainer:
             "seconds": result.seconds,
             "saving": self.cost.saving,
         }
+
+
+def tokens(reduction: int) -> str:
+    return "full tokens" if reduction == 1 else f"{reduction} times fewer tokens per side"
 
 
 def _classes(given: int | None, found: int) -> int:

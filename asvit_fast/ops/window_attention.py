@@ -397,6 +397,15 @@ def _fused(qkv: Tensor, dropout: float) -> bool:
     return why is None and qkv.dtype != torch.float64
 
 
+@torch.compiler.assume_constant_result  # said while tracing
+def _say_elementary() -> None:
+    backends.notify_once(
+        "window_attention attn_scale with dropout",
+        "asvit_fast: AttnScale with attention dropout has no kernel: window_attention runs in elementary operations, "
+        "which hold every attention matrix; train without one of the two",
+    )
+
+
 def window_attention(
     qkv: Tensor,
     num_heads: int,
@@ -433,7 +442,7 @@ def window_attention(
 
     On a CPU one compiled kernel each for forward and backward, on a GPU Triton kernels: they copy nothing and keep at
     most two numbers per row. With dropout, in float64 on a GPU, and where Triton is missing, torch's fused attention,
-    which has no double backward.
+    which has no double backward. With dropout and attn_scale elementary operations, which is said once.
     """
     windows, shifts = [window[0], window[1]], [shift[0], shift[1]]
     if not torch.jit.is_scripting():
@@ -457,6 +466,8 @@ def window_attention(
             factor = float(qkv.shape[3] // (3 * num_heads)) ** -0.5 if scale is None else scale
             return _window_attention(qkv, num_heads, windows, shifts, factor, layout, bias, padding, attn_scale)[0]
         elementary = transform_active() or backends.forced_backend() is not None or qkv.dtype == torch.float64
+        if attn_scale is not None and dropout > 0.0 and not elementary:
+            _say_elementary()
     else:
         elementary = False
     _check(qkv, num_heads, windows, shifts, layout, bias, padding, attn_scale)

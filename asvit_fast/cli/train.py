@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import InputError
 from ..training.recipe import Recipe
 from .common import QUIET, check_output_folder, say
-from .options import Command, Option, flag, image_size, integer, keywords, number, pair, switch, text
+from .options import Command, Option, flag, image_size, integer, keywords, pair, real, switch, text
 
 
 def run(values: SimpleNamespace) -> int:
@@ -61,8 +61,8 @@ def option(field: dataclasses.Field) -> Option:
     """A choice of the recipe as an option of the command line."""
     readers = {
         "int": (integer(0), "N"),
-        "float": (number, "X"),
-        "float | None": (number, "X"),
+        "float": (real, "X"),
+        "float | None": (real, "X"),
         "str": (text, "TEXT"),
         "tuple[float, float]": (pair, "X,Y"),
     }

@@ -52,6 +52,7 @@ LAYERS: dict[str, set[str]] = {
     "report": {"search", "cost", "files"},
     "environment": {"ops"},
     "cli": {"search", "training", "verification", "export", "report", "environment", "tuning"},
+    "timm": {"training"},
     "demo": {"cli"},
     "__main__": {"cli"},
     "__init__": {"cli"},

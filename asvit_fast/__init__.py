@@ -18,6 +18,7 @@ from .scoring import (
 from .search import Budget, scale, search
 from .taylor import jet, jvp
 from .topology import SearchSpace, StageSpec, Topology
+from .training import RetokenizationSchedule, Retokenizer, TrainResult, set_token_reduction, train
 from .verification import verify
 
 __version__ = "0.1.0"
@@ -26,9 +27,12 @@ __all__ = [
     "AsViT",
     "Budget",
     "InputError",
+    "RetokenizationSchedule",
+    "Retokenizer",
     "SearchSpace",
     "StageSpec",
     "Topology",
+    "TrainResult",
     "accelerate",
     "convert_asvit_state_dict",
     "create_model",
@@ -45,6 +49,8 @@ __all__ = [
     "scale",
     "score",
     "search",
+    "set_token_reduction",
     "show_config",
+    "train",
     "verify",
 ]

@@ -6,6 +6,7 @@ Only the NTK looks at images; labels are never used, so any folder will do: flat
 from __future__ import annotations
 
 from pathlib import Path
+from typing import IO
 
 import torch
 from PIL import Image
@@ -14,6 +15,15 @@ from torch import Tensor
 from .errors import InputError
 
 CROP_FRACTION = 0.875  # the usual evaluation crop: 224 pixels out of the short side's 256
+
+
+class UnreadableImage(InputError):
+    """An image file cannot be decoded; ``name`` is the file."""
+
+    def __init__(self, name: str, error: Exception) -> None:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        super().__init__(f"image {name!r} cannot be read ({reason}); repair it or remove it")
+        self.name = name
 
 
 def find_images(folder: str | Path) -> list[Path]:
@@ -81,10 +91,13 @@ def _transform(height: int, width: int):
 
 def _read(path: Path, transform) -> Tensor:
     """One image -> ``[3, height, width]``."""
+    return transform(open_image(path, str(path)))
+
+
+def open_image(source: str | Path | IO[bytes], name: str, mode: str = "RGB") -> Image.Image:
+    """The decoded image in Pillow's ``mode``. Raises UnreadableImage, naming it as ``name``."""
     try:
-        with Image.open(path) as image:
-            pixels = image.convert("RGB")
+        with Image.open(source) as image:
+            return image.convert(mode)
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError or struct.error, as the format has it
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"image {str(path)!r} cannot be read ({reason}); repair it or remove it") from error
-    return transform(pixels)
+        raise UnreadableImage(name, error) from error

@@ -8,6 +8,18 @@ from ..errors import InputError
 from ..ops.patch_embed import patch_embed
 
 
+def check_token_reduction(reduction: int) -> None:
+    """Raises InputError for anything but 1, 2 and 4."""
+    if reduction not in (1, 2, 4):
+        raise InputError(f"token reduction must be 1, 2 or 4 per side, got {reduction!r}")
+
+
+def dilation_of(kernel: int, reduction: int) -> int:
+    """The dilation with which K x K weights cover about ``reduction`` * K pixels per side (As-ViT, arXiv 2202.11921,
+    section 3.4)."""
+    return round((reduction - 1) * kernel / max(kernel - 1, 1)) + 1
+
+
 def embed_patches(
     image: Tensor,
     weight: Tensor,
@@ -61,10 +73,9 @@ class OverlapPatchEmbed(nn.Module):
         Raises:
             InputError: any other reduction.
         """
-        if reduction not in (1, 2, 4):
-            raise InputError(f"token reduction must be 1, 2 or 4 per side, got {reduction!r}")
+        check_token_reduction(reduction)
         self.stride = self.base_stride * reduction
-        self.dilation = round((reduction - 1) * self.kernel / max(self.kernel - 1, 1)) + 1
+        self.dilation = dilation_of(self.kernel, reduction)
 
     def forward(self, image: Tensor) -> Tensor:
         norm_weight: Tensor | None = None

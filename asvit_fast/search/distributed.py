@@ -6,23 +6,19 @@ pure functions of their arguments, so the result is that of a single process wit
 
 from __future__ import annotations
 
-import atexit
-import os
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from ..errors import InputError
+from ..processes import broadcast, gather, join, portable
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 Values = tuple[float, ...]
 Share = Callable[[Sequence[Task]], list[Values]]
-
-_TIMEOUT = timedelta(days=7)  # a rank may score for long; torchrun ends everybody when one process dies
 
 
 def run_shared(lead: Callable[[Share[Task]], Result], work: Share[Task], device: torch.device | None = None) -> Result:
@@ -30,33 +26,14 @@ def run_shared(lead: Callable[[Share[Task]], Result], work: Share[Task], device:
 
     Every rank gets the result. An error of any rank ends all ranks with its message.
     """
-    if _world_size(device or torch.device("cpu")) == 1:
+    if join(device or torch.device("cpu")) == 1:
         return lead(work)
     return _lead(lead, work) if dist.get_rank() == 0 else _follow(work)
 
 
-def _world_size(device: torch.device) -> int:
-    """Number of processes; joins those of torchrun unless the caller has done so already."""
-    if not dist.is_available():
-        return 1
-    if not dist.is_initialized():
-        if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return 1
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
-        atexit.register(_leave)  # not at the end of a run: joining a second time is not reliable
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # nccl sends objects through the current device
-    return dist.get_world_size()
-
-
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def _lead(lead: Callable[[Share[Task]], Result], work: Share[Task]) -> Result:
     def share(tasks: Sequence[Task]) -> list[Values]:
-        _broadcast(("tasks", list(tasks)))
+        broadcast(("tasks", list(tasks)))
         values, errors = _gather(work, tasks)
         own = next((error for rank, error in errors if rank == 0), None)
         if own is not None:
@@ -69,15 +46,15 @@ def _lead(lead: Callable[[Share[Task]], Result], work: Share[Task]) -> Result:
     try:
         result = lead(share)
     except Exception as error:
-        _broadcast(("error", _portable(error)))
+        broadcast(("error", portable(error)))
         raise
-    _broadcast(("result", result))
+    broadcast(("result", result))
     return result
 
 
 def _follow(work: Share[Any]) -> Any:
     while True:
-        kind, content = _broadcast(None)
+        kind, content = broadcast(None)
         if kind == "result":
             return content
         if kind == "error":
@@ -93,25 +70,11 @@ def _gather(work: Share[Task], tasks: Sequence[Task]) -> tuple[list[Values], lis
     try:
         own = work(tasks[rank::size])  # Python floats: float64 on the way, too
     except Exception as error:
-        failure, own = error, _portable(error)
-    gathered: list[Any] = [None] * size
-    dist.all_gather_object(gathered, own)
+        failure, own = error, portable(error)
+    gathered = gather(own)
     errors = [(index, part) for index, part in enumerate(gathered) if isinstance(part, Exception)]
     if failure is not None:  # the original, with its traceback
         errors = [(index, failure if index == rank else error) for index, error in errors]
     if errors:
         return [], errors
     return [gathered[index % size][index // size] for index in range(len(tasks))], []
-
-
-def _portable(error: Exception) -> Exception:
-    """The same message in a class that every process can unpickle."""
-    if isinstance(error, InputError):
-        return InputError(str(error))
-    return RuntimeError(f"{type(error).__name__}: {error}")
-
-
-def _broadcast(message: Any) -> Any:
-    box = [message]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]

@@ -1,5 +1,22 @@
 """Training with progressive re-tokenization (As-ViT, arXiv 2202.11921, section 3.4)."""
 
+from .loop import train
 from .recipe import Recipe
+from .result import TrainResult
+from .retokenizer import Retokenizer
+from .saving import ScheduleCost, schedule_cost
+from .schedule import Phase, RetokenizationSchedule
+from .token_reduction import set_token_reduction, token_reduction
 
-__all__ = ["Recipe"]
+__all__ = [
+    "Phase",
+    "Recipe",
+    "RetokenizationSchedule",
+    "Retokenizer",
+    "ScheduleCost",
+    "TrainResult",
+    "schedule_cost",
+    "set_token_reduction",
+    "token_reduction",
+    "train",
+]

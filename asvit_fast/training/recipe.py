@@ -114,6 +114,19 @@ class Recipe:
         if not holds:
             raise InputError(f"recipe: {name} must be {expected}, got {getattr(self, name)!r}")
 
+    @property
+    def mixes(self) -> bool:
+        """Whether batches are mixed, and their targets soft."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    def learning_rate(self, images_per_update: int) -> float:
+        """``lr``, or ``lr_base`` scaled to the images of an update by timm's rule."""
+        if self.lr is not None:
+            return self.lr
+        adaptive = any(name in self.opt.lower() for name in ("ada", "lamb"))
+        scale = self.lr_base_scale or ("sqrt" if adaptive else "linear")
+        return self.lr_base * (images_per_update / BASE_BATCH) ** (0.5 if scale == "sqrt" else 1.0)
+
     @classmethod
     def of(cls, **options: Any) -> Recipe:
         """The recipe with some choices changed. Raises InputError for a name that is none of its choices."""

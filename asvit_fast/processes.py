@@ -1,0 +1,87 @@
+"""The processes that torchrun started: joining them, and saying the same thing to all."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from .errors import InputError
+
+Result = TypeVar("Result")
+
+_TIMEOUT = timedelta(days=7)  # a rank may compute for long; torchrun ends everybody when one process dies
+
+
+def join(device: torch.device) -> int:
+    """Number of processes; joins those of torchrun unless the caller has done so already."""
+    if not dist.is_available():
+        return 1
+    if not dist.is_initialized():
+        if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return 1
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+        atexit.register(_leave)  # not at the end of a run: joining a second time is not reliable
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # nccl sends objects through the current device
+    return dist.get_world_size()
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def joined() -> bool:
+    """Whether there is anybody else to talk to."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    return dist.get_rank() if joined() else 0
+
+
+def broadcast(message: Any) -> Any:
+    """The message of rank 0, on every rank."""
+    if not joined():
+        return message
+    box = [message]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all ranks, in their order, on every rank."""
+    if not joined():
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def on_main(function: Callable[[], Result]) -> Result:
+    """What ``function`` returns on rank 0, on every rank; its error ends all of them."""
+    if rank() != 0:
+        kind, content = broadcast(None)
+        if kind == "error":
+            raise content
+        return content
+    try:
+        result = function()
+    except Exception as error:
+        broadcast(("error", portable(error)))
+        raise
+    broadcast(("result", result))
+    return result
+
+
+def portable(error: Exception) -> Exception:
+    """The same message in a class that every process can unpickle."""
+    if isinstance(error, InputError):
+        return InputError(str(error))
+    return RuntimeError(f"{type(error).__name__}: {error}")

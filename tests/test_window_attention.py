@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 
@@ -382,3 +383,23 @@ def test_saturated_attention(shape: tuple[int, int, int, int]) -> None:
         exact, eager = both(torch.float64), both(torch.float32)
     for found, torchs, want in zip(both(torch.float32), eager, exact, strict=True):
         assert (found - want).norm() < 2 * (torchs - want).norm() + 1e-6 * want.norm()
+
+
+@needs_extension
+def test_windows_of_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token that is alone attends itself: its value, with nothing to compute; parameters still get gradients."""
+    qkv = torch.randn(2, 3, 2, 24, requires_grad=True)
+    with use_backend("reference"):
+        want = ops.window_attention(qkv, 4, (1, 1))
+    bias = torch.randn(4, 1, 1, requires_grad=True)
+    through_op = ops.window_attention(qkv, 4, (1, 1), bias=bias)
+    torch.testing.assert_close(through_op, want)
+    assert torch.autograd.grad(through_op.sum(), bias)[0].shape == bias.shape
+    monkeypatch.setattr(importlib.import_module("asvit_fast.ops.window_attention"), "_window_attention", None)
+    found = ops.window_attention(qkv, 4, (1, 1))
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, want)
+    cotangent = torch.randn_like(found)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, qkv, cotangent), torch.autograd.grad(want, qkv, cotangent), atol=1e-6, rtol=1e-5
+    )

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..errors import InputError
-from ..training.recipe import Recipe
+from ..recipe import Recipe
 from .common import QUIET, check_output_folder, say
 from .options import Command, Option, flag, image_size, integer, keywords, pair, real, switch, text
 

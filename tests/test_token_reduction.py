@@ -309,6 +309,14 @@ def test_images_of_other_sizes() -> None:
         strict(torch.randn(1, 3, 64, 64).double())
 
 
+def test_windows_that_never_shrink() -> None:
+    model = TIMM["swin always"]()
+    blocks = [block for stage in model.layers for block in stage.blocks]
+    before = [(block.window_size, block.shift_size) for block in blocks]
+    set_token_reduction(model, 4)
+    assert [(block.window_size, block.shift_size) for block in blocks] == before
+
+
 @pytest.mark.filterwarnings("ignore::asvit_fast.backends.FallbackWarning")
 @pytest.mark.parametrize("kind", [SwinTransformer, SwinTransformerV2])
 def test_accelerated_networks(kind: Any) -> None:

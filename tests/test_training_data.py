@@ -20,8 +20,8 @@ from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from asvit_fast.backends import FallbackWarning
 from asvit_fast.errors import InputError
+from asvit_fast.recipe import Recipe
 from asvit_fast.training.data import TrainingData, load_data
-from asvit_fast.training.recipe import Recipe
 
 CPU = torch.device("cpu")
 SIZE = 32

@@ -48,9 +48,9 @@ def measure(values: SimpleNamespace, model: Any, config: dict[str, Any], device:
     import torch
 
     from .. import processes
+    from ..recipe import Recipe
     from ..training.data import load_validation
     from ..training.evaluation import evaluate
-    from ..training.recipe import Recipe
 
     recipe = Recipe.of(
         dataset=values.dataset,

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from ..errors import InputError
+from ..recipe import Recipe
 from . import sampling
 from .batches import Reading, Stream, Transfer
 from .classes import check_same_classes, class_names, count_classes, targets_of
 from .folders import open_split
-from .recipe import Recipe
 from .samples import Samples, StreamSamples, float_tensors
 from .transforms import Transform, training_transform, validation_transform
 

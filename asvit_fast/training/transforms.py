@@ -11,8 +11,8 @@ from timm.data.auto_augment import AugmentOp
 from torch import Tensor
 
 from ..errors import InputError
+from ..recipe import Recipe
 from .folders import first_line
-from .recipe import Recipe
 
 Transform = Callable[[Image.Image], Tensor]
 Channels = tuple[float, ...]

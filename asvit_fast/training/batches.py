@@ -104,7 +104,9 @@ def _ignore_interrupts(worker: int) -> None:
 def raised(batches: Iterable[Batch | InputError]) -> Iterator[Batch]:
     for batch in batches:
         if isinstance(batch, InputError):
-            raise batch
+            raise InputError(
+                str(batch)
+            )  # not itself: its traceback and this frame would keep each other and the workers
         yield batch
 
 

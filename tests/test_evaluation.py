@@ -308,8 +308,8 @@ def test_refused_checkpoints(checkpoint: Path, images: Path, tmp_path: Path, cap
     assert "holds no weights (epoch)" in refused(capsys, text, "--model", "asvit", *there)
     torch.save(network().state_dict(), text)
     assert "give its name as model" in refused(capsys, text, *there)
-    assert "no model of timm" in refused(capsys, text, "--model", "asvlt", *there)
-    assert "does not take" in refused(capsys, text, "--model", "asvit", "--model-kwargs", "wings=2", *there)
+    assert "there is no asvlt of timm" in refused(capsys, text, "--model", "asvlt", *there)
+    assert "with these arguments" in refused(capsys, text, "--model", "asvit", "--model-kwargs", "wings=2", *there)
     assert "do not fit asvit" in refused(capsys, text, "--model", "asvit", "--num-classes", "5", *there)
     assert "no moving average" in refused(capsys, text, "--model", "asvit", "--use-ema", *there)
     assert "expected NAME=VALUE" in refused(capsys, text, "--model-kwargs", "depth", *there)
@@ -328,19 +328,6 @@ def test_refused_images(checkpoint: Path, images: Path, tmp_path: Path, capsys: 
     other.mkdir(parents=True)
     (other / "0.png").write_bytes(next(split.rglob("*.png")).read_bytes())
     assert "1 classes, the network 7" in refused(capsys, checkpoint, "--data", tmp_path / "other")
-
-
-def test_arguments_of_the_network() -> None:
-    from asvit_fast.cli.eval import arguments
-
-    assert arguments(["a=1", "b=0.5", "c=True", "d=x|y,z", "e=(1, 2)"]) == {
-        "a": 1,
-        "b": 0.5,
-        "c": True,
-        "d": "x|y,z",
-        "e": (1, 2),
-    }
-    assert arguments({"a": 1}) == {"a": 1}
 
 
 def test_random_interpolation_is_none_for_validation(checkpoint: Path) -> None:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from .. import processes
 from ..errors import InputError
+from ..recipe import Recipe
 from .optimization import make_optimizer
 from .parallel import gradient_sync, replicate, shard
-from .recipe import Recipe
+from .regularizers import Regularization, parse_regularizers
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 GRAPHS = 32  # of one network: three grids, training and validation, whole and last batches, and room
@@ -40,7 +41,7 @@ class Step:
     scaler: torch.amp.GradScaler
     criterion: nn.Module
     mixup: Mixup | None
-    regularization: Any
+    regularization: Regularization | None
     recipe: Recipe
     device: torch.device
     grad_norm: Tensor | None = None  # of the last update, where gradients are clipped
@@ -109,6 +110,7 @@ def prepare(model: nn.Module, recipe: Recipe, device: torch.device) -> None:
 
 def make_step(model: nn.Module, recipe: Recipe, device: torch.device, num_classes: int, images_per_update: int) -> Step:
     """The step of a prepared network: its average, its shards or replicas, its optimizer."""
+    terms = parse_regularizers(recipe.regularizers)
     ema = None
     if recipe.model_ema:
         ema = ModelEmaV3(model, decay=recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup)
@@ -129,7 +131,7 @@ def make_step(model: nn.Module, recipe: Recipe, device: torch.device, num_classe
         scaler=make_scaler(recipe, device),
         criterion=make_criterion(recipe).to(device),
         mixup=make_mixup(recipe, num_classes),
-        regularization=None,
+        regularization=Regularization(model, terms) if terms else None,
         recipe=recipe,
         device=device,
     )

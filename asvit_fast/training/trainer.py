@@ -17,6 +17,7 @@ from .. import processes
 from ..backends import notify_once
 from ..cost import params
 from ..errors import InputError
+from ..recipe import Recipe
 from ..run_directory import RunDirectory, load_state
 from .batch_size import pass_memory, phase_batch_sizes
 from .checkpoint import BEST, LAST, OURS, keep_as, random_state, read_checkpoint, seed_everything, set_random_state
@@ -26,7 +27,6 @@ from .log import TrainingLog
 from .network import What, create_network, pixel_statistics
 from .optimization import make_scheduler
 from .parallel import whole
-from .recipe import Recipe
 from .result import TrainResult, best_row, metric
 from .retokenizer import Retokenizer
 from .saving import schedule_cost

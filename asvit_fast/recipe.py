@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..errors import InputError
+from .errors import InputError
 
 WORKERS = min(4, os.cpu_count() or 1)
 BASE_BATCH = 1024  # images per update for which ``lr_base`` is meant

@@ -25,11 +25,23 @@ def join(device: torch.device) -> int:
     if not dist.is_initialized():
         if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return 1
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT, **_meeting_place())
         atexit.register(_leave)  # not at the end of a run: joining a second time is not reliable
     if device.type == "cuda":
         torch.cuda.set_device(device)  # nccl sends objects through the current device
     return dist.get_world_size()
+
+
+def _meeting_place() -> dict[str, Any]:
+    """Where processes find each other. The store of torchrun's agent outlives a restart, with the addresses of the
+    processes that died in it, so that new ones wait for those (torch 2.15): each attempt gets keys of its own."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    rank, size, attempt = (os.environ[name] for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"))
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
+    own = dist.PrefixStore(f"asvit_fast/attempt_{attempt}_of_{size}", store)
+    return {"store": own, "rank": int(rank), "world_size": int(size)}
 
 
 def _leave() -> None:

@@ -194,7 +194,7 @@ def test_nothing_to_draw_yet(tmp_path: Path) -> None:
     [
         ("config.json", "{", "config.json"),
         ("config.json", "[]", "JSON object"),
-        ("config.json", '{"kind": "train"}', "'train'"),
+        ("config.json", '{"kind": "bake"}', "'bake'"),
         ("trace.jsonl", '{"step": 0}\n', "not a trace of search"),
         ("trace.jsonl", "oops\n{}\n", "trace.jsonl"),
         ("state.pt", "oops", "state.pt"),

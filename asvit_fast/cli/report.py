@@ -22,7 +22,7 @@ COMMAND = Command(
             "directory",
             text,
             None,
-            "run directory of search or scale, or one that holds both as search/ and scale/",
+            "run directory of search, scale or train, or one that holds them as search/, scale/ and train/",
             positional=True,
             required=True,
         ),

@@ -16,6 +16,7 @@ from ..errors import InputError
 from ..files import as_float
 from ..topology import SearchSpace, Topology
 from .runs import Run
+from .training_tables import phase_table, training_result_table
 
 TOP = 10  # rows in the tables of the best
 
@@ -28,6 +29,10 @@ CAPTIONS = {
     "grey dots are the candidates that were scored but not taken.",
     "scale_candidates.png": "Each dot is one candidate, coloured by its step; the star was taken. "
     "Scores of different steps belong to different sizes: compare within a colour.",
+    "train_epochs.png": "Loss and top-1 accuracy of every epoch. The shades are the phases of the training: darker "
+    "ones see fewer tokens, which makes their epochs cheaper. Validation sees as many tokens as its phase.",
+    "train_cost.png": "The same training over what it has cost: multiply-adds of all forward passes on the left (the "
+    "backward passes cost about twice as many again), time in training steps on the right.",
 }
 
 STYLE = """
@@ -67,12 +72,15 @@ class Section:
     @classmethod
     def of(cls, run: Run, images: dict[str, bytes]) -> Section:
         """What a page says about one run."""
-        steps = f"{len(run.trace)} steps"
+        steps = f"{len(run.trace)} {'epochs' if run.kind == 'train' else 'steps'}"
         status = f"finished after {steps}" if run.finished else f"not finished: {steps} so far"
-        tables = [_result_table(run)]
-        tables += [_top_table(run), _choice_table(run)] if run.kind == "search" else [_growth_table(run)]
-        tables.append(_config_table(run))
-        title = "Topology search" if run.kind == "search" else "Scaling"
+        makers = {
+            "search": (_result_table, _top_table, _choice_table),
+            "scale": (_result_table, _growth_table),
+            "train": (training_result_table, phase_table),
+        }
+        tables = [make(run) for make in (*makers[run.kind], _config_table)]
+        title = {"search": "Topology search", "scale": "Scaling", "train": "Training"}[run.kind]
         return cls(title, status, run.topology, images, tables)
 
 
@@ -92,9 +100,10 @@ def render(name: str, sections: Sequence[Section]) -> str:
 def _section(section: Section) -> str:
     figures = "\n".join(_figure(name, png) for name, png in section.images.items())
     tables = "\n".join(_table(*table) for table in section.tables)
+    label = "Network" if section.title == "Training" else "Topology"
     return (
         f'<h2>{section.title}</h2>\n<p class="note">{escape(section.status)}</p>\n'
-        f'<div class="result">Topology <code>{escape(section.topology)}</code></div>\n{figures}\n{tables}'
+        f'<div class="result">{label} <code>{escape(section.topology)}</code></div>\n{figures}\n{tables}'
     )
 
 

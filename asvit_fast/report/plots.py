@@ -69,8 +69,8 @@ def progress(run: Run) -> bytes:
             below.plot(steps[window - 1 :], mean, color=VERMILLION, linewidth=2, label=f"mean of {window} steps")
         below.set(title="Reward of the sampled topology", xlabel="step", ylabel="reward (no unit)")
         below.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2)
-        _whole_steps(below)
-        return _png(figure)
+        whole_steps(below)
+        return png(figure)
 
 
 def search_candidates(run: Run) -> bytes:
@@ -131,8 +131,8 @@ def trajectory(run: Run) -> bytes:
         steps = [record["step"] for record in run.trace]
         right.plot(steps, params, "o-", color=VERMILLION, linewidth=2, markersize=7)
         right.set(title="Size", xlabel="step", ylabel="parameters (millions)", ylim=(0, None))
-        _whole_steps(right)
-        return _png(figure)
+        whole_steps(right)
+        return png(figure)
 
 
 def _label_steps(axes: Axes, places: Sequence[tuple[int, int]], params: Sequence[float]) -> None:
@@ -169,7 +169,7 @@ def _scatter(points: Sequence[Point], title: str, chosen_label: str) -> bytes:
         _ticks(axes)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc="best")
-        return _png(figure)
+        return png(figure)
 
 
 def _stars(axes: Axes, points: Sequence[Point], label: str) -> None:
@@ -213,11 +213,11 @@ def _non_finite(axes: Axes, points: Sequence[Point]) -> None:
     )
 
 
-def _whole_steps(axes: Axes) -> None:
+def whole_steps(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH)
     return buffer.getvalue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 from ..errors import InputError
 from ..files import from_json, read_jsonl
 
-KINDS = ("search", "scale")
+DESIGNS = ("search", "scale")  # runs whose result is a topology
+KINDS = (*DESIGNS, "train")
 
 
 @dataclass(frozen=True)
@@ -28,38 +30,36 @@ class Run:
 
     @property
     def topology(self) -> str:
-        """The final topology, or the one that leads so far."""
+        """The final topology, or the one that leads so far; of a training, the network's name."""
+        if self.kind == "train":
+            return self.config["model"]["model"]
         if self.result is not None:
             return self.result["topology"]
         return self.trace[-1]["best" if self.kind == "search" else "topology"]
 
 
-def find_runs(directory: Path) -> list[Run]:
-    """The run in ``directory`` itself, or those in its ``search`` and ``scale`` subfolders. InputError when none."""
+def find_runs(directory: Path, kinds: Sequence[str] = DESIGNS) -> list[Run]:
+    """The run in ``directory`` itself, or those in its subfolders named as ``kinds``. InputError when there is none."""
+    commands = f"give the --out of asvit-fast {' or '.join(kinds)}"
     if not directory.is_dir():
-        raise InputError(
-            f"run directory {str(directory)!r} does not exist; give the --out of asvit-fast search or scale"
-        )
-    folders = [folder for folder in (directory, *(directory / kind for kind in KINDS)) if has_run(folder)]
+        raise InputError(f"run directory {str(directory)!r} does not exist; {commands}")
+    folders = [folder for folder in (directory, *(directory / kind for kind in kinds)) if has_run(folder)]
     if not folders:
-        raise InputError(
-            f"{str(directory)!r} holds no run (no config.json); give the --out of asvit-fast search or scale"
-        )
-    return [read_run(folder) for folder in folders]
+        raise InputError(f"{str(directory)!r} holds no run (no config.json); {commands}")
+    return [read_run(folder, kinds) for folder in folders]
 
 
 def has_run(directory: Path) -> bool:
     return (directory / "config.json").is_file()
 
 
-def read_run(directory: Path) -> Run:
+def read_run(directory: Path, kinds: Sequence[str]) -> Run:
     """Raises InputError when the configuration is not one of a run, or no step is on record."""
     config = _read_json(directory / "config.json")
-    kind = config.get("kind")
-    if kind not in KINDS:
-        raise InputError(
-            f"{str(directory / 'config.json')!r} is of kind {kind!r}; a report needs a search or scale run"
-        )
+    kind = str(config.get("kind"))
+    if kind not in kinds:
+        expected = " or ".join(kinds)
+        raise InputError(f"{str(directory / 'config.json')!r} is of kind {kind!r}; give a {expected} run")
     result_path = directory / "result.json"
     result = _read_json(result_path) if result_path.is_file() else None
     trace_path = directory / "trace.jsonl"

@@ -1,0 +1,85 @@
+"""The plots of a training, as PNG bytes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ..files import as_float
+from .plots import BLUE, GREY, ORANGE, STYLE, VERMILLION, png, whole_steps
+from .runs import Run
+from .training_tables import Row, epoch_macs, phases, train_seconds
+
+LOSSES = (("train_loss", "training", BLUE), ("eval_loss", "validation", ORANGE))
+ACCURACIES = (("top1", "network", VERMILLION), ("ema_top1", "moving average", BLUE))
+
+
+def epochs(run: Run) -> bytes:
+    """Loss and accuracy over the epochs."""
+    ends = [row["epoch"] + 1 for row in run.trace]  # an epoch's numbers stand at its end
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9, 6.2))
+        above, below = figure.subplots(2, 1, sharex=True)
+        _lines(above, run, ends, LOSSES)
+        above.set(title="Loss", ylabel="loss (nats)")
+        _lines(below, run, ends, ACCURACIES)
+        below.set(title="Accuracy", xlabel="epochs", ylabel="top-1 (%)")
+        for axes in (above, below):
+            _shade(axes, run, ends)
+        whole_steps(below)
+        return png(figure)
+
+
+def cost(run: Run) -> bytes:
+    """Accuracy (or the loss, of a training that is not validated) over multiply-adds and over hours."""
+    validated = any(row.get("top1") is not None for row in run.trace)
+    macs = _sums(run, lambda row: epoch_macs(run, row["token_reduction"]))
+    power = 10 ** (len(f"{macs[-1]:.0f}") - 1)
+    hours = _sums(run, lambda row: train_seconds(row) / 3600)
+    axis = "top-1 (%)" if validated else "loss (nats)"
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(11, 4.6))
+        left, right = figure.subplots(1, 2, sharey=True)
+        for axes, ends in ((left, [value / power for value in macs]), (right, hours)):
+            _lines(axes, run, ends, ACCURACIES if validated else LOSSES)
+            _shade(axes, run, ends)
+        left.set(title="Over computation", xlabel=f"multiply-adds ({power:.0e})", ylabel=axis)
+        right.set(title="Over time", xlabel="hours in training steps")
+        return png(figure)
+
+
+def _sums(run: Run, of: Callable[[Row], float]) -> list[float]:
+    return list(itertools.accumulate(of(row) for row in run.trace))
+
+
+def _lines(axes: Axes, run: Run, ends: Sequence[float], lines: Sequence[tuple[str, str, str]]) -> None:
+    for name, label, colour in lines:
+        points = [(end, as_float(row[name])) for end, row in zip(ends, run.trace, strict=True) if _has(row, name)]
+        if points:
+            axes.plot(*zip(*points, strict=True), "o-", color=colour, linewidth=2, markersize=3, label=label)
+    if axes.lines:
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2)
+
+
+def _has(row: Row, name: str) -> bool:
+    return row.get(name) is not None
+
+
+def _shade(axes: Axes, run: Run, ends: Sequence[float]) -> None:
+    """The phases, darker the fewer tokens they see, with their tokens along the bottom."""
+    start, done = 0.0, 0
+    for phase in phases(run):
+        done += len(phase.rows)
+        end = ends[done - 1]
+        axes.axvspan(start, end, color=GREY, alpha=0.09 * (phase.reduction.bit_length() - 1), linewidth=0)
+        if end - start > 0.08 * ends[-1]:  # a narrower one has no room for its name
+            place = axes.get_xaxis_transform()
+            axes.text((start + end) / 2, 0.03, phase.title, transform=place, ha="center", fontsize=9, color="#444444")
+        if start:
+            axes.axvline(start, color=GREY, linewidth=1)
+        start = end
+    axes.set_xlim(0, ends[-1])

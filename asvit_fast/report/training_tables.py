@@ -1,0 +1,91 @@
+"""A training in numbers: its phases, what they cost, and how good the network became."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from ..files import as_float
+from .runs import Run
+
+Row = dict[str, Any]
+Table = tuple[str, str, Sequence[str], list[Sequence[Any]]]  # title, note, header, rows
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Epochs in a row with the same tokens."""
+
+    reduction: int
+    rows: list[Row]
+
+    @property
+    def title(self) -> str:
+        return "full tokens" if self.reduction == 1 else f"tokens / {self.reduction**2}"
+
+
+def phases(run: Run) -> list[Phase]:
+    groups = groupby(run.trace, key=lambda row: row["token_reduction"])
+    return [Phase(reduction, list(rows)) for reduction, rows in groups]
+
+
+def epoch_macs(run: Run, reduction: int) -> float:
+    """Multiply-adds of the forward passes of an epoch."""
+    return as_float(run.config["flops"][str(reduction)]) * run.config["train_images"]
+
+
+def train_seconds(row: Row) -> float:
+    return as_float(row["train_seconds"])
+
+
+def accuracy(row: Row) -> float | None:
+    """Top-1 of the network or of its average, whichever is better; None where the epoch was not validated."""
+    found = [as_float(row[name]) for name in ("top1", "ema_top1") if row.get(name) is not None]
+    return max(found, default=None)
+
+
+def training_result_table(run: Run) -> Table:
+    """Where the training stands, and what it has cost compared with full tokens throughout."""
+    spent = sum(epoch_macs(run, row["token_reduction"]) for row in run.trace)
+    saved = 1 - spent / (epoch_macs(run, 1) * len(run.trace))
+    rows: list[Sequence[Any]] = [
+        ("epochs", f"{len(run.trace)} of {run.config['epochs']}"),
+        ("schedule (epochs:reduction of tokens per side)", run.config["schedule"]),
+        ("training loss of the last epoch", f"{as_float(run.trace[-1]['train_loss']):.4g}"),
+    ]
+    validated = [row for row in run.trace if accuracy(row) is not None]
+    if validated:
+        best, last = max(validated, key=lambda row: accuracy(row) or 0.0), validated[-1]
+        rows.append(("top-1 of the last validation (%)", f"{accuracy(last):.2f}"))
+        rows.append(("best top-1 (%)", f"{accuracy(best):.2f} after epoch {best['epoch']}"))
+    rows.append(("time in training steps (hours)", f"{sum(map(train_seconds, run.trace)) / 3600:,.2f}"))
+    rows.append(("multiply-adds of the forward passes", f"{spent:.3g}"))
+    rows.append(("saved of these by fewer tokens", f"{100 * saved:.1f} %"))
+    note = "Epochs count from 0. Accuracy is that of the network or of its moving average, whichever is better."
+    return ("Result" if run.finished else "Last epoch"), note, ("", "value"), rows
+
+
+def phase_table(run: Run) -> Table:
+    """Every phase: its epochs, tokens, multiply-adds and seconds."""
+    full = epoch_macs(run, 1)
+    rows: list[Sequence[Any]] = []
+    for phase in phases(run):
+        macs, seconds = epoch_macs(run, phase.reduction), sum(map(train_seconds, phase.rows))
+        found = [accuracy(row) for row in phase.rows if accuracy(row) is not None]
+        rows.append(
+            (
+                f"{phase.rows[0]['epoch']} to {phase.rows[-1]['epoch']}",
+                phase.title,
+                f"{macs / run.config['train_images'] / 1e9:,.3f}",
+                f"{100 * macs / full:.1f} %",
+                f"{macs * len(phase.rows):.3g}",
+                f"{seconds:,.1f}",
+                f"{seconds / len(phase.rows):,.1f}",
+                f"{found[-1]:.2f}" if found else "",
+            )
+        )
+    note = "Tokens, multiply-adds (MACs) of one image in one forward pass, and time in training steps."
+    header = ("epochs", "tokens", "MACs (G)", "of full", "MACs of all", "seconds", "seconds an epoch", "top-1 (%)")
+    return "Phases", note, header, rows

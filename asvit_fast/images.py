@@ -6,7 +6,6 @@ Only the NTK looks at images; labels are never used, so any folder will do: flat
 from __future__ import annotations
 
 from pathlib import Path
-from typing import IO
 
 import torch
 from PIL import Image
@@ -18,7 +17,7 @@ CROP_FRACTION = 0.875  # the usual evaluation crop: 224 pixels out of the short 
 
 
 class UnreadableImage(InputError):
-    """An image file cannot be decoded; ``name`` is the file."""
+    """An image file cannot be decoded, for whatever Pillow raises: OSError, SyntaxError, ValueError, struct.error."""
 
     def __init__(self, name: str, error: Exception) -> None:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -91,13 +90,9 @@ def _transform(height: int, width: int):
 
 def _read(path: Path, transform) -> Tensor:
     """One image -> ``[3, height, width]``."""
-    return transform(open_image(path, str(path)))
-
-
-def open_image(source: str | Path | IO[bytes], name: str, mode: str = "RGB") -> Image.Image:
-    """The decoded image in Pillow's ``mode``. Raises UnreadableImage, naming it as ``name``."""
     try:
-        with Image.open(source) as image:
-            return image.convert(mode)
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError or struct.error, as the format has it
-        raise UnreadableImage(name, error) from error
+        with Image.open(path) as image:
+            pixels = image.convert("RGB")
+    except Exception as error:
+        raise UnreadableImage(str(path), error) from error
+    return transform(pixels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import tarfile
 import warnings
 from collections.abc import Callable
@@ -19,8 +20,8 @@ from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from asvit_fast.backends import FallbackWarning
 from asvit_fast.errors import InputError
+from asvit_fast.recipe import Recipe
 from asvit_fast.training.data import TrainingData, load_data
-from asvit_fast.training.recipe import Recipe
 
 CPU = torch.device("cpu")
 SIZE = 32
@@ -261,9 +262,8 @@ def damage(path: Path) -> str:
 def test_an_unreadable_image_stops_the_epoch_by_name(copy: Path, workers: int) -> None:
     name = damage(copy / "train" / "b" / "3.png")
     data = load(copy, workers=workers)
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError, match=rf"^image '{re.escape(name)}' cannot be read [^\n]*$"):
         list(data.train_batches(0, 0, 3))
-    assert repr(name) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_an_image_that_vanished_is_named(copy: Path) -> None:
@@ -327,7 +327,7 @@ def renamed_val(root: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        (without("train"), {}, "holds no images"),
+        (without("train"), {}, "Found 0 images"),
         (without("train/b"), {}, r"class folder 'b' of .*holds no images"),
         (without("val/c"), {}, r"class folder 'c'"),
         (loose, {}, "outside of class folders"),
@@ -491,3 +491,13 @@ def test_webdataset(images: Path, tmp_path: Path, workers: int) -> None:
     assert len(whole[1]) == 21 and len(rest[1]) == 15
     assert torch.equal(whole[0][6:], rest[0]) and torch.equal(whole[1][6:], rest[1])
     assert not torch.equal(whole[1], batches(2, 0)[1])
+
+
+@pytest.mark.parametrize("aa", ["", "rand-m9-mstd0.5-inc1"])
+def test_grey_images(images: Path, aa: str) -> None:
+    recipe = Recipe.of(batch_size=7, workers=0, aa=aa)
+    data = load_data(images, recipe, (32, 48), CPU, in_chans=1)
+    assert [tuple(pixels.shape) for pixels, _ in data.train_batches(0, 0, 7)] == [(7, 1, 32, 48)] * 3
+    assert next(data.eval_batches(7))[0].mean().abs() < 2
+    with pytest.raises(InputError, match="in_chans must be one of 1, 3"):
+        load_data(images, recipe, 32, CPU, in_chans=4)

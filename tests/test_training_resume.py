@@ -8,11 +8,9 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from training_program import CLASSES, run, run_killed, run_killed_in_write, run_on_full_disk
+from training_program import run, run_killed, run_killed_in_write, run_on_full_disk, write_images
 
 from asvit_fast.errors import InputError
 from asvit_fast.training import TrainResult
@@ -31,16 +29,7 @@ ENDS: dict[str, dict[str, Any]] = {  # what makes resuming hard: generators, mov
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Image files: 10 of each class to train on, 3 to validate."""
-    root = tmp_path_factory.mktemp("images")
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 10), ("val", 3)):
-        for label in range(CLASSES):
-            (root / split / f"class{label}").mkdir(parents=True)
-            for index in range(count):
-                pixels = generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)  # [H, W, 3]
-                Image.fromarray(pixels).save(root / split / f"class{label}" / f"{index}.png")
-    return str(root)
+    return str(write_images(tmp_path_factory.mktemp("images")))
 
 
 def killed(function: Any, *arguments: Any) -> None:

@@ -12,7 +12,7 @@ from stacked import every_isa, needs_extension
 from torch import Tensor
 
 import asvit_fast as af
-from asvit_fast import ops
+from asvit_fast import backends, ops
 from asvit_fast.backends import use_backend
 
 
@@ -161,6 +161,23 @@ def test_dropout() -> None:
     assert not torch.allclose(dropped, ops.window_attention(qkv, 2, (4, 4)))
     with use_backend("cpu"), pytest.raises(af.InputError, match=r"the cpu backend has no dropout, got 0\.5"):
         ops.window_attention(qkv, 2, (4, 4), dropout=0.5)
+
+
+def test_dropout_with_attn_scale_says_that_it_is_elementary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eagerly and compiled; in evaluation and by wish of the caller nothing is said."""
+    monkeypatch.setattr(backends, "_notified", set())
+    qkv, scale = torch.randn(1, 8, 8, 48), torch.randn(2)
+    compiled = torch.compile(ops.window_attention, fullgraph=True, backend="eager")
+    for attention in (ops.window_attention, compiled):
+        backends._notified.clear()
+        with pytest.warns(backends.FallbackWarning, match="AttnScale with attention dropout has no kernel") as said:
+            dropped = [attention(qkv, 2, (4, 4), dropout=0.5, attn_scale=scale) for _ in range(2)][-1]
+        assert len(said) == 1 and not torch.allclose(dropped, ops.window_attention(qkv, 2, (4, 4), attn_scale=scale))
+    monkeypatch.setenv("ASVIT_FAST_STRICT", "1")
+    with pytest.raises(backends.FallbackWarning):
+        ops.window_attention(qkv, 2, (4, 4), dropout=0.5, attn_scale=scale)
+    with use_backend("reference"):
+        ops.window_attention(qkv, 2, (4, 4), dropout=0.5, attn_scale=scale)
 
 
 def both_ways(

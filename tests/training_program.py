@@ -18,7 +18,9 @@ from typing import Any
 # before torch is imported: processes share the machine
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from asvit_fast import files
@@ -59,6 +61,19 @@ class Pictures(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.images[index], int(self.targets[index])
+
+
+def write_images(root: Path) -> Path:
+    """Image files of noise: 10 of each class to train on, 3 to validate."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 10), ("val", 3)):
+        for label in range(CLASSES):
+            folder = root / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)  # [H, W, 3]
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+    return root
 
 
 def run(out: str | Path | None, data: Any = None, **options: Any) -> TrainResult:

@@ -131,7 +131,7 @@ def _add(parser: argparse.ArgumentParser, option: Option) -> None:
 def _default(option: Option) -> str:
     if option.required:
         return "(required)"
-    if option.default is None or option.default == {}:
+    if option.default in (None, {}, ""):
         return "(default: none)"
     if isinstance(option.default, tuple):
         return f"(default: {','.join(map(str, option.default))})"

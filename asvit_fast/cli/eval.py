@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import time
-from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
 from ..errors import InputError
 from .common import DEVICE, QUIET, is_main_process, say
-from .options import Command, Option, choice, flag, image_size, integer, positive, text
+from .options import Command, Option, choice, flag, image_size, integer, keywords, positive, text
 
 
 def run(values: SimpleNamespace) -> int:
@@ -50,15 +48,15 @@ def measure(values: SimpleNamespace, model: Any, config: dict[str, Any], device:
     import torch
 
     from .. import processes
+    from ..recipe import Recipe
     from ..training.data import load_validation
     from ..training.evaluation import evaluate
-    from ..training.recipe import Recipe
 
     recipe = Recipe.of(
         dataset=values.dataset,
         val_split=values.split,
         class_map=values.class_map,
-        workers=values.workers,
+        **({} if values.workers is None else {"workers": values.workers}),
         crop_pct=config["crop_pct"],
         interpolation=config["interpolation"],
     )
@@ -124,22 +122,6 @@ def show(values: SimpleNamespace, result: dict[str, Any]) -> None:
     print(f"Acc@1 {top1:.3f} ({100 - top1:.3f}) Acc@5 {top5:.3f} ({100 - top5:.3f}) Loss {result['loss']:.4f}")
 
 
-def arguments(value: Any) -> dict[str, Any]:
-    """``["embed_dim=96", "qkv_bias=False"]`` or a YAML mapping: Python literals, anything else is text."""
-    if isinstance(value, Mapping):
-        return {str(name): item for name, item in value.items()}
-    found = {}
-    for item in [value] if isinstance(value, str) else value:
-        name, equals, written = str(item).partition("=")
-        if not equals:
-            raise InputError(f"expected NAME=VALUE such as drop_rate=0.1, got {item!r}")
-        try:
-            found[name.strip()] = ast.literal_eval(written)
-        except (ValueError, SyntaxError):
-            found[name.strip()] = written
-    return found
-
-
 COMMAND = Command(
     name="eval",
     summary="Top-1, top-5 and loss of a trained network on labelled images, as timm's validation counts them.",
@@ -162,22 +144,46 @@ COMMAND = Command(
         ),
         Option("dataset", text, "", "timm's name of the data set: folder, tar, hfds/NAME, wds/NAME, tfds/NAME", "NAME"),
         Option("split", text, "validation", "split, or subfolder; '' for the folder itself", "NAME"),
-        Option("class_map", text, "", "file of class names, one a line, or timm's mapping of class to index", "FILE"),
+        Option(
+            "class_map",
+            text,
+            "",
+            "file that gives class folders their numbers: a name a line, or timm's mapping",
+            "FILE",
+        ),
         Option("batch_size", integer(1), 256, "number of images in a batch, per process", "N"),
-        Option("workers", integer(0), 4, "number of processes that read images; 0 reads in the main process", "N"),
+        Option(
+            "workers",
+            integer(0),
+            None,
+            "number of processes that read images; 0: this one; without it, as training has it",
+            "N",
+        ),
         Option("img_size", image_size, None, "image size in pixels; without it, the checkpoint's", "PIXELS"),
-        Option("crop_pct", positive, None, "part of the image that is kept; without it, the checkpoint's", "X"),
+        Option(
+            "crop_pct",
+            positive,
+            None,
+            "part of the image that is kept, a number up to 1; without it, the checkpoint's",
+            "X",
+        ),
         Option("interpolation", text, "", "bicubic, bilinear, ...; without it, the checkpoint's", "NAME"),
         Option("amp", flag, False, "mixed precision", flag=True),
         Option("amp_dtype", choice("bfloat16", "float16"), "bfloat16", "half type of mixed precision", "NAME"),
         Option("use_ema", flag, False, "the moving average of the weights", flag=True),
-        Option("token_reduction", integer(1), 1, "1, 2 or 4 times fewer tokens per side", "N"),
+        Option(
+            "token_reduction",
+            integer(1),
+            1,
+            "1, 2 or 4: how many times fewer tokens per side, the number that the network is measured at",
+            "N",
+        ),
         Option("model", text, "", "timm's name of the network, for a file of weights alone", "NAME"),
         Option(
             "model_kwargs",
-            arguments,
+            keywords,
             {},
-            "argument of the network, such as topology=TEXT; may be repeated",
+            "argument of the network, text or number, such as topology=TEXT or depth=2; may be repeated",
             "NAME=VALUE",
             repeated=True,
         ),

@@ -92,6 +92,10 @@ def integer(minimum: int) -> Reader:
     return read
 
 
+def real(value: Any) -> float:
+    return float(number(value))
+
+
 def positive(value: Any) -> float:
     result = number(value)
     if not result:
@@ -121,7 +125,7 @@ def pair(value: Any) -> tuple[float, float]:
     parts = value if isinstance(value, (list, tuple)) else text(value).split(",")
     if len(parts) != 2:
         raise InputError(f"expected two numbers such as 0.08,1, got {value!r}")
-    return number(parts[0]), number(parts[1])
+    return real(parts[0]), real(parts[1])
 
 
 def keywords(value: Any) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..errors import InputError
-from ..training.recipe import Recipe
+from ..recipe import Recipe
 from .common import QUIET, check_output_folder, say
-from .options import Command, Option, flag, image_size, integer, keywords, number, pair, switch, text
+from .options import Command, Option, flag, image_size, integer, keywords, pair, real, switch, text
 
 
 def run(values: SimpleNamespace) -> int:
@@ -61,8 +61,8 @@ def option(field: dataclasses.Field) -> Option:
     """A choice of the recipe as an option of the command line."""
     readers = {
         "int": (integer(0), "N"),
-        "float": (number, "X"),
-        "float | None": (number, "X"),
+        "float": (real, "X"),
+        "float | None": (real, "X"),
         "str": (text, "TEXT"),
         "tuple[float, float]": (pair, "X,Y"),
     }
@@ -101,11 +101,11 @@ COMMAND = Command(
         ),
         Option("epochs", integer(1), 300, "epochs of the whole training", "N"),
         Option("img_size", image_size, 224, "image size in pixels, a side", "PIXELS"),
-        Option("num_classes", integer(1), None, "classes; without it, as many as the data has", "N"),
+        Option("num_classes", integer(1), None, "number of classes; without it, as many as the data has", "N"),
         Option(
             "model_kwargs",
             keywords,
-            {},
+            None,
             "further arguments of the network: --model-kwargs attn_scale=true; may be repeated",
             "NAME=VALUE",
             repeated=True,

@@ -6,7 +6,9 @@ export.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -139,44 +141,39 @@ def _window_attention_sdpa(
 # --------------------------------------------------------------------------- fused op
 
 Result = tuple[Tensor, Tensor]  # output, statistics
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of qkv, bias, padding, attn_scale; empty where not asked for
+Operands = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # qkv, bias, padding, attn_scale
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of the operands; empty where not asked for
 WHOLE_TOKENS, WHOLE_HEAD_DIM = 64, 32  # up to which, in 16 bits, Triton kernels keep a whole window in registers
 
 
-def _compiled(
-    qkv: Tensor,
-    num_heads: int,
-    window: list[int],
-    shift: list[int],
-    scale: float,
-    layout: str,
-    bias: Tensor | None,
-    padding: Tensor | None,
-    attn_scale: Tensor | None,
-) -> Result:
+class Settings(NamedTuple):
+    """What is not a tensor."""
+
+    num_heads: int
+    window: list[int]
+    shift: list[int]
+    scale: float
+    layout: str
+
+
+def _compiled(operands: Operands, settings: Settings) -> Result:
     """C++: csrc/window_attention.cpp."""
     _extension.extension()
-    return torch.ops.asvit_fast_C.window_attention(
-        qkv, num_heads, window, shift, scale, layout, bias, padding, attn_scale
-    )
+    qkv, *others = operands
+    return torch.ops.asvit_fast_C.window_attention(qkv, *settings, *others)
 
 
-def _elementary(
-    qkv: Tensor,
-    num_heads: int,
-    window: list[int],
-    shift: list[int],
-    scale: float,
-    layout: str,
-    bias: Tensor | None,
-    padding: Tensor | None,
-    attn_scale: Tensor | None,
-) -> Result:
-    """The reference, with nothing kept for the backward pass."""
-    output = window_attention_reference(
+def _reference(operands: Sequence[Any], settings: Settings) -> Tensor:
+    qkv, bias, padding, attn_scale = operands
+    num_heads, window, shift, scale, layout = settings
+    return window_attention_reference(
         qkv, num_heads, window, shift, bias, scale, layout=layout, padding=padding, attn_scale=attn_scale
     )
-    return output.contiguous(), qkv.new_empty(0)
+
+
+def _elementary(operands: Operands, settings: Settings) -> Result:
+    """The reference, with nothing kept for the backward pass."""
+    return _reference(operands, settings).contiguous(), operands[0].new_empty(0)
 
 
 def _whole(qkv: Tensor, num_heads: int, window: list[int]) -> bool:
@@ -196,27 +193,17 @@ def _check_triton(qkv: Tensor) -> None:
         raise InputError(f"window_attention: the triton backend computes in float32, got {qkv.dtype}: use reference")
 
 
-def _triton(
-    qkv: Tensor,
-    num_heads: int,
-    window: list[int],
-    shift: list[int],
-    scale: float,
-    layout: str,
-    bias: Tensor | None,
-    padding: Tensor | None,
-    attn_scale: Tensor | None,
-) -> Result:
+def _triton(operands: Operands, settings: Settings) -> Result:
     """kernels/window_attention.py."""
     from asvit_fast.kernels.window_attention import window_attention
 
+    qkv, *others = operands
     _check_triton(qkv)
-    whole = _whole(qkv, num_heads, window)
+    whole = _whole(qkv, settings.num_heads, settings.window)
     allocate = torch.zeros if whole else torch.empty  # the zeros, without elements on a GPU, are never read
-    statistics = allocate(_statistics_shape(qkv, num_heads, window), dtype=torch.float32, device=qkv.device)
-    kept = None if whole else statistics
-    output = window_attention(qkv, num_heads, window, shift, scale, layout, bias, padding, attn_scale, kept)
-    return output, statistics
+    shape = _statistics_shape(qkv, settings.num_heads, settings.window)
+    statistics = allocate(shape, dtype=torch.float32, device=qkv.device)
+    return window_attention(qkv, *settings, *others, None if whole else statistics), statistics
 
 
 backends.declare("window_attention", triton=_triton, cpu=_compiled, reference=_elementary)
@@ -236,8 +223,8 @@ def _window_attention(
 ) -> Result:
     """The output [B, H, W, heads*d], and [2, B, H, W, heads]: largest score of a row, 1 / sum of its weights (empty
     where the backward pass does not need them)."""
-    implementation = backends.select("window_attention", qkv.device)
-    return implementation(qkv, num_heads, window, shift, scale, layout, bias, padding, attn_scale)
+    run = backends.select("window_attention", qkv.device)
+    return run((qkv, bias, padding, attn_scale), Settings(num_heads, window, shift, scale, layout))
 
 
 @_window_attention.register_fake
@@ -250,32 +237,37 @@ def _fake(qkv, num_heads, window, shift, scale, layout, bias, padding, attn_scal
 # --------------------------------------------------------------------------- autograd
 
 
-def _present(*tensors: Tensor | None) -> list[Tensor]:
-    return [tensor for tensor in tensors if tensor is not None]
+def _present(operands: Sequence[Tensor | None]) -> list[Tensor]:
+    return [x for x in operands if x is not None]
 
 
-def _distribute(values: list[Tensor], present: list[bool]) -> list[Tensor | None]:
-    """Values in order to the places where one is present, None elsewhere."""
-    rest = iter(values)
-    return [next(rest) if there else None for there in present]
+def _restored(tensors: Sequence[Any], there: Sequence[bool]) -> list[Any]:
+    """The reverse: None where nothing is `there`."""
+    rest = iter(tensors)
+    return [next(rest) if one else None for one in there]
 
 
-def _vector_jacobian_product(
-    present: list[bool], num_heads: int, window: list[int], shift: list[int], scale: float, layout: str
-) -> Callable[..., tuple[Tensor, ...]]:
-    """(gradient of the output, qkv, and those of bias, padding and attn_scale that are present) -> gradients of all but
-    the first, through the reference: differentiable in all of them."""
+def _vector_jacobian_product(there: list[bool], settings: Settings) -> Callable[..., tuple[Tensor, ...]]:
+    """(gradient of the output, the operands that are there) -> their gradients, through the reference: differentiable
+    in all of them."""
 
-    def product(gradient: Tensor, qkv: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        def reference(qkv: Tensor, *tensors: Tensor) -> Tensor:
-            bias, padding, attn_scale = _distribute(list(tensors), present)
-            return window_attention_reference(
-                qkv, num_heads, window, shift, bias, scale, layout=layout, padding=padding, attn_scale=attn_scale
-            )
+    def product(gradient: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
+        def reference(*operands: Tensor) -> Tensor:
+            return _reference(_restored(operands, there), settings)
 
-        return torch.func.vjp(reference, qkv, *tensors)[1](gradient)
+        return torch.func.vjp(reference, *operands)[1](gradient)
 
     return product
+
+
+def _elementary_backward(gradient: Tensor, operands: Operands, settings: Settings, wanted: list[bool]) -> Gradients:
+    there = [x is not None for x in operands]
+    found = _restored(_vector_jacobian_product(there, settings)(gradient, *_present(operands)), there)
+    to_qkv, to_bias, to_padding, to_attn_scale = (
+        to.contiguous() if to is not None and want else gradient.new_empty(0)
+        for to, want in zip(found, [True, *wanted], strict=True)
+    )
+    return to_qkv, to_bias, to_padding, to_attn_scale
 
 
 @torch.library.custom_op("asvit_fast::window_attention_backward", mutates_args=())
@@ -296,28 +288,20 @@ def _window_attention_backward(
 ) -> Gradients:
     """Gradients of qkv and, where `wanted`, of bias, padding and attn_scale; sums over windows in an order that only
     shapes decide."""
+    settings, others = Settings(num_heads, window, shift, scale, layout), (bias, padding, attn_scale)
     implementation = backends.select("window_attention", qkv.device)
     forward_by_reference = list(statistics.shape) != _statistics_shape(qkv, num_heads, window)
     if implementation is _elementary or forward_by_reference:
-        given = [bias is not None, padding is not None, attn_scale is not None]
-        product = _vector_jacobian_product(given, num_heads, window, shift, scale, layout)
-        to_qkv, *others = product(gradient, qkv, *_present(bias, padding, attn_scale))
-        found = [
-            to.contiguous() if to is not None and want else qkv.new_empty(0)
-            for to, want in zip(_distribute(others, given), wanted, strict=True)
-        ]
-        return to_qkv.contiguous(), found[0], found[1], found[2]
+        return _elementary_backward(gradient, (qkv, *others), settings, wanted)
     if implementation is _triton:
         from asvit_fast.kernels.window_attention import window_attention_backward
 
         _check_triton(qkv)
         kept = None if _whole(qkv, num_heads, window) else statistics
-        return window_attention_backward(
-            gradient, qkv, output, kept, num_heads, window, shift, scale, layout, bias, padding, attn_scale, wanted
-        )
+        return window_attention_backward(gradient, qkv, output, kept, *settings, *others, wanted)
     _extension.extension()
     return torch.ops.asvit_fast_C.window_attention_backward(
-        gradient, qkv, output, statistics, num_heads, window, shift, scale, layout, bias, padding, attn_scale, wanted
+        gradient, qkv, output, statistics, *settings, *others, wanted
     )
 
 
@@ -333,45 +317,46 @@ def _fake_backward(
 
 
 def _setup_context(ctx, inputs, output: Result) -> None:
-    qkv, *ctx.settings, bias, padding, attn_scale = inputs  # num_heads, window, shift, scale, layout
-    ctx.present = [tensor is not None for tensor in (bias, padding, attn_scale)]
-    ctx.save_for_backward(qkv, *output, *_present(bias, padding, attn_scale))
+    qkv, *settings, bias, padding, attn_scale = inputs
+    operands = (qkv, bias, padding, attn_scale)
+    ctx.settings, ctx.there = Settings(*settings), [x is not None for x in operands]
+    ctx.save_for_backward(*output, *_present(operands))
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, gradient: Tensor | None, _: Tensor | None):
     if gradient is None:
         return (None,) * 9
-    qkv, output, statistics, *tensors = ctx.saved_tensors
-    wanted = [present and ctx.needs_input_grad[6 + i] for i, present in enumerate(ctx.present)]
-    to_qkv, *others = _window_attention_backward(
-        gradient, qkv, output, statistics, *ctx.settings, *_distribute(tensors, ctx.present), wanted
-    )
-    others = [to if want else None for to, want in zip(others, wanted, strict=True)]
-    return to_qkv, None, None, None, None, None, *others
+    output, statistics, *tensors = ctx.saved_tensors
+    qkv, *others = _restored(tensors, ctx.there)
+    wanted = [there and need for there, need in zip(ctx.there[1:], ctx.needs_input_grad[6:], strict=True)]
+    to_qkv, *found = _window_attention_backward(gradient, qkv, output, statistics, *ctx.settings, *others, wanted)
+    return to_qkv, *(None,) * 5, *(to if want else None for to, want in zip(found, wanted, strict=True))
 
 
 _window_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _setup_double(ctx, inputs, output: Gradients) -> None:
-    gradient, qkv, _, _, *ctx.settings, bias, padding, attn_scale, ctx.wanted = inputs
-    ctx.present = [tensor is not None for tensor in (bias, padding, attn_scale)]
-    ctx.save_for_backward(gradient, qkv, *_present(bias, padding, attn_scale))
+    gradient, qkv, _, _, *settings, bias, padding, attn_scale, wanted = inputs
+    operands = (qkv, bias, padding, attn_scale)
+    ctx.settings, ctx.wanted = Settings(*settings), [True, *wanted]
+    ctx.there = [x is not None for x in operands]
+    ctx.save_for_backward(gradient, *_present(operands))
 
 
-def _double_backward(ctx, to_qkv: Tensor, *cotangents: Tensor):
+def _double_backward(ctx, *cotangents: Tensor):
     """In elementary operations, so that it can be differentiated again."""
-    gradient, qkv, *tensors = ctx.saved_tensors
-    product = _vector_jacobian_product(ctx.present, *ctx.settings)
-    asked = [want for want, present in zip(ctx.wanted, ctx.present, strict=True) if present]
-    given = [cotangent for cotangent, present in zip(cotangents, ctx.present, strict=True) if present]
-    others = [
-        cotangent if want else torch.zeros_like(tensor)
-        for cotangent, want, tensor in zip(given, asked, tensors, strict=True)
-    ]
-    to_gradient, to_qkv, *rest = torch.func.vjp(product, gradient, qkv, *tensors)[1]((to_qkv, *others))
-    return to_gradient, to_qkv, *(None,) * 7, *_distribute(rest, ctx.present), None
+    gradient, *operands = ctx.saved_tensors
+    given = [one if want else None for one, want in zip(cotangents, ctx.wanted, strict=True)]
+    known = tuple(
+        torch.zeros_like(operand) if cotangent is None else cotangent
+        for cotangent, operand in zip(itertools.compress(given, ctx.there), operands, strict=True)
+    )
+    product = _vector_jacobian_product(ctx.there, ctx.settings)
+    to_gradient, *found = torch.func.vjp(product, gradient, *operands)[1](known)
+    to_qkv, *others = _restored(found, ctx.there)
+    return to_gradient, to_qkv, *(None,) * 7, *others, None
 
 
 _window_attention_backward.register_autograd(_double_backward, setup_context=_setup_double)
@@ -395,6 +380,15 @@ def _fused(qkv: Tensor, dropout: float) -> bool:
     if why is not None:
         backends.notify_once(why, f"asvit_fast runs torch's attention for window_attention on cuda: {why}")
     return why is None and qkv.dtype != torch.float64
+
+
+@torch.compiler.assume_constant_result  # said while tracing
+def _say_elementary() -> None:
+    backends.notify_once(
+        "window_attention attn_scale with dropout",
+        "asvit_fast: AttnScale with attention dropout has no kernel: window_attention runs in elementary operations, "
+        "which hold every attention matrix; train without one of the two",
+    )
 
 
 def window_attention(
@@ -433,7 +427,7 @@ def window_attention(
 
     On a CPU one compiled kernel each for forward and backward, on a GPU Triton kernels: they copy nothing and keep at
     most two numbers per row. With dropout, in float64 on a GPU, and where Triton is missing, torch's fused attention,
-    which has no double backward.
+    which has no double backward. With dropout and attn_scale elementary operations, which is said once.
     """
     windows, shifts = [window[0], window[1]], [shift[0], shift[1]]
     if not torch.jit.is_scripting():
@@ -460,6 +454,8 @@ def window_attention(
             factor = float(qkv.shape[3] // (3 * num_heads)) ** -0.5 if scale is None else scale
             return _window_attention(qkv, num_heads, windows, shifts, factor, layout, bias, padding, attn_scale)[0]
         elementary = transform_active() or backends.forced_backend() is not None or qkv.dtype == torch.float64
+        if attn_scale is not None and dropout > 0.0 and not elementary:
+            _say_elementary()
     else:
         elementary = False
     _check(qkv, num_heads, windows, shifts, layout, bias, padding, attn_scale)

@@ -1,7 +1,7 @@
 """Training with progressive re-tokenization (As-ViT, arXiv 2202.11921, section 3.4)."""
 
+from ..recipe import Recipe
 from .loop import train
-from .recipe import Recipe
 from .result import TrainResult
 from .retokenizer import Retokenizer
 from .saving import ScheduleCost, schedule_cost

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..cost import peak_allocation
 from ..errors import InputError
-from .recipe import Recipe
+from ..recipe import Recipe
 from .token_reduction import set_token_reduction, token_reduction
 
 FORM = "expected reduction:images such as '4:1024,2:512', or 'auto'"

@@ -18,8 +18,8 @@ from timm.data import resolve_data_config
 from timm.models import clean_state_dict
 from torch import nn
 
-from .. import models  # noqa: F401  registers "asvit" with timm
 from ..errors import InputError
+from .network import _takes_size
 
 BEST_FIRST = ("model_best.pth.tar", "last.pth.tar")  # of a run's folder
 WEIGHTS = ("state_dict", "model")  # keys of weights: timm's; of other training codes
@@ -139,27 +139,19 @@ def _weights(content: dict[str, Any], path: Path, use_ema: bool) -> dict[str, An
 def _options(content: Mapping[str, Any], name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of the network's constructor, but for the number of classes."""
     options = {"in_chans": arguments.get("in_chans"), "global_pool": arguments.get("gp")}
-    if isinstance(content.get("args"), Mapping) and (name.startswith("asvit") or _fixed_size(name)):
+    if isinstance(content.get("args"), Mapping) and _takes_size(name):
         options["img_size"] = arguments.get("img_size")  # timm's training builds its networks without it
     known = {key: value for key, value in options.items() if value is not None}
     return {**known, **(arguments.get("model_kwargs") or {})}
 
 
-def _fixed_size(name: str) -> bool:
-    """Whether the weights depend on the size of the images."""
-    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    return bool(config and config.fixed_input_size)
-
-
 def _create(name: str, num_classes: int | None, options: dict[str, Any]) -> nn.Module:
     if num_classes is not None:
         options = {"num_classes": num_classes, **options}
-    if not timm.is_model(name):
-        raise InputError(f"{name!r} is no model of timm; see timm.list_models()")
     try:
         return timm.create_model(name, **options)
-    except TypeError as error:
-        raise InputError(f"{name} does not take these arguments: {_one_line(error)}") from error
+    except (TypeError, RuntimeError) as error:  # other arguments; a name that timm does not know
+        raise InputError(f"there is no {name} of timm with these arguments: {_one_line(error)}") from error
 
 
 def _exported(path: Path, use_ema: bool) -> CheckpointModel:

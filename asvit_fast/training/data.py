@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -14,11 +15,11 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from ..errors import InputError
+from ..recipe import Recipe
 from . import sampling
 from .batches import Reading, Stream, Transfer
 from .classes import check_same_classes, class_names, count_classes, targets_of
 from .folders import first_line, open_split
-from .recipe import Recipe
 from .samples import Samples, StreamSamples, Transform, float_tensors
 
 MODES = {1: "L", 3: "RGB"}  # channels -> Pillow's name
@@ -86,7 +87,8 @@ class Reader:
 
 
 class Validation:
-    """One rank's share of images that are read in their order, unaugmented, each once.
+    """One rank's share of images that are read in their order, unaugmented, each once (but for those that take the
+    place of unreadable ones with ``bad_images="skip"``).
 
     A stream (hfids, wds, tfds) is shared among ranks by timm's reader, which may repeat images under several ranks to
     give all the same number.
@@ -133,7 +135,8 @@ class TrainingData:
 
     For streams (hfids, wds, tfds) the order is that of timm's reader: it repeats exactly for the same seed, epoch,
     number of workers and ranks, and does not depend on how batches were cut; a start in the middle reads and drops
-    what comes before it. Their workers start anew in every pass, and 0 workers means one.
+    what comes before it. Their workers start anew in every pass, 0 workers means one, and what cannot be read is
+    skipped by timm's reader.
 
     Attributes:
         num_classes: number of classes.
@@ -228,7 +231,7 @@ def load_data(
         device: where batches are put.
         rank, ranks: which share of the images is read here.
         in_chans: channels of the images, 3 or 1.
-        mean, std: what uint8 images are normalised with, parts of 255.
+        mean, std: what uint8 images are normalised with, parts of 255; their averages for another number of channels.
         num_classes: number of classes where the data set does not say it, or not all of it.
 
     Raises:
@@ -284,7 +287,8 @@ def _reader(
     if in_chans not in MODES:
         raise InputError(f"in_chans must be one of {', '.join(map(str, MODES))}, got {in_chans}")
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-    return Reader(recipe, (in_chans, height, width), tuple(mean), tuple(std), device, rank, ranks, crop_mode)
+    mean, std = (tuple(values) if len(values) == in_chans else (fmean(values),) * in_chans for values in (mean, std))
+    return Reader(recipe, (in_chans, height, width), mean, std, device, rank, ranks, crop_mode)
 
 
 def _open(data: str | Path, reader: Reader, split: str, training: bool) -> Any:

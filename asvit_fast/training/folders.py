@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +59,9 @@ def _open_folder(data: Path, split: str, class_map: str, mode: str) -> Any:
     root = _find_split(data, split)
     if class_map and not Path(class_map).is_file() and not (root / class_map).is_file():
         raise InputError(f"class_map {class_map!r} is no file, neither here nor in {str(root)!r}; give its path")
-    if root.is_dir() and not class_map:
-        _check_class_folders(root)
     try:
         classes: Any = {"class_map": class_map} if class_map else {}
-        return create_dataset("", root=str(root), search_split=False, input_img_mode=mode, **classes)
+        dataset = create_dataset("", root=str(root), search_split=False, input_img_mode=mode, **classes)
     except (
         RuntimeError,
         ValueError,
@@ -73,6 +70,9 @@ def _open_folder(data: Path, split: str, class_map: str, mode: str) -> Any:
         tarfile.TarError,
     ) as error:  # no images, or a class map timm cannot read
         raise InputError(f"data {str(root)!r} cannot be used: {first_line(error)}") from error
+    if root.is_dir() and not class_map:
+        _check_class_folders(root, [file for file, _ in dataset.reader.samples])
+    return dataset
 
 
 def _find_split(data: Path, split: str) -> Path:
@@ -107,36 +107,24 @@ def _what_there_is(data: Path, split: str) -> str:
     return f"it holds {some(found) if found else 'no folder'}; {hint}{otherwise}"
 
 
-def _check_class_folders(root: Path) -> None:
+def _check_class_folders(root: Path, files: list[str]) -> None:
     """Raise InputError for what would shift class numbers: a class without images, images without a class."""
-    from timm.data.readers.img_extensions import get_img_extensions
-
-    endings = get_img_extensions(as_set=True)
-    empty, loose, full = [], [], False
-    for folder, has_images, is_leaf in _walk(root, endings):
-        full = full or has_images
-        if has_images and folder == root:
-            loose.append(str(folder))
-        if not has_images and is_leaf and folder != root:
-            empty.append(str(folder.relative_to(root)))
-    if not full:
-        raise InputError(
-            f"data folder {str(root)!r} holds no images ({', '.join(sorted(endings))}); give another folder"
-        )
-    if loose:
+    full = {Path(folder) for folder in {os.path.dirname(file) for file in files}}
+    above = {parent for folder in full for parent in folder.parents} - full
+    if root in full:
         raise InputError(f"{str(root)!r} holds images outside of class folders; put each into the folder of its class")
+    empty = [
+        str(folder.relative_to(root))
+        for parent in above
+        if parent == root or root in parent.parents
+        for folder in parent.iterdir()
+        if folder.is_dir() and folder not in full | above and not folder.name.startswith(".")
+    ]
     if empty:
         raise InputError(
             f"class folder {some(sorted(empty))} of {str(root)!r} holds no images; add some, remove the folder, "
             "or give the names of the classes as class_map"
         )
-
-
-def _walk(root: Path, endings: set[str]) -> Iterator[tuple[Path, bool, bool]]:
-    """(folder, whether it holds images, whether it holds no folders); hidden folders are none of ours."""
-    for name, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [folder for folder in folders if not folder.startswith(".")]
-        yield Path(name), any(os.path.splitext(file)[1].lower() in endings for file in files), not folders
 
 
 def some(names: list[str], most: int = 5) -> str:

@@ -11,8 +11,8 @@ import torch
 
 from ..backends import rank_device
 from ..errors import InputError
+from ..recipe import Recipe
 from .network import What
-from .recipe import Recipe
 from .result import TrainResult
 from .schedule import RetokenizationSchedule
 from .trainer import Data, Trainer

@@ -58,14 +58,14 @@ def create_network(
     return model, {"model": what, **_describe(model, num_classes, img_size, described)}
 
 
-def pixel_statistics(what: What) -> tuple[list[float], list[float]]:
+def pixel_statistics(what: What) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of the pixels of each channel that the network is made for."""
     if isinstance(what, nn.Module):
         config = resolve_data_config({}, model=what)
     else:
         name = "asvit" if isinstance(what, Topology) or "|" in what else what
         config = resolve_data_config({}, pretrained_cfg=_known(name).to_dict())
-    return list(config["mean"]), list(config["std"])
+    return tuple(config["mean"]), tuple(config["std"])
 
 
 def _known(name: str) -> PretrainedCfg:

@@ -9,7 +9,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from ..errors import InputError
-from .recipe import Recipe
+from ..recipe import Recipe
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly")  # of timm, those that need no metric
 

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset, ge
 from torchvision.transforms.functional import to_pil_image
 
 from ..errors import InputError
-from ..images import UnreadableImage, open_image
+from ..images import UnreadableImage
 from . import sampling
 
 MOST_UNREADABLE = 100  # in a row; more is a broken disk, not a broken image
@@ -138,13 +138,12 @@ def read(dataset: Any, index: int, mode: str) -> tuple[Any, Any]:
             return dataset[index][:2]
         except OSError as error:
             raise UnreadableImage(f"number {index} of {type(dataset).__name__}", error) from error
-    name = dataset.filename(index, absolute=True) or f"number {index}"
     try:
         file, target = dataset.reader[index][:2]
-    except OSError as error:
-        raise UnreadableImage(name, error) from error
-    with file:
-        return open_image(file, name, mode), target
+        with file, Image.open(file) as image:
+            return image.convert(mode), target
+    except Exception as error:
+        raise UnreadableImage(dataset.filename(index, absolute=True) or f"number {index}", error) from error
 
 
 def finish(image: Any, target: Any, samples: Samples | StreamSamples) -> tuple[Tensor, int, list[int]]:

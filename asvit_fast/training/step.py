@@ -16,11 +16,14 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from .. import processes
-from .parallel import gradient_sync
-from .recipe import Recipe
-from .regularizers import Regularization
+from ..errors import InputError
+from ..recipe import Recipe
+from .optimization import make_optimizer
+from .parallel import gradient_sync, replicate, shard
+from .regularizers import Regularization, parse_regularizers
 
 Batches = Iterator[tuple[Tensor, Tensor]]
+GRAPHS = 32  # of one network: three grids, training and validation, whole and last batches, and room
 NEVER = 2**62  # an update that no training reaches
 
 
@@ -62,6 +65,11 @@ class Step:
             self.ema.update(self.model, step=update + 1)
         return total
 
+    @property
+    def averages(self) -> list[nn.Module]:
+        """The average of the weights, if there is one."""
+        return [] if self.ema is None else [self.ema.module]
+
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         return autocast(self.recipe, self.device)
 
@@ -87,6 +95,46 @@ class Step:
         if self.recipe.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
+
+
+def prepare(model: nn.Module, recipe: Recipe, device: torch.device) -> None:
+    """Where the network lives and how it keeps what its backward pass needs."""
+    model.to(device)
+    if recipe.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if recipe.grad_checkpointing:
+        if not hasattr(model, "set_grad_checkpointing"):
+            raise InputError(f"{type(model).__name__} has no set_grad_checkpointing; leave grad_checkpointing out")
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+
+
+def make_step(model: nn.Module, recipe: Recipe, device: torch.device, num_classes: int, images_per_update: int) -> Step:
+    """The step of a prepared network: its average, its shards or replicas, its optimizer."""
+    terms = parse_regularizers(recipe.regularizers)
+    ema = None
+    if recipe.model_ema:
+        ema = ModelEmaV3(model, decay=recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup)
+    networks = [model] if ema is None else [model, ema.module]
+    if recipe.parallel == "fsdp" and processes.joined():
+        for network in networks:
+            shard(network, device)
+    optimizer = make_optimizer(recipe, model, images_per_update)
+    if recipe.torchcompile:
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+        for network in networks:
+            network.compile(dynamic=False)  # one graph for each grid and batch
+    return Step(
+        replica=replicate(model, device),
+        model=model,
+        ema=ema,
+        optimizer=optimizer,
+        scaler=make_scaler(recipe, device),
+        criterion=make_criterion(recipe).to(device),
+        mixup=make_mixup(recipe, num_classes),
+        regularization=Regularization(model, terms) if terms else None,
+        recipe=recipe,
+        device=device,
+    )
 
 
 def autocast(recipe: Recipe, device: torch.device) -> contextlib.AbstractContextManager[Any]:

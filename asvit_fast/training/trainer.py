@@ -4,47 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from timm.layers import to_2tuple
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from .. import processes
 from ..backends import notify_once
 from ..cost import params
 from ..errors import InputError
+from ..recipe import Recipe
 from ..run_directory import RunDirectory, load_state
 from .batch_size import pass_memory, phase_batch_sizes
-from .checkpoint import (
-    BEST,
-    FORMAT,
-    LAST,
-    OURS,
-    keep_as,
-    random_state,
-    read_checkpoint,
-    seed_everything,
-    set_random_state,
-)
+from .checkpoint import BEST, LAST, OURS, keep_as, random_state, read_checkpoint, seed_everything, set_random_state
 from .data import DataSets, load_data
 from .evaluation import Evaluation, evaluate
 from .log import TrainingLog
 from .network import What, create_network, pixel_statistics
-from .optimization import make_optimizer, make_scheduler
-from .parallel import load_model, load_optimizer, replicate, shard, whole
-from .recipe import Recipe
-from .regularizers import Regularization, parse_regularizers
+from .optimization import make_scheduler
+from .parallel import whole
 from .result import TrainResult, best_row, metric
 from .retokenizer import Retokenizer
 from .saving import schedule_cost
 from .schedule import RetokenizationSchedule
-from .step import Batches, LossGuard, Step, autocast, make_criterion, make_mixup, make_scaler
+from .state import Position, collect, restore
+from .step import Batches, LossGuard, autocast, make_step, prepare
 
 Data = str | Path | DataSets
 # choices that change how a training runs, not what it computes: a run may go on with others
@@ -52,16 +40,6 @@ RUNNING = (
     "workers", "checkpoint_interval", "log_interval", "eval_interval", "parallel", "batch_size", "grad_accum_steps",
     "torchcompile", "grad_checkpointing", "phase_batch_sizes",
 )  # fmt: skip
-
-
-@dataclass
-class Position:
-    """Where a training stands: after ``update`` updates of epoch ``epoch``."""
-
-    epoch: int = 0
-    update: int = 0
-    loss_sum: Tensor = dataclasses.field(default_factory=lambda: torch.zeros((), dtype=torch.float64))  # []
-    seconds: float = 0.0  # in the updates of this epoch, over interruptions
 
 
 class Trainer:
@@ -95,9 +73,13 @@ class Trainer:
         )
         self.image = (3, *to_2tuple(img_size))
         self.cost = schedule_cost(model, schedule, img_size)
-        self._set_up(model)
+        prepare(model, recipe, device)
+        self.batch_sizes = phase_batch_sizes(
+            recipe, schedule.reductions, pass_memory(model, self.image, device, lambda: autocast(recipe, device))
+        )
+        self.step = make_step(model, recipe, device, self.description["num_classes"], self.images_per_update)
+        self.retokenizer = Retokenizer(self.step.replica, schedule, *self.step.averages)
         self.updates_per_epoch = self._updates_per_epoch()
-        self.total_updates = self.updates_per_epoch * epochs
         self.scheduler = make_scheduler(recipe, self.step.optimizer, epochs, self.updates_per_epoch)
         self.position = Position()
         self.reduction = self.schedule.reduction_at(0)
@@ -111,42 +93,6 @@ class Trainer:
     def images_per_update(self) -> int:
         """Over all ranks."""
         return self.recipe.batch_size * self.recipe.grad_accum_steps * self.ranks
-
-    def _set_up(self, model: nn.Module) -> None:
-        """The network on its device and processes, its average, optimizer, and the step that ties them."""
-        recipe, device = self.recipe, self.device
-        model.to(device)
-        if recipe.channels_last:
-            model.to(memory_format=torch.channels_last)
-        if recipe.grad_checkpointing:
-            model.set_grad_checkpointing(True)  # type: ignore[operator]
-        self.batch_sizes = phase_batch_sizes(
-            recipe, self.schedule.reductions, pass_memory(model, self.image, device, lambda: autocast(recipe, device))
-        )
-        ema = None
-        if recipe.model_ema:
-            ema = ModelEmaV3(model, decay=recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup)
-        if recipe.parallel == "fsdp" and processes.joined():
-            for module in (model, *([ema.module] if ema else [])):
-                shard(module, device)
-        optimizer = make_optimizer(recipe, model, self.images_per_update)
-        if recipe.torchcompile:
-            for module in (model, *([ema.module] if ema else [])):
-                module.compile(dynamic=False)  # one graph for each grid: an update never meets a new one
-        terms = parse_regularizers(recipe.regularizers)
-        self.step = Step(
-            replica=replicate(model, device),
-            model=model,
-            ema=ema,
-            optimizer=optimizer,
-            scaler=make_scaler(recipe, device),
-            criterion=make_criterion(recipe).to(device),
-            mixup=make_mixup(recipe, self.description["num_classes"]),
-            regularization=Regularization(model, terms) if terms else None,
-            recipe=recipe,
-            device=device,
-        )
-        self.retokenizer = Retokenizer(self.step.replica, self.schedule, *([ema.module] if ema else []))
 
     def _updates_per_epoch(self) -> int:
         per_rank = self.images_per_update // self.ranks
@@ -231,20 +177,13 @@ class Trainer:
         return state
 
     def _load(self, state: dict[str, Any]) -> None:
-        load_model(self.step.model, state["state_dict"])
-        if self.step.ema is not None:
-            load_model(self.step.ema.module, state.get("state_dict_ema", state["state_dict"]))
-        if "optimizer" in state:
-            load_optimizer(self.step.optimizer, state["optimizer"])
-        if self.step.scaler.is_enabled() and "amp_scaler" in state:
-            self.step.scaler.load_state_dict(state["amp_scaler"])
+        restore(self.step, state)
         ours = state.get(OURS)
         if ours is None:  # of timm's train.py
             self.position = Position(state.get("epoch", -1) + 1)
             seed_everything(self.recipe.seed + self.rank, self.device)
             return
         self.position = Position(**ours["position"])
-        self.position.loss_sum = self.position.loss_sum.to(self.device)
         self.batch_sizes = ours["batch_sizes"]
         if len(ours["random"]) == self.ranks:
             set_random_state(ours["random"][self.rank], self.device)
@@ -270,18 +209,29 @@ class Trainer:
             self.log.say(f"continuing in epoch {self.position.epoch}, after {self.position.update} updates of it")
 
     def _warm_up(self) -> None:
-        """Compile and tune for every grid now, so that no phase waits for it."""
-        if self.recipe.torchcompile or self.device.type == "cuda":
-            self.retokenizer.warmup(
-                lambda reduction: torch.zeros(self.batch_sizes[reduction], *self.image, device=self.device),
-                autocast=self.step.autocast,
-            )
+        """Compile and tune for every grid and batch now, so that no phase and no validation waits for it."""
+        if self.position.epoch == self.epochs or not (self.recipe.torchcompile or self.device.type == "cuda"):
+            return
+        self.retokenizer.warmup(
+            lambda reduction: torch.zeros(self.batch_sizes[reduction], *self.image, device=self.device),
+            autocast=self.step.autocast,
+            evaluate=False,
+        )
+        if not self.data.has_validation:
+            return
+        for epoch in self.schedule.starts:
+            self.retokenizer.step(epoch)
+            for size in self.data.eval_batch_sizes(self.recipe.batch_size):
+                images = torch.zeros(size, *self.image, device=self.device)  # [B, 3, H, W]
+                targets = torch.zeros(size, dtype=torch.int64, device=self.device)  # [B]
+                for model in (self.step.model, *self.step.averages):
+                    self._evaluate(model, [(images, targets)])
 
     def _train_epoch(self, run: RunDirectory) -> None:
         """The updates of this epoch that are left."""
         position, per_rank = self.position, self.images_per_update // self.ranks
         if self.retokenizer.step(position.epoch) and position.epoch:
-            self.log.say(f"epoch {position.epoch}: tokens per side 1/{self.retokenizer.reduction} from here on")
+            self.log.say(f"epoch {position.epoch}: {tokens(self.retokenizer.reduction)} from here on")
         self.reduction = self.retokenizer.reduction
         size = self.batch_sizes[self.reduction]
         batches = self.data.train_batches(position.epoch, position.update * per_rank, size)
@@ -370,15 +320,14 @@ class Trainer:
 
     def _validate(self) -> dict[str, float]:
         """On the grid of this phase: the network has seen no other yet."""
-        found = self._evaluate(self.step.model)
+        found = self._evaluate(self.step.model, self.data.eval_batches(self.recipe.batch_size))
         row = {"top1": found.top1, "top5": found.top5, "eval_loss": found.loss}
-        if self.step.ema is not None:
-            found = self._evaluate(self.step.ema.module)
+        for model in self.step.averages:
+            found = self._evaluate(model, self.data.eval_batches(self.recipe.batch_size))
             row |= {"ema_top1": found.top1, "ema_top5": found.top5, "ema_loss": found.loss}
         return row
 
-    def _evaluate(self, model: nn.Module) -> Evaluation:
-        batches = self.data.eval_batches(self.recipe.batch_size)
+    def _evaluate(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
         return evaluate(model, batches, self.device, autocast=self.step.autocast, ranks=self.ranks)
 
     def _mean(self, value: Tensor) -> float:
@@ -403,33 +352,24 @@ class Trainer:
         """A checkpoint in timm's format, and under ``OURS`` what it takes to go on to the same bits."""
         if self.out is None:
             return {}
-        step, position = self.step, self.position
-        state = {
-            "epoch": position.epoch - 1,
-            "arch": self.description["model"],
-            "version": FORMAT,
-            "args": {**self.description, "crop_pct": self.recipe.crop_pct, "interpolation": self.recipe.interpolation},
-            "state_dict": whole(step.model.state_dict()),
-            "optimizer": whole(step.optimizer.state_dict()),
-            OURS: {
-                "position": whole(dataclasses.asdict(position)),
-                "batch_sizes": self.batch_sizes,
-                "token_reduction": self.reduction,
-                "random": processes.gather(random_state(self.device)),
-            },
-        }
-        if step.ema is not None:
-            state["state_dict_ema"] = whole(step.ema.module.state_dict())
-        if step.scaler.is_enabled():
-            state["amp_scaler"] = step.scaler.state_dict()
+        arguments = {**self.description, "crop_pct": self.recipe.crop_pct, "interpolation": self.recipe.interpolation}
+        state = collect(self.step, self.description["model"], arguments, self.position.epoch - 1)
         best = best_row(self.rows)
         if best is not None:
             state["metric"] = metric(best)
+        state[OURS] = {
+            "position": whole(dataclasses.asdict(self.position)),
+            "batch_sizes": self.batch_sizes,
+            "token_reduction": self.reduction,
+            "random": processes.gather(random_state(self.device)),
+        }
         return state
 
     def _result(self) -> TrainResult:
-        ema = None if self.step.ema is None else self.step.ema.module
-        return TrainResult(self.step.model, ema, self.rows, self.schedule, self.cost, self.out)
+        self.retokenizer.step(self.epochs - 1)
+        return TrainResult(
+            self.step.model, next(iter(self.step.averages), None), self.rows, self.schedule, self.cost, self.out
+        )
 
     def _summary(self, result: TrainResult) -> dict[str, Any]:
         return {
@@ -437,9 +377,13 @@ class Trainer:
             "epochs": self.epochs,
             "top1": result.top1,
             "best": best_row(self.rows),
-            "seconds": result.seconds,
+            "train_seconds": result.seconds,
             "saving": self.cost.saving,
         }
+
+
+def tokens(reduction: int) -> str:
+    return "full tokens" if reduction == 1 else f"{reduction} times fewer tokens per side"
 
 
 def _classes(given: int | None, found: int) -> int:

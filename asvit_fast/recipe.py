@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..errors import InputError
+from .errors import InputError
 
+WORKERS = min(4, os.cpu_count() or 1)
 BASE_BATCH = 1024  # images per update for which ``lr_base`` is meant
 
 
@@ -30,7 +32,7 @@ class Recipe:
     train_split: str = _option("train", "split, or subfolder, to train on")
     val_split: str = _option("validation", "split, or subfolder, to validate on ('val' is found as well); '' for none")
     class_map: str = _option("", "file of class names, one a line, or timm's mapping of class to index")
-    workers: int = _option(4, "processes that read images, per rank; 0 reads in the training process")
+    workers: int = _option(WORKERS, "processes that read images, per rank; 0 reads in the training process")
     bad_images: str = _option("stop", "an image that cannot be read: stop, or skip to the next one")
 
     # augmentation

@@ -18,7 +18,7 @@ from .scoring import (
 from .search import Budget, scale, search
 from .taylor import jet, jvp
 from .topology import SearchSpace, StageSpec, Topology
-from .training import RetokenizationSchedule, Retokenizer, set_token_reduction
+from .training import RetokenizationSchedule, Retokenizer, TrainResult, set_token_reduction, train
 from .verification import verify
 
 __version__ = "0.1.0"
@@ -32,6 +32,7 @@ __all__ = [
     "SearchSpace",
     "StageSpec",
     "Topology",
+    "TrainResult",
     "accelerate",
     "convert_asvit_state_dict",
     "create_model",
@@ -50,5 +51,6 @@ __all__ = [
     "search",
     "set_token_reduction",
     "show_config",
+    "train",
     "verify",
 ]

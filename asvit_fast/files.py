@@ -15,7 +15,7 @@ from .errors import InputError
 
 
 @contextlib.contextmanager
-def _file_errors(verb: str, path: Path) -> Iterator[None]:
+def file_errors(verb: str, path: Path) -> Iterator[None]:
     """Turn an OSError (read-only or full disk, missing folder, no permission) into one line that names the path."""
     try:
         yield
@@ -32,7 +32,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | memoryview | str) -
     """
     path = Path(path)
     content = data.encode() if isinstance(data, str) else data
-    with _file_errors("write", path):
+    with file_errors("write", path):
         mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         try:
@@ -75,7 +75,7 @@ def append_jsonl(path: str | os.PathLike[str], record: Any) -> None:
     """
     path = Path(path)
     line = to_json(record).encode() + b"\n"
-    with _file_errors("append to", path):
+    with file_errors("append to", path):
         created = not path.exists()
         with open(path, "ab", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
@@ -105,7 +105,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Any]:
     path = Path(path)
     if not path.exists():
         return []
-    with _file_errors("read", path):
+    with file_errors("read", path):
         content = path.read_bytes()
     records = []
     for number, line in enumerate(content.split(b"\n")[:-1], start=1):  # what follows the last newline is torn or empty

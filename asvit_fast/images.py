@@ -16,6 +16,15 @@ from .errors import InputError
 CROP_FRACTION = 0.875  # the usual evaluation crop: 224 pixels out of the short side's 256
 
 
+class UnreadableImage(InputError):
+    """An image file cannot be decoded, for whatever Pillow raises: OSError, SyntaxError, ValueError, struct.error."""
+
+    def __init__(self, name: str, error: Exception) -> None:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        super().__init__(f"image {name!r} cannot be read ({reason}); repair it or remove it")
+        self.name = name
+
+
 def find_images(folder: str | Path) -> list[Path]:
     """Every image file below ``folder``, in natural order of the path. Raises InputError when there is none."""
     from timm.data.readers.reader_image_folder import find_images_and_targets
@@ -84,7 +93,6 @@ def _read(path: Path, transform) -> Tensor:
     try:
         with Image.open(path) as image:
             pixels = image.convert("RGB")
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError or struct.error, as the format has it
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"image {str(path)!r} cannot be read ({reason}); repair it or remove it") from error
+    except Exception as error:
+        raise UnreadableImage(str(path), error) from error
     return transform(pixels)

@@ -44,7 +44,7 @@ struct Kernels<double> {
   static constexpr PerIsa<PatchMergeParametersCpu<double>> parameters = ASVIT_FAST_PER_ISA(patch_merge_parameters_f64);
 };
 
-constexpr int64_t kFewTokens = 48;          // below, the product of a block is slow
+constexpr int64_t kFewTokens = 96;          // below, the product of a block is slow
 constexpr int64_t kBlocks = 4;              // that maps are cut into at least, as far as blocks do not get that small
 constexpr int64_t kBufferBytes = 1 << 19;   // of a block, which the cache holds beside a part of the weight
 constexpr int64_t kPieces = 16;             // of the gradient of the weights, at most
@@ -265,7 +265,7 @@ std::tuple<at::Tensor, at::Tensor> parameter_products(const Merge& merge, const 
   const int64_t groups = std::max<int64_t>(1, merge.outputs / kWeightRows);
   std::vector<at::Tensor> sums, totals;  // one by one, so that all but the first can be freed
   for (int64_t piece = 0; piece < pieces; ++piece) {
-    sums.push_back(at::empty({merge.outputs, merge.map.features()}, merge.options()));
+    sums.push_back(groups == 1 ? at::Tensor() : at::empty({merge.outputs, merge.map.features()}, merge.options()));
     totals.push_back(at::zeros({merge.outputs}, merge.options()));
   }
   at::parallel_for(0, pieces * groups, 1, [&](int64_t begin, int64_t end) {
@@ -274,14 +274,22 @@ std::tuple<at::Tensor, at::Tensor> parameter_products(const Merge& merge, const 
     for (int64_t task = begin; task < end; ++task) {
       const int64_t piece = task / groups, first = merge.outputs * (task % groups) / groups;
       const int64_t count = merge.outputs * (task % groups + 1) / groups - first, start = blocks * piece / pieces;
-      at::Tensor sum = sums[piece].narrow(0, first, count), total = totals[piece].narrow(0, first, count);
+      at::Tensor sum = groups == 1 ? at::Tensor() : sums[piece].narrow(0, first, count);
+      at::Tensor total = totals[piece].narrow(0, first, count);
       for (int64_t i = start; i < blocks * (piece + 1) / pieces; ++i) {
         const at::Tensor part = merge.part(gradient, merge.block(i)).narrow(1, first, count).to(merge.wide);
         const at::Tensor rows = normalised_rows<T>(merge, merge.block(i), problem, buffer);
         const at::Tensor more = product(part.t(), rows.t());
-        i == start ? sum.copy_(more) : sum.add_(more);
+        if (i > start) {
+          sum.add_(more);
+        } else if (groups > 1) {
+          sum.copy_(more);
+        } else {
+          sum = more.contiguous();
+        }
         total.add_(at::cpu::sum(part, at::IntArrayRef{0}));
       }
+      if (groups == 1) sums[piece] = sum;
     }
   });
   for (int64_t piece = 1; piece < pieces; ++piece) {

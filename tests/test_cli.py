@@ -23,8 +23,26 @@ from asvit_fast.files import from_json, read_jsonl
 from asvit_fast.scoring import score
 from asvit_fast.search import scale, search
 from asvit_fast.topology import Topology
+from asvit_fast.training import train
 
 TOPOLOGY = "4,2,2|2,1,2|2,1,2|2,1,2|16"
+UNITS = (
+    *(
+        "pixels",
+        "number",
+        "folder",
+        "directory",
+        "where",
+        "part",
+        "ratio",
+        "probability",
+        "strength",
+        "alpha",
+        "smoothing",
+    ),
+    *("smoothing", "rate", "decay", "factor", "norm", "epochs", "images", "updates", "passes", "processes", "seed"),
+)
+WORDS = ("NAME", "NAMES", "NAME=CHOICES", "NAME=VALUE", "TEXT", "FILE", "true|false")  # metavars that are no quantities
 TINY = ["--img-size", "32", "--repeats", "1", "--thetas", "2", "--batch", "4", "--width", "16"]
 SEARCH = ["search", "--steps", "3", *TINY, "--quiet"]
 
@@ -105,9 +123,7 @@ def test_every_option_is_documented(command: str, capsys: pytest.CaptureFixture[
         assert option.label in shown
         assert len(option.help) > 10
         if not (option.positional or option.flag):
-            assert any(word in option.help for word in ("pixels", "number", "folder", "directory", "where")) or (
-                option.metavar in ("NAME", "NAMES", "NAME=CHOICES")
-            ), f"{option.label} needs a unit"
+            assert any(word in option.help for word in UNITS) or option.metavar in WORDS, f"{option.label} needs a unit"
 
 
 @pytest.mark.parametrize(
@@ -117,6 +133,7 @@ def test_every_option_is_documented(command: str, capsys: pytest.CaptureFixture[
         ("search", search),
         ("scale", scale),
         ("export", export),
+        ("train", train),
     ],
 )
 def test_defaults_are_those_of_the_functions(command: str, function) -> None:

@@ -15,7 +15,7 @@ from asvit_fast.backends import use_backend
 
 module = importlib.import_module("asvit_fast.ops.linear")
 
-SHAPES = [((7, 5), 3), ((2, 3, 4, 33), 65), ((1, 1), 1), ((300, 64), 192), ((0, 8), 4), ((5, 129), 16)]
+SHAPES = [((7, 5), 3), ((2, 3, 4, 33), 65), ((1, 1), 1), ((300, 64), 192), ((400, 16), 48), ((0, 8), 4), ((5, 129), 16)]
 
 
 @pytest.fixture(autouse=True)

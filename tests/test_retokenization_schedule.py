@@ -82,13 +82,13 @@ def test_for_epochs(text: str, epochs: int, expected: str) -> None:
 def test_for_epochs_covers_the_training(text: str, epochs: int) -> None:
     """Every boundary within half an epoch of where it belongs, or a message."""
     parsed = Schedule.parse(text)
-    total = sum(phase.length for phase in parsed.phases)
-    try:
-        schedule = parsed.for_epochs(epochs)
-    except af.InputError as error:
-        assert "leaves no epoch for its phase" in str(error) and epochs < 12
+    if epochs < 3 or (text == "table6-40" and epochs < 4):
+        with pytest.raises(af.InputError, match="leaves no epoch for its phase"):
+            parsed.for_epochs(epochs)
         return
+    schedule = parsed.for_epochs(epochs)
     assert schedule.epochs == epochs
+    total = sum(phase.length for phase in parsed.phases)
     wanted = [sum(p.length for p in parsed.phases[:i]) / total * epochs for i in range(3)]
     assert all(abs(start - want) <= 0.5 + 1e-6 for start, want in zip(schedule.starts, wanted, strict=True))
 
@@ -98,7 +98,7 @@ def test_for_epochs_refuses() -> None:
         af.InputError, match="schedule '40:4,30:2,230:1' is 300 epochs long but the training has 100: shorten"
     ):
         Schedule.parse("40:4,30:2,230:1").for_epochs(100)
-    with pytest.raises(af.InputError, match="schedule 'table6-40' leaves no epoch for its phase 40:4 in a training of 3"):
+    with pytest.raises(af.InputError, match="'table6-40' leaves no epoch for its phase 40:4 in a training of 3"):
         Schedule.parse("table6-40").for_epochs(3)
     for wrong in (0, -1, True, 2.0):
         with pytest.raises(af.InputError, match="a training has 1 or more whole epochs, got"):

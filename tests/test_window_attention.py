@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 
@@ -170,8 +171,7 @@ def test_dropout_with_attn_scale_says_that_it_is_elementary(monkeypatch: pytest.
     for attention in (ops.window_attention, compiled):
         backends._notified.clear()
         with pytest.warns(backends.FallbackWarning, match="AttnScale with attention dropout has no kernel") as said:
-            for _ in range(2):
-                dropped = attention(qkv, 2, (4, 4), dropout=0.5, attn_scale=scale)
+            dropped = [attention(qkv, 2, (4, 4), dropout=0.5, attn_scale=scale) for _ in range(2)][-1]
         assert len(said) == 1 and not torch.allclose(dropped, ops.window_attention(qkv, 2, (4, 4), attn_scale=scale))
     monkeypatch.setenv("ASVIT_FAST_STRICT", "1")
     with pytest.raises(backends.FallbackWarning):
@@ -382,3 +382,23 @@ def test_saturated_attention(shape: tuple[int, int, int, int]) -> None:
         exact, eager = both(torch.float64), both(torch.float32)
     for found, torchs, want in zip(both(torch.float32), eager, exact, strict=True):
         assert (found - want).norm() < 2 * (torchs - want).norm() + 1e-6 * want.norm()
+
+
+@needs_extension
+def test_windows_of_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token that is alone attends itself: its value, with nothing to compute; parameters still get gradients."""
+    qkv = torch.randn(2, 3, 2, 24, requires_grad=True)
+    with use_backend("reference"):
+        want = ops.window_attention(qkv, 4, (1, 1))
+    bias = torch.randn(4, 1, 1, requires_grad=True)
+    through_op = ops.window_attention(qkv, 4, (1, 1), bias=bias)
+    torch.testing.assert_close(through_op, want)
+    assert torch.autograd.grad(through_op.sum(), bias)[0].shape == bias.shape
+    monkeypatch.setattr(importlib.import_module("asvit_fast.ops.window_attention"), "_window_attention", None)
+    found = ops.window_attention(qkv, 4, (1, 1))
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, want)
+    cotangent = torch.randn_like(found)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, qkv, cotangent), torch.autograd.grad(want, qkv, cotangent), atol=1e-6, rtol=1e-5
+    )

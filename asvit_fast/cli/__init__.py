@@ -1,4 +1,4 @@
-"""The command line: ``asvit-fast env|score|search|scale|report|export|tune``.
+"""The command line: ``asvit-fast env|score|search|scale|train|eval|report|export|tune``.
 
 Parsing needs no torch, so ``--help`` and mistakes in options answer at once; each command imports what it needs when it
 runs. Mistakes of the user end with one line on stderr and exit code 2.
@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..errors import InputError
-from . import env, export, report, scale, score, search, tune
+from . import env, eval, export, report, scale, score, search, train, tune
 from .options import Command, Option, require, settings, to_yaml
 
 PROGRAM = "asvit-fast"
 COMMANDS: dict[str, Command] = {
-    module.COMMAND.name: module.COMMAND for module in (env, score, search, scale, report, export, tune)
+    module.COMMAND.name: module.COMMAND for module in (env, score, search, scale, train, eval, report, export, tune)
 }
 EXIT_INPUT = 2  # a mistake in what was given, or a file that cannot be read or written
 EXIT_INTERRUPTED = 130  # the shell's convention for Ctrl-C
@@ -131,7 +131,7 @@ def _add(parser: argparse.ArgumentParser, option: Option) -> None:
 def _default(option: Option) -> str:
     if option.required:
         return "(required)"
-    if option.default is None or option.default == {}:
+    if option.default in (None, {}, ""):
         return "(default: none)"
     if isinstance(option.default, tuple):
         return f"(default: {','.join(map(str, option.default))})"

@@ -92,6 +92,10 @@ def integer(minimum: int) -> Reader:
     return read
 
 
+def real(value: Any) -> float:
+    return float(number(value))
+
+
 def positive(value: Any) -> float:
     result = number(value)
     if not result:
@@ -103,6 +107,39 @@ def fraction(value: Any) -> float:
     result = number(value)
     if result >= 1:
         raise InputError(f"expected a number from 0 to below 1, got {value!r}")
+    return result
+
+
+def switch(value: Any) -> bool:
+    """``true`` or ``false``, for what is on unless it is switched off."""
+    if isinstance(value, bool):
+        return value
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if str(value).lower() not in words:
+        raise InputError(f"expected true or false, got {value!r}")
+    return words[str(value).lower()]
+
+
+def pair(value: Any) -> tuple[float, float]:
+    """``0.08,1`` or a YAML pair."""
+    parts = value if isinstance(value, (list, tuple)) else text(value).split(",")
+    if len(parts) != 2:
+        raise InputError(f"expected two numbers such as 0.08,1, got {value!r}")
+    return real(parts[0]), real(parts[1])
+
+
+def keywords(value: Any) -> dict[str, Any]:
+    """``["attn_scale=true", "window_size=7"]`` or a YAML mapping; values are read as YAML."""
+    import yaml
+
+    if isinstance(value, Mapping):
+        return dict(value)
+    result = {}
+    for item in [value] if isinstance(value, str) else value:
+        name, equals, content = str(item).partition("=")
+        if not equals:
+            raise InputError(f"expected NAME=VALUE such as attn_scale=true, got {item!r}")
+        result[name.strip()] = yaml.safe_load(content)
     return result
 
 

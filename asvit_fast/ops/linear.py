@@ -65,8 +65,10 @@ def _backward(ctx, gradient: Tensor):
 
 
 def _weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
-    """gradient^T x [N, K]. oneDNN is faster when the longer side of the result comes first."""
-    if gradient.shape[1] >= x.shape[1]:
+    """gradient^T x [N, K]. oneDNN is up to three times faster when the shorter side of the result comes first; with few
+    rows that is less than what turning the result around costs."""
+    rows, outputs = gradient.shape
+    if outputs <= x.shape[1] or rows < 4 * outputs:
         return _linear(gradient.t(), x.t(), None, "none")
     return _linear(x.t(), gradient.t(), None, "none").t()
 

@@ -417,6 +417,9 @@ def window_attention(
                 attn_scale,
             )
         _check(qkv, num_heads, windows, shifts, layout, bias, padding, attn_scale)
+        parameters = bias is not None or padding is not None or attn_scale is not None  # which would have gradients
+        if windows == [1, 1] and dropout == 0.0 and not parameters and backends.forced_backend() is None:
+            return qkv[..., qkv.shape[3] // 3 * 2 :].contiguous()  # a token that is alone attends itself
         if qkv.numel() > 0 and not transform_active() and _fused(qkv, dropout):
             factor = float(qkv.shape[3] // (3 * num_heads)) ** -0.5 if scale is None else scale
             return _window_attention(qkv, num_heads, windows, shifts, factor, layout, bias, padding, attn_scale)[0]

@@ -1,6 +1,8 @@
 """Training with progressive re-tokenization (As-ViT, arXiv 2202.11921, section 3.4)."""
 
-from .recipe import Recipe
+from ..recipe import Recipe
+from .loop import train
+from .result import TrainResult
 from .retokenizer import Retokenizer
 from .saving import ScheduleCost, schedule_cost
 from .schedule import Phase, RetokenizationSchedule
@@ -12,7 +14,9 @@ __all__ = [
     "RetokenizationSchedule",
     "Retokenizer",
     "ScheduleCost",
+    "TrainResult",
     "schedule_cost",
     "set_token_reduction",
     "token_reduction",
+    "train",
 ]

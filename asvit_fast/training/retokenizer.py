@@ -95,8 +95,8 @@ class Retokenizer:
         Args:
             images: [B, 3, H, W] on the model's device, or a function from a reduction to those of its phases.
             autocast: what the training's forward pass runs in, a context manager or a function that makes one.
-            evaluate: also run in evaluation mode, in torch.inference_mode as timm evaluates; or what else the evaluation
-                runs in, such as torch.no_grad.
+            evaluate: also run in evaluation mode, in torch.no_grad as ``asvit_fast`` evaluates; or what else the
+                evaluation runs in, such as torch.inference_mode.
         """
         before = self.reduction
         with _undisturbed(self.model):
@@ -104,7 +104,7 @@ class Retokenizer:
                 for reduction in self.schedule.reductions:
                     self._set(reduction)
                     batch = images(reduction) if callable(images) else images  # [B, 3, H, W]
-                    self._run(batch, autocast, torch.inference_mode if evaluate is True else evaluate)
+                    self._run(batch, autocast, torch.no_grad if evaluate is True else evaluate)
             finally:
                 self._set(before)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..errors import InputError
+from .errors import InputError
 
+WORKERS = min(4, os.cpu_count() or 1)
 BASE_BATCH = 1024  # images per update for which ``lr_base`` is meant
 
 
@@ -30,7 +32,7 @@ class Recipe:
     train_split: str = _option("train", "split, or subfolder, to train on")
     val_split: str = _option("validation", "split, or subfolder, to validate on ('val' is found as well); '' for none")
     class_map: str = _option("", "file of class names, one a line, or timm's mapping of class to index")
-    workers: int = _option(4, "processes that read images, per rank; 0 reads in the training process")
+    workers: int = _option(WORKERS, "processes that read images, per rank; 0 reads in the training process")
     bad_images: str = _option("stop", "an image that cannot be read: stop, or skip to the next one")
 
     # augmentation
@@ -113,6 +115,19 @@ class Recipe:
     def _check(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
             raise InputError(f"recipe: {name} must be {expected}, got {getattr(self, name)!r}")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether batches are mixed, and their targets soft."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    def learning_rate(self, images_per_update: int) -> float:
+        """``lr``, or ``lr_base`` scaled to the images of an update by timm's rule."""
+        if self.lr is not None:
+            return self.lr
+        adaptive = any(name in self.opt.lower() for name in ("ada", "lamb"))
+        scale = self.lr_base_scale or ("sqrt" if adaptive else "linear")
+        return self.lr_base * (images_per_update / BASE_BATCH) ** (0.5 if scale == "sqrt" else 1.0)
 
     @classmethod
     def of(cls, **options: Any) -> Recipe:

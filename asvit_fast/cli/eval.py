@@ -1,0 +1,198 @@
+"""``asvit-fast eval``: accuracy and loss of a trained network."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+from ..errors import InputError
+from .common import DEVICE, QUIET, is_main_process, say
+from .options import Command, Option, choice, flag, image_size, integer, keywords, positive, text
+
+
+def run(values: SimpleNamespace) -> int:
+    from .. import processes
+    from ..backends import rank_device
+    from ..training.checkpoint_model import build_from_checkpoint
+
+    device = rank_device(values.device)
+    built = build_from_checkpoint(
+        values.checkpoint, values.model, values.model_kwargs, values.num_classes, values.use_ema
+    )
+    config = built.data_config(values.img_size, values.crop_pct, values.interpolation)
+    ranks = processes.join(device)
+    started = time.perf_counter()
+    found = measure(values, built.model, config, device, ranks)
+    result = {
+        "checkpoint": str(built.path),
+        "model": built.name,
+        **found.to_dict(),
+        "img_size": list(config["input_size"][1:]),
+        "crop_pct": config["crop_pct"],
+        "interpolation": config["interpolation"],
+        "token_reduction": values.token_reduction,
+        "use_ema": values.use_ema,
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+    if is_main_process():
+        show(values, result)
+    return 0
+
+
+def measure(values: SimpleNamespace, model: Any, config: dict[str, Any], device: Any, ranks: int) -> Any:
+    """The network's Evaluation on the images that the options name."""
+    import contextlib
+    import functools
+
+    import torch
+
+    from .. import processes
+    from ..recipe import Recipe
+    from ..training.data import load_validation
+    from ..training.evaluation import evaluate
+
+    recipe = Recipe.of(
+        dataset=values.dataset,
+        val_split=values.split,
+        class_map=values.class_map,
+        **({} if values.workers is None else {"workers": values.workers}),
+        crop_pct=config["crop_pct"],
+        interpolation=config["interpolation"],
+    )
+    channels, *size = config["input_size"]
+    images = load_validation(
+        values.data,
+        recipe,
+        (size[0], size[1]),
+        device,
+        processes.rank(),
+        ranks,
+        in_chans=channels,
+        mean=config["mean"],
+        std=config["std"],
+        crop_mode=config["crop_mode"],
+    )
+    check_classes(model, images.num_classes, bool(values.class_map))
+    prepare(model, (size[0], size[1]), values.token_reduction)
+    amp = functools.partial(torch.autocast, device.type, dtype=getattr(torch, values.amp_dtype))
+    return evaluate(
+        model.to(device),
+        images.batches(values.batch_size),
+        device,
+        autocast=amp if values.amp else contextlib.nullcontext,
+        ranks=ranks,
+        progress=not values.quiet and not values.json and is_main_process(),
+    )
+
+
+def check_classes(model: Any, classes: int, mapped: bool) -> None:
+    """The numbers of the classes mean the same only if there are as many, or if a map says what they mean."""
+    outputs = getattr(model, "num_classes", classes)
+    if classes > outputs or (classes < outputs and not mapped):
+        raise InputError(
+            f"the images have {classes} classes, the network {outputs}; give the images of all its classes, "
+            "or --class-map with its class of each folder"
+        )
+
+
+def prepare(model: Any, size: tuple[int, int], token_reduction: int) -> None:
+    """Fit the network to the images, and to fewer tokens when asked for."""
+    if getattr(model, "pretrained_cfg", {}).get("fixed_input_size") and hasattr(model, "set_input_size"):
+        model.set_input_size(img_size=size)
+    if token_reduction != 1:
+        from ..training.token_reduction import set_token_reduction
+
+        set_token_reduction(model, token_reduction)
+
+
+def show(values: SimpleNamespace, result: dict[str, Any]) -> None:
+    from ..files import to_json
+
+    if values.json:
+        print(to_json(result))
+        return
+    height, width = result["img_size"]
+    say(
+        f"{result['model']} of {result['checkpoint']} on {result['images']} images of {values.data}, {height}x{width} "
+        f"pixels, crop {result['crop_pct']:g}, {result['interpolation']}:",
+        values.quiet,
+    )
+    top1, top5 = result["top1"], result["top5"]
+    print(f"Acc@1 {top1:.3f} ({100 - top1:.3f}) Acc@5 {top5:.3f} ({100 - top5:.3f}) Loss {result['loss']:.4f}")
+
+
+COMMAND = Command(
+    name="eval",
+    summary="Top-1, top-5 and loss of a trained network on labelled images, as timm's validation counts them.",
+    options=(
+        Option(
+            "checkpoint",
+            text,
+            None,
+            "a training's folder, a checkpoint in timm's format, an exported folder, or weights with --model",
+            positional=True,
+            required=True,
+        ),
+        Option(
+            "data",
+            text,
+            None,
+            "folder that holds the split's folder, or where its library keeps it",
+            "DIR",
+            required=True,
+        ),
+        Option("dataset", text, "", "timm's name of the data set: folder, tar, hfds/NAME, wds/NAME, tfds/NAME", "NAME"),
+        Option("split", text, "validation", "split, or subfolder; '' for the folder itself", "NAME"),
+        Option(
+            "class_map",
+            text,
+            "",
+            "file that gives class folders their numbers: a name a line, or timm's mapping",
+            "FILE",
+        ),
+        Option("batch_size", integer(1), 256, "number of images in a batch, per process", "N"),
+        Option(
+            "workers",
+            integer(0),
+            None,
+            "number of processes that read images; 0: this one; without it, as training has it",
+            "N",
+        ),
+        Option("img_size", image_size, None, "image size in pixels; without it, the checkpoint's", "PIXELS"),
+        Option(
+            "crop_pct",
+            positive,
+            None,
+            "part of the image that is kept, a number up to 1; without it, the checkpoint's",
+            "X",
+        ),
+        Option("interpolation", text, "", "bicubic, bilinear, ...; without it, the checkpoint's", "NAME"),
+        Option("amp", flag, False, "mixed precision", flag=True),
+        Option("amp_dtype", choice("bfloat16", "float16"), "bfloat16", "half type of mixed precision", "NAME"),
+        Option("use_ema", flag, False, "the moving average of the weights", flag=True),
+        Option(
+            "token_reduction",
+            integer(1),
+            1,
+            "1, 2 or 4: how many times fewer tokens per side, the number that the network is measured at",
+            "N",
+        ),
+        Option("model", text, "", "timm's name of the network, for a file of weights alone", "NAME"),
+        Option(
+            "model_kwargs",
+            keywords,
+            {},
+            "argument of the network, text or number, such as topology=TEXT or depth=2; may be repeated",
+            "NAME=VALUE",
+            repeated=True,
+        ),
+        Option("num_classes", integer(1), None, "number of the network's outputs, for a file of weights alone", "N"),
+        DEVICE,
+        Option("json", flag, False, "print strict JSON and nothing else", flag=True),
+        QUIET,
+    ),
+    run=run,
+    epilog="example: asvit-fast eval runs/train --data imagenet --use-ema\n"
+    "Under torchrun the processes share the images, and each image counts once.",
+)

@@ -1,0 +1,122 @@
+"""``asvit-fast train``: train a network, coarse tokens first."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from ..errors import InputError
+from ..recipe import Recipe
+from .common import QUIET, check_output_folder, say
+from .options import Command, Option, flag, image_size, integer, keywords, pair, real, switch, text
+
+
+def run(values: SimpleNamespace) -> int:
+    check_output_folder(values.out)
+    from ..scoring.memory import keep_freed_memory
+    from ..training import train
+
+    keep_freed_memory()
+    say(f"Writing to {values.out}; stop at any time, the same command continues.", values.quiet)
+    result = train(
+        network(values.what),
+        values.data,
+        schedule=values.schedule,
+        epochs=values.epochs,
+        out=values.out,
+        img_size=values.img_size,
+        num_classes=values.num_classes,
+        model_kwargs=values.model_kwargs,
+        initial_checkpoint=values.initial_checkpoint,
+        resume=values.resume,
+        device=values.device,
+        progress=not values.quiet,
+        **{field.name: getattr(values, field.name) for field in dataclasses.fields(Recipe)},
+    )
+    conclude(values, result)
+    return 0
+
+
+def network(what: str) -> Any:
+    """The topology that a search or a scaling run ended with, or what was given."""
+    if not Path(what).is_dir():
+        return what
+    from ..export import final_topology
+
+    return final_topology(what)
+
+
+def conclude(values: SimpleNamespace, result) -> None:
+    best = result.best
+    if best is not None:
+        found = "" if best.get("ema_top1") is None else f", {best['ema_top1']:.2f} % of the averaged weights"
+        say(f"Best top-1 {best['top1']:.2f} %{found}, after epoch {best['epoch']}.", values.quiet)
+    say(f"look at it:   asvit-fast report {values.out}", values.quiet)
+    say(f"validate:     asvit-fast eval {values.out} --data {values.data}", values.quiet)
+
+
+def option(field: dataclasses.Field) -> Option:
+    """A choice of the recipe as an option of the command line."""
+    readers = {
+        "int": (integer(0), "N"),
+        "float": (real, "X"),
+        "float | None": (real, "X"),
+        "str": (text, "TEXT"),
+        "tuple[float, float]": (pair, "X,Y"),
+    }
+    help_text = field.metadata["help"]
+    if field.type == "bool":
+        if field.default is False:
+            return Option(field.name, flag, False, help_text, flag=True)
+        return Option(field.name, switch, True, help_text, "true|false")
+    if field.type not in readers:
+        raise InputError(f"recipe: {field.name} has a type that the command line cannot read: {field.type}")
+    read, metavar = readers[field.type]
+    return Option(field.name, read, field.default, help_text, metavar)
+
+
+COMMAND = Command(
+    name="train",
+    summary="Train a network, coarse tokens first (progressive re-tokenization); also under torchrun.",
+    options=(
+        Option(
+            "what",
+            text,
+            None,
+            "topology string, run directory of search or scale (its final topology), or a model of timm",
+            positional=True,
+            required=True,
+        ),
+        Option("data", text, None, "folder of images, a subfolder per class in train/ and val/", "DIR", required=True),
+        Option("out", text, None, "run directory, made or continued", "DIR", required=True),
+        Option(
+            "schedule",
+            text,
+            "1",
+            "epochs:reduction of tokens per side, 40:4,30:2,230:1; fractions, 0.3:4,0.7:1; table6-40, -80, -120; "
+            "1 = full tokens",
+            "TEXT",
+        ),
+        Option("epochs", integer(1), 300, "epochs of the whole training", "N"),
+        Option("img_size", image_size, 224, "image size in pixels, a side", "PIXELS"),
+        Option("num_classes", integer(1), None, "classes; without it, as many as the data has", "N"),
+        Option(
+            "model_kwargs",
+            keywords,
+            {},
+            "further arguments of the network: --model-kwargs attn_scale=true; may be repeated",
+            "NAME=VALUE",
+            repeated=True,
+        ),
+        Option("initial_checkpoint", text, "", "weights to start from, in timm's format", "FILE"),
+        Option("resume", text, "", "checkpoint of timm's train.py whose training this one continues", "FILE"),
+        Option("device", text, None, "where to compute: cpu, cuda, ...; without it, cuda if there is one", "NAME"),
+        *(option(field) for field in dataclasses.fields(Recipe)),
+        QUIET,
+    ),
+    run=run,
+    epilog="example: asvit-fast train asvit_small --data imagenet/ --schedule 40:4,30:2,230:1 --out runs/train",
+    resumable=True,
+)

@@ -1,0 +1,184 @@
+"""From requests for samples to normalised batches on a device: workers, copies ahead of use, random erasing."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from ..backends import notify_once
+from ..errors import InputError
+from . import sampling
+from .samples import Batch, Request, Samples, StreamSamples
+
+
+class Requests(Sampler):
+    """What workers are asked for in the coming pass."""
+
+    def __init__(self) -> None:
+        self.coming: Callable[[], Iterable[Request]] = tuple
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self.coming())
+
+
+class Reading:
+    """Batches of a map-style data set: by the main process, or by workers that stay for the next pass."""
+
+    def __init__(self, samples: Samples, workers: int, device: torch.device) -> None:
+        self.samples = samples
+        self.requests = Requests()
+        self.passes = 0
+        self.key = object()  # of what was said about these images
+        self.loader: DataLoader | None = None
+        if workers and samples.tensors is None:
+            self.loader = worker_loader(samples, workers, device, sampler=self.requests, persistent_workers=True)
+
+    def __call__(self, requests: Callable[[], Iterable[Request]]) -> Iterator[Batch]:
+        if self.loader is None:
+            return self._checked(map(self.samples.__getitem__, requests()))
+        self.requests.coming = requests
+        self.passes += 1
+        return self._only_latest(self._checked(iter(self.loader)), self.passes)
+
+    def _only_latest(self, batches: Iterator[Batch], number: int) -> Iterator[Batch]:
+        while True:
+            if number != self.passes:
+                raise RuntimeError("these batches were given up when other ones were asked for: workers serve one pass")
+            batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    def _checked(self, batches: Iterable[Batch | InputError]) -> Iterator[Batch]:
+        skipped: dict[str, None] = {}
+        for batch in raised(batches):
+            before = len(skipped)
+            skipped.update(dict.fromkeys(batch.skipped))
+            if len(skipped).bit_length() > before.bit_length():  # at once, and when their number has doubled
+                notify_once((self.key, len(skipped).bit_length()), skipped_text(list(skipped)))
+            yield batch
+
+
+class Stream:
+    """Batches of a data set that is read from its start; workers are new in every pass, their order repeats."""
+
+    def __init__(self, samples: StreamSamples, workers: int, device: torch.device) -> None:
+        self.samples, self.workers, self.device = samples, max(1, workers), device
+
+    def __call__(self, epoch: int, start: int, stop: int, batch_size: int) -> Iterator[Batch]:
+        """Images ``start`` to ``stop`` in batches, the last one smaller."""
+        generator = torch.Generator().manual_seed(sampling.one_number(sampling.words(self.samples.seed, epoch)))
+        self.samples.epoch = epoch
+        for setting, value in (("set_epoch", epoch), ("set_loader_cfg", self.workers)):
+            if hasattr(self.samples.dataset, setting):
+                getattr(self.samples.dataset, setting)(value)
+        loader = worker_loader(self.samples, self.workers, self.device, generator=generator)
+        return recut(raised(loader), start, stop, batch_size)
+
+
+def worker_loader(samples: Any, workers: int, device: torch.device, **options: Any) -> DataLoader:
+    """Whole batches from workers. A generator of its own: torch would draw one number of the global one otherwise."""
+    options = {"generator": torch.Generator().manual_seed(samples.seed), **options}
+    return DataLoader(
+        samples,
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=_ignore_interrupts,
+        pin_memory=device.type == "cuda",
+        **options,
+    )
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C is the main process' business; workers end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def raised(batches: Iterable[Batch | InputError]) -> Iterator[Batch]:
+    for batch in batches:
+        if isinstance(batch, InputError):
+            raise batch
+        yield batch
+
+
+def recut(chunks: Iterable[Batch], start: int, stop: int, batch_size: int) -> Iterator[Batch]:
+    """Images ``start`` to ``stop`` of a stream in other pieces."""
+    images = (tuple(part[i] for part in chunk[:3]) for chunk in chunks for i in range(len(chunk.targets)))
+    wanted = islice(images, start, stop)
+    while piece := list(islice(wanted, batch_size)):
+        parts = [torch.stack(part) for part in zip(*piece, strict=True)]
+        yield Batch(parts[0], parts[1], parts[2], ())
+
+
+def skipped_text(names: list[str]) -> str:
+    shown = ", ".join(map(repr, names[:5])) + (", ..." if len(names) > 5 else "")
+    if len(names) == 1:
+        return f"1 image cannot be read, the next one takes its place: {shown}"
+    return f"{len(names)} images cannot be read so far, the next ones take their places: {shown}"
+
+
+class Transfer:
+    """Batches on the device: float32 ``[b, 3, H, W]``, normalised and erased there, and int64 ``[b]``.
+
+    On CUDA the next batch is copied on a stream of its own while the current one is used; use it on the stream that is
+    current when the next one is asked for.
+    """
+
+    def __init__(
+        self, device: torch.device, mean: tuple[float, ...], std: tuple[float, ...], remode: str = "const"
+    ) -> None:
+        self.device = device
+        self.mean = torch.tensor(mean, device=device).mul(255).view(-1, 1, 1)  # [3, 1, 1], in uint8's units
+        self.std = torch.tensor(std, device=device).mul(255).view(-1, 1, 1)  # [3, 1, 1]
+        self.erasing = RandomErasing(probability=1.0, mode=remode, device=device if device.type == "cuda" else "cpu")
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.stream is None:
+            yield from map(self.put, batches)
+            return
+        ready = None
+        for batch in batches:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))  # memory given back there is used here
+            with torch.cuda.stream(self.stream):
+                coming = self.put(batch)
+            if ready is not None:
+                yield ready
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+            ready = coming
+        if ready is not None:
+            yield ready
+
+    def put(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        images, targets = self._copy(batch.images), self._copy(batch.targets)
+        if images.is_floating_point():
+            return images.to(torch.float32), targets
+        images = images.to(torch.float32).sub_(self.mean).div_(self.std)  # [b, 3, H, W]
+        self._erase(images, batch.erase)
+        return images, targets
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        if self.stream is not None and tensor.device.type == "cpu" and not tensor.is_pinned():
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+    def _erase(self, images: Tensor, erase: Tensor) -> None:
+        """Each image with the numbers of its own seeds, whatever else is in the batch."""
+        chosen = erase.any(1).nonzero().flatten().tolist()  # [b] -> places
+        if not chosen:
+            return
+        gpus = [self.device] if self.stream is not None else []
+        with sampling.unchanged_randomness(), torch.random.fork_rng(gpus):
+            for place in chosen:
+                seeds = erase[place].tolist()
+                sampling.seed_all(seeds)
+                if self.stream is not None:
+                    torch.cuda.default_generators[images.get_device()].manual_seed(sampling.one_number(seeds))
+                self.erasing(images[place])

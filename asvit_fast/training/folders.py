@@ -1,0 +1,136 @@
+"""Finding a data set by timm's names, and refusing what timm would read in another way than its user means."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+from timm.data import create_dataset
+
+from ..errors import InputError
+
+PACKAGES = {  # prefix of the name -> module, package of pip
+    "hfds": ("datasets", "datasets"),
+    "hfids": ("datasets", "datasets"),
+    "wds": ("webdataset", "webdataset"),
+    "tfds": ("tensorflow_datasets", "tensorflow-datasets"),
+}
+ITERABLE = ("hfids", "wds", "tfds")  # read from the start to the end only
+FOLDERS = ("", "folder", "tar")
+SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))  # timm's, in its order
+
+
+def open_split(
+    data: str | Path, dataset: str, split: str, class_map: str, training: bool, seed: int, mode: str = "RGB"
+) -> Any:
+    """One split as timm reads it, undecoded where timm can leave it so; ``split`` "" of a folder is the folder itself.
+
+    Raises InputError: no such folder, split, package or class map; no images; class folders without images; images
+    outside of class folders.
+    """
+    prefix = dataset.partition("/")[0].lower()
+    if prefix in FOLDERS:
+        return _open_folder(Path(data), split, class_map, mode)
+    if prefix not in (*PACKAGES, "torch"):
+        raise InputError(
+            f"dataset {dataset!r} is not known; use {', '.join(map(repr, FOLDERS))}, "
+            "or a NAME as hfds/NAME, hfids/NAME, wds/NAME, tfds/NAME"
+        )
+    module, package = PACKAGES.get(prefix, ("torchvision", "torchvision"))
+    if importlib.util.find_spec(module) is None:
+        raise InputError(
+            f"dataset {dataset!r} needs the package {package}, which is not installed: pip install {package}"
+        )
+    streaming: dict[str, Any] = {"is_training": training, "seed": seed} if prefix in ITERABLE else {}
+    labels: dict[str, Any] = {"class_map": class_map or None, "input_img_mode": mode} if prefix != "torch" else {}
+    try:
+        return create_dataset(dataset, root=str(data), split=split, **labels, **streaming)
+    except Exception as error:  # each library has its own
+        raise InputError(f"dataset {dataset!r}, split {split!r} of {str(data)!r}: {first_line(error)}") from error
+
+
+# --------------------------------------------------------------------------- folders and tar files
+
+
+def _open_folder(data: Path, split: str, class_map: str, mode: str) -> Any:
+    root = _find_split(data, split)
+    if class_map and not Path(class_map).is_file() and not (root / class_map).is_file():
+        raise InputError(f"class_map {class_map!r} is no file, neither here nor in {str(root)!r}; give its path")
+    try:
+        classes: Any = {"class_map": class_map} if class_map else {}
+        dataset = create_dataset("", root=str(root), search_split=False, input_img_mode=mode, **classes)
+    except (
+        RuntimeError,
+        ValueError,
+        AssertionError,
+        OSError,
+        tarfile.TarError,
+    ) as error:  # no images, or a class map timm cannot read
+        raise InputError(f"data {str(root)!r} cannot be used: {first_line(error)}") from error
+    if root.is_dir() and not class_map:
+        _check_class_folders(root, [file for file, _ in dataset.reader.samples])
+    return dataset
+
+
+def _find_split(data: Path, split: str) -> Path:
+    """The folder or tar file of a split. Raises InputError, saying what there is."""
+    if not data.exists():
+        raise InputError(f"data folder {str(data)!r} does not exist; give the folder that holds the splits")
+    if not split:
+        return data
+    if data.is_file():
+        raise InputError(
+            f"{str(data)!r} is one file and has no split {split!r}; give a folder with {split}.tar, "
+            "or train on the file alone: train_split='', val_split=''"
+        )
+    synonyms = next((names for names in SYNONYMS if split in names), ())
+    for name in (split, *synonyms):
+        for candidate in (data / name, data / f"{name}.tar"):
+            if candidate.exists():
+                return candidate
+    raise InputError(f"data folder {str(data)!r} has no {split!r}; {_what_there_is(data, split)}")
+
+
+def _what_there_is(data: Path, split: str) -> str:
+    found = sorted(entry.name for entry in data.iterdir() if entry.is_dir() or entry.suffix == ".tar")
+    option = "train_split" if split in SYNONYMS[0] else "val_split"
+    likely = [name for name in ("val", "valid", "validation", "test", "train") if name in found and name != split]
+    if option == "val_split":
+        likely = [name for name in likely if name != "train"]
+        otherwise = "val_split='' trains without validation"
+    else:
+        otherwise = "train_split='' takes the classes of the folder itself"
+    hint = f"did you mean {option}={likely[0]!r}? " if likely else ""
+    return f"it holds {some(found) if found else 'no folder'}; {hint}{otherwise}"
+
+
+def _check_class_folders(root: Path, files: list[str]) -> None:
+    """Raise InputError for what would shift class numbers: a class without images, images without a class."""
+    full = {Path(folder) for folder in {os.path.dirname(file) for file in files}}
+    above = {parent for folder in full for parent in folder.parents} - full
+    if root in full:
+        raise InputError(f"{str(root)!r} holds images outside of class folders; put each into the folder of its class")
+    empty = [
+        str(folder.relative_to(root))
+        for parent in above
+        if parent == root or root in parent.parents
+        for folder in parent.iterdir()
+        if folder.is_dir() and folder not in full | above and not folder.name.startswith(".")
+    ]
+    if empty:
+        raise InputError(
+            f"class folder {some(sorted(empty))} of {str(root)!r} holds no images; add some, remove the folder, "
+            "or give the names of the classes as class_map"
+        )
+
+
+def some(names: list[str], most: int = 5) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(repr, names[:most])) + rest
+
+
+def first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

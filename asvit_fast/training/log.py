@@ -1,0 +1,228 @@
+"""What a training tells while it runs: a progress bar, TensorBoard's events, a table of the epochs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from ..files import write_atomic
+
+SUMMARY, EVENTS = "summary.csv", "tensorboard"
+WINDOW = 50  # updates that the speed is measured over
+QUIET_SECONDS = 30.0  # between lines where no terminal shows a bar
+_SMOOTHING = 0.9  # of the loss in the bar
+_BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+
+
+class Schedule(Protocol):
+    """What the log asks a schedule for."""
+
+    def reduction_at(self, epoch: int) -> int: ...
+
+
+class Pace:
+    """How fast updates go, and how long the rest of a training takes, whose phases cost differently.
+
+    Args:
+        reductions: token reduction of every epoch.
+        updates_per_epoch: updates of one epoch.
+        relative_cost: cost of an update by reduction, in any unit: for reductions that have not been measured yet.
+    """
+
+    def __init__(self, reductions: Sequence[int], updates_per_epoch: int, relative_cost: Mapping[int, float]) -> None:
+        self.reductions, self.updates_per_epoch, self.relative_cost = reductions, updates_per_epoch, relative_cost
+        self.measured: dict[int, float] = {}  # seconds per update by reduction
+        self.reduction: int | None = None
+        self._window: deque[tuple[float, float]] = deque(maxlen=WINDOW)  # (seconds, of which waiting for data)
+        self._pauses: list[float] = []  # seconds between the last update of an epoch and what followed it
+        self._last = time.perf_counter()
+
+    def update(self, reduction: int, data_seconds: float) -> None:
+        """An update has ended. A GPU's clock is only right over many: the processor runs ahead of it."""
+        if reduction != self.reduction:
+            self.reduction = reduction
+            self._window.clear()
+        self._window.append((self._elapsed(), data_seconds))
+        self.measured[reduction] = sum(seconds for seconds, _ in self._window) / len(self._window)
+
+    def pause(self) -> None:
+        """Validation and saving have ended: none of it is the next update's time."""
+        self._pauses.append(self._elapsed())
+
+    @property
+    def seconds(self) -> float:
+        """Seconds per update, lately."""
+        return max(self.measured.get(self.reduction or 0, 0.0), 1e-9)
+
+    @property
+    def data_share(self) -> float:
+        """Part of that time spent waiting for data."""
+        return sum(data for _, data in self._window) / max(len(self._window), 1) / self.seconds
+
+    def remaining(self, done: int) -> float:
+        """Seconds until the end after ``done`` updates of the training."""
+        epoch, update = divmod(done, self.updates_per_epoch)
+        left = Counter(self.reductions[epoch:])  # epochs by reduction
+        updates = {reduction: epochs * self.updates_per_epoch for reduction, epochs in left.items()}
+        if update:
+            updates[self.reductions[epoch]] -= update
+        pause = sum(self._pauses) / max(len(self._pauses), 1)
+        return sum(count * self._cost(reduction) for reduction, count in updates.items()) + pause * left.total()
+
+    def _cost(self, reduction: int) -> float:
+        if reduction in self.measured:
+            return self.measured[reduction]
+        return self.seconds * self.relative_cost[reduction] / self.relative_cost[self.reduction or reduction]
+
+    def _elapsed(self) -> float:
+        before, self._last = self._last, time.perf_counter()
+        return self._last - before
+
+
+class TrainingLog:
+    """Progress bar, TensorBoard's events and summary.csv of a training; rank 0 has one, the others ``silent()``.
+
+    Where stderr is no terminal, a line every 30 seconds stands for the bar. TensorBoard is optional (extra "train").
+    The truth about a run is its trace.jsonl: ``write_summary`` makes the table from all rows each time, so that an
+    interrupted run has each epoch once.
+
+    Args:
+        directory: run directory; None writes no files.
+        schedule: token reduction of each epoch.
+        epochs, updates_per_epoch: length of the training.
+        images_per_update: over all ranks.
+        relative_cost: cost of an image by token reduction, in any unit.
+        first_update: updates that earlier runs have done; TensorBoard drops events that they wrote beyond it.
+        progress: show bar and text.
+        elapsed: seconds that earlier runs took, for the bar.
+    """
+
+    def __init__(
+        self,
+        directory: Path | None,
+        schedule: Schedule | None,
+        epochs: int,
+        updates_per_epoch: int,
+        images_per_update: int,
+        relative_cost: Mapping[int, float],
+        first_update: int = 0,
+        progress: bool = True,
+        elapsed: float = 0.0,
+    ) -> None:
+        reductions = [] if schedule is None else [schedule.reduction_at(epoch) for epoch in range(epochs)]
+        self.directory, self.epochs, self.updates_per_epoch = directory, epochs, updates_per_epoch
+        self.images_per_update, self.progress = images_per_update, progress
+        self.rows: list[dict[str, Any]] = []
+        self.pace = Pace(reductions, updates_per_epoch, relative_cost)
+        self._loss: float | None = None
+        self._terminal = sys.stderr.isatty()
+        self._said = time.perf_counter()
+        self._bar = tqdm(
+            total=epochs * updates_per_epoch,
+            initial=first_update,
+            desc="train",
+            bar_format=_BAR,
+            disable=not (progress and self._terminal),
+        )
+        if not self._bar.disable:
+            self._bar.start_t -= elapsed
+        self._events = None if directory is None else self._open_events(directory, first_update)
+
+    @classmethod
+    def silent(cls) -> TrainingLog:
+        """A log that shows and writes nothing."""
+        return cls(None, None, 0, 0, 0, {}, progress=False)
+
+    def update(
+        self,
+        update: int,
+        loss: float | None,
+        lr: float,
+        reduction: int,
+        grad_norm: float | None = None,
+        data_seconds: float = 0.0,
+    ) -> None:
+        """The update number ``update`` of the training, from 0, has ended.
+
+        ``loss`` and ``grad_norm`` are None where they have not been read from the device; ``data_seconds`` is how long
+        the update waited for data.
+        """
+        self.pace.update(reduction, data_seconds)
+        if loss is not None:
+            self._loss = loss if self._loss is None else _SMOOTHING * self._loss + (1 - _SMOOTHING) * loss
+            scalars = {"loss": loss, "lr": lr, "images_per_second": self.images_per_second}
+            scalars |= {"token_reduction": reduction, "data_share": self.pace.data_share}
+            self._write("train", scalars | ({} if grad_norm is None else {"grad_norm": grad_norm}), update)
+        if not self.progress:
+            return
+        if self._terminal:
+            self._bar.set_postfix_str(self._line(update + 1), refresh=False)
+            self._bar.update(update + 1 - self._bar.n)
+        elif loss is not None and time.perf_counter() - self._said >= QUIET_SECONDS:
+            self.say(f"update {update + 1}/{self.epochs * self.updates_per_epoch}, {self._line(update + 1)}")
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """The row of an epoch that has ended, validation included: every number of it goes to TensorBoard."""
+        self.pace.pause()
+        self.rows.append(row)
+        numbers = {name: value for name, value in row.items() if isinstance(value, (int, float)) and name != "epoch"}
+        self._write("epoch", numbers, (row["epoch"] + 1) * self.updates_per_epoch - 1)  # its last update
+        if self._events is not None:
+            self._events.flush()
+
+    def write_summary(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """summary.csv anew, a line for each of ``rows``: all epochs so far, those of earlier runs included."""
+        if self.directory is None:
+            return
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomic(self.directory / SUMMARY, text.getvalue())
+
+    def say(self, text: str) -> None:
+        """Lines of text above the bar, on stderr."""
+        if self.progress:
+            self._said = time.perf_counter()
+            tqdm.write(text, file=sys.stderr)
+            sys.stderr.flush()
+
+    def close(self) -> None:
+        self._bar.close()
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+    @property
+    def images_per_second(self) -> float:
+        """Over all ranks, lately."""
+        return self.images_per_update / self.pace.seconds
+
+    def _line(self, done: int) -> str:
+        epoch = min(done // self.updates_per_epoch, self.epochs - 1)
+        parts = [f"epoch {epoch}/{self.epochs}", f"reduction {self.pace.reduction}"]
+        parts += [f"{self.images_per_second:.4g} images/s"]
+        parts += [] if self._loss is None else [f"loss {self._loss:.4g}"]
+        return ", ".join([*parts, f"{tqdm.format_interval(round(self.pace.remaining(done)))} left"])
+
+    def _write(self, group: str, scalars: Mapping[str, float], update: int) -> None:
+        if self._events is not None:
+            for name, value in scalars.items():
+                self._events.add_scalar(f"{group}/{name}", value, update)
+
+    def _open_events(self, directory: Path, first_update: int) -> Any:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self.say("no events for TensorBoard, which is not installed; pip install 'asvit-fast[train]'")
+            return None
+        return SummaryWriter(str(directory / EVENTS), purge_step=first_update)

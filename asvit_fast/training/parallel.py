@@ -1,0 +1,93 @@
+"""One network on many processes: DistributedDataParallel, or FSDP2, or plainly itself."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from .. import processes
+
+
+def shard(model: nn.Module, device: torch.device) -> None:
+    """FSDP2 in place: every block of a sequence of blocks gathers its parameters when it runs."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    blocks = [
+        child
+        for module in model.modules()
+        if isinstance(module, (nn.Sequential, nn.ModuleList))
+        for child in module.children()
+        if next(child.parameters(), None) is not None and not isinstance(child, (nn.Sequential, nn.ModuleList))
+    ]
+    for block in reversed(blocks):  # the innermost first
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def replicate(model: nn.Module, device: torch.device) -> nn.Module:
+    """What the training step calls: averages gradients over the ranks, unless FSDP2 does so or there is one rank."""
+    if not processes.joined() or isinstance(model, FSDPModule):
+        return model
+    ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+
+@contextlib.contextmanager
+def gradient_sync(replica: nn.Module, enabled: bool) -> Iterator[None]:
+    """Passes of an update but the last keep their gradients to themselves."""
+    if isinstance(replica, FSDPModule):
+        replica.set_requires_gradient_sync(enabled)
+        yield
+    elif isinstance(replica, DistributedDataParallel) and not enabled:
+        with replica.no_sync():
+            yield
+    else:
+        yield
+
+
+def whole(value: Any) -> Any:
+    """The same nest of dicts and lists with whole tensors on the CPU for sharded ones. Every rank must call it."""
+    if isinstance(value, DTensor):
+        return value.full_tensor().cpu()
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, Mapping):
+        return {key: whole(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [whole(item) for item in value]
+    return value
+
+
+def load_model(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Whole tensors into a plain or sharded module."""
+    own = model.state_dict()
+    model.load_state_dict({name: _like(value, own.get(name)) for name, value in state.items()})
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Whole tensors into the optimizer of a plain or sharded module."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    indices = [index for group in state["param_groups"] for index in group["params"]]
+    shards = {
+        index: {
+            name: _like(value, parameter) if getattr(value, "shape", None) == parameter.shape else value
+            for name, value in state["state"].get(index, {}).items()
+        }
+        for index, parameter in zip(indices, parameters, strict=True)
+    }
+    optimizer.load_state_dict({**state, "state": {index: entry for index, entry in shards.items() if entry}})
+
+
+def _like(value: Any, target: Tensor | None) -> Any:
+    """``value`` cut as ``target`` is."""
+    if not isinstance(target, DTensor):
+        return value
+    return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)

@@ -1,0 +1,169 @@
+"""From a data set to batches in memory, in the main process or in workers: read, augment, stack."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from timm.data import ImageDataset
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset, get_worker_info
+from torchvision.transforms.functional import to_pil_image
+
+from ..errors import InputError
+from ..images import UnreadableImage
+from . import sampling
+
+MOST_UNREADABLE = 100  # in a row; more is a broken disk, not a broken image
+CHUNK = 16  # images that a worker sends at once when it reads a stream
+Transform = Callable[[Image.Image], Tensor]
+Request = tuple[int, list[int]]  # epoch, indices
+
+
+class Batch(NamedTuple):
+    """Images as they were read: uint8 ones are still to be normalised, float ones are ready."""
+
+    images: Tensor  # uint8 or float [b, 3, H, W]
+    targets: Tensor  # int64 [b]
+    erase: Tensor  # int64 [b, 4]: seeds of random erasing, zeros for images that keep all pixels
+    skipped: tuple[str, ...]  # files that could not be read and had the next one take their place
+
+
+class Samples(Dataset):
+    """Batches of a map-style data set, each asked for by (epoch, indices).
+
+    A batch that cannot be read comes back as the InputError itself: raised in a worker, it would arrive as the text of
+    a traceback.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        transform: Transform,
+        classes: int,
+        seed: int,
+        mode: str = "RGB",
+        reprob: float = 0.0,
+        skip: bool = False,
+    ) -> None:
+        self.dataset, self.transform, self.classes, self.seed = dataset, transform, classes, seed
+        self.mode, self.reprob, self.skip = mode, reprob, skip
+        self.tensors = float_tensors(dataset)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, request: Request) -> Batch | InputError:
+        if self.tensors is not None:
+            return self._select(self.tensors, request[1])
+        main_process = get_worker_info() is None
+        with sampling.unchanged_randomness() if main_process else contextlib.nullcontext():
+            try:
+                return self._read_all(*request)
+            except InputError as error:
+                return InputError(str(error))  # a plain one, that workers can send
+
+    def _select(self, tensors: tuple[Tensor, Tensor], indices: list[int]) -> Batch:
+        images, targets = (tensor.index_select(0, torch.tensor(indices, device=tensor.device)) for tensor in tensors)
+        return Batch(images, targets.long(), torch.empty(0, 4, dtype=torch.int64), ())
+
+    def _read_all(self, epoch: int, indices: list[int]) -> Batch:
+        skipped: list[str] = []
+        samples = []
+        for index in indices:
+            sampling.seed_all(sampling.words(self.seed, epoch, index))
+            image, target = self._readable(index, skipped)
+            samples.append(finish(image, target, self))
+        return stack(samples, skipped)
+
+    def _readable(self, index: int, skipped: list[str]) -> tuple[Any, Any]:
+        """The sample at ``index``, or the first after it that can be read, if that is wanted."""
+        for offset in range(min(MOST_UNREADABLE, len(self))):
+            try:
+                return read(self.dataset, (index + offset) % len(self), self.mode)
+            except UnreadableImage as error:
+                if not self.skip:
+                    raise
+                skipped.append(error.name)
+        raise InputError(f"{len(skipped)} images in a row cannot be read, the last is {skipped[-1]!r}; check the disk")
+
+
+class StreamSamples(IterableDataset):
+    """A data set that can only be read from its start, in chunks; workers share the work as timm's reader has it."""
+
+    def __init__(
+        self, dataset: Any, transform: Transform, classes: int, seed: int, mode: str = "RGB", reprob: float = 0.0
+    ) -> None:
+        self.dataset, self.transform, self.classes, self.seed = dataset, transform, classes, seed
+        self.mode, self.reprob = mode, reprob
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[Batch | InputError]:
+        worker = get_worker_info()
+        samples: list[tuple[Tensor, int, list[int]]] = []
+        try:
+            for position, (image, target) in enumerate(self.dataset):
+                sampling.seed_all(sampling.words(self.seed, self.epoch, worker.id if worker else 0, position))
+                samples.append(finish(image, target, self))
+                if len(samples) == CHUNK:
+                    yield stack(samples, [])
+                    samples = []
+        except InputError as error:
+            yield InputError(str(error))
+            return
+        if samples:
+            yield stack(samples, [])
+
+
+def float_tensors(dataset: Any) -> tuple[Tensor, Tensor] | None:
+    """Images ``[n, 3, H, W]`` and targets ``[n]`` when the whole data set is two tensors in memory and images float."""
+    if isinstance(dataset, Subset) and (whole := float_tensors(dataset.dataset)) is not None:
+        indices = torch.as_tensor(dataset.indices)  # [n]
+        return whole[0][indices], whole[1][indices]
+    if type(dataset) is TensorDataset and len(dataset.tensors) == 2 and dataset.tensors[0].is_floating_point():
+        return dataset.tensors[0], dataset.tensors[1]
+    return None
+
+
+def read(dataset: Any, index: int, mode: str) -> tuple[Any, Any]:
+    """One sample, decoded. Raises UnreadableImage.
+
+    timm's own ``dataset[index]`` silently reads another image in place of one that it cannot read.
+    """
+    if not isinstance(dataset, ImageDataset):
+        try:
+            return dataset[index][:2]
+        except OSError as error:
+            raise UnreadableImage(f"number {index} of {type(dataset).__name__}", error) from error
+    try:
+        file, target = dataset.reader[index][:2]
+        with file, Image.open(file) as image:
+            return image.convert(mode), target
+    except Exception as error:
+        raise UnreadableImage(dataset.filename(index, absolute=True) or f"number {index}", error) from error
+
+
+def finish(image: Any, target: Any, samples: Samples | StreamSamples) -> tuple[Tensor, int, list[int]]:
+    """Transformed image uint8 or float ``[3, H, W]``, checked target, seeds of random erasing."""
+    number = -1 if target is None else int(target)
+    if not 0 <= number < samples.classes:
+        raise InputError(f"an image has target {target}, which is none of the classes 0 to {samples.classes - 1}")
+    if isinstance(image, Tensor) and image.is_floating_point():
+        return image, number, [0] * 4
+    if isinstance(image, Tensor):
+        image = to_pil_image(image)
+    transformed = samples.transform(image.convert(samples.mode))  # uint8 [3, H, W]
+    drawn = torch.rand(()).item() < samples.reprob
+    return transformed, number, torch.randint(1, 2**31, (4,)).tolist() if drawn else [0] * 4
+
+
+def stack(samples: list[tuple[Tensor, int, list[int]]], skipped: list[str]) -> Batch:
+    images, targets, erase = zip(*samples, strict=True)
+    kinds = {(image.dtype, tuple(image.shape)) for image in images}
+    if len(kinds) > 1:
+        listed = " and ".join(sorted(f"{dtype} {list(shape)}" for dtype, shape in kinds))
+        raise InputError(f"images of one batch must be alike, got {listed}; resize float images in the data set")
+    return Batch(torch.stack(images), torch.tensor(targets), torch.tensor(erase), tuple(skipped))

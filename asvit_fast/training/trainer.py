@@ -1,0 +1,394 @@
+"""The training loop: epochs, phases, validation, checkpoints. Everything that survives a kill is in ``_state``."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.layers import to_2tuple
+from torch import Tensor, nn
+
+from .. import processes
+from ..backends import notify_once
+from ..cost import params
+from ..errors import InputError
+from ..recipe import Recipe
+from ..run_directory import RunDirectory, load_state
+from .batch_size import pass_memory, phase_batch_sizes
+from .checkpoint import BEST, LAST, OURS, keep_as, random_state, read_checkpoint, seed_everything, set_random_state
+from .data import DataSets, load_data
+from .evaluation import Evaluation, evaluate
+from .log import TrainingLog
+from .network import What, create_network, pixel_statistics
+from .optimization import make_scheduler
+from .parallel import whole
+from .result import TrainResult, best_row, metric
+from .retokenizer import Retokenizer
+from .saving import schedule_cost
+from .schedule import RetokenizationSchedule
+from .state import Position, collect, restore
+from .step import Batches, LossGuard, autocast, make_step, prepare
+
+Data = str | Path | DataSets
+# choices that change how a training runs, not what it computes: a run may go on with others
+RUNNING = (
+    "workers", "checkpoint_interval", "log_interval", "eval_interval", "parallel", "batch_size", "grad_accum_steps",
+    "torchcompile", "grad_checkpointing", "phase_batch_sizes",
+)  # fmt: skip
+
+
+class Trainer:
+    """One training; see ``train`` for the arguments. ``run`` does it."""
+
+    def __init__(
+        self,
+        what: What,
+        data: Data,
+        schedule: RetokenizationSchedule,
+        recipe: Recipe,
+        *,
+        epochs: int,
+        out: Path | None,
+        img_size: int | tuple[int, int],
+        num_classes: int | None,
+        network: Mapping[str, Any],
+        resume: str,
+        device: torch.device,
+        progress: bool,
+    ) -> None:
+        self.schedule, self.recipe, self.epochs, self.out, self.device = schedule, recipe, epochs, out, device
+        self.ranks = processes.join(device)
+        self.rank = processes.rank()
+        self.resume = read_checkpoint(resume) if resume else None
+        seed_everything(recipe.seed, device)
+        mean, std = pixel_statistics(what)
+        self.data = load_data(data, recipe, img_size, device, self.rank, self.ranks, mean=mean, std=std)
+        model, self.description = create_network(
+            what, _classes(num_classes, self.data.num_classes), img_size, drop_path=recipe.drop_path, **network
+        )
+        self.image = (3, *to_2tuple(img_size))
+        self.cost = schedule_cost(model, schedule, img_size)
+        prepare(model, recipe, device)
+        self.batch_sizes = phase_batch_sizes(
+            recipe, schedule.reductions, pass_memory(model, self.image, device, lambda: autocast(recipe, device))
+        )
+        self.step = make_step(model, recipe, device, self.description["num_classes"], self.images_per_update)
+        self.retokenizer = Retokenizer(self.step.replica, schedule, *self.step.averages)
+        self.updates_per_epoch = self._updates_per_epoch()
+        self.scheduler = make_scheduler(recipe, self.step.optimizer, epochs, self.updates_per_epoch)
+        self.position = Position()
+        self.reduction = self.schedule.reduction_at(0)
+        self.rows: list[dict[str, Any]] = []
+        self.progress = progress
+        self.config = self._config(data)
+
+    # ------------------------------------------------------------------ setting up
+
+    @property
+    def images_per_update(self) -> int:
+        """Over all ranks."""
+        return self.recipe.batch_size * self.recipe.grad_accum_steps * self.ranks
+
+    def _updates_per_epoch(self) -> int:
+        per_rank = self.images_per_update // self.ranks
+        if self.data.images_per_rank < per_rank:
+            raise InputError(
+                f"{self.data.train_images} images are fewer than one update takes ({self.images_per_update}); "
+                f"lower batch_size ({self.recipe.batch_size}) or grad_accum_steps ({self.recipe.grad_accum_steps})"
+            )
+        return self.data.images_per_rank // per_rank
+
+    def _config(self, data: Data) -> dict[str, Any]:
+        """What a run directory must agree on with a run that continues it."""
+        choices = {name: value for name, value in dataclasses.asdict(self.recipe).items() if name not in RUNNING}
+        return {
+            "kind": "train",
+            "model": self.description,
+            "data": str(data) if isinstance(data, (str, Path)) else "data sets",
+            "train_images": self.data.train_images,
+            "schedule": str(self.schedule),
+            "epochs": self.epochs,
+            "images_per_update": self.images_per_update,
+            "flops": {str(reduction): macs for reduction, macs in self.cost.macs.items()},
+            "saving": self.cost.saving,
+            "recipe": choices,
+        }
+
+    # ------------------------------------------------------------------ running
+
+    def run(self) -> TrainResult:
+        with self._open() as run:
+            state = self._restore(run)
+            self.log = TrainingLog(
+                self.out if self.rank == 0 else None,
+                self.schedule,
+                self.epochs,
+                self.updates_per_epoch,
+                self.images_per_update,
+                self.cost.macs,
+                first_update=self.position.epoch * self.updates_per_epoch + self.position.update,
+                progress=self.progress and self.rank == 0,
+            )
+            try:
+                self._announce(state)
+                self._warm_up()
+                while self.position.epoch < self.epochs:
+                    self._train_epoch(run)
+                    self._end_epoch(run)
+            finally:
+                self.log.close()
+            result = self._result()
+            if self.rank == 0 and run.result is None:
+                run.finish(self._summary(result))
+        return result
+
+    def _open(self) -> RunDirectory:
+        """The run directory, which rank 0 alone holds and writes."""
+        mine: list[RunDirectory] = []
+
+        def open_run() -> list[dict[str, Any]]:
+            mine.append(RunDirectory(self.out, self.config, LAST))
+            return mine[0].trace
+
+        self.rows = list(processes.on_main(open_run))
+        return mine[0] if mine else RunDirectory(None, self.config, LAST)
+
+    def _restore(self, run: RunDirectory) -> dict[str, Any] | None:
+        """Go on where the run directory, or the checkpoint to resume, stands; then the generators of this rank."""
+        begun = processes.broadcast(run.state is not None)
+        state = None
+        if begun:
+            assert self.out is not None
+            state = run.state if run.state is not None else load_state(self.out / LAST)
+            run.state = None  # it is large
+        elif self.resume is not None:
+            state = self.resume
+        if state is None:
+            seed_everything(self.recipe.seed + self.rank, self.device)
+            return None
+        self._load(state)
+        if begun and self.rank == 0 and self.position.update == 0:
+            self._keep_best()  # a kill may have come between the checkpoint and this
+        return state
+
+    def _load(self, state: dict[str, Any]) -> None:
+        restore(self.step, state)
+        ours = state.get(OURS)
+        if ours is None:  # of timm's train.py
+            self.position = Position(state.get("epoch", -1) + 1)
+            seed_everything(self.recipe.seed + self.rank, self.device)
+            return
+        self.position = Position(**ours["position"])
+        self.batch_sizes = ours["batch_sizes"]
+        if len(ours["random"]) == self.ranks:
+            set_random_state(ours["random"][self.rank], self.device)
+        else:
+            notify_once(
+                "another number of processes",
+                f"this training was begun by {len(ours['random'])} processes and goes on with {self.ranks}: "
+                "correct, but not to the same bits",
+            )
+            seed_everything(self.recipe.seed + self.rank + self.position.epoch * self.ranks, self.device)
+
+    def _announce(self, state: dict[str, Any] | None) -> None:
+        model, recipe = self.description["model"], self.recipe
+        self.log.say(
+            f"{model}: {params(self.step.model) / 1e6:.2f} M parameters, {self.description['num_classes']} classes"
+        )
+        self.log.say(
+            f"{self.data.train_images} images, {self.images_per_update} an update, {self.updates_per_epoch} updates an "
+            f"epoch, {self.epochs} epochs; learning rate {recipe.learning_rate(self.images_per_update):.3g}"
+        )
+        self.log.say(self.cost.table())
+        if state is not None and self.position.epoch < self.epochs:
+            self.log.say(f"continuing in epoch {self.position.epoch}, after {self.position.update} updates of it")
+
+    def _warm_up(self) -> None:
+        """Compile and tune for every grid and batch now, so that no phase and no validation waits for it."""
+        if self.position.epoch == self.epochs or not (self.recipe.torchcompile or self.device.type == "cuda"):
+            return
+        self.retokenizer.warmup(
+            lambda reduction: torch.zeros(self.batch_sizes[reduction], *self.image, device=self.device),
+            autocast=self.step.autocast,
+            evaluate=False,
+        )
+        if not self.data.has_validation:
+            return
+        for epoch in self.schedule.starts:
+            self.retokenizer.step(epoch)
+            for size in self.data.eval_batch_sizes(self.recipe.batch_size):
+                images = torch.zeros(size, *self.image, device=self.device)  # [B, 3, H, W]
+                targets = torch.zeros(size, dtype=torch.int64, device=self.device)  # [B]
+                for model in (self.step.model, *self.step.averages):
+                    self._evaluate(model, [(images, targets)])
+
+    def _train_epoch(self, run: RunDirectory) -> None:
+        """The updates of this epoch that are left."""
+        position, per_rank = self.position, self.images_per_update // self.ranks
+        if self.retokenizer.step(position.epoch) and position.epoch:
+            self.log.say(f"epoch {position.epoch}: {tokens(self.retokenizer.reduction)} from here on")
+        self.reduction = self.retokenizer.reduction
+        size = self.batch_sizes[self.reduction]
+        batches = self.data.train_batches(position.epoch, position.update * per_rank, size)
+        guard = LossGuard(self.device)
+        self.step.replica.train()
+        started = time.perf_counter() - position.seconds
+        while position.update < self.updates_per_epoch:
+            update = position.epoch * self.updates_per_epoch + position.update
+            self.scheduler.step_update(update)
+            loss = self._update(run, batches, per_rank // size, update)  # []
+            guard.watch(loss, update)
+            position.update += 1
+            position.loss_sum = position.loss_sum + loss.double()
+            last = position.update == self.updates_per_epoch
+            report = last or position.update % self.recipe.log_interval == 0
+            save = bool(self.recipe.checkpoint_interval) and position.update % self.recipe.checkpoint_interval == 0
+            if report or save or self.device.type == "cpu":  # on a GPU, looking means waiting
+                self._check(guard)
+            self._report(update, loss, report or self.device.type == "cpu")
+            position.seconds = time.perf_counter() - started
+            if save and not last:
+                self._save(run)
+                started = time.perf_counter() - position.seconds
+
+    def _update(self, run: RunDirectory, batches: Batches, passes: int, update: int) -> Tensor:
+        """One update; where an image cannot be read, what was done so far is kept before the training stops."""
+        before = random_state(self.device)
+        try:
+            return self.step(batches, passes, update)
+        except InputError:
+            if self.ranks == 1:  # other ranks are in the middle of theirs
+                set_random_state(before, self.device)
+                self._save(run)
+            raise
+
+    def _check(self, guard: LossGuard) -> None:
+        bad = guard.first()
+        if bad is None:
+            return
+        epoch, update = divmod(bad, self.updates_per_epoch)
+        kept = None if self.out is None else self.out / LAST
+        good = f"the last good checkpoint is {kept}" if kept and kept.exists() else "no checkpoint has been written yet"
+        raise InputError(
+            f"the loss is not finite since update {update} of epoch {epoch} (update {bad} of the training); "
+            f"{good}; train again with a lower lr ({self.step.optimizer.param_groups[0]['lr']:.3g} here), "
+            "clip_grad, or without amp"
+        )
+
+    def _report(self, update: int, loss: Tensor, read: bool) -> None:
+        norm = self.step.grad_norm
+        self.log.update(
+            update,
+            loss.item() if read else None,
+            self.step.optimizer.param_groups[0]["lr"],
+            self.reduction,
+            grad_norm=norm.item() if read and norm is not None else None,
+            data_seconds=self.step.data_seconds,
+        )
+
+    def _end_epoch(self, run: RunDirectory) -> None:
+        """Validate, write the row of the epoch and the checkpoint after it."""
+        position = self.position
+        row = {
+            "epoch": position.epoch,
+            "token_reduction": self.reduction,
+            "train_loss": self._mean(position.loss_sum / self.updates_per_epoch),
+            "lr": self.step.optimizer.param_groups[0]["lr"],
+            "train_seconds": position.seconds,
+            "images_per_second": self.updates_per_epoch * self.images_per_update / max(position.seconds, 1e-9),
+        }
+        started = time.perf_counter()
+        if self.data.has_validation and self._validates(position.epoch):
+            row |= self._validate()
+        row["seconds"] = position.seconds + time.perf_counter() - started
+        self.rows.append(row)
+        self.position = Position(position.epoch + 1)
+        state = self._state()
+        if self.rank == 0:
+            run.record(row, state)
+            self._keep_best()
+            self.log.epoch(row)
+            self.log.write_summary(self.rows)
+
+    def _validates(self, epoch: int) -> bool:
+        return (epoch + 1) % self.recipe.eval_interval == 0 or epoch + 1 == self.epochs
+
+    def _validate(self) -> dict[str, float]:
+        """On the grid of this phase: the network has seen no other yet."""
+        found = self._evaluate(self.step.model, self.data.eval_batches(self.recipe.batch_size))
+        row = {"top1": found.top1, "top5": found.top5, "eval_loss": found.loss}
+        for model in self.step.averages:
+            found = self._evaluate(model, self.data.eval_batches(self.recipe.batch_size))
+            row |= {"ema_top1": found.top1, "ema_top5": found.top5, "ema_loss": found.loss}
+        return row
+
+    def _evaluate(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
+        return evaluate(model, batches, self.device, autocast=self.step.autocast, ranks=self.ranks)
+
+    def _mean(self, value: Tensor) -> float:
+        """Over the ranks."""
+        if self.ranks > 1:
+            dist.all_reduce(value)
+        return value.item() / self.ranks
+
+    # ------------------------------------------------------------------ keeping
+
+    def _save(self, run: RunDirectory) -> None:
+        state = self._state()
+        if self.rank == 0:
+            run.save(state)
+
+    def _keep_best(self) -> None:
+        """After an epoch that was the best so far, its checkpoint."""
+        if self.out is not None and self.rows and best_row(self.rows) is self.rows[-1]:
+            keep_as(self.out / LAST, self.out / BEST)
+
+    def _state(self) -> dict[str, Any]:
+        """A checkpoint in timm's format, and under ``OURS`` what it takes to go on to the same bits."""
+        if self.out is None:
+            return {}
+        arguments = {**self.description, "crop_pct": self.recipe.crop_pct, "interpolation": self.recipe.interpolation}
+        state = collect(self.step, self.description["model"], arguments, self.position.epoch - 1)
+        best = best_row(self.rows)
+        if best is not None:
+            state["metric"] = metric(best)
+        state[OURS] = {
+            "position": whole(dataclasses.asdict(self.position)),
+            "batch_sizes": self.batch_sizes,
+            "token_reduction": self.reduction,
+            "random": processes.gather(random_state(self.device)),
+        }
+        return state
+
+    def _result(self) -> TrainResult:
+        self.retokenizer.step(self.epochs - 1)
+        return TrainResult(
+            self.step.model, next(iter(self.step.averages), None), self.rows, self.schedule, self.cost, self.out
+        )
+
+    def _summary(self, result: TrainResult) -> dict[str, Any]:
+        return {
+            "model": self.description["model"],
+            "epochs": self.epochs,
+            "top1": result.top1,
+            "best": best_row(self.rows),
+            "train_seconds": result.seconds,
+            "saving": self.cost.saving,
+        }
+
+
+def tokens(reduction: int) -> str:
+    return "full tokens" if reduction == 1 else f"{reduction} times fewer tokens per side"
+
+
+def _classes(given: int | None, found: int) -> int:
+    if given is not None and given < found:
+        raise InputError(
+            f"num_classes is {given} but the data has {found} classes; leave it out, or give {found} or more"
+        )
+    return given or found

@@ -20,7 +20,17 @@ from ..errors import InputError
 from ..recipe import Recipe
 from ..run_directory import RunDirectory, load_state
 from .batch_size import pass_memory, phase_batch_sizes
-from .checkpoint import BEST, LAST, OURS, keep_as, random_state, read_checkpoint, seed_everything, set_random_state
+from .checkpoint import (
+    BEST,
+    LAST,
+    OURS,
+    keep_as,
+    random_state,
+    read_file,
+    seed_everything,
+    set_random_state,
+    weights_of,
+)
 from .data import DataSets, load_data
 from .evaluation import Evaluation, evaluate
 from .log import TrainingLog
@@ -64,7 +74,10 @@ class Trainer:
         self.schedule, self.recipe, self.epochs, self.out, self.device = schedule, recipe, epochs, out, device
         self.ranks = processes.join(device)
         self.rank = processes.rank()
-        self.resume = read_checkpoint(resume) if resume else None
+        self.resume: dict[str, Any] | None = None
+        if resume:
+            content = read_file(resume)
+            self.resume = {**content, "state_dict": weights_of(content, resume)}
         seed_everything(recipe.seed, device)
         mean, std = pixel_statistics(what)
         self.data = load_data(data, recipe, img_size, device, self.rank, self.ranks, mean=mean, std=std)

@@ -101,11 +101,11 @@ COMMAND = Command(
         ),
         Option("epochs", integer(1), 300, "epochs of the whole training", "N"),
         Option("img_size", image_size, 224, "image size in pixels, a side", "PIXELS"),
-        Option("num_classes", integer(1), None, "classes; without it, as many as the data has", "N"),
+        Option("num_classes", integer(1), None, "number of classes; without it, as many as the data has", "N"),
         Option(
             "model_kwargs",
             keywords,
-            {},
+            None,
             "further arguments of the network: --model-kwargs attn_scale=true; may be repeated",
             "NAME=VALUE",
             repeated=True,

@@ -1,4 +1,4 @@
-"""A topology as a folder that ``timm.create_model("local-dir:...")`` loads."""
+"""A topology or a trained network as a folder that ``timm.create_model("local-dir:...")`` loads."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from safetensors import SafetensorError
 from timm.models import save_for_hf
+from torch import nn
 
 from . import models  # noqa: F401  registers "asvit" with timm
 from .errors import InputError
 from .report.runs import find_runs
 from .topology import Topology
+from .training.checkpoint import BEST, LAST
+from .training.checkpoint_model import build_from_checkpoint
+from .training.network import takes_size
 
 FILES = ("model.safetensors", "config.json")  # the configuration last: a folder with one is complete
 SCRATCH = ".export-"  # prefix of the folder that the files are made in
@@ -27,6 +32,7 @@ def export(
     seed: int = 0,
     num_classes: int = 1000,
     img_size: int | tuple[int, int] = 224,
+    use_ema: bool = False,
 ) -> Path:
     """Write ``config.json`` and ``model.safetensors`` into the folder ``to`` and return its path.
 
@@ -34,19 +40,19 @@ def export(
     scaled one), a topology or its string. The weights are freshly initialised from ``seed``, float32, not trained.
     ``img_size`` is a side, or height and width, in pixels; ``num_classes`` 0 leaves the classifier out.
 
+    Of a training (its run directory, or a checkpoint of it) the trained weights are written, with ``use_ema`` their
+    moving average; classes and size are then those of the training.
+
     After ``import asvit_fast``, ``timm.create_model(f"local-dir:{to}", pretrained=True)`` gives the same network.
     Raises InputError when there is no finished run or valid topology, or when ``to`` holds anything but an earlier
     export, which is replaced; OSError when writing fails, and then an earlier export is still whole.
     """
-    topology = final_topology(directory_or_topology)
     target = Path(to)
+    if is_trained(directory_or_topology):
+        model, arguments = _trained(Path(str(directory_or_topology)), use_ema)
+    else:
+        model, arguments = _fresh(final_topology(directory_or_topology), seed, num_classes, img_size)
     _check_target(target)
-    arguments = {"topology": str(topology), "img_size": img_size if isinstance(img_size, int) else list(img_size)}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = timm.create_model(
-            "asvit", topology=str(topology), img_size=img_size, num_classes=num_classes, pretrained=False
-        )
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=target) as folder:
         try:
@@ -58,6 +64,29 @@ def export(
         for name in FILES:
             os.replace(Path(folder) / name, target / name)
     return target
+
+
+def is_trained(source: str | Path | Topology) -> bool:
+    """Whether there are trained weights: the run directory of a training, or a checkpoint."""
+    path = Path(str(source))
+    return path.is_file() or any((path / name).is_file() for name in (BEST, LAST))
+
+
+def _trained(path: Path, use_ema: bool) -> tuple[nn.Module, dict[str, Any]]:
+    built = build_from_checkpoint(path, use_ema=use_ema)
+    given = {**(built.arguments.get("model_kwargs") or {}), "img_size": built.arguments.get("img_size")}
+    return built.model, {name: value for name, value in given.items() if name != "img_size" or takes_size(built.name)}
+
+
+def _fresh(
+    topology: Topology, seed: int, num_classes: int, img_size: int | tuple[int, int]
+) -> tuple[nn.Module, dict[str, Any]]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = timm.create_model(
+            "asvit", topology=str(topology), img_size=img_size, num_classes=num_classes, pretrained=False
+        )
+    return model, {"topology": str(topology), "img_size": img_size if isinstance(img_size, int) else list(img_size)}
 
 
 def final_topology(directory_or_topology: str | Path | Topology) -> Topology:

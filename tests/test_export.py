@@ -108,3 +108,18 @@ def test_other_models_are_not_overwritten(tmp_path: Path) -> None:
         export(TOPOLOGY, tmp_path)
     with pytest.raises(InputError, match="holds other files"):  # a run directory has a configuration too
         export(TOPOLOGY, write_run(tmp_path / "run", "search"))
+
+
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_trained_weights(tmp_path: Path, use_ema: bool) -> None:
+    """Of a training's run directory, its best checkpoint."""
+    from training_program import CLASSES, SIZE, run
+
+    result = run(tmp_path / "train")
+    best = torch.load(tmp_path / "train" / "model_best.pth.tar", weights_only=True)
+    target = export(tmp_path / "train", tmp_path / "model", use_ema=use_ema)
+    loaded = timm.create_model(f"local-dir:{target}", pretrained=True).eval()
+    assert loaded.num_classes == CLASSES and loaded.img_size == (SIZE, SIZE)
+    for name, value in best["state_dict_ema" if use_ema else "state_dict"].items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    assert type(loaded) is type(result.model)

@@ -48,7 +48,7 @@ LAYERS: dict[str, set[str]] = {
     "training": {"models", "cost", "images", "run_directory", "processes", "recipe"},
     "accelerate": {"nn"},
     "verification": {"accelerate"},
-    "export": {"models", "report"},
+    "export": {"models", "report", "training"},
     "workloads": {"models"},
     "tuning": {"workloads", "files"},
     "report": {"search", "cost", "files"},

@@ -1,15 +1,15 @@
-"""``asvit-fast export``: a topology as a folder that timm loads."""
+"""``asvit-fast export``: a topology or a trained network as a folder that timm loads."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 
 from .common import IMG_SIZE
-from .options import Command, Option, integer, text
+from .options import Command, Option, flag, integer, text
 
 
 def run(values: SimpleNamespace) -> int:
-    from ..export import export
+    from ..export import export, is_trained
 
     target = export(
         values.source,
@@ -17,8 +17,10 @@ def run(values: SimpleNamespace) -> int:
         seed=values.seed,
         num_classes=values.num_classes,
         img_size=values.img_size,
+        use_ema=values.use_ema,
     )
-    print(f"Wrote config.json and model.safetensors to {target} (fresh weights from seed {values.seed}, not trained).")
+    weights = "trained" if is_trained(values.source) else f"fresh weights from seed {values.seed}, not trained"
+    print(f"Wrote config.json and model.safetensors to {target} ({weights}).")
     print("load it:      import asvit_fast, timm")
     print(f"              model = timm.create_model('local-dir:{target}', pretrained=True)")
     return 0
@@ -26,13 +28,14 @@ def run(values: SimpleNamespace) -> int:
 
 COMMAND = Command(
     name="export",
-    summary="Write a topology as config.json + model.safetensors that timm.create_model('local-dir:...') loads.",
+    summary="Write a topology or a trained network as a folder that timm.create_model('local-dir:...') loads.",
     options=(
         Option(
             "source",
             text,
             None,
-            "run directory (its final topology) or a topology string; the weights are fresh, not trained",
+            "run directory of search or scale (its final topology) or a topology string: fresh weights; run directory "
+            "or checkpoint of a training: trained ones",
             positional=True,
             required=True,
         ),
@@ -40,6 +43,7 @@ COMMAND = Command(
         Option("seed", integer(0), 0, "seed (a whole number) of the weights", "N"),
         Option("num_classes", integer(0), 1000, "number of outputs of the classifier; 0 = none", "N"),
         IMG_SIZE,
+        Option("use_ema", flag, False, "of a training, the moving average of the weights", flag=True),
     ),
     run=run,
     epilog="example: asvit-fast export runs/scale --to model",

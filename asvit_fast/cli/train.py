@@ -54,6 +54,7 @@ def conclude(values: SimpleNamespace, result) -> None:
         found = "" if best.get("ema_top1") is None else f", {best['ema_top1']:.2f} % of the averaged weights"
         say(f"Best top-1 {best['top1']:.2f} %{found}, after epoch {best['epoch']}.", values.quiet)
     say(f"look at it:   asvit-fast report {values.out}", values.quiet)
+    say(f"load in timm: asvit-fast export {values.out} --to model", values.quiet)
     say(f"validate:     asvit-fast eval {values.out} --data {values.data}", values.quiet)
 
 

@@ -107,7 +107,8 @@ class FastAuthorsPatchEmbed(FromAuthors):
             return self.source.forward(self, x)
         weight, bias, eps = _norm(self.norm)
         proj = self.proj
-        tokens = patch_embed(x, proj.weight, proj.bias, proj.stride[0], 1, self.padding.padding, weight, bias, eps)
+        stride, dilation, zeros = proj.stride[0], proj.dilation[0], self.padding.padding
+        tokens = patch_embed(x, proj.weight, proj.bias, stride, dilation, zeros, weight, bias, eps)
         return tokens.flatten(1, 2)
 
 

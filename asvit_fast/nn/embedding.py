@@ -17,8 +17,8 @@ NORMS = (nn.LayerNorm, LayerNorm)
 
 def why_not_convolve(proj: nn.Conv2d) -> str | None:
     """Why the op cannot be a convolution."""
-    square = proj.stride[0] == proj.stride[1] and proj.kernel_size[0] == proj.kernel_size[1]
-    plain = proj.dilation == (1, 1) and proj.groups == 1 and proj.padding_mode == "zeros"
+    square = all(pair[0] == pair[1] for pair in (proj.stride, proj.kernel_size, proj.dilation))
+    plain = proj.groups == 1 and proj.padding_mode == "zeros"
     return None if square and plain and not isinstance(proj.padding, str) else f"its proj is {proj}"
 
 
@@ -33,7 +33,8 @@ def why_not_embed(module: Any) -> str | None:
 def embed(module: Any, image: Tensor, padding: tuple[int, int, int, int]) -> Tensor:
     """[B, Cin, H, W], zeros at (left, right, top, bottom) -> [B, Ho, Wo, C]."""
     proj, norm = module.proj, module.norm
-    return patch_embed(image, proj.weight, proj.bias, proj.stride[0], 1, padding, norm.weight, norm.bias, norm.eps)
+    stride, dilation = proj.stride[0], proj.dilation[0]
+    return patch_embed(image, proj.weight, proj.bias, stride, dilation, padding, norm.weight, norm.bias, norm.eps)
 
 
 class FastPatchEmbed(Replacement, PatchEmbed):

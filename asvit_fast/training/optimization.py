@@ -11,6 +11,8 @@ from torch import nn
 from ..errors import InputError
 from ..recipe import Recipe
 
+# of torch, in one pass over memory: with coarse tokens the optimizer is a large part of an update
+FUSED = ("adam", "adamw")
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly")  # of timm, those that need no metric
 
 
@@ -23,6 +25,7 @@ def make_optimizer(recipe: Recipe, model: nn.Module, images_per_update: int) -> 
             lr=recipe.learning_rate(images_per_update),
             weight_decay=recipe.weight_decay,
             layer_decay=recipe.layer_decay,
+            **({"fused": True} if recipe.opt.lower() in FUSED else {}),
         )
     except (AssertionError, ValueError, TypeError, ImportError) as error:
         raise InputError(

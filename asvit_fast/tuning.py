@@ -19,19 +19,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import ops
 from .backends import available, resolve_device, use_backend
 from .errors import InputError
 from .files import to_json, write_atomic
-from .models.asvit import SEED_TOPOLOGY
-from .ops.window_attention import WHOLE_HEAD_DIM, WHOLE_TOKENS
-from .topology import EMBED_STRIDE, Topology
+from .workloads import DTYPES, Run, Tiles, Workload
 
-Tiles = dict[str, int]  # options of a launch, by the names of a table's row
-Run = Callable[[], list[Tensor]]
 Measure = Callable[[Tiles, Tiles], float | None]  # seconds of the second / of the first; None: it cannot be used
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOLERANCES = {"bf16": 2e-2, "fp16": 2e-3, "fp32": 1e-5}  # of the norm of a difference: another order of summation
 CHOICES = {
     "block_m": (16, 32, 64, 128),
@@ -47,92 +41,6 @@ SECONDS = 30.0  # that a row takes for each workload, about: every candidate is 
 
 
 @dataclass(frozen=True)
-class Workload:
-    """One call of windowed attention on a square map; the only op whose kernels have tiles so far."""
-
-    window: tuple[int, int]
-    head_dim: int
-    heads: int = 4
-    size: int = 0  # tokens per side of the map; 0: as many windows as fill 56 x 56, Swin's and As-ViT's first map
-    biased: bool = False  # a relative position bias, and a shift by half a window
-    dtype: str = "bf16"
-
-    @property
-    def tokens(self) -> int:
-        return self.window[0] * self.window[1]
-
-    @property
-    def bits(self) -> int:
-        return torch.finfo(DTYPES[self.dtype]).bits
-
-    @property
-    def kernels(self) -> tuple[str, ...]:
-        """Rows of tiles that its kernels look up, forward and backward."""
-        if self.tokens <= WHOLE_TOKENS and self.head_dim <= WHOLE_HEAD_DIM and self.bits == 16:
-            return "whole", "whole_backward"
-        return "blocked", "q_gradient", "kv_gradient", *(("bias_gradient",) if self.biased else ())
-
-    def features(self) -> Tiles:
-        """That its rows are told apart by."""
-        from asvit_fast.kernels.tiles import block
-
-        return {"bits": self.bits, "tokens": self.tokens, "block_d": block(self.head_dim)}
-
-    def prepare(self, kernel: str, batch: int, device: torch.device) -> Run:
-        """Random inputs, and a call that starts `kernel`: the op alone, or with its backward pass."""
-        height, width = (self.size or -(-56 // side) * side for side in self.window)
-        generator = torch.Generator(device).manual_seed(0)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, device=device)
-
-        qkv = draw(batch, height, width, 3 * self.heads * self.head_dim).to(DTYPES[self.dtype])
-        bias = draw(self.heads, self.tokens, self.tokens) if self.biased else None  # float32, as under autocast
-        gradient = draw(batch, height, width, self.heads * self.head_dim).to(DTYPES[self.dtype])
-        shift = (self.window[0] // 2, self.window[1] // 2) if self.biased else (0, 0)
-        inputs = [x for x in (qkv, bias) if x is not None]
-
-        def forward() -> list[Tensor]:
-            with torch.no_grad():
-                return [ops.window_attention(qkv, self.heads, self.window, shift, bias)]
-
-        def both() -> list[Tensor]:
-            with torch.enable_grad():
-                leaves = [x.detach().requires_grad_() for x in inputs]
-                table = leaves[1] if self.biased else None
-                out = ops.window_attention(leaves[0], self.heads, self.window, shift, table)
-                return list(torch.autograd.grad(out, leaves, gradient))
-
-        return forward if kernel in ("whole", "blocked") else both
-
-    def __str__(self) -> str:
-        words = f"{self.window[0]}x{self.window[1]}x{self.head_dim} {self.dtype}"
-        return f"{words} biased" if self.biased else words
-
-
-SWIN = [Workload((7, 7), 32, 4, 56, biased=True)]  # stage 1 of Swin-B; T and S have the same rows (arXiv 2103.14030)
-
-
-def topology_workloads(topology: Topology, img_size: int | tuple[int, int]) -> list[Workload]:
-    """Windowed attention of every stage."""
-    side = max(img_size) if isinstance(img_size, tuple) else img_size
-    found = []
-    for index, (stage, dim, heads) in enumerate(zip(topology.stages, topology.dims, topology.stage_heads, strict=True)):
-        grid = math.ceil(side / (EMBED_STRIDE * 2**index))
-        window = math.ceil(grid / stage.splits)
-        found.append(Workload((window, window), dim // heads, heads, grid))
-    return found
-
-
-def default_workloads(img_size: int | tuple[int, int] = 224) -> list[Workload]:
-    """The paper's topologies (arXiv 2202.11921, Table 4), the seed's with 16 and 64 heads too, and Swin-T, S and B."""
-    seed = Topology.parse(SEED_TOPOLOGY)
-    grown = [replace(seed, width=width) for width in (88, 116, 180)]
-    seeds = [replace(seed, heads=heads) for heads in (16, 32, 64)]
-    return [w for topology in (*seeds, *grown) for w in topology_workloads(topology, img_size)] + SWIN
-
-
-@dataclass(frozen=True)
 class Task:
     """One row of a table, and what it is timed on."""
 
@@ -145,16 +53,16 @@ class Task:
 
 
 def tasks_of(workloads: Sequence[Workload], dtypes: Sequence[str]) -> list[Task]:
-    """A task per row that the workloads look up. It is timed on the largest map of each head_dim, with and without a
-    bias, in the first dtype of its bits, and on one workload of each other dtype."""
+    """A task per row that the workloads look up. It is timed on the one of most work of each kind, in the first dtype
+    of its bits, and on one workload of each other dtype."""
     rows: dict[tuple[str, tuple], dict[tuple, Workload]] = {}
     for dtype, workload in itertools.product(dtypes, workloads):
         workload = replace(workload, dtype=dtype)
         first = next(name for name in dtypes if torch.finfo(DTYPES[name]).bits == workload.bits)
         for kernel in workload.kernels:
-            row = rows.setdefault((kernel, tuple(workload.features().items())), {})
-            kind = (dtype, workload.head_dim, workload.biased) if dtype == first else (dtype,)
-            row[kind] = max(row.get(kind, workload), workload, key=lambda w: w.size)
+            row = rows.setdefault((kernel, tuple(workload.features(kernel).items())), {})
+            kind = (dtype, workload.kind) if dtype == first else (dtype,)
+            row[kind] = max(row.get(kind, workload), workload, key=lambda w: w.work)
     return [Task(kernel, features, tuple(row.values())) for (kernel, features), row in rows.items()]
 
 

@@ -17,7 +17,7 @@ from rooflines import Work
 from asvit_fast import backends, ops
 from asvit_fast.kernels import tiles
 from asvit_fast.kernels.inspection import Launch, recorded_launches
-from asvit_fast.tuning import DTYPES, Workload
+from asvit_fast.workloads import DTYPES, AttentionWorkload
 
 Shape = Mapping[str, int]
 
@@ -95,7 +95,7 @@ MERGES = [{"K": 4, "C": channels} for channels in (32, 88, 116, 180)] + [{"K": 2
 def window_attention(shape: Shape, dtype: str) -> object:
     """A square window of N tokens, heads of d channels; with a bias the map is shifted, too."""
     side = round(shape["N"] ** 0.5)
-    workload = Workload((side, side), shape["d"], biased=bool(shape["bias"]), dtype=dtype)
+    workload = AttentionWorkload((side, side), shape["d"], biased=bool(shape["bias"]), dtype=dtype)
     return workload.prepare("backward", 1, torch.device("cpu"))()
 
 

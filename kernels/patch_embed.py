@@ -366,9 +366,14 @@ def channel_block(kernel: str, channels: int) -> int:
     return min(block(channels), MAXIMUM_CHANNEL_BLOCK) if kernel == "patch_embed_weight_gradient" else block(channels)
 
 
+def pixel_count(in_channels: int, kernel: int) -> int:
+    """Pixels of a patch in all channels, its rows filled up to a power of two: what kernels walk through."""
+    return in_channels * kernel * triton.next_power_of_2(kernel)
+
+
 def tiles_of(kernel: str, family: str, shared: dict[str, Any], block_c: int) -> dict[str, Any]:
     """BLOCK_M tokens, BLOCK_K pixels of a patch, BLOCK_C channels and a launch's options."""
-    pixels = shared["IN_CHANNELS"] * shared["KERNEL"] * shared["WIDE_KERNEL"]
+    pixels = pixel_count(shared["IN_CHANNELS"], shared["KERNEL"])
     options = dict(choose(kernel, family, pixels, block_c, shared["PRODUCTS"].primitive_bitwidth))
     block_k = min(options.pop("BLOCK_N"), block(pixels))
     options = {key: value for key, value in options.items() if not key.startswith("TAIL")}
@@ -442,7 +447,7 @@ def _weight_gradient(image: torch.Tensor, to_values: torch.Tensor, shared: dict[
     """[Cin * K * K, C]."""
     channels = shared["CHANNELS"]
     tiles = _tiles("patch_embed_weight_gradient", image, shared)
-    pixels = shared["IN_CHANNELS"] * shared["KERNEL"] * shared["WIDE_KERNEL"]
+    pixels = pixel_count(shared["IN_CHANNELS"], shared["KERNEL"])
     parts = triton.cdiv(pixels, tiles["BLOCK_K"]) * triton.cdiv(channels, tiles["BLOCK_C"])
     blocks = triton.cdiv(shared["tokens"], tiles["BLOCK_M"])
     per_program = triton.cdiv(blocks * parts, PROGRAMS)

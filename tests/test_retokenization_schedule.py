@@ -82,7 +82,7 @@ def test_for_epochs(text: str, epochs: int, expected: str) -> None:
 def test_for_epochs_covers_the_training(text: str, epochs: int) -> None:
     """Every boundary within half an epoch of where it belongs, or a message."""
     parsed = Schedule.parse(text)
-    if epochs < 3 or (text == "table6-40" and epochs < 4):
+    if epochs < (7 if text == "table6-40" else 3):
         with pytest.raises(af.InputError, match="leaves no epoch for its phase"):
             parsed.for_epochs(epochs)
         return

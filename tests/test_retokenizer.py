@@ -246,5 +246,5 @@ def test_two_processes_have_the_gradients_of_one() -> None:
     program = str(TESTS / "retokenizer_program.py")
     done = subprocess.run([*command, program], env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
-    for kind in ("ddp", "fsdp2"):
-        assert f"{kind} agrees 0" in done.stdout and f"{kind} agrees 1" in done.stdout
+    for case in ("network ddp", "network fsdp2", "windowed ddp", "windowed fsdp2"):
+        assert f"{case} agrees 0" in done.stdout and f"{case} agrees 1" in done.stdout

@@ -17,7 +17,15 @@ from asvit_fast import tuning
 from asvit_fast.cli import main
 from asvit_fast.errors import InputError
 from asvit_fast.kernels import tiles
-from asvit_fast.tuning import Comparison, Task, UserTable, Workload, neighbours, refine, tasks_of, tune
+from asvit_fast.topology import Topology
+from asvit_fast.tuning import Comparison, Task, UserTable, neighbours, refine, tasks_of, tune
+from asvit_fast.workloads import (
+    AttentionWorkload,
+    EmbedWorkload,
+    MergeWorkload,
+    default_workloads,
+    topology_workloads,
+)
 
 START = {"block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 2}
 FEATURES = (("bits", 16), ("tokens", 784), ("block_d", 16))
@@ -73,25 +81,52 @@ def test_refine_stops_and_refuses():
 # --------------------------------------------------------------------------- what is tuned
 
 
-def test_default_workloads():
-    workloads = tuning.default_workloads()
-    assert {w.tokens for w in workloads} == {49, 196, 784}
-    assert {w.head_dim for w in workloads} == {4, 8, 16, 22, 29, 32, 45}
-    tasks = tasks_of(workloads, ("bf16", "fp16", "fp32"))
+def attention(img_size: int = 224) -> list[AttentionWorkload]:
+    return [w for w in default_workloads(img_size, ["window_attention"]) if isinstance(w, AttentionWorkload)]
+
+
+def check_tasks(tasks: list[Task]) -> None:
     assert len({(task.kernel, task.features) for task in tasks}) == len(tasks)
     assert {dict(task.features)["bits"] for task in tasks} == {16, 32}
     for task in tasks:
         half = [w.dtype for w in task.workloads if w.bits == 16]
         assert half.count("fp16") == (1 if half else 0)
-        assert all(task.kernel in w.kernels and tuple(w.features().items()) == task.features for w in task.workloads)
+        for w in task.workloads:
+            assert task.kernel in w.kernels and tuple(w.features(task.kernel).items()) == task.features
+
+
+def test_default_workloads():
+    assert {w.tokens for w in attention()} == {49, 196, 784}
+    assert {w.head_dim for w in attention()} == {4, 8, 16, 22, 29, 32, 45}
+    tasks = tasks_of(attention(), ("bf16", "fp16", "fp32"))
+    check_tasks(tasks)
     assert {task.kernel for task in tasks} == {
         "whole", "whole_backward", "blocked", "q_gradient", "kv_gradient", "bias_gradient"
     }  # fmt: skip
 
 
+def test_every_kernel_with_tiles_is_tuned():
+    tasks = tasks_of(default_workloads(), ("bf16", "fp16", "fp32"))
+    check_tasks(tasks)
+    shipped = tiles.read_table(Path(tiles.__file__).with_name("tiles") / "hopper.json")
+    assert {task.kernel for task in tasks} == set(shipped)
+    for task in tasks:  # rows are told apart by what the shipped ones are
+        features = {name for name in shipped[task.kernel][0] if not name.startswith(("block_m", "block_n", "num_"))}
+        assert {name for name, _ in task.features} == features
+
+
+def test_workloads_of_patch_embedding_and_merging():
+    networks = default_workloads(names=["patch_embed", "patch_merge"])
+    embeds = {(w.patch, w.channels) for w in networks if isinstance(w, EmbedWorkload)}
+    merges = {(w.kernel, w.channels, w.outputs, w.size) for w in networks if isinstance(w, MergeWorkload)}
+    assert embeds == {(8, 32), (8, 88), (8, 116), (8, 180), (4, 96)}
+    assert {(4, 32, 64, 56), (4, 64, 128, 28), (4, 128, 256, 14), (2, 96, 192, 56), (2, 384, 768, 14)} <= merges
+    wide = topology_workloads(Topology.parse("8,2,3|4,1,2|4,1,4|4,1,6|32,520"), 224, ["patch_embed"])
+    assert wide == []  # wider than the kernel goes
+
+
 def test_other_image_sizes():
-    small = tuning.default_workloads(64)  # maps of 16, 8, 4 and 2 tokens per side
-    assert {w.window for w in small[:4]} == {(8, 8), (4, 4), (2, 2)}
+    assert {w.window for w in attention(64)[:4]} == {(8, 8), (4, 4), (2, 2)}  # maps of 16, 8, 4 and 2 tokens per side
 
 
 # --------------------------------------------------------------------------- measuring
@@ -207,24 +242,37 @@ def test_a_bad_table_is_an_input_error(folder):
 INTERPRETED = """
 import json, sys
 import torch
-from asvit_fast.tuning import DTYPES, UserTable, Workload, tasks_of, tune
+from asvit_fast import tuning
+from asvit_fast.tuning import UserTable, tasks_of, tune
+from asvit_fast.workloads import AttentionWorkload, EmbedWorkload, MergeWorkload
 
-todo = tasks_of([Workload((3, 3), 8, 1, 3, biased=True)], ("bf16", "fp32"))
+workloads = {
+    "window_attention": AttentionWorkload((3, 3), 8, 1, 3, biased=True),
+    "patch_embed": EmbedWorkload(3, 5, 9),
+    "patch_merge": MergeWorkload(3, 4, 6, 5),
+}
+tuning.CHOICES = {"block_m": (16, 32, 64), "block_n": (16, 32, 64)}  # the others mean nothing here
+todo = tasks_of([workloads[sys.argv[1]]], sys.argv[2:])
 ratios = iter([[1.0, 0.9]] * 3 + [[1.0, 1.1]] * 10000)
 found = tune(todo, UserTable.of("interpreter"), torch.device("cpu"), 1, progress=False, timer=lambda runs: next(ratios))
-print(json.dumps({str(task): result.refused for task, result in found.items()}))
+print(json.dumps({str(task): [result.refused, result.tried] for task, result in found.items()}))
 """
 
 
-def test_in_the_interpreter(folder, root):
+@pytest.mark.parametrize(
+    ("op", "dtypes", "rows"),
+    [("window_attention", ("bf16", "fp32"), 6), ("patch_embed", ("bf16",), 3), ("patch_merge", ("fp32",), 3)],
+)
+def test_in_the_interpreter(op, dtypes, rows, folder, root):
     """Real kernels, forward and backward, with other tiles: every candidate that can run is right."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-c", INTERPRETED]
+    command = [sys.executable, "-W", "ignore", "-c", INTERPRETED, op, *dtypes]
     result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    refused = json.loads(result.stdout)
-    assert len(refused) == 6 and set(refused.values()) == {0}
-    assert len(tiles.read_table(folder / "interpreter.json")) == 6
+    found = json.loads(result.stdout)
+    assert len(found) == len(tiles.read_table(folder / "interpreter.json")) == rows
+    assert {refused for refused, _ in found.values()} == {0}
+    assert sum(tried for _, tried in found.values()) >= 2 * rows
 
 
 # --------------------------------------------------------------------------- the command
@@ -241,7 +289,11 @@ def test_dry_run(capsys):
     shown = capsys.readouterr().out
     assert "5x6x7 bf16" in shown and "7x7x32 bf16 biased" in shown and "784" not in shown
     assert main(["tune", "--dry-run", "--topology", "4,2,2|2,1,2|2,1,2|2,1,2|16", "--img-size", "64"]) == 0
-    assert "8x8x16" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "8x8x16" in shown and "4x4 pixels to 32" in shown and "2x2x32 to 64" in shown
+    assert main(["tune", "--dry-run", "--ops", "patch_merge"]) == 0
+    shown = capsys.readouterr().out
+    assert "patch_merge_products" in shown and "whole" not in shown and "patch_embed" not in shown
 
 
 def test_without_a_gpu(capsys, folder, monkeypatch):
@@ -261,10 +313,11 @@ def test_without_a_gpu(capsys, folder, monkeypatch):
         ("--dtypes", "fp64", "fp64"),
         ("--ops", "softmax", "softmax"),
         ("--topology", "1,2", "topology"),
+        ("--shapes", "7x7x32 --ops patch_merge", "--ops"),
     ],
 )
 def test_bad_options(option, value, message, capsys):
-    assert main(["tune", "--dry-run", option, value]) == 2
+    assert main(["tune", "--dry-run", option, *value.split()]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 
@@ -276,4 +329,4 @@ def test_on_a_gpu(folder):
     assert main(["tune", "--shapes", "7x7x32b", "--dtypes", "bf16", "--batch", "4", "--quiet"]) == 0
     table = UserTable.of(torch.cuda.get_device_name())
     assert set(table.read()) == {"whole", "whole_backward"}
-    assert all(Workload((7, 7), 32).tokens == row["tokens"] for rows in table.read().values() for row in rows)
+    assert all(AttentionWorkload((7, 7), 32).tokens == row["tokens"] for rows in table.read().values() for row in rows)

@@ -11,9 +11,10 @@ from .common import DEVICE, IMG_SIZE, QUIET, say, table
 from .options import Command, Option, flag, integer, listed, text
 
 if TYPE_CHECKING:
-    from ..tuning import Found, Task, UserTable, Workload
+    from ..tuning import Found, Task, UserTable
+    from ..workloads import Workload
 
-OPS = ("window_attention",)
+OPS = ("window_attention", "patch_embed", "patch_merge")
 DTYPES = ("bf16", "fp16", "fp32")
 
 
@@ -43,19 +44,21 @@ def gpu_name(device: Any) -> str:
 def workloads_of(values: SimpleNamespace) -> list[Workload]:
     """Of the shapes and topologies given, or the default ones."""
     from ..topology import Topology
-    from ..tuning import default_workloads, topology_workloads
+    from ..workloads import default_workloads, topology_workloads
 
     if not values.topology and not values.shapes:
-        return default_workloads(values.img_size)
+        return default_workloads(values.img_size, values.ops)
+    if values.shapes and "window_attention" not in values.ops:
+        raise InputError("--shapes are windows: --ops must have window_attention")
     found = [shape_workload(shape) for shape in values.shapes]
     for topology in values.topology:
-        found += topology_workloads(Topology.parse(topology), values.img_size)
+        found += topology_workloads(Topology.parse(topology), values.img_size, values.ops)
     return found
 
 
 def shape_workload(shape: str) -> Workload:
     """``28x28x8`` or ``7x7x32b``."""
-    from ..tuning import Workload
+    from ..workloads import AttentionWorkload
 
     try:
         rows, columns, head_dim = (int(number) for number in shape.removesuffix("b").split("x"))
@@ -63,7 +66,7 @@ def shape_workload(shape: str) -> Workload:
             raise ValueError
     except ValueError:
         raise InputError(f"--shapes: expected ROWSxCOLUMNSxHEAD_DIM such as 7x7x32, got {shape!r}") from None
-    return Workload((rows, columns), head_dim, biased=shape.endswith("b"))
+    return AttentionWorkload((rows, columns), head_dim, biased=shape.endswith("b"))
 
 
 def subset(known: tuple[str, ...]):
@@ -85,7 +88,7 @@ def strings(value: Any) -> tuple[str, ...]:
 
 
 def listing(tasks: list[Task]) -> str:
-    rows = [("row of the table", "timed on (window x head_dim)")]
+    rows = [("row of the table", "timed on")]
     rows += [(str(task), ", ".join(map(str, task.workloads))) for task in tasks]
     return f"{table(rows)}\n{estimate(tasks)}"
 
@@ -129,7 +132,7 @@ COMMAND = Command(
             "topology",
             strings,
             (),
-            "tune for the windows of this topology (may be repeated), not for the paper's networks and Swin",
+            "tune for the shapes of this topology (may be repeated), not for the paper's networks and Swin",
             "NAME",
             repeated=True,
         ),

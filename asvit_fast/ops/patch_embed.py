@@ -17,6 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _extension, backends
 from ..errors import InputError
+from .optional import double_backward, gradients, present, restored
 from .transforms import transform_active
 
 
@@ -185,29 +186,6 @@ def _fake(image, weight, bias, norm_weight, norm_bias, stride, dilation, padding
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # of the operands
 
 
-def _present(operands: Operands) -> list[Tensor]:
-    return [x for x in operands if x is not None]
-
-
-def _restored(tensors: Sequence[Any], like: Sequence[bool]) -> list[Any]:
-    """The reverse: None where `like` says that there was nothing."""
-    rest = iter(tensors)
-    return [next(rest) if there else None for there in like]
-
-
-def _vector_jacobian_product(there: list[bool], settings: Settings) -> Callable[..., tuple[Tensor, ...]]:
-    """(gradient of the output, the operands that are there) -> their gradients, through the reference: differentiable
-    in all of them."""
-
-    def product(gradient: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
-        def reference(*operands: Tensor) -> Tensor:
-            return _reference(_restored(operands, there), settings)
-
-        return torch.func.vjp(reference, *operands)[1](gradient)
-
-    return product
-
-
 def _image_gradient(to_values: Tensor, image: Tensor, weight: Tensor, settings: Settings) -> Tensor:
     """From gradients [B, Ho, Wo, C] of the convolution's values by torch's transposed convolution, whose result loses
     its padding: [B, Cin, H, W]."""
@@ -242,8 +220,7 @@ def _fused_backward(
 def _elementary_backward(
     gradient: Tensor, operands: Operands, settings: Settings, of_image: bool, of_parameters: bool
 ) -> Gradients:
-    there = [x is not None for x in operands]
-    found = _restored(_vector_jacobian_product(there, settings)(gradient, *_present(operands)), there)
+    found = gradients(lambda given: _reference(given, settings), gradient, operands)
     wanted = [of_image] + [of_parameters] * 4
     nothing = (gradient.new_empty(0) for _ in operands)
     image, weight, bias, norm_weight, norm_bias = (
@@ -300,7 +277,7 @@ def _fake_backward(
 def _setup_context(ctx, inputs, output: Result) -> None:
     operands = inputs[:5]
     ctx.settings, ctx.there = inputs[5:11], [x is not None for x in operands]
-    ctx.save_for_backward(output[1], *_present(operands))
+    ctx.save_for_backward(output[1], *present(operands))
     ctx.set_materialize_grads(False)
 
 
@@ -310,10 +287,10 @@ def _backward(ctx, gradient: Tensor | None, _: Tensor | None):
     values, *operands = ctx.saved_tensors
     wanted = ctx.needs_input_grad[:5]
     found = _patch_embed_backward(
-        gradient, *_restored(operands, ctx.there), *ctx.settings, values, wanted[0], any(wanted[1:])
+        gradient, *restored(operands, ctx.there), *ctx.settings, values, wanted[0], any(wanted[1:])
     )
-    gradients = (x if want and there else None for x, want, there in zip(found, wanted, ctx.there, strict=True))
-    return (*gradients, *(None,) * 7)
+    returned = (x if want and there else None for x, want, there in zip(found, wanted, ctx.there, strict=True))
+    return (*returned, *(None,) * 7)
 
 
 _patch_embed.register_autograd(_backward, setup_context=_setup_context)
@@ -323,23 +300,16 @@ def _setup_double(ctx, inputs, output: Gradients) -> None:
     gradient, operands = inputs[0], inputs[1:6]
     ctx.settings, (ctx.of_image, ctx.of_parameters) = Settings(*inputs[6:12]), inputs[13:]
     ctx.there = [x is not None for x in operands]
-    ctx.save_for_backward(gradient, *_present(operands))
+    ctx.save_for_backward(gradient, *present(operands))
 
 
 def _double_backward(ctx, *cotangents: Tensor):
     """In elementary operations, so that it can be differentiated again."""
-    gradient, *operands = ctx.saved_tensors
-    wanted = [ctx.of_image] + [ctx.of_parameters] * 4
-    given = [cotangent if want else None for cotangent, want in zip(cotangents, wanted, strict=True)]
-    known = tuple(
-        torch.zeros_like(operand) if cotangent is None else cotangent
-        for cotangent, operand in zip(
-            [one for one, there in zip(given, ctx.there, strict=True) if there], operands, strict=True
-        )
+    asked = [ctx.of_image] + [ctx.of_parameters] * 4
+    to_gradient, to_operands = double_backward(
+        lambda given: _reference(given, ctx.settings), ctx.there, asked, ctx.saved_tensors, cotangents
     )
-    product = _vector_jacobian_product(ctx.there, ctx.settings)
-    to_gradient, *found = torch.func.vjp(product, gradient, *operands)[1](known)
-    return (to_gradient, *_restored(found, ctx.there), *(None,) * 9)
+    return (to_gradient, *to_operands, *(None,) * 9)
 
 
 _patch_embed_backward.register_autograd(_double_backward, setup_context=_setup_double)
@@ -384,7 +354,7 @@ def _fuses(image: Tensor, weight: Tensor) -> bool:
 def _keeps(operands: Operands) -> bool:
     """Whether a backward pass on a CPU will want the convolution's values."""
     weight = operands[1]
-    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in _present(operands))
+    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in present(operands))
     return differentiated and weight.device.type == "cpu" and weight[0].numel() >= KEPT_FROM
 
 

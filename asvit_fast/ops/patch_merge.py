@@ -7,7 +7,8 @@ neighbourhood.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _extension, backends
 from ..errors import InputError
+from .optional import double_backward, gradients, present
 from .transforms import transform_active
 
 
@@ -74,6 +76,17 @@ def patch_merge_reference(
 # --------------------------------------------------------------------------- fused op
 
 Result = tuple[Tensor, Tensor]
+# x, weight, norm_weight, norm_bias, bias
+Operands = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+class Settings(NamedTuple):
+    """What is not a tensor."""
+
+    kernel: int
+    stride: int
+    eps: float
+    channels_last: bool
 
 
 def _padding(x: Tensor, kernel: int, stride: int) -> list[int]:
@@ -85,44 +98,25 @@ def _output_shape(x: Tensor, weight: Tensor, stride: int) -> list[int]:
     return [x.shape[0], -(-x.shape[1] // stride), -(-x.shape[2] // stride), weight.shape[0]]
 
 
-def _order(channels_last: bool) -> str:
-    return "timm" if channels_last else "unfold"
-
-
-def _compiled(
-    x: Tensor,
-    weight: Tensor,
-    kernel: int,
-    stride: int,
-    norm_weight: Tensor,
-    norm_bias: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    channels_last: bool,
-) -> Result:
+def _compiled(operands: Operands, settings: Settings) -> Result:
     """C++: csrc/patch_merge.cpp."""
     _extension.extension()
+    x, weight, *vectors = operands
+    kernel, stride, eps, channels_last = settings
     padding = _padding(x, kernel, stride)
-    return torch.ops.asvit_fast_C.patch_merge(
-        x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels_last, padding
-    )
+    return torch.ops.asvit_fast_C.patch_merge(x, weight, kernel, stride, *vectors, eps, channels_last, padding)
 
 
-def _elementary(
-    x: Tensor,
-    weight: Tensor,
-    kernel: int,
-    stride: int,
-    norm_weight: Tensor,
-    norm_bias: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    channels_last: bool,
-) -> Result:
+def _reference(operands: Sequence[Any], settings: Settings) -> Tensor:
+    x, weight, norm_weight, norm_bias, bias = operands
+    kernel, stride, eps, channels_last = settings
+    order = "timm" if channels_last else "unfold"
+    return patch_merge_reference(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, order)
+
+
+def _elementary(operands: Operands, settings: Settings) -> Result:
     """The reference, with nothing kept for the backward pass."""
-    order = _order(channels_last)
-    out = patch_merge_reference(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, order)
-    return out.contiguous(), x.new_empty(0)
+    return _reference(operands, settings).contiguous(), operands[0].new_empty(0)
 
 
 def _check_triton(*tensors: Tensor) -> None:
@@ -131,23 +125,14 @@ def _check_triton(*tensors: Tensor) -> None:
             raise InputError(f"patch_merge: the triton backend computes in float32, got {tensor.dtype}: use reference")
 
 
-def _triton(
-    x: Tensor,
-    weight: Tensor,
-    kernel: int,
-    stride: int,
-    norm_weight: Tensor,
-    norm_bias: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    channels_last: bool,
-) -> Result:
+def _triton(operands: Operands, settings: Settings) -> Result:
     """kernels/patch_merge.py."""
     from asvit_fast.kernels.patch_merge import patch_merge
 
+    x, weight, *vectors = operands
+    kernel, stride, eps, channels_last = settings
     _check_triton(x, weight)
-    padding = _padding(x, kernel, stride)
-    return patch_merge(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels_last, padding)
+    return patch_merge(x, weight, kernel, stride, *vectors, eps, channels_last, _padding(x, kernel, stride))
 
 
 backends.declare("patch_merge", triton=_triton, cpu=_compiled, reference=_elementary)
@@ -167,8 +152,8 @@ def _patch_merge(
 ) -> Result:
     """The output [B, Ho, Wo, Cout] in the weight's type, and [2, B, Ho, Wo]: mean and 1 / standard deviation of every
     neighbourhood (empty if the reference ran)."""
-    implementation = backends.select("patch_merge", x.device)
-    return implementation(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels_last)
+    run = backends.select("patch_merge", x.device)
+    return run((x, weight, norm_weight, norm_bias, bias), Settings(kernel, stride, eps, channels_last))
 
 
 @_patch_merge.register_fake
@@ -180,27 +165,33 @@ def _fake(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels
 
 # --------------------------------------------------------------------------- autograd
 
-Parameters = list[Tensor | None]  # weight, norm_weight, norm_bias, bias
+
+def _fused_backward(
+    implementation: Callable[..., Result], gradient: Tensor, operands: Operands, settings: Settings, output: Tensor,
+    statistics: Tensor, to_input: bool, to_parameters: bool,
+) -> Sequence[Tensor | None]:  # fmt: skip
+    """Gradients of the operands; what was not asked for may be anything."""
+    x, weight, norm_weight, norm_bias, bias = operands
+    kernel, stride, eps, channels_last = settings
+    padding = _padding(x, kernel, stride)
+    if implementation is _triton:
+        from asvit_fast.kernels.patch_merge_backward import patch_merge_backward
+
+        _check_triton(x, weight)
+        return patch_merge_backward(
+            gradient, x, output, statistics, weight, kernel, stride, norm_weight, norm_bias, bias, channels_last,
+            padding, to_input, to_parameters,
+        )  # fmt: skip
+    _extension.extension()
+    return torch.ops.asvit_fast_C.patch_merge_backward(
+        gradient, x, weight, statistics, kernel, stride, norm_weight, norm_bias, eps, channels_last, padding, to_input,
+        to_parameters,
+    )  # fmt: skip
 
 
-def _vector_jacobian_product(
-    kernel: int, stride: int, eps: float, channels_last: bool, present: list[bool]
-) -> Callable[..., tuple[Tensor, ...]]:
-    """(gradient of the output, x, weight, and what is ``present`` of norm_weight, norm_bias and bias) -> gradients of
-    all but the first, through the reference: differentiable in all of them."""
-
-    def product(gradient: Tensor, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        def reference(x: Tensor, *parameters: Tensor) -> Tensor:
-            given = iter(parameters)
-            weight = next(given)
-            norm_weight, norm_bias, bias = (next(given) if there else None for there in present)
-            return patch_merge_reference(
-                x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, _order(channels_last)
-            )
-
-        return torch.func.vjp(reference, x, *parameters)[1](gradient)
-
-    return product
+def _asked(operands: Sequence[Tensor | None], to_input: bool, to_parameters: bool) -> list[bool]:
+    """For each operand, whether its gradient is returned."""
+    return [to_input, *(to_parameters and x is not None for x in operands[1:])]
 
 
 @torch.library.custom_op("asvit_fast::patch_merge_backward", mutates_args=())
@@ -222,30 +213,18 @@ def _patch_merge_backward(
 ) -> list[Tensor]:
     """Gradients of x, weight, norm_weight, norm_bias and bias (empty unless asked for); sums in an order that only
     shapes decide."""
-    parameters: Parameters = [weight, norm_weight, norm_bias, bias]
+    operands = (x, weight, norm_weight, norm_bias, bias)
+    settings = Settings(kernel, stride, eps, channels_last)
     implementation = backends.select("patch_merge", x.device)
     if implementation is _elementary or statistics.numel() == 0:
-        vjp = _vector_jacobian_product(kernel, stride, eps, channels_last, [p is not None for p in parameters[1:]])
-        found = iter(vjp(gradient, x, *(p for p in parameters if p is not None)))
-        gradients = [next(found), *(None if p is None else next(found) for p in parameters)]
-    elif implementation is _triton:
-        from asvit_fast.kernels.patch_merge_backward import patch_merge_backward
-
-        _check_triton(x, weight)
-        gradients = patch_merge_backward(
-            gradient, x, output, statistics, weight, kernel, stride, norm_weight, norm_bias, bias, channels_last,
-            _padding(x, kernel, stride), to_input, to_parameters,
-        )  # fmt: skip
+        found: Sequence[Tensor | None] = gradients(lambda given: _reference(given, settings), gradient, operands)
     else:
-        _extension.extension()
-        gradients = torch.ops.asvit_fast_C.patch_merge_backward(
-            gradient, x, weight, statistics, kernel, stride, norm_weight, norm_bias, eps, channels_last,
-            _padding(x, kernel, stride), to_input, to_parameters,
-        )  # fmt: skip
-    asked = [to_input, *(to_parameters and p is not None for p in parameters)]
+        found = _fused_backward(
+            implementation, gradient, operands, settings, output, statistics, to_input, to_parameters
+        )
     return [
         new.to(old.dtype).contiguous() if wanted and new is not None and old is not None else x.new_empty(0)
-        for wanted, new, old in zip(asked, gradients, [x, *parameters], strict=True)
+        for wanted, new, old in zip(_asked(operands, to_input, to_parameters), found, operands, strict=True)
     ]
 
 
@@ -254,18 +233,17 @@ def _fake_backward(
     gradient, x, output, statistics, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels_last, to_input,
     to_parameters,
 ) -> list[Tensor]:  # fmt: skip
-    parameters = (weight, norm_weight, norm_bias, bias)
-    asked = [to_input, *(to_parameters and p is not None for p in parameters)]
+    operands = (x, weight, norm_weight, norm_bias, bias)
     return [
         old.new_empty(old.shape) if wanted else x.new_empty(0)
-        for wanted, old in zip(asked, (x, *parameters), strict=True)
+        for wanted, old in zip(_asked(operands, to_input, to_parameters), operands, strict=True)
     ]
 
 
 def _setup_context(ctx, inputs, output: Result) -> None:
     x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels_last = inputs
-    ctx.settings = kernel, stride, eps, channels_last
-    ctx.save_for_backward(x, *output, weight, norm_weight, norm_bias, bias)
+    ctx.settings = Settings(kernel, stride, eps, channels_last)
+    ctx.save_for_backward(*output, x, weight, norm_weight, norm_bias, bias)
     ctx.set_materialize_grads(False)
 
 
@@ -273,7 +251,7 @@ def _backward(ctx, gradient: Tensor | None, _: Tensor | None):
     if gradient is None:
         return (None,) * 9
     kernel, stride, eps, channels_last = ctx.settings
-    x, output, statistics, weight, *vectors = ctx.saved_tensors
+    output, statistics, x, weight, *vectors = ctx.saved_tensors
     needs_x, needs_weight, _, _, *needs, _, _ = ctx.needs_input_grad
     found = _patch_merge_backward(
         gradient, x, output, statistics, weight, kernel, stride, *vectors, eps, channels_last, needs_x,
@@ -288,27 +266,18 @@ _patch_merge.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _setup_double(ctx, inputs, output: list[Tensor]) -> None:
-    gradient, x, _, _, weight, kernel, stride, *vectors, eps, channels_last, ctx.to_input, ctx.to_parameters = inputs
-    ctx.settings = kernel, stride, eps, channels_last
-    ctx.save_for_backward(gradient, x, weight, *vectors)
+    gradient, x, _, _, weight, kernel, stride, *vectors, eps, channels_last, to_input, to_parameters = inputs
+    operands = (x, weight, *vectors)
+    ctx.settings, ctx.there = Settings(kernel, stride, eps, channels_last), [x is not None for x in operands]
+    ctx.asked = _asked(operands, to_input, to_parameters)
+    ctx.save_for_backward(gradient, *present(operands))
 
 
 def _double_backward(ctx, cotangents: list[Tensor | None]):
     """In elementary operations, so that it can be differentiated again."""
-    kernel, stride, eps, channels_last = ctx.settings
-    gradient, x, weight, *vectors = ctx.saved_tensors
-    present = [vector is not None for vector in vectors]
-    asked = [ctx.to_input, ctx.to_parameters, *(ctx.to_parameters and there for there in present)]
-    along = [
-        cotangent if wanted and cotangent is not None else torch.zeros_like(old)
-        for cotangent, wanted, old in zip(cotangents, asked, [x, weight, *vectors], strict=True)
-        if old is not None
-    ]
-    product = _vector_jacobian_product(kernel, stride, eps, channels_last, present)
-    given = [vector for vector in vectors if vector is not None]
-    found = iter(torch.func.vjp(product, gradient, x, weight, *given)[1](tuple(along)))
-    to_gradient, to_x, to_weight = next(found), next(found), next(found)
-    to_vectors = [next(found) if there else None for there in present]
+    to_gradient, (to_x, to_weight, *to_vectors) = double_backward(
+        lambda given: _reference(given, ctx.settings), ctx.there, ctx.asked, ctx.saved_tensors, cotangents
+    )
     return to_gradient, to_x, None, None, to_weight, None, None, *to_vectors, None, None, None, None
 
 

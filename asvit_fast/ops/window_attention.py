@@ -6,8 +6,7 @@ export.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .. import _extension, backends
 from ..errors import InputError
+from .optional import double_backward, gradients, present, restored
 from .transforms import transform_active
 from .windows import merge_windows, partition_windows, window_mask, window_padding
 
@@ -237,32 +237,8 @@ def _fake(qkv, num_heads, window, shift, scale, layout, bias, padding, attn_scal
 # --------------------------------------------------------------------------- autograd
 
 
-def _present(operands: Sequence[Tensor | None]) -> list[Tensor]:
-    return [x for x in operands if x is not None]
-
-
-def _restored(tensors: Sequence[Any], there: Sequence[bool]) -> list[Any]:
-    """The reverse: None where nothing is `there`."""
-    rest = iter(tensors)
-    return [next(rest) if one else None for one in there]
-
-
-def _vector_jacobian_product(there: list[bool], settings: Settings) -> Callable[..., tuple[Tensor, ...]]:
-    """(gradient of the output, the operands that are there) -> their gradients, through the reference: differentiable
-    in all of them."""
-
-    def product(gradient: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
-        def reference(*operands: Tensor) -> Tensor:
-            return _reference(_restored(operands, there), settings)
-
-        return torch.func.vjp(reference, *operands)[1](gradient)
-
-    return product
-
-
 def _elementary_backward(gradient: Tensor, operands: Operands, settings: Settings, wanted: list[bool]) -> Gradients:
-    there = [x is not None for x in operands]
-    found = _restored(_vector_jacobian_product(there, settings)(gradient, *_present(operands)), there)
+    found = gradients(lambda given: _reference(given, settings), gradient, operands)
     to_qkv, to_bias, to_padding, to_attn_scale = (
         to.contiguous() if to is not None and want else gradient.new_empty(0)
         for to, want in zip(found, [True, *wanted], strict=True)
@@ -320,7 +296,7 @@ def _setup_context(ctx, inputs, output: Result) -> None:
     qkv, *settings, bias, padding, attn_scale = inputs
     operands = (qkv, bias, padding, attn_scale)
     ctx.settings, ctx.there = Settings(*settings), [x is not None for x in operands]
-    ctx.save_for_backward(*output, *_present(operands))
+    ctx.save_for_backward(*output, *present(operands))
     ctx.set_materialize_grads(False)
 
 
@@ -328,7 +304,7 @@ def _backward(ctx, gradient: Tensor | None, _: Tensor | None):
     if gradient is None:
         return (None,) * 9
     output, statistics, *tensors = ctx.saved_tensors
-    qkv, *others = _restored(tensors, ctx.there)
+    qkv, *others = restored(tensors, ctx.there)
     wanted = [there and need for there, need in zip(ctx.there[1:], ctx.needs_input_grad[6:], strict=True)]
     to_qkv, *found = _window_attention_backward(gradient, qkv, output, statistics, *ctx.settings, *others, wanted)
     return to_qkv, *(None,) * 5, *(to if want else None for to, want in zip(found, wanted, strict=True))
@@ -340,22 +316,16 @@ _window_attention.register_autograd(_backward, setup_context=_setup_context)
 def _setup_double(ctx, inputs, output: Gradients) -> None:
     gradient, qkv, _, _, *settings, bias, padding, attn_scale, wanted = inputs
     operands = (qkv, bias, padding, attn_scale)
-    ctx.settings, ctx.wanted = Settings(*settings), [True, *wanted]
+    ctx.settings, ctx.asked = Settings(*settings), [True, *wanted]
     ctx.there = [x is not None for x in operands]
-    ctx.save_for_backward(gradient, *_present(operands))
+    ctx.save_for_backward(gradient, *present(operands))
 
 
 def _double_backward(ctx, *cotangents: Tensor):
     """In elementary operations, so that it can be differentiated again."""
-    gradient, *operands = ctx.saved_tensors
-    given = [one if want else None for one, want in zip(cotangents, ctx.wanted, strict=True)]
-    known = tuple(
-        torch.zeros_like(operand) if cotangent is None else cotangent
-        for cotangent, operand in zip(itertools.compress(given, ctx.there), operands, strict=True)
+    to_gradient, (to_qkv, *others) = double_backward(
+        lambda given: _reference(given, ctx.settings), ctx.there, ctx.asked, ctx.saved_tensors, cotangents
     )
-    product = _vector_jacobian_product(ctx.there, ctx.settings)
-    to_gradient, *found = torch.func.vjp(product, gradient, *operands)[1](known)
-    to_qkv, *others = _restored(found, ctx.there)
     return to_gradient, to_qkv, *(None,) * 7, *others, None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
@@ -19,8 +19,9 @@ from ..recipe import Recipe
 from . import sampling
 from .batches import Reading, Stream, Transfer
 from .classes import check_same_classes, class_names, count_classes, targets_of
-from .folders import first_line, open_split
-from .samples import Samples, StreamSamples, Transform, float_tensors
+from .folders import open_split
+from .samples import Samples, StreamSamples, float_tensors
+from .transforms import Transform, training_transform, validation_transform
 
 MODES = {1: "L", 3: "RGB"}  # channels -> Pillow's name
 DataSets = tuple[Any, Any]  # training, and validation or None
@@ -60,30 +61,9 @@ class Reader:
         return Stream(samples, recipe.workers, self.device)
 
     def transform(self, training: bool) -> Transform:
-        """PIL image to uint8 ``[3, H, W]``. Raises InputError for what timm does not know."""
-        recipe = self.recipe
-        fixed = "bicubic" if recipe.interpolation == "random" else recipe.interpolation  # there is nothing to draw
-        options: dict[str, Any] = {
-            "no_aug": recipe.no_aug,
-            "scale": recipe.scale,
-            "ratio": recipe.ratio,
-            "hflip": recipe.hflip,
-            "color_jitter": recipe.color_jitter or None,
-            "auto_augment": recipe.aa or None,
-            "interpolation": fixed if recipe.no_aug else recipe.interpolation,
-        }
-        chosen: dict[str, Any] = (
-            options if training else {"interpolation": fixed, "crop_pct": recipe.crop_pct, "crop_mode": self.crop_mode}
-        )
-        try:
-            return create_transform(
-                self.shape, is_training=training, mean=self.mean, std=self.std, use_prefetcher=True, **chosen
-            )
-        except (AssertionError, KeyError, ValueError, TypeError) as error:
-            raise InputError(
-                f"timm knows no such augmentation: aa={recipe.aa!r}, interpolation={recipe.interpolation!r} "
-                f"({type(error).__name__}: {first_line(error)})"
-            ) from error
+        if training:
+            return training_transform(self.recipe, self.shape, self.mean, self.std)
+        return validation_transform(self.recipe, self.shape, self.mean, self.std, self.crop_mode)
 
 
 class Validation:

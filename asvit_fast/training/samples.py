@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +16,10 @@ from torchvision.transforms.functional import to_pil_image
 from ..errors import InputError
 from ..images import UnreadableImage
 from . import sampling
+from .transforms import Transform
 
 MOST_UNREADABLE = 100  # in a row; more is a broken disk, not a broken image
 CHUNK = 16  # images that a worker sends at once when it reads a stream
-Transform = Callable[[Image.Image], Tensor]
 Request = tuple[int, list[int]]  # epoch, indices
 
 

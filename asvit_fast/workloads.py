@@ -1,0 +1,252 @@
+"""What `asvit-fast tune` times the tiles of Triton kernels on: calls of ops on the shapes of real networks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .models.asvit import SEED_TOPOLOGY
+from .nn.patch_embed import embed_patches
+from .ops.patch_embed import MAXIMUM_CHANNELS
+from .ops.window_attention import WHOLE_HEAD_DIM, WHOLE_TOKENS
+from .topology import EMBED_STRIDE, Topology
+
+Tiles = dict[str, int]  # options of a launch, or features of a shape, by the names of a table's row
+Run = Callable[[], list[Tensor]]
+Draw = Callable[..., Tensor]
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+OPS = ("window_attention", "patch_embed", "patch_merge")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """One call of an op in one type of activations."""
+
+    dtype: str = "bf16"
+
+    @property
+    def bits(self) -> int:
+        """Of an element."""
+        return torch.finfo(DTYPES[self.dtype]).bits
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Rows of tiles that its kernels look up, forward first."""
+        raise NotImplementedError
+
+    @property
+    def kind(self) -> Hashable:
+        """Workloads of one row that differ in it are timed side by side, of others only the one of most ``work``."""
+        raise NotImplementedError
+
+    @property
+    def work(self) -> int:
+        """How long it takes, in units of its own."""
+        raise NotImplementedError
+
+    def features(self, kernel: str) -> Tiles:
+        """That the rows of a kernel are told apart by."""
+        raise NotImplementedError
+
+    def prepare(self, kernel: str, batch: int, device: torch.device) -> Run:
+        """Random inputs, and a call that starts ``kernel``: the op alone, or with its backward pass."""
+        raise NotImplementedError
+
+    def _draw(self, device: torch.device) -> Draw:
+        generator = torch.Generator(device).manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device).to(DTYPES[self.dtype])
+
+        return draw
+
+
+def _run(op: Callable[..., Tensor], inputs: Sequence[Tensor], fixed: Sequence[Tensor], backward: bool) -> Run:
+    """``op(*fixed, *inputs)``, or the gradients of the inputs."""
+
+    def forward() -> list[Tensor]:
+        with torch.no_grad():
+            return [op(*fixed, *inputs)]
+
+    def both() -> list[Tensor]:
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in inputs]
+            out = op(*fixed, *leaves)
+            return list(torch.autograd.grad(out, leaves, gradient))
+
+    if not backward:
+        return forward
+    gradient = torch.randn_like(forward()[0])
+    return both
+
+
+@dataclass(frozen=True)
+class AttentionWorkload(Workload):
+    """Windowed attention on a square map."""
+
+    window: tuple[int, int]
+    head_dim: int
+    heads: int = 4
+    size: int = 0  # tokens per side of the map; 0: as many windows as fill 56 x 56, Swin's and As-ViT's first map
+    biased: bool = False  # a relative position bias, and a shift by half a window
+
+    @property
+    def tokens(self) -> int:
+        return self.window[0] * self.window[1]
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        if self.tokens <= WHOLE_TOKENS and self.head_dim <= WHOLE_HEAD_DIM and self.bits == 16:
+            return "whole", "whole_backward"
+        return "blocked", "q_gradient", "kv_gradient", *(("bias_gradient",) if self.biased else ())
+
+    @property
+    def kind(self) -> Hashable:
+        return self.head_dim, self.biased
+
+    @property
+    def work(self) -> int:
+        return self.size
+
+    def features(self, kernel: str) -> Tiles:
+        from asvit_fast.kernels.tiles import block
+
+        return {"bits": self.bits, "tokens": self.tokens, "block_d": block(self.head_dim)}
+
+    def prepare(self, kernel: str, batch: int, device: torch.device) -> Run:
+        height, width = (self.size or -(-56 // side) * side for side in self.window)
+        draw = self._draw(device)
+        inputs = [draw(batch, height, width, 3 * self.heads * self.head_dim)]
+        if self.biased:
+            inputs.append(draw(self.heads, self.tokens, self.tokens).float())  # as under autocast
+        shift = (self.window[0] // 2, self.window[1] // 2) if self.biased else (0, 0)
+
+        def attention(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
+            return ops.window_attention(qkv, self.heads, self.window, shift, bias)
+
+        return _run(attention, inputs, (), kernel not in ("whole", "blocked"))
+
+    def __str__(self) -> str:
+        words = f"{self.window[0]}x{self.window[1]}x{self.head_dim} {self.dtype}"
+        return f"{words} biased" if self.biased else words
+
+
+@dataclass(frozen=True)
+class EmbedWorkload(Workload):
+    """Patch embedding with LayerNorm of a square image, parameters differentiated. The rows do not depend on stride and
+    dilation, that is on re-tokenization."""
+
+    patch: int  # pixels per side
+    channels: int
+    size: int = 224
+    stride: int = EMBED_STRIDE
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        return "patch_embed", "patch_embed_norm_gradient", "patch_embed_weight_gradient"
+
+    @property
+    def kind(self) -> Hashable:
+        return self.patch, self.channels
+
+    @property
+    def work(self) -> int:
+        return self.size
+
+    def features(self, kernel: str) -> Tiles:
+        from asvit_fast.kernels.patch_embed import channel_block, pixel_count
+
+        pixels = pixel_count(3, self.patch)
+        return {"bits": self.bits, "tokens": pixels, "block_d": channel_block(kernel, self.channels)}
+
+    def prepare(self, kernel: str, batch: int, device: torch.device) -> Run:
+        draw = self._draw(device)
+        image = draw(batch, 3, self.size, self.size)
+        inputs = [draw(self.channels, 3, self.patch, self.patch), *(draw(self.channels) for _ in range(3))]
+
+        def embed(image: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
+            return embed_patches(image, weight, bias, self.stride, 1, norm_weight, norm_bias, 1e-5)
+
+        return _run(embed, inputs, (image,), kernel != "patch_embed")
+
+    def __str__(self) -> str:
+        return f"{self.patch}x{self.patch} pixels to {self.channels} {self.dtype}"
+
+
+@dataclass(frozen=True)
+class MergeWorkload(Workload):
+    """Patch merging by two of a square map."""
+
+    kernel: int  # tokens per side
+    channels: int
+    outputs: int
+    size: int  # tokens per side of the map
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        return "patch_merge", "patch_merge_input", "patch_merge_products"
+
+    @property
+    def kind(self) -> Hashable:
+        return self.kernel, self.channels
+
+    @property
+    def work(self) -> int:
+        return self.size
+
+    def features(self, kernel: str) -> Tiles:
+        return {"bits": self.bits, "outputs": self.outputs}
+
+    def prepare(self, kernel: str, batch: int, device: torch.device) -> Run:
+        draw, features = self._draw(device), self.channels * self.kernel**2
+        inputs = [draw(batch, self.size, self.size, self.channels), draw(self.outputs, features), draw(features)]
+
+        def merge(x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
+            return ops.patch_merge(x, weight, self.kernel, 2, norm_weight, norm_bias)
+
+        return _run(merge, [*inputs, draw(features)], (), kernel != "patch_merge")
+
+    def __str__(self) -> str:
+        return f"{self.kernel}x{self.kernel}x{self.channels} to {self.outputs} {self.dtype}"
+
+
+# stages of Swin-T and S, attention of Swin-B too, which has the same rows (arXiv 2103.14030)
+SWIN: dict[str, list[Workload]] = {
+    "window_attention": [AttentionWorkload((7, 7), 32, 4, 56, biased=True)],
+    "patch_embed": [EmbedWorkload(4, 96)],
+    "patch_merge": [MergeWorkload(2, 96 * 2**i, 192 * 2**i, 56 // 2**i) for i in range(3)],
+}
+
+
+def topology_workloads(
+    topology: Topology, img_size: int | tuple[int, int], names: Sequence[str] = OPS
+) -> list[Workload]:
+    """The ops ``names`` of every stage, but for embeddings wider than their kernels go."""
+    side = max(img_size) if isinstance(img_size, tuple) else img_size
+    found: dict[str, list[Workload]] = {name: [] for name in OPS}
+    dims = topology.dims
+    for index, (stage, dim, heads) in enumerate(zip(topology.stages, dims, topology.stage_heads, strict=True)):
+        grid = math.ceil(side / (EMBED_STRIDE * 2**index))
+        window = math.ceil(grid / stage.splits)
+        found["window_attention"].append(AttentionWorkload((window, window), dim // heads, heads, grid))
+        if index > 0:
+            before = math.ceil(side / (EMBED_STRIDE * 2 ** (index - 1)))
+            found["patch_merge"].append(MergeWorkload(stage.kernel, dims[index - 1], dim, before))
+        elif dim <= MAXIMUM_CHANNELS:
+            found["patch_embed"].append(EmbedWorkload(stage.kernel, dim, side))
+    return [workload for name in names for workload in found[name]]
+
+
+def default_workloads(img_size: int | tuple[int, int] = 224, names: Sequence[str] = OPS) -> list[Workload]:
+    """The paper's topologies (arXiv 2202.11921, Table 4), the seed's with 16 and 64 heads too, and Swin-T, S and B."""
+    seed = Topology.parse(SEED_TOPOLOGY)
+    grown = [replace(seed, width=width) for width in (88, 116, 180)]
+    seeds = [replace(seed, heads=heads) for heads in (16, 32, 64)]
+    found = [w for topology in (*seeds, *grown) for w in topology_workloads(topology, img_size, names)]
+    return [*found, *(workload for name in names for workload in SWIN[name])]

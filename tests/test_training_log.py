@@ -68,6 +68,17 @@ def test_speed_is_that_of_the_last_updates(clock: SimpleNamespace) -> None:
     assert log.images_per_second == pytest.approx(64)
 
 
+def test_validation_does_not_slow_updates_down(clock: SimpleNamespace) -> None:
+    log = make(progress=False)
+    clock.now += 0.5
+    log.update(0, None, 0.1, 4)
+    clock.now += 100
+    log.epoch(ROWS[0])
+    clock.now += 0.5
+    log.update(1, None, 0.1, 4)
+    assert log.images_per_second == pytest.approx(64)
+
+
 def test_events_of_updates_and_epochs(tmp_path: Path, clock: SimpleNamespace) -> None:
     log = make(tmp_path, progress=False)
     for update in range(10):

@@ -68,12 +68,23 @@ def test_speed_is_that_of_the_last_updates(clock: SimpleNamespace) -> None:
     assert log.images_per_second == pytest.approx(64)
 
 
+def test_validation_does_not_slow_updates_down(clock: SimpleNamespace) -> None:
+    log = make(progress=False)
+    clock.now += 0.5
+    log.update(0, None, 0.1, 4)
+    clock.now += 100
+    log.epoch(ROWS[0])
+    clock.now += 0.5
+    log.update(1, None, 0.1, 4)
+    assert log.images_per_second == pytest.approx(64)
+
+
 def test_events_of_updates_and_epochs(tmp_path: Path, clock: SimpleNamespace) -> None:
     log = make(tmp_path, progress=False)
     for update in range(10):
         clock.now += 0.5
         loss = None if update % 2 else 3.0 - update
-        log.update(update, loss, 0.1 * update, 4, grad_norm=loss and 2.0, data_seconds=0.25)
+        log.update(update, loss, 0.1 * update, 4, grad_norm=loss and 2.0, data_seconds=0.25, terms={"patch": 0.3})
     log.epoch(ROWS[0])
     log.close()
     found = events(tmp_path)
@@ -82,7 +93,7 @@ def test_events_of_updates_and_epochs(tmp_path: Path, clock: SimpleNamespace) ->
     assert found["train/images_per_second"][-1][1] == pytest.approx(64)
     assert found["train/data_share"][-1][1] == pytest.approx(0.5)
     assert found["train/token_reduction"][0] == (0, 4.0)
-    assert {"train/lr", "train/grad_norm", "epoch/top1", "epoch/train_loss"} < set(found)
+    assert {"train/lr", "train/grad_norm", "train/loss_patch", "epoch/top1", "epoch/train_loss"} < set(found)
     assert found["epoch/top1"] == [(9, 10.0)]
 
 

@@ -66,7 +66,7 @@ def _lines(axes: Axes, run: Run, ends: Sequence[float], lines: Sequence[tuple[st
 
 
 def _legend(axes: Axes) -> None:
-    if axes.lines:
+    if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2)
 
 

@@ -149,17 +149,19 @@ class TrainingLog:
         reduction: int,
         grad_norm: float | None = None,
         data_seconds: float = 0.0,
+        terms: Mapping[str, float] | None = None,
     ) -> None:
         """The update number ``update`` of the training, from 0, has ended.
 
         ``loss`` and ``grad_norm`` are None where they have not been read from the device; ``data_seconds`` is how long
-        the update waited for data.
+        the update waited for data; ``terms`` are parts of the loss by name.
         """
         self.pace.update(reduction, data_seconds)
         if loss is not None:
             self._loss = loss if self._loss is None else _SMOOTHING * self._loss + (1 - _SMOOTHING) * loss
             scalars = {"loss": loss, "lr": lr, "images_per_second": self.images_per_second}
             scalars |= {"token_reduction": reduction, "data_share": self.pace.data_share}
+            scalars |= {f"loss_{name}": term for name, term in (terms or {}).items()}
             self._write("train", scalars | ({} if grad_norm is None else {"grad_norm": grad_norm}), update)
         if not self.progress:
             return

@@ -1,6 +1,6 @@
 """What the kill and torchrun tests run in processes of their own: searches and scaling runs that die on the way.
 
-    search_program.py KIND OUT [--fail-on-rank RANK]
+    search_program.py KIND OUT [--fail-on-rank RANK] [--kill-once RANK:CALL:FILE]
 
 prints the result as one JSON line on every rank.
 """
@@ -34,12 +34,15 @@ def measures(topology: Topology) -> dict[str, float]:
 
 
 class Scorer:
-    def __init__(self, kill_at: int, sleep: float, fail_on_rank: int) -> None:
+    def __init__(self, kill_at: int, sleep: float, fail_on_rank: int, once: Path | None = None) -> None:
         self.calls, self.kill_at, self.sleep, self.fail_on_rank = 0, kill_at, sleep, fail_on_rank
+        self.once = once  # a file that remembers that the kill has happened
 
     def __call__(self, topology: Topology) -> dict[str, float]:
         self.calls += 1
-        if self.calls == self.kill_at:
+        if self.calls == self.kill_at and not (self.once and self.once.exists()):
+            if self.once:
+                self.once.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         if int(os.environ.get("RANK", 0)) == self.fail_on_rank:
             raise ValueError("the scorer is broken here")
@@ -118,8 +121,13 @@ def main() -> None:
     parser.add_argument("kind", choices=RUN)
     parser.add_argument("out")
     parser.add_argument("--fail-on-rank", type=int, default=-1)
+    parser.add_argument("--kill-once", default="", help="RANK:CALL:FILE; FILE remembers it over restarts")
     arguments = parser.parse_args()
     scorer = Scorer(0, 0.0, arguments.fail_on_rank)
+    if arguments.kill_once:
+        rank, call, marker = arguments.kill_once.split(":")
+        here = rank == os.environ.get("RANK", "0")
+        scorer = Scorer(int(call) if here else 0, 0.0, arguments.fail_on_rank, Path(marker))
     result = RUN[arguments.kind](arguments.out, scorer)
     sys.stdout.write(json.dumps(result) + "\n")
 

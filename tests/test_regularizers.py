@@ -262,8 +262,7 @@ def test_reentrant_checkpointing_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("make", [network, vit])
+@pytest.mark.parametrize(("make", "checkpointing"), [(network, False), (network, True), (vit, True)])
 def test_compiled(make, checkpointing: bool) -> None:
     torch._dynamo.reset()
     model = make()
@@ -280,7 +279,7 @@ def test_compiled(make, checkpointing: bool) -> None:
 def test_one_graph_with_and_one_without() -> None:
     """As training does it: passes with the terms, validation without; nothing is compiled again."""
     torch._dynamo.reset()
-    model = network()
+    model = vit()
     regularization = Regularization(model, ALL)
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, dynamic=False)
@@ -296,7 +295,7 @@ def test_one_graph_with_and_one_without() -> None:
 
 def test_compiled_before() -> None:
     torch._dynamo.reset()
-    model = network()
+    model = vit()
     compiled = torch.compile(model, backend="eager")
     compiled(images())
     regularization = Regularization(model, {"patch": 1.0})

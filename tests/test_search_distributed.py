@@ -13,8 +13,9 @@ TESTS = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def torchrun(*arguments: str) -> subprocess.CompletedProcess:
+def torchrun(*arguments: str, restarts: int = 0) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", str(restarts)]
     return subprocess.run([*command, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
 
 
@@ -33,8 +34,8 @@ def test_two_processes_equal_one(tmp_path: Path, kind: str) -> None:
 
 def test_real_scores_on_two_processes_equal_one(tmp_path: Path) -> None:
     program = str(TESTS / "search_program.py")
-    command = [sys.executable, program, "real", str(tmp_path / "one")]
-    one = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    one = alone(program, "real", str(tmp_path / "one"))
+    assert one.returncode == 0, one.stderr
     two = torchrun(program, "real", str(tmp_path / "two"))
     assert two.returncode == 0, two.stderr
     (expected,) = results_of(one.stdout)
@@ -48,3 +49,29 @@ def test_an_error_on_one_rank_ends_all(tmp_path: Path, rank: int) -> None:
     assert done.returncode != 0
     assert "the scorer is broken here" in done.stderr
     assert not (tmp_path / "result.json").exists()
+
+
+@pytest.mark.parametrize(("kind", "rank"), [("search", 0), ("scale", 1)])
+def test_torchrun_restarts_after_a_kill(tmp_path: Path, kind: str, rank: int) -> None:
+    """One process is killed, torchrun starts all of them again, and the result is that of an undisturbed one."""
+    killed = tmp_path / "killed"
+    program = (str(TESTS / "search_program.py"), kind, str(tmp_path / "run"), "--kill-once", f"{rank}:6:{killed}")
+    done = torchrun(*program, restarts=1)
+    assert done.returncode == 0, done.stderr
+    assert killed.exists()
+    expected = json.loads(json.dumps(RUN[kind](None, measures)))
+    assert results_of(done.stdout) == [expected, expected]
+
+
+def test_another_number_of_processes_goes_on(tmp_path: Path) -> None:
+    """As with ``--nnodes 1:2``: one process until it is killed, then two until one of them is, then one again."""
+    program, run = str(TESTS / "search_program.py"), str(tmp_path / "run")
+    for number, start in enumerate((alone, torchrun)):
+        done = start(program, "search", run, "--kill-once", f"0:5:{tmp_path / str(number)}")
+        assert done.returncode != 0 and (tmp_path / str(number)).exists(), done.stderr
+    expected = RUN["search"](None, measures)
+    assert RUN["search"](run, measures) == expected
+
+
+def alone(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=180)

@@ -17,6 +17,7 @@ from torch import nn
 from training_program import CLASSES, OPTIONS, PLAIN, SIZE, TOPOLOGY, Pictures, run
 
 import asvit_fast as af
+from asvit_fast.backends import FallbackWarning
 from asvit_fast.errors import InputError
 from asvit_fast.training.checkpoint import BEST, LAST
 
@@ -146,6 +147,20 @@ def test_a_training_of_timm_goes_on_here(tmp_path: Path) -> None:
     assert [row["epoch"] for row in result.epochs] == [2]
     with pytest.raises(InputError, match="does not exist"):
         run(None, resume=str(tmp_path / "nothing.pth.tar"))
+
+
+def test_fine_tuning_starts_from_a_checkpoint(tmp_path: Path) -> None:
+    """Of the same classes with its classifier, of others with a new one, of another image size with resized places."""
+    before = run(tmp_path)
+    frozen = {**PLAIN, "lr": 1e-12, "warmup_lr": 0.0, "min_lr": 0.0, "weight_decay": 0.0, "model_ema": False}
+    again = run(None, **frozen, initial_checkpoint=str(tmp_path / LAST))
+    torch.testing.assert_close(weights(again), weights(before), rtol=0, atol=1e-6)
+    with pytest.warns(FallbackWarning, match="start afresh"):
+        other = run(None, **frozen, initial_checkpoint=str(tmp_path / LAST), num_classes=6)
+    assert other.model.head.fc2.out_features == 6
+    torch.testing.assert_close(other.model.head.fc1.weight, before.model.head.fc1.weight)
+    with pytest.raises(InputError, match="do not fit"):
+        af.train("vit_tiny_patch16_224", (Pictures(), None), **{**OPTIONS, "initial_checkpoint": str(tmp_path / LAST)})
 
 
 # ------------------------------------------------------------------ bad input

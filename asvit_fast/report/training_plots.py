@@ -30,6 +30,7 @@ def epochs(run: Run) -> bytes:
         below.set(title="Accuracy", xlabel="epochs", ylabel="top-1 (%)")
         for axes in (above, below):
             _shade(axes, run, ends)
+            _legend(axes)
         whole_steps(below)
         return png(figure)
 
@@ -47,6 +48,7 @@ def cost(run: Run) -> bytes:
         for axes, ends in ((left, [value / power for value in macs]), (right, hours)):
             _lines(axes, run, ends, ACCURACIES if validated else LOSSES)
             _shade(axes, run, ends)
+        _legend(right)
         left.set(title="Over computation", xlabel=f"multiply-adds ({power:.0e})", ylabel=axis)
         right.set(title="Over time", xlabel="hours in training steps")
         return png(figure)
@@ -61,6 +63,9 @@ def _lines(axes: Axes, run: Run, ends: Sequence[float], lines: Sequence[tuple[st
         points = [(end, as_float(row[name])) for end, row in zip(ends, run.trace, strict=True) if _has(row, name)]
         if points:
             axes.plot(*zip(*points, strict=True), "o-", color=colour, linewidth=2, markersize=3, label=label)
+
+
+def _legend(axes: Axes) -> None:
     if axes.lines:
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2)
 

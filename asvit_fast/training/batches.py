@@ -104,9 +104,7 @@ def _ignore_interrupts(worker: int) -> None:
 def raised(batches: Iterable[Batch | InputError]) -> Iterator[Batch]:
     for batch in batches:
         if isinstance(batch, InputError):
-            raise InputError(
-                str(batch)
-            )  # not itself: its traceback and this frame would keep each other and the workers
+            raise InputError(str(batch))  # itself would be a cycle of traceback and frame that keeps the workers
         yield batch
 
 

@@ -5,19 +5,26 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import pickle
 import random
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import clean_state_dict
 
 from ..errors import InputError
 from ..files import file_errors
 
 LAST, BEST = "last.pth.tar", "model_best.pth.tar"
 OURS = "asvit_fast"  # the entry that timm does not have: position, random states
+WEIGHTS = ("state_dict", "model")  # keys of weights: timm's; of other training codes
+AVERAGES = ("state_dict_ema", "model_ema")
 FORMAT = 2  # timm's: "epoch" is the last finished one
 
 
@@ -55,24 +62,42 @@ def seed_everything(seed: int, device: torch.device) -> None:
         torch.cuda.manual_seed(seed)
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A checkpoint of ours or of timm's train.py, on the CPU.
+def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a .pth.tar, .pth or .safetensors file holds, on the CPU; no code of the file is run.
 
     Raises:
-        InputError: no such file, not a checkpoint, or one that would run code when loaded.
+        InputError: no such file, or one that is not such a file or would run code.
     """
-    if not Path(path).is_file():
-        raise InputError(f"checkpoint {str(path)!r} does not exist; give a .pth.tar of asvit-fast train or timm")
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"checkpoint {str(path)!r} does not exist; give a file of asvit-fast train or of timm")
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # timm keeps its options in one
             content = torch.load(path, map_location="cpu", weights_only=True)
-        content["state_dict"]
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"{str(path)!r} is not a checkpoint ({reason}); give a .pth.tar of asvit-fast train or timm"
-        ) from error
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        raise InputError(f"{str(path)!r} is not a checkpoint that can be loaded safely: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{str(path)!r} holds {type(content).__name__}, not a checkpoint; save a state_dict")
     return content
+
+
+def weights_of(content: dict[str, Any], path: str | os.PathLike[str], use_ema: bool = False) -> dict[str, Any]:
+    """The state_dict in what ``read_file`` gave, or its moving average. Raises InputError when there is none."""
+    for key in AVERAGES if use_ema else WEIGHTS:
+        if isinstance(content.get(key), Mapping):
+            return clean_state_dict(dict(content[key]))
+    if use_ema:
+        raise InputError(f"{str(path)!r} holds no moving average of the weights; leave out use_ema")
+    if all(isinstance(value, torch.Tensor) for value in content.values()):
+        return clean_state_dict(content)
+    raise InputError(f"{str(path)!r} holds no weights ({', '.join(map(str, list(content)[:5]))}); give a checkpoint")
+
+
+def one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:300] + " ..."
 
 
 def keep_as(source: Path, target: Path) -> None:

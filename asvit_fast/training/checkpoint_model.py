@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.data import resolve_data_config
-from timm.models import clean_state_dict
 from torch import nn
 
 from ..errors import InputError
-from .network import _takes_size
-
-BEST_FIRST = ("model_best.pth.tar", "last.pth.tar")  # of a run's folder
-WEIGHTS = ("state_dict", "model")  # keys of weights: timm's; of other training codes
-AVERAGES = ("state_dict_ema", "model_ema")
+from .checkpoint import BEST, LAST, one_line, read_file, weights_of
+from .network import build, takes_size
 
 
 @dataclass(frozen=True)
@@ -81,18 +74,19 @@ def build_from_checkpoint(
     if (path / "model.safetensors").is_file() and (path / "config.json").is_file():
         return _exported(path, use_ema)
     path = _file_of(path)
-    content = _load(path)
+    content = read_file(path)
     arguments = _arguments(content)
     name = model or content.get("arch") or arguments.get("model")
     if not isinstance(name, str):
         raise InputError(f"{str(path)!r} does not say of which network it is; give its name as model")
-    weights = _weights(content, path, use_ema)
+    weights = weights_of(content, path, use_ema)
     options = {**_options(content, name, arguments), **(model_kwargs or {})}
-    network = _create(name, num_classes or arguments.get("num_classes"), options)
+    classes = num_classes or arguments.get("num_classes")
+    network = build(name, {**({} if classes is None else {"num_classes": classes}), **options})
     try:
-        network.load_state_dict(clean_state_dict(weights))
+        network.load_state_dict(weights)
     except (RuntimeError, ValueError, AttributeError) as error:
-        raise InputError(f"the weights of {str(path)!r} do not fit {name}: {_one_line(error)}") from error
+        raise InputError(f"the weights of {str(path)!r} do not fit {name}: {one_line(error)}") from error
     return CheckpointModel(network, name, path, arguments)
 
 
@@ -101,23 +95,10 @@ def _file_of(path: Path) -> Path:
         raise InputError(f"checkpoint {str(path)!r} does not exist; give a file or folder")
     if not path.is_dir():
         return path
-    for name in BEST_FIRST:
+    for name in (BEST, LAST):
         if (path / name).is_file():
             return path / name
-    raise InputError(f"folder {str(path)!r} holds no {', no '.join(BEST_FIRST)} and no export; give a checkpoint")
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # timm keeps its options in one
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise InputError(f"{str(path)!r} is not a checkpoint that can be loaded safely: {_one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{str(path)!r} holds {type(content).__name__}, not a checkpoint; save a state_dict")
-    return content
+    raise InputError(f"folder {str(path)!r} holds no {', no '.join((BEST, LAST))} and no export; give a checkpoint")
 
 
 def _arguments(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,33 +106,13 @@ def _arguments(content: Mapping[str, Any]) -> dict[str, Any]:
     return dict(vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments)
 
 
-def _weights(content: dict[str, Any], path: Path, use_ema: bool) -> dict[str, Any]:
-    for key in AVERAGES if use_ema else WEIGHTS:
-        if isinstance(content.get(key), Mapping):
-            return dict(content[key])
-    if use_ema:
-        raise InputError(f"{str(path)!r} holds no moving average of the weights; leave out use_ema")
-    if all(isinstance(value, torch.Tensor) for value in content.values()):
-        return content
-    raise InputError(f"{str(path)!r} holds no weights ({', '.join(map(str, list(content)[:5]))}); give a checkpoint")
-
-
 def _options(content: Mapping[str, Any], name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of the network's constructor, but for the number of classes."""
     options = {"in_chans": arguments.get("in_chans"), "global_pool": arguments.get("gp")}
-    if isinstance(content.get("args"), Mapping) and _takes_size(name):
+    if isinstance(content.get("args"), Mapping) and takes_size(name):
         options["img_size"] = arguments.get("img_size")  # timm's training builds its networks without it
     known = {key: value for key, value in options.items() if value is not None}
     return {**known, **(arguments.get("model_kwargs") or {})}
-
-
-def _create(name: str, num_classes: int | None, options: dict[str, Any]) -> nn.Module:
-    if num_classes is not None:
-        options = {"num_classes": num_classes, **options}
-    try:
-        return timm.create_model(name, **options)
-    except (TypeError, RuntimeError) as error:  # other arguments; a name that timm does not know
-        raise InputError(f"there is no {name} of timm with these arguments: {_one_line(error)}") from error
 
 
 def _exported(path: Path, use_ema: bool) -> CheckpointModel:
@@ -161,10 +122,5 @@ def _exported(path: Path, use_ema: bool) -> CheckpointModel:
         name = json.loads((path / "config.json").read_bytes())["architecture"]
         model = timm.create_model(f"local-dir:{path}", pretrained=True)
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{str(path)!r} is not an export that timm loads: {_one_line(error)}") from error
+        raise InputError(f"{str(path)!r} is not an export that timm loads: {one_line(error)}") from error
     return CheckpointModel(model, name, path / "model.safetensors", {})
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:300] + " ..."

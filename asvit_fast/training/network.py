@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,11 +11,15 @@ from timm.data import resolve_data_config
 from timm.models import PretrainedCfg
 from torch import nn
 
-from .. import models  # noqa: F401  registers "asvit" with timm
+from ..backends import notify_once
 from ..errors import InputError
+from ..models import AsViT  # (and "asvit" is registered with timm)
+from ..models.state_dict import fit_state_dict
 from ..topology import Topology
+from .checkpoint import one_line, read_file, weights_of
 
 What = str | Topology | nn.Module
+TIMMS_FIT = "checkpoint_filter_fn"  # beside each model of timm: old names and other sizes made to fit
 
 
 def create_network(
@@ -44,18 +49,44 @@ def create_network(
     if isinstance(what, Topology) or "|" in what:
         options["topology"] = str(Topology.parse(what))
         what = "asvit"
-    if _takes_size(what):
+    if takes_size(what):
         options.setdefault("img_size", img_size)
-    described = {name: value for name, value in options.items() if name != "img_size"}
-    try:
-        model = timm.create_model(
-            what, num_classes=num_classes, drop_path_rate=drop_path, checkpoint_path=initial_checkpoint, **options
-        )
-    except TypeError as error:
-        raise InputError(f"{what} does not take these arguments: {error}") from error
-    except (FileNotFoundError, RuntimeError) as error:
-        raise InputError(f"{what} cannot start from {initial_checkpoint!r}: {' '.join(str(error).split())}") from error
+    model = build(what, {"num_classes": num_classes, "drop_path_rate": drop_path, **options})
+    if initial_checkpoint:
+        start_from(model, initial_checkpoint)
+    described = {name: value for name, value in options.items() if name not in ("img_size", "pretrained")}
     return model, {"model": what, **_describe(model, num_classes, img_size, described)}
+
+
+def build(name: str, options: Mapping[str, Any]) -> nn.Module:
+    """A network of timm by its name. Raises InputError for an unknown one, or arguments that it does not take."""
+    _known(name)
+    try:
+        return timm.create_model(name, **options)
+    except (TypeError, RuntimeError) as error:
+        raise InputError(f"{name} cannot be made with these arguments: {one_line(error)}") from error
+
+
+def start_from(model: Any, path: str) -> None:
+    """Weights of a checkpoint into a network, embeddings resized as timm does; a classifier for other classes starts
+    afresh, which is said once.
+
+    Raises:
+        InputError: no such file, or weights of another network.
+    """
+    weights = weights_of(read_file(path), path)
+    fit = fit_state_dict if isinstance(model, AsViT) else vars(sys.modules[type(model).__module__]).get(TIMMS_FIT)
+    own = model.state_dict()
+    try:
+        weights = fit(weights, model) if fit else weights
+        heads = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+        classifier = tuple(f"{name}." for name in ((heads,) if isinstance(heads, str) else heads))
+        others = [n for n in weights if n.startswith(classifier) and n in own and weights[n].shape != own[n].shape]
+        if others:
+            notify_once(("classifier", path), f"{path} is of other classes: {', '.join(others)} start afresh")
+        model.load_state_dict({**weights, **{name: own[name] for name in others}})
+    except (RuntimeError, KeyError, AttributeError) as error:
+        raise InputError(f"the weights of {path!r} do not fit {type(model).__name__}: {one_line(error)}") from error
 
 
 def pixel_statistics(what: What) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -75,7 +106,7 @@ def _known(name: str) -> PretrainedCfg:
     return timm.get_pretrained_cfg(name, allow_unregistered=True) or PretrainedCfg()
 
 
-def _takes_size(name: str) -> bool:
+def takes_size(name: str) -> bool:
     """Networks whose weights depend on the size of the image; others take any."""
     return name.partition(".")[0].startswith("asvit") or _known(name).fixed_input_size
 

@@ -147,7 +147,7 @@ def _reduction_of(network: Any) -> int:
 def _change(module: nn.Module, **values: Any) -> None:
     kept = vars(module).setdefault(KEPT, {})
     for name, value in values.items():
-        kept.setdefault(name, getattr(module, name))
+        kept[name] = getattr(module, name)
         setattr(module, name, value)
 
 

@@ -20,7 +20,17 @@ from ..errors import InputError
 from ..recipe import Recipe
 from ..run_directory import RunDirectory, load_state
 from .batch_size import pass_memory, phase_batch_sizes
-from .checkpoint import BEST, LAST, OURS, keep_as, random_state, read_checkpoint, seed_everything, set_random_state
+from .checkpoint import (
+    BEST,
+    LAST,
+    OURS,
+    keep_as,
+    random_state,
+    read_file,
+    seed_everything,
+    set_random_state,
+    weights_of,
+)
 from .data import DataSets, load_data
 from .evaluation import Evaluation, evaluate
 from .log import TrainingLog
@@ -64,12 +74,17 @@ class Trainer:
         self.schedule, self.recipe, self.epochs, self.out, self.device = schedule, recipe, epochs, out, device
         self.ranks = processes.join(device)
         self.rank = processes.rank()
-        self.resume = read_checkpoint(resume) if resume else None
+        self.resume: dict[str, Any] | None = None
+        if resume:
+            content = read_file(resume)
+            self.resume = {**content, "state_dict": weights_of(content, resume)}
         seed_everything(recipe.seed, device)
         mean, std = pixel_statistics(what)
-        self.data = load_data(data, recipe, img_size, device, self.rank, self.ranks, mean=mean, std=std)
+        self.data = load_data(
+            data, recipe, img_size, device, self.rank, self.ranks, mean=mean, std=std, num_classes=num_classes
+        )
         model, self.description = create_network(
-            what, _classes(num_classes, self.data.num_classes), img_size, drop_path=recipe.drop_path, **network
+            what, self.data.num_classes, img_size, drop_path=recipe.drop_path, **network
         )
         self.image = (3, *to_2tuple(img_size))
         self.cost = schedule_cost(model, schedule, img_size)
@@ -384,11 +399,3 @@ class Trainer:
 
 def tokens(reduction: int) -> str:
     return "full tokens" if reduction == 1 else f"{reduction} times fewer tokens per side"
-
-
-def _classes(given: int | None, found: int) -> int:
-    if given is not None and given < found:
-        raise InputError(
-            f"num_classes is {given} but the data has {found} classes; leave it out, or give {found} or more"
-        )
-    return given or found

@@ -27,6 +27,7 @@ from timer import machine, print_header
 import asvit_fast as af
 from asvit_fast import backends
 from asvit_fast.files import write_atomic
+from asvit_fast.scoring.memory import keep_freed_memory
 
 FULL = "1"
 SCHEDULES = (FULL, "table6-40", "table6-80", "table6-120")
@@ -177,11 +178,12 @@ def main() -> None:
     parser.add_argument("--model", default="asvit_seed", help="a topology, or a name of timm")
     parser.add_argument("--schedules", nargs="+", default=list(SCHEDULES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--csv", type=Path, default=None, help="read the runs that are done from here, write all")
     arguments = parser.parse_args()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
+    keep_freed_memory()  # as `asvit-fast train` does
     device = backends.resolve_device(arguments.device)
     here = machine(device)
     columns = [*(column.name for column in fields(RetokenizationRow)), *here]

@@ -76,7 +76,11 @@ class Recipe:
     )
     clip_grad: float | None = _option(None, "largest gradient norm")
     bce_loss: bool = _option(False, "binary cross-entropy on soft targets")
-    regularizers: str = _option("", "losses for diversity and their weights, 'patch:0.1,attention:0.1,weight:1e-4'")
+    regularizers: str = _option(
+        "",
+        "losses for diversity with their factors: patch, contrast, attention, weight; published for DeiT-S: "
+        "'patch:0.5,contrast:0.5,attention:1e-4,weight:0.018'",
+    )
     amp: bool = _option(False, "mixed precision")
     amp_dtype: str = _option("bfloat16", "half type of mixed precision: bfloat16 or float16")
     model_ema: bool = _option(True, "keep an exponential moving average of the weights")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -18,6 +20,7 @@ SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly")  # of timm, those th
 
 def make_optimizer(recipe: Recipe, model: nn.Module, images_per_update: int) -> torch.optim.Optimizer:
     """Raises InputError for an optimizer that timm does not know."""
+    options: Any = {"fused": True} if recipe.opt.lower() in FUSED else {}
     try:
         return create_optimizer_v2(
             model,
@@ -25,7 +28,7 @@ def make_optimizer(recipe: Recipe, model: nn.Module, images_per_update: int) -> 
             lr=recipe.learning_rate(images_per_update),
             weight_decay=recipe.weight_decay,
             layer_decay=recipe.layer_decay,
-            **({"fused": True} if recipe.opt.lower() in FUSED else {}),
+            **options,
         )
     except (AssertionError, ValueError, TypeError, ImportError) as error:
         raise InputError(

@@ -56,8 +56,7 @@ def similarity(vectors: Tensor) -> Tensor:
 def patch_similarity(tokens: Tensor) -> Tensor:
     """Within-layer cosine of the tokens [B, n, C] of a stage's last block: sum_{i != j} cos(t_i, t_j) / (n (n - 1)).
 
-    The paper writes |cos|, its published code has cos, which is what over-smoothing drives to 1; and only cos needs no
-    n x n matrix.
+    Over-smoothing drives it to 1. Signed, as in the published code (VITA-Group/Diverse-ViT), it needs no n x n matrix.
     """
     return similarity(tokens).mean()
 

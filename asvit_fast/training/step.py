@@ -73,6 +73,12 @@ class Step:
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         return autocast(self.recipe, self.device)
 
+    @contextlib.contextmanager
+    def forward_context(self) -> Iterator[None]:
+        """What a training pass runs in."""
+        with self.autocast(), self.regularization or contextlib.nullcontext():
+            yield
+
     def _next(self, batches: Batches) -> tuple[Tensor, Tensor]:
         started = time.perf_counter()
         images, targets = next(batches)
@@ -84,12 +90,9 @@ class Step:
         return images, targets
 
     def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
-        with self.autocast():
-            if self.regularization is None:
-                return self.criterion(self.replica(images), targets)
-            with self.regularization:
-                loss = self.criterion(self.replica(images), targets)
-            return loss + self.regularization.loss()
+        with self.forward_context():
+            loss = self.criterion(self.replica(images), targets)
+        return loss if self.regularization is None else loss + self.regularization.loss()
 
     def _clip(self) -> None:
         if self.recipe.clip_grad is not None:

@@ -148,6 +148,7 @@ class Trainer:
                 self.cost.macs,
                 first_update=self.position.epoch * self.updates_per_epoch + self.position.update,
                 progress=self.progress and self.rank == 0,
+                elapsed=sum(row["seconds"] for row in self.rows) + self.position.seconds,
             )
             try:
                 self._announce(state)
@@ -229,7 +230,7 @@ class Trainer:
             return
         self.retokenizer.warmup(
             lambda reduction: torch.zeros(self.batch_sizes[reduction], *self.image, device=self.device),
-            autocast=self.step.autocast,
+            autocast=self.step.forward_context,
             evaluate=False,
         )
         if not self.data.has_validation:
@@ -304,6 +305,7 @@ class Trainer:
             self.reduction,
             grad_norm=norm.item() if read and norm is not None else None,
             data_seconds=self.step.data_seconds,
+            terms=self.step.regularization.terms if read and self.step.regularization else None,
         )
 
     def _end_epoch(self, run: RunDirectory) -> None:

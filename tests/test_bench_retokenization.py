@@ -12,6 +12,8 @@ import torch
 from stacked import needs_extension
 from torch.utils.data import TensorDataset
 
+import asvit_fast as af
+
 TINY = "4,2,2,1|2,1,2,1|3,1,2,1|2,1,2,1|8,8"
 
 
@@ -70,4 +72,15 @@ def test_runs_are_done_once(script, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert int(reduced["flops"]) / int(full["flops"]) == pytest.approx(1 - float(reduced["flops_saved"]), abs=1e-4)
     more = rows("0", "1")
     assert more[:2] == first
-    assert [(row["schedule"], row["seed"]) for row in more[2:]] == [("0.5:4,0.5:1", "1"), ("1", "1")]  # turned around
+    assert [(row["schedule"], row["seed"]) for row in more[2:]] == [("1", "1"), ("0.5:4,0.5:1", "1")]
+
+
+def test_side_by_side_is_what_train_does(script, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = tuple(TensorDataset(*(tensor[:256] for tensor in part.tensors)) for part in script.digits(64))
+    monkeypatch.setattr(script, "digits", lambda: few)
+    cpu = torch.device("cpu")
+    rows = script.run(TINY, ["1", "1:4,1:1"], 3, 2, cpu)
+    for row, schedule in zip(rows, ("1", "1:4,1:1"), strict=True):
+        options = {**script.RECIPE, "schedule": schedule, "epochs": 2, "seed": 3, "img_size": 64, "workers": 0}
+        alone = af.train(TINY, few, device="cpu", progress=False, **options)
+        assert (row.top1, row.ema_top1) == (round(alone.top1, 2), round(alone.epochs[-1]["ema_top1"], 2))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ RUNNING = (
 
 
 class Trainer:
-    """One training; see ``train`` for the arguments. ``run`` does it."""
+    """One training; see ``train`` for the arguments. ``run`` does it, ``iterate`` epoch by epoch."""
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class Trainer:
             "kind": "train",
             "model": self.description,
             "data": str(data) if isinstance(data, (str, Path)) else "data sets",
-            "train_images": self.data.train_images,
+            "train_images": self.updates_per_epoch * self.images_per_update,  # of an epoch
             "schedule": str(self.schedule),
             "epochs": self.epochs,
             "images_per_update": self.images_per_update,
@@ -137,6 +137,13 @@ class Trainer:
     # ------------------------------------------------------------------ running
 
     def run(self) -> TrainResult:
+        """The whole training, or what is left of it."""
+        for _ in self.iterate():
+            pass
+        return self.result
+
+    def iterate(self) -> Iterator[dict[str, Any]]:
+        """The same, epoch by epoch: their rows as they end."""
         with self._open() as run:
             state = self._restore(run)
             self.log = TrainingLog(
@@ -156,12 +163,12 @@ class Trainer:
                 while self.position.epoch < self.epochs:
                     self._train_epoch(run)
                     self._end_epoch(run)
+                    yield self.rows[-1]
             finally:
                 self.log.close()
-            result = self._result()
+            self.retokenizer.step(self.epochs - 1)
             if self.rank == 0 and run.result is None:
-                run.finish(self._summary(result))
-        return result
+                run.finish(self._summary())
 
     def _open(self) -> RunDirectory:
         """The run directory, which rank 0 alone holds and writes."""
@@ -382,18 +389,19 @@ class Trainer:
         }
         return state
 
-    def _result(self) -> TrainResult:
-        self.retokenizer.step(self.epochs - 1)
-        return TrainResult(
-            self.step.model, next(iter(self.step.averages), None), self.rows, self.schedule, self.cost, self.out
-        )
+    @property
+    def result(self) -> TrainResult:
+        """What the training has come to so far."""
+        average = next(iter(self.step.averages), None)
+        return TrainResult(self.step.model, average, self.rows, self.schedule, self.cost, self.out)
 
-    def _summary(self, result: TrainResult) -> dict[str, Any]:
+    def _summary(self) -> dict[str, Any]:
+        result = self.result
         return {
             "model": self.description["model"],
             "epochs": self.epochs,
             "top1": result.top1,
-            "best": best_row(self.rows),
+            "best": result.best,
             "train_seconds": result.seconds,
             "saving": self.cost.saving,
         }

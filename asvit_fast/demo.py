@@ -142,8 +142,8 @@ def compare(found: Topology, images: Path) -> None:
 
 def run_training(topology: Topology, out: Path, digits: Path) -> None:
     print(
-        f"5. Training: the found topology learns handwritten digits in {EPOCHS} epochs, coarse tokens first: 4 and then 2 "
-        "times fewer\n   tokens per side, with the same weights."
+        f"5. Training: the found topology learns handwritten digits in {EPOCHS} epochs, coarse tokens first: 4 and "
+        "then 2\n   times fewer tokens per side, with the same weights."
     )
     result = train(
         topology, digits, schedule=SCHEDULE, epochs=EPOCHS, out=out, img_size=IMG_SIZE, batch_size=64, lr=2e-3,

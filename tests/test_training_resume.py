@@ -70,7 +70,7 @@ def test_killed_while_writing(tmp_path: Path, count: int) -> None:
     assert_same_end(run(tmp_path), run(None))
     best = torch.load(tmp_path / BEST, weights_only=True)
     rows = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
-    assert best["metric"] == max(max(row["top1"], row["ema_top1"]) for row in rows)
+    assert best["metric"] == max(max(row["top1"], row["ema_top1"]) for row in rows if row["token_reduction"] == 1)
     assert not list(tmp_path.glob(".*.tmp"))
 
 

@@ -40,6 +40,11 @@ def train_seconds(row: Row) -> float:
     return as_float(row["train_seconds"])
 
 
+def time_unit(seconds: float) -> tuple[int, str]:
+    """Seconds in the unit that suits a time, and its name."""
+    return (3600, "hours") if seconds >= 3600 else (60, "minutes") if seconds >= 60 else (1, "seconds")
+
+
 def accuracy(row: Row) -> float | None:
     """Top-1 of the network or of its average, whichever is better; None where the epoch was not validated."""
     found = [as_float(row[name]) for name in ("top1", "ema_top1") if row.get(name) is not None]
@@ -57,10 +62,13 @@ def training_result_table(run: Run) -> Table:
     ]
     validated = [row for row in run.trace if accuracy(row) is not None]
     if validated:
-        best, last = max(validated, key=lambda row: accuracy(row) or 0.0), validated[-1]
+        finest = min(row["token_reduction"] for row in validated)  # as model_best.pth.tar is chosen
+        best = max((row for row in validated if row["token_reduction"] == finest), key=lambda row: accuracy(row) or 0.0)
+        last = validated[-1]
         rows.append(("top-1 of the last validation (%)", f"{accuracy(last):.2f}"))
         rows.append(("best top-1 (%)", f"{accuracy(best):.2f} after epoch {best['epoch']}"))
-    rows.append(("time in training steps (hours)", f"{sum(map(train_seconds, run.trace)) / 3600:,.2f}"))
+    divisor, unit = time_unit(sum(map(train_seconds, run.trace)))
+    rows.append((f"time in training steps ({unit})", f"{sum(map(train_seconds, run.trace)) / divisor:,.2f}"))
     rows.append(("multiply-adds of the forward passes", f"{spent:.3g}"))
     rows.append(("saved of these by fewer tokens", f"{100 * saved:.1f} %"))
     note = "Epochs count from 0. Accuracy is that of the network or of its moving average, whichever is better."

@@ -31,7 +31,7 @@ class TrainResult:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The row of the best validation, by the better of the network and its average."""
+        """The row of the best validation with the finest tokens, by the better of the network and its average."""
         return best_row(self.epochs)
 
     @property
@@ -41,8 +41,10 @@ class TrainResult:
 
 
 def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The first of the best."""
-    return max((row for row in rows if row.get("top1") is not None), key=metric, default=None)
+    """The first of the best among those with the finest tokens so far: weights of a coarse phase do best on its grid,
+    which nobody will use them on."""
+    validated = [row for row in rows if row.get("top1") is not None]
+    return max(validated, key=lambda row: (-row["token_reduction"], metric(row)), default=None)
 
 
 def metric(row: Mapping[str, Any]) -> float:

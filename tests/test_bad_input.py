@@ -136,7 +136,7 @@ def test_files_where_folders_belong(fails, tmp_path: Path) -> None:
     fails(["report", str(path)], "file")
     fails(["report", str(tmp_path)], "holds no run")
     fails(["export", TOPOLOGY, "--to", str(path)], "is a file")
-    fails(["export", str(path), "--to", str(tmp_path / "model")], "neither")
+    fails(["export", str(path), "--to", str(tmp_path / "model")], "not a checkpoint")
     assert contents(tmp_path) == {"file": b"precious"}
 
 

@@ -76,7 +76,12 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # timm keeps its options in one
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
+    except pickle.UnpicklingError as error:  # whose text advises to load it unsafely
+        raise InputError(
+            f"{str(path)!r} is not a checkpoint that can be loaded safely: it is damaged, or no checkpoint, or holds "
+            "objects other than tensors, numbers and text"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
         raise InputError(f"{str(path)!r} is not a checkpoint that can be loaded safely: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise InputError(f"{str(path)!r} holds {type(content).__name__}, not a checkpoint; save a state_dict")

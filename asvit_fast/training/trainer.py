@@ -335,6 +335,7 @@ class Trainer:
         state = self._state()
         if self.rank == 0:
             run.record(row, state)
+            run.state = None
             self._keep_best()
             self.log.epoch(row)
             self.log.write_summary(self.rows)
@@ -366,6 +367,7 @@ class Trainer:
         state = self._state()
         if self.rank == 0:
             run.save(state)
+            run.state = None  # it is large
 
     def _keep_best(self) -> None:
         """After an epoch that was the best so far, its checkpoint."""

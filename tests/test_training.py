@@ -210,6 +210,15 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         run(None, **options)
 
 
+def test_networks_without_stochastic_depth() -> None:
+    """Any network of timm trains with full tokens; what it lacks must be switched off."""
+    options = {**OPTIONS, **PLAIN, "schedule": "1", "epochs": 1}
+    result = af.train("dla46_c", (Pictures(16), None), **options)
+    assert result.epochs[0]["train_loss"] > 0 and result.top1 is None
+    with pytest.raises(InputError, match="drop_path_rate"):
+        af.train("dla46_c", (Pictures(16), None), **{**options, "drop_path": 0.1})
+
+
 def test_unknown_network() -> None:
     with pytest.raises(InputError, match="no_such_model"):
         af.train("no_such_model", (Pictures(), None), **OPTIONS)

@@ -19,6 +19,7 @@ from ..topology import Topology
 from .checkpoint import one_line, read_file, weights_of
 
 What = str | Topology | nn.Module
+BESIDES = ("img_size", "num_classes", "pretrained")  # arguments that a description has elsewhere, or not at all
 TIMMS_FIT = "checkpoint_filter_fn"  # beside each model of timm: old names and other sizes made to fit
 
 
@@ -51,10 +52,16 @@ def create_network(
         what = "asvit"
     if takes_size(what):
         options.setdefault("img_size", img_size)
-    model = build(what, {"num_classes": num_classes, "drop_path_rate": drop_path, **options})
+    options["num_classes"] = num_classes
+    try:
+        model = build(what, {"drop_path_rate": drop_path, **options})
+    except InputError as error:
+        if drop_path or "drop_path_rate" not in str(error):
+            raise
+        model = build(what, options)  # it has no stochastic depth, and none is wanted
     if initial_checkpoint:
         start_from(model, initial_checkpoint)
-    described = {name: value for name, value in options.items() if name not in ("img_size", "pretrained")}
+    described = {name: value for name, value in options.items() if name not in BESIDES}
     return model, {"model": what, **_describe(model, num_classes, img_size, described)}
 
 

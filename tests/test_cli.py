@@ -266,7 +266,12 @@ def test_interrupt(tmp_path: Path) -> None:
     """Ctrl-C in the middle of a search: exit code 130, and the same command goes on."""
     command = [*SEARCH, "--steps", "400", "--out", str(tmp_path)]
     trace = tmp_path / "trace.jsonl"
-    process = subprocess.Popen([sys.executable, "-m", "asvit_fast", *command], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "asvit_fast", *command],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in the background inherit to ignore it
+    )
     while process.poll() is None and not (trace.exists() and trace.read_text().count("\n") >= 2):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)

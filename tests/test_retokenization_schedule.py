@@ -178,7 +178,7 @@ def test_schedule_cost() -> None:
     assert schedule_cost(model, "0.5:4,0.25:2,0.25:1", (52, 64)).saving == pytest.approx(cost.saving)
     assert schedule_cost(model, "1", 64).saving == 0 and token_reduction(model) == 2
     rows = [line.split() for line in cost.table().splitlines()]
-    assert [row[0] for row in rows] == ["epochs", "1-2", "3-3", "4-4", "all"]
+    assert [row[0] for row in rows] == ["epochs", "0-1", "2-2", "3-3", "all"]
     assert rows[1][-1] == f"{cost.phase_savings[0]:.1%}" and rows[-1][-1] == f"{cost.saving:.1%}"
 
 

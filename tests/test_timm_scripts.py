@@ -110,7 +110,7 @@ def test_what_the_schedule_saves_is_shown(arguments, capsys):
     assert main([*arguments, "--epochs", "4", *SCHEDULE]) == 0
     shown = capsys.readouterr().err
     lines = [line.split() for line in shown.splitlines() if " x " in line and "%" in line]
-    assert [line[0] for line in lines] == ["1-1", "2-2", "3-4"]
+    assert [line[0] for line in lines] == ["0-0", "1-1", "2-3"]
     assert lines[2][-1] == "0.0%"
 
 

@@ -45,12 +45,12 @@ class ScheduleCost:
         return "\n".join([*lines, f"{'all':>12}  {'':>21}  {'':>23}  {self.saving:>7.1%}"])
 
     def _titles(self) -> list[str]:
-        """Epochs from 1, or fractions of the training."""
+        """Epochs, counted from 0 as everywhere, or fractions of the training."""
         phases = self.schedule.phases
         if self.schedule.epochs is None:
             return [f"{phase.length:.1%}" for phase in phases]
         ends = [*self.schedule.starts[1:], self.schedule.epochs]
-        return [f"{start + 1}-{end}" for start, end in zip(self.schedule.starts, ends, strict=True)]
+        return [f"{start}-{end - 1}" for start, end in zip(self.schedule.starts, ends, strict=True)]
 
 
 def schedule_cost(model: nn.Module, schedule: str | RetokenizationSchedule, img_size: ImageSize = 224) -> ScheduleCost:

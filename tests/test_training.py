@@ -167,6 +167,9 @@ def test_a_training_of_timm_goes_on_here(tmp_path: Path) -> None:
     assert [row["epoch"] for row in result.epochs] == [2]
     with pytest.raises(InputError, match="does not exist"):
         run(None, resume=str(tmp_path / "nothing.pth.tar"))
+    for other in ({"model_kwargs": {"attn_scale": True}}, {"layer_decay": 0.7}):
+        with pytest.raises(InputError, match="another network or optimizer"):
+            run(None, **other, resume=str(tmp_path / "last.pth.tar"))
 
 
 def test_fine_tuning_starts_from_a_checkpoint(tmp_path: Path) -> None:

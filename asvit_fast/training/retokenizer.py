@@ -62,7 +62,7 @@ class Retokenizer:
         return token_reduction(self.model) if self.model in self._modules else 1
 
     def step(self, epoch: int) -> bool:
-        """Give all networks the reduction of an epoch, counted from 0; True if that changed one. Microseconds, and no
+        """Give all networks the reduction of an epoch, counted from 0; True if that changed one. A millisecond, and no
         tensor changes; under torchrun every rank calls it.
 
         Raises:

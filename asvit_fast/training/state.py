@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import FORMAT
+from ..errors import InputError
+from .checkpoint import FORMAT, one_line
 from .parallel import load_model, load_optimizer, whole
 from .step import Step
 
@@ -43,12 +44,21 @@ def collect(step: Step, name: str, arguments: Mapping[str, Any], epoch: int) -> 
 
 
 def restore(step: Step, state: Mapping[str, Any]) -> None:
-    """The weights, average, optimizer and loss scale of a checkpoint; an average that it lacks starts from the
-    weights."""
-    load_model(step.model, state["state_dict"])
-    for average in step.averages:
-        load_model(average, state.get("state_dict_ema", state["state_dict"]))
-    if "optimizer" in state:
-        load_optimizer(step.optimizer, state["optimizer"])
+    """The weights, average, optimizer and loss scale of a checkpoint; an average that it lacks starts from the weights.
+
+    Raises:
+        InputError: it is of another network, or of an optimizer with other groups of weights.
+    """
+    try:
+        load_model(step.model, state["state_dict"])
+        for average in step.averages:
+            load_model(average, state.get("state_dict_ema", state["state_dict"]))
+        if "optimizer" in state:
+            load_optimizer(step.optimizer, state["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise InputError(
+            f"the checkpoint is of another network or optimizer: {one_line(error)}; give the options that it was begun "
+            "with, or take its weights alone as initial_checkpoint"
+        ) from error
     if step.scaler.is_enabled() and "amp_scaler" in state:
         step.scaler.load_state_dict(state["amp_scaler"])

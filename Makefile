@@ -18,7 +18,7 @@ $(VENV)/bin/python:
 
 # torch comes first, as the extension is built against the torch that will load it
 $(VENV)/.torch: | $(VENV)/bin/python
-	$(BIN)/python -m pip install --progress-bar off "torch>=2.11" torchvision "setuptools>=64" ninja
+	$(BIN)/python -m pip install --progress-bar off "torch>=2.11" torchvision "setuptools>=70.1" ninja
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)

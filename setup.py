@@ -82,6 +82,17 @@ def build_mode(environment: dict[str, str] | os._Environ[str] = os.environ) -> s
     return mode
 
 
+def check_setuptools() -> None:
+    """`pip install --no-build-isolation` takes the setuptools that is there, and one before 70.1 builds no wheels."""
+    if importlib.util.find_spec("setuptools.command.bdist_wheel") or importlib.util.find_spec("wheel"):
+        return
+    import setuptools
+
+    raise SystemExit(
+        f"setuptools {setuptools.__version__} cannot build wheels: pip install --upgrade 'setuptools>=70.1', then again"
+    )
+
+
 def output_of(*command: str | Path) -> str:
     """Standard output and error of a command, together."""
     result = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
@@ -311,6 +322,7 @@ class BuildPython(build_py):
 
 def main() -> None:
     """Run setuptools on the plan."""
+    check_setuptools()
     BuildPython.plan = plan = make_plan(build_mode())
     commands: dict[str, type] = {"build_py": BuildPython}
     extensions = []
@@ -320,7 +332,7 @@ def main() -> None:
     setup(
         packages=[*find_packages(include=["asvit_fast", "asvit_fast.*"]), "asvit_fast.kernels"],
         package_dir={"asvit_fast": "asvit_fast", "asvit_fast.kernels": "kernels"},
-        package_data={"asvit_fast.kernels": ["tiles/*.json"]},
+        package_data={"asvit_fast": ["py.typed", "*.pyi"], "asvit_fast.kernels": ["tiles/*.json"]},
         ext_modules=extensions,
         cmdclass=commands,
     )

@@ -1,56 +1,22 @@
 """asvit_fast: design, score, scale and accelerate vision transformers. Source of the method: As-ViT (arXiv
-2202.11921)."""
+2202.11921).
 
-from . import ops
-from .accelerate import accelerate, restore
-from .environment import show_config
-from .errors import InputError
-from .models import AsViT, convert_asvit_state_dict, create_model
-from .scoring import (
-    curvature,
-    curve,
-    gauss_length,
-    length_distortion,
-    ntk_condition,
-    ntk_gram,
-    score,
-)
-from .search import Budget, scale, search
-from .taylor import jet, jvp
-from .topology import SearchSpace, StageSpec, Topology
-from .training import RetokenizationSchedule, Retokenizer, TrainResult, set_token_reduction, train
-from .verification import verify
+The public names stand in ``__init__.pyi`` and load when they are first used: the command line answers before torch is
+there, and ``import asvit_fast`` costs milliseconds.
+"""
 
-__version__ = "0.1.0"
+import lazy_loader
 
-__all__ = [
-    "AsViT",
-    "Budget",
-    "InputError",
-    "RetokenizationSchedule",
-    "Retokenizer",
-    "SearchSpace",
-    "StageSpec",
-    "Topology",
-    "TrainResult",
-    "accelerate",
-    "convert_asvit_state_dict",
-    "create_model",
-    "curvature",
-    "curve",
-    "gauss_length",
-    "jet",
-    "jvp",
-    "length_distortion",
-    "ntk_condition",
-    "ntk_gram",
-    "ops",
-    "restore",
-    "scale",
-    "score",
-    "search",
-    "set_token_reduction",
-    "show_config",
-    "train",
-    "verify",
-]
+from ._registration import register_on_import
+from ._version import __version__
+
+_load, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+
+def __getattr__(name: str) -> object:
+    value = _load(name)
+    register_on_import()
+    return value
+
+
+register_on_import()

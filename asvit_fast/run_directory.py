@@ -172,7 +172,7 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def _version() -> str:
-    from . import __version__  # here, because the package imports this module while it is being made
+    from ._version import __version__
 
     return __version__
 

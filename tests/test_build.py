@@ -43,6 +43,12 @@ def test_unknown_build_mode(build):
         build.build_mode({"ASVIT_FAST_BUILD": "gpu"})
 
 
+def test_setuptools_without_wheels_is_refused(build, monkeypatch):
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"cannot build wheels: pip install --upgrade 'setuptools>=70.1'"):
+        build.main()
+
+
 def test_mode_none_builds_nothing(build):
     plan = build.make_plan("none")
     assert not plan.extension

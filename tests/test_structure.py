@@ -6,11 +6,13 @@ import ast
 import functools
 import importlib
 import inspect
+import itertools
 import re
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -29,7 +31,8 @@ CONTRACT = {  # methods that mean what torch and timm say they mean
 # what each part of the package may import, besides itself and what those may import in turn
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
-    "version": set(),
+    "_version": set(),
+    "_registration": set(),
     "_extension": set(),
     "files": {"errors"},
     "topology": {"errors"},
@@ -57,7 +60,7 @@ LAYERS: dict[str, set[str]] = {
     "timm": {"training"},
     "demo": {"cli"},
     "__main__": {"cli"},
-    "__init__": {"cli"},
+    "__init__": {"cli", "_registration"},
 }
 
 
@@ -65,7 +68,7 @@ LAYERS: dict[str, set[str]] = {
 def allowed(part: str) -> frozenset[str]:
     """Everything that a part may import."""
     below = LAYERS[part]
-    return frozenset({part, "errors", "version"}).union(below, *(allowed(other) for other in below))
+    return frozenset({part, "errors", "_version"}).union(below, *(allowed(other) for other in below))
 
 
 def part_of(path: Path) -> str:
@@ -158,7 +161,7 @@ def test_import_of_kernels_is_left_to_others():
 def public_objects() -> Iterator[tuple[str, object]]:
     """What users import: the names of asvit_fast and asvit_fast.ops, and the public methods of their classes."""
     for module in (importlib.import_module("asvit_fast"), importlib.import_module("asvit_fast.ops")):
-        for name, value in vars(module).items():
+        for name, value in ((name, getattr(module, name)) for name in dir(module)):
             if name.startswith("_") or not getattr(value, "__module__", "").startswith("asvit_fast"):
                 continue
             yield f"{module.__name__}.{name}", value
@@ -190,13 +193,36 @@ def test_files_are_not_too_long():
 
 def test_import_needs_neither_triton_nor_extension():
     hide = "import sys; sys.modules['triton'] = None; sys.modules['asvit_fast._C'] = None"
-    program = f"{hide}; import asvit_fast; print('imported')"
+    program = f"{hide}; import asvit_fast; [getattr(asvit_fast, name) for name in dir(asvit_fast)]; print('imported')"
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=False
     )
     assert result.stdout.strip() == "imported", result.stderr
 
 
-def test_version_is_the_same_everywhere():
+def test_version_is_stated_once():
     asvit_fast = importlib.import_module("asvit_fast")
-    assert asvit_fast.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" in project["project"]["dynamic"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "asvit_fast._version.__version__"}
+    assert metadata.version("asvit-fast") == asvit_fast.__version__
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(("asvit_fast", "torch", "timm"))))
+def test_ops_and_networks_are_registered_in_any_order_of_imports(order: tuple[str, ...]):
+    program = (
+        f"import {', '.join(order)}; print(timm.is_model('asvit_small'), torch.ops.asvit_fast.linear.default,"
+        " type(torch.__spec__.loader).__name__)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.stdout.split() == ["True", "asvit_fast.linear.default", "SourceFileLoader"], result.stderr
+
+
+def test_functions_keep_their_names_when_modules_of_the_same_name_are_imported():
+    program = (
+        "import asvit_fast; from asvit_fast.search import Policy; import asvit_fast.accelerate;"
+        " print('torch' in sys.modules, callable(asvit_fast.search), callable(asvit_fast.accelerate))"
+    )
+    program = "import sys, asvit_fast; print('torch' in sys.modules);" + program
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.stdout.split() == ["False", "True", "True", "True"], result.stderr

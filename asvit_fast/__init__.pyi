@@ -1,0 +1,55 @@
+"""asvit_fast: design, score, scale and accelerate vision transformers. Source of the method: As-ViT (arXiv
+2202.11921)."""
+
+from . import models, nn, ops, scoring, taylor, training
+from .accelerate import accelerate, restore
+from .environment import show_config
+from .errors import InputError
+from .models import AsViT, convert_asvit_state_dict, create_model
+from .scoring import (
+    curvature,
+    curve,
+    gauss_length,
+    length_distortion,
+    ntk_condition,
+    ntk_gram,
+    score,
+)
+from .search import Budget, scale, search
+from .taylor import jet, jvp
+from .topology import SearchSpace, StageSpec, Topology
+from .training import RetokenizationSchedule, Retokenizer, TrainResult, set_token_reduction, train
+from .verification import verify
+from ._version import __version__
+
+__all__ = [
+    "AsViT",
+    "Budget",
+    "InputError",
+    "RetokenizationSchedule",
+    "Retokenizer",
+    "SearchSpace",
+    "StageSpec",
+    "Topology",
+    "TrainResult",
+    "accelerate",
+    "convert_asvit_state_dict",
+    "create_model",
+    "curvature",
+    "curve",
+    "gauss_length",
+    "jet",
+    "jvp",
+    "length_distortion",
+    "ntk_condition",
+    "ntk_gram",
+    "ops",
+    "restore",
+    "scale",
+    "score",
+    "search",
+    "set_token_reduction",
+    "show_config",
+    "train",
+    "verify",
+]

@@ -8,7 +8,7 @@ there, and ``import asvit_fast`` costs milliseconds.
 import lazy_loader
 
 from ._registration import register_on_import
-from ._version import __version__
+from ._version import __version__ as __version__
 
 _load, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 

@@ -2,6 +2,7 @@
 2202.11921)."""
 
 from . import models, nn, ops, scoring, taylor, training
+from ._version import __version__
 from .accelerate import accelerate, restore
 from .environment import show_config
 from .errors import InputError
@@ -20,7 +21,6 @@ from .taylor import jet, jvp
 from .topology import SearchSpace, StageSpec, Topology
 from .training import RetokenizationSchedule, Retokenizer, TrainResult, set_token_reduction, train
 from .verification import verify
-from ._version import __version__
 
 __all__ = [
     "AsViT",
@@ -32,6 +32,7 @@ __all__ = [
     "StageSpec",
     "Topology",
     "TrainResult",
+    "__version__",
     "accelerate",
     "convert_asvit_state_dict",
     "create_model",
@@ -41,15 +42,20 @@ __all__ = [
     "jet",
     "jvp",
     "length_distortion",
+    "models",
+    "nn",
     "ntk_condition",
     "ntk_gram",
     "ops",
     "restore",
     "scale",
     "score",
+    "scoring",
     "search",
     "set_token_reduction",
     "show_config",
+    "taylor",
     "train",
+    "training",
     "verify",
 ]

@@ -14,7 +14,6 @@ import pytest
 import timm
 import yaml
 
-import asvit_fast
 from asvit_fast.cli import COMMANDS, main
 from asvit_fast.cli.options import bounds, choices_per_dimension, image_size, integer, limit, number
 from asvit_fast.errors import InputError
@@ -95,7 +94,9 @@ def test_other_readers() -> None:
 # Help, defaults, configuration
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["search", "--help"], ["serach"], ["score", "--metricx"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["search", "--help"], ["serach"], ["score", "--metricx", "ntk"]]
+)
 def test_help_and_mistakes_answer_without_torch(arguments: list[str]) -> None:
     script = (
         "import sys, atexit; atexit.register(lambda: print('torch' in sys.modules, 'numpy' in sys.modules))\n"

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import os
+import re
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
 
+from .._version import __version__
 from ..errors import InputError
 from . import env, eval, export, report, scale, score, search, train, tune
 from .options import Command, Option, require, settings, to_yaml
@@ -29,14 +32,16 @@ class _Parser(argparse.ArgumentParser):
     """Reports mistakes like everything else here: one line, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see {self.prog} --help")
+        wrong = re.search(r"invalid choice: '([^']*)'", message)
+        hint = _did_you_mean(wrong[1], COMMANDS) if wrong else ""
+        raise InputError(f"{message}{hint}; see {self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 (``env --require`` not met), 2 (bad input), 130 (interrupted)."""
     command: Command | None = None
     try:
-        arguments = vars(_parser().parse_args(argv))
+        arguments = _parse(argv)
         command = COMMANDS[arguments.pop("command")]
         return _run(command, arguments)
     except InputError as error:
@@ -51,6 +56,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         resume = "; the same command continues where it stopped" if command is not None and command.resumable else ""
         print(f"\n{PROGRAM}: interrupted{resume}", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _parse(argv: Sequence[str] | None) -> dict[str, Any]:
+    parsed, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        command = COMMANDS[parsed.command]
+        hint = _did_you_mean(unknown[0], [option.label for option in command.options if not option.positional])
+        raise InputError(f"{command.name} does not know {' '.join(unknown)}{hint}; see {PROGRAM} {command.name} --help")
+    return vars(parsed)
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name.partition("=")[0], list(known), 1)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _run(command: Command, arguments: dict) -> int:
@@ -93,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Design, scale and score vision transformers without training (As-ViT, arXiv 2202.11921).",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS.values():
         sub = commands.add_parser(

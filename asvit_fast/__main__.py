@@ -1,6 +1,15 @@
-"""``python -m asvit_fast`` is the same program as ``asvit-fast``."""
+"""``python -m asvit_fast`` and ``asvit-fast``: the same program."""
 
-from .cli import main
+
+def main() -> int:
+    """Run the command line; also while it is still being loaded, Ctrl-C ends it without a traceback."""
+    try:
+        from .cli import main
+
+        return main()
+    except KeyboardInterrupt:
+        return 130
+
 
 if __name__ == "__main__":
     raise SystemExit(main())

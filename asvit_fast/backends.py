@@ -200,7 +200,7 @@ def resolve_device(device: str | torch.device | None = None) -> torch.device:
     except RuntimeError:
         raise InputError(f"device {device!r} is not known: use cpu, cuda or cuda:N") from None
     if resolved.type != "cuda":
-        return resolved
+        return _usable(resolved)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count == 0:
         raise InputError(f"device {str(device)!r} does not exist: torch sees no CUDA GPU here; use cpu")
@@ -212,15 +212,34 @@ def resolve_device(device: str | torch.device | None = None) -> torch.device:
     return torch.device("cuda", index)
 
 
+def _usable(device: torch.device) -> torch.device:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise InputError(
+            f"device {str(device)!r} cannot be used: torch {torch.__version__} has no support for it here; "
+            "use cpu, cuda or cuda:N"
+        ) from error
+    return device
+
+
+def computing_device(device: str | torch.device | None) -> torch.device:
+    """``resolve_device`` for work that needs numbers: InputError for "meta", which holds none."""
+    resolved = resolve_device(device)
+    if resolved.type == "meta":
+        raise InputError("device 'meta' holds no numbers to compute with; use cpu, cuda or cuda:N")
+    return resolved
+
+
 def rank_device(device: str | torch.device | None) -> torch.device:
     """The device of this process: a GPU if there is one, unless told otherwise; GPU ``LOCAL_RANK`` under torchrun.
 
-    Raises InputError for a device that does not exist.
+    Raises InputError for a device that does not exist, or holds no numbers.
     """
     local_rank = os.environ.get("LOCAL_RANK")
     if local_rank is not None and torch.cuda.is_available() and (device is None or str(device) == "cuda"):
         device = f"cuda:{local_rank}"
-    return resolve_device(device)
+    return computing_device(device)
 
 
 def strict() -> bool:

@@ -107,6 +107,30 @@ def test_help_and_mistakes_answer_without_torch(arguments: list[str]) -> None:
     assert done.returncode in (0, 2)
 
 
+def test_whole_numbers_are_read_exactly() -> None:
+    assert number("9007199254740993") == 2**53 + 1
+    assert number(2**53 + 1) == 2**53 + 1
+
+
+@pytest.mark.parametrize("module", ["asvit_fast.cli.options", "numpy.linalg", "torch.nn.modules", "asvit_fast.ops"])
+def test_interrupt_while_loading(module: str) -> None:
+    """Ctrl-C before the work has begun: no traceback, whatever is being imported (``-X importtime`` tells)."""
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", "asvit_fast", "score", TOPOLOGY, *TINY[:-2], "--repeats", "1000"],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.rstrip().endswith(f" {module}"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert "Traceback" not in error, error
+    assert process.returncode == 130
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_is_documented(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:

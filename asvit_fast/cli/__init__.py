@@ -9,9 +9,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import importlib
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -80,9 +83,32 @@ def _run(command: Command, arguments: dict) -> int:
         sys.stdout.write(to_yaml(command, values))
     else:
         require(command, values)
+        _load(command.needs)
         code = command.run(values)
     sys.stdout.flush()  # a full disk or a closed pipe behind stdout shows here, while it can still be reported
     return code
+
+
+def _load(package: str) -> None:
+    """Import what takes seconds. Torch, numpy and others turn Ctrl-C into errors of their own while they are imported:
+    until they are there it ends the process at once, as nothing has begun."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or not _in_main_thread():
+        return  # somebody else decides what Ctrl-C means
+    signal.signal(signal.SIGINT, _end_at_once)
+    try:
+        importlib.import_module(package)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _end_at_once(*_: object) -> None:
+    sys.stderr.write(f"\n{PROGRAM}: interrupted\n")
+    sys.stderr.flush()
+    os._exit(EXIT_INTERRUPTED)
 
 
 def _abandon_stdout() -> None:

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .options import Option, choice, flag, image_size, integer, text
+from .options import Option, choice, flag, image_size, integer, path, seed, text
 
 IMG_SIZE = Option("img_size", image_size, 224, "image size in pixels: a side, or HEIGHTxWIDTH", "PIXELS")
 THETAS = Option("thetas", integer(1), 10, "number of points on the circle of the curve measures", "N")
 REPEATS = Option("repeats", integer(1), 5, "number of freshly initialised networks to average over", "N")
 BATCH = Option("batch", integer(1), 16, "number of images in the NTK's Gram matrix", "N")
-IMAGES = Option("images", text, None, "folder of images for the NTK; without it, normal noise from the seed", "DIR")
-SEED = Option("seed", integer(0), 0, "seed (a whole number) of everything that is drawn", "N")
+IMAGES = Option("images", path, None, "folder of images for the NTK; without it, normal noise from the seed", "DIR")
+SEED = Option("seed", seed, 0, "seed (a whole number) of everything that is drawn", "N")
 CONVENTION = Option(
     "convention", choice("paper", "reference"), "paper", "formulas: of the paper, or of the authors' code", "NAME"
 )

@@ -47,5 +47,6 @@ COMMAND = Command(
         Option("require", choice(*BACKENDS), None, f"exit with 1 unless it can run: {', '.join(BACKENDS)}", "NAME"),
     ),
     run=run,
+    needs="torch",
     epilog="example: asvit-fast env --require cuda && asvit-fast search ...",
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,10 @@ class Option:
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: its options, and the function that does the work and returns the exit code."""
+    """A subcommand: its options, and the function that does the work and returns the exit code.
+
+    ``needs`` is the package that takes longest to import; ``resumable`` work goes on where it was stopped.
+    """
 
     name: str
     summary: str
@@ -46,6 +50,7 @@ class Command:
     run: Callable[[SimpleNamespace], int]
     epilog: str = ""
     resumable: bool = False
+    needs: str = "timm"
 
 
 # Readers: text from the command line or a value from YAML -> the value the Python functions take.
@@ -67,6 +72,10 @@ def number(value: Any) -> float | int:
     """``1500``, ``1e6``, ``5M``, ``2.5G``: a finite number that is not negative; whole numbers come back as int."""
     form = "expected a number such as 1e6, 100M or 2.5G"
     try:
+        if isinstance(value, str) and re.fullmatch(r"\s*\d+\s*", value, re.ASCII):
+            return int(value)  # exactly: as a float, 2**53 + 1 would be 2**53
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+            return value
         if isinstance(value, str):
             stripped = value.strip().lower()
             factor = _SUFFIXES.get(stripped[-1:], 1.0)
@@ -90,6 +99,25 @@ def integer(minimum: int) -> Reader:
         return result
 
     return read
+
+
+def seed(value: Any) -> int:
+    """What torch takes as a seed and any program can store."""
+    try:
+        result = number(value)
+    except InputError:
+        result = -1
+    if not isinstance(result, int) or not 0 <= result < 2**63:
+        raise InputError(f"expected a whole number from 0 to 2**63 - 1, got {value!r}")
+    return result
+
+
+def path(value: Any) -> str:
+    """A file or folder that an operating system can name."""
+    result = text(value)
+    if not result.strip() or "\0" in result:
+        raise InputError(f"expected the name of a file or folder, got {result!r}")
+    return result
 
 
 def real(value: Any) -> float:
@@ -139,7 +167,11 @@ def keywords(value: Any) -> dict[str, Any]:
         name, equals, content = str(item).partition("=")
         if not equals:
             raise InputError(f"expected NAME=VALUE such as attn_scale=true, got {item!r}")
-        result[name.strip()] = yaml.safe_load(content)
+        try:
+            result[name.strip()] = yaml.safe_load(content)
+        except yaml.YAMLError as error:
+            problem = getattr(error, "problem", None) or "not YAML"
+            raise InputError(f"{name.strip()}: cannot read {content!r} ({problem})") from None
     return result
 
 

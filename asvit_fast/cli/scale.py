@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from .common import QUIET, SCORING, amount, check_output_folder, initialisations, say, size_text, source_text, table
-from .options import Command, Option, integer, limit, text
+from .options import Command, Option, integer, limit, path, text
 from .search import steps_done
 
 
@@ -75,7 +75,7 @@ COMMAND = Command(
     summary="Grow a topology in depth and width without training, up to a number of parameters.",
     options=(
         Option("topology", text, None, "the topology string to start from", positional=True, required=True),
-        Option("out", text, None, "run directory, made or continued", "DIR", required=True),
+        Option("out", path, None, "run directory, made or continued", "DIR", required=True),
         Option(
             "max_params",
             limit,

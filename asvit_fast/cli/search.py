@@ -6,7 +6,7 @@ import shlex
 from types import SimpleNamespace
 
 from .common import QUIET, SCORING, amount, check_output_folder, initialisations, say, size_text, source_text
-from .options import Command, Option, bounds, choices_per_dimension, fraction, integer, number, positive, text
+from .options import Command, Option, bounds, choices_per_dimension, fraction, integer, number, path, positive
 
 
 def run(values: SimpleNamespace) -> int:
@@ -95,7 +95,7 @@ COMMAND = Command(
     name="search",
     summary="Find a seed topology without training, by policy gradient on the scores.",
     options=(
-        Option("out", text, None, "run directory, made or continued", "DIR", required=True),
+        Option("out", path, None, "run directory, made or continued", "DIR", required=True),
         Option("steps", integer(1), 500, "number of topologies to sample", "N"),
         *SCORING,
         Option("params", bounds, None, "window of the number of parameters: LOW:HIGH, :10M or 1M:", "LO:HI"),

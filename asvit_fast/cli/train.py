@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import InputError
 from ..recipe import Recipe
 from .common import QUIET, check_output_folder, say
-from .options import Command, Option, flag, image_size, integer, keywords, pair, real, switch, text
+from .options import Command, Option, flag, image_size, integer, keywords, pair, path, real, seed, switch, text
 
 
 def run(values: SimpleNamespace) -> int:
@@ -68,6 +68,8 @@ def option(field: dataclasses.Field) -> Option:
         "tuple[float, float]": (pair, "X,Y"),
     }
     help_text = field.metadata["help"]
+    if field.name == "seed":
+        return Option(field.name, seed, field.default, help_text, "N")
     if field.type == "bool":
         if field.default is False:
             return Option(field.name, flag, False, help_text, flag=True)
@@ -90,8 +92,8 @@ COMMAND = Command(
             positional=True,
             required=True,
         ),
-        Option("data", text, None, "folder of images, a subfolder per class in train/ and val/", "DIR", required=True),
-        Option("out", text, None, "run directory, made or continued", "DIR", required=True),
+        Option("data", path, None, "folder of images, a subfolder per class in train/ and val/", "DIR", required=True),
+        Option("out", path, None, "run directory, made or continued", "DIR", required=True),
         Option(
             "schedule",
             text,

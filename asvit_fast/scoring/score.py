@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..backends import resolve_device
+from ..backends import computing_device
 from ..errors import InputError
 from ..models import AsViT, create_model
 from ..nn import OverlapPatchEmbed, PatchMerging
@@ -165,7 +165,7 @@ def score(
     """
     settings = ScoreSettings(metrics, img_size, thetas, repeats, batch, convention, norms, device)
     target = parse_target(target)
-    where = resolve_device(device)
+    where = computing_device(device)
     pixels = load(images, settings)
     is_module = isinstance(target, nn.Module)
     if is_module:  # one network: its repeats take turns, and its NTK is measured once
@@ -299,7 +299,7 @@ def _root(seed: Seed) -> int:
 
 def _draw(target: Topology | nn.Module | str, repeat: int, settings: ScoreSettings, seed: Seed) -> nn.Module:
     """Network number ``repeat``, on the device of the settings; a module stays on its own unless they name another."""
-    device = resolve_device(settings.device)
+    device = computing_device(settings.device)
     if isinstance(target, nn.Module):
         moves = settings.device is not None and _placement(target)[0] != device
         return copy.deepcopy(target).to(device) if moves else target

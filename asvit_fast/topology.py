@@ -18,6 +18,12 @@ from .errors import InputError
 NUM_STAGES = 4
 MAX_DIM = 1024  # widths double from stage to stage up to this cap (the paper's parameter counts include it)
 DEFAULT_WIDTH = 32
+NAMED_TOPOLOGIES = {  # the search's result and what it was scaled to (Table 4), by their names in timm
+    "asvit_seed": "8,2,3|4,1,2|4,1,4|4,1,6|32",
+    "asvit_small": "8,2,3,3|4,1,2,1|4,1,4,4|4,1,6,2|32,88",
+    "asvit_base": "8,2,3,3|4,1,2,1|4,1,4,5|4,1,6,2|32,116",
+    "asvit_large": "8,2,3,5|4,1,2,2|4,1,4,5|4,1,6,2|32,180",
+}
 EMBED_STRIDE = 4  # pixels between two tokens of stage 1 at full resolution
 
 # The widest values a field may take at all. Table 1 is narrower; these bounds only keep nonsense out.
@@ -94,18 +100,21 @@ class Topology:
 
     @classmethod
     def parse(cls, text: str | Topology) -> Topology:
-        """Read ``K,S,E[,L]|K,S,E[,L]|K,S,E[,L]|K,S,E[,L]|heads[,width]``.
+        """Read ``K,S,E[,L]|K,S,E[,L]|K,S,E[,L]|K,S,E[,L]|heads[,width]``, or a name of Table 4, ``asvit_small``.
 
         As the authors read it: a missing width is 32, and if any stage lacks its depth L, all depths are 1.
+        Raises InputError, naming what is wrong with the text.
         """
         if isinstance(text, Topology):
             return text
         if not isinstance(text, str):
             raise InputError(f"topology: expected a string, got {type(text).__name__}")
+        text = NAMED_TOPOLOGIES.get(text.strip().partition(".")[0], text)  # timm adds a tag to a name: .untrained
         form = "expected 'K,S,E[,L]' for each of 4 stages and 'heads[,width]', separated by '|'"
         groups = text.strip().split("|")
         if len(groups) != NUM_STAGES + 1:
-            raise InputError(f"topology {text!r}: {form}; got {len(groups)} groups instead of {NUM_STAGES + 1}")
+            names = f", or one of {', '.join(NAMED_TOPOLOGIES)}" if len(groups) == 1 else ""
+            raise InputError(f"topology {text!r}: {form}{names}; got {len(groups)} groups instead of {NUM_STAGES + 1}")
         numbers = [cls._integers(group, index, text) for index, group in enumerate(groups, start=1)]
         for index, values in enumerate(numbers[:-1], start=1):
             if len(values) not in (3, 4):

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .models.asvit import SEED_TOPOLOGY
 from .nn.patch_embed import embed_patches
 from .ops.patch_embed import MAXIMUM_CHANNELS
 from .ops.window_attention import WHOLE_HEAD_DIM, WHOLE_TOKENS
@@ -245,7 +244,7 @@ def topology_workloads(
 
 def default_workloads(img_size: int | tuple[int, int] = 224, names: Sequence[str] = OPS) -> list[Workload]:
     """The paper's topologies (arXiv 2202.11921, Table 4), the seed's with 16 and 64 heads too, and Swin-T, S and B."""
-    seed = Topology.parse(SEED_TOPOLOGY)
+    seed = Topology.parse("asvit_seed")
     grown = [replace(seed, width=width) for width in (88, 116, 180)]
     seeds = [replace(seed, heads=heads) for heads in (16, 32, 64)]
     found = [w for topology in (*seeds, *grown) for w in topology_workloads(topology, img_size, names)]

@@ -15,11 +15,11 @@ from timer import Row, Timing, compare, machine, print_rows
 from torch import Tensor
 
 from asvit_fast import AsViT, create_model
-from asvit_fast.topology import Topology
+from asvit_fast.topology import NAMED_TOPOLOGIES, Topology
 
 Run = Callable[[], Any]  # -> a tensor or a tuple of tensors
 
-SEED_TOPOLOGY = "8,2,3|4,1,2|4,1,4|4,1,6|32"
+SEED_TOPOLOGY = NAMED_TOPOLOGIES["asvit_seed"]
 THETAS = 10
 
 

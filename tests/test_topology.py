@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import timm
 import torch
 
 import asvit_fast as af
@@ -113,3 +114,17 @@ def test_narrow_and_enumerate() -> None:
         af.SearchSpace().narrow(K1=(2, 4))
     with pytest.raises(af.InputError, match="index of K1 must be from 0 to 4, got 5"):
         af.SearchSpace().topology([5, *[0] * 11])
+
+
+@pytest.mark.parametrize("name", ["asvit_seed", "asvit_small", "asvit_base", "asvit_large.untrained"])
+def test_names_of_table_4_are_topologies(name: str) -> None:
+    topology = af.Topology.parse(name)
+    model = timm.create_model(name, img_size=64, num_classes=3)
+    assert str(model.topology) == str(topology)
+    same = af.create_model(name, img_size=64, num_classes=3, pos_embed="absolute")
+    assert {n: p.shape for n, p in same.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+
+
+def test_unknown_names_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(af.InputError, match="'asvit_huge'.*one of asvit_seed, asvit_small, asvit_base, asvit_large"):
+        af.Topology.parse("asvit_huge")

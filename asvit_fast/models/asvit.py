@@ -17,7 +17,7 @@ from ..nn import FeatScale, Linear, OverlapPatchEmbed, PatchMerging, WindowAtten
 from ..nn.attention import split_attention
 from ..nn.patch_embed import embed_patches
 from ..ops.patch_merge import patch_merge
-from ..topology import EMBED_STRIDE, StageSpec, Topology
+from ..topology import EMBED_STRIDE, NAMED_TOPOLOGIES, StageSpec, Topology
 from .state_dict import drop_norms
 
 try:  # timm >= 1.0.30 records resizes so that saved models are rebuilt at their size
@@ -25,9 +25,8 @@ try:  # timm >= 1.0.30 records resizes so that saved models are rebuilt at their
 except ImportError:
     update_model_input_size = None  # type: ignore[assignment]
 
-__all__ = ["SEED_TOPOLOGY", "AsViT", "create_model"]
+__all__ = ["AsViT", "create_model"]
 
-SEED_TOPOLOGY = "8,2,3|4,1,2|4,1,4|4,1,6|32"
 MIN_IMG_SIZE = 32
 
 # Their Python branches on the size of the feature map, which symbolic tracing cannot follow.
@@ -145,7 +144,7 @@ class AsViT(nn.Module):
 
     def __init__(
         self,
-        topology: str | Topology = SEED_TOPOLOGY,
+        topology: str | Topology = NAMED_TOPOLOGIES["asvit_seed"],
         img_size: int | tuple[int, int] = 224,
         in_chans: int = 3,
         num_classes: int = 1000,
@@ -413,7 +412,7 @@ def create_model(
     named models (``timm.create_model("asvit_small")``) carry one, as the paper's parameter counts need it.
 
     Args:
-        topology: a Topology or its text, e.g. "8,2,3,3|4,1,2,1|4,1,4,4|4,1,6,2|32,88".
+        topology: a Topology, its text, "8,2,3,3|4,1,2,1|4,1,4,4|4,1,6,2|32,88", or a name of Table 4, "asvit_small".
         img_size: pixels, int or (height, width), 32 or more.
         num_classes: 0 for no classifier.
         pos_embed: "absolute" or "none".

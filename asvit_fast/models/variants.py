@@ -4,8 +4,8 @@ from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
-from ..topology import Topology
-from .asvit import SEED_TOPOLOGY, AsViT
+from ..topology import NAMED_TOPOLOGIES, Topology
+from .asvit import AsViT
 from .state_dict import fit_state_dict
 
 __all__ = ["asvit", "asvit_base", "asvit_large", "asvit_seed", "asvit_small"]
@@ -28,21 +28,12 @@ def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        name: _cfg()
-        for name in (
-            "asvit.untrained",
-            "asvit_seed.untrained",
-            "asvit_small.untrained",
-            "asvit_base.untrained",
-            "asvit_large.untrained",
-        )
-    }
-)
+default_cfgs = generate_default_cfgs({f"{name}.untrained": _cfg() for name in ("asvit", *NAMED_TOPOLOGIES)})
 
 
 def _build(variant: str, pretrained: bool, **kwargs: Any) -> AsViT:
+    if variant in NAMED_TOPOLOGIES:
+        kwargs.setdefault("topology", NAMED_TOPOLOGIES[variant])
     if isinstance(kwargs.get("topology"), Topology):
         kwargs["topology"] = str(kwargs["topology"])  # timm saves the arguments as JSON
     return build_model_with_cfg(
@@ -64,22 +55,22 @@ def asvit(pretrained: bool = False, **kwargs: Any) -> AsViT:
 @register_model
 def asvit_seed(pretrained: bool = False, **kwargs: Any) -> AsViT:
     """The seed topology that the paper's search found: 2.4 M parameters (arXiv 2202.11921, Table 4)."""
-    return _build("asvit_seed", pretrained, **{"topology": SEED_TOPOLOGY, **kwargs})
+    return _build("asvit_seed", pretrained, **kwargs)
 
 
 @register_model
 def asvit_small(pretrained: bool = False, **kwargs: Any) -> AsViT:
     """As-ViT Small: 29.0 M parameters (arXiv 2202.11921, Table 4)."""
-    return _build("asvit_small", pretrained, **{"topology": "8,2,3,3|4,1,2,1|4,1,4,4|4,1,6,2|32,88", **kwargs})
+    return _build("asvit_small", pretrained, **kwargs)
 
 
 @register_model
 def asvit_base(pretrained: bool = False, **kwargs: Any) -> AsViT:
     """As-ViT Base: 52.6 M parameters (arXiv 2202.11921, Table 4)."""
-    return _build("asvit_base", pretrained, **{"topology": "8,2,3,3|4,1,2,1|4,1,4,5|4,1,6,2|32,116", **kwargs})
+    return _build("asvit_base", pretrained, **kwargs)
 
 
 @register_model
 def asvit_large(pretrained: bool = False, **kwargs: Any) -> AsViT:
     """As-ViT Large: 88.1 M parameters (arXiv 2202.11921, Table 4)."""
-    return _build("asvit_large", pretrained, **{"topology": "8,2,3,5|4,1,2,2|4,1,4,5|4,1,6,2|32,180", **kwargs})
+    return _build("asvit_large", pretrained, **kwargs)

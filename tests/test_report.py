@@ -100,8 +100,40 @@ def write_scale(directory: Path, steps: int = 4, finished: bool = True) -> Path:
     return write_run(directory, {"kind": "scale", "topology": str(start)}, trace, result if finished else None)
 
 
+def write_baseline(directory: Path, topologies: int = 12) -> None:
+    """The random baseline of a search, as ``search --baseline random`` leaves it; one has no finite condition."""
+    records = [
+        {"step": step, "topology": "", "length_distortion": 45.0 + step, "ntk_condition": 30.0 if step else math.inf}
+        for step in range(topologies)
+    ]
+    write_run(directory / "baseline", {"kind": "baseline"}, records, None)
+
+
 def images_in(page: Path) -> list[str]:
     return re.findall(r'<img [^>]*src="([^"]+)"', page.read_text())
+
+
+def test_random_baseline_and_starts_are_shown(tmp_path: Path) -> None:
+    page = report(write_search(tmp_path))
+    alone = page.with_name("search_progress.png").read_bytes()
+    write_baseline(tmp_path)
+    start = {"date": "2026-11-25 10:00", "command": "asvit-fast search --out x", "machine": "EPYC", "versions": "2.14"}
+    (tmp_path / "starts.jsonl").write_text(to_json(start) + "\n")
+    text = report(tmp_path).read_text()
+    assert page.with_name("search_progress.png").read_bytes() != alone
+    assert "asvit-fast search --out x" in text
+    assert "EPYC" in text
+
+
+def test_options_are_in_words(tmp_path: Path) -> None:
+    directory = write_search(tmp_path)
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"images": None, "device": "", "budget": {"params": [None, 4e6], "flops": None}, "amp": True}
+    (directory / "config.json").write_text(to_json(config))
+    rows = re.findall(r"<td[^>]*>([^<]*)</td>", report(directory).read_text())
+    assert "params: none, 4000000.0; flops: none" in rows
+    assert "yes" in rows
+    assert not {"None", "True", "False", "{}", "[]"} & set(rows)
 
 
 @pytest.mark.parametrize("finished", [True, False])

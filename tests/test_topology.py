@@ -126,5 +126,5 @@ def test_names_of_table_4_are_topologies(name: str) -> None:
 
 
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(af.InputError, match="'asvit_huge'.*one of asvit_seed, asvit_small, asvit_base, asvit_large"):
+    with pytest.raises(af.InputError, match=r"'asvit_huge'.*one of asvit_seed, asvit_small, asvit_base, asvit_large"):
         af.Topology.parse("asvit_huge")

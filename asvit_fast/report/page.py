@@ -21,8 +21,9 @@ from .training_tables import phase_table, training_result_table
 TOP = 10  # rows in the tables of the best
 
 CAPTIONS = {
-    "search_progress.png": "Entropy of the policy, in nats, before each step, and the reward it got. "
-    "Falling entropy means that the policy commits itself; the reward is a difference to the step before.",
+    "search_progress.png": "Measures of the topology that each step drew and scored, their moving mean with its "
+    "standard error, and what random topologies reach: the mean of the baseline (search --baseline random), with one "
+    "standard deviation to either side. Below, the entropy of the policy before each step.",
     "search_candidates.png": "Each dot is one sampled topology, coloured by its step. "
     "Both scores are means over freshly initialised networks; no network was trained.",
     "scale_trajectory.png": "Blocks in all four stages against channels of the first; "
@@ -79,7 +80,8 @@ class Section:
             "scale": (_result_table, _growth_table),
             "train": (training_result_table, phase_table),
         }
-        tables = [make(run) for make in (*makers[run.kind], _config_table)]
+        common = (_config_table, _starts_table) if run.starts else (_config_table,)
+        tables = [make(run) for make in (*makers[run.kind], *common)]
         title = {"search": "Topology search", "scale": "Scaling", "train": "Training"}[run.kind]
         return cls(title, status, run.topology, images, tables)
 
@@ -177,7 +179,7 @@ def _top_table(run: Run):
             _score(distinct[index]["ntk_condition"]),
             _millions(distinct[index]["params"]),
             _millions(distinct[index]["flops"]),
-            distinct[index]["step"],
+            distinct[index]["step"] + 1,
         )
         for index in sorted(rank_sum, key=rank_sum.__getitem__)[:TOP]
     ]
@@ -267,7 +269,7 @@ def _growth_table(run: Run):
         topology = Topology.parse(record["topology"])
         rows.append(
             (
-                record["step"],
+                record["step"] + 1,
                 _code(record["topology"]),
                 topology.width,
                 sum(topology.depths),
@@ -282,9 +284,23 @@ def _growth_table(run: Run):
 
 
 def _config_table(run: Run):
-    def shown(value: Any) -> str:
-        if isinstance(value, dict):
-            return "; ".join(f"{name}: {shown(item)}" for name, item in value.items())
-        return ", ".join(map(shown, value)) if isinstance(value, list) else str(value)
+    rows = [(name, _words(value)) for name, value in run.config.items() if name not in ("kind", "changes")]
+    return "Options", "", ("option", "value"), rows
 
-    return "Options", "", ("option", "value"), [(name, shown(value)) for name, value in run.config.items()]
+
+def _words(value: Any) -> str:
+    """An option for people: no quotes, brackets or names of Python's."""
+    if isinstance(value, dict):
+        return "; ".join(f"{name}: {_words(item)}" for name, item in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(map(_words, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None or value == "" else str(value)
+
+
+def _starts_table(run: Run):
+    """When, where and by which command the run was begun and continued."""
+    names = ("date", "command", "machine", "versions")
+    rows = [tuple(_words(start.get(name)) for name in names) for start in run.starts]
+    return "Started", "Each line is one start: the first began the run, the others continued it.", names, rows

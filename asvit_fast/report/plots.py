@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
@@ -45,6 +47,11 @@ class Point:
     step: int
     chosen: bool = False
 
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> Point:
+        """The topology that a step drew."""
+        return cls(as_float(record["length_distortion"]), as_float(record["ntk_condition"]), record["step"] + 1)
+
     @property
     def finite(self) -> bool:
         """Can it be drawn on axes that are linear in the one and logarithmic in the other?"""
@@ -52,33 +59,66 @@ class Point:
 
 
 def progress(run: Run) -> bytes:
-    """Entropy of the policy (nats) and reward over the steps of a search."""
-    steps = np.array([record["step"] for record in run.trace])  # [steps]
-    entropy = np.array([as_float(record["entropy"]) for record in run.trace])  # [steps], nats
-    reward = np.array([as_float(record["reward"]) for record in run.trace])  # [steps]
+    """Both measures of the sampled topologies beside those of random ones, and the policy's entropy, over the steps."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9, 6.2))
-        above, below = figure.subplots(2, 1, sharex=True)
-        above.plot(steps, entropy, color=BLUE, linewidth=2)
-        above.set(title="The policy makes up its mind", ylabel="entropy (nats)")
-        below.axhline(0, color=GREY, linewidth=1)
-        below.plot(steps, reward, "o", markersize=5, color=ORANGE, alpha=0.75, markeredgewidth=0, label="each step")
-        window = max(1, min(20, len(steps) // 3))
-        if window > 1:
-            mean = np.convolve(reward, np.ones(window) / window, mode="valid")  # [steps - window + 1]
-            below.plot(steps[window - 1 :], mean, color=VERMILLION, linewidth=2, label=f"mean of {window} steps")
-        below.set(title="Reward of the sampled topology", xlabel="step", ylabel="reward (no unit)")
-        below.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2)
-        whole_steps(below)
+        figure = Figure(figsize=(9, 9))
+        length, condition, policy = figure.subplots(3, 1, sharex=True)
+        _measure(length, run, "length_distortion", np.asarray)
+        length.set(title="Length distortion (up is better)", ylabel="no unit")
+        condition.set_yscale("log")
+        _measure(condition, run, "ntk_condition", np.log)
+        condition.set(title="NTK condition number (down is better)", ylabel="no unit")
+        _plain_ticks(condition.yaxis, *condition.get_ylim())
+        entropy = [as_float(record["entropy"]) for record in run.trace]  # [steps], nats
+        policy.plot(_done(run), entropy, color=BLUE, linewidth=2)
+        policy.set(title="Entropy of the policy: it falls as the policy commits itself", ylabel="nats", xlabel="step")
+        whole_steps(policy)
+        figure.legend(*length.get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=10)
         return png(figure)
 
 
+def _measure(axes: Axes, run: Run, name: str, to_scale: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Dots for the steps, their moving mean with its standard error, and mean and spread of the random baseline.
+
+    ``to_scale`` is what the axis is linear in; the way back is its inverse.
+    """
+    to_axis: Callable[[Any], Any] = np.exp if to_scale is np.log else np.asarray
+    values = _finite(run.trace, name)  # [steps], NaN where not finite
+    steps = _done(run)
+    axes.plot(steps, values, "o", markersize=4, color=ORANGE, alpha=0.6, markeredgewidth=0, label="each step")
+    window = max(1, min(20, len(steps) // 3))
+    if window > 1:
+        views = np.lib.stride_tricks.sliding_window_view(to_scale(values), window)  # [steps - window + 1, window]
+        counts = np.isfinite(views).sum(1)  # [steps - window + 1]
+        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # a window without a finite value
+            mean, error = np.nanmean(views, 1), np.nanstd(views, 1) / np.sqrt(counts)
+        axes.plot(steps[window - 1 :], to_axis(mean), color=VERMILLION, linewidth=2, label=f"mean of {window} steps")
+        axes.fill_between(
+            steps[window - 1 :], to_axis(mean - error), to_axis(mean + error), color=VERMILLION, alpha=0.25, linewidth=0
+        )
+    random = to_scale(_finite(run.baseline, name))  # [topologies]
+    random = random[np.isfinite(random)]
+    if len(random):
+        middle, spread = float(random.mean()), float(random.std())
+        label = f"random: mean of {len(random)}, and their spread"
+        axes.axhline(to_axis(middle), color=GREY, linewidth=2, linestyle="--", label=label)
+        axes.axhspan(to_axis(middle - spread), to_axis(middle + spread), color=GREY, alpha=0.15, linewidth=0)
+
+
+def _finite(records: Sequence[dict[str, Any]], name: str) -> np.ndarray:
+    values = np.array([as_float(record[name]) for record in records], dtype=float)  # [records]
+    return np.where(np.isfinite(values) & (values > 0), values, np.nan)
+
+
+def _done(run: Run) -> np.ndarray:
+    """Steps done, from 1: where on the axis a step's numbers stand."""
+    return np.arange(1, len(run.trace) + 1)  # [steps]
+
+
 def search_candidates(run: Run) -> bytes:
-    """Length distortion against NTK condition number of every sampled topology; the result is marked."""
-    points = [
-        Point(as_float(record["length_distortion"]), as_float(record["ntk_condition"]), record["step"])
-        for record in run.trace
-    ]
+    """Length distortion against NTK condition number of every sampled topology, with the random ones behind them; the
+    result is marked."""
+    points, random = ([Point.of(record) for record in records] for records in (run.trace, run.baseline))
     last = points[-1].step
     if run.result is not None:
         scores = as_float(run.result["length_distortion"]), as_float(run.result["ntk_condition"])
@@ -89,7 +129,11 @@ def search_candidates(run: Run) -> bytes:
             for point, record in zip(points, run.trace, strict=True)
             if record["topology"] == run.topology
         ][-1:]
-    return _scatter(points, "Every sampled topology", "the result" if run.finished else "the best so far")
+    random = [
+        Point(as_float(r["length_distortion"]), as_float(r["ntk_condition"]), r["step"] + 1) for r in run.baseline
+    ]
+    label = "the result: most probable" if run.finished else "the most probable so far"
+    return _scatter(points, "Every sampled topology", label, random)
 
 
 def scale_candidates(run: Run) -> bytes:
@@ -98,7 +142,7 @@ def scale_candidates(run: Run) -> bytes:
         Point(
             as_float(candidate["length_distortion"]),
             as_float(candidate["ntk_condition"]),
-            record["step"],
+            record["step"] + 1,
             chosen=candidate["topology"] == record["topology"],
         )
         for record in run.trace
@@ -122,27 +166,26 @@ def trajectory(run: Run) -> bytes:
         left.plot(*zip(*sorted(candidates), strict=True), "o", color=GREY, alpha=0.45, markersize=5, label="candidates")
         places = [(topology.width, sum(topology.depths)) for topology in path]
         left.plot(*zip(*places, strict=True), "o-", color=BLUE, linewidth=2, markersize=7, label="chosen")
-        left.annotate("start", places[0], (8, -14), textcoords="offset points", fontsize=10)
-        _label_steps(left, places[1:], params)
+        _label_ends(left, places, params)
         left.set(title="Depth against width", xlabel="width of stage 1 (channels)", ylabel="depth (blocks in all)")
         left.yaxis.set_major_locator(MaxNLocator(integer=True))
         left.legend(loc="upper left")
         left.margins(0.12)
-        steps = [record["step"] for record in run.trace]
-        right.plot(steps, params, "o-", color=VERMILLION, linewidth=2, markersize=7)
+        right.plot(_done(run), params, "o-", color=VERMILLION, linewidth=2, markersize=7)
         right.set(title="Size", xlabel="step", ylabel="parameters (millions)", ylim=(0, None))
         whole_steps(right)
         return png(figure)
 
 
-def _label_steps(axes: Axes, places: Sequence[tuple[int, int]], params: Sequence[float]) -> None:
-    """Write the parameters beside the points: at most eight of them, always including the last."""
-    every = math.ceil(len(places) / 8)
-    for index in range(len(places) - 1, -1, -every):
-        axes.annotate(f"{params[index]:.3g} M", places[index], (8, -14), textcoords="offset points", fontsize=10)
+def _label_ends(axes: Axes, places: Sequence[tuple[int, int]], params: Sequence[float]) -> None:
+    """Name the first and the last point, away from the line between them; the sizes of all stand in the plot beside."""
+    axes.annotate("start", places[0], (10, -4), textcoords="offset points", fontsize=10, va="top")
+    if len(places) > 1:
+        end = f"{params[-1]:.3g} M parameters"
+        axes.annotate(end, places[-1], (-10, 6), textcoords="offset points", fontsize=10, ha="right", va="bottom")
 
 
-def _scatter(points: Sequence[Point], title: str, chosen_label: str) -> bytes:
+def _scatter(points: Sequence[Point], title: str, chosen_label: str, random: Sequence[Point] = ()) -> bytes:
     finite = [point for point in points if point.finite]
     steps = [point.step for point in points]
     with matplotlib.rc_context(STYLE):
@@ -152,6 +195,15 @@ def _scatter(points: Sequence[Point], title: str, chosen_label: str) -> bytes:
         axes.set_ylabel("length distortion (no unit; up is better)")
         axes.set_xscale("log")
         axes.margins(0.08)
+        if finite_random := [point for point in random if point.finite]:
+            axes.scatter(
+                [point.ntk_condition for point in finite_random],
+                [point.length_distortion for point in finite_random],
+                s=42,
+                facecolor="none",
+                edgecolor=GREY,
+                label=f"random baseline: {len(random)}",
+            )
         drawn = axes.scatter(
             [point.ntk_condition for point in finite],
             [point.length_distortion for point in finite],
@@ -166,7 +218,7 @@ def _scatter(points: Sequence[Point], title: str, chosen_label: str) -> bytes:
         figure.colorbar(drawn, ax=axes, label="step", ticks=MaxNLocator(integer=True))
         _stars(axes, [point for point in finite if point.chosen], chosen_label)
         _non_finite(axes, [point for point in points if not point.finite])
-        _ticks(axes)
+        _plain_ticks(axes.xaxis, *axes.get_xlim())
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc="best")
         return png(figure)
@@ -188,12 +240,11 @@ def _stars(axes: Axes, points: Sequence[Point], label: str) -> None:
     )
 
 
-def _ticks(axes: Axes) -> None:
-    """Plain numbers on the logarithmic axis, also when it spans less than a decade."""
-    low, high = axes.get_xlim()
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 10 * low else MaxNLocator(8, steps=(1, 2, 5, 10)))
-    axes.xaxis.set_major_formatter("{x:.4g}")
-    axes.xaxis.set_minor_locator(NullLocator())
+def _plain_ticks(axis: Axis, low: float, high: float) -> None:
+    """Plain numbers on a logarithmic axis, also when it spans less than a decade."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 10 * low else MaxNLocator(8, steps=(1, 2, 5, 10)))
+    axis.set_major_formatter("{x:.4g}")
+    axis.set_minor_locator(NullLocator())
 
 
 def _non_finite(axes: Axes, points: Sequence[Point]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,16 @@ KINDS = (*DESIGNS, "train")
 
 @dataclass(frozen=True)
 class Run:
-    """One run directory: its options, its steps so far, and its result once it is finished."""
+    """One run directory: its options, its steps so far, and its result once it is finished; of a search, the steps of
+    its random baseline; the times that it was started."""
 
     kind: str
     directory: Path
     config: dict[str, Any]
     trace: list[dict[str, Any]]
     result: dict[str, Any] | None
+    baseline: list[dict[str, Any]] = field(default_factory=list)
+    starts: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def finished(self) -> bool:
@@ -62,11 +65,16 @@ def read_run(directory: Path, kinds: Sequence[str]) -> Run:
         raise InputError(f"{str(directory / 'config.json')!r} is of kind {kind!r}; give a {expected} run")
     result_path = directory / "result.json"
     result = _read_json(result_path) if result_path.is_file() else None
-    trace_path = directory / "trace.jsonl"
-    trace = read_jsonl(trace_path) if trace_path.is_file() else []
+    trace = _read_lines(directory / "trace.jsonl")
     if not trace:
+        trace_path = directory / "trace.jsonl"
         raise InputError(f"{str(trace_path)!r} has no finished step yet; let asvit-fast {kind} run for a while")
-    return Run(kind, directory, config, trace, result)
+    baseline, starts = _read_lines(directory / "baseline" / "trace.jsonl"), _read_lines(directory / "starts.jsonl")
+    return Run(kind, directory, config, trace, result, baseline, starts)
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    return read_jsonl(path) if path.is_file() else []
 
 
 def _read_json(path: Path) -> dict[str, Any]:

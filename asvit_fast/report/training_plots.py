@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from ..files import as_float
 from .plots import BLUE, GREY, ORANGE, STYLE, VERMILLION, png, whole_steps
 from .runs import Run
-from .training_tables import Row, epoch_macs, phases, time_unit, train_seconds
+from .training_tables import Row, epoch_macs, macs_unit, phases, time_unit, train_seconds
 
 LOSSES = (("train_loss", "training", BLUE), ("eval_loss", "validation", ORANGE))
 ACCURACIES = (("top1", "network", VERMILLION), ("ema_top1", "moving average", BLUE))
@@ -39,18 +39,18 @@ def cost(run: Run) -> bytes:
     """Accuracy (or the loss, of a training that is not validated) over multiply-adds and over time."""
     validated = any(row.get("top1") is not None for row in run.trace)
     macs = _sums(run, lambda row: epoch_macs(run, row["token_reduction"]))
-    power = 10 ** (len(f"{macs[-1]:.0f}") - 1)
+    unit_macs, prefix = macs_unit(macs[-1])
     divisor, unit = time_unit(sum(map(train_seconds, run.trace)))
     times = _sums(run, lambda row: train_seconds(row) / divisor)
     axis = "top-1 (%)" if validated else "loss (nats)"
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 4.6))
         left, right = figure.subplots(1, 2, sharey=True)
-        for axes, ends in ((left, [value / power for value in macs]), (right, times)):
+        for axes, ends in ((left, [value / unit_macs for value in macs]), (right, times)):
             _lines(axes, run, ends, ACCURACIES if validated else LOSSES)
             _shade(axes, run, ends)
         _legend(right)
-        left.set(title="Over computation", xlabel=f"multiply-adds ({power:.0e})", ylabel=axis)
+        left.set(title="Over computation", xlabel=f"{prefix}multiply-adds", ylabel=axis)
         right.set(title="Over time", xlabel=f"{unit} in training steps")
         return png(figure)
 
@@ -63,7 +63,9 @@ def _lines(axes: Axes, run: Run, ends: Sequence[float], lines: Sequence[tuple[st
     for name, label, colour in lines:
         points = [(end, as_float(row[name])) for end, row in zip(ends, run.trace, strict=True) if _has(row, name)]
         if points:
-            axes.plot(*zip(*points, strict=True), "o-", color=colour, linewidth=2, markersize=3, label=label)
+            axes.plot(
+                *zip(*points, strict=True), "o-", color=colour, linewidth=2, markersize=3, label=label, clip_on=False
+            )
 
 
 def _legend(axes: Axes) -> None:

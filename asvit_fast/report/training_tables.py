@@ -45,6 +45,17 @@ def time_unit(seconds: float) -> tuple[int, str]:
     return (3600, "hours") if seconds >= 3600 else (60, "minutes") if seconds >= 60 else (1, "seconds")
 
 
+def macs_unit(macs: float) -> tuple[float, str]:
+    """The unit that suits a number of multiply-adds, and its prefix in words."""
+    units = ((1e18, "exa-"), (1e15, "peta-"), (1e12, "tera-"), (1e9, "giga-"), (1e6, "mega-"))
+    return next(((factor, prefix) for factor, prefix in units if macs >= factor), (1.0, ""))
+
+
+def _macs_text(macs: float) -> str:
+    factor, prefix = macs_unit(macs)
+    return f"{macs / factor:,.3g} {prefix}MACs"
+
+
 def accuracy(row: Row) -> float | None:
     """Top-1 of the network or of its average, whichever is better; None where the epoch was not validated."""
     found = [as_float(row[name]) for name in ("top1", "ema_top1") if row.get(name) is not None]
@@ -66,12 +77,12 @@ def training_result_table(run: Run) -> Table:
         best = max((row for row in validated if row["token_reduction"] == finest), key=lambda row: accuracy(row) or 0.0)
         last = validated[-1]
         rows.append(("top-1 of the last validation (%)", f"{accuracy(last):.2f}"))
-        rows.append(("best top-1 (%)", f"{accuracy(best):.2f} after epoch {best['epoch']}"))
+        rows.append(("best top-1 (%)", f"{accuracy(best):.2f} after {best['epoch'] + 1} epochs"))
     divisor, unit = time_unit(sum(map(train_seconds, run.trace)))
     rows.append((f"time in training steps ({unit})", f"{sum(map(train_seconds, run.trace)) / divisor:,.2f}"))
-    rows.append(("multiply-adds of the forward passes", f"{spent:.3g}"))
+    rows.append(("multiply-adds of the forward passes", _macs_text(spent)))
     rows.append(("saved of these by fewer tokens", f"{100 * saved:.1f} %"))
-    note = "Epochs count from 0. Accuracy is that of the network or of its moving average, whichever is better."
+    note = "Accuracy is that of the network or of its moving average, whichever is better."
     return ("Result" if run.finished else "Last epoch"), note, ("", "value"), rows
 
 
@@ -84,16 +95,27 @@ def phase_table(run: Run) -> Table:
         found = [accuracy(row) for row in phase.rows if accuracy(row) is not None]
         rows.append(
             (
-                f"{phase.rows[0]['epoch']} to {phase.rows[-1]['epoch']}",
+                f"{phase.rows[0]['epoch'] + 1} to {phase.rows[-1]['epoch'] + 1}",
                 phase.title,
                 f"{macs / run.config['train_images'] / 1e9:,.3f}",
                 f"{100 * macs / full:.1f} %",
-                f"{macs * len(phase.rows):.3g}",
+                _macs_text(macs * len(phase.rows)),
                 f"{seconds:,.1f}",
                 f"{seconds / len(phase.rows):,.1f}",
                 f"{found[-1]:.2f}" if found else "",
             )
         )
-    note = "Tokens, multiply-adds (MACs) of one image in one forward pass, and time in training steps."
-    header = ("epochs", "tokens", "MACs (G)", "of full", "MACs of all", "seconds", "seconds an epoch", "top-1 (%)")
+    note = (
+        "Epochs count from 1; MACs are multiply-adds of one image in one forward pass, seconds those of training steps."
+    )
+    header = (
+        "epochs",
+        "tokens",
+        "MACs (G)",
+        "of full",
+        "of all its epochs",
+        "seconds",
+        "seconds an epoch",
+        "top-1 (%)",
+    )
     return "Phases", note, header, rows

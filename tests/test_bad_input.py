@@ -57,8 +57,11 @@ def fails(capsys: pytest.CaptureFixture[str]):
         (["search", "--out", "x", "--space", "K9=3"], "K9"),
         (["search", "--out", "x", "--convention", "mine"], "--convention"),
         (["search", "--out", "x", "--config", "/nowhere.yaml"], "/nowhere.yaml"),
-        (["search", "--out", ""], "--out: expected the name of a file or folder"),
-        (["score", TOPOLOGY, "--seed", "1e20"], "--seed: expected a whole number from 0 to 2**63 - 1, got '1e20'"),
+        (["search", "--out", ""], "out must name a folder"),
+        (
+            ["score", TOPOLOGY, "--seed", "1e20"],
+            "--seed: expected a whole number from 0 to 9223372036854775807",
+        ),
         (["score", TOPOLOGY, "--seed", "-1"], "--seed"),
         (["train", TOPOLOGY, "--data", "x", "--out", "y", "--seed", "0.5"], "--seed"),
         (["train", TOPOLOGY, "--data", "x", "--out", "y", "--model-kwargs", "x={"], "x: cannot read '{'"),
@@ -115,10 +118,8 @@ def test_run_directory_of_another_configuration(fails, tmp_path: Path) -> None:
 def test_damaged_run_directory(fails, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert main([*SEARCH, "--out", str(run)]) == 0
-    (run / "state.pt").write_bytes(b"garbage")
-    before = contents(run)
-    fails([*SEARCH, "--out", str(run)], "state.pt")
     (run / "config.json").write_text("{")
+    before = contents(run)
     fails([*SEARCH, "--out", str(run)], "config.json")
     assert contents(run) == before | {"config.json": b"{"}
 

@@ -45,15 +45,15 @@ def test_phases_and_what_they_cost(tmp_path: Path) -> None:
     (run,) = find_runs(write_training(tmp_path), KINDS)
     assert [(phase.reduction, len(phase.rows)) for phase in phases(run)] == [(4, 4), (2, 2), (1, 2)]
     _, _, header, rows = phase_table(run)
-    assert rows[0] == ("0 to 3", "tokens / 16", "0.001", "6.2 %", "4e+09", "16.0", "4.0", "13.00")
-    assert rows[-1] == ("6 to 7", "full tokens", "0.016", "100.0 %", "3.2e+10", "128.0", "64.0", "17.00")
+    assert rows[0] == ("1 to 4", "tokens / 16", "0.001", "6.2 %", "4 giga-MACs", "16.0", "4.0", "13.00")
+    assert rows[-1] == ("7 to 8", "full tokens", "0.016", "100.0 %", "32 giga-MACs", "128.0", "64.0", "17.00")
     assert len(header) == len(rows[0])
 
 
 def test_best_epoch_and_saving(tmp_path: Path) -> None:
     (run,) = find_runs(write_training(tmp_path), KINDS)
     found = table(training_result_table(run))
-    assert found["best top-1 (%)"] == "17.00 after epoch 7"  # 40 in epoch 5 was on a coarse grid
+    assert found["best top-1 (%)"] == "17.00 after 8 epochs"  # 40 after 6 of them was on a coarse grid
     assert found["top-1 of the last validation (%)"] == "17.00"
     assert found["epochs"] == "8 of 8"
     # 4 epochs at 1/16, 2 at 1/4, 2 at 1 of 8 full ones

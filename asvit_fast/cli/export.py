@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from .common import IMG_SIZE
-from .options import Command, Option, flag, integer, path, seed, text
+from .options import Command, Option, flag, integer, seed, text
 
 
 def run(values: SimpleNamespace) -> int:
@@ -39,7 +39,7 @@ COMMAND = Command(
             positional=True,
             required=True,
         ),
-        Option("to", path, None, "folder to write, new or empty or an earlier export", "DIR", required=True),
+        Option("to", text, None, "folder to write, new or empty or an earlier export", "DIR", required=True),
         Option("seed", seed, 0, "seed (a whole number) of the weights", "N"),
         Option("num_classes", integer(0), 1000, "number of outputs of the classifier; 0 = none", "N"),
         IMG_SIZE,

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import InputError
 from ..recipe import Recipe
 from .common import QUIET, check_output_folder, say
-from .options import Command, Option, flag, image_size, integer, keywords, pair, path, real, seed, switch, text
+from .options import Command, Option, flag, image_size, integer, keywords, pair, real, seed, switch, text
 
 
 def run(values: SimpleNamespace) -> int:
@@ -92,8 +92,8 @@ COMMAND = Command(
             positional=True,
             required=True,
         ),
-        Option("data", path, None, "folder of images, a subfolder per class in train/ and val/", "DIR", required=True),
-        Option("out", path, None, "run directory, made or continued", "DIR", required=True),
+        Option("data", text, None, "folder of images, a subfolder per class in train/ and val/", "DIR", required=True),
+        Option("out", text, None, "run directory, made or continued", "DIR", required=True),
         Option(
             "schedule",
             text,

@@ -135,7 +135,7 @@ def open_network(
     if not Path(what).exists() and timm.is_model(str(what)):
         return _fresh(str(what), {}, seed, num_classes, img_size)
     run = final_run(what)
-    config = checked(run.config, run.directory / CONFIG_FILE)
+    config = checked(run.config, run.directory / CONFIG_FILE, ("img_size",))
     options = {"topology": str(Topology.parse(run.topology))}
     built = _fresh("asvit", options, seed, num_classes, img_size or config.get("img_size")).built
     return Exported(built, False, limit_of(run))

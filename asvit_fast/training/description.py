@@ -28,6 +28,10 @@ LOADING = {  # arguments of timm that choose weights, files, caches or wrappers:
     *("pruned", "features_only", "out_indices", "feature_cls", "device", "dtype"),
 }
 DATA = ("mean", "std", "crop_pct", "crop_mode", "interpolation")  # of images, but for their size
+CHECKPOINT = (
+    "arch", "model", "img_size", "input_size", "in_chans", "gp", "num_classes", "model_kwargs", *DATA, "label_names",
+)  # fmt: skip
+EXPORT = ("architecture", "num_classes", "global_pool", "model_args", "label_names", "pretrained_cfg")
 CONFIGURATION = (  # what is taken of a pretrained_cfg
     "input_size", "test_input_size", "fixed_input_size", *DATA, "test_crop_pct", "num_classes", "label_names",
     "pool_size", "first_conv", "classifier", "license",
@@ -58,14 +62,12 @@ def describe_checkpoint(content: Mapping[str, Any], path: Path, model: str = "")
     Raises:
         InputError: no name, or a field of another type than it must have, naming it.
     """
-    arguments = content.get("args") or {}
-    if isinstance(arguments, argparse.Namespace):
-        ours, arguments = False, vars(arguments)
-    else:
-        ours = True
+    arguments = content.get("args")
+    ours = not isinstance(arguments, argparse.Namespace)
+    arguments = {} if arguments is None else arguments if ours else vars(arguments)
     if not isinstance(arguments, Mapping):
         raise InputError(f"{str(path)!r}: args must be the options of a training, got {_shown(arguments)}")
-    said = checked({"arch": content.get("arch"), **arguments}, path)
+    said = checked({**arguments, "arch": content.get("arch")}, path, CHECKPOINT)
     name = model or said.get("arch") or said.get("model")
     if not name:
         raise InputError(f"{str(path)!r} does not say of which network it is; give its name as model")
@@ -93,16 +95,18 @@ def describe_export(config: Any, path: Path) -> tuple[Description, dict[str, Any
     """
     if not isinstance(config, Mapping):
         raise InputError(f"{str(path)!r} must hold a JSON object, got {_shown(config)}")
-    said = checked(config, path)
+    said = checked(config, path, EXPORT)
     if "architecture" not in said:
         raise InputError(f"{str(path)!r} names no architecture; give a folder of asvit-fast export")
     inner = said.get("pretrained_cfg", config)  # older exports of timm have one level
-    configuration = {key: value for key, value in checked(inner, path).items() if key in CONFIGURATION}
+    configuration = checked(inner, path, CONFIGURATION)
     name = said["architecture"]
     options = architecture_arguments(name, said.get("model_args", {}), f"{str(path)!r}: model_args")
-    classes = options.get("num_classes", said.get("num_classes", configuration.get("num_classes")))
-    if classes is not None:
-        options["num_classes"] = configuration["num_classes"] = classes
+    classes = [part["num_classes"] for part in (options, said, configuration) if "num_classes" in part]
+    if len(set(classes)) > 1:
+        raise InputError(f"{str(path)!r}: num_classes is {' and '.join(map(str, classes))}; export again")
+    if classes:
+        options["num_classes"] = configuration["num_classes"] = classes[0]
     if "global_pool" in said:
         options.setdefault("global_pool", said["global_pool"])
     if "input_size" in configuration:
@@ -161,15 +165,15 @@ def takes_size(name: str) -> bool:
 # --------------------------------------------------------------------------- fields
 
 
-def checked(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The fields that are known here, each of its type; without those that are None or empty text.
+def checked(content: Mapping[str, Any], path: Path, names: Iterable[str]) -> dict[str, Any]:
+    """These fields, each of its type; without those that are None or empty text.
 
     Raises InputError for another type or value, naming the field.
     """
     found = {}
-    for name, (holds, expected) in _FIELDS.items():
-        value = content.get(name)
-        if value is None or value == "":
+    for name in names:
+        value, (holds, expected) = content.get(name), _FIELDS[name]
+        if value is None or (isinstance(value, str) and not value):
             continue
         if not holds(value):
             raise InputError(f"{str(path)!r}: {name} must be {expected}, got {_shown(value)}")

@@ -12,7 +12,9 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError
+from timm.layers import to_2tuple
 from timm.models import save_for_hf
+from torch import nn
 
 from . import graph
 from .cost import params
@@ -23,9 +25,10 @@ from .topology import Topology
 from .training.checkpoint import BEST, LAST, one_line
 from .training.checkpoint_model import CONFIG_FILE, WEIGHTS_FILE, CheckpointModel, build_from_checkpoint, is_export
 from .training.description import CONFIGURATION, checked, takes_size
-from .training.network import build
+from .training.network import build, constructor_arguments
 
 Size = int | tuple[int, int]
+What = str | Path | Topology | nn.Module
 MARK = "asvit_fast"  # the entry of config.json that says who wrote it
 DATA = ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")
 
@@ -65,7 +68,7 @@ class Exported:
 
 
 def export(
-    what: str | Path | Topology,
+    what: What,
     to: str | Path,
     seed: int = 0,
     num_classes: int | None = None,
@@ -121,13 +124,15 @@ def writer(format: str, to: str | Path) -> Callable[[Exported], Path]:
 
 
 def open_network(
-    what: str | Path | Topology,
+    what: What,
     seed: int = 0,
     num_classes: int | None = None,
     img_size: Size | None = None,
     use_ema: bool = False,
 ) -> Exported:
     """The network that ``export`` writes. Raises InputError as it does."""
+    if isinstance(what, nn.Module):
+        return _of_module(what, num_classes, img_size)
     if is_trained(what):
         return _trained(Path(str(what)), num_classes, img_size, use_ema)
     if isinstance(what, Topology) or "|" in str(what):
@@ -144,7 +149,7 @@ def open_network(
 def is_trained(what: str | Path | Topology) -> bool:
     """Whether there are weights: the run directory of a training, a checkpoint, an export."""
     if isinstance(what, Topology) or "|" in str(what):
-        return False
+        return False  # (a text that may be longer than the name of a file)
     path = Path(what)
     return path.is_file() or is_export(path) or any((path / name).is_file() for name in (BEST, LAST))
 
@@ -181,16 +186,35 @@ def limit_of(run: Run) -> float | None:
 
 
 def _trained(path: Path, num_classes: int | None, img_size: Size | None, use_ema: bool) -> Exported:
-    built = build_from_checkpoint(path, use_ema=use_ema)
-    size = built.data_config()["input_size"][1:]
-    if img_size is not None and tuple((img_size, img_size) if isinstance(img_size, int) else img_size) != size:
+    return _as_it_is(build_from_checkpoint(path, use_ema=use_ema), repr(str(path)), num_classes, img_size)
+
+
+def _of_module(model: nn.Module, num_classes: int | None, img_size: Size | None) -> Exported:
+    """Built again from its name and arguments, as whoever loads it will do."""
+    name, options = constructor_arguments(model)
+    classes = getattr(model, "num_classes", None)
+    fresh: Any = build(name, options if classes is None else {**options, "num_classes": classes})
+    try:
+        fresh.load_state_dict(model.state_dict())
+    except (RuntimeError, AttributeError) as error:
+        raise InputError(f"{name} cannot be built again from its name and arguments: {one_line(error)}") from error
+    fresh.pretrained_cfg = {**fresh.pretrained_cfg, **getattr(model, "pretrained_cfg", {})}
+    size = options.get("img_size")
+    built = CheckpointModel(fresh, name, Path(), options, {})
+    if size is not None:
+        built.data["input_size"] = (built.data_config()["input_size"][0], *to_2tuple(size))
+    return _as_it_is(built, name, num_classes, img_size)
+
+
+def _as_it_is(built: CheckpointModel, name: str, num_classes: int | None, img_size: Size | None) -> Exported:
+    size, classes = built.data_config()["input_size"][1:], getattr(built.model, "num_classes", num_classes)
+    if img_size is not None and to_2tuple(img_size) != size:
         raise InputError(
-            f"{str(path)!r} was trained at {size[0]}x{size[1]} pixels; leave img_size out, timm takes img_size when it "
-            "loads the export"
+            f"{name} is for images of {size[0]}x{size[1]} pixels; leave img_size out: timm takes it when it loads the "
+            "export"
         )
-    classes = getattr(built.model, "num_classes", num_classes)
     if num_classes not in (None, classes):
-        raise InputError(f"{str(path)!r} was trained with {classes} classes; leave num_classes out")
+        raise InputError(f"{name} has {classes} classes; leave num_classes out")
     return Exported(built, True)
 
 
@@ -207,9 +231,8 @@ def _fresh(
         torch.manual_seed(seed)
         model = build(name, {**given, "pretrained": False})
     built = CheckpointModel(model, name, Path(), given, {})
-    height, width = (size, size) if isinstance(size, int) else size
-    data = {"input_size": (built.data_config()["input_size"][0], height, width)}
-    return Exported(CheckpointModel(model, name, Path(), given, data), False)
+    built.data["input_size"] = (built.data_config()["input_size"][0], *to_2tuple(size))
+    return Exported(built, False)
 
 
 # --------------------------------------------------------------------------- formats

@@ -76,7 +76,7 @@ def save_onnx(model: nn.Module, path: Path, metadata: Mapping[str, Any]) -> None
     program = to_program(model, metadata["input_size"])
     try:
         onnx: Any = torch.onnx.export(
-            program, input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
+            program, input_names=["images"], output_names=["logits"], dynamic_shapes=({0: "batch"},), verbose=False
         )
     except Exception as error:
         raise InputError(f"{type(model).__name__} cannot be written as ONNX: {_first_line(error)}") from error

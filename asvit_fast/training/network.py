@@ -9,6 +9,7 @@ from typing import Any
 
 import timm
 from timm.data import resolve_data_config
+from timm.layers import to_2tuple
 from torch import nn
 
 from ..backends import notify_once
@@ -22,7 +23,6 @@ from .checkpoint import one_line, read_file, weights_of
 from .description import LOADING, check_known, takes_size
 
 What = str | Topology | nn.Module
-BESIDES = {"img_size", "num_classes", *LOADING}  # arguments that a description has elsewhere, or not at all
 TIMMS_FIT = "checkpoint_filter_fn"  # beside each model of timm: old names and other sizes made to fit
 
 
@@ -74,6 +74,8 @@ def constructor_arguments(model: nn.Module) -> tuple[str, dict[str, Any]]:
         attention = first.blocks[0].attn
         return "asvit", {
             "topology": str(model.topology),
+            "img_size": model.img_size,
+            "num_classes": model.num_classes,
             "in_chans": model.in_chans,
             "global_pool": model.global_pool,
             "pos_embed": "none" if model.pos_embed is None else "absolute",
@@ -83,7 +85,8 @@ def constructor_arguments(model: nn.Module) -> tuple[str, dict[str, Any]]:
             "feat_scale": isinstance(attention.feat_scale, FeatScale),
         }
     name = getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
-    return name, dict(getattr(model, "_model_args", {}))
+    arguments = {key: _plain(value) for key, value in getattr(model, "_model_args", {}).items() if key not in LOADING}
+    return name, arguments
 
 
 def build(name: str, options: Mapping[str, Any]) -> nn.Module:
@@ -160,11 +163,14 @@ def _check_classes(model: nn.Module, num_classes: int) -> None:
 def _description(
     name: str, num_classes: int, img_size: int | tuple[int, int], options: Mapping[str, Any]
 ) -> dict[str, Any]:
+    elsewhere = {*LOADING, "num_classes"}
+    if to_2tuple(options.get("img_size", img_size)) == to_2tuple(img_size):
+        elsewhere.add("img_size")  # else the network is made for images of another size than it sees
     return {
         "model": name,
         "num_classes": num_classes,
         "img_size": img_size if isinstance(img_size, int) else list(img_size),
-        "model_kwargs": {key: _plain(value) for key, value in options.items() if key not in BESIDES},
+        "model_kwargs": {key: _plain(value) for key, value in options.items() if key not in elsewhere},
     }
 
 

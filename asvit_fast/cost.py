@@ -44,7 +44,7 @@ def params(model: nn.Module) -> int:
 
 
 def flops(model: nn.Module, img_size: ImageSize = 224) -> int:
-    """Multiply-adds of one image [3, H, W] through ``model``: matrix products and convolutions, nothing is computed.
+    """Multiply-adds of one image [C, H, W] through ``model``: matrix products and convolutions, nothing is computed.
 
     Counted on the meta device in evaluation mode. Window attention counts the real tokens of every window, not the
     padding, whichever implementation runs. The model is left as it was.
@@ -54,7 +54,7 @@ def flops(model: nn.Module, img_size: ImageSize = 224) -> int:
     on_meta = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
     reference = next((tensor for tensor in tensors.values() if tensor.is_floating_point()), None)
     dtype = torch.get_default_dtype() if reference is None else reference.dtype
-    image = torch.empty(1, 3, height, width, device="meta", dtype=dtype)  # [1, 3, H, W]
+    image = torch.empty(1, _channels(model), height, width, device="meta", dtype=dtype)  # [1, C, H, W]
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), _evaluation(model), counter, _OurOps() as ours:
         torch.func.functional_call(model, on_meta, (image,))
@@ -188,7 +188,7 @@ def _forward_pass(
     device = resolve_device(device)
     model = model.to(device)
     weight = next(model.parameters(), torch.empty(0))
-    images = torch.randn(batch, 3, height, width, device=device).to(weight.dtype)  # [B, 3, H, W]
+    images = torch.randn(batch, _channels(model), height, width, device=device).to(weight.dtype)  # [B, C, H, W]
     return lambda: model(images), device
 
 
@@ -216,6 +216,11 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
+
+
+def _channels(model: nn.Module) -> int:
+    """Of the images that the model takes, as timm's models say it."""
+    return getattr(model, "in_chans", 3)
 
 
 def _ceil_div(value: int, by: int) -> int:

@@ -1,121 +1,308 @@
-"""A topology or a trained network as a folder that ``timm.create_model("local-dir:...")`` loads."""
+"""Networks as files for others: folders that ``timm.create_model("local-dir:...")`` loads, ONNX, torch.export."""
 
 from __future__ import annotations
 
 import json
-import tempfile
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from safetensors import SafetensorError
+from timm.layers import to_2tuple
 from timm.models import save_for_hf
 from torch import nn
 
-from . import models  # noqa: F401  registers "asvit" with timm
+from . import graph
+from .cost import params
 from .errors import InputError
-from .files import replace_file
-from .report.runs import find_runs
+from .files import write_folder
+from .report.runs import Run, find_runs
 from .topology import Topology
-from .training.checkpoint import BEST, LAST
-from .training.checkpoint_model import build_from_checkpoint
-from .training.network import takes_size
+from .training.checkpoint import BEST, LAST, one_line
+from .training.checkpoint_model import CONFIG_FILE, WEIGHTS_FILE, CheckpointModel, build_from_checkpoint, is_export
+from .training.description import CONFIGURATION, checked, takes_size
+from .training.network import build, constructor_arguments
 
-FILES = ("model.safetensors", "config.json")  # the configuration last: a folder with one is complete
-SCRATCH = ".export-"  # prefix of the folder that the files are made in
+Size = int | tuple[int, int]
+What = str | Path | Topology | nn.Module
+MARK = "asvit_fast"  # the entry of config.json that says who wrote it
+DATA = ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A network that is written.
+
+    Attributes:
+        built: the network, and how its images are prepared.
+        trained: whether its weights are trained.
+        limit: most parameters that the run allowed, None where it is of none that has a limit.
+    """
+
+    built: CheckpointModel
+    trained: bool
+    limit: float | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return params(self.built.model)
+
+    @property
+    def labels(self) -> Any:
+        """Names of the classes as timm has them: a list, or by number where some have none."""
+        names = self.built.label_names
+        if isinstance(names, (list, tuple)) and "" in names:
+            return {str(number): name for number, name in enumerate(names) if name}
+        return names
+
+    def metadata(self) -> dict[str, Any]:
+        """What the images must be, in timm's names."""
+        config = self.built.data_config()
+        found = {"architecture": self.built.name, **{name: config[name] for name in DATA}}
+        return found if self.labels is None else {**found, "label_names": self.labels}
 
 
 def export(
-    directory_or_topology: str | Path | Topology,
+    what: What,
     to: str | Path,
     seed: int = 0,
-    num_classes: int = 1000,
-    img_size: int | tuple[int, int] = 224,
+    num_classes: int | None = None,
+    img_size: Size | None = None,
     use_ema: bool = False,
+    format: str = "timm",
 ) -> Path:
-    """Write ``config.json`` and ``model.safetensors`` into the folder ``to`` and return its path.
+    """Write a network into the folder ``to`` and return its path.
 
-    ``directory_or_topology`` is a run directory (its final topology; of a search and a scaling run side by side, the
-    scaled one), a topology or its string. The weights are freshly initialised from ``seed``, float32, not trained.
-    ``img_size`` is a side, or height and width, in pixels; ``num_classes`` 0 leaves the classifier out.
+    ``what`` is a topology or its string, a name that timm knows, or a run directory of search or scaling (its final
+    topology; of both side by side, the scaled one): the weights are freshly initialised from ``seed``, float32, not
+    trained. ``img_size`` is a side, or height and width, in pixels, by default the run's, else 224; ``num_classes`` is
+    1000 by default, 0 leaves the classifier out.
 
-    Of a training (its run directory, or a checkpoint of it) the trained weights are written, with ``use_ema`` their
-    moving average; classes and size are then those of the training.
+    Of a training (its run directory, a checkpoint) or of an earlier export, the weights there are written, with
+    ``use_ema`` their moving average; classes and size are then those of the training.
 
-    After ``import asvit_fast``, ``timm.create_model(f"local-dir:{to}", pretrained=True)`` gives the same network.
-    Raises InputError when there is no finished run or valid topology, or when ``to`` holds anything but an earlier
-    export, which is replaced; OSError when writing fails, and then an earlier export is still whole.
+    Formats, each with the preprocessing that validation had (size, crop, interpolation, mean, standard deviation) and
+    the names of the classes:
+
+    - "timm": ``config.json`` and ``model.safetensors``. After ``import asvit_fast``,
+      ``timm.create_model(f"local-dir:{to}", pretrained=True)`` is the network, and
+      ``timm.data.resolve_model_data_config(model)`` its preprocessing.
+    - "onnx": ``model.onnx``, images [batch, C, H, W] of any batch -> logits; run in ONNX Runtime where it is installed,
+      and compared. Preprocessing is in the file's metadata, as JSON.
+    - "exported": ``model.pt2``, a program of torch.export in torch's own operations, for any batch:
+      ``torch.export.load(...).module()``, without asvit_fast. Preprocessing is its extra file ``asvit_fast.json``.
+
+    A kill leaves either what was there or all of the new. Raises InputError when there is no finished run, valid
+    topology or checkpoint, when ``to`` holds anything but earlier exports (one of the same format is replaced), for a
+    package that is missing, for a network that cannot be written in this format, and when writing fails.
     """
+    write = writer(format, to)
+    source = open_network(what, seed, num_classes, img_size, use_ema)
+    return write(source)
+
+
+def writer(format: str, to: str | Path) -> Callable[[Exported], Path]:
+    """What writes a network in this format into this folder. Raises InputError now for what cannot work then."""
+    if format not in _FORMATS:
+        raise InputError(f"format must be one of {', '.join(_FORMATS)}, got {format!r}")
+    if format == "onnx":
+        graph.require(("onnx", "onnxscript"), "export in the format onnx")
     target = Path(to)
-    if is_trained(directory_or_topology):
-        model, arguments = _trained(Path(str(directory_or_topology)), use_ema)
-    else:
-        model, arguments = _fresh(final_topology(directory_or_topology), seed, num_classes, img_size)
     _check_target(target)
-    target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=target) as folder:
-        try:
-            save_for_hf(model, folder, model_args=arguments, safe_serialization=True)
-        except SafetensorError as error:  # a full disk, among others
-            raise InputError(
-                f"cannot write {str(target / FILES[0])!r}: {error}; free space or choose another folder"
-            ) from None
-        for name in FILES:
-            replace_file(Path(folder) / name, target / name)
-    return target
+
+    def write(source: Exported) -> Path:
+        fill, files = _FORMATS[format]
+        write_folder(target, lambda folder: fill(source, folder), last=files[0])
+        return target
+
+    return write
 
 
-def is_trained(source: str | Path | Topology) -> bool:
-    """Whether there are trained weights: the run directory of a training, or a checkpoint."""
-    path = Path(str(source))
-    return path.is_file() or any((path / name).is_file() for name in (BEST, LAST))
+def open_network(
+    what: What,
+    seed: int = 0,
+    num_classes: int | None = None,
+    img_size: Size | None = None,
+    use_ema: bool = False,
+) -> Exported:
+    """The network that ``export`` writes. Raises InputError as it does."""
+    if isinstance(what, nn.Module):
+        return _of_module(what, num_classes, img_size)
+    if is_trained(what):
+        return _trained(Path(str(what)), num_classes, img_size, use_ema)
+    if isinstance(what, Topology) or "|" in str(what):
+        return _fresh("asvit", {"topology": str(final_topology(what))}, seed, num_classes, img_size)
+    if not Path(what).exists() and timm.is_model(str(what)):
+        return _fresh(str(what), {}, seed, num_classes, img_size)
+    run = final_run(what)
+    config = checked(run.config, run.directory / CONFIG_FILE, ("img_size",))
+    options = {"topology": str(Topology.parse(run.topology))}
+    built = _fresh("asvit", options, seed, num_classes, img_size or config.get("img_size")).built
+    return Exported(built, False, limit_of(run))
 
 
-def _trained(path: Path, use_ema: bool) -> tuple[nn.Module, dict[str, Any]]:
-    built = build_from_checkpoint(path, use_ema=use_ema)
-    given = {**(built.arguments.get("model_kwargs") or {}), "img_size": built.arguments.get("img_size")}
-    return built.model, {name: value for name, value in given.items() if name != "img_size" or takes_size(built.name)}
+def is_trained(what: str | Path | Topology) -> bool:
+    """Whether there are weights: the run directory of a training, a checkpoint, an export."""
+    if isinstance(what, Topology) or "|" in str(what):
+        return False  # (a text that may be longer than the name of a file)
+    path = Path(what)
+    return path.is_file() or is_export(path) or any((path / name).is_file() for name in (BEST, LAST))
 
 
-def _fresh(
-    topology: Topology, seed: int, num_classes: int, img_size: int | tuple[int, int]
-) -> tuple[nn.Module, dict[str, Any]]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = timm.create_model(
-            "asvit", topology=str(topology), img_size=img_size, num_classes=num_classes, pretrained=False
-        )
-    return model, {"topology": str(topology), "img_size": img_size if isinstance(img_size, int) else list(img_size)}
-
-
-def final_topology(directory_or_topology: str | Path | Topology) -> Topology:
+def final_topology(what: str | Path | Topology) -> Topology:
     """The topology a finished run ended with, or the one given. Raises InputError."""
-    if isinstance(directory_or_topology, Topology):
-        return directory_or_topology
-    if "|" in str(directory_or_topology):
-        return Topology.parse(str(directory_or_topology))
-    directory = Path(directory_or_topology)
+    if isinstance(what, Topology) or "|" in str(what):
+        return Topology.parse(what if isinstance(what, Topology) else str(what))
+    return Topology.parse(final_run(what).topology)
+
+
+def final_run(directory: str | Path) -> Run:
+    """The finished run of search or scaling there; of both side by side, the scaling. Raises InputError."""
+    directory = Path(directory)
     if not directory.is_dir():
-        raise InputError(f"{str(directory)!r} is neither a topology string nor a run directory; give one of these")
+        raise InputError(
+            f"{str(directory)!r} is neither a topology string, nor a model of timm, nor a run directory; "
+            "give one of these"
+        )
     run = find_runs(directory)[-1]
     if run.result is None:
         raise InputError(
             f"the {run.kind} in {str(run.directory)!r} is not finished ({len(run.trace)} steps); "
             f"continue it, or give its topology so far: '{run.topology}'"
         )
-    return Topology.parse(run.topology)
+    return run
+
+
+def limit_of(run: Run) -> float | None:
+    """Most parameters that a run allowed, or None."""
+    budget = run.config.get("budget")
+    window = run.config.get("max_params") if run.kind == "scale" else budget and budget.get("params")
+    return window[1] if isinstance(window, list) and len(window) == 2 else None
+
+
+def _trained(path: Path, num_classes: int | None, img_size: Size | None, use_ema: bool) -> Exported:
+    return _as_it_is(build_from_checkpoint(path, use_ema=use_ema), repr(str(path)), num_classes, img_size)
+
+
+def _of_module(model: nn.Module, num_classes: int | None, img_size: Size | None) -> Exported:
+    """Built again from its name and arguments, as whoever loads it will do."""
+    name, options = constructor_arguments(model)
+    classes = getattr(model, "num_classes", None)
+    fresh: Any = build(name, options if classes is None else {**options, "num_classes": classes})
+    try:
+        fresh.load_state_dict(model.state_dict())
+    except (RuntimeError, AttributeError) as error:
+        raise InputError(f"{name} cannot be built again from its name and arguments: {one_line(error)}") from error
+    fresh.pretrained_cfg = {**fresh.pretrained_cfg, **getattr(model, "pretrained_cfg", {})}
+    size = options.get("img_size")
+    built = CheckpointModel(fresh, name, Path(), options, {})
+    if size is not None:
+        built.data["input_size"] = (built.data_config()["input_size"][0], *to_2tuple(size))
+    return _as_it_is(built, name, num_classes, img_size)
+
+
+def _as_it_is(built: CheckpointModel, name: str, num_classes: int | None, img_size: Size | None) -> Exported:
+    size, classes = built.data_config()["input_size"][1:], getattr(built.model, "num_classes", num_classes)
+    if img_size is not None and to_2tuple(img_size) != size:
+        raise InputError(
+            f"{name} is for images of {size[0]}x{size[1]} pixels; leave img_size out: timm takes it when it loads the "
+            "export"
+        )
+    if num_classes not in (None, classes):
+        raise InputError(f"{name} has {classes} classes; leave num_classes out")
+    return Exported(built, True)
+
+
+def _fresh(
+    name: str, options: Mapping[str, Any], seed: int, num_classes: int | None, img_size: Size | None
+) -> Exported:
+    size = 224 if img_size is None else img_size
+    given: dict[str, Any] = dict(options)
+    if num_classes is not None:
+        given["num_classes"] = num_classes
+    if takes_size(name):
+        given["img_size"] = size
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build(name, {**given, "pretrained": False})
+    built = CheckpointModel(model, name, Path(), given, {})
+    built.data["input_size"] = (built.data_config()["input_size"][0], *to_2tuple(size))
+    return Exported(built, False)
+
+
+# --------------------------------------------------------------------------- formats
+
+
+def _write_timm(source: Exported, folder: Path) -> None:
+    built, labels = source.built, source.labels
+    model: Any = built.model
+    own, config = model.pretrained_cfg, built.data_config()
+    kept = {name: value for name, value in own.items() if name in CONFIGURATION and not name.startswith("test_")}
+    if tuple(own["input_size"][1:]) != tuple(config["input_size"][1:]):
+        kept["pool_size"] = None
+    model.pretrained_cfg = {**kept, **config, "architecture": built.name, "num_classes": model.num_classes}
+    from ._version import __version__
+
+    notes: dict[str, Any] = {MARK: {"version": __version__, "trained": source.trained, "parameters": source.parameters}}
+    if labels is not None:  # where the Hub's readers look, and where timm's do
+        model.pretrained_cfg["label_names"] = notes["label_names"] = labels
+    arguments = {name: value for name, value in built.options.items() if value is not None}
+    try:
+        save_for_hf(model, str(folder), model_config=notes, model_args=arguments, safe_serialization=True)
+    except SafetensorError as error:  # a full disk, among others
+        raise InputError(f"cannot write {WEIGHTS_FILE}: {error}; free space or choose another folder") from None
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"{built.name} cannot be written as timm's folder: {one_line(error)}") from error
+    shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)  # safetensors makes files for their owner alone
+
+
+def _write_onnx(source: Exported, folder: Path) -> None:
+    graph.save_onnx(source.built.model, folder / "model.onnx", source.metadata())
+
+
+def _write_program(source: Exported, folder: Path) -> None:
+    graph.save_program(source.built.model, folder / "model.pt2", source.metadata())
+
+
+Fill = Callable[[Exported, Path], None]
+_FORMATS: dict[str, tuple[Fill, tuple[str, ...]]] = {  # the first file makes a folder an export
+    "timm": (_write_timm, (CONFIG_FILE, WEIGHTS_FILE)),
+    "onnx": (_write_onnx, ("model.onnx",)),
+    "exported": (_write_program, ("model.pt2",)),
+}
+FORMATS = tuple(_FORMATS)
+
+
+def files_of(format: str) -> tuple[str, ...]:
+    """Names of the files of a format."""
+    return _FORMATS[format][1]
 
 
 def _check_target(target: Path) -> None:
     """Refuse to put files among somebody else's."""
     if target.exists() and not target.is_dir():
         raise InputError(f"cannot export to {str(target)!r}: it is a file; give a new or empty folder")
-    if not target.is_dir() or all(item.name.startswith(SCRATCH) for item in target.iterdir()):
-        return  # new, empty, or left behind by an export that was killed
+    if not target.is_dir():
+        return
+    ours = {name for _, files in _FORMATS.values() for name in files}
+    found = {item.name for item in target.iterdir() if not item.name.endswith(".tmp")}  # left by a kill
+    others = sorted(found - ours)
+    if not others and CONFIG_FILE in found and not _is_ours(target / CONFIG_FILE):
+        others = [CONFIG_FILE]
+    if others:
+        raise InputError(
+            f"cannot export to {str(target)!r}: it holds other files ({others[0]}); give a new or empty folder"
+        )
+
+
+def _is_ours(path: Path) -> bool:
     try:
-        architecture = json.loads((target / "config.json").read_bytes()).get("architecture")
-    except (OSError, ValueError, AttributeError):  # no configuration, or not one of a model
-        architecture = None
-    if architecture != "asvit":
-        raise InputError(f"cannot export to {str(target)!r}: it holds other files; give a new or empty folder")
+        content = json.loads(path.read_bytes())
+        return MARK in content or content.get("architecture") == "asvit"
+    except (OSError, ValueError, AttributeError, TypeError):  # no configuration, or not one of a model
+        return False

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import glob
 import json
 import math
 import os
 import secrets
+import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,60 @@ def replace_file(temporary: str | os.PathLike[str], path: str | os.PathLike[str]
         os.fsync(file.fileno())
     os.replace(temporary, path)
     _sync_folder(path.parent)
+
+
+def write_folder(path: str | os.PathLike[str], fill: Callable[[Path], None], last: str) -> None:
+    """Write a folder so that ``path`` holds either all that it held or all of the new, never a mixture.
+
+    Args:
+        path: the folder, new or there; files of it that the new one has not stay.
+        fill: writes the files into the empty folder that it is given.
+        last: name of the file without which the folder is none. Where folders cannot be exchanged in one step (other
+            systems than Linux, the current folder, a mount point), it goes first and comes last.
+
+    Raises:
+        InputError: the folder cannot be written; what was there is then untouched.
+    """
+    target = Path(os.path.realpath(path))
+    with file_errors("write", Path(path)), contextlib.ExitStack() as cleanup:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        place = target.parent if os.access(target.parent, os.W_OK) else target
+        for leftover in place.glob(f".{glob.escape(target.name)}.*.tmp"):  # of a process killed while it wrote
+            shutil.rmtree(leftover, ignore_errors=True)
+        scratch = place / f".{target.name}.{os.getpid()}.tmp"
+        scratch.mkdir()
+        cleanup.callback(shutil.rmtree, scratch, ignore_errors=True)
+        fill(scratch)
+        for file in scratch.iterdir():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        if target.is_dir():
+            for file in target.iterdir():
+                if file.is_file() and not (scratch / file.name).exists():
+                    shutil.copy2(file, scratch / file.name)
+            shutil.copymode(target, scratch)
+        if not _put_folder(scratch, target):
+            target.mkdir(exist_ok=True)
+            (target / last).unlink(missing_ok=True)
+            for file in sorted(scratch.iterdir(), key=lambda file: file.name == last):
+                os.replace(file, target / file.name)
+        _sync_folder(target)
+        _sync_folder(target.parent)
+
+
+def _put_folder(scratch: Path, target: Path) -> bool:
+    """One folder in the place of another in one step; False where that cannot be done."""
+    if scratch.parent == target or target == Path.cwd():
+        return False
+    if not target.exists():
+        os.rename(scratch, target)
+        return True
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):  # not Linux
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename(here, os.fsencode(scratch), here, os.fsencode(target), exchange) == 0
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -10,6 +11,17 @@ from .errors import InputError
 
 WORKERS = min(4, os.cpu_count() or 1)
 BASE_BATCH = 1024  # images per update for which ``lr_base`` is meant
+INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "box", "hamming", "lanczos")
+CROP_MODES = ("center", "squash", "border")
+
+
+def are_numbers(value: Any) -> bool:
+    """Finite numbers, one at least."""
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) > 0
+        and all(isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for x in value)
+    )
 
 
 def _option(default: Any, help: str) -> Any:
@@ -48,8 +60,13 @@ class Recipe:
     cutmix: float = _option(1.0, "alpha of CutMix, 0 for none")
     mixup_prob: float = _option(1.0, "probability of Mixup or CutMix for a batch")
     mixup_switch_prob: float = _option(0.5, "probability of CutMix where both are on")
-    interpolation: str = _option("bicubic", "how images are resized: bicubic, bilinear, random")
+    interpolation: str = _option("bicubic", f"how images are resized: {', '.join(INTERPOLATIONS)}, random")
     crop_pct: float = _option(0.9, "part of the image that validation keeps")
+    crop_mode: str = _option("center", f"how validation makes images square: {', '.join(CROP_MODES)}")
+    mean: tuple[float, ...] | None = _option(
+        None, "mean of the pixels, from 0 to 1, one number or one for each channel; without it, the network's"
+    )
+    std: tuple[float, ...] | None = _option(None, "standard deviation of the pixels, likewise")
     smoothing: float = _option(0.1, "label smoothing")
 
     # network
@@ -107,6 +124,11 @@ class Recipe:
         for name in ("lr", "lr_base", "clip_grad", "layer_decay"):
             self._check(name, getattr(self, name) is None or getattr(self, name) > 0, "above 0")
         self._check("crop_pct", 0 < self.crop_pct <= 1, "above 0 and at most 1")
+        for name in ("mean", "std"):
+            if isinstance(getattr(self, name), (int, float)):
+                object.__setattr__(self, name, (getattr(self, name),))
+            self._check(name, getattr(self, name) is None or are_numbers(getattr(self, name)), "numbers")
+        self._check("std", self.std is None or min(self.std) > 0, "numbers above 0")
         self._check("model_ema_decay", 0 <= self.model_ema_decay < 1, "from 0 to below 1")
         for name, choices in (
             ("bad_images", ("stop", "skip")),
@@ -114,6 +136,8 @@ class Recipe:
             ("lr_base_scale", ("", "linear", "sqrt")),
             ("amp_dtype", ("bfloat16", "float16")),
             ("parallel", ("ddp", "fsdp")),
+            ("interpolation", (*INTERPOLATIONS, "random")),
+            ("crop_mode", CROP_MODES),
         ):
             self._check(name, getattr(self, name) in choices, "one of " + ", ".join(map(repr, choices)))
 

@@ -6,7 +6,6 @@ import argparse
 import functools
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +17,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import create_dataset, create_loader, resolve_data_config
-from timm.utils import AverageMeter, accuracy
+from timm_validation import CHECKOUT, replayed, validate_py
 from torch import nn
 
 from asvit_fast.cli import main
@@ -174,34 +172,6 @@ def test_two_processes_with_uneven_shares() -> None:
 # --------------------------------------------------------------------------- timm's validation
 
 
-def timms(model: nn.Module, images: Path, prefetcher: bool, /, **arguments: Any) -> Evaluation:
-    """The same through timm's public functions, in the steps of its validate.py."""
-    config = resolve_data_config(arguments, model=model, use_test_size=True)
-    loader = create_loader(
-        create_dataset("", root=str(images), split="validation"),
-        input_size=config["input_size"],
-        batch_size=5,
-        use_prefetcher=prefetcher,
-        interpolation=config["interpolation"],
-        mean=config["mean"],
-        std=config["std"],
-        crop_pct=config["crop_pct"],
-        crop_mode=config["crop_mode"],
-        num_workers=0,
-        persistent_workers=False,
-        device=CPU,
-    )
-    meters = [AverageMeter() for _ in range(3)]
-    model.eval()
-    with torch.inference_mode():
-        for pixels, targets in loader:
-            logits = model(pixels)
-            found = (*accuracy(logits, targets, topk=(1, 5)), F.cross_entropy(logits, targets))
-            for meter, value in zip(meters, found, strict=True):
-                meter.update(value.item(), len(targets))
-    return Evaluation(len(loader.dataset), *(meter.avg for meter in meters))
-
-
 def same(found: dict[str, Any], expected: Evaluation) -> None:
     assert found["images"] == expected.images
     for name in ("top1", "top5", "loss"):
@@ -220,30 +190,22 @@ def same(found: dict[str, Any], expected: Evaluation) -> None:
 def test_same_figures_as_timm(
     checkpoint: Path, images: Path, capsys: Any, options: list[str], arguments: dict[str, Any], prefetcher: bool
 ) -> None:
-    expected = timms(network(), images, prefetcher, **{**described(), **arguments})
+    expected = replayed(network(), images, prefetcher, **{**described(), **arguments})
     assert 0 < expected.top1 < expected.top5 < 100
     found = evaluated(capsys, checkpoint, "--data", images, *options)
     same(found, expected)
     assert found["model"] == "asvit" and found["crop_pct"] == arguments.get("crop_pct", 0.8)
 
 
-@pytest.mark.skipif("ASVIT_FAST_TIMM" not in os.environ, reason="ASVIT_FAST_TIMM names no checkout of timm")
+@pytest.mark.skipif(CHECKOUT is None, reason="ASVIT_FAST_TIMM names no checkout of timm")
 def test_same_figures_as_validate_py(checkpoint: Path, images: Path, capsys: Any) -> None:
-    program = "import runpy, sys, asvit_fast; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    script = str(Path(os.environ["ASVIT_FAST_TIMM"]) / "validate.py")
-    options = f"--model asvit --num-classes {CLASSES} --img-size {SIZE} --crop-pct 0.8 --interpolation bilinear -j 0"
-    options += " --mean 0.5 --std 0.25 --device cpu --batch-size 5 --log-freq 1 --no-prefetcher --model-kwargs"
-    command = [sys.executable, "-c", program, script, str(images), "--checkpoint", str(checkpoint), *options.split()]
-    environment = {**os.environ, "PYTHONPATH": str(TESTS.parent)}
-    done = subprocess.run(
-        [*command, f"topology={TOPOLOGY}", f"img_size={SIZE}"], env=environment, capture_output=True, text=True
+    options = f"--model asvit --num-classes {CLASSES} --img-size {SIZE} --crop-pct 0.8 --interpolation bilinear"
+    options += " --mean 0.5 --std 0.25 --no-prefetcher --model-kwargs"
+    theirs = validate_py(
+        images, "--checkpoint", str(checkpoint), *options.split(), f"topology={TOPOLOGY}", f"img_size={SIZE}"
     )
-    assert done.returncode == 0, done.stderr
-    theirs = json.loads(done.stdout.partition("--result")[2])
     found = evaluated(capsys, checkpoint, "--data", images)
-    assert (round(found["top1"], 4), round(found["top5"], 4)) == (theirs["top1"], theirs["top5"])
-    losses = re.findall(r"Loss:\s+\S+ \(\s*([\d.]+)\)", done.stdout + done.stderr)
-    assert f"{found['loss']:.4f}" == losses[-1]
+    assert (round(found["top1"], 4), round(found["top5"], 4), f"{found['loss']:.4f}") == theirs
 
 
 # --------------------------------------------------------------------------- checkpoints
@@ -268,7 +230,7 @@ def test_checkpoints_of_every_kind(checkpoint: Path, images: Path, tmp_path: Pat
     torch.save({"arch": "asvit", "args": timm_args, "state_dict": network().state_dict()}, timm_file)
     assert evaluated(capsys, timm_file, "--data", images)["loss"] == expected["loss"]
     # bare weights know nothing of mean and std: the network's defaults
-    with_defaults = timms(network(), images, True, img_size=SIZE, crop_pct=0.8, interpolation="bilinear")
+    with_defaults = replayed(network(), images, True, img_size=SIZE, crop_pct=0.8, interpolation="bilinear")
     same(bare, with_defaults)
 
 
@@ -276,7 +238,7 @@ def test_exported_folder(images: Path, tmp_path: Path, capsys: Any) -> None:
     folder = export(TOPOLOGY, tmp_path / "export", num_classes=CLASSES, img_size=SIZE)
     found = evaluated(capsys, folder, "--data", images, "--img-size", SIZE)
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    same(found, timms(model, images, True, img_size=SIZE))
+    same(found, replayed(model, images, True, img_size=SIZE))
 
 
 def test_networks_that_are_made_for_one_size(images: Path, tmp_path: Path, capsys: Any) -> None:
@@ -285,7 +247,7 @@ def test_networks_that_are_made_for_one_size(images: Path, tmp_path: Path, capsy
     path = tmp_path / "vit.pth.tar"
     arguments = described(model="vit_tiny_patch16_224", model_kwargs=options)
     torch.save({"arch": "vit_tiny_patch16_224", "args": arguments, "state_dict": model.state_dict()}, path)
-    same(evaluated(capsys, path, "--data", images), timms(model, images, True, **arguments))
+    same(evaluated(capsys, path, "--data", images), replayed(model, images, True, **arguments))
     assert evaluated(capsys, path, "--data", images, "--img-size", 64)["img_size"] == [64, 64]
 
 

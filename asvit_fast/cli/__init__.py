@@ -170,6 +170,7 @@ def _add(parser: argparse.ArgumentParser, option: Option) -> None:
             default=argparse.SUPPRESS,
             metavar=option.metavar,
             action="append" if option.repeated else "store",
+            nargs="+" if option.several else None,
             help=f"{option.help} {_default(option)}",
         )
 

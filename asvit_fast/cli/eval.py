@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import InputError
 from .common import DEVICE, QUIET, is_main_process, say
-from .options import Command, Option, choice, flag, image_size, integer, keywords, positive, text
+from .options import Command, Option, choice, flag, image_size, integer, keywords, numbers, positive, text
 
 
 def run(values: SimpleNamespace) -> int:
@@ -20,17 +20,22 @@ def run(values: SimpleNamespace) -> int:
     built = build_from_checkpoint(
         values.checkpoint, values.model, values.model_kwargs, values.num_classes, values.use_ema
     )
-    config = built.data_config(values.img_size, values.crop_pct, values.interpolation)
+    config = built.data_config(
+        values.img_size, values.crop_pct, values.interpolation, values.crop_mode, values.mean, values.std
+    )
     ranks = processes.join(device)
     started = time.perf_counter()
-    found = measure(values, built.model, config, device, ranks)
+    found = measure(values, built, config, device, ranks)
     result = {
         "checkpoint": str(built.path),
         "model": built.name,
         **found.to_dict(),
         "img_size": list(config["input_size"][1:]),
         "crop_pct": config["crop_pct"],
+        "crop_mode": config["crop_mode"],
         "interpolation": config["interpolation"],
+        "mean": list(config["mean"]),
+        "std": list(config["std"]),
         "token_reduction": values.token_reduction,
         "use_ema": values.use_ema,
         "seconds": round(time.perf_counter() - started, 3),
@@ -40,8 +45,8 @@ def run(values: SimpleNamespace) -> int:
     return 0
 
 
-def measure(values: SimpleNamespace, model: Any, config: dict[str, Any], device: Any, ranks: int) -> Any:
-    """The network's Evaluation on the images that the options name."""
+def measure(values: SimpleNamespace, built: Any, config: dict[str, Any], device: Any, ranks: int) -> Any:
+    """The Evaluation of a CheckpointModel on the images that the options name."""
     import contextlib
     import functools
 
@@ -57,8 +62,7 @@ def measure(values: SimpleNamespace, model: Any, config: dict[str, Any], device:
         val_split=values.split,
         class_map=values.class_map,
         **({} if values.workers is None else {"workers": values.workers}),
-        crop_pct=config["crop_pct"],
-        interpolation=config["interpolation"],
+        **{name: config[name] for name in ("crop_pct", "crop_mode", "interpolation")},
     )
     channels, *size = config["input_size"]
     images = load_validation(
@@ -71,13 +75,12 @@ def measure(values: SimpleNamespace, model: Any, config: dict[str, Any], device:
         in_chans=channels,
         mean=config["mean"],
         std=config["std"],
-        crop_mode=config["crop_mode"],
     )
-    check_classes(model, images.num_classes, bool(values.class_map))
-    prepare(model, (size[0], size[1]), values.token_reduction)
+    check_classes(built, images, bool(values.class_map))
+    prepare(built, (size[0], size[1]), values.token_reduction)
     amp = functools.partial(torch.autocast, device.type, dtype=getattr(torch, values.amp_dtype))
     return evaluate(
-        model.to(device),
+        built.model.to(device),
         images.batches(values.batch_size),
         device,
         autocast=amp if values.amp else contextlib.nullcontext,
@@ -86,24 +89,36 @@ def measure(values: SimpleNamespace, model: Any, config: dict[str, Any], device:
     )
 
 
-def check_classes(model: Any, classes: int, mapped: bool) -> None:
-    """The numbers of the classes mean the same only if there are as many, or if a map says what they mean."""
-    outputs = getattr(model, "num_classes", classes)
+def check_classes(built: Any, images: Any, mapped: bool) -> None:
+    """The numbers of the classes mean the same only if there are as many, and of the same names where the network knows
+    them, or if a map says what they mean."""
+    from ..backends import notify_once
+
+    classes = images.num_classes
+    outputs = getattr(built.model, "num_classes", classes)
     if classes > outputs or (classes < outputs and not mapped):
         raise InputError(
             f"the images have {classes} classes, the network {outputs}; give the images of all its classes, "
             "or --class-map with its class of each folder"
         )
+    known, found = built.label_names, images.class_names
+    if mapped or not isinstance(known, (list, tuple)) or found is None or list(known) == list(found):
+        return
+    number = next((n for n, pair in enumerate(zip(known, found, strict=False)) if pair[0] != pair[1]), None)
+    if number is not None:
+        notify_once(
+            ("classes", built.path),
+            f"the images' class {number} is {found[number]!r}, the network's is {known[number]!r}: counted by number",
+        )
 
 
-def prepare(model: Any, size: tuple[int, int], token_reduction: int) -> None:
+def prepare(built: Any, size: tuple[int, int], token_reduction: int) -> None:
     """Fit the network to the images, and to fewer tokens when asked for."""
-    if getattr(model, "pretrained_cfg", {}).get("fixed_input_size") and hasattr(model, "set_input_size"):
-        model.set_input_size(img_size=size)
+    built.fit_to(size)
     if token_reduction != 1:
         from ..training.token_reduction import set_token_reduction
 
-        set_token_reduction(model, token_reduction)
+        set_token_reduction(built.model, token_reduction)
 
 
 def show(values: SimpleNamespace, result: dict[str, Any]) -> None:
@@ -167,7 +182,12 @@ COMMAND = Command(
             "part of the image that is kept, a number up to 1; without it, the checkpoint's",
             "X",
         ),
+        Option("crop_mode", text, "", "center, squash, border; without it, the checkpoint's", "NAME"),
         Option("interpolation", text, "", "bicubic, bilinear, ...; without it, the checkpoint's", "NAME"),
+        *(
+            Option(name, numbers, None, f"{what} of the pixels; without it, the checkpoint's", "X", several=True)
+            for name, what in (("mean", "mean"), ("std", "standard deviation"))
+        ),
         Option("amp", flag, False, "mixed precision", flag=True),
         Option("amp_dtype", choice("bfloat16", "float16"), "bfloat16", "half type of mixed precision", "NAME"),
         Option("use_ema", flag, False, "the moving average of the weights", flag=True),

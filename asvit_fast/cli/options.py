@@ -31,6 +31,7 @@ class Option:
     required: bool = False
     flag: bool = False
     repeated: bool = False
+    several: bool = False  # values that follow each other
 
     @property
     def label(self) -> str:
@@ -149,6 +150,13 @@ def pair(value: Any) -> tuple[float, float]:
     if len(parts) != 2:
         raise InputError(f"expected two numbers such as 0.08,1, got {value!r}")
     return real(parts[0]), real(parts[1])
+
+
+def numbers(value: Any) -> tuple[float, ...]:
+    """``0.5``, ``0.485,0.456,0.406``, ``["0.485", "0.456", "0.406"]`` or a YAML list."""
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    pieces = [piece for part in parts for piece in (part.split(",") if isinstance(part, str) else [part])]
+    return tuple(real(piece) for piece in pieces)
 
 
 def keywords(value: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import InputError
 from ..recipe import Recipe
 from .common import QUIET, check_output_folder, say
-from .options import Command, Option, flag, image_size, integer, keywords, pair, real, seed, switch, text
+from .options import Command, Option, flag, image_size, integer, keywords, numbers, pair, real, seed, switch, text
 
 
 def run(values: SimpleNamespace) -> int:
@@ -66,6 +66,7 @@ def option(field: dataclasses.Field) -> Option:
         "float | None": (real, "X"),
         "str": (text, "TEXT"),
         "tuple[float, float]": (pair, "X,Y"),
+        "tuple[float, ...] | None": (numbers, "X"),
     }
     help_text = field.metadata["help"]
     if field.name == "seed":
@@ -77,7 +78,7 @@ def option(field: dataclasses.Field) -> Option:
     if field.type not in readers:
         raise InputError(f"recipe: {field.name} has a type that the command line cannot read: {field.type}")
     read, metavar = readers[field.type]
-    return Option(field.name, read, field.default, help_text, metavar)
+    return Option(field.name, read, field.default, help_text, metavar, several=read is numbers)
 
 
 COMMAND = Command(

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import clean_state_dict
 
@@ -81,8 +80,11 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{str(path)!r} is not a checkpoint that can be loaded safely: it is damaged, or no checkpoint, or holds "
             "objects other than tensors, numbers and text"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise InputError(f"{str(path)!r} is not a checkpoint that can be loaded safely: {one_line(error)}") from error
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged archive or a made-up pickle ends in
+        reason = one_line(error) or type(error).__name__
+        raise InputError(f"{str(path)!r} is not a checkpoint that can be loaded safely: {reason}") from error
     if not isinstance(content, dict):
         raise InputError(f"{str(path)!r} holds {type(content).__name__}, not a checkpoint; save a state_dict")
     return content
@@ -92,12 +94,18 @@ def weights_of(content: dict[str, Any], path: str | os.PathLike[str], use_ema: b
     """The state_dict in what ``read_file`` gave, or its moving average. Raises InputError when there is none."""
     for key in AVERAGES if use_ema else WEIGHTS:
         if isinstance(content.get(key), Mapping):
+            if not _are_weights(content[key]):
+                raise InputError(f"{str(path)!r}: {key} must hold tensors by their names; give another checkpoint")
             return clean_state_dict(dict(content[key]))
     if use_ema:
         raise InputError(f"{str(path)!r} holds no moving average of the weights; leave out use_ema")
-    if all(isinstance(value, torch.Tensor) for value in content.values()):
+    if _are_weights(content):
         return clean_state_dict(content)
     raise InputError(f"{str(path)!r} holds no weights ({', '.join(map(str, list(content)[:5]))}); give a checkpoint")
+
+
+def _are_weights(content: Mapping[Any, Any]) -> bool:
+    return all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items())
 
 
 def one_line(error: Exception) -> str:

@@ -2,52 +2,81 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import timm
-from safetensors import SafetensorError
 from timm.data import resolve_data_config
 from torch import nn
 
 from ..errors import InputError
+from ..files import from_json
 from .checkpoint import BEST, LAST, one_line, read_file, weights_of
-from .network import build, takes_size
+from .description import describe_checkpoint, describe_export, takes_size
+from .network import build
+
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
 
 @dataclass(frozen=True)
 class CheckpointModel:
-    """A network with its weights, float32, on the CPU, and what its checkpoint says about it.
+    """A network with its weights, float32, on the CPU, and what its file says about it.
 
     Attributes:
         model: the network.
         name: its name in timm.
         path: the file that the weights are from.
-        arguments: the checkpoint's "args" as a dict: img_size, mean, std, crop_pct, interpolation and more, or empty.
+        options: arguments of its constructor.
+        data: how its images are prepared, in timm's names, as far as the file says it.
+        label_names: names of its classes, in their order or by their number, or None.
     """
 
     model: nn.Module
     name: str
     path: Path
-    arguments: dict[str, Any]
+    options: dict[str, Any]
+    data: dict[str, Any]
+    label_names: Any = None
 
     def data_config(
-        self, img_size: int | tuple[int, int] | None = None, crop_pct: float | None = None, interpolation: str = ""
+        self,
+        img_size: int | tuple[int, int] | None = None,
+        crop_pct: float | None = None,
+        interpolation: str = "",
+        crop_mode: str = "",
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
     ) -> dict[str, Any]:
         """How images are prepared: timm's input_size (channels, height, width), mean, std, crop_pct, crop_mode,
-        interpolation. What is given counts, then what the checkpoint says, then the network's default."""
-        given = {"crop_pct": crop_pct, "interpolation": interpolation}
-        known = {**self.arguments, **{name: value for name, value in given.items() if value}}
-        side = img_size or known.pop("img_size", None)
-        if side is not None:
-            height, width = (side, side) if isinstance(side, int) else side
-            known |= {"img_size": None, "input_size": (known.get("in_chans") or 3, height, width)}
+        interpolation. What is given counts, then what the file says, then the network's default.
+
+        Raises:
+            InputError: means or standard deviations for another number of channels.
+        """
+        given = {"crop_pct": crop_pct, "interpolation": interpolation, "crop_mode": crop_mode, "mean": mean, "std": std}
+        known = {**self.data, **{name: value for name, value in given.items() if value}}
+        channels = getattr(self.model, "in_chans", self.options.get("in_chans", 3))
+        known["in_chans"] = channels
+        if img_size is not None:
+            height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+            known["input_size"] = (channels, height, width)
+        for name in ("mean", "std"):
+            if len(known.get(name, (0,))) not in (1, channels):
+                raise InputError(f"{name} must be one number or {channels}, one for each channel, got {known[name]}")
         config = resolve_data_config(known, model=self.model, use_test_size=True)
-        return {**config, "interpolation": config["interpolation"].replace("random", "bicubic")}
+        config |= {name: _for_channels(config[name], channels) for name in ("mean", "std")}
+        shape = (channels, *config["input_size"][1:])
+        return {**config, "input_size": shape, "interpolation": config["interpolation"].replace("random", "bicubic")}
+
+    def fit_to(self, img_size: tuple[int, int]) -> None:
+        """Resize a network that is made for one size of images, where it is another: timm chooses new windows then."""
+        model: Any = self.model
+        own = self.options.get("img_size") or model.pretrained_cfg["input_size"][1:]
+        own = (own, own) if isinstance(own, int) else tuple(own)
+        if takes_size(self.name) and own != img_size and hasattr(model, "set_input_size"):
+            model.set_input_size(img_size=img_size)
 
 
 def build_from_checkpoint(
@@ -57,7 +86,8 @@ def build_from_checkpoint(
     num_classes: int | None = None,
     use_ema: bool = False,
 ) -> CheckpointModel:
-    """The network of a checkpoint with its weights. No code of the file is run.
+    """The network of a checkpoint with its weights. No code of the file is run, and nothing that it names is opened:
+    what is taken of it are weights, arguments of the architecture and preprocessing.
 
     Args:
         path: a checkpoint in timm's format; a folder of ``asvit-fast export``; the folder of a training (its best
@@ -68,26 +98,34 @@ def build_from_checkpoint(
         use_ema: the moving average of the weights.
 
     Raises:
-        InputError: no such file, not a checkpoint, no or an unknown model, weights of another network, no average.
+        InputError: no such file, not a checkpoint, fields of another type than they must have, no or an unknown model,
+            arguments that the network does not know, weights of another network, no average.
     """
     path = Path(path)
-    if (path / "model.safetensors").is_file() and (path / "config.json").is_file():
+    if is_export(path):
         return _exported(path, use_ema)
     path = _file_of(path)
     content = read_file(path)
-    arguments = _arguments(content)
-    name = model or content.get("arch") or arguments.get("model")
-    if not isinstance(name, str):
-        raise InputError(f"{str(path)!r} does not say of which network it is; give its name as model")
+    said = describe_checkpoint(content, path, model)
     weights = weights_of(content, path, use_ema)
-    options = {**_options(content, name, arguments), **(model_kwargs or {})}
-    classes = num_classes or arguments.get("num_classes")
-    network = build(name, {**({} if classes is None else {"num_classes": classes}), **options})
+    classes = {} if num_classes is None else {"num_classes": num_classes}
+    options = {**said.options, **classes, **(model_kwargs or {})}
+    network = build(said.name, options)
     try:
         network.load_state_dict(weights)
     except (RuntimeError, ValueError, AttributeError) as error:
-        raise InputError(f"the weights of {str(path)!r} do not fit {name}: {one_line(error)}") from error
-    return CheckpointModel(network, name, path, arguments)
+        raise InputError(f"the weights of {str(path)!r} do not fit {said.name}: {one_line(error)}") from error
+    return CheckpointModel(network, said.name, path, options, said.data, said.label_names)
+
+
+def is_export(path: Path) -> bool:
+    """Whether it is a folder of a network's configuration and weights."""
+    return all((path / name).is_file() for name in (WEIGHTS_FILE, CONFIG_FILE))
+
+
+def _for_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """One for each, as timm's loaders adapt them: their average where there are others."""
+    return tuple(values) if len(values) == channels else (fmean(values),) * channels
 
 
 def _file_of(path: Path) -> Path:
@@ -101,26 +139,16 @@ def _file_of(path: Path) -> Path:
     raise InputError(f"folder {str(path)!r} holds no {', no '.join((BEST, LAST))} and no export; give a checkpoint")
 
 
-def _arguments(content: Mapping[str, Any]) -> dict[str, Any]:
-    arguments = content.get("args") or {}
-    return dict(vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments)
-
-
-def _options(content: Mapping[str, Any], name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of the network's constructor, but for the number of classes."""
-    options = {"in_chans": arguments.get("in_chans"), "global_pool": arguments.get("gp")}
-    if isinstance(content.get("args"), Mapping) and takes_size(name):
-        options["img_size"] = arguments.get("img_size")  # timm's training builds its networks without it
-    known = {key: value for key, value in options.items() if value is not None}
-    return {**known, **(arguments.get("model_kwargs") or {})}
-
-
 def _exported(path: Path, use_ema: bool) -> CheckpointModel:
     if use_ema:
         raise InputError(f"the export {str(path)!r} holds no moving average of the weights; leave out use_ema")
+    config = path / CONFIG_FILE
     try:
-        name = json.loads((path / "config.json").read_bytes())["architecture"]
-        model = timm.create_model(f"local-dir:{path}", pretrained=True)
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{str(path)!r} is not an export that timm loads: {one_line(error)}") from error
-    return CheckpointModel(model, name, path / "model.safetensors", {})
+        content = from_json(config.read_bytes())
+    except InputError as error:
+        raise InputError(f"{str(config)!r}: {error}; export again") from None
+    said, configuration = describe_export(content, config)
+    weights = {"pretrained": True, "pretrained_cfg": {**configuration, "file": str(path / WEIGHTS_FILE)}}
+    network: Any = build(said.name, {**said.options, **weights})
+    network.pretrained_cfg.pop("file")
+    return CheckpointModel(network, said.name, path / WEIGHTS_FILE, said.options, said.data, said.label_names)

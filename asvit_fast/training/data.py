@@ -39,7 +39,6 @@ class Reader:
     device: torch.device
     rank: int
     ranks: int
-    crop_mode: str = "center"  # of validation, as timm names it
 
     @property
     def mode(self) -> str:
@@ -63,7 +62,7 @@ class Reader:
     def transform(self, training: bool) -> Transform:
         if training:
             return training_transform(self.recipe, self.shape, self.mean, self.std)
-        return validation_transform(self.recipe, self.shape, self.mean, self.std, self.crop_mode)
+        return validation_transform(self.recipe, self.shape, self.mean, self.std)
 
 
 class Validation:
@@ -244,11 +243,10 @@ def load_validation(
     in_chans: int = 3,
     mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
-    crop_mode: str = "center",
     num_classes: int | None = None,
 ) -> Validation:
     """The images of the recipe's ``val_split`` alone; arguments and errors as for ``load_data``."""
-    reader = _reader(recipe, img_size, device, rank, ranks, in_chans, mean, std, crop_mode)
+    reader = _reader(recipe, img_size, device, rank, ranks, in_chans, mean, std)
     dataset = _open(data, reader, recipe.val_split, training=False)
     return Validation(dataset, count_classes(dataset, num_classes), reader)
 
@@ -262,13 +260,12 @@ def _reader(
     in_chans: int,
     mean: tuple[float, ...],
     std: tuple[float, ...],
-    crop_mode: str = "center",
 ) -> Reader:
     if in_chans not in MODES:
         raise InputError(f"in_chans must be one of {', '.join(map(str, MODES))}, got {in_chans}")
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     mean, std = (tuple(values) if len(values) == in_chans else (fmean(values),) * in_chans for values in (mean, std))
-    return Reader(recipe, (in_chans, height, width), mean, std, device, rank, ranks, crop_mode)
+    return Reader(recipe, (in_chans, height, width), mean, std, device, rank, ranks)
 
 
 def _open(data: str | Path, reader: Reader, split: str, training: bool) -> Any:

@@ -81,7 +81,8 @@ def _sums(logits: Tensor, targets: Tensor, mean_loss: Tensor) -> Tensor:
     """[4]: images, right answers among the first one and the first five, loss; whole numbers are exact."""
     images = len(targets)
     right = [(percent * images / 100).round() for percent in accuracy(logits, targets, topk=(1, 5))]
-    return torch.stack([torch.tensor(images, device=logits.device), *right, mean_loss * images]).double()
+    counts = torch.stack([torch.tensor(images, device=logits.device), *right]).double()  # [3]
+    return torch.cat([counts, mean_loss.double().view(1) * images])
 
 
 @contextlib.contextmanager

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from statistics import fmean
 from typing import Any
 
 import timm
 from timm.data import resolve_data_config
-from timm.models import PretrainedCfg
+from timm.layers import to_2tuple
 from torch import nn
 
 from ..backends import notify_once
 from ..errors import InputError
 from ..models import AsViT  # (and "asvit" is registered with timm)
 from ..models.state_dict import fit_state_dict
+from ..nn import FeatScale
+from ..recipe import Recipe
 from ..topology import Topology
 from .checkpoint import one_line, read_file, weights_of
+from .description import LOADING, check_known, takes_size
 
 What = str | Topology | nn.Module
-BESIDES = ("img_size", "num_classes", "pretrained")  # arguments that a description has elsewhere, or not at all
 TIMMS_FIT = "checkpoint_filter_fn"  # beside each model of timm: old names and other sizes made to fit
 
 
@@ -31,8 +34,8 @@ def create_network(
     drop_path: float = 0.0,
     initial_checkpoint: str = "",
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The network and its description: {"model", "num_classes", "img_size", "model_kwargs"} and how images are read
-    ("mean", "std", "crop_pct", "interpolation").
+    """The network and its description, from which it can be built again: {"model", "num_classes", "img_size",
+    "model_kwargs"}.
 
     Args:
         what: a topology or its text, a name that timm knows, or a network, which is taken as it is.
@@ -44,8 +47,8 @@ def create_network(
     """
     if isinstance(what, nn.Module):
         _check_classes(what, num_classes)
-        name = getattr(what, "pretrained_cfg", {}).get("architecture") or type(what).__name__
-        return what, {"model": name, **_describe(what, num_classes, img_size, {})}
+        name, options = constructor_arguments(what)
+        return what, _description(name, num_classes, img_size, options)
     options = dict(model_kwargs or {})
     if isinstance(what, Topology) or "|" in what:
         options["topology"] = str(Topology.parse(what))
@@ -61,16 +64,39 @@ def create_network(
         model = build(what, options)  # it has no stochastic depth, and none is wanted
     if initial_checkpoint:
         start_from(model, initial_checkpoint)
-    described = {name: value for name, value in options.items() if name not in BESIDES}
-    return model, {"model": what, **_describe(model, num_classes, img_size, described)}
+    return model, _description(what, num_classes, img_size, options)
+
+
+def constructor_arguments(model: nn.Module) -> tuple[str, dict[str, Any]]:
+    """Name and arguments with which timm builds such a network, as far as it says so (from timm 1.0.30 on)."""
+    if isinstance(model, AsViT):
+        first: Any = model.stages[0]
+        attention = first.blocks[0].attn
+        return "asvit", {
+            "topology": str(model.topology),
+            "img_size": model.img_size,
+            "num_classes": model.num_classes,
+            "in_chans": model.in_chans,
+            "global_pool": model.global_pool,
+            "pos_embed": "none" if model.pos_embed is None else "absolute",
+            "norm": "layer" if model.has_norms else "identity",
+            "window_size": model.window_size,
+            "attn_scale": attention.attn_scale is not None,
+            "feat_scale": isinstance(attention.feat_scale, FeatScale),
+        }
+    name = getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
+    arguments = {key: _plain(value) for key, value in getattr(model, "_model_args", {}).items() if key not in LOADING}
+    return name, arguments
 
 
 def build(name: str, options: Mapping[str, Any]) -> nn.Module:
     """A network of timm by its name. Raises InputError for an unknown one, or arguments that it does not take."""
-    _known(name)
+    check_known(name)
     try:
         return timm.create_model(name, **options)
-    except (TypeError, RuntimeError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # whatever a constructor makes of an argument that it does not expect
         raise InputError(f"{name} cannot be made with these arguments: {one_line(error)}") from error
 
 
@@ -96,26 +122,34 @@ def start_from(model: Any, path: str) -> None:
         raise InputError(f"the weights of {path!r} do not fit {type(model).__name__}: {one_line(error)}") from error
 
 
-def pixel_statistics(what: What) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the pixels of each channel that the network is made for."""
+def channels_of(what: What, model_kwargs: Mapping[str, Any] | None) -> int:
+    """Channels of the images that the network takes."""
+    given = getattr(what, "in_chans", None) if isinstance(what, nn.Module) else (model_kwargs or {}).get("in_chans")
+    return 3 if given is None else given
+
+
+def pixel_statistics(what: What, recipe: Recipe, channels: int = 3) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the pixels, one for each channel: the recipe's, or those that the network is made
+    for, averaged where it is made for another number of channels.
+
+    Raises:
+        InputError: a recipe with another number of values.
+    """
     if isinstance(what, nn.Module):
         config = resolve_data_config({}, model=what)
     else:
         name = "asvit" if isinstance(what, Topology) or "|" in what else what
-        config = resolve_data_config({}, pretrained_cfg=_known(name).to_dict())
-    return tuple(config["mean"]), tuple(config["std"])
+        check_known(name)
+        known = timm.get_pretrained_cfg(name, allow_unregistered=True)
+        config = resolve_data_config({}, pretrained_cfg={} if known is None else known.to_dict())
+    return _each("mean", recipe.mean, config, channels), _each("std", recipe.std, config, channels)
 
 
-def _known(name: str) -> PretrainedCfg:
-    """What timm knows of a model."""
-    if not timm.is_model(name):
-        raise InputError(f"{name!r} is neither a topology nor a model of timm; see timm.list_models()")
-    return timm.get_pretrained_cfg(name, allow_unregistered=True) or PretrainedCfg()
-
-
-def takes_size(name: str) -> bool:
-    """Networks whose weights depend on the size of the image; others take any."""
-    return name.partition(".")[0].startswith("asvit") or _known(name).fixed_input_size
+def _each(name: str, given: tuple[float, ...] | None, config: Mapping[str, Any], channels: int) -> tuple[float, ...]:
+    if given is not None and len(given) not in (1, channels):
+        raise InputError(f"{name} must be one number or {channels}, one for each channel, got {len(given)}")
+    values = tuple(given or config[name])
+    return values if len(values) == channels else (fmean(values),) * channels
 
 
 def _check_classes(model: nn.Module, num_classes: int) -> None:
@@ -126,14 +160,25 @@ def _check_classes(model: nn.Module, num_classes: int) -> None:
         )
 
 
-def _describe(
-    model: nn.Module, num_classes: int, img_size: int | tuple[int, int], model_kwargs: dict[str, Any]
+def _description(
+    name: str, num_classes: int, img_size: int | tuple[int, int], options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    config = resolve_data_config({}, model=model)
+    elsewhere = {*LOADING, "num_classes"}
+    if to_2tuple(options.get("img_size", img_size)) == to_2tuple(img_size):
+        elsewhere.add("img_size")  # else the network is made for images of another size than it sees
     return {
+        "model": name,
         "num_classes": num_classes,
         "img_size": img_size if isinstance(img_size, int) else list(img_size),
-        "model_kwargs": model_kwargs,
-        "mean": list(config["mean"]),
-        "std": list(config["std"]),
+        "model_kwargs": {key: _plain(value) for key, value in options.items() if key not in elsewhere},
     }
+
+
+def _plain(value: Any) -> Any:
+    """As a checkpoint can hold it. A class or function becomes its name: it cannot be built again from a file, which a
+    constructor that is given its name says."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

@@ -34,7 +34,7 @@ from .checkpoint import (
 from .data import DataSets, load_data
 from .evaluation import Evaluation, evaluate
 from .log import TrainingLog
-from .network import What, create_network, pixel_statistics
+from .network import What, channels_of, create_network, pixel_statistics
 from .optimization import make_scheduler
 from .parallel import whole
 from .result import TrainResult, best_row, metric
@@ -79,14 +79,16 @@ class Trainer:
             content = read_file(resume)
             self.resume = {**content, "state_dict": weights_of(content, resume)}
         seed_everything(recipe.seed, device)
-        mean, std = pixel_statistics(what)
+        channels = channels_of(what, network.get("model_kwargs"))
+        mean, std = pixel_statistics(what, recipe, channels)
         self.data = load_data(
-            data, recipe, img_size, device, self.rank, self.ranks, mean=mean, std=std, num_classes=num_classes
+            data, recipe, img_size, device, self.rank, self.ranks, channels, mean, std, num_classes=num_classes
         )
         model, self.description = create_network(
             what, self.data.num_classes, img_size, drop_path=recipe.drop_path, **network
         )
-        self.image = (3, *to_2tuple(img_size))
+        self.description |= {"mean": list(mean), "std": list(std)}
+        self.image = (channels, *to_2tuple(img_size))
         self.cost = schedule_cost(model, schedule, img_size)
         prepare(model, recipe, device)
         self.batch_sizes = phase_batch_sizes(
@@ -378,7 +380,8 @@ class Trainer:
         """A checkpoint in timm's format, and under ``OURS`` what it takes to go on to the same bits."""
         if self.out is None:
             return {}
-        arguments = {**self.description, "crop_pct": self.recipe.crop_pct, "interpolation": self.recipe.interpolation}
+        prepared = {name: getattr(self.recipe, name) for name in ("crop_pct", "crop_mode", "interpolation")}
+        arguments = {**self.description, **prepared, "label_names": self.data.class_names}
         state = collect(self.step, self.description["model"], arguments, self.position.epoch - 1)
         best = best_row(self.rows)
         if best is not None:

@@ -39,12 +39,18 @@ def training_transform(recipe: Recipe, shape: tuple[int, int, int], mean: Channe
     return transform
 
 
-def validation_transform(
-    recipe: Recipe, shape: tuple[int, int, int], mean: Channels, std: Channels, crop_mode: str
-) -> Transform:
+def validation_transform(recipe: Recipe, shape: tuple[int, int, int], mean: Channels, std: Channels) -> Transform:
     """PIL image to uint8 ``shape``, resized and cropped as timm validates. Raises InputError as above."""
-    options = {"interpolation": _fixed(recipe.interpolation), "crop_pct": recipe.crop_pct, "crop_mode": crop_mode}
-    return _create(recipe, shape, is_training=False, mean=mean, std=std, **options)
+    return _create(
+        recipe,
+        shape,
+        is_training=False,
+        mean=mean,
+        std=std,
+        interpolation=_fixed(recipe.interpolation),
+        crop_pct=recipe.crop_pct,
+        crop_mode=recipe.crop_mode,
+    )
 
 
 def _create(recipe: Recipe, shape: tuple[int, int, int], **options: Any) -> Any:

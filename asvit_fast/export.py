@@ -20,12 +20,14 @@ from . import graph
 from .cost import params
 from .errors import InputError
 from .files import write_folder
-from .report.runs import Run, find_runs
+from .models.library import takes_size
+from .report.runs import Run
 from .topology import Topology
-from .training.checkpoint import BEST, LAST, one_line
-from .training.checkpoint_model import CONFIG_FILE, WEIGHTS_FILE, CheckpointModel, build_from_checkpoint, is_export
-from .training.description import CONFIGURATION, checked, takes_size
+from .training.checkpoint import one_line
+from .training.checkpoint_model import CONFIG_FILE, WEIGHTS_FILE, CheckpointModel
+from .training.description import CONFIGURATION, checked
 from .training.network import build, constructor_arguments
+from .what import resolve
 
 Size = int | tuple[int, int]
 What = str | Path | Topology | nn.Module
@@ -133,49 +135,15 @@ def open_network(
     """The network that ``export`` writes. Raises InputError as it does."""
     if isinstance(what, nn.Module):
         return _of_module(what, num_classes, img_size)
-    if is_trained(what):
-        return _trained(Path(str(what)), num_classes, img_size, use_ema)
-    if isinstance(what, Topology) or "|" in str(what):
-        return _fresh("asvit", {"topology": str(final_topology(what))}, seed, num_classes, img_size)
-    if not Path(what).exists() and timm.is_model(str(what)):
-        return _fresh(str(what), {}, seed, num_classes, img_size)
-    run = final_run(what)
-    config = checked(run.config, run.directory / CONFIG_FILE, ("img_size",))
-    options = {"topology": str(Topology.parse(run.topology))}
-    built = _fresh("asvit", options, seed, num_classes, img_size or config.get("img_size")).built
-    return Exported(built, False, limit_of(run))
-
-
-def is_trained(what: str | Path | Topology) -> bool:
-    """Whether there are weights: the run directory of a training, a checkpoint, an export."""
-    if isinstance(what, Topology) or "|" in str(what):
-        return False  # (a text that may be longer than the name of a file)
-    path = Path(what)
-    return path.is_file() or is_export(path) or any((path / name).is_file() for name in (BEST, LAST))
-
-
-def final_topology(what: str | Path | Topology) -> Topology:
-    """The topology a finished run ended with, or the one given. Raises InputError."""
-    if isinstance(what, Topology) or "|" in str(what):
-        return Topology.parse(what if isinstance(what, Topology) else str(what))
-    return Topology.parse(final_run(what).topology)
-
-
-def final_run(directory: str | Path) -> Run:
-    """The finished run of search or scaling there; of both side by side, the scaling. Raises InputError."""
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise InputError(
-            f"{str(directory)!r} is neither a topology string, nor a model of timm, nor a run directory; "
-            "give one of these"
-        )
-    run = find_runs(directory)[-1]
-    if run.result is None:
-        raise InputError(
-            f"the {run.kind} in {str(run.directory)!r} is not finished ({len(run.trace)} steps); "
-            f"continue it, or give its topology so far: '{run.topology}'"
-        )
-    return run
+    target = resolve(what)
+    if target.weights is not None:
+        return _as_it_is(target.load(use_ema), repr(str(what)), num_classes, img_size)
+    run = target.run
+    if run is not None:
+        config = checked(run.config, run.directory / CONFIG_FILE, ("img_size",))
+        img_size = img_size or config.get("img_size")
+    built = _fresh(str(target.name), target.options, seed, num_classes, img_size).built
+    return Exported(built, False, None if run is None else limit_of(run))
 
 
 def limit_of(run: Run) -> float | None:
@@ -183,10 +151,6 @@ def limit_of(run: Run) -> float | None:
     budget = run.config.get("budget")
     window = run.config.get("max_params") if run.kind == "scale" else budget and budget.get("params")
     return window[1] if isinstance(window, list) and len(window) == 2 else None
-
-
-def _trained(path: Path, num_classes: int | None, img_size: Size | None, use_ema: bool) -> Exported:
-    return _as_it_is(build_from_checkpoint(path, use_ema=use_ema), repr(str(path)), num_classes, img_size)
 
 
 def _of_module(model: nn.Module, num_classes: int | None, img_size: Size | None) -> Exported:
@@ -240,6 +204,8 @@ def _fresh(
 
 def _write_timm(source: Exported, folder: Path) -> None:
     built, labels = source.built, source.labels
+    if not timm.is_model(built.name):
+        raise InputError(f"timm has no {built.name} that could load it; export it in the format onnx or exported")
     model: Any = built.model
     own, config = model.pretrained_cfg, built.data_config()
     kept = {name: value for name, value in own.items() if name in CONFIGURATION and not name.startswith("test_")}

@@ -10,9 +10,10 @@ import timm
 import torch
 
 from asvit_fast.errors import InputError
-from asvit_fast.export import export, final_topology
+from asvit_fast.export import export
 from asvit_fast.files import to_json
 from asvit_fast.topology import Topology
+from asvit_fast.what import resolve_topology
 
 TOPOLOGY = "4,2,2,1|2,1,2,2|2,1,2,1|2,1,2,1|16,16"
 
@@ -64,13 +65,13 @@ def test_run_directories(tmp_path: Path, kind: str) -> None:
 
 def test_sources() -> None:
     topology = Topology.parse(TOPOLOGY)
-    assert final_topology(topology) == final_topology(TOPOLOGY) == topology
+    assert resolve_topology(topology) == resolve_topology(TOPOLOGY) == topology
 
 
 def test_of_two_runs_the_scaled_one_counts(tmp_path: Path) -> None:
     write_run(tmp_path / "search", "search", finished=False)
     write_run(tmp_path / "scale", "scale")
-    assert str(final_topology(tmp_path)) == TOPOLOGY
+    assert str(resolve_topology(tmp_path)) == TOPOLOGY
 
 
 def test_unfinished_run_names_its_topology(tmp_path: Path) -> None:

@@ -10,6 +10,10 @@ from ..errors import InputError
 from ..files import folder_path
 from .options import Option, choice, flag, image_size, integer, seed, text
 
+WHAT = (
+    "topology, name of a model of timm or torchvision (asvit_small), run directory of search, scale or train, exported "
+    "folder, or checkpoint"
+)
 IMG_SIZE = Option("img_size", image_size, 224, "image size in pixels: a side, or HEIGHTxWIDTH", "PIXELS")
 THETAS = Option("thetas", integer(1), 10, "number of points on the circle of the curve measures", "N")
 REPEATS = Option("repeats", integer(1), 5, "number of freshly initialised networks to average over", "N")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+from .common import WHAT
 from .options import Command, Option, choice, flag, image_size, integer, seed, text
 
 FORMATS = ("timm", "onnx", "exported")
@@ -29,7 +30,8 @@ def run(values: SimpleNamespace) -> int:
 
 def size(network: Any) -> str:
     """Parameters, and what the run promised of them."""
-    count = f"{network.built.name}, {network.parameters:,} parameters, {network.built.model.num_classes} classes"
+    classes = network.built.options.get("num_classes", 1000)
+    count = f"{network.built.name}, {network.parameters:,} parameters, {classes} classes"
     if network.limit is None:
         return count
     if network.parameters <= network.limit:
@@ -78,8 +80,7 @@ COMMAND = Command(
             "source",
             text,
             None,
-            "run directory of search or scale (its final topology), a topology string or a model of timm: fresh "
-            "weights; run directory or checkpoint of a training, or an export: the weights there",
+            WHAT,
             positional=True,
             required=True,
         ),

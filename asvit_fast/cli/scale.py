@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from .common import QUIET, SCORING, amount, check_output_folder, initialisations, say, size_text, source_text, table
+from .common import (
+    QUIET,
+    SCORING,
+    WHAT,
+    amount,
+    check_output_folder,
+    initialisations,
+    say,
+    size_text,
+    source_text,
+    table,
+)
 from .long_run import announce_folder, long_run
 from .options import Command, Option, integer, limit, text
 
@@ -14,10 +25,10 @@ def run(values: SimpleNamespace) -> int:
     check_output_folder(values.out)
     from ..scoring.memory import keep_freed_memory
     from ..search import scale
-    from ..topology import Topology
+    from ..what import resolve_topology
 
     keep_freed_memory()
-    topology = Topology.parse(values.topology)
+    topology = resolve_topology(values.topology)
     announce(values, topology)
     steps = scale(
         topology,
@@ -71,7 +82,7 @@ COMMAND = Command(
     name="scale",
     summary="Grow a topology in depth and width without training, up to a number of parameters.",
     options=(
-        Option("topology", text, None, "the topology string to start from", positional=True, required=True),
+        Option("topology", text, None, f"what has the topology to start from: {WHAT}", positional=True, required=True),
         Option("out", text, None, "run directory, made or continued", "DIR", required=True),
         Option(
             "max_params",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from .common import SCORING, initialisations, size_text, source_text, table
+from .common import SCORING, WHAT, initialisations, size_text, source_text, table
 from .options import Command, Option, flag, listed, text
 
 DIRECTIONS = {
@@ -19,10 +19,12 @@ def run(values: SimpleNamespace) -> int:
     from ..files import to_json
     from ..scoring import score
     from ..scoring.memory import keep_freed_memory
+    from ..what import resolve
 
     keep_freed_memory()
+    target = resolve(values.what)
     result = score(
-        values.what,
+        target.fresh if target.weights is None else target.load().model.eval(),
         metrics=values.metrics,
         img_size=values.img_size,
         thetas=values.thetas,
@@ -63,7 +65,7 @@ COMMAND = Command(
     name="score",
     summary="Score a network without training it: length distortion, curvature, NTK condition number.",
     options=(
-        Option("what", text, None, "a topology string or the name of a timm model", positional=True, required=True),
+        Option("what", text, None, WHAT, positional=True, required=True),
         Option(
             "metrics",
             listed,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from ..errors import InputError
 from ..recipe import Recipe
-from .common import QUIET, check_output_folder, say
+from .common import QUIET, WHAT, check_output_folder, say
 from .options import Command, Option, flag, image_size, integer, keywords, numbers, pair, real, seed, switch, text
 
 
@@ -21,15 +20,13 @@ def run(values: SimpleNamespace) -> int:
     keep_freed_memory()
     say(f"Writing to {values.out}; stop at any time, the same command continues.", values.quiet)
     result = train(
-        network(values.what),
-        values.data,
+        data=values.data,
         schedule=values.schedule,
         epochs=values.epochs,
         out=values.out,
         img_size=values.img_size,
         num_classes=values.num_classes,
-        model_kwargs=values.model_kwargs,
-        initial_checkpoint=values.initial_checkpoint,
+        **{"initial_checkpoint": values.initial_checkpoint, **network(values)},
         resume=values.resume,
         device=values.device,
         progress=not values.quiet,
@@ -39,13 +36,19 @@ def run(values: SimpleNamespace) -> int:
     return 0
 
 
-def network(what: str) -> Any:
-    """The topology that a search or a scaling run ended with, or what was given."""
-    if not Path(what).is_dir():
-        return what
-    from ..export import final_topology
+def network(values: SimpleNamespace) -> dict[str, Any]:
+    """The network's part of the arguments of ``train``: with weights, it starts from these."""
+    from ..what import resolve
 
-    return final_topology(what)
+    target = resolve(values.what)
+    if target.weights is None:
+        return {"model": target.fresh, "model_kwargs": values.model_kwargs}
+    if values.initial_checkpoint:
+        raise InputError(f"{values.what} has weights of its own: leave out --initial-checkpoint, or give a name")
+    built = target.load()
+    own = {name: value for name, value in built.options.items() if name not in ("img_size", "num_classes")}
+    kwargs = {**own, **(values.model_kwargs or {})}
+    return {"model": built.name, "model_kwargs": kwargs, "initial_checkpoint": str(built.path)}
 
 
 def conclude(values: SimpleNamespace, result) -> None:
@@ -89,7 +92,7 @@ COMMAND = Command(
             "what",
             text,
             None,
-            "topology string, run directory of search or scale (its final topology), or a model of timm",
+            WHAT,
             positional=True,
             required=True,
         ),

@@ -9,17 +9,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import build_model_with_cfg, model_entrypoint
+from timm.models import build_model_with_cfg
 from torch import nn
 
 from ..errors import InputError
+from ..models.library import module_of, takes_size
 from ..recipe import CROP_MODES, INTERPOLATIONS, are_numbers
 
 LOADING = {  # arguments of timm that choose weights, files, caches or wrappers: none is the architecture's
@@ -135,8 +135,7 @@ def architecture_arguments(name: str, given: Mapping[str, Any], where: str) -> d
 
 def constructor_parameters(name: str) -> set[str]:
     """Names of the arguments that the classes of a network's module take. Raises InputError for an unknown network."""
-    check_known(name)
-    module = sys.modules[model_entrypoint(name).__module__]
+    module = module_of(name)
     found: set[str] = set()
     for value in vars(module).values():
         if not inspect.isclass(value):
@@ -147,19 +146,6 @@ def constructor_parameters(name: str) -> set[str]:
         elif dataclasses.is_dataclass(value) and value.__module__ == module.__name__:  # of networks made by a cfg
             found.update(field.name for field in dataclasses.fields(value))
     return found - LOADING
-
-
-def check_known(name: str) -> None:
-    """Raise InputError unless timm has a network of this name."""
-    if not timm.is_model(name):
-        raise InputError(f"{name!r} is neither a topology nor a model of timm; see timm.list_models()")
-
-
-def takes_size(name: str) -> bool:
-    """Networks whose weights depend on the size of the image; others take any."""
-    check_known(name)
-    known = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    return name.partition(".")[0].startswith("asvit") or (known is not None and known.fixed_input_size)
 
 
 # --------------------------------------------------------------------------- fields

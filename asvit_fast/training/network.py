@@ -7,20 +7,20 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
-import timm
 from timm.data import resolve_data_config
 from timm.layers import to_2tuple
 from torch import nn
 
 from ..backends import notify_once
 from ..errors import InputError
-from ..models import AsViT  # (and "asvit" is registered with timm)
+from ..models import AsViT
+from ..models.library import check_known, create_by_name, pretrained_config, takes_size
 from ..models.state_dict import fit_state_dict
 from ..nn import FeatScale
 from ..recipe import Recipe
 from ..topology import Topology
 from .checkpoint import one_line, read_file, weights_of
-from .description import LOADING, check_known, takes_size
+from .description import LOADING
 
 What = str | Topology | nn.Module
 TIMMS_FIT = "checkpoint_filter_fn"  # beside each model of timm: old names and other sizes made to fit
@@ -38,7 +38,7 @@ def create_network(
     "model_kwargs"}.
 
     Args:
-        what: a topology or its text, a name that timm knows, or a network, which is taken as it is.
+        what: a topology or its text, a name that timm or torchvision knows, or a network, which is taken as it is.
         model_kwargs: further arguments of its constructor.
         initial_checkpoint: weights to start from, a file in timm's format.
 
@@ -90,10 +90,10 @@ def constructor_arguments(model: nn.Module) -> tuple[str, dict[str, Any]]:
 
 
 def build(name: str, options: Mapping[str, Any]) -> nn.Module:
-    """A network of timm by its name. Raises InputError for an unknown one, or arguments that it does not take."""
-    check_known(name)
+    """A network of timm or torchvision by its name. Raises InputError for an unknown one, or arguments that it does
+    not take."""
     try:
-        return timm.create_model(name, **options)
+        return create_by_name(name, **options)
     except InputError:
         raise
     except Exception as error:  # whatever a constructor makes of an argument that it does not expect
@@ -140,8 +140,7 @@ def pixel_statistics(what: What, recipe: Recipe, channels: int = 3) -> tuple[tup
     else:
         name = "asvit" if isinstance(what, Topology) or "|" in what else what
         check_known(name)
-        known = timm.get_pretrained_cfg(name, allow_unregistered=True)
-        config = resolve_data_config({}, pretrained_cfg={} if known is None else known.to_dict())
+        config = resolve_data_config({}, pretrained_cfg=pretrained_config(name))
     return _each("mean", recipe.mean, config, channels), _each("std", recipe.std, config, channels)
 
 

@@ -1,0 +1,69 @@
+"""Networks by name: timm's (ours among them), and torchvision's for classification. timm's come first."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from types import ModuleType
+from typing import Any
+
+import timm
+import torchvision
+from timm.models import model_entrypoint
+from torch import nn
+
+from ..errors import InputError
+from . import variants  # noqa: F401  (it registers ours with timm)
+
+
+def is_known(name: str) -> bool:
+    """Whether timm or torchvision has a network of this name."""
+    return timm.is_model(name) or _is_torchvisions(name)
+
+
+def check_known(name: str) -> None:
+    """Raise InputError, with the names that are close, unless timm or torchvision has a network of this name."""
+    if not is_known(name):
+        names = [*timm.list_models(), *_torchvisions()]
+        close = difflib.get_close_matches(name, names, 3) or [one for one in names if name and one.startswith(name)][:3]
+        hint = f"did you mean {', '.join(close)}?" if close else "see timm.list_models()"
+        raise InputError(f"{name!r} is neither a topology nor a model of timm or torchvision; {hint}")
+
+
+def create_by_name(name: str, **options: Any) -> nn.Module:
+    """The network of this name with fresh weights. Raises InputError for an unknown name; whatever its constructor
+    raises for arguments that it does not take."""
+    check_known(name)
+    if timm.is_model(name):
+        return timm.create_model(name, **options)
+    if options.pop("pretrained", False):
+        raise InputError(f"weights of torchvision's {name} are not fetched; give them as a checkpoint")
+    return torchvision.models.get_model(name, weights=None, **options)
+
+
+def takes_size(name: str) -> bool:
+    """Networks of timm whose weights depend on the size of the image; others take any, or have an option of their
+    own. Raises InputError for an unknown name."""
+    check_known(name)
+    return name.partition(".")[0].startswith("asvit") or bool(pretrained_config(name).get("fixed_input_size"))
+
+
+def pretrained_config(name: str) -> dict[str, Any]:
+    """How timm prepares images for it, and more that it says of its weights; empty for torchvision's."""
+    known = timm.get_pretrained_cfg(name, allow_unregistered=True) if timm.is_model(name) else None
+    return {} if known is None else known.to_dict()
+
+
+def module_of(name: str) -> ModuleType:
+    """The module that defines the network. Raises InputError for an unknown name."""
+    check_known(name)
+    builder = model_entrypoint(name) if timm.is_model(name) else torchvision.models.get_model_builder(name)
+    return sys.modules[builder.__module__]
+
+
+def _is_torchvisions(name: str) -> bool:
+    return name in _torchvisions()
+
+
+def _torchvisions() -> list[str]:
+    return torchvision.models.list_models(module=torchvision.models)

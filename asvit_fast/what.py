@@ -1,0 +1,111 @@
+"""WHAT, as every command and function takes it: a topology, the name of a network, a run, an export, a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+from .models.library import check_known, is_known
+from .report.runs import DESIGNS, Run, find_runs, has_run
+from .topology import NAMED_TOPOLOGIES, Topology
+from .training.checkpoint import BEST, LAST
+from .training.checkpoint_model import CheckpointModel, build_from_checkpoint, is_export
+
+FORMS = (
+    "a topology, the name of a model of timm or torchvision, a run directory, an exported folder, or a checkpoint file"
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What WHAT names.
+
+    Attributes:
+        name: the network's name, None where only its checkpoint knows it.
+        options: further arguments of its constructor.
+        weights: file or folder that has its weights, None where they are to be drawn.
+        run: the search or the scaling that it is the result of.
+    """
+
+    name: str | None
+    options: dict[str, Any] = field(default_factory=dict)
+    weights: Path | None = None
+    run: Run | None = None
+
+    def load(self, use_ema: bool = False) -> CheckpointModel:
+        """The network with its weights. Raises InputError when there are none, or they cannot be read."""
+        if self.weights is None:
+            raise InputError(f"{self.name} has no weights yet: give a training, an exported folder, or a checkpoint")
+        return build_from_checkpoint(self.weights, use_ema=use_ema)
+
+    @property
+    def topology(self) -> Topology:
+        """Raises InputError for a network that is no As-ViT."""
+        if self.weights is not None:
+            built = self.load()
+            return _topology(built.name, built.options)
+        return _topology(str(self.name), self.options)
+
+    @property
+    def fresh(self) -> Topology | str:
+        """The network that is to be drawn: the topology that was given or found, or the name."""
+        return Topology.parse(self.options["topology"]) if "topology" in self.options else str(self.name)
+
+
+def resolve(what: str | Path | Topology) -> Target:
+    """What ``what`` names.
+
+    The name of a network comes before a folder of the same name, which ``./NAME`` means. Of a folder that holds a
+    search and a scaling, as search/ and scale/, the scaling is meant. No file that holds weights is read yet.
+
+    Raises:
+        InputError: nothing of these, a run that is not finished, a damaged run.
+    """
+    if isinstance(what, Topology) or "|" in str(what):
+        return Target("asvit", {"topology": str(Topology.parse(what if isinstance(what, Topology) else str(what)))})
+    if isinstance(what, str) and is_known(what):
+        return Target(what)
+    path = Path(what)
+    if path.is_file() or is_export(path) or any((path / name).is_file() for name in (BEST, LAST)):
+        return Target(None, weights=path)
+    if path.is_dir():
+        return _of_run(_finished(path))
+    if "/" in str(what) or path.suffix:
+        raise InputError(f"{str(what)!r} does not exist; give {FORMS}")
+    check_known(str(what))
+    raise AssertionError("a known name")
+
+
+def resolve_topology(what: str | Path | Topology) -> Topology:
+    """The topology that ``what`` names, as ``resolve``. Raises InputError for a network that is no As-ViT."""
+    return resolve(what).topology
+
+
+def _of_run(run: Run) -> Target:
+    return Target("asvit", {"topology": str(Topology.parse(run.topology))}, run=run)
+
+
+def _finished(directory: Path) -> Run:
+    """The finished search or scaling in a folder; of both side by side, the scaling."""
+    if not any(has_run(folder) for folder in (directory, *(directory / kind for kind in DESIGNS))):
+        raise InputError(f"{str(directory)!r} holds neither a run nor an export; give {FORMS}")
+    run = find_runs(directory)[-1]
+    if run.result is None:
+        raise InputError(
+            f"the {run.kind} in {str(run.directory)!r} is not finished ({len(run.trace)} steps); "
+            f"continue it, or give its topology so far: '{run.topology}'"
+        )
+    return run
+
+
+def _topology(name: str, options: dict[str, Any]) -> Topology:
+    base = name.partition(".")[0]
+    if "topology" in options:
+        return Topology.parse(options["topology"])
+    if base in NAMED_TOPOLOGIES:
+        return Topology.parse(base)
+    if base == "asvit":
+        return Topology.parse("asvit_seed")  # the default of its constructor
+    raise InputError(f"{name} is no As-ViT and has no topology; give one, or {', '.join(NAMED_TOPOLOGIES)}")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from asvit_fast import _extension, backends
+from asvit_fast.machine import processor
 
 PACKAGES = ("asvit-fast", "torch", "torchvision", "triton", "timm", "numpy")
 
@@ -23,6 +24,7 @@ def environment() -> dict[str, Any]:
     return {
         "versions": _versions(),
         "cpu": {
+            "name": processor(),
             "machine": platform.machine(),
             "threads": torch.get_num_threads(),
             "capability": torch.backends.cpu.get_cpu_capability(),
@@ -111,7 +113,7 @@ def _section(title: str, rows: list[tuple[str, str]]) -> str:
 
 def _machine_rows(state: dict[str, Any]) -> list[tuple[str, str]]:
     cpu = state["cpu"]
-    rows = [("cpu", f"{cpu['machine']}, {cpu['threads']} threads, torch uses {cpu['capability']}")]
+    rows = [("cpu", f"{cpu['name']}, {cpu['threads']} threads, torch uses {cpu['capability']}")]
     for index, gpu in enumerate(state["gpus"]):
         rows.append(
             (f"cuda:{index}", f"{gpu['name']}, capability {gpu['capability']}, {gpu['memory'] / 2**30:.0f} GiB")

@@ -17,8 +17,10 @@ import torch
 from .errors import InputError
 from .files import append_jsonl, folder_path, from_json, read_jsonl, remove_leftovers, to_json, write_atomic
 from .folder_lock import FolderLock
+from .machine import start_record
 
 CONFIG, TRACE, RESULT = "config.json", "trace.jsonl", "result.json"
+STARTS = "starts.jsonl"
 _LINES = "trace_lines"  # of the state: how much of the trace it accounts for
 _CHANGES = "changes"  # of the configuration: which options were changed after which step
 _CHANGED = "changed"  # of a line of the trace: the options that were changed before it
@@ -32,7 +34,8 @@ class RunDirectory:
     """``config.json`` (options), ``trace.jsonl`` (one line a step), the state (how to go on), ``result.json``.
 
     A step first appends to the trace, then replaces the state; the state knows how many lines of the trace it accounts
-    for, and lines beyond that are cut off when the run continues. With ``out=None`` everything stays in memory.
+    for, and lines beyond that are cut off when the run continues. ``starts.jsonl`` has a line for each process that
+    did a step: date, command line, machine, versions. With ``out=None`` everything stays in memory.
 
     Use as a context manager: it holds a lock, so that two processes never write into one folder.
 
@@ -69,6 +72,7 @@ class RunDirectory:
         self.state: dict[str, Any] | None = None
         self.result: dict[str, Any] | None = None
         self.changes: dict[str, tuple[Any, Any]] = {}
+        self._noted_start = False
         self._lock: FolderLock | None = None
         if self.path is None:
             return
@@ -82,6 +86,9 @@ class RunDirectory:
     def record(self, entry: dict[str, Any], state: dict[str, Any]) -> None:
         """A finished step: its trace entry and the state after it."""
         if self.path is not None:
+            if not self._noted_start:  # a start that does nothing leaves the folder as it is
+                append_jsonl(self.path / STARTS, start_record())
+                self._noted_start = True
             append_jsonl(self.path / TRACE, self._line(len(self.trace), entry))
         self.trace.append(entry)
         self.save(state)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import gc
-import os
 import platform
 import statistics
 import subprocess
@@ -18,6 +17,7 @@ import torch
 
 from asvit_fast import _extension
 from asvit_fast.environment import environment
+from asvit_fast.machine import processor
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def machine(device: torch.device) -> dict[str, str]:
     versions = environment()["versions"]
     extension = _extension.extension()
     return {
-        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": str(torch.get_num_threads()),
         "isa": extension.get_isa() if extension else "none",
         "python": platform.python_version(),
@@ -101,16 +101,6 @@ def machine(device: torch.device) -> dict[str, str]:
         "asvit_fast": versions["asvit-fast"] or "source tree",
         "commit": _commit(),
     }
-
-
-def _processor() -> str:
-    information = Path("/proc/cpuinfo")
-    if not information.exists():
-        return platform.processor() or platform.machine()
-    names = [
-        line.split(":", 1)[1].strip() for line in information.read_text().splitlines() if line.startswith("model name")
-    ]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
 def _commit() -> str:

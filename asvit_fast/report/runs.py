@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..files import from_json, read_jsonl
+from ..run_directory import STARTS
 
 DESIGNS = ("search", "scale")  # runs whose result is a topology
 KINDS = (*DESIGNS, "train")
@@ -69,7 +70,7 @@ def read_run(directory: Path, kinds: Sequence[str]) -> Run:
     if not trace:
         trace_path = directory / "trace.jsonl"
         raise InputError(f"{str(trace_path)!r} has no finished step yet; let asvit-fast {kind} run for a while")
-    baseline, starts = _read_lines(directory / "baseline" / "trace.jsonl"), _read_lines(directory / "starts.jsonl")
+    baseline, starts = _read_lines(directory / "baseline" / "trace.jsonl"), _read_lines(directory / STARTS)
     return Run(kind, directory, config, trace, result, baseline, starts)
 
 

@@ -1,0 +1,56 @@
+"""Where and how a program runs: what stands beside every figure and every run."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import shlex
+import sys
+from pathlib import Path
+
+from ._version import __version__
+
+_CPUINFO = Path("/proc/cpuinfo")
+_ZEN_4 = (*range(0x10, 0x20), *range(0x60, 0x80), *range(0xA0, 0xB0))  # models of AMD's family 25; the others are Zen 3
+_ZEN_2 = (*range(0x30, 0x50), *range(0x60, 0x80), *range(0x90, 0xB0))  # of family 23; the others are Zen and Zen+
+
+
+def processor() -> str:
+    """Name of the CPU, AMD's with their generation, as a name such as "AMD EPYC" may hide it, and its cores."""
+    fields: dict[str, str] = {}
+    if _CPUINFO.exists():
+        first = _CPUINFO.read_text().partition("\n\n")[0]
+        fields = {
+            name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())
+        }
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    generation = _generation(fields)
+    return f"{name}{f' ({generation})' if generation else ''}, {os.cpu_count()} cores"
+
+
+def _generation(fields: dict[str, str]) -> str:
+    if fields.get("vendor_id") != "AuthenticAMD":
+        return ""
+    family, model = int(fields.get("cpu family", 0)), int(fields.get("model", 0))
+    zen = {
+        23: "Zen 2" if model in _ZEN_2 else "Zen",
+        25: "Zen 4" if model in _ZEN_4 else "Zen 3",
+        26: "Zen 5",
+    }
+    return zen.get(family, f"family {family}")
+
+
+def start_record() -> dict[str, str]:
+    """This start of the program: date, command line, machine and versions, as text."""
+    import torch
+
+    program = Path(sys.argv[0]).name
+    program = "asvit-fast" if program == "__main__.py" else program
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "date": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
+        "command": shlex.join([program, *sys.argv[1:]]),
+        "machine": "; ".join([processor(), *sorted(set(gpus))]),
+        "versions": f"asvit_fast {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+    }

@@ -77,13 +77,19 @@ def select(op: str, device: torch.device) -> Implementation:
         if why is not None:
             raise InputError(f"backend {_forced!r} cannot run {op} on {device}: {why}")
         return implementations[_forced]
+    backend, missed = best(op, device)
+    if missed is not None:
+        notify_once(missed, f"asvit_fast runs the {backend} implementation of {op} on {device.type}: {missed}")
+    return implementations[backend]
+
+
+def best(op: str, device: torch.device) -> tuple[str, str | None]:
+    """The best backend that can run `op` on `device`, and why a better one for such devices cannot, if there is one."""
     missed: str | None = None
-    for backend, implementation in implementations.items():
+    for backend in _implementations[op]:
         why = _reason(backend, device.type, device.index)
         if why is None:
-            if missed is not None:
-                notify_once(missed, f"asvit_fast runs the {backend} implementation of {op} on {device.type}: {missed}")
-            return implementation
+            return backend, missed
         if device.type in _DEVICES[backend]:
             missed = missed or why
     raise AssertionError(f"{op}: the reference runs everywhere")
@@ -144,7 +150,7 @@ def _cuda_reason(index: int | None) -> str | None:
 
 def _triton_reason(index: int | None) -> str | None:
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
+        return "triton is not installed: pip install triton"
     if importlib.util.find_spec("asvit_fast.kernels") is None:
         return (
             "asvit_fast.kernels is missing: install the package (pip install -e .), a bare source tree has it elsewhere"
@@ -229,7 +235,8 @@ def strict() -> bool:
 
 
 def notify_once(key: object, message: str) -> None:
-    """Warn (FallbackWarning) the first time for each `key`; under ASVIT_FAST_STRICT=1 raise it instead, every time."""
+    """Warn (FallbackWarning), in one line, the first time for each `key`; ASVIT_FAST_STRICT=1 raises it every time."""
+    message = " ".join(message.split())
     if strict():
         raise FallbackWarning(message)
     if key not in _notified:

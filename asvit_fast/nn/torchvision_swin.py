@@ -75,7 +75,8 @@ class FastShiftedWindowAttentionV2(Replacement, ShiftedWindowAttentionV2):
             q, k, v = bias.chunk(3)
             bias = torch.cat([q, torch.zeros_like(k), v])
         qkv = linear(x, self.qkv.weight, bias)  # [B, H, W, 3*C]
+        logit_scale = self.logit_scale  # once, as it may be parametrized
         padding = padding_token(bias, x, (self.window_size[0], self.window_size[1]))
         if padding is not None:
-            padding = cosine_attention(padding.to(qkv.dtype), self.num_heads, self.logit_scale)
-        return _attend(self, cosine_attention(qkv, self.num_heads, self.logit_scale), padding, position_bias, 1.0)
+            padding = cosine_attention(padding.to(qkv.dtype), self.num_heads, logit_scale)
+        return _attend(self, cosine_attention(qkv, self.num_heads, logit_scale), padding, position_bias, 1.0)

@@ -299,8 +299,7 @@ def accelerate(model: nn.Module, strict: bool = False) -> Report:
     runs = dict.fromkeys(run for plan in plans for run in plan.runs)
     report = Report(tuple(plan.decision for plan in plans), tuple(runs))
     if strict and report.left:
-        names = "; ".join(f"{decision.name or 'the model'}: {decision.reason}" for decision in report.left)
-        raise InputError(f"accelerate(strict=True) cannot take {len(report.left)} modules of known classes: {names}")
+        raise InputError(f"accelerate(strict=True) cannot take {len(report.left)} modules: {report.why_left()}")
     for plan in plans:
         if plan.kind is not type(plan.module):
             plan.module.__class__ = plan.kind

@@ -44,7 +44,7 @@ class OpRun:
 
     def __str__(self) -> str:
         runs = "oneDNN" if (self.op, self.backend) == ("linear", "cpu") else BACKENDS[self.backend]
-        return f"{self.op} on {self.device} in {self.dtype}: {runs}{f': {self.missing}' if self.missing else ''}"
+        return f"on {self.device} in {self.dtype}: {runs}{f', as {self.missing}' if self.missing else ''}"
 
 
 Row = tuple[int, str, str]  # how many modules, their class, what is said of them
@@ -108,8 +108,8 @@ class Report:
         """The title and the rows of every part that is not empty."""
         parts = [
             ("accelerated", _grouped(self.swapped, lambda d: f"-> {d.replacement}", names=False)),
-            ("left as they are", _grouped(self.left, lambda d: d.reason or "")),
-            ("nothing to gain", _grouped(self.nothing_to_gain, lambda d: d.reason or "", names=False)),
+            ("left as they are", _grouped(self.left, _reason)),
+            ("nothing to gain", _grouped(self.nothing_to_gain, _reason, names=False)),
         ]
         return [(title, rows) for title, rows in parts if rows]
 
@@ -121,12 +121,23 @@ class Report:
             lines += [_cut(f"  {count:>4} {name:<{width}}  {text}") for count, name, text in rows[:SHOWN_ROWS]]
             if len(rows) > SHOWN_ROWS:
                 lines.append(f"  and {sum(row[0] for row in rows[SHOWN_ROWS:])} more: see to_dict()")
-        lines += ["ops:", *(f"  {run}" for run in self.ops)] if self.ops else []
+        lines += ["ops:", *(f"  {names} {what}" for names, what in self._op_rows())] if self.ops else []
         return "\n".join(lines)
+
+    def _op_rows(self) -> list[tuple[str, str]]:
+        """(ops, what runs them)."""
+        rows: dict[str, list[str]] = {}
+        for run in self.ops:
+            rows.setdefault(str(run), []).append(run.op)
+        return [(", ".join(names), what) for what, names in rows.items()]
+
+    def why_left(self) -> str:
+        """All of `left` in one line."""
+        return "; ".join(f"{count} {source}: {text}" for count, source, text in _grouped(self.left, _reason))
 
     def _repr_html_(self) -> str:
         rows = [(title, str(count), name, text) for title, part in self._parts() for count, name, text in part]
-        rows += [("ops", "", run.op, str(run).partition(" ")[2]) for run in self.ops]
+        rows += [("ops", "", names, what) for names, what in self._op_rows()]
         cells = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
         head = "<tr><th></th><th>modules</th><th>class</th><th></th></tr>"
         return f"<table><caption>{html.escape(self._summary())}</caption>{head if rows else ''}{cells}</table>"
@@ -134,6 +145,10 @@ class Report:
 
 def _cut(line: str) -> str:
     return line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}..."
+
+
+def _reason(decision: Decision) -> str:
+    return decision.reason or ""
 
 
 def _grouped(decisions: Iterable[Decision], text: Callable[[Decision], str], names: bool = True) -> list[Row]:

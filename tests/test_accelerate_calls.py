@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from test_accelerate_families import MODELS, image, prepared
+from tiny_swin import needs_kernels
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
@@ -30,7 +31,10 @@ NAMES = (  # one of each family, with windows that do not divide the map where i
     ),
 )
 FEW = ("swin padded", "tiny_vit padded", "davit padded", "twins padded")
-pytestmark = pytest.mark.filterwarnings("ignore::asvit_fast.backends.FallbackWarning", "ignore::FutureWarning")
+pytestmark = [
+    needs_kernels,
+    pytest.mark.filterwarnings("ignore::asvit_fast.backends.FallbackWarning", "ignore::FutureWarning"),
+]
 Change = Callable[[nn.Module], object]
 
 

@@ -16,12 +16,14 @@ import torch
 import torchvision.models.swin_transformer as torchvision_swin
 from timm.layers import PatchEmbed
 from timm.models import davit, nest, pvt_v2, swin_transformer_v2, swin_transformer_v2_cr, tiny_vit, twins
+from tiny_swin import needs_kernels
 from torch import Tensor, nn
 
 import asvit_fast as af
 from asvit_fast.accelerate import FAMILIES, families_table
 from asvit_fast.nn.replacement import Replacement
 
+pytestmark = needs_kernels
 SWIN = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 3}
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..ops.patch_embed import patch_embed
 from ..ops.windows import window_padding
-from .replacement import Parts, Replacement, bypass_reason
+from .replacement import Parts, Replacement, bypass_reason, made_by_package
 
 
 def convolution_reason(proj: Any) -> str | None:
@@ -47,14 +47,19 @@ class FastPatchEmbed(Embedding, PatchEmbed):
 
     @classmethod
     def skip_reason(cls, module: Any) -> str | None:
-        plain = type(module._modules.get("norm")) is nn.Identity
-        return "it does not normalise: nothing to fuse" if plain else None
+        norm = module._modules.get("norm")
+        if type(norm) is nn.Identity:
+            return "it does not normalise: nothing to fuse"
+        if made_by_package(norm) and type(norm) not in cls.parts["norm"]:
+            return f"it normalises by {type(norm).__name__}"
+        if not module.flatten and module.output_fmt not in (Format.NHWC, Format.NLC):
+            return f"its output is {module.output_fmt.value}"
+        return None
 
     @classmethod
     def unsupported_reason(cls, module: Any) -> str | None:
-        if not module.flatten and module.output_fmt not in (Format.NHWC, Format.NLC):
-            return f"its output is {module.output_fmt.value}"
-        return super().unsupported_reason(module)
+        why = cls.skip_reason(module)  # set_token_reduction changes its output
+        return why or super().unsupported_reason(module)
 
     def forward(self, x: Tensor) -> Tensor:
         size, patch = x.shape[2:], self.patch_size

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import has_torch_function_unary
 
 from ..ops.transforms import transform_active
-from .replacement import Parts, Replacement, call_reason, source_type
+from .replacement import Parts, Replacement, call_reason, made_by_package, source_type
 
 LARGE = 16 << 20  # bytes of a hidden activation up to which it is left whole
 PART = 2 << 20  # bytes of a part of it, per thread
@@ -55,8 +55,11 @@ class InParts(Replacement):
 
     @classmethod
     def skip_reason(cls, module: Any) -> str | None:
-        if any(isinstance(child, nn.Conv2d) for child in module.children()):
+        if any(isinstance(child, nn.Conv2d) for child in module._modules.values()):
             return "it is made of convolutions"
+        for name, child in module._modules.items():  # as its package makes it, where it was not changed since
+            if made_by_package(child) and source_type(child) not in TOKENWISE:
+                return f"its {name} is a {type(child).__name__}"
         device = next((parameter.device.type for parameter in module.parameters()), "cpu")
         return None if device in ("cpu", "meta") else f"on {device} parts would not be faster"
 

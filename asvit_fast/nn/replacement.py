@@ -51,6 +51,7 @@ class Replacement:
     ops: ClassVar[tuple[str, ...]] = ()  # that do the work; empty where it is done by torch's own
     parts: ClassVar[Parts] = {}  # submodules that are not called, by path: the classes that they must have exactly
     bypassed: ClassVar[tuple[str, ...]] = ()  # methods of the source that only its own version of a method calls
+    __jit_unused_properties__: ClassVar[list[str]] = ["qconfig"]
 
     @classmethod
     def bypassed_parts(cls) -> Parts:
@@ -112,6 +113,12 @@ def source_type(module: object) -> type:
     """The class of a module, or that which it was before ``accelerate``."""
     kind = type(module)
     return kind.source if issubclass(kind, Replacement) and "source" in vars(kind) else kind
+
+
+def made_by_package(module: object) -> bool:
+    """Whether a module is of a class that torch.nn or timm have for networks: nobody put it there afterwards to adapt,
+    quantise or wrap something."""
+    return type(module).__module__.startswith(("torch.nn.modules.", "timm.", "torchvision."))
 
 
 # --------------------------------------------------------------------------- methods that were replaced

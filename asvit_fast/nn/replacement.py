@@ -234,8 +234,7 @@ def call_reason(part: nn.Module) -> str | None:
     if not names.isdisjoint(part.__dict__):
         return f"has a {next(name for name in part.__dict__ if name in names)} of its own"
     if not torch.compiler.is_compiling():  # parameters are stand-ins then
-        for name in ("weight", "bias"):
-            weight = getattr(part, name, None)
+        for name, weight in part._parameters.items():
             if weight is not None and type(weight) not in (nn.Parameter, Tensor):
                 return f"has a {name} that is a {type(weight).__name__}"
     return None

@@ -258,3 +258,20 @@ def test_shared_modules():
         blocks.append(blocks[1])
     assert left(af.accelerate(fast, strict=True)) == {} and is_fast(block(fast))
     close(fast(images()), model(images()))
+
+
+@pytest.mark.filterwarnings("ignore::asvit_fast.backends.FallbackWarning")
+def test_compiled_networks_notice_changes():
+    """Of parts that are in no traced operation, too."""
+    fast = block(swin()).eval()
+    af.accelerate(fast)
+    compiled = torch.compile(fast, backend="eager", fullgraph=True)
+    x = torch.randn(1, 11, 11, 16)
+    before = compiled(x)
+    patch_instance(fast.attn)
+    after = compiled(x)
+    close(after, fast(x))
+    assert not torch.allclose(after, before)
+    fast.attn.softmax = nn.Softmin(dim=-1)
+    close(compiled(x), fast(x))
+    assert not torch.allclose(compiled(x), after)

@@ -73,14 +73,31 @@ class Replacement:
         """Why a state that cannot be watched at every call is not that which the source made; None if it is."""
         return None
 
-    @torch.compiler.assume_constant_result  # asked while tracing; changes of modules make torch.compile trace again
     def can_run(self) -> bool:
         """Whether the fused path may run at this call; where not, says so once."""
+        if torch.compiler.is_compiling():
+            self._guard()
+        return self._can_run()
+
+    @torch.compiler.assume_constant_result  # while tracing; what is guarded makes torch.compile ask again
+    def _can_run(self) -> bool:
         why = global_hook_reason() or patch_reason(type(self), self) or self.unsupported_reason(self)
         if why is not None:
             name = self.source.__name__
             backends.notify_once((name, why), f"asvit_fast runs {name} as its package does: {why}")
         return why is None
+
+    @torch.compiler.assume_constant_result
+    def _paths(self) -> tuple[str, ...]:
+        return tuple(self.bypassed_parts())
+
+    def _guard(self) -> None:
+        """Looks at all parts, so that torch.compile guards class and ``forward`` of those that nothing traced uses."""
+        for path in self._paths():
+            part: Any = self
+            for name in path.split("."):
+                part = getattr(part, name)
+            _ = getattr(part, "forward", None)
 
     @property
     def qconfig(self) -> Any:

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 
 from .. import backends
@@ -40,6 +41,7 @@ GLOBAL_HOOKS = (
 )
 DROPOUT = "attention dropout has no kernel"
 LINEAR, DROP, SOFTMAX = (nn.Linear,), (nn.Dropout,), (nn.Softmax,)
+PLAIN = (nn.Parameter, Tensor, FakeTensor)
 WEIGHTED = (nn.Linear, nn.Conv2d, nn.LayerNorm)
 Parts = Mapping[str, tuple[type, ...]]
 
@@ -252,7 +254,7 @@ def call_reason(part: nn.Module) -> str | None:
         return f"has a {next(name for name in part.__dict__ if name in names)} of its own"
     if not torch.compiler.is_compiling():  # parameters are stand-ins then
         for name, weight in part._parameters.items():
-            if weight is not None and type(weight) not in (nn.Parameter, Tensor):
+            if weight is not None and type(weight) not in PLAIN:
                 return f"has a {name} that is a {type(weight).__name__}"
     return None
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..ops.window_attention import window_attention
 from ..ops.windows import window_padding
@@ -43,7 +44,7 @@ class ShiftedWindows(Replacement):
     @classmethod
     def altered_reason(cls, module: Any) -> str | None:
         mask = module._buffers.get("attn_mask")
-        if mask is None or mask.is_meta or getattr(module, "dynamic_mask", False):
+        if mask is None or getattr(module, "dynamic_mask", False) or mask.is_meta or isinstance(mask, FakeTensor):
             return None
         source: Any = cls.source
         expected = source.get_attn_mask(module, device=mask.device, dtype=mask.dtype)

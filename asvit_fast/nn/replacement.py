@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
+from torch.utils.module_tracker import ModuleTracker
 
 from .. import backends
 from ..errors import InputError
@@ -83,6 +84,10 @@ class Replacement:
 
     @torch.compiler.assume_constant_result  # while tracing; what is guarded makes torch.compile ask again
     def _can_run(self) -> bool:
+        if (
+            counts_modules()
+        ):  # FlopCounterMode, whose table is of the source's modules: no speed is lost, nothing to say
+            return False
         why = global_hook_reason() or patch_reason(type(self), self) or self.unsupported_reason(self)
         if why is not None:
             name = self.source.__name__
@@ -224,8 +229,14 @@ def unknown_reason(module: nn.Module) -> str | None:
 def global_hook_reason() -> str | None:
     """Why every module must be called as before."""
     if any(GLOBAL_HOOKS):
-        return "hooks of all modules (register_module_forward_hook and others, FlopCounterMode) see every call"
+        return "hooks of all modules (register_module_forward_hook and others) see every call"
     return None
+
+
+def counts_modules() -> bool:
+    """Whether torch follows which module runs, and nobody else does."""
+    hooks = [hook for hooks in GLOBAL_HOOKS for hook in hooks.values()]
+    return len(hooks) > 0 and all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)
 
 
 def hook_reason(module: nn.Module) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-REBUILD = "rebuild them with `pip install --no-build-isolation --force-reinstall --no-deps .` in a checkout"
+BUILD = "with `pip install --no-build-isolation --force-reinstall --no-deps .` in a checkout"
 
 
 @functools.cache
@@ -30,9 +30,10 @@ def why_not_built(report: dict[str, Any], running_torch: str) -> str | None:
     if not report:
         return "asvit_fast runs from a source tree that was never installed: pip install --no-build-isolation -e ."
     if not report["extension"]:
-        return f"built without compiled kernels: {report['reason']}"
+        return f"built without compiled kernels: {report['reason']}; build them {BUILD}"
     if report["torch"] != running_torch:
-        return f"the compiled kernels were built for torch {report['torch']}, this is torch {running_torch}: {REBUILD}"
+        mismatch = f"the compiled kernels were built for torch {report['torch']}, this is torch {running_torch}"
+        return f"{mismatch}: rebuild them {BUILD}"
     return None
 
 
@@ -45,7 +46,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module("asvit_fast._C"), None
     except ImportError as error:  # a missing library or symbol: the loader's text says which
-        return None, f"asvit_fast._C does not load: {error}"
+        return None, f"asvit_fast._C does not load: {error}; rebuild it {BUILD}"
 
 
 def extension() -> ModuleType | None:
@@ -63,4 +64,8 @@ def cuda_reason() -> str | None:
     module, why = _load()
     if module is None:
         return why
-    return None if module.has_cuda else f"built without CUDA kernels: {build_report().get('cuda_reason', 'unknown')}"
+    if module.has_cuda:
+        return None
+    return (
+        f"built without CUDA kernels: {build_report().get('cuda_reason', 'unknown')}; install nvcc, build them {BUILD}"
+    )

@@ -8,15 +8,25 @@ is left alone.
 from __future__ import annotations
 
 import importlib
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
+from . import backends
+from .acceleration_report import Decision, OpRun, Report
 from .errors import InputError
-from .nn.replacement import Replacement, bound, has_hooks, overridden
+from .nn.replacement import (
+    Replacement,
+    bound,
+    parts_of,
+    patch_reason,
+    source_type,
+    unknown_reason,
+)
 
 
 @dataclass(frozen=True)
@@ -27,7 +37,6 @@ class Family:
     replacement: str | None  # module.Class below asvit_fast.nn, or None
     notes: str
     measured: str = ""  # how much faster, see families_table
-    optional: bool = False  # not worth a line in the report where it stays as it is
 
     def table_row(self) -> str:
         """A row of the Markdown table that ``families_table`` makes."""
@@ -44,7 +53,6 @@ def _torchvision(*rows: tuple[Any, ...]) -> tuple[Family, ...]:
 
 
 ATTENTION = "window attention without copies of windows"
-INSIDE = "with its block"
 PARTS = "inference on a CPU: tokens in parts that stay in the cache"
 MERGE = "neighbourhoods normalised and projected in one op"
 PRODUCT = "float32 on a CPU: products by oneDNN"
@@ -54,37 +62,31 @@ FAMILIES: tuple[Family, ...] = (
     *_timm(
         "swin_transformer",
         ("SwinTransformerBlock", "swin.FastSwinTransformerBlock", ATTENTION, "Swin-T 2.2x, 1.6x; Swin-S3-T 2.1x, 1.6x"),
-        ("WindowAttention", "swin.FastWindowAttention", INSIDE),
         ("PatchMerging", "merging.FastPatchMerging", MERGE, "the module 6x, 1.4x"),
     ),
     *_timm(
         "swin_transformer_v2",
         ("SwinTransformerV2Block", "swin_v2.FastSwinTransformerV2Block", ATTENTION, "Swin-V2-T 1.9x, 1.6x"),
-        ("WindowAttention", "swin_v2.FastWindowAttentionV2", INSIDE),
         ("PatchMerging", None, POST_NORM),
     ),
     *_timm(
         "swin_transformer_v2_cr",
         ("SwinTransformerV2CrBlock", "swin_v2.FastSwinTransformerV2CrBlock", ATTENTION, "Swin-V2-CR-T 1.7x, 1.5x"),
-        ("WindowMultiHeadAttention", "swin_v2.FastWindowMultiHeadAttention", INSIDE),
     ),
     *_timm(
         "maxxvit",
         ("PartitionAttentionCl", "maxvit.FastPartitionAttentionCl", ATTENTION, "MaxViT-T 1.3x, 1.2x"),
         ("ParallelPartitionAttention", "maxvit.FastParallelPartitionAttention", ATTENTION),
-        ("AttentionCl", "maxvit.FastAttentionCl", INSIDE),
         ("Attention2d", None, "channels first: layout copies would cost what the kernel gains"),
     ),
     *_timm(
         "tiny_vit",
         ("TinyVitBlock", "tiny_vit.FastTinyVitBlock", ATTENTION, "TinyViT-5M 1.4x, 1.2x"),
-        ("Attention", "tiny_vit.FastTinyVitAttention", INSIDE),
         ("NormMlp", "mlp.FastNormMlp", PARTS),
     ),
     *_timm(
         "davit",
         ("SpatialBlock", "davit.FastSpatialBlock", ATTENTION, "DaViT-T 1.6x, 1.4x"),
-        ("WindowAttention", "davit.FastDavitWindowAttention", INSIDE),
         ("Stem", None, "below 1 percent of the network's time"),
     ),
     *_timm(
@@ -95,7 +97,7 @@ FAMILIES: tuple[Family, ...] = (
     *_timm("convnext", ("ConvNeXt", None, "its stem: below 1 percent of the network's time")),
     Family("timm.layers.patch_embed.PatchEmbed", "embedding.FastPatchEmbed", EMBED, "the module 2x, 1x"),
     Family("timm.layers.mlp.Mlp", "mlp.FastMlp", PARTS, "25,088 tokens of 96 channels 2.5x, -"),
-    Family("torch.nn.modules.linear.Linear", "fast_linear.FastLinear", PRODUCT, "ConvNeXt-T 1.7x, 1.5x", optional=True),
+    Family("torch.nn.modules.linear.Linear", "fast_linear.FastLinear", PRODUCT, "ConvNeXt-T 1.7x, 1.5x"),
     *_torchvision(
         (
             "models.swin_transformer.ShiftedWindowAttention",
@@ -119,7 +121,6 @@ FAMILIES: tuple[Family, ...] = (
         ATTENTION,
         "a network of 10 blocks 5.3x, 3.1x",
     ),
-    Family("cell_operations.WindowAttention", "authors.FastAuthorsWindowAttention", INSIDE),
     Family("cell_operations.PatchMerging", "authors.FastAuthorsPatchMerging", MERGE),
     Family("cell_operations.Mlp", "authors.FastAuthorsMlp", PARTS),
     Family("cell_infers.transformer.PatchEmbed", "authors.FastAuthorsPatchEmbed", EMBED),
@@ -135,56 +136,6 @@ def families_table() -> str:
     """
     head = ["| module | becomes | what it brings | faster: inference, training |", "|---|---|---|---|"]
     return "\n".join([*head, *(family.table_row() for family in FAMILIES)])
-
-
-# --------------------------------------------------------------------------- report
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What happens to one module."""
-
-    name: str  # in the model
-    source: str  # its class
-    replacement: str | None  # the class that it has now, None if it was left
-    reason: str | None  # why it was left
-    gainless: bool = False  # left because nothing would be gained
-    optional: bool = False  # summed up when the report is printed
-
-
-@dataclass(frozen=True)
-class Report:
-    """Every module that ``accelerate`` considered; ``print`` it for a table."""
-
-    decisions: tuple[Decision, ...]
-
-    @property
-    def swapped(self) -> list[Decision]:
-        """The modules that have a fused class now."""
-        return [decision for decision in self.decisions if decision.replacement is not None]
-
-    @property
-    def left(self) -> list[Decision]:
-        """The modules of known classes that stayed as they are, each with its reason."""
-        return [decision for decision in self.decisions if decision.replacement is None]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {"swapped": len(self.swapped), "modules": [asdict(decision) for decision in self.decisions]}
-
-    def __str__(self) -> str:
-        rows = [
-            (decision.name or "(the model)", decision.source, decision.replacement or f"left: {decision.reason}")
-            for decision in self.decisions
-            if not decision.optional
-        ]
-        others = Counter((d.source, d.replacement or "left") for d in self.decisions if d.optional)
-        rows += [(f"{count} more", source, becomes) for (source, becomes), count in others.items()]
-        summary = f"{len(self.swapped)} modules accelerated, {len(self.left)} of known classes left"
-        if not rows:
-            return f"{summary}: no module of a known class (asvit_fast.accelerate lists them in FAMILIES)"
-        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-        return "\n".join([*(f"{n:<{widths[0]}}  {s:<{widths[1]}}  {what}" for n, s, what in rows), summary])
 
 
 # --------------------------------------------------------------------------- which class becomes which
@@ -204,124 +155,155 @@ def _family_of(module: nn.Module) -> tuple[Family, type[nn.Module]] | None:
     return None
 
 
-def _replacement_of(module: nn.Module) -> type[Replacement] | None:
-    """The class that a module of a known class, or of one derived from it, may become."""
-    found = _family_of(module)
-    if found is None or found[0].replacement is None:
+def _replacement_of(family: Family, source: type[nn.Module]) -> type[Replacement] | None:
+    """The class that instances of a known class may become; ImportError or AttributeError if its package is of another
+    version."""
+    if family.replacement is None:
         return None
-    file, _, name = found[0].replacement.rpartition(".")
-    return bound(getattr(importlib.import_module(f"asvit_fast.nn.{file}"), name), found[1])
+    file, _, name = family.replacement.rpartition(".")
+    return bound(getattr(importlib.import_module(f"asvit_fast.nn.{file}"), name), source)
 
 
-def _inner(module: nn.Module, replacement: type[Replacement]) -> Iterator[tuple[str, nn.Module, str | None]]:
-    """(attribute, child, why not) of the children that are replaced with a module."""
-    for name, expected in replacement.inner:
-        child = getattr(module, name)
-        kind = _replacement_of(child)
-        if kind is None or not issubclass(kind, expected):
-            yield name, child, f"it is a {_qualified_name(type(child))}"
-        elif has_hooks(child):
-            yield name, child, "it has hooks, which would see whole maps in place of windows"
-        else:
-            yield name, child, _why_left(child, kind)
+def _is_another_class(module: nn.Module, source: type[nn.Module]) -> bool:
+    """Whether a module is of a class that its package, or torch, derived from the known one: nobody claims to know
+    that, whereas a class of the user's or one that was made at run time stands for a known one."""
+    kind = type(module)
+    if parametrize.is_parametrized(module) or issubclass(kind, Replacement) or kind is source:
+        return False
+    return source is nn.Linear or kind.__module__.partition(".")[0] == source.__module__.partition(".")[0]
 
 
 def _why_left(module: nn.Module, replacement: type[Replacement]) -> str | None:
-    """Why an instance keeps its class; None if it can be swapped."""
-    source = replacement.source
-    if type(module) is not source:
-        return f"its class {_qualified_name(type(module))} is not exactly {_qualified_name(source)}"
-    for method in overridden(replacement):
-        if method in vars(module):
-            return f"its {method} was replaced on the instance"
-        owner = next(kind for kind in source.__mro__ if method in vars(kind))
-        defined = getattr(vars(owner)[method], "__module__", owner.__module__)
-        if defined != owner.__module__:
-            return f"{owner.__name__}.{method} was replaced by {defined}"
-    for name, _, why in _inner(module, replacement):
-        if why is not None:
-            return f"its {name}: {why}"
-    return replacement.obstacle(module)
+    """Why an instance of a known class keeps it; None if it can be swapped. Nothing is called, no property read."""
+    kind, source = source_type(module), replacement.source
+    if parametrize.is_parametrized(module):
+        return f"its {', '.join(module.parametrizations)} is parametrized"  # type: ignore[arg-type]
+    if kind is not source:
+        return f"its class {_qualified_name(kind)} is not exactly {_qualified_name(source)}"
+    parts = [("", module), *parts_of(module, replacement.parts)]
+    unknown = (
+        f"{f'its {path}: ' if path else ''}{why}" for path, part in parts if part and (why := unknown_reason(part))
+    )
+    return (
+        patch_reason(replacement, module)
+        or replacement.unsupported_reason(module)
+        or next(unknown, None)
+        or replacement.altered_reason(module)
+    )
+
+
+# --------------------------------------------------------------------------- what runs the ops
+
+
+def _whereabouts(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """The device and precision of a module's first parameter."""
+    for parameter in module.parameters():
+        return parameter.device, parameter.dtype
+    return torch.device("cpu"), torch.float32
+
+
+def _op_run(op: str, device: torch.device, dtype: torch.dtype) -> OpRun:
+    """What runs an op there now, and what would have to be installed for more."""
+    backend, missing = backends.best(op, device)
+    if backend == "triton" and dtype == torch.float64:
+        backend, missing = "reference", "the Triton kernels compute in float32"
+    elif backend == "reference" and missing is None:
+        missing = f"no kernels for {device.type}"
+    return OpRun(op, device.type, str(dtype).removeprefix("torch."), backend, missing)
+
+
+def _op_runs(module: nn.Module, replacement: type[Replacement]) -> list[OpRun]:
+    device, dtype = _whereabouts(module)
+    if device.type == "meta":  # it is decided where the weights will be
+        return []
+    importlib.import_module("asvit_fast.ops")  # every op declares its backends when its module is imported
+    return [_op_run(op, device, dtype) for op in replacement.ops]
 
 
 # --------------------------------------------------------------------------- swapping
 
-Plan = tuple[nn.Module, type[Replacement] | None, Decision]
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to happen to one module."""
+
+    module: nn.Module
+    kind: type  # the class that it gets
+    decision: Decision
+    runs: list[OpRun]
 
 
-def _considered(model: nn.Module) -> Iterator[Plan]:
+def _plan(name: str, module: nn.Module, family: Family, source: type[nn.Module]) -> _Plan | None:
+    """None for a module that is not worth a line."""
+    kind = source_type(module)
+    title = _qualified_name(source if kind is source else type(module))
+    try:
+        replacement = _replacement_of(family, source)
+    except (ImportError, AttributeError) as error:
+        reason = f"this version of its package is not known: {error}"
+        return _Plan(module, kind, Decision(name, title, None, reason), [])
+    if _is_another_class(module, source):
+        return None
+    gainless = family.notes if replacement is None else replacement.skip_reason(module)
+    if replacement is None or gainless is not None:
+        return _Plan(module, kind, Decision(name, title, None, gainless, nothing_to_gain=True), [])
+    runs = _op_runs(module, replacement)
+    derived = issubclass(type(module), Replacement) and kind is type(module)  # by sharding or a parametrization
+    why = replacement.unsupported_reason(module) if derived else _why_left(module, replacement)
+    slow = next((run for run in runs if run.backend == "reference"), None)
+    if why is None and slow is not None:
+        why = f"no kernel of {slow.op} runs on {slow.device}: {slow.missing}"
+    if why is not None:
+        return _Plan(module, kind, Decision(name, title, None, why), runs)
+    target = kind if derived else replacement
+    return _Plan(module, target, Decision(name, title, target.__name__, None), runs)
+
+
+def _plans(model: nn.Module) -> Iterator[_Plan]:
     """Every module of a known class, with the class that it gets."""
-    parents: dict[nn.Module, str | None] = {}  # of children that are decided with their parent: why that is left
     for name, module in model.named_modules():
-        kind = type(module)
         found = _family_of(module)
-        if found is None:
-            continue
-        family, source = found
-        title = _qualified_name(source if issubclass(kind, Replacement) else kind)
-        why: str | None = None
-        try:
-            replacement = _replacement_of(module)
-        except (ImportError, AttributeError) as error:
-            yield module, None, Decision(name, title, None, f"this version of its package is not known: {error}")
-            continue
-        gainless = family.notes if replacement is None else replacement.gainless(module)
-        if issubclass(kind, Replacement):
-            yield module, None, Decision(name, title, kind.__name__, None, optional=family.optional)
-            continue
-        if replacement is None or gainless is not None:
-            if not family.optional:
-                yield module, None, Decision(name, title, None, gainless, gainless=True)
-            continue
-        if replacement.only_inside and module not in parents:
-            why = f"only taken inside of a {replacement.only_inside}"
-        else:
-            why = parents.get(module) or _why_left(module, replacement)
-        for _, child, _ in _inner(module, replacement):
-            parents[child] = why and f"left with its {replacement.source.__name__}: {why}"
-        if why is None:
-            yield module, replacement, Decision(name, title, replacement.__name__, None, optional=family.optional)
-        elif not family.optional:
-            yield module, None, Decision(name, title, None, why)
+        plan = None if found is None else _plan(name, module, *found)
+        if plan is not None:
+            yield plan
 
 
 def accelerate(model: nn.Module, strict: bool = False) -> Report:
     """Give the modules of known classes (``FAMILIES``) in a model a class that runs fused ops, in place.
 
-    Same parameters, state_dict, hooks and results up to rounding (``verify`` compares on your data); nothing but the
-    class of single instances changes, so deepcopy, pickle, optimizers, EMA, torch.compile and sharding work as before.
-    Shard (``fully_shard``) and compile after this call; tools that look for exact types, such as torch.ao's
-    ``quantize_dynamic``, come before it, and torch.fx and torch.jit.script need the restored model. Calling it again
-    changes nothing; ``restore`` undoes it.
+    Same parameters, state_dict, hooks and results up to rounding (``verify`` compares on your data), dropout of the
+    same seed included; nothing but the class of single instances changes, so deepcopy, pickle, optimizers, EMA,
+    torch.compile and sharding work as before. Call it on the device and in the precision that the model will have,
+    before ``fully_shard`` and torch.compile. Tools that look for exact types come before it: torch.ao's quantisation
+    refuses accelerated models, counters such as thop see no ``nn.Linear``; torch.fx and torch.jit.script need the
+    restored model. Calling it again brings it up to date; ``restore`` undoes it.
 
-    A module is left alone, with the reason in the report, when its class is a subclass of a known one or was patched,
-    or when something that the fused op would bypass has hooks or another type than expected. What turns up later, such
-    as a hook or attention dropout in training, is said once when it runs (``FallbackWarning``).
-
-    Two things are not as before: attention modules inside accelerated blocks are called with whole maps [B, H, W, C]
-    in place of windows, which hooks added later see; and with dropout after a projection the mask is drawn in the order
-    of the map instead of that of windows, so that single numbers differ from a run with the same seed.
+    A module is left alone, with the reason in the report, when its class is a subclass of a known one or was patched;
+    when anybody could see that a submodule is not called any more, or called with something else: it has hooks, a
+    parametrization, another class than expected (adapters, quantised layers), a method of its own; and where no kernel
+    runs here. What turns up later, such as a hook, or attention dropout in training, makes the module run as its
+    package does at that call, which is said once (``FallbackWarning``). No module is called here and no property read.
 
     Args:
         model: any model of timm, torchvision or your own; its modules are searched.
-        strict: raise if a module of a known class cannot be taken. Classes that are known and left because nothing
-            would be gained do not count.
+        strict: raise if a module that could be faster cannot be taken, for a reason in this model or this machine.
+            Modules that would not be faster anyway do not count.
 
     Returns:
-        What was done: print it, or use ``swapped``, ``left`` and ``to_dict()``.
+        What was done: print it, or use ``swapped``, ``left``, ``ops`` and ``to_dict()``.
 
     Raises:
         InputError: with ``strict``, the modules left and why; the model is as it was.
     """
-    plans = list(_considered(model))
-    refused = [decision for _, _, decision in plans if decision.replacement is None and not decision.gainless]
-    if strict and refused:
-        names = "; ".join(f"{decision.name or 'the model'}: {decision.reason}" for decision in refused)
-        raise InputError(f"accelerate(strict=True) cannot take {len(refused)} modules of known classes: {names}")
-    for module, replacement, _ in plans:
-        if replacement is not None:
-            module.__class__ = replacement  # type: ignore[assignment]
-    return Report(tuple(decision for _, _, decision in plans))
+    plans = list(_plans(model))
+    runs = dict.fromkeys(run for plan in plans for run in plan.runs)
+    report = Report(tuple(plan.decision for plan in plans), tuple(runs))
+    if strict and report.left:
+        raise InputError(f"accelerate(strict=True) cannot take {len(report.left)} modules: {report.why_left()}")
+    for plan in plans:
+        if plan.kind is not type(plan.module):
+            plan.module.__class__ = plan.kind
+    return report
 
 
 def restore(model: nn.Module) -> nn.Module:

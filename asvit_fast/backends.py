@@ -35,19 +35,24 @@ class FallbackWarning(UserWarning):
 _implementations: dict[str, dict[str, Implementation]] = {}
 _forced: str | None = None
 _notified: set[object] = set()
+_of_torch: set[str] = set()  # ops whose "cpu" implementation is in torch: it needs no extension
 
 
 # --------------------------------------------------------------------------- declaring and choosing
 
 
-def declare(op: str, **implementations: Implementation) -> None:
-    """Declare the implementations of `op` by backend, best first; each takes and returns the same as the reference."""
+def declare(op: str, *, extension: bool = True, **implementations: Implementation) -> None:
+    """Declare the implementations of `op` by backend, best first; each takes and returns the same as the reference.
+
+    `extension`: whether the one for "cpu" is compiled in ours; torch's own is always there.
+    """
     unknown = set(implementations) - set(BACKENDS)
     if unknown or "reference" not in implementations:
         raise InputError(
             f"{op}: backends are {', '.join(BACKENDS)} and reference is required, got {sorted(implementations)}"
         )
     _implementations[op] = implementations
+    (_of_torch.discard if extension else _of_torch.add)(op)
 
 
 def declared() -> dict[str, tuple[str, ...]]:
@@ -62,8 +67,7 @@ def available(op: str, backend: str, device: str | torch.device | None = None) -
     if backend not in _implementations[op]:
         _check_name(backend)
         return f"{op} has no {backend} implementation"
-    where = resolve_device(device)
-    return _reason(backend, where.type, where.index)
+    return _why_not(op, backend, resolve_device(device))
 
 
 def select(op: str, device: torch.device) -> Implementation:
@@ -77,13 +81,19 @@ def select(op: str, device: torch.device) -> Implementation:
         if why is not None:
             raise InputError(f"backend {_forced!r} cannot run {op} on {device}: {why}")
         return implementations[_forced]
+    backend, missed = best(op, device)
+    if missed is not None:
+        notify_once(missed, f"asvit_fast runs the {backend} implementation of {op} on {device.type}: {missed}")
+    return implementations[backend]
+
+
+def best(op: str, device: torch.device) -> tuple[str, str | None]:
+    """The best backend that can run `op` on `device`, and why a better one for such devices cannot, if there is one."""
     missed: str | None = None
-    for backend, implementation in implementations.items():
-        why = _reason(backend, device.type, device.index)
+    for backend in _implementations[op]:
+        why = _why_not(op, backend, device)
         if why is None:
-            if missed is not None:
-                notify_once(missed, f"asvit_fast runs the {backend} implementation of {op} on {device.type}: {missed}")
-            return implementation
+            return backend, missed
         if device.type in _DEVICES[backend]:
             missed = missed or why
     raise AssertionError(f"{op}: the reference runs everywhere")
@@ -144,7 +154,7 @@ def _cuda_reason(index: int | None) -> str | None:
 
 def _triton_reason(index: int | None) -> str | None:
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
+        return "triton is not installed: pip install triton"
     if importlib.util.find_spec("asvit_fast.kernels") is None:
         return (
             "asvit_fast.kernels is missing: install the package (pip install -e .), a bare source tree has it elsewhere"
@@ -163,6 +173,13 @@ _REASONS: dict[str, Callable[[int | None], str | None]] = {
     "cuda": _cuda_reason,
     "cpu": _cpu_reason,
 }
+
+
+def _why_not(op: str, backend: str, device: torch.device) -> str | None:
+    """Why `backend` can't run `op`, which it has an implementation of, on a device."""
+    if backend == device.type == "cpu" and op in _of_torch:
+        return None
+    return _reason(backend, device.type, device.index)
 
 
 @functools.cache
@@ -248,7 +265,8 @@ def strict() -> bool:
 
 
 def notify_once(key: object, message: str) -> None:
-    """Warn (FallbackWarning) the first time for each `key`; under ASVIT_FAST_STRICT=1 raise it instead, every time."""
+    """Warn (FallbackWarning), in one line, the first time for each `key`; ASVIT_FAST_STRICT=1 raises it every time."""
+    message = " ".join(message.split())
     if strict():
         raise FallbackWarning(message)
     if key not in _notified:

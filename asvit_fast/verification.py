@@ -78,7 +78,7 @@ def verify(
     Works on copies, one at a time: the model, accelerated already or not, stays as it is. Both copies are held against
     a third one in higher precision, so that a difference can be told from rounding: an error counts as rounding up to
     twice that of the restored model on the same tensor, or on the worst tenth of tensors where that is larger.
-    Dropout (not stochastic depth) is off, as its masks are drawn in another order. Prints the largest differences.
+    Dropout (not stochastic depth) is off, as its masks may differ by precision. Prints the largest differences.
     Inside ``torch.autocast`` it compares what autocast makes of both.
 
     Args:

@@ -16,12 +16,14 @@ import torch
 import torchvision.models.swin_transformer as torchvision_swin
 from timm.layers import PatchEmbed
 from timm.models import davit, nest, pvt_v2, swin_transformer_v2, swin_transformer_v2_cr, tiny_vit, twins
+from tiny_swin import needs_kernels
 from torch import Tensor, nn
 
 import asvit_fast as af
 from asvit_fast.accelerate import FAMILIES, families_table
 from asvit_fast.nn.replacement import Replacement
 
+pytestmark = needs_kernels
 SWIN = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 3}
 
 
@@ -94,7 +96,7 @@ def torchvision_model(version: int, window: int) -> nn.Module:
     )
 
 
-FIRST = {"FastSwinTransformerBlock", "FastWindowAttention", "FastMlp", "FastPatchEmbed", "FastLinear"}
+FIRST = {"FastSwinTransformerBlock", "FastMlp", "FastPatchEmbed", "FastLinear"}
 # name: model, side of the image, classes that have to be there afterwards
 MODELS: dict[str, tuple[Callable[[], nn.Module], int, set[str]]] = {
     "swin": (lambda: swin(56), 56, FIRST),
@@ -110,17 +112,17 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int, set[str]]] = {
         {"FastSwinTransformerBlock"},
     ),
     "swin_s3": (lambda: swin(56, "swin_s3_tiny_224", window_size=(7, 5)), 56, {"FastSwinTransformerBlock"}),
-    "swinv2": (lambda: swin_v2(32), 32, {"FastSwinTransformerV2Block", "FastWindowAttentionV2"}),
+    "swinv2": (lambda: swin_v2(32), 32, {"FastSwinTransformerV2Block"}),
     "swinv2 padded": (lambda: swin_v2(44), 44, {"FastSwinTransformerV2Block"}),
     "swinv2 separate bias": (lambda: separate_bias(swin_v2(44)), 44, {"FastSwinTransformerV2Block"}),
     "swinv2 no bias": (lambda: swin_v2(32, qkv_bias=False), 32, {"FastSwinTransformerV2Block"}),
-    "swinv2_cr": (lambda: swin_v2_cr(44), 44, {"FastSwinTransformerV2CrBlock", "FastWindowMultiHeadAttention"}),
-    "maxvit tf": (lambda: maxvit(96), 96, {"FastPartitionAttentionCl", "FastAttentionCl"}),
+    "swinv2_cr": (lambda: swin_v2_cr(44), 44, {"FastSwinTransformerV2CrBlock"}),
+    "maxvit tf": (lambda: maxvit(96), 96, {"FastPartitionAttentionCl"}),
     "maxvit rw": (lambda: maxvit(96, "maxvit_rmlp_pico_rw_256"), 96, {"FastPartitionAttentionCl"}),
     "maxvit parallel": (lambda: maxvit(96, "maxvit_tiny_pm_256"), 96, {"FastParallelPartitionAttention"}),
-    "tiny_vit": (tiny_vit_model, 64, {"FastTinyVitBlock", "FastTinyVitAttention", "FastNormMlp"}),
+    "tiny_vit": (tiny_vit_model, 64, {"FastTinyVitBlock", "FastNormMlp"}),
     "tiny_vit padded": (tiny_vit_model, 76, {"FastTinyVitBlock"}),
-    "davit": (davit_model, 32, {"FastSpatialBlock", "FastDavitWindowAttention"}),
+    "davit": (davit_model, 32, {"FastSpatialBlock"}),
     "davit padded": (davit_model, 44, {"FastSpatialBlock"}),
     "twins": (lambda: twins_model(32), 32, {"FastLocallyGroupedAttn"}),
     "twins padded": (lambda: twins_model(40), 40, {"FastLocallyGroupedAttn"}),
@@ -163,7 +165,7 @@ def test_same_outputs_and_gradients(name, dtype):
     make, size, expected = MODELS[name]
     model = prepared(make).to(dtype)
     af.accelerate(model, strict=True)
-    assert expected <= fast_classes(model)
+    assert expected - (set() if dtype == torch.float32 else {"FastLinear"}) <= fast_classes(model)
     result = af.verify(model, image(size, dtype), rows=0)
     assert result.ok, result.table()
 
@@ -191,7 +193,7 @@ def test_every_family_is_tested_or_known_to_be_left():
 
 def test_embedding_without_norm_is_left_as_gainless():
     report = af.accelerate(PatchEmbed(32, 4, 3, 8), strict=True)
-    assert report.swapped == [] and "nothing to fuse" in report.left[0].reason
+    assert report.swapped == report.left == [] and "nothing to fuse" in report.nothing_to_gain[0].reason
 
 
 def test_patches_of_other_sizes_are_refused_as_before():

@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from tiny_swin import needs_kernels
 from torch import Tensor, nn
 
 import asvit_fast as af
 
+pytestmark = needs_kernels
 STEPS, BATCH, SIZE = 100, 24, 32
 LUCK = 5.0  # how much further than another rounding a run may end up
 

@@ -7,10 +7,12 @@ import sys
 
 import pytest
 import torch
-from tiny_swin import block, classes, images, swin
+from tiny_swin import block, classes, images, needs_kernels, swin
 from torch import nn
 
 import asvit_fast as af
+
+pytestmark = needs_kernels
 
 
 def test_verify_leaves_the_model_as_it_is(capsys):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from timm.layers import PatchEmbed, resample_abs_pos_embed
 from timm.models import SwinTransformer, SwinTransformerV2, VisionTransformer
 from timm.utils import ModelEmaV3
+from tiny_swin import needs_kernels
 from torch import Tensor, nn
 
 import asvit_fast as af
@@ -317,6 +318,7 @@ def test_windows_that_never_shrink() -> None:
     assert [(block.window_size, block.shift_size) for block in blocks] == before
 
 
+@needs_kernels
 @pytest.mark.filterwarnings("ignore::asvit_fast.backends.FallbackWarning")
 @pytest.mark.parametrize("kind", [SwinTransformer, SwinTransformerV2])
 def test_accelerated_networks(kind: Any) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 import timm
 import torch
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
+from asvit_fast import _extension
 from asvit_fast.nn.replacement import Replacement
+
+needs_kernels = pytest.mark.skipif(_extension.extension() is None, reason="accelerate takes little without kernels")
 
 SIZE = 44  # maps of 11 x 11 and 6 x 6 tokens: windows of 4 do not divide them
 

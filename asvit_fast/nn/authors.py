@@ -7,16 +7,28 @@ of them then.
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ..ops.patch_embed import patch_embed
 from ..ops.patch_merge import patch_merge
 from ..ops.window_attention import window_attention
-from .embedding import why_not_convolve
+from .embedding import convolution_reason
 from .mlp import InParts
-from .replacement import Replacement, attention_dropout, bound, why_not_bypass
+from .replacement import (
+    DROP,
+    LINEAR,
+    SOFTMAX,
+    Parts,
+    Replacement,
+    bound,
+    bypass_reason,
+    drop_probability,
+    drops,
+    project,
+    window_dropout,
+)
 
 MAYBE_NORM = (nn.LayerNorm, nn.Identity)  # switch_norm exchanges them
 
@@ -39,38 +51,47 @@ def make(replacement: type[Replacement], source: type[nn.Module]) -> Any:
     return kind.__new__(kind)
 
 
-class FastAuthorsWindowAttention(FromAuthors):
-    """Takes a map [B, H, W, C] if it is given a ``shift``, and windows [B*windows, N, C] as its source does if not."""
+class FastAuthorsTransformerBlock(FromAuthors):
+    """Tokens [B, H*W, C]; computes the attention of whole maps with the weights of its `attn`."""
 
-    only_inside = "TransformerBlock"
+    ops = ("window_attention",)
 
     @classmethod
-    def obstacle(cls, module: Any) -> str | None:
-        matmul = sys.modules[cls.source.__module__].matmul
-        return why_not_bypass(module, softmax=nn.Softmax, attn_drop=nn.Dropout, mat=matmul)
+    def bypassed_parts(cls) -> Parts:
+        code: Any = sys.modules[cls.source.__module__]
+        return {
+            "attn": (code.WindowAttention,),
+            "attn.mat": (code.matmul,),
+            "attn.qkv": LINEAR,
+            "attn.softmax": SOFTMAX,
+            "attn.attn_drop": DROP,
+            "attn.proj": LINEAR,
+            "attn.proj_drop": DROP,
+        }
 
-    def forward(self: Any, x: Tensor, mask: Tensor | None = None, shift: tuple[int, int] | None = None) -> Tensor:
-        if shift is None:
-            return self.source.forward(self, x, mask)
-        dropout = attention_dropout(self.attn_drop.p, self.attn_drop.training)
-        x = window_attention(
-            self.qkv(x), self.num_heads, self.window_size, shift, None, self.scale, dropout, "timm"
-        )  # [B, H, W, inner_dim]
-        return self.proj_drop(self.proj(x))
+    @classmethod
+    def unsupported_reason(cls, module: Any) -> str | None:
+        why = bypass_reason(module, cls.bypassed_parts())
+        if why is None and (module.attn_mask is None) != (module.shift_size == 0):
+            why = "its attn_mask is not that of its shift"
+        return why
 
-
-class FastAuthorsTransformerBlock(FromAuthors):
-    """Tokens [B, H*W, C]; hands whole maps to its attention."""
-
-    inner = (("attn", FastAuthorsWindowAttention),)
+    def _attend(self: Any, x: Tensor) -> Tensor:
+        """A map [B, H, W, C] -> the same."""
+        attn, window = self.attn, (self.window_size, self.window_size)
+        shift = (self.shift_size, self.shift_size)
+        qkv = project(attn.qkv, x)  # [B, H, W, 3*inner_dim]
+        x = window_attention(qkv, attn.num_heads, window, shift, None, attn.scale, 0.0, "timm")  # [B, H, W, inner_dim]
+        return window_dropout(project(attn.proj, x), drop_probability(attn.proj_drop), window, shift)
 
     def forward(self: Any, x: Tensor) -> Tensor:
         height, width = self.input_resolution
         divides = height % self.window_size == 0 and width % self.window_size == 0
-        if x.shape[1] != height * width or not divides or not self.usable():
+        runs = x.shape[1] == height * width and divides and self.can_run()
+        if not runs or drops(self.attn.attn_drop.p, self.attn.attn_drop.training):
             return self.source.forward(self, x)
         tokens = self.norm1(x).unflatten(1, (height, width))  # [B, H, W, C]
-        x = x + self.drop_path(self.attn(tokens, shift=(self.shift_size, self.shift_size)).flatten(1, 2))
+        x = x + self.drop_path(self._attend(tokens).flatten(1, 2))
         for mlp in self.mlps:
             x = x + self.drop_path(mlp(x))
         return x
@@ -79,13 +100,17 @@ class FastAuthorsTransformerBlock(FromAuthors):
 class FastAuthorsPatchMerging(FromAuthors):
     """Tokens [B, H*W, C] -> [B, H/2*W/2, Cout]."""
 
-    @classmethod
-    def obstacle(cls, module: Any) -> str | None:
-        return why_not_bypass(module, norm=MAYBE_NORM, reduction=nn.Linear, soft_split=nn.Unfold, padding=nn.ZeroPad2d)
+    ops = ("patch_merge",)
+    parts: ClassVar[Parts] = {
+        "norm": MAYBE_NORM,
+        "reduction": LINEAR,
+        "soft_split": (nn.Unfold,),
+        "padding": (nn.ZeroPad2d,),
+    }
 
     def forward(self: Any, x: Tensor) -> Tensor:
         height, width = self.input_resolution
-        if x.shape[1] != height * width or height % 2 or width % 2 or not self.usable():
+        if x.shape[1] != height * width or height % 2 or width % 2 or not self.can_run():
             return self.source.forward(self, x)
         weight, bias, eps = _norm(self.norm)
         maps = x.unflatten(1, (height, width))  # [B, H, W, C]
@@ -95,15 +120,18 @@ class FastAuthorsPatchMerging(FromAuthors):
 class FastAuthorsPatchEmbed(FromAuthors):
     """Images [B, Cin, H, W] -> tokens [B, Ho*Wo, C]."""
 
+    ops = ("patch_embed",)
+    parts: ClassVar[Parts] = {"proj": (nn.Conv2d,), "padding": (nn.ZeroPad2d,), "norm": (*MAYBE_NORM, type(None))}
+
     @classmethod
-    def obstacle(cls, module: Any) -> str | None:
-        if min(module.padding.padding) < 0:
-            return "its patches are smaller than its stride"
-        why = why_not_bypass(module, proj=nn.Conv2d, padding=nn.ZeroPad2d, norm=(*MAYBE_NORM, type(None)))
-        return why or why_not_convolve(module.proj)
+    def unsupported_reason(cls, module: Any) -> str | None:
+        why = bypass_reason(module, cls.parts)
+        if why is None and min(module.padding.padding) < 0:
+            why = "its patches are smaller than its stride"
+        return why or convolution_reason(module.proj)
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        if tuple(x.shape[2:]) != tuple(self.img_size) or not self.usable():
+        if tuple(x.shape[2:]) != tuple(self.img_size) or not self.can_run():
             return self.source.forward(self, x)
         weight, bias, eps = _norm(self.norm)
         proj = self.proj

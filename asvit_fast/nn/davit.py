@@ -1,52 +1,49 @@
-"""Replacements for the window attention of timm's DaViT (arXiv 2204.03645)."""
+"""Replacement for the window attention of timm's DaViT (arXiv 2204.03645)."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from timm.models.davit import SpatialBlock, WindowAttention
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops.window_attention import window_attention
-from .replacement import Replacement, padding_token, why_not_bypass
-
-
-class FastDavitWindowAttention(Replacement, WindowAttention):
-    """Takes a map [B, H, W, C] if it is given a ``window``, and windows [B*windows, N, C] as its source does if not."""
-
-    source = WindowAttention
-    only_inside = "SpatialBlock"
-
-    @classmethod
-    def obstacle(cls, module: Any) -> str | None:
-        return why_not_bypass(module, softmax=nn.Softmax)
-
-    def forward(self, x: Tensor, window: tuple[int, int] | None = None) -> Tensor:
-        if window is None:
-            return super().forward(x)
-        padding = padding_token(self.qkv, x, window)
-        x = window_attention(
-            self.qkv(x), self.num_heads, window, scale=self.scale, layout="timm", padding=padding
-        )  # [B, H, W, C]
-        return self.proj(x)
+from .replacement import LINEAR, SOFTMAX, Parts, Replacement, bypass_reason, padding_token, project
 
 
 class FastSpatialBlock(Replacement, SpatialBlock):
-    """Hands whole maps to its attention."""
+    """Computes the attention of whole maps with the weights of its `attn`."""
 
     source = SpatialBlock
-    inner = (("attn", FastDavitWindowAttention),)
+    ops = ("window_attention",)
+    parts: ClassVar[Parts] = {
+        "attn": (WindowAttention,),
+        "attn.qkv": LINEAR,
+        "attn.softmax": SOFTMAX,
+        "attn.proj": LINEAR,
+    }
 
     @classmethod
-    def obstacle(cls, module: Any) -> str | None:
-        return None if module.ffn else "without a feed-forward network its forward is another"
+    def unsupported_reason(cls, module: Any) -> str | None:
+        if not module.ffn:
+            return "without a feed-forward network its forward is another"
+        return bypass_reason(module, cls.parts)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        """A map [B, H, W, C] -> the same."""
+        attn: Any = self.attn
+        padding = padding_token(attn.qkv.bias, x, self.window_size)
+        scale = None if attn.fused_attn else attn.scale
+        qkv = project(attn.qkv, x)  # [B, H, W, 3*C]
+        x = window_attention(qkv, attn.num_heads, self.window_size, scale=scale, layout="timm", padding=padding)
+        return project(attn.proj, x)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.usable():
+        if not self.can_run():
             return super().forward(x)
         size = x.shape[2:]  # of x [B, C, H, W]
         shortcut = self.cpe1(x).flatten(2).transpose(1, 2)  # [B, H*W, C]
-        attended = self.attn(self.norm1(shortcut).unflatten(1, size), window=self.window_size)  # [B, H, W, C]
+        attended = self._attend(self.norm1(shortcut).unflatten(1, size))  # [B, H, W, C]
         x = shortcut + self.drop_path1(attended.flatten(1, 2))
         x = self.cpe2(x.transpose(1, 2).unflatten(2, size)).flatten(2).transpose(1, 2)  # [B, H*W, C]
         x = x + self.drop_path2(self.mlp(self.norm2(x)))

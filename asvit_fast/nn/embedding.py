@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from timm.layers import Format, LayerNorm, PatchEmbed
 from timm.models.pvt_v2 import OverlapPatchEmbed
@@ -10,47 +10,56 @@ from torch import Tensor, nn
 
 from ..ops.patch_embed import patch_embed
 from ..ops.windows import window_padding
-from .replacement import Replacement, why_not_bypass
-
-NORMS = (nn.LayerNorm, LayerNorm)
+from .replacement import Parts, Replacement, bypass_reason, made_by_package
 
 
-def why_not_convolve(proj: nn.Conv2d) -> str | None:
+def convolution_reason(proj: Any) -> str | None:
     """Why the op cannot be a convolution."""
     square = all(pair[0] == pair[1] for pair in (proj.stride, proj.kernel_size, proj.dilation))
     plain = proj.groups == 1 and proj.padding_mode == "zeros"
     return None if square and plain and not isinstance(proj.padding, str) else f"its proj is {proj}"
 
 
-def why_not_embed(module: Any) -> str | None:
-    """Why `proj` and `norm` of a patch embedding cannot be one op."""
-    why = why_not_bypass(module, proj=nn.Conv2d, norm=NORMS)
-    if why is None and module.norm.weight is None:
-        why = "its norm has no weight"
-    return why or why_not_convolve(module.proj)
+class Embedding(Replacement):
+    """`proj`, then `norm`."""
+
+    ops = ("patch_embed",)
+    parts: ClassVar[Parts] = {"proj": (nn.Conv2d,), "norm": (nn.LayerNorm, LayerNorm)}
+
+    @classmethod
+    def unsupported_reason(cls, module: Any) -> str | None:
+        why = bypass_reason(module, cls.parts)
+        if why is None and module.norm.weight is None:
+            why = "its norm has no weight"
+        return why or convolution_reason(module.proj)
+
+    def _embed(self: Any, image: Tensor, padding: tuple[int, int, int, int]) -> Tensor:
+        """[B, Cin, H, W], zeros at (left, right, top, bottom) -> [B, Ho, Wo, C]."""
+        proj, norm = self.proj, self.norm
+        stride, dilation = proj.stride[0], proj.dilation[0]
+        return patch_embed(image, proj.weight, proj.bias, stride, dilation, padding, norm.weight, norm.bias, norm.eps)
 
 
-def embed(module: Any, image: Tensor, padding: tuple[int, int, int, int]) -> Tensor:
-    """[B, Cin, H, W], zeros at (left, right, top, bottom) -> [B, Ho, Wo, C]."""
-    proj, norm = module.proj, module.norm
-    stride, dilation = proj.stride[0], proj.dilation[0]
-    return patch_embed(image, proj.weight, proj.bias, stride, dilation, padding, norm.weight, norm.bias, norm.eps)
-
-
-class FastPatchEmbed(Replacement, PatchEmbed):
+class FastPatchEmbed(Embedding, PatchEmbed):
     """Patches that do not overlap, for tokens [B, N, C] or maps [B, H, W, C]."""
 
     source = PatchEmbed
 
     @classmethod
-    def gainless(cls, module: Any) -> str | None:
-        return "it does not normalise: nothing to fuse" if type(module.norm) is nn.Identity else None
-
-    @classmethod
-    def obstacle(cls, module: Any) -> str | None:
+    def skip_reason(cls, module: Any) -> str | None:
+        norm = module._modules.get("norm")
+        if type(norm) is nn.Identity:
+            return "it does not normalise: nothing to fuse"
+        if made_by_package(norm) and type(norm) not in cls.parts["norm"]:
+            return f"it normalises by {type(norm).__name__}"
         if not module.flatten and module.output_fmt not in (Format.NHWC, Format.NLC):
             return f"its output is {module.output_fmt.value}"
-        return why_not_embed(module)
+        return None
+
+    @classmethod
+    def unsupported_reason(cls, module: Any) -> str | None:
+        why = cls.skip_reason(module)  # set_token_reduction changes its output
+        return why or super().unsupported_reason(module)
 
     def forward(self, x: Tensor) -> Tensor:
         size, patch = x.shape[2:], self.patch_size
@@ -59,24 +68,20 @@ class FastPatchEmbed(Replacement, PatchEmbed):
         wrong = self.img_size is not None and (
             tuple(size) != tuple(self.img_size) if self.strict_img_size else pads and not self.dynamic_img_pad
         )
-        if wrong or not self.usable():  # the source says what is wrong
+        if wrong or not self.can_run():  # the source says what is wrong
             return super().forward(x)
         padding = (0, right, 0, below) if self.dynamic_img_pad else (0, 0, 0, 0)
-        x = embed(self, x, padding)  # [B, H, W, C]
+        x = self._embed(x, padding)  # [B, H, W, C]
         return x.flatten(1, 2) if self.flatten or self.output_fmt == Format.NLC else x
 
 
-class FastOverlapPatchEmbed(Replacement, OverlapPatchEmbed):
+class FastOverlapPatchEmbed(Embedding, OverlapPatchEmbed):
     """PVT v2's (arXiv 2106.13797): [B, Cin, H, W] -> [B, Ho, Wo, C]."""
 
     source = OverlapPatchEmbed
 
-    @classmethod
-    def obstacle(cls, module: Any) -> str | None:
-        return why_not_embed(module)
-
     def forward(self, x: Tensor) -> Tensor:
-        if not self.usable():
+        if not self.can_run():
             return super().forward(x)
         rows, columns = (int(size) for size in self.proj.padding)
-        return embed(self, x, (columns, columns, rows, rows))
+        return self._embed(x, (columns, columns, rows, rows))

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..ops.linear import linear
-from .replacement import Replacement
+from .replacement import Replacement, patch_reason
 
 
 class FastLinear(Replacement, nn.Linear):
     """The same numbers, sooner, in float32 on a CPU; torch's own product otherwise."""
 
     source = nn.Linear
+    ops = ("linear",)
 
     @classmethod
-    def gainless(cls, module: Any) -> str | None:
-        where = module.weight.device.type
-        return None if where in ("cpu", "meta") else f"on {where} it would not be faster"
+    def skip_reason(cls, module: Any) -> str | None:
+        weight = module._parameters.get("weight")
+        if weight is None or weight.is_meta:
+            return None
+        if weight.device.type != "cpu" or weight.dtype != torch.float32:
+            return f"on {weight.device.type} in {str(weight.dtype).removeprefix('torch.')} torch's product is as fast"
+        return None
 
     def forward(self, input: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and patch_reason(type(self), self) is not None:
+            return super().forward(input)
         return linear(input, self.weight, self.bias)

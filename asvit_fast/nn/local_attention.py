@@ -3,34 +3,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import ClassVar
 
 from timm.models.nest import Attention
 from timm.models.twins import LocallyGroupedAttn
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops.window_attention import window_attention
-from .replacement import Replacement, attention_dropout, padding_token, why_not_bypass
+from .replacement import DROP, LINEAR, Parts, Replacement, drops, padding_token, project
 
 
 class FastLocallyGroupedAttn(Replacement, LocallyGroupedAttn):
     """Tokens [B, H*W, C] as one map."""
 
     source = LocallyGroupedAttn
-
-    @classmethod
-    def obstacle(cls, module: Any) -> str | None:
-        return why_not_bypass(module, attn_drop=nn.Dropout)
+    ops = ("window_attention",)
+    parts: ClassVar[Parts] = {"qkv": LINEAR, "attn_drop": DROP}
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        if not self.usable():
+        if not self.can_run() or drops(self.attn_drop.p, self.attn_drop.training):
             return super().forward(x, size)
         window = (self.ws, self.ws)
         x = x.unflatten(1, (size[0], size[1]))  # [B, H, W, C]
-        padding = padding_token(self.qkv, x, window)
-        dropout = attention_dropout(self.attn_drop.p, self.attn_drop.training)
+        padding = padding_token(self.qkv.bias, x, window)
+        scale = None if self.fused_attn else self.scale
         x = window_attention(
-            self.qkv(x), self.num_heads, window, (0, 0), None, self.scale, dropout, "timm", padding
+            project(self.qkv, x), self.num_heads, window, (0, 0), None, scale, 0.0, "timm", padding
         )  # [B, H, W, C]
         return self.proj_drop(self.proj(x.flatten(1, 2)))
 
@@ -39,16 +37,13 @@ class FastNestAttention(Replacement, Attention):
     """Blocks of tokens [B, T, N, C] as a map of T rows, each row a window."""
 
     source = Attention
-
-    @classmethod
-    def obstacle(cls, module: Any) -> str | None:
-        return why_not_bypass(module, attn_drop=nn.Dropout)
+    ops = ("window_attention",)
+    parts: ClassVar[Parts] = {"attn_drop": DROP}
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.usable():
+        if not self.can_run() or drops(self.attn_drop.p, self.attn_drop.training):
             return super().forward(x)
-        dropout = attention_dropout(self.attn_drop.p, self.attn_drop.training)
-        window = (1, x.shape[2])
-        x = window_attention(self.qkv(x), self.num_heads, window, scale=self.scale, dropout=dropout)  # [B, T, N, C]
+        scale = None if self.fused_attn else self.scale
+        x = window_attention(self.qkv(x), self.num_heads, (1, x.shape[2]), scale=scale)  # [B, T, N, C]
         x = x.unflatten(3, (self.num_heads, -1)).transpose(3, 4).flatten(3)  # channels [d][head], as NesT has them
         return self.proj_drop(self.proj(x))

@@ -2,72 +2,80 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import RelPosBias, RelPosBiasTf, RelPosMlp
 from timm.models.maxxvit import AttentionCl, ParallelPartitionAttention, PartitionAttentionCl
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops.window_attention import window_attention
-from .replacement import Replacement, attention_dropout, by_projection, why_not_bypass
+from .replacement import (
+    DROP,
+    LINEAR,
+    Parts,
+    Replacement,
+    by_projection,
+    divides,
+    drop_probability,
+    drops,
+    project,
+    window_dropout,
+)
 
 
-class FastAttentionCl(Replacement, AttentionCl):
-    """Takes a map [B, H, W, C] if it is given a ``window``, and windows as its source does if not."""
-
-    source = AttentionCl
-    only_inside = "PartitionAttentionCl or ParallelPartitionAttention"
-
-    @classmethod
-    def obstacle(cls, module: Any) -> str | None:
-        positions = (RelPosBias, RelPosBiasTf, RelPosMlp, type(None))
-        return why_not_bypass(module, attn_drop=nn.Dropout, rel_pos=positions)
-
-    def forward(
-        self,
-        x: Tensor,
-        shared_rel_pos: Tensor | None = None,
-        window: tuple[int, int] | None = None,
-        layout: str = "masked",
-    ) -> Tensor:
-        if window is None:
-            return super().forward(x, shared_rel_pos)
-        qkv = self.qkv(x)  # [B, H, W, 3*heads*d]
-        if self.head_first:
-            qkv = by_projection(qkv, self.num_heads)
-        bias = None if self.rel_pos is None else self.rel_pos.get_bias().flatten(0, -3)  # [heads, N, N]
-        dropout = attention_dropout(self.attn_drop.p, self.attn_drop.training)
-        x = window_attention(qkv, self.num_heads, window, (0, 0), bias, self.scale, dropout, layout)
-        return self.proj_drop(self.proj(x))
+def _parts(name: str) -> Parts:
+    """Of the attention of that name."""
+    return {
+        name: (AttentionCl,),
+        f"{name}.qkv": LINEAR,
+        f"{name}.rel_pos": (RelPosBias, RelPosBiasTf, RelPosMlp, type(None)),
+        f"{name}.attn_drop": DROP,
+        f"{name}.proj": LINEAR,
+        f"{name}.proj_drop": DROP,
+    }
 
 
-def _divides(window: tuple[int, int], x: Tensor) -> bool:
-    """Whether windows divide a map [B, H, W, C]: the source refuses others."""
-    return x.shape[1] % window[0] == 0 and x.shape[2] % window[1] == 0
+def _drops(attn: Any) -> bool:
+    return drops(attn.attn_drop.p, attn.attn_drop.training)
+
+
+def _attend(attn: Any, x: Tensor, window: tuple[int, int], layout: str) -> Tensor:
+    """A map [B, H, W, C] -> [B, H, W, Cout]."""
+    qkv = project(attn.qkv, x)  # [B, H, W, 3*heads*d]
+    if attn.head_first:
+        qkv = by_projection(qkv, attn.num_heads)
+    bias = None if attn.rel_pos is None else attn.rel_pos.get_bias().flatten(0, -3)  # [heads, N, N]
+    scale = None if attn.fused_attn else attn.scale
+    x = window_attention(qkv, attn.num_heads, window, (0, 0), bias, scale, 0.0, layout)  # [B, H, W, heads*d]
+    return window_dropout(project(attn.proj, x), drop_probability(attn.proj_drop), window, (0, 0), layout)
 
 
 class FastPartitionAttentionCl(Replacement, PartitionAttentionCl):
-    """Hands whole maps to its attention."""
+    """Computes the attention of whole maps, which the source refuses unless windows divide them, with the weights of
+    its `attn`."""
 
     source = PartitionAttentionCl
-    inner = (("attn", FastAttentionCl),)
+    ops = ("window_attention",)
+    parts: ClassVar[Parts] = _parts("attn")
 
     def _partition_attn(self, x: Tensor) -> Tensor:
-        if not (_divides(self.partition_size, x) and self.usable()):
+        if not divides(self.partition_size, x) or not self.can_run() or _drops(self.attn):
             return super()._partition_attn(x)
-        return self.attn(x, window=self.partition_size, layout="masked" if self.partition_block else "grid")
+        return _attend(self.attn, x, self.partition_size, "masked" if self.partition_block else "grid")
 
 
 class FastParallelPartitionAttention(Replacement, ParallelPartitionAttention):
-    """Hands whole maps to both of its attentions."""
+    """The same with both of its attentions."""
 
     source = ParallelPartitionAttention
-    inner = (("attn_block", FastAttentionCl), ("attn_grid", FastAttentionCl))
+    ops = ("window_attention",)
+    parts: ClassVar[Parts] = {**_parts("attn_block"), **_parts("attn_grid")}
 
     def _partition_attn(self, x: Tensor) -> Tensor:
-        if not (_divides(self.partition_size, x) and self.usable()):
+        window = self.partition_size
+        runs = divides(window, x) and self.can_run()
+        if not runs or _drops(self.attn_block) or _drops(self.attn_grid):
             return super()._partition_attn(x)
-        block = self.attn_block(x, window=self.partition_size, layout="masked")
-        grid = self.attn_grid(x, window=self.partition_size, layout="grid")
-        return torch.cat([block, grid], dim=-1)
+        block = _attend(self.attn_block, x, window, "masked")
+        return torch.cat([block, _attend(self.attn_grid, x, window, "grid")], dim=-1)

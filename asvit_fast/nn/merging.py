@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torchvision.models.swin_transformer
 from timm.layers import LayerNorm
@@ -10,42 +10,40 @@ from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from ..ops.patch_merge import patch_merge
-from .replacement import Replacement, why_not_bypass
+from .replacement import LINEAR, Parts, Replacement, bypass_reason
 
 
-def _merge(module: Any, x: Tensor) -> Tensor:
-    """x [B, H, W, C] -> [B, ceil(H/2), ceil(W/2), Cout]."""
-    norm = module.norm
-    return patch_merge(x, module.reduction.weight, 2, 2, norm.weight, norm.bias, None, norm.eps, "timm")
+class Merging(Replacement):
+    """2 x 2 tokens, normalised and projected."""
+
+    ops = ("patch_merge",)
+
+    @classmethod
+    def unsupported_reason(cls, module: Any) -> str | None:
+        why = bypass_reason(module, cls.parts)
+        return "its norm has no weight" if why is None and module.norm.weight is None else why
+
+    def _merge(self: Any, x: Tensor) -> Tensor:
+        """x [B, H, W, C] -> [B, ceil(H/2), ceil(W/2), Cout]."""
+        norm, reduction = self.norm, self.reduction
+        return patch_merge(x, reduction.weight, 2, 2, norm.weight, norm.bias, reduction.bias, norm.eps, "timm")
 
 
-class FastPatchMerging(Replacement, PatchMerging):
+class FastPatchMerging(Merging, PatchMerging):
     """timm's: [B, H, W, C] -> [B, ceil(H/2), ceil(W/2), out_dim]."""
 
     source = PatchMerging
-
-    @classmethod
-    def obstacle(cls, module: Any) -> str | None:
-        if getattr(module.norm, "weight", None) is None:
-            return "its norm has no weight"
-        return why_not_bypass(module, norm=(nn.LayerNorm, LayerNorm), reduction=nn.Linear)
+    parts: ClassVar[Parts] = {"norm": (nn.LayerNorm, LayerNorm), "reduction": LINEAR}
 
     def forward(self, x: Tensor) -> Tensor:
-        return _merge(self, x) if self.usable() else super().forward(x)
+        return self._merge(x) if self.can_run() else super().forward(x)
 
 
-class FastTorchvisionPatchMerging(Replacement, torchvision.models.swin_transformer.PatchMerging):
+class FastTorchvisionPatchMerging(Merging, torchvision.models.swin_transformer.PatchMerging):
     """torchvision's: [..., H, W, C] -> [..., ceil(H/2), ceil(W/2), 2*C]."""
 
     source = torchvision.models.swin_transformer.PatchMerging
-
-    @classmethod
-    def obstacle(cls, module: Any) -> str | None:
-        if getattr(module.norm, "weight", None) is None:
-            return "its norm has no weight"
-        return why_not_bypass(module, norm=nn.LayerNorm, reduction=nn.Linear)
+    parts: ClassVar[Parts] = {"norm": (nn.LayerNorm,), "reduction": LINEAR}
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 4 or not self.usable():
-            return super().forward(x)
-        return _merge(self, x)
+        return self._merge(x) if x.dim() == 4 and self.can_run() else super().forward(x)

@@ -17,32 +17,16 @@ from torch import Tensor, nn
 from torch.overrides import has_torch_function_unary
 
 from ..ops.transforms import transform_active
-from .replacement import Replacement, has_hooks, source_type
+from .replacement import Parts, Replacement, call_reason, made_by_package, source_type
 
 LARGE = 16 << 20  # bytes of a hidden activation up to which it is left whole
 PART = 2 << 20  # bytes of a part of it, per thread
-TOKENWISE = (
-    nn.Linear,
-    nn.Identity,
-    nn.Dropout,
-    nn.LayerNorm,
-    nn.GELU,
-    nn.ReLU,
-    nn.SiLU,
-    timm.layers.LayerNorm,
-    timm.layers.GELU,
-    timm.layers.GELUTanh,
+ACTIVATIONS = (
+    *(nn.GELU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid, nn.Tanh, nn.Sigmoid),
+    *(nn.ELU, nn.CELU, nn.SELU, nn.LeakyReLU, nn.Softplus, nn.Hardtanh),
+    *(timm.layers.GELU, timm.layers.GELUTanh, timm.layers.QuickGELU),
 )
-
-
-def why_not_in_parts(module: nn.Module) -> str | None:
-    """Why tokens cannot go through one after the other: a layer that looks at several or is not known."""
-    for name, child in module.named_children():
-        if source_type(child) not in TOKENWISE:
-            return f"its {name} is a {type(child).__name__}"
-        if has_hooks(child):
-            return f"its {name} has hooks, which would see parts of the tokens"
-    return None
+TOKENWISE = (nn.Linear, nn.Identity, nn.Dropout, nn.LayerNorm, timm.layers.LayerNorm, *ACTIVATIONS)
 
 
 def tokens_at_a_time(module: nn.Module, x: Tensor) -> int | None:
@@ -65,18 +49,35 @@ class InParts(Replacement):
     """``forward`` of the source on parts of the tokens."""
 
     @classmethod
-    def gainless(cls, module: Any) -> str | None:
-        device = next((parameter.device.type for parameter in module.parameters()), "cpu")
-        return None if device in ("cpu", "meta") else f"on {device} it would not be faster"
+    def bypassed_parts(cls) -> Parts:
+        """Every layer is called several times: all that may be there."""
+        return {"": TOKENWISE}
 
     @classmethod
-    def obstacle(cls, module: Any) -> str | None:
-        return why_not_in_parts(module)
+    def skip_reason(cls, module: Any) -> str | None:
+        if any(isinstance(child, nn.Conv2d) for child in module._modules.values()):
+            return "it is made of convolutions"
+        for name, child in module._modules.items():  # as its package makes it, where it was not changed since
+            if made_by_package(child) and source_type(child) not in TOKENWISE:
+                return f"its {name} is a {type(child).__name__}"
+        device = next((parameter.device.type for parameter in module.parameters()), "cpu")
+        return None if device in ("cpu", "meta") else f"on {device} parts would not be faster"
+
+    @classmethod
+    def unsupported_reason(cls, module: Any) -> str | None:
+        """A layer that looks at several tokens, is not known or whose calls may be seen."""
+        for name, child in module._modules.items():
+            if source_type(child) not in TOKENWISE:
+                return f"its {name} is a {type(child).__name__}"
+            why = call_reason(child)
+            if why is not None:
+                return f"its {name} {why}"
+        return None
 
     def forward(self, x: Tensor) -> Tensor:
         source = super().forward  # type: ignore[misc]
         tokens = tokens_at_a_time(self, x)  # type: ignore[arg-type]
-        if tokens is None or not self.usable():
+        if tokens is None or not self.can_run():
             return source(x)
         return torch.cat([source(part) for part in x.flatten(0, -2).split(tokens)]).unflatten(0, x.shape[:-1])
 

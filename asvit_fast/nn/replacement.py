@@ -1,59 +1,122 @@
 """What the classes have in common that ``accelerate`` gives to modules of other packages.
 
 A replacement is a subclass of the class that it replaces, `source`, and changes methods only: state, parameters, hooks
-and training mode stay those of the instance, whose ``__class__`` alone is set. Modules inside are called as the source
-calls them. Where a fused op takes a module's part (a softmax, a dropout's probability, the weights of a convolution and
-a norm), `obstacle` says why that would change results: hooks, another type, a quantised or sharded weight. It is asked
-before the swap and at every call, as users may add a hook later; the source's method runs then, which is said once.
+and training mode stay those of the instance, whose ``__class__`` alone is set. Modules inside are called exactly as the
+source calls them, or not at all: a fused op computes with the weights of its `parts`. Nobody can tell the difference
+as long as calling a part runs the known ``forward`` on plain weights and nothing else, so this is asked before the
+swap and again at every call. Where the answer is no, the source's method runs, which is said once.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Mapping
+from types import FunctionType
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules import module as torch_module
+from torch.utils.module_tracker import ModuleTracker
 
 from .. import backends
+from ..errors import InputError
+from ..ops.linear import linear
+from ..ops.windows import merge_windows, window_padding
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-DROPOUT = "attention dropout has no kernel: torch's scaled_dot_product_attention runs instead, with copies"
+HOOKS = {
+    "_forward_pre_hooks": "forward pre-hook",
+    "_forward_hooks": "forward hook",
+    "_backward_pre_hooks": "backward pre-hook",
+    "_backward_hooks": "backward hook",
+}
+GLOBAL_HOOKS = (
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_forward_hooks,
+    torch_module._global_backward_pre_hooks,
+    torch_module._global_backward_hooks,
+)
+DROPOUT = "attention dropout has no kernel"
+LINEAR, DROP, SOFTMAX = (nn.Linear,), (nn.Dropout,), (nn.Softmax,)
+PLAIN = (nn.Parameter, Tensor, FakeTensor)
+WEIGHTED = (nn.Linear, nn.Conv2d, nn.LayerNorm)
+Parts = Mapping[str, tuple[type, ...]]
 
 
 class Replacement:
     """Mixin, first of the bases; the second is `source`."""
 
     source: ClassVar[type[nn.Module]]
-    inner: ClassVar[tuple[tuple[str, type[Replacement]], ...]] = ()  # children that are replaced with it, by attribute
-    only_inside: ClassVar[str | None] = None  # the class that must hold it, where a replacement has another signature
+    ops: ClassVar[tuple[str, ...]] = ()  # that do the work; empty where it is done by torch's own
+    parts: ClassVar[Parts] = {}  # submodules that are not called, by path: the classes that they must have exactly
+    bypassed: ClassVar[tuple[str, ...]] = ()  # methods of the source that only its own version of a method calls
+    __jit_unused_properties__: ClassVar[list[str]] = ["qconfig"]
 
     @classmethod
-    def obstacle(cls, module: Any) -> str | None:
-        """Why the fused op must not take the part of this instance's submodules; None if nothing is in the way."""
-        return None
+    def bypassed_parts(cls) -> Parts:
+        """`parts`; for classes that are known at run time only, found there."""
+        return cls.parts
 
     @classmethod
-    def gainless(cls, module: Any) -> str | None:
+    def skip_reason(cls, module: Any) -> str | None:
         """Why nothing would be gained for this instance; None if something would."""
         return None
 
-    def usable(self) -> bool:
+    @classmethod
+    def unsupported_reason(cls, module: Any) -> str | None:
+        """Why the fused ops would not do what this instance does now; None if they would."""
+        return bypass_reason(module, cls.bypassed_parts())
+
+    @classmethod
+    def altered_reason(cls, module: Any) -> str | None:
+        """Why a state that cannot be watched at every call is not that which the source made; None if it is."""
+        return None
+
+    def can_run(self) -> bool:
         """Whether the fused path may run at this call; where not, says so once."""
-        why = self.obstacle(self)
-        for name, kind in self.inner:
-            child = getattr(self, name)
-            if not isinstance(child, kind):
-                why = why or f"its {name} was replaced by a {type(child).__name__}"
-            else:
-                why = why or child.obstacle(child)
+        if torch.compiler.is_compiling():
+            self._guard()
+        return self._can_run()
+
+    @torch.compiler.assume_constant_result  # while tracing; what is guarded makes torch.compile ask again
+    def _can_run(self) -> bool:
+        if (
+            counts_modules()
+        ):  # FlopCounterMode, whose table is of the source's modules: no speed is lost, nothing to say
+            return False
+        why = global_hook_reason() or patch_reason(type(self), self) or self.unsupported_reason(self)
         if why is not None:
             name = self.source.__name__
             backends.notify_once((name, why), f"asvit_fast runs {name} as its package does: {why}")
         return why is None
+
+    @torch.compiler.assume_constant_result
+    def _paths(self) -> tuple[str, ...]:
+        return tuple(self.bypassed_parts())
+
+    def _guard(self) -> None:
+        """Looks at all parts, so that torch.compile guards class and ``forward`` of those that nothing traced uses."""
+        for path in self._paths():
+            part: Any = self
+            for name in path.split("."):
+                part = getattr(part, name)
+            _ = getattr(part, "forward", None)
+
+    @property
+    def qconfig(self) -> Any:
+        """What torch.ao's quantisation writes into every module before it replaces layers by their exact type."""
+        raise AttributeError("qconfig")
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        raise InputError(
+            f"torch.ao.quantization knows layers by their exact class and would leave each {type(self).__name__} as it "
+            "is: call asvit_fast.restore(model), quantise, then asvit_fast.accelerate again"
+        )
 
 
 _bound: dict[tuple[type, type], type[Replacement]] = {}
@@ -70,62 +133,214 @@ def bound(replacement: type[Replacement], source: type[nn.Module]) -> type[Repla
     return _bound[key]
 
 
-def overridden(replacement: type[Replacement]) -> set[str]:
-    """The methods of the source that a replacement has another version of."""
-    own = [kind for kind in replacement.__mro__ if issubclass(kind, Replacement) and kind is not Replacement]
-    names = {name for kind in own for name, value in vars(kind).items() if inspect.isfunction(value)}
-    return {name for name in names if hasattr(replacement.source, name) and not name.startswith("__")}
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module does more than its ``forward``."""
-    return any(len(getattr(module, hooks)) > 0 for hooks in HOOKS)
-
-
 def source_type(module: object) -> type:
     """The class of a module, or that which it was before ``accelerate``."""
     kind = type(module)
     return kind.source if issubclass(kind, Replacement) and "source" in vars(kind) else kind
 
 
-def why_not_bypass(module: Any, **parts: type | tuple[type, ...]) -> str | None:
-    """Why the named submodules cannot be taken out of a computation: they are not exactly of the types given, have
-    hooks, or weights that are not plain tensors."""
-    for name, kinds in parts.items():
-        part = getattr(module, name)
-        if source_type(part) not in (kinds if isinstance(kinds, tuple) else (kinds,)):
-            return f"its {name} is a {type(part).__name__}"
-        if part is None:
-            continue
-        if has_hooks(part):
-            return f"its {name} has hooks"
-        for key, weight in part._parameters.items():
-            if weight is not None and type(weight) not in (nn.Parameter, Tensor) and not torch.compiler.is_compiling():
-                return f"the {key} of its {name} is a {type(weight).__name__}"
+def made_by_package(module: object) -> bool:
+    """Whether a module is of a class that torch.nn or timm have for networks: nobody put it there afterwards to adapt,
+    quantise or wrap something."""
+    return type(module).__module__.startswith(("torch.nn.modules.", "timm.", "torchvision."))
+
+
+# --------------------------------------------------------------------------- methods that were replaced
+
+
+@functools.cache
+def overridden(replacement: Any) -> frozenset[str]:
+    """The methods of the source that do not run any more."""
+    own = [kind for kind in replacement.__mro__ if issubclass(kind, Replacement) and kind is not Replacement]
+    names = {name for kind in own for name, value in vars(kind).items() if inspect.isfunction(value)}
+    names = {name for name in names if hasattr(replacement.source, name) and not name.startswith("__")}
+    return frozenset(names | set(replacement.bypassed))
+
+
+@functools.cache
+def _bypassed_methods(replacement: Any) -> tuple[tuple[type, str], ...]:
+    """(class, method) of all that a fused path does in place of the source and of its parts."""
+    parts = {kind for kinds in replacement.bypassed_parts().values() for kind in kinds if issubclass(kind, nn.Module)}
+    own = [(replacement.source, name) for name in sorted(overridden(replacement))]
+    return (*own, *((kind, "forward") for kind in sorted(parts, key=str)))
+
+
+_original_methods: set[Any] = set()  # functions that were seen to be those of their class
+
+
+def _is_original(kind: type, name: str) -> bool:
+    """Whether the method of a class is the one that its own file defines."""
+    method = getattr(kind, name)
+    if method in _original_methods:
+        return True
+    owner = next(base for base in kind.__mro__ if name in vars(base))
+    if not isinstance(method, FunctionType) or hasattr(method, "__wrapped__"):
+        return False
+    if (method.__module__, method.__qualname__) != (owner.__module__, f"{owner.__qualname__}.{name}"):
+        return False
+    _original_methods.add(method)
+    return True
+
+
+def patch_reason(replacement: Any, module: Any) -> str | None:
+    """Why the methods that the fused path stands for are not those that it knows."""
+    for kind, name in _bypassed_methods(replacement):
+        if not _is_original(kind, name):
+            return f"{kind.__name__}.{name} was replaced by {getattr(getattr(kind, name), '__module__', 'something')}"
+    return instance_patch_reason(module, overridden(replacement))
+
+
+def instance_patch_reason(module: nn.Module, methods: Iterable[str]) -> str | None:
+    """Why an instance does not have the methods of its class."""
+    for name in methods:
+        if name in module.__dict__:
+            return f"its {name} was replaced on the instance"
     return None
 
 
-def padding_token(
-    qkv: Callable[[Tensor], Tensor], x: Tensor, window: tuple[int, int], norm: nn.Module | None = None
-) -> Tensor | None:
-    """What the projection makes of a zero token: [channels], or None if windows divide the map x [B, H, W, C]."""
-    if x.shape[1] % window[0] == 0 and x.shape[2] % window[1] == 0:
-        return None
-    zero = x.new_zeros(1, 1, 1, x.shape[3])
-    return qkv(zero if norm is None else norm(zero))[0, 0, 0]
+@functools.cache
+def _names_in_code(kind: Any) -> frozenset[str]:
+    """Every name and string in the methods of a class: among them all that it registers."""
+    names: set[str] = set()
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        for method in vars(base).values():
+            code = getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
+            if code is not None:
+                names |= {*code.co_names, *(value for value in code.co_consts if isinstance(value, str))}
+    return frozenset(names)
 
 
-def attention_dropout(probability: float, training: bool) -> float:
-    """The probability of dropout that applies now; the first time it is not 0, says what that costs."""
+def unknown_reason(module: nn.Module) -> str | None:
+    """Why an instance is not in a state that its class makes: it has more, or lacks its weights."""
+    known = _names_in_code(source_type(module))
+    submodules = {} if isinstance(module, nn.Sequential) else module._modules
+    for what, names in (("parameter", module._parameters), ("buffer", module._buffers), ("submodule", submodules)):
+        for name in names:
+            if name not in known:
+                return f"it has a {what} {name!r} that its class does not know"
+    if isinstance(module, WEIGHTED) and "weight" not in module._parameters:
+        return "its weight is not one of its parameters"
+    return None
+
+
+# --------------------------------------------------------------------------- what may be seen of a call
+
+
+def global_hook_reason() -> str | None:
+    """Why every module must be called as before."""
+    if any(GLOBAL_HOOKS):
+        return "hooks of all modules (register_module_forward_hook and others) see every call"
+    return None
+
+
+def counts_modules() -> bool:
+    """Whether torch follows which module runs, and nobody else does."""
+    hooks = [hook for hooks in GLOBAL_HOOKS for hook in hooks.values()]
+    return len(hooks) > 0 and all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)
+
+
+def hook_reason(module: nn.Module) -> str | None:
+    """Why calling the module does more than its ``forward``."""
+    for attribute, kind in HOOKS.items():
+        if getattr(module, attribute):
+            return f"has a {kind}"
+    return None
+
+
+@functools.cache
+def _method_names(kind: Any) -> frozenset[str]:
+    return frozenset(name for name in dir(kind) if callable(getattr(kind, name, None)))
+
+
+def call_reason(part: nn.Module) -> str | None:
+    """Why calling a module of a known class does not do just what its class does."""
+    why = hook_reason(part)
+    if why is not None:
+        return why
+    if part._compiled_call_impl is not None:
+        return "is compiled by itself"
+    kind: Any = type(part)
+    names = _method_names(kind)
+    if not names.isdisjoint(part.__dict__):
+        return f"has a {next(name for name in part.__dict__ if name in names)} of its own"
+    if not torch.compiler.is_compiling():  # parameters are stand-ins then
+        for name, weight in part._parameters.items():
+            if weight is not None and type(weight) not in PLAIN:
+                return f"has a {name} that is a {type(weight).__name__}"
+    return None
+
+
+def parts_of(module: nn.Module, paths: Iterable[str]) -> Iterator[tuple[str, nn.Module | None]]:
+    """(path, submodule) without a look at anything else, as properties may have side effects."""
+    for path in paths:
+        part: nn.Module | None = module
+        for name in path.split("."):
+            part = None if part is None else part._modules.get(name)
+        yield path, part
+
+
+def bypass_reason(module: nn.Module, parts: Parts) -> str | None:
+    """Why the named submodules cannot be left out: they are not exactly of the classes given, or something is attached
+    to them."""
+    for path, part in parts_of(module, parts):
+        if source_type(part) not in parts[path]:
+            return f"its {path} is {'missing' if part is None else f'a {type(part).__name__}'}"
+        why = None if part is None else call_reason(part)
+        if why is not None:
+            return f"its {path} {why}"
+    return None
+
+
+# --------------------------------------------------------------------------- computing with parts
+
+
+def project(layer: Any, x: Tensor) -> Tensor:
+    """What a Linear layer makes of x [*, K]: [*, N]."""
+    return linear(x, layer.weight, layer.bias)
+
+
+def divides(window: tuple[int, int], x: Tensor) -> bool:
+    """Whether windows divide a map [B, H, W, C]."""
+    return window_padding(x.shape[1], window[0]) == 0 and window_padding(x.shape[2], window[1]) == 0
+
+
+def padding_token(bias: Tensor | None, x: Tensor, window: tuple[int, int]) -> Tensor | None:
+    """What a projection with that bias makes of a token of zeros: [channels], or None if it is zeros or windows divide
+    the map x [B, H, W, C]."""
+    return None if divides(window, x) else bias
+
+
+def drops(probability: float, training: bool) -> bool:
+    """Whether attention dropout is on, which only the source has; says so once."""
     if not training or probability == 0.0:
-        return 0.0
-    _say_dropout()
-    return probability
+        return False
+    _warn_dropout()
+    return True
 
 
 @torch.compiler.assume_constant_result  # a warning would break the graph: this one is given while tracing
-def _say_dropout() -> None:
-    backends.notify_once(DROPOUT, f"asvit_fast: {DROPOUT}")
+def _warn_dropout() -> None:
+    backends.notify_once(
+        DROPOUT, f"asvit_fast: {DROPOUT}: attention runs as its package does while training; 0.0 makes it fast"
+    )
+
+
+def window_dropout(
+    x: Tensor, probability: float, window: tuple[int, int], shift: tuple[int, int] = (0, 0), layout: str = "timm"
+) -> Tensor:
+    """Dropout of a map x [B, H, W, C] with the mask that its windows [B*windows, tokens, C] would draw."""
+    if probability == 0.0:
+        return x
+    size = [x.shape[1], x.shape[2]]
+    windows = math.prod((n + window_padding(n, w)) // w for n, w in zip(size, window, strict=True))
+    ones = x.new_ones(x.shape[0] * windows, window[0] * window[1], x.shape[3])
+    mask = F.dropout(ones, probability).unflatten(0, (x.shape[0], windows))  # [B, windows, tokens, C]
+    return x * merge_windows(mask, size, list(window), list(shift), layout)
+
+
+def drop_probability(dropout: nn.Dropout) -> float:
+    """That of a Dropout layer in its present mode."""
+    return dropout.p if dropout.training else 0.0
 
 
 def by_projection(qkv: Tensor, num_heads: int) -> Tensor:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
 from ..ops.linear import linear
 from ..ops.window_attention import window_attention
 from ..ops.windows import window_padding
-from .replacement import Replacement, attention_dropout, cosine_attention, padding_token, why_not_bypass
+from .replacement import (
+    LINEAR,
+    Parts,
+    Replacement,
+    cosine_attention,
+    drops,
+    padding_token,
+    project,
+    window_dropout,
+)
 
 
 def _shift(size: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> tuple[int, int]:
@@ -22,52 +30,53 @@ def _shift(size: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> 
     return rows, columns
 
 
-def _attend(attention: Any, project: Callable[[Tensor], Tensor], x: Tensor, scale: float) -> Tensor:
-    """Attention of a map x [B, H, W, C] by a module of either version; `project` gives q, k, v of tokens."""
+def _attend(attention: Any, qkv: Tensor, padding: Tensor | None, bias: Tensor, scale: float) -> Tensor:
+    """Attention inside the windows of a map by a module of either version: qkv [B, H, W, 3*C] -> [B, H, W, C].
+
+    Args:
+        padding: a token of padding in qkv, [3*C], or None.
+        bias: of positions, [heads, N, N].
+    """
     window = (attention.window_size[0], attention.window_size[1])
-    shift = _shift(x.shape[1:3], window, attention.shift_size)
-    dropout = attention_dropout(attention.attention_dropout, attention.training)
-    padding = padding_token(project, x, window)
-    bias = attention.get_relative_position_bias()[0]  # [heads, N, N]
-    heads = attention.num_heads
-    x = window_attention(project(x), heads, window, shift, bias, scale, dropout, "torchvision", padding)
-    x = linear(x, attention.proj.weight, attention.proj.bias)
-    return F.dropout(x, p=attention.dropout, training=attention.training)
+    shift = _shift(qkv.shape[1:3], window, attention.shift_size)
+    x = window_attention(qkv, attention.num_heads, window, shift, bias, scale, 0.0, "torchvision", padding)
+    probability = attention.dropout if attention.training else 0.0
+    return window_dropout(project(attention.proj, x), probability, window, shift, "torchvision")
 
 
 class FastShiftedWindowAttention(Replacement, ShiftedWindowAttention):
     """[B, H, W, C] -> [B, H, W, C]. Of its Linear layers it uses the weights, as its source does."""
 
     source = ShiftedWindowAttention
-
-    @classmethod
-    def obstacle(cls, module: Any) -> str | None:
-        return why_not_bypass(module, qkv=nn.Linear, proj=nn.Linear)
-
-    def _project(self, x: Tensor) -> Tensor:
-        return linear(x, self.qkv.weight, self.qkv.bias)
+    ops = ("window_attention",)
+    parts: ClassVar[Parts] = {"qkv": LINEAR, "proj": LINEAR}
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.usable():
+        if not self.can_run() or drops(self.attention_dropout, self.training):
             return super().forward(x)
-        return _attend(self, self._project, x, (x.shape[3] // self.num_heads) ** -0.5)
+        bias = self.get_relative_position_bias()[0]  # [heads, N, N]
+        padding = padding_token(self.qkv.bias, x, (self.window_size[0], self.window_size[1]))
+        return _attend(self, project(self.qkv, x), padding, bias, (x.shape[3] // self.num_heads) ** -0.5)
 
 
 class FastShiftedWindowAttentionV2(Replacement, ShiftedWindowAttentionV2):
     """The same with cosine attention; keys have no bias."""
 
     source = ShiftedWindowAttentionV2
+    ops = ("window_attention",)
+    parts: ClassVar[Parts] = {"qkv": LINEAR, "proj": LINEAR}
 
-    @classmethod
-    def obstacle(cls, module: Any) -> str | None:
-        return why_not_bypass(module, qkv=nn.Linear, proj=nn.Linear)
-
-    def _project(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.can_run() or drops(self.attention_dropout, self.training):
+            return super().forward(x)
+        position_bias = self.get_relative_position_bias()[0]  # [heads, N, N]
         bias = self.qkv.bias
         if bias is not None:
             q, k, v = bias.chunk(3)
             bias = torch.cat([q, torch.zeros_like(k), v])
-        return cosine_attention(linear(x, self.qkv.weight, bias), self.num_heads, self.logit_scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _attend(self, self._project, x, 1.0) if self.usable() else super().forward(x)
+        qkv = linear(x, self.qkv.weight, bias)  # [B, H, W, 3*C]
+        logit_scale = self.logit_scale  # once, as it may be parametrized
+        padding = padding_token(bias, x, (self.window_size[0], self.window_size[1]))
+        if padding is not None:
+            padding = cosine_attention(padding.to(qkv.dtype), self.num_heads, logit_scale)
+        return _attend(self, cosine_attention(qkv, self.num_heads, logit_scale), padding, position_bias, 1.0)

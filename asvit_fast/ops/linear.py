@@ -29,7 +29,7 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: s
 
 
 if torch.backends.mkldnn.is_available():
-    backends.declare("linear", cpu=_onednn, reference=linear_reference)
+    backends.declare("linear", extension=False, cpu=_onednn, reference=linear_reference)
 else:
     backends.declare("linear", reference=linear_reference)
 

@@ -3,6 +3,7 @@ import math
 from pathlib import Path
 
 import pytest
+import timm
 
 from asvit_fast.cost import topology_cost
 from asvit_fast.errors import InputError
@@ -118,6 +119,23 @@ def test_a_single_number_is_never_exceeded() -> None:
 def test_the_pair_stops_at_its_first_number() -> None:
     steps = scale(SEED, max_params=(6e6, 12e6), scorer=measures, **QUIET)
     assert steps[-2].params < 6e6 <= steps[-1].params <= 12e6
+
+
+@pytest.mark.parametrize("img_size", [64, (96, 160)])
+def test_the_limit_holds_for_the_exported_network(img_size: int | tuple[int, int]) -> None:
+    """At the run's image size, position embedding included; the authors count without it."""
+    for convention, pos_embed in (("paper", "absolute"), ("reference", "none")):
+        step = scale(SEED, scorer=measures, convention=convention, max_steps=1, img_size=img_size, **QUIET)[0]
+        model = timm.create_model("asvit", topology=str(step.topology), img_size=img_size, pos_embed=pos_embed)
+        assert step.params == sum(weight.numel() for weight in model.parameters())
+        candidate = max(
+            step.candidates, key=lambda one: one.params
+        )  # it fits exactly, and one parameter less is too few
+        for limit, fits in ((candidate.params, True), (candidate.params - 1, False)):
+            again = scale(SEED, limit, scorer=measures, convention=convention, max_steps=1, img_size=img_size, **QUIET)[
+                0
+            ]
+            assert (candidate.topology in [one.topology for one in again.candidates]) is fits
 
 
 def test_scored_widths() -> None:

@@ -113,7 +113,7 @@ class SearchResult:
         """The better scored of ``most_probable`` and ``best_sampled``: the one that is better in both measures, else
         in the measure in which they differ more, relative to the larger value."""
         sampled, probable = self.best_sampled, self.most_probable
-        if sampled is None:
+        if sampled is None or sampled.topology == probable.topology:  # scored anew, on other weights
             return probable
         pair = [probable, sampled]
         winner = choose([Measures(one.length_distortion, one.ntk_condition) for one in pair])[0]

@@ -17,6 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _extension, backends
 from ..errors import InputError
+from .decomposition import register_decomposition
 from .optional import double_backward, gradients, present, restored
 from .transforms import transform_active
 
@@ -179,6 +180,16 @@ def _fake(image, weight, bias, norm_weight, norm_bias, stride, dilation, padding
     shape = _output_shape(image, weight, stride, dilation, padding)
     kept = image.new_empty(shape if keep else [0], dtype=_working_type(image))
     return image.new_empty(shape, dtype=dtype), kept
+
+
+def _decomposition(
+    image, weight, bias, norm_weight, norm_bias, stride, dilation, padding, eps, products, dtype, keep
+) -> Result:
+    settings = Settings(stride, dilation, padding, eps, products, dtype)
+    return _elementary((image, weight, bias, norm_weight, norm_bias), settings, keep)
+
+
+register_decomposition(_patch_embed, _decomposition)
 
 
 # --------------------------------------------------------------------------- autograd

@@ -17,6 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _extension, backends
 from ..errors import InputError
+from .decomposition import register_decomposition
 from .optional import double_backward, gradients, present
 from .transforms import transform_active
 
@@ -161,6 +162,15 @@ def _fake(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels
     shape = _output_shape(x, weight, stride)
     wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     return weight.new_empty(shape), x.new_empty([2, *shape[:3]], dtype=wide)
+
+
+def _decomposition(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels_last) -> Result:
+    operands = (x, weight, norm_weight, norm_bias, bias)
+    output, _ = _elementary(operands, Settings(kernel, stride, eps, channels_last))
+    return output, _fake(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels_last)[1]
+
+
+register_decomposition(_patch_merge, _decomposition)
 
 
 # --------------------------------------------------------------------------- autograd

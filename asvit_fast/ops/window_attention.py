@@ -16,6 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .. import _extension, backends
 from ..errors import InputError
+from .decomposition import register_decomposition
 from .optional import double_backward, gradients, present, restored
 from .transforms import transform_active
 from .windows import merge_windows, partition_windows, window_mask, window_padding
@@ -232,6 +233,14 @@ def _fake(qkv, num_heads, window, shift, scale, layout, bias, padding, attn_scal
     working = torch.float64 if qkv.dtype == torch.float64 else torch.float32
     statistics = qkv.new_empty(_statistics_shape(qkv, num_heads, window), dtype=working)
     return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3), statistics
+
+
+def _decomposition(qkv, num_heads, window, shift, scale, layout, bias, padding, attn_scale) -> Result:
+    output, _ = _elementary((qkv, bias, padding, attn_scale), Settings(num_heads, window, shift, scale, layout))
+    return output, _fake(qkv, num_heads, window, shift, scale, layout, bias, padding, attn_scale)[1]
+
+
+register_decomposition(_window_attention, _decomposition)
 
 
 # --------------------------------------------------------------------------- autograd

@@ -233,7 +233,7 @@ def _elementary_backward(
 ) -> Gradients:
     found = gradients(lambda given: _reference(given, settings), gradient, operands)
     wanted = [of_image] + [of_parameters] * 4
-    nothing = (gradient.new_empty(0) for _ in operands)
+    nothing = (operands[0].new_empty(0) for _ in operands)
     image, weight, bias, norm_weight, norm_bias = (
         x.clone(memory_format=torch.contiguous_format) if x is not None and want else next(nothing)
         for x, want in zip(found, wanted, strict=True)
@@ -352,7 +352,7 @@ def _fuses(image: Tensor, weight: Tensor) -> bool:
     """Whether the fused op is for this call."""
     if image.numel() == 0 or weight.numel() == 0 or image.dtype not in _FLOATS or transform_active():
         return False
-    if not torch.compiler.is_compiling() and backends.forced_backend() is not None:  # else the op asks when it runs
+    if backends.forced_backend() is not None:
         return backends.select("patch_embed", image.device) is not _elementary
     if image.device.type == "cuda":
         if weight.shape[0] > MAXIMUM_CHANNELS:

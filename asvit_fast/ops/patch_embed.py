@@ -19,7 +19,7 @@ from .. import _extension, backends
 from ..errors import InputError
 from .decomposition import register_decomposition
 from .optional import double_backward, gradients, present, restored
-from .transforms import transform_active
+from .transforms import autocast_dtype, transform_active
 
 
 def patch_embed_reference(
@@ -331,10 +331,9 @@ _patch_embed_backward.register_autograd(_double_backward, setup_context=_setup_d
 
 def _types(image: Tensor, weight: Tensor, normalised: bool) -> tuple[torch.dtype, torch.dtype]:
     """Of products and output, as autocast chooses them for a convolution and a LayerNorm (float32 on a GPU)."""
-    device = image.device.type
-    if image.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        low = torch.get_autocast_dtype(device)
-        return low, torch.float32 if normalised and device == "cuda" else low
+    low = autocast_dtype(image.device.type)
+    if image.dtype != torch.float64 and low is not None:
+        return low, torch.float32 if normalised and image.device.type == "cuda" else low
     if image.dtype != weight.dtype:
         raise ValueError(f"patch_embed: image is {image.dtype} and weight {weight.dtype}: convert one of them")
     return image.dtype, image.dtype

@@ -19,7 +19,7 @@ from .. import _extension, backends
 from ..errors import InputError
 from .decomposition import register_decomposition
 from .optional import double_backward, gradients, present
-from .transforms import transform_active
+from .transforms import autocast_dtype, transform_active
 
 
 def merge_padding(size: int, kernel: int, stride: int) -> list[int]:
@@ -368,8 +368,9 @@ def patch_merge(
                 patch_merge, operands, x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, order
             )
         _check(x, weight, kernel, stride, norm_weight, norm_bias, order)
-        if torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.float64:
-            weight = weight.to(torch.get_autocast_dtype(x.device.type))
+        low = autocast_dtype(x.device.type)
+        if low is not None and weight.dtype != torch.float64:
+            weight = weight.to(low)
         elementary = elementary or transform_active() or x.device.type not in ("cpu", "cuda")
         if backends.forced_backend() is not None:
             elementary = elementary or backends.select("patch_merge", x.device) is _elementary

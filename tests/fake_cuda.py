@@ -42,7 +42,9 @@ def install() -> None:
     torch.cuda._is_in_bad_fork = lambda: False
     torch.cuda._get_device_properties = lambda index: HOPPER
     torch.cuda.is_current_stream_capturing = lambda: False
-    torch.backends.cudnn.enabled = False  # C++ would ask for properties of the device to choose a convolution
+    torch.backends.cudnn.enabled = False  # to choose a convolution or an attention, C++ asks about the device
+    for enable in ("flash", "mem_efficient", "cudnn"):
+        getattr(torch.backends.cuda, f"enable_{enable}_sdp")(False)
     for module in (torch.cuda, torch.cuda.random):
         module.get_rng_state = lambda *_, **__: torch.zeros(16, dtype=torch.uint8)
         module.set_rng_state = lambda *_, **__: None

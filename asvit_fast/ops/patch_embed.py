@@ -19,7 +19,7 @@ from .. import _extension, backends
 from ..errors import InputError
 from .decomposition import register_decomposition
 from .optional import double_backward, gradients, present, restored
-from .transforms import autocast_dtype, transform_active
+from .transforms import autocast_dtype, sizes, transform_active
 
 
 def patch_embed_reference(
@@ -365,6 +365,7 @@ def _keeps(operands: Operands) -> bool:
     """Whether a backward pass on a CPU will want the convolution's values."""
     weight = operands[1]
     differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in present(operands))
+    differentiated = differentiated and not torch.jit.is_tracing()  # a trace is of no one mode
     return differentiated and weight.device.type == "cpu" and weight[0].numel() >= KEPT_FROM
 
 
@@ -402,7 +403,7 @@ def patch_embed(
             return handle_torch_function(
                 patch_embed, operands, image, weight, bias, stride, dilation, padding, norm_weight, norm_bias, eps
             )
-        zeros = list(padding)
+        zeros = sizes(padding)
         _check(image, weight, operands[2:], stride, dilation, zeros)
         if _fuses(image, weight):
             products, dtype = _types(image, weight, norm_weight is not None)

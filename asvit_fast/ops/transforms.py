@@ -1,6 +1,8 @@
-"""What of torch's state an op has to know: transforms that a fused op would not survive, and autocast."""
+"""What of torch's state an op has to know: transforms that a fused op would not survive, autocast, and tracing."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -21,3 +23,8 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
+
+
+def sizes(values: Sequence[int]) -> list[int]:
+    """Sizes as an op takes them: while torch.jit.trace runs they are tensors, which become numbers of the trace."""
+    return [int(value) for value in values] if torch.jit.is_tracing() else list(values)

@@ -18,7 +18,7 @@ from .. import _extension, backends
 from ..errors import InputError
 from .decomposition import register_decomposition
 from .optional import double_backward, gradients, present, restored
-from .transforms import transform_active
+from .transforms import sizes, transform_active
 from .windows import merge_windows, partition_windows, window_mask, window_padding
 
 
@@ -443,6 +443,7 @@ def window_attention(
     """
     windows, shifts = [window[0], window[1]], [shift[0], shift[1]]
     if not torch.jit.is_scripting():
+        windows, shifts = sizes(window), sizes(shift)
         if has_torch_function_unary(qkv):
             return handle_torch_function(
                 window_attention,

@@ -4,7 +4,6 @@ supported in `make test-oldest`. Kernels and arguments are what ops start, forwa
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -18,7 +17,8 @@ from asvit_fast.kernels import tiles
 from asvit_fast.kernels.inspection import Launch, recorded_launches
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-ARCHITECTURES = (80, 90, 100)
+# float32 products go through TF32 instructions of their own; those of the 16-bit types are the same
+TARGETS = ((80, "fp32"), (80, "fp16"), (90, "fp32"), (90, "bf16"), (100, "fp32"), (100, "bf16"))
 
 
 def _leaves(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
@@ -124,7 +124,7 @@ def test_calls_start_every_kernel(monkeypatch, root):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("architecture", "dtype"), list(itertools.product(ARCHITECTURES, DTYPES)))
+@pytest.mark.parametrize(("architecture", "dtype"), TARGETS)
 @pytest.mark.parametrize("name", CALLS)
 def test_every_kernel_compiles(monkeypatch, name, dtype, architecture):
     compile_each(launches(monkeypatch, CALLS[name], DTYPES[dtype], architecture), architecture)

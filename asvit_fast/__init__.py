@@ -3,6 +3,7 @@
 
 from . import ops
 from .accelerate import accelerate, restore
+from .backends import use_backend
 from .environment import show_config
 from .errors import InputError
 from .models import AsViT, convert_asvit_state_dict, create_model
@@ -52,5 +53,6 @@ __all__ = [
     "set_token_reduction",
     "show_config",
     "train",
+    "use_backend",
     "verify",
 ]

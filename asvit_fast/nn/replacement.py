@@ -16,9 +16,11 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from .. import backends
+from ..errors import InputError
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 DROPOUT = "attention dropout has no kernel: torch's scaled_dot_product_attention runs instead, with copies"
@@ -30,6 +32,18 @@ class Replacement:
     source: ClassVar[type[nn.Module]]
     inner: ClassVar[tuple[tuple[str, type[Replacement]], ...]] = ()  # children that are replaced with it, by attribute
     only_inside: ClassVar[str | None] = None  # the class that must hold it, where a replacement has another signature
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """timm's feature extraction by torch.fx takes a replacement as it is: its Python branches on sizes."""
+        super().__init_subclass__(**kwargs)
+        register_notrace_module(cls)  # type: ignore[arg-type]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Asked by torch.jit.script, which cannot compile a replacement."""
+        raise InputError(
+            f"torch.jit.script cannot compile {type(self).__name__} of an accelerated network: "
+            "call asvit_fast.restore(model) first, or use torch.jit.trace, torch.compile or torch.export"
+        )
 
     @classmethod
     def obstacle(cls, module: Any) -> str | None:

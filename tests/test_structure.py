@@ -48,7 +48,7 @@ LAYERS: dict[str, set[str]] = {
     "training": {"models", "cost", "images", "run_directory", "processes", "recipe"},
     "accelerate": {"nn"},
     "verification": {"accelerate"},
-    "graph": {"ops"},
+    "graph": {"models"},
     "export": {"models", "report", "training", "graph"},
     "workloads": {"models"},
     "tuning": {"workloads", "files"},

@@ -19,7 +19,7 @@ from torch import nn
 from . import graph
 from .cost import params
 from .errors import InputError
-from .files import write_folder
+from .files import folder_path, write_folder
 from .report.runs import Run, find_runs
 from .topology import Topology
 from .training.checkpoint import BEST, LAST, one_line
@@ -112,7 +112,7 @@ def writer(format: str, to: str | Path) -> Callable[[Exported], Path]:
         raise InputError(f"format must be one of {', '.join(_FORMATS)}, got {format!r}")
     if format == "onnx":
         graph.require(("onnx", "onnxscript"), "export in the format onnx")
-    target = Path(to)
+    target = folder_path(to, "to")
     _check_target(target)
 
     def write(source: Exported) -> Path:
@@ -289,7 +289,7 @@ def _check_target(target: Path) -> None:
         raise InputError(f"cannot export to {str(target)!r}: it is a file; give a new or empty folder")
     if not target.is_dir():
         return
-    ours = {name for _, files in _FORMATS.values() for name in files}
+    ours = {"model.onnx.data", *(name for _, files in _FORMATS.values() for name in files)}  # ONNX of over 2 GB is two
     found = {item.name for item in target.iterdir() if not item.name.endswith(".tmp")}  # left by a kill
     others = sorted(found - ours)
     if not others and CONFIG_FILE in found and not _is_ours(target / CONFIG_FILE):

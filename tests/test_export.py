@@ -20,7 +20,7 @@ TOPOLOGY = "4,2,2,1|2,1,2,2|2,1,2,1|2,1,2,1|16,16"
 def write_run(directory: Path, kind: str, finished: bool = True) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(to_json({"kind": kind}))
-    record = {"step": 0, "topology": TOPOLOGY, "best": TOPOLOGY}
+    record = {"step": 0, "topology": TOPOLOGY, "most_probable": TOPOLOGY}
     (directory / "trace.jsonl").write_text(to_json(record) + "\n")
     if finished:
         (directory / "result.json").write_text(to_json({"kind": kind, "topology": TOPOLOGY}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from .options import Command, Option, choice, flag, image_size, integer, text
+from .options import Command, Option, choice, flag, image_size, integer, seed, text
 
 FORMATS = ("timm", "onnx", "exported")
 
@@ -85,7 +85,7 @@ COMMAND = Command(
         ),
         Option("to", text, None, "folder to write, new or empty or an earlier export", "DIR", required=True),
         Option("format", choice(*FORMATS), "timm", f"one of {', '.join(FORMATS)}", "NAME"),
-        Option("seed", integer(0), 0, "seed (a whole number) of fresh weights", "N"),
+        Option("seed", seed, 0, "seed (a whole number) of fresh weights", "N"),
         Option(
             "num_classes", integer(0), None, "number of outputs, 0 = none; without it the training's, else 1000", "N"
         ),

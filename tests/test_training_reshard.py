@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,11 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from training_program import OPTIONS, PLAIN, Pictures, run
+from training_program import PLAIN, run, run_killed, run_stalling, run_with_workers
 
-from asvit_fast.errors import InputError
+from asvit_fast.backends import FallbackWarning
 from asvit_fast.training.checkpoint import LAST
 
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["asvit_fast.training"])
 TESTS = Path(__file__).parent
 PROGRAM = str(TESTS / "training_program.py")
 TWELVE = {**PLAIN, "epochs": 2, "schedule": "1:2,1:1", "checkpoint_interval": 1}  # images an update, of 48
@@ -63,13 +66,113 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_three_processes_then_one_then_two(tmp_path: Path, whole: Path) -> None:
-    """Of four updates an epoch the first two run on three processes, the third on one, the next two on two."""
-    for processes, update in ((3, 2), (1, 3), (2, 5), (1, None)):
-        options = {**TWELVE, "batch_size": 12 // processes}
-        code, errors = finish(start(processes, tmp_path, options, *([] if update is None else ["--die-at", str(update)])))
-        assert (code != 0) == (update is not None), errors
-        if update is not None:
-            assert entry(tmp_path)["position"]["update"] == update % 4
-            assert len(entry(tmp_path)["losses"]) == processes
+def die(out: Path, update: int, options: dict[str, Any]) -> None:
+    """One process, up to an update."""
+    process = CONTEXT.Process(target=run_killed, args=(str(out), update, None, options))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def terminate_when_stalled(out: Path, process: Any) -> None:
+    """SIGTERM as soon as the training stalls; it must not take longer than what waits for it would."""
+    until = time.monotonic() + 120
+    while not Path(f"{out}.stalls").exists():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    process.terminate()
+    process.join(60) if hasattr(process, "join") else process.communicate(timeout=60)
+
+
+def test_other_numbers_of_processes(tmp_path: Path, whole: Path) -> None:
+    """Of four updates an epoch the first two run in one process, the third in three, the next two in two."""
+    die(tmp_path, 2, {**TWELVE, "batch_size": 12})
+    for processes, update in ((3, 3), (2, 5)):
+        Path(f"{tmp_path}.died").unlink(missing_ok=True)
+        process = start(processes, tmp_path, {**TWELVE, "batch_size": 12 // processes}, "--die-at", str(update))
+        assert finish(process)[0] != 0
+        assert entry(tmp_path)["position"]["update"] == update % 4
+        assert len(entry(tmp_path)["losses"]) == processes
+    with pytest.warns(FallbackWarning, match="processes 2 -> 1, batch_size 6 -> 12"):
+        run(tmp_path, **TWELVE, batch_size=12)
     assert_same_curve(tmp_path, whole)
+
+
+def test_other_passes(tmp_path: Path, whole: Path) -> None:
+    """What is asked for on resuming counts: smaller passes where memory has run out, in each phase."""
+    die(tmp_path, 2, {**TWELVE, "batch_size": 12})
+    with pytest.warns(FallbackWarning, match="grad_accum_steps 1 -> 3"):
+        run(tmp_path, **TWELVE, batch_size=4, grad_accum_steps=3, phase_batch_sizes="1:6")
+    assert entry(tmp_path)["batch_sizes"] == {2: 4, 1: 6}
+    assert_same_curve(tmp_path, whole)
+
+
+@pytest.mark.parametrize(
+    ("where", "at", "position", "options"),
+    [
+        ("training", 30, (0, 3), {}),
+        ("training", 30, (0, 3), {"workers": 1}),
+        ("training", 54, (1, 0), {"batch_size": 4, "grad_accum_steps": 2}),
+        ("validation", 9, (0, 6), {}),
+        ("validation", 9, (0, 6), {"workers": 1}),
+        ("update", 8, (1, 2), {}),
+    ],
+    ids=str,
+)
+def test_sigterm(tmp_path: Path, where: str, at: int, position: tuple[int, int], options: dict[str, Any]) -> None:
+    """A checkpoint of that moment, the shell's exit code, no data worker left; then the same bits."""
+    out, options = tmp_path / "run", {"checkpoint_interval": 0, "epochs": 2, "schedule": "1:2,1:1", **options}
+    process = CONTEXT.Process(target=run_stalling, args=(str(out), where, at, options))
+    process.start()
+    terminate_when_stalled(out, process)
+    assert process.exitcode == 128 + signal.SIGTERM
+    kept = tuple(entry(out)["position"][name] for name in ("epoch", "update"))
+    assert kept <= position if "workers" in options else kept == position  # workers read ahead
+    found, expected = run(out, **options), run(None, **options)
+    for (name, value), other in zip(
+        found.model.state_dict().items(), expected.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(value, other), name
+    assert [row["train_loss"] for row in found.epochs] == [row["train_loss"] for row in expected.epochs]
+
+
+def test_sigterm_of_torchrun(tmp_path: Path, whole: Path) -> None:
+    """Which passes it on: one rank cannot read on, the other waits for it, both keep the last whole update."""
+    process = start(2, tmp_path, {**TWELVE, "checkpoint_interval": 0, "batch_size": 6}, "--stall-at", "16")
+    terminate_when_stalled(tmp_path, process)
+    assert entry(tmp_path)["position"]["update"] == 2
+    with pytest.warns(FallbackWarning, match="processes 2 -> 1"):
+        run(tmp_path, **TWELVE, batch_size=12)
+    assert_same_curve(tmp_path, whole)
+
+
+def test_the_handler_of_sigterm_is_put_back(tmp_path: Path) -> None:
+    run(tmp_path, epochs=1, schedule="1")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_data_workers_end_with_a_killed_parent(tmp_path: Path, method: str) -> None:
+    process = CONTEXT.Process(target=run_with_workers, args=(method, str(tmp_path / "pids")))
+    process.start()
+    until = time.monotonic() + 120
+    while not (tmp_path / "pids").exists():
+        assert process.is_alive() and time.monotonic() < until
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+    workers = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    until = time.monotonic() + 10
+    while any(map(lives, workers)) and time.monotonic() < until:
+        time.sleep(0.05)
+    left = [worker for worker in workers if lives(worker)]
+    for worker in left:
+        os.kill(worker, signal.SIGKILL)
+    assert len(workers) == 2 and not left
+
+
+def lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

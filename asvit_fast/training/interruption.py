@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -45,7 +45,7 @@ class Interruption:
         self._asked = self._reading = False
         self._error: InputError | None = None
         # of the CPU: ranks must not wait for their GPUs to learn of each other
-        self._group = dist.new_group(backend="gloo") if processes.joined() else None
+        self._group: Any = dist.new_group(backend="gloo") if processes.joined() else None
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:

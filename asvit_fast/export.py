@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import nn
 
 from . import models  # noqa: F401  registers "asvit" with timm
 from .errors import InputError
+from .files import replace_file
 from .report.runs import find_runs
 from .topology import Topology
 from .training.checkpoint import BEST, LAST
@@ -62,7 +62,7 @@ def export(
                 f"cannot write {str(target / FILES[0])!r}: {error}; free space or choose another folder"
             ) from None
         for name in FILES:
-            os.replace(Path(folder) / name, target / name)
+            replace_file(Path(folder) / name, target / name)
     return target
 
 

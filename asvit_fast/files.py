@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import math
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,29 +26,52 @@ def file_errors(verb: str, path: Path) -> Iterator[None]:
         raise InputError(f"cannot {verb} {path}: {reason}; free space or choose another path") from error
 
 
+def folder_path(folder: str | os.PathLike[str], name: str = "out") -> Path:
+    """The path of a folder that is to be written; the option is called ``name``.
+
+    Raises InputError for text that names no folder: empty (pathlib would take the working directory), or with a NUL.
+    """
+    text = os.fspath(folder)
+    if not text or "\0" in os.fsdecode(text):
+        raise InputError(f"{name} must name a folder, got {text!r}; give a path such as runs/first")
+    return Path(os.fsdecode(text))
+
+
 def write_atomic(path: str | os.PathLike[str], data: bytes | memoryview | str) -> None:
     """Write ``data`` (text as UTF-8) so that ``path`` holds either its old content or all of the new, never a part.
 
-    The data reaches the disk in a temporary file of the same folder, which then replaces ``path`` in one step.
-    Raises InputError when that is not possible; what was there is then untouched.
+    The data reaches the disk in a temporary file of the same folder, which then replaces ``path`` in one step. The
+    file keeps its mode; a new one has that of any new file. Raises InputError when writing is not possible; what was
+    there is then untouched.
     """
     path = Path(path)
     content = data.encode() if isinstance(data, str) else data
     with file_errors("write", path):
-        mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        temporary = _scratch(path)
         try:
-            with os.fdopen(descriptor, "wb") as file:
+            with open(temporary, "xb") as file:  # made as any file is: the system applies the umask
                 file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, mode)  # mkstemp makes files that only their owner can read
-            os.replace(temporary, path)
+            replace_file(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
-        _sync_folder(path.parent)
+
+
+def replace_file(temporary: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """Put a finished file in the place of ``path``, in one step and durably.
+
+    It gets the mode of ``path``, or that of any new file: libraries that write through ``tempfile`` make files that
+    only their owner can read. Raises OSError.
+    """
+    temporary, path = Path(temporary), Path(path)
+    mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else _mode_of_new_files(path)
+    if stat.S_IMODE(temporary.stat().st_mode) != mode:
+        os.chmod(temporary, mode)
+    with open(temporary, "r+b") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
@@ -140,10 +165,25 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _umask() -> int:
-    mask = os.umask(0)  # the only way to read it is to set it
-    os.umask(mask)
-    return mask
+def _scratch(path: Path) -> Path:
+    """A name beside ``path`` that nobody has; what a kill leaves under it is removed by ``remove_leftovers``."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+def remove_leftovers(path: str | os.PathLike[str]) -> None:
+    """Remove what processes left behind that were killed while they wrote ``path``."""
+    path = Path(path)
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+def _mode_of_new_files(path: Path) -> int:
+    """Permissions of a file made beside ``path`` now. Asking for the umask would change it for all threads."""
+    probe = _scratch(path)
+    with open(probe, "xb") as file:
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    os.unlink(probe)
+    return mode
 
 
 def _sync_folder(folder: Path) -> None:

@@ -99,6 +99,7 @@ class Recipe:
             self._check(name, getattr(self, name) >= 1, "at least 1")
         for name in ("workers", "warmup_epochs", "checkpoint_interval", "mixup", "cutmix", "weight_decay", "seed"):
             self._check(name, getattr(self, name) >= 0, "0 or more")
+        self._check("seed", self.seed < 2**63, "at most 2**63 - 1")
         for name in ("hflip", "reprob", "mixup_prob", "mixup_switch_prob"):
             self._check(name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
         for name in ("smoothing", "drop_path"):

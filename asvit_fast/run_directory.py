@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import tempfile
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,16 +15,17 @@ from typing import Any
 import torch
 
 from .errors import InputError
-from .files import append_jsonl, from_json, read_jsonl, to_json, write_atomic
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from .files import append_jsonl, folder_path, from_json, read_jsonl, remove_leftovers, to_json, write_atomic
+from .folder_lock import FolderLock
 
 CONFIG, TRACE, RESULT = "config.json", "trace.jsonl", "result.json"
-_LOCK = ".lock"
 _LINES = "trace_lines"  # of the state: how much of the trace it accounts for
+_CHANGES = "changes"  # of the configuration: which options were changed after which step
+_CHANGED = "changed"  # of a line of the trace: the options that were changed before it
+
+
+class DamagedState(InputError):
+    """A file that cannot be read as the state of a run."""
 
 
 class RunDirectory:
@@ -37,7 +40,13 @@ class RunDirectory:
         out: the folder, made if missing.
         config: all options that the result depends on, and "kind". The package's version is added; a folder begun by
             another version is continued with a warning.
-        state_file: name of the file that holds the state, a dict that ``torch.save`` takes.
+        state_file: name of the file that holds the state, a dict that ``torch.save`` takes; None: the trace is all
+            there is.
+        changeable: options of ``config`` with which a run may be continued though it was begun with other values. They
+            are in ``changes`` (name: (value there, value here)); the caller decides from the trace what they mean, and
+            calls ``accept_changes`` or ``refuse_changes`` before anything else is written.
+        rebuilds: the caller can do without the state, from the trace alone. ``state`` is then None where the file is
+            lost or damaged, and ``trace`` complete. Otherwise such a folder is refused, and nothing is cut off.
 
     Raises:
         InputError: the folder cannot be written, is in use, is damaged, or holds a run of another kind or other
@@ -45,18 +54,25 @@ class RunDirectory:
     """
 
     def __init__(
-        self, out: str | os.PathLike[str] | None, config: dict[str, Any], state_file: str = "state.pt"
+        self,
+        out: str | os.PathLike[str] | None,
+        config: dict[str, Any],
+        state_file: str | None = "state.pt",
+        *,
+        changeable: Collection[str] = (),
+        rebuilds: bool = False,
     ) -> None:
-        self.path = None if out is None else Path(out)
-        self.state_file = state_file
+        self.path = None if out is None else folder_path(out)
+        self.state_file, self.changeable, self.rebuilds = state_file, changeable, rebuilds
         self.config = from_json(to_json({**config, "version": _version()}))  # as it will be read back: lists for tuples
         self.trace: list[dict[str, Any]] = []
         self.state: dict[str, Any] | None = None
         self.result: dict[str, Any] | None = None
-        self._lock: int | None = None
+        self.changes: dict[str, tuple[Any, Any]] = {}
+        self._lock: FolderLock | None = None
         if self.path is None:
             return
-        self._acquire(self.path)
+        self._lock = self._acquire(self.path)
         try:
             self._open(self.path)
         except BaseException:
@@ -65,15 +81,15 @@ class RunDirectory:
 
     def record(self, entry: dict[str, Any], state: dict[str, Any]) -> None:
         """A finished step: its trace entry and the state after it."""
-        self.trace.append(entry)
         if self.path is not None:
-            append_jsonl(self.path / TRACE, entry)
+            append_jsonl(self.path / TRACE, self._line(len(self.trace), entry))
+        self.trace.append(entry)
         self.save(state)
 
     def save(self, state: dict[str, Any]) -> None:
         """The state after the steps recorded so far."""
         self.state = state
-        if self.path is not None:
+        if self.path is not None and self.state_file is not None:
             buffer = io.BytesIO()
             torch.save({**state, _LINES: len(self.trace)}, buffer)
             write_atomic(self.path / self.state_file, buffer.getbuffer())
@@ -83,9 +99,42 @@ class RunDirectory:
         if self.path is not None:
             write_atomic(self.path / RESULT, to_json(result, indent=2) + "\n")
 
+    def accept_changes(self, trace: list[dict[str, Any]], state: dict[str, Any]) -> None:
+        """Go on with the options given, from ``trace`` on: the first steps on record, as these options have them.
+
+        An earlier result is dropped. A kill in between leaves a run of the old or of the new options.
+        """
+        assert self.path is not None
+        (self.path / RESULT).unlink(missing_ok=True)
+        self.result, self.trace = None, trace
+        self.save(state)  # from here on, the next opening cuts off what the trace has beyond these steps
+        earlier = [{**change, "step": min(change["step"], len(trace))} for change in self.config.get(_CHANGES, [])]
+        note = {"step": len(trace), **{name: list(values) for name, values in self.changes.items()}}
+        self.config[_CHANGES] = [*earlier, note]
+        lines = (to_json(self._line(step, record)) + "\n" for step, record in enumerate(trace))
+        write_atomic(self.path / TRACE, "".join(lines))
+        write_atomic(self.path / CONFIG, to_json(self.config, indent=2) + "\n")
+        self.changes = {}
+
+    def refuse_changes(self, reason: str) -> InputError:
+        """The error that says why the run cannot go on with the options given."""
+        return InputError(f"run directory {self.path} cannot go on: {_differences(self.changes)}, but {reason}")
+
+    def damaged(self, name: str, reason: str) -> InputError:
+        """The error that says what is wrong with a file of this run, which can be made again from the trace."""
+        assert self.path is not None
+        return InputError(f"{self.path / name} {reason}; delete it to have it made again from {TRACE}")
+
+    def damaged_line(self, step: int, reason: str) -> InputError:
+        """The error that says what is wrong with a step on record."""
+        assert self.path is not None
+        return InputError(
+            f"{self.path / TRACE}, line {step + 1}: {reason}; restore it, or choose another run directory"
+        )
+
     def close(self) -> None:
         if self._lock is not None:
-            os.close(self._lock)  # releases the lock, as the death of the process does
+            self._lock.release()
             self._lock = None
 
     def __enter__(self) -> RunDirectory:
@@ -96,30 +145,22 @@ class RunDirectory:
     ) -> None:
         self.close()
 
-    def _acquire(self, path: Path) -> None:
+    def _acquire(self, path: Path) -> FolderLock:
         try:
             path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=path):  # the only proof that the folder takes new files
                 pass
-            self._lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            return FolderLock(path)
         except OSError as error:
             reason = error.strerror or str(error)
             raise InputError(f"run directory {path} cannot be written: {reason}; choose another with out") from error
-        if fcntl is None:
-            warnings.warn("no file locks on this system: never run twice in one run directory", stacklevel=4)
-            return
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self.close()
-            raise InputError(f"run directory {path} is in use by another process; wait, or choose another") from error
 
     def _open(self, path: Path) -> None:
-        for name in (CONFIG, TRACE, self.state_file, RESULT):
-            for leftover in path.glob(f".{name}.*.tmp"):  # of a process killed while it wrote
-                leftover.unlink()
+        files = [name for name in (TRACE, self.state_file, RESULT) if name is not None]
+        for name in (CONFIG, *files):
+            remove_leftovers(path / name)
         if not (path / CONFIG).exists():
-            for name in (TRACE, self.state_file, RESULT):
+            for name in files:
                 if (path / name).exists():
                     raise InputError(f"run directory {path} has {name} but no {CONFIG}; choose another")
             write_atomic(path / CONFIG, to_json(self.config, indent=2) + "\n")
@@ -127,47 +168,97 @@ class RunDirectory:
         self._compare(path, _read_json(path / CONFIG))
         if (path / RESULT).exists():
             self.result = _read_json(path / RESULT)
-        lines = 0
-        if (path / self.state_file).exists():
-            self.state = load_state(path / self.state_file)
-            lines = self.state.pop(_LINES)
-        self.trace = self._read_trace(path / TRACE, lines)
+        self.trace = self._read_trace(path / TRACE)
 
     def _compare(self, path: Path, stored: Any) -> None:
-        if not isinstance(stored, dict) or "kind" not in stored:
+        if not isinstance(stored, dict) or not isinstance(stored.get("kind"), str):
             raise InputError(f"{path / CONFIG} is not the configuration of a run; choose another run directory")
-        old, new = _flat(stored), _flat(self.config)
-        if old["kind"] != new["kind"]:
-            raise InputError(f"run directory {path} holds a {old['kind']} run, not a {new['kind']} run; choose another")
-        old_version, new_version = old.pop("version", None), new.pop("version", None)
-        names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-        if names:
-            differences = ", ".join(f"{n} is {to_json(old.get(n))} there and {to_json(new.get(n))} here" for n in names)
-            raise InputError(f"run directory {path} holds a run with other options: {differences}; choose another")
-        if old_version != new_version:
-            warnings.warn(f"{path} was begun by version {old_version}, this is {new_version}", stacklevel=5)
+        if stored["kind"] != self.config["kind"]:
+            raise InputError(
+                f"run directory {path} holds a {stored['kind']} run, not a {self.config['kind']} run; choose another"
+            )
+        version, changes = stored.pop("version", None), _checked_changes(path, stored.pop(_CHANGES, []))
+        old, new = _flat(stored), _flat({name: value for name, value in self.config.items() if name != "version"})
+        different = {name: (old.get(name), new.get(name)) for name in {**old, **new} if old.get(name) != new.get(name)}
+        if not set(different) <= set(self.changeable):
+            raise InputError(
+                f"run directory {path} holds a run with other options: {_differences(different)}; choose another"
+            )
+        if version != self.config["version"]:
+            warnings.warn(f"{path} was begun by version {version}, this is {self.config['version']}", stacklevel=5)
+        self.changes = different
+        self.config |= {"version": version, **({_CHANGES: changes} if changes else {})}
 
-    def _read_trace(self, path: Path, lines: int) -> list[dict[str, Any]]:
+    def _read_trace(self, path: Path) -> list[dict[str, Any]]:
+        """The steps that the state accounts for; lines beyond them are cut off."""
         content = path.read_bytes() if path.exists() else b""
         complete = content.split(b"\n")[:-1]
-        if len(complete) < lines:
-            raise InputError(
-                f"{path} has {len(complete)} steps but {self.state_file} knows {lines}; choose another run directory"
-            )
+        lines = self._read_state(len(complete))
         kept = b"".join(line + b"\n" for line in complete[:lines])
         if kept != content:
             write_atomic(path, kept)
-        return read_jsonl(path)
+        trace = read_jsonl(path)
+        for step, record in enumerate(trace):
+            if not isinstance(record, dict):
+                raise self.damaged_line(step, "is not the record of a step")
+            record.pop(_CHANGED, None)
+        return trace
+
+    def _read_state(self, complete: int) -> int:
+        """How many of the ``complete`` lines of the trace the state accounts for: all, where the caller needs none."""
+        if self.path is None or self.state_file is None:
+            return complete
+        path = self.path / self.state_file
+        try:
+            if path.exists():
+                self.state = load_state(path)
+            elif complete > 1:
+                raise DamagedState(f"{path} is missing")
+            else:  # a kill may have come between the first line and the first state
+                return complete if self.rebuilds else 0
+        except DamagedState as error:
+            if not self.rebuilds:
+                raise InputError(
+                    f"{error}, but {TRACE} has {complete} steps; restore it, or choose another run directory"
+                ) from error
+            warnings.warn(f"{error}: made again from the {complete} steps of {TRACE}", stacklevel=7)
+            return complete
+        lines = self.state.pop(_LINES)
+        if lines > complete:
+            raise InputError(
+                f"{self.path / TRACE} has {complete} steps but {self.state_file} knows {lines}; choose another run "
+                "directory"
+            )
+        return lines
+
+    def _line(self, step: int, entry: dict[str, Any]) -> dict[str, Any]:
+        """The line of a step: its entry, and which options were changed right before it, {name: [old, new]}."""
+        changed: dict[str, Any] = {}
+        for change in self.config.get(_CHANGES, []):
+            if change["step"] == step:
+                for name, values in change.items():
+                    if name != "step":
+                        changed[name] = [changed.get(name, values)[0], values[1]]
+        return {**entry, **({_CHANGED: changed} if changed else {})}
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """What ``RunDirectory.save`` wrote, on the CPU. Raises InputError when the file is not that."""
+    """What ``RunDirectory.save`` wrote, on the CPU.
+
+    Raises DamagedState when the file cannot be read, InputError when it holds something else.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state[_LINES]
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} is damaged ({reason}); choose another run directory") from error
+        foreign = isinstance(error, pickle.UnpicklingError)  # whose text advises to load it unsafely
+        reason = "no state of a run, or cut short" if foreign else " ".join(str(error).split()) or type(error).__name__
+        raise DamagedState(f"{path} is damaged ({reason[:200]})") from error
+    lines = state.get(_LINES) if isinstance(state, dict) else None
+    if type(lines) is not int or lines < 0:
+        raise InputError(
+            f"{path} is not the state of a run: {_LINES} must be a number of steps, got {lines!r}; restore it, delete "
+            "it, or choose another run directory"
+        )
     return state
 
 
@@ -184,6 +275,21 @@ def _read_json(path: Path) -> Any:
         raise InputError(f"{path}: {error}; choose another run directory") from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _checked_changes(path: Path, changes: Any) -> list[dict[str, Any]]:
+    if not isinstance(changes, list) or not all(
+        isinstance(change, dict)
+        and type(change.get("step")) is int
+        and all(isinstance(pair, list) and len(pair) == 2 for name, pair in change.items() if name != "step")
+        for change in changes
+    ):
+        raise InputError(f"{path / CONFIG}: {_CHANGES} is not a list of changed options; choose another run directory")
+    return changes
+
+
+def _differences(changes: dict[str, tuple[Any, Any]]) -> str:
+    return ", ".join(f"{name} is {to_json(old)} there and {to_json(new)} here" for name, (old, new) in changes.items())
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

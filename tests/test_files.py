@@ -3,12 +3,13 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from asvit_fast.errors import InputError
-from asvit_fast.files import append_jsonl, as_float, from_json, read_jsonl, to_json, write_atomic
+from asvit_fast.files import append_jsonl, as_float, from_json, read_jsonl, replace_file, to_json, write_atomic
 
 INF, NAN = float("inf"), float("nan")
 
@@ -24,13 +25,22 @@ def test_write_and_replace(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_new_files_respect_the_umask(tmp_path: Path) -> None:
+def test_new_files_respect_the_umask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So do files that a library made for their owner alone; and nothing else sees another umask meanwhile."""
     previous = os.umask(0o027)
     try:
-        write_atomic(tmp_path / "file", b"")
+        with monkeypatch.context() as forbidden:
+            forbidden.setattr(os, "umask", lambda _: pytest.fail("the umask belongs to the whole process"))
+            write_atomic(tmp_path / "file", b"")
+            descriptor, private = tempfile.mkstemp(dir=tmp_path)
+            os.close(descriptor)
+            replace_file(private, tmp_path / "second")
     finally:
         os.umask(previous)
-    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
+    assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {
+        "file": 0o640,
+        "second": 0o640,
+    }
 
 
 def test_unusable_paths_name_themselves(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def write_search(directory: Path, steps: int = 12, finished: bool = True) -> Pat
                 "baseline": 0.0,
                 "log_prob": -15.3,
                 "entropy": 15.33 - 0.1 * step,
-                "best": str(topology),
+                "most_probable": str(topology),
                 "params": 2_300_000 + step,
                 "flops": 490_000_000,
                 "seconds": 0.5,

@@ -6,12 +6,16 @@ import pytest
 import torch
 from search_program import measures
 
-from asvit_fast.cost import topology_cost
+from asvit_fast.cost import Cost, topology_cost
 from asvit_fast.errors import InputError
 from asvit_fast.search import Budget, reward_sequence, search
 from asvit_fast.topology import SearchSpace, Topology
 
 QUIET = {"progress": False, "device": "cpu"}
+
+
+def exported_cost(topology: Topology) -> Cost:
+    return topology_cost(topology, pos_embed="absolute")
 
 
 def without_seconds(trace: list[dict]) -> list[dict]:
@@ -41,21 +45,22 @@ def test_trace_and_result(tmp_path: Path) -> None:
     stored = json.loads((folder / "result.json").read_text())
     assert stored == json.loads(json.dumps(result.to_dict()))
     assert set(stored) == {
-        "kind", "topology", "length_distortion", "ntk_condition", "params", "flops", "steps", "entropy"
+        "kind", "topology", "length_distortion", "ntk_condition", "params", "flops", "steps", "entropy", "best_sampled"
     }  # fmt: skip
     assert len(result.trace) == 12
     assert set(result.trace[0]) == {
         "step", "topology", "action", "length_distortion", "ntk_condition", "reward", "baseline", "log_prob", "entropy",
-        "best", "params", "flops", "seconds", "rejected",
+        "most_probable", "params", "flops", "seconds", "rejected",
     }  # fmt: skip
     for record in result.trace:
         topology = Topology.parse(record["topology"])
         assert SearchSpace().topology(record["action"]) == topology
-        assert (record["params"], record["flops"]) == (topology_cost(topology).params, topology_cost(topology).flops)
+        cost = exported_cost(topology)
+        assert (record["params"], record["flops"]) == (cost.params, cost.flops)
         assert record["length_distortion"] == measures(topology)["length_distortion"]
     columns = ([record[name] for record in result.trace] for name in ("length_distortion", "ntk_condition"))
     assert [record["reward"] for record in result.trace] == reward_sequence(*columns, convention="paper")
-    assert result.trace[-1]["best"] == str(result.topology)
+    assert result.trace[-1]["most_probable"] == str(result.topology)
 
 
 def test_same_seed_same_trace_other_seed_other_trace() -> None:
@@ -106,13 +111,13 @@ def test_budget_rejects_before_scoring() -> None:
 
     budget = Budget(params=(1.9e6, 2.1e6), flops=(None, 450e6))
     result = search(steps=40, scorer=scorer, budget=budget, **QUIET)
-    assert all(budget.reject(topology_cost(topology)) is None for topology in scored)
-    assert budget.reject(topology_cost(result.topology)) is None
+    assert all(budget.reject(exported_cost(topology)) is None for topology in scored)
+    assert budget.reject(exported_cost(result.topology)) is None
     assert len(scored) == 41
     rejected = [entry for record in result.trace for entry in record["rejected"]]
     assert rejected
     for entry in rejected:
-        cost = topology_cost(Topology.parse(entry["topology"]))
+        cost = exported_cost(Topology.parse(entry["topology"]))
         assert entry["reason"] == budget.reject(cost)
         assert not (1.9e6 <= cost.params <= 2.1e6 and cost.flops <= 450e6)
 
@@ -159,7 +164,7 @@ def test_small_space_is_searched_exhaustively_for_the_budget() -> None:
         "S3": (1,),
     }
     space = SearchSpace().narrow(**single, heads=(16,))
-    costs = sorted(topology_cost(topology).params for topology in space.enumerate())
+    costs = sorted(exported_cost(topology).params for topology in space.enumerate())
     exact = Budget(params=(costs[7], costs[7]))
     result = search(space, steps=3, scorer=measures, budget=exact, **QUIET)
     assert result.params == costs[7]

@@ -104,7 +104,16 @@ def test_missing_lines_are_damage(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("state.pt", b"nonsense"), ("config.json", b"{"), ("config.json", b"[1]")]
+    ("name", "content"),
+    [
+        ("config.json", b"{"),
+        ("config.json", b"[1]"),
+        ("config.json", b'{"kind": {}}'),
+        ("trace.jsonl", b"1\n[]\n2\n"),
+        ("result.json", b"{"),
+        ("result.json", b"[]"),
+        ("result.json", b'{"length_distortion": true}'),
+    ],
 )
 def test_damaged_files(tmp_path: Path, name: str, content: bytes) -> None:
     run_search(str(tmp_path), measures, steps=3)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .options import Option, choice, flag, image_size, integer, text
+from ..files import folder_path
+from .options import Option, choice, flag, image_size, integer, seed, text
 
 IMG_SIZE = Option("img_size", image_size, 224, "image size in pixels: a side, or HEIGHTxWIDTH", "PIXELS")
 THETAS = Option("thetas", integer(1), 10, "number of points on the circle of the curve measures", "N")
 REPEATS = Option("repeats", integer(1), 5, "number of freshly initialised networks to average over", "N")
 BATCH = Option("batch", integer(1), 16, "number of images in the NTK's Gram matrix", "N")
 IMAGES = Option("images", text, None, "folder of images for the NTK; without it, normal noise from the seed", "DIR")
-SEED = Option("seed", integer(0), 0, "seed (a whole number) of everything that is drawn", "N")
+SEED = Option("seed", seed, 0, "seed (a whole number) of everything that is drawn", "N")
 CONVENTION = Option(
     "convention", choice("paper", "reference"), "paper", "formulas: of the paper, or of the authors' code", "NAME"
 )
@@ -34,8 +34,9 @@ SCORING = (IMG_SIZE, THETAS, REPEATS, BATCH, IMAGES, SEED, CONVENTION, NORMS, DE
 
 
 def check_output_folder(directory: str) -> None:
-    """Raise InputError when ``directory`` is a file; the folder itself is made by whoever writes first."""
-    if Path(directory).exists() and not Path(directory).is_dir():
+    """Raise InputError when ``directory`` is a file or no name; the folder itself is made by whoever writes first."""
+    path = folder_path(directory, "--out")
+    if path.exists() and not path.is_dir():
         raise InputError(f"{directory!r} is a file; give a folder")
 
 

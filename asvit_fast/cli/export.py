@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from .common import IMG_SIZE
-from .options import Command, Option, flag, integer, text
+from .options import Command, Option, flag, integer, seed, text
 
 
 def run(values: SimpleNamespace) -> int:
@@ -40,7 +40,7 @@ COMMAND = Command(
             required=True,
         ),
         Option("to", text, None, "folder to write, new or empty or an earlier export", "DIR", required=True),
-        Option("seed", integer(0), 0, "seed (a whole number) of the weights", "N"),
+        Option("seed", seed, 0, "seed (a whole number) of the weights", "N"),
         Option("num_classes", integer(0), 1000, "number of outputs of the classifier; 0 = none", "N"),
         IMG_SIZE,
         Option("use_ema", flag, False, "of a training, the moving average of the weights", flag=True),

@@ -13,7 +13,9 @@ from typing import Any
 from ..errors import InputError
 
 Reader = Callable[[Any], Any]
-_SUFFIXES = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
+_SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
+LARGEST_SEED = 2**63 - 1
+_NUMBER = "expected a number such as 1e6, 100M or 2.5G"
 
 
 @dataclass(frozen=True)
@@ -65,31 +67,48 @@ def flag(value: Any) -> bool:
 
 def number(value: Any) -> float | int:
     """``1500``, ``1e6``, ``5M``, ``2.5G``: a finite number that is not negative; whole numbers come back as int."""
-    form = "expected a number such as 1e6, 100M or 2.5G"
-    try:
-        if isinstance(value, str):
-            stripped = value.strip().lower()
-            factor = _SUFFIXES.get(stripped[-1:], 1.0)
-            result = float(stripped[:-1] if factor != 1.0 else stripped) * factor
-        elif isinstance(value, bool):
-            raise TypeError
-        else:
-            result = float(value)
-    except (TypeError, ValueError):
-        raise InputError(f"{form}, got {value!r}") from None
-    if not math.isfinite(result) or result < 0:
-        raise InputError(f"{form} that is finite and not negative, got {value!r}")
-    return int(result) if result == int(result) else result
+    result = _signed(value)
+    if result < 0:
+        raise InputError(f"{_NUMBER} that is finite and not negative, got {value!r}")
+    return result
 
 
-def integer(minimum: int) -> Reader:
+def integer(minimum: int, maximum: int | None = None) -> Reader:
+    expected = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+
     def read(value: Any) -> int:
-        result = number(value)
-        if not isinstance(result, int) or result < minimum:
-            raise InputError(f"expected a whole number of at least {minimum}, got {value!r}")
+        result = _signed(value)
+        if not isinstance(result, int) or result < minimum or (maximum is not None and result > maximum):
+            raise InputError(f"expected a whole number {expected}, got {value!r}")
         return result
 
     return read
+
+
+def seed(value: Any) -> int:
+    """Whatever every generator takes."""
+    return integer(0, LARGEST_SEED)(value)
+
+
+def _signed(value: Any) -> float | int:
+    """A number, exactly where it is whole."""
+    factor = 1
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        if isinstance(value, str):
+            value_text = value.strip().lower()
+            factor = _SUFFIXES.get(value_text[-1:], 1)
+            digits = value_text[:-1] if factor != 1 else value_text
+            result = int(digits) if digits.lstrip("+-").isdecimal() else float(digits)
+        else:
+            result = value if isinstance(value, int) else float(value)
+        result *= factor
+    except (TypeError, ValueError):
+        raise InputError(f"{_NUMBER}, got {value!r}") from None
+    if isinstance(result, float) and not math.isfinite(result):
+        raise InputError(f"{_NUMBER} that is finite and not negative, got {value!r}")
+    return int(result) if result == int(result) else result
 
 
 def real(value: Any) -> float:

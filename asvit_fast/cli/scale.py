@@ -5,10 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from .common import QUIET, SCORING, amount, check_output_folder, initialisations, say, size_text, source_text, table
+from .long_run import announce_folder, long_run
 from .options import Command, Option, integer, limit, text
-from .search import steps_done
 
 
+@long_run()
 def run(values: SimpleNamespace) -> int:
     check_output_folder(values.out)
     from ..scoring.memory import keep_freed_memory
@@ -52,11 +53,7 @@ def announce(values: SimpleNamespace, topology) -> None:
         f"{values.convention} convention, seed {values.seed}.",
         values.quiet,
     )
-    done = steps_done(values.out)
-    if done:
-        say(f"{values.out} holds a run of {done} steps: continuing from there.", values.quiet)
-    else:
-        say(f"Writing to {values.out}; stop at any time, the same command continues.", values.quiet)
+    announce_folder(values.out, values.quiet)
 
 
 def conclude(values: SimpleNamespace, steps: list) -> None:
@@ -80,7 +77,8 @@ COMMAND = Command(
             "max_params",
             limit,
             100_000_000,
-            "largest number of parameters; or 80M:110M = stop from the first number on, never exceed the second",
+            "largest number of parameters, also of a run on record; or 80M:110M = stop from the first number on, never "
+            "exceed the second",
             "NUMBER",
         ),
         Option("max_steps", integer(1), None, "largest number of growth steps", "N"),

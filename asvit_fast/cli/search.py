@@ -5,10 +5,12 @@ from __future__ import annotations
 import shlex
 from types import SimpleNamespace
 
-from .common import QUIET, SCORING, amount, check_output_folder, initialisations, say, size_text, source_text
-from .options import Command, Option, bounds, choices_per_dimension, fraction, integer, number, positive, text
+from .common import QUIET, SCORING, amount, check_output_folder, initialisations, say, size_text, source_text, table
+from .long_run import announce_folder, long_run
+from .options import Command, Option, bounds, choice, choices_per_dimension, fraction, integer, number, positive, text
 
 
+@long_run()
 def run(values: SimpleNamespace) -> int:
     check_output_folder(values.out)
     from ..scoring.memory import keep_freed_memory
@@ -37,6 +39,7 @@ def run(values: SimpleNamespace) -> int:
         history=values.history,
         lr=values.lr,
         momentum=values.momentum,
+        baseline=values.baseline,
     )
     conclude(values, result)
     return 0
@@ -61,21 +64,7 @@ def announce(values: SimpleNamespace, space) -> None:
         f"{values.convention} convention, seed {values.seed}.",
         values.quiet,
     )
-    done = steps_done(values.out)
-    if done:
-        say(f"{values.out} holds a run of {done} steps: continuing from there.", values.quiet)
-    else:
-        say(f"Writing to {values.out}; stop at any time, the same command continues.", values.quiet)
-
-
-def steps_done(directory: str) -> int:
-    """Steps on record in a run directory; 0 without one."""
-    from pathlib import Path
-
-    from ..files import read_jsonl
-
-    trace = Path(directory) / "trace.jsonl"
-    return len(read_jsonl(trace)) if trace.exists() else 0
+    announce_folder(values.out, values.quiet)
 
 
 def conclude(values: SimpleNamespace, result) -> None:
@@ -83,6 +72,14 @@ def conclude(values: SimpleNamespace, result) -> None:
     say(f"Found {topology}", values.quiet)
     say(f"({amount(result.params)} parameters, {amount(result.flops)} multiply-adds)", values.quiet)
     say("", values.quiet)
+    say(table(scores(result)), values.quiet)
+    say("", values.quiet)
+    if result.best != result.most_probable:
+        say(
+            "The best sampled topology has better scores than the most probable one, which the paper takes.",
+            values.quiet,
+        )
+        say("", values.quiet)
     images = f" --images {shlex.quote(values.images)}" if values.images else ""
     out = shlex.quote(values.out)
     say(f"grow it:      asvit-fast scale '{topology}'{images} --max-params 100M --out {out}-scaled", values.quiet)
@@ -91,12 +88,30 @@ def conclude(values: SimpleNamespace, result) -> None:
         say(topology)
 
 
+def scores(result) -> list[tuple[str, ...]]:
+    """The policy's choice beside the best sampled topology and the best random one."""
+    rows: list[tuple[str, ...]] = [("", "length distortion", "NTK condition", "parameters", "topology")]
+    found = [
+        ("most probable of the policy", result.most_probable),
+        (f"best of {result.steps} sampled", result.best_sampled),
+    ]
+    if result.baseline is not None:
+        found.append((f"best of {len(result.baseline.trace)} random", result.baseline.best))
+    for name, one in found:
+        if one is None:
+            rows.append((name, "none is finite", "", "", ""))
+        else:
+            values = f"{one.length_distortion:.5g}", f"{one.ntk_condition:.5g}", amount(one.params)
+            rows.append((name, *values, one.topology.seed_string))
+    return rows
+
+
 COMMAND = Command(
     name="search",
     summary="Find a seed topology without training, by policy gradient on the scores.",
     options=(
         Option("out", text, None, "run directory, made or continued", "DIR", required=True),
-        Option("steps", integer(1), 500, "number of topologies to sample", "N"),
+        Option("steps", integer(1), 500, "number of topologies to sample; a run on record goes on with more", "N"),
         *SCORING,
         Option("params", bounds, None, "window of the number of parameters: LOW:HIGH, :10M or 1M:", "LO:HI"),
         Option("flops", bounds, None, "window of the number of multiply-adds per image: LOW:HIGH, :1G or 1M:", "LO:HI"),
@@ -111,8 +126,21 @@ COMMAND = Command(
         ),
         Option("width", integer(1), 32, "number of channels in the first stage of the scored networks", "N"),
         Option("lr", positive, 0.08, "learning rate of the policy, a number above 0", "X"),
-        Option("momentum", fraction, 0.9, "momentum of the moving average that is the baseline, a number below 1", "X"),
+        Option(
+            "momentum",
+            fraction,
+            0.9,
+            "momentum of the moving average that rewards are compared with, below 1",
+            "NUMBER",
+        ),
         Option("history", integer(1), 20, "number of steps in the range of the reference convention's reward", "N"),
+        Option(
+            "baseline",
+            choice("random"),
+            None,
+            "random = also score as many topologies drawn uniformly, for comparison; a finished run may add them",
+            "NAME",
+        ),
         QUIET,
     ),
     run=run,

@@ -35,7 +35,7 @@ class Run:
             return self.config["model"]["model"]
         if self.result is not None:
             return self.result["topology"]
-        return self.trace[-1]["best" if self.kind == "search" else "topology"]
+        return self.trace[-1]["most_probable" if self.kind == "search" else "topology"]
 
 
 def find_runs(directory: Path, kinds: Sequence[str] = DESIGNS) -> list[Run]:

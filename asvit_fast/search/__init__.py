@@ -2,17 +2,21 @@
 
 from .budget import Budget
 from .policy import Policy
-from .reinforce import SearchResult, search
+from .reinforce import search
+from .result import Baseline, ScoredTopology, SearchResult, best_sampled
 from .reward import RewardHistory, reward_sequence
 from .scaling import Candidate, ScaleStep, scale
 
 __all__ = [
+    "Baseline",
     "Budget",
     "Candidate",
     "Policy",
     "RewardHistory",
     "ScaleStep",
+    "ScoredTopology",
     "SearchResult",
+    "best_sampled",
     "reward_sequence",
     "scale",
     "search",

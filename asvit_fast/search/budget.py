@@ -50,24 +50,27 @@ class Budget:
         """Plain lists, for JSON."""
         return {name: None if (window := getattr(self, name)) is None else list(window) for name in _UNITS}
 
-    def check_possible(self, space: SearchSpace, cost_of: Callable[[Topology], Cost], width: int) -> None:
-        """Raise InputError when no topology of the space can fit.
+    def check_possible(self, space: SearchSpace, cost_of: Callable[[Topology], Cost], width: int) -> list[str]:
+        """Raise InputError when no topology of the space can fit; say which windows hold all of them anyway.
 
         Costs add up over the dimensions once ``heads`` is chosen, so the cheapest and the dearest topology are found
         dimension by dimension. What these extremes leave open is settled by enumerating a small space, or by drawing
         20,000 topologies of a large one: a budget that none of them meets would stall every step of a search.
         """
+        idle = []
         for name, unit in _UNITS.items():
             low, high = getattr(self, name) or (None, None)
             if low is None and high is None:
                 continue
             value_of = functools.partial(_value, name, cost_of)
             least, most = _extreme(space, value_of, width, min), _extreme(space, value_of, width, max)
+            facts = f"the topologies of the space at width {width} have {least:,} to {most:,} {unit}"
             if (high is not None and least > high) or (low is not None and most < low):
                 raise InputError(
-                    f"budget: {name} must be from {_text(low)} to {_text(high)}, but the topologies of the space at "
-                    f"width {width} have {least:,} to {most:,} {unit}; change the budget"
+                    f"budget: {name} must be from {_text(low)} to {_text(high)}, but {facts}; change the budget"
                 )
+            if (high is None or most <= high) and (low is None or low <= least):
+                idle.append(f"budget: {name} from {_text(low)} to {_text(high)} excludes nothing, as {facts}")
         if space.size <= ENUMERATE_UP_TO:
             candidates = space.enumerate(width)
         else:
@@ -76,6 +79,7 @@ class Budget:
         if all(self.reject(cost_of(topology)) for topology in candidates):
             tried = min(space.size, ENUMERATE_UP_TO)
             raise InputError(f"budget: none of {tried:,} topologies tried fits {self}; widen the budget")
+        return idle
 
 
 def _window(name: str, window: Window | None) -> Window | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backends import rank_device
+from ..cost import Cost, topology_cost
 from ..errors import InputError
 from ..scoring import ScoreSettings
 from ..scoring.score import load, score_networks
@@ -74,6 +75,8 @@ class Evaluator:
         )
         self.scorer = scorer
         self.seed = seed
+        self.img_size = img_size
+        self.pos_embed = "absolute" if convention == "paper" else "none"
         self.repeats = repeats if scorer is None else 1
         self.images = load(images, self.settings) if scorer is None else None  # [batch, 3, H, W]
         self.config = {
@@ -86,7 +89,16 @@ class Evaluator:
             "thetas": thetas,
             "batch": batch,
             "norms": norms,
+            "pos_embed": self.pos_embed,
         }
+
+    def cost(self, topology: Topology) -> Cost:
+        """What budgets and limits look at: the network at the run's image size, with 1000 classes.
+
+        In the "paper" convention the one that ``export`` writes, position embedding included; in the "reference"
+        convention without it, as the authors count.
+        """
+        return topology_cost(topology, self.img_size, pos_embed=self.pos_embed)
 
     def work(self, tasks: Sequence[Task]) -> list[tuple[float, ...]]:
         """Do tasks: the values of METRICS of each. Scorers of users are called one at a time."""
@@ -102,7 +114,10 @@ class Evaluator:
         scores = scorer(task.topology)
         if not isinstance(scores, Mapping) or any(metric not in scores for metric in METRICS):
             raise InputError(f"scorer must return a mapping with {' and '.join(METRICS)}, got {scores!r}")
-        return tuple(float(scores[metric]) for metric in METRICS)
+        try:
+            return tuple(float(scores[metric]) for metric in METRICS)
+        except (TypeError, ValueError):
+            raise InputError(f"scorer must return numbers, got {scores!r}") from None
 
     def measure(self, share: Share[Task], topologies: Sequence[Topology], step: int) -> list[Measures]:
         """Measures of each topology, the repeats of all of them spread over the processes."""

@@ -5,56 +5,27 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from dataclasses import dataclass, field
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
-from ..cost import Cost, topology_cost
 from ..errors import InputError
-from ..files import as_float
-from ..run_directory import RunDirectory
+from ..run_directory import RESULT, RunDirectory
 from ..topology import DEFAULT_WIDTH, SearchSpace, Topology
+from .baseline import FOLDER, RandomSearch
 from .budget import Budget
 from .distributed import Share, run_shared
-from .evaluation import METRICS, Evaluator, Images, Scorer, Task
+from .evaluation import Evaluator, Images, Measures, Scorer, Task
 from .policy import Policy
+from .progress import Progress
+from .records import check_trace, difference, measures_of, with_floats
+from .result import SearchResult
 from .reward import RewardHistory
 
 MAX_REJECTED = 1000  # draws of one step outside the budget
-_COUNTS = ("params", "flops", "steps", "entropy")
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """The topology that a search found and how.
-
-    ``topology`` is the most probable one of the final policy (that fits the budget), ``length_distortion`` and
-    ``ntk_condition`` its measures, ``params`` and ``flops`` (multiply-adds) its cost, ``entropy`` the final policy's in
-    nats, ``trace`` one record a step as in trace.jsonl.
-    """
-
-    topology: Topology
-    length_distortion: float
-    ntk_condition: float
-    params: int
-    flops: int
-    steps: int
-    entropy: float
-    trace: list[dict[str, Any]] = field(repr=False)
-    policy: Policy = field(repr=False, compare=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The content of result.json."""
-        values = {name: getattr(self, name) for name in (*METRICS, *_COUNTS)}
-        return {"kind": "search", "topology": str(self.topology), **values}
-
-    @classmethod
-    def from_dict(cls, stored: dict[str, Any], trace: list[dict[str, Any]], policy: Policy) -> SearchResult:
-        """What ``to_dict`` wrote, with the trace and the policy that belong to it."""
-        values = {**{name: stored[name] for name in _COUNTS}, **_with_floats({name: stored[name] for name in METRICS})}
-        return cls(Topology.parse(stored["topology"]), **values, trace=trace, policy=policy)
 
 
 def search(
@@ -77,37 +48,47 @@ def search(
     history: int = 20,
     lr: float = 0.08,
     momentum: float = 0.9,
+    baseline: str | None = None,
 ) -> SearchResult:
     """Find a topology whose untrained networks have a large length distortion and a small NTK condition number.
 
     Each step draws a topology from the policy, scores it, and follows the gradient of log p(topology) (reward -
     baseline); the reward is the change of both measures against the previous step, relative to the range seen. The
-    result is the most probable topology of the final policy. It is a pure function of the arguments: a run that was
-    killed continues from ``out`` and ends as if it had not been. Under torchrun the repeats are shared over all
+    result is the most probable topology of the final policy, as in the paper, with its scores; the best of the sampled
+    ones (``result.best_sampled``) and the better scored of the two (``result.best``) are there as well. It is a pure
+    function of the arguments: a run that was killed continues from ``out`` and ends as if it had not been, one that is
+    called with more ``steps`` goes on as if it had been begun with them. Under torchrun the repeats are shared over all
     processes, with the same result.
 
     Args:
         space: the choices; by default Table 1 of the paper, 4,556,250 topologies.
-        steps: topologies to score.
+        steps: topologies to score. A run on record may go on with another number, not below the steps it has done.
         images: what the NTK looks at: a folder, a tensor [B, 3, H, W], or None for standard normal noise.
         seed: of policy, weights, circles and noise.
         budget: topologies outside are rejected before they are scored, logged with the reason, and another is drawn;
-            after 1000 in one step the most probable one that fits is taken. The result fits too.
+            after 1000 in one step the most probable one that fits is taken. The result fits too. What counts is the
+            network with 1000 classes at ``img_size``, in the "paper" convention as ``export`` writes it, in the
+            "reference" convention without position embedding. A budget that excludes nothing is warned of.
         convention: "paper", or "reference" for the numbers of the authors' code (scores and rewards).
-        out: run directory (config.json, trace.jsonl, state.pt, result.json), made or continued; None keeps all in
-            memory.
+        out: run directory (config.json, trace.jsonl, state.pt, result.json, and baseline/), made or continued; None
+            keeps all in memory. The trace is the truth: a lost state or result is made again from it.
         img_size: pixels, int or (height, width). repeats: initialisations per topology. thetas: points on the circle.
         batch: images for the NTK. width: channels of the first stage. norms: of the network whose curve is measured.
         device: a GPU if there is one, by default.
         scorer: replaces the scores: topology -> {"length_distortion": float, "ntk_condition": float}.
-        progress: show a progress bar.
-        history: values in the range of the "reference" reward. lr, momentum: Adam's rate, the baseline's momentum.
+        progress: on stderr, a bar on a terminal, one line a step elsewhere.
+        history: values in the range of the "reference" reward. lr: Adam's rate. momentum: of the moving average that
+            rewards are compared with.
+        baseline: "random" also scores ``steps`` topologies drawn uniformly (within the budget), after the search and
+            under the same settings, for ``result.baseline``; may be asked for later, too.
 
     Raises:
         InputError: an option that cannot be used, a budget that no topology fits, a run directory that is read-only, in
             use, damaged or of other options - all before anything is scored; later, a full disk.
     """
     space = SearchSpace() if space is None else space
+    if baseline not in (None, "random"):
+        raise InputError(f"baseline must be 'random' or None, got {baseline!r}")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise InputError(f"steps must be an integer of at least 1, got {steps!r}")
     evaluator = Evaluator(
@@ -122,11 +103,19 @@ def search(
         norms=norms,
         device=device,
     )
-    run = _Search(space, steps, evaluator, budget, convention, img_size, width, history, lr, momentum)
+    run = _Search(space, steps, evaluator, budget, convention, width, history, lr, momentum)
 
     def lead(share: Share[Task]) -> SearchResult:
-        with RunDirectory(out, run.config) as directory:
-            return run.run(directory, share, progress)
+        for note in run.notes:
+            warnings.warn(note, stacklevel=4)
+        with RunDirectory(out, run.config, changeable=("steps",), rebuilds=True) as directory:
+            compared = None
+            result = run.run(directory, share, progress)
+            if baseline == "random":
+                compared = RandomSearch(space, steps, evaluator, run.budget, width).run(
+                    None if directory.path is None else directory.path / FOLDER, share, progress
+                )
+            return replace(result, baseline=compared)
 
     return run_shared(lead, evaluator.work, evaluator.device)
 
@@ -141,14 +130,13 @@ class _Search:
         evaluator: Evaluator,
         budget: Budget | None,
         convention: str,
-        img_size: int | tuple[int, int],
         width: int,
         history: int,
         lr: float,
         momentum: float,
     ) -> None:
-        self.space, self.steps, self.evaluator = space, steps, evaluator
-        self.budget, self.img_size, self.width = budget or Budget(), img_size, width
+        self.space, self.steps, self.evaluator, self.width = space, steps, evaluator, width
+        self.budget = budget or Budget()
         self.generator = torch.Generator().manual_seed(evaluator.seed)
         self.policy = Policy(space, lr=lr, momentum=momentum, generator=self.generator)
         self.rewards = RewardHistory(convention, history)
@@ -163,37 +151,66 @@ class _Search:
             "momentum": momentum,
             **evaluator.config,
         }
-        self.budget.check_possible(space, self.cost, width)
-
-    def cost(self, topology: Topology) -> Cost:
-        return topology_cost(topology, self.img_size)
+        self.notes = self.budget.check_possible(space, evaluator.cost, width)
 
     def run(self, directory: RunDirectory, share: Share[Task], progress: bool) -> SearchResult:
-        if directory.state is not None:
-            self.load_state_dict(directory.state)
-        done = len(directory.trace)
-        with tqdm(total=self.steps, initial=done, desc="search", unit="step", disable=not progress) as bar:
+        done = self.replay(directory)
+        with Progress("search", self.steps, done, "steps", progress) as shown:
             for step in range(done, self.steps):
                 record = self.step(step, share)
                 directory.record(record, self.state_dict())
-                bar.set_postfix_str(_progress(record), refresh=False)
-                bar.update()
-        trace = [_with_floats(record) for record in directory.trace]
-        if directory.result is not None:
-            return SearchResult.from_dict(directory.result, trace, self.policy)
-        result = self.result(share, trace)
-        directory.finish(result.to_dict())
+                shown.step(step + 1, _progress(record))
+        stored = directory.result if done == self.steps else None
+        topology = self.most_probable()
+        if stored is None:  # scored as one more step would be
+            measures = self.evaluator.measure(share, [topology], self.steps)[0]
+        else:
+            try:
+                measures = measures_of(stored)
+            except (InputError, AttributeError) as error:
+                raise directory.damaged(RESULT, str(error)) from None
+        result = self.result(topology, measures, [with_floats(record) for record in directory.trace])
+        if stored is None:
+            directory.finish(result.to_dict())
+        elif reason := difference(stored, result.to_dict()):
+            raise directory.damaged(RESULT, reason)
         return result
+
+    def replay(self, directory: RunDirectory) -> int:
+        """Take in the steps on record, which must be those that this search would have done; how many they are."""
+        done = len(directory.trace)
+        if done > self.steps:
+            raise directory.refuse_changes(f"{done} steps are on record: a search can be made longer, not shorter")
+        check_trace(directory, lambda step, measures, seconds: self.learn(step, *self.draw(), measures, seconds))
+        if directory.state is not None and not _same_logits(directory.state, self.policy):
+            raise directory.damaged(str(directory.state_file), f"is not the state after the {done} steps on record")
+        if directory.changes:
+            directory.accept_changes(directory.trace, self.state_dict())
+        elif directory.state is None and done:
+            directory.save(self.state_dict())
+        return done
 
     def step(self, step: int, share: Share[Task]) -> dict[str, Any]:
         """Draw, score, reward, update; the trace record."""
         start = time.perf_counter()
         action, topology, rejected = self.draw()
         measures = self.evaluator.measure(share, [topology], step)[0]
+        return self.learn(step, action, topology, rejected, measures, time.perf_counter() - start)
+
+    def learn(
+        self,
+        step: int,
+        action: list[int],
+        topology: Topology,
+        rejected: list[dict[str, str]],
+        measures: Measures,
+        seconds: float,
+    ) -> dict[str, Any]:
+        """Reward and update; the trace record."""
         reward = self.rewards.add(*measures)
         log_prob, entropy = self.policy.log_prob(action), self.policy.entropy()
         self.policy.update(action, reward)
-        cost = self.cost(topology)
+        cost = self.evaluator.cost(topology)
         return {
             "step": step,
             "topology": str(topology),
@@ -203,10 +220,10 @@ class _Search:
             "baseline": self.policy.baseline,
             "log_prob": log_prob,
             "entropy": entropy,
-            "best": str(self.best()),
+            "most_probable": str(self.most_probable()),
             "params": cost.params,
             "flops": cost.flops,
-            "seconds": time.perf_counter() - start,
+            "seconds": seconds,
             "rejected": rejected,
         }
 
@@ -216,49 +233,48 @@ class _Search:
         draws = (self.policy.sample(self.generator) for _ in range(MAX_REJECTED))
         for action in itertools.chain(draws, self.policy.ranked()):
             topology = self.space.topology(action, self.width)
-            reason = self.budget.reject(self.cost(topology))
+            reason = self.budget.reject(self.evaluator.cost(topology))
             if reason is None:
                 return action, topology, rejected
             if len(rejected) < MAX_REJECTED:
                 rejected.append({"topology": str(topology), "reason": reason})
         raise AssertionError("a budget that some topology fits rejects all")  # check_possible has found one
 
-    def best(self) -> Topology:
+    def most_probable(self) -> Topology:
         """The most probable topology that fits the budget."""
         topologies = (self.space.topology(action, self.width) for action in self.policy.ranked())
-        return next(topology for topology in topologies if self.budget.reject(self.cost(topology)) is None)
+        return next(one for one in topologies if self.budget.reject(self.evaluator.cost(one)) is None)
 
-    def result(self, share: Share[Task], trace: list[dict[str, Any]]) -> SearchResult:
-        """The best topology, scored as one more step would be."""
-        topology = self.best()
-        cost = self.cost(topology)
-        measures = self.evaluator.measure(share, [topology], self.steps)[0]
-        entropy = self.policy.entropy()
+    def result(self, topology: Topology, measures: Measures, trace: list[dict[str, Any]]) -> SearchResult:
+        cost = self.evaluator.cost(topology)
         return SearchResult(
-            topology, *measures, cost.params, cost.flops, self.steps, entropy, trace=trace, policy=self.policy
+            topology,
+            *measures,
+            cost.params,
+            cost.flops,
+            self.steps,
+            self.policy.entropy(),
+            trace=trace,
+            policy=self.policy,
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "policy": self.policy.state_dict(),
-            "generator": self.generator.get_state(),
-            "rewards": self.rewards.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.policy.load_state_dict(state["policy"])
-        self.generator.set_state(state["generator"])
-        self.rewards.load_state_dict(state["rewards"])
+        """The policy now; whatever a search goes on from follows from its trace."""
+        return {"policy": {"logits": self.policy.logits.detach().clone()}}
 
 
-def _with_floats(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with the measures as floats, which JSON holds as strings when they are not finite."""
-    return {**record, **{name: as_float(record[name]) for name in METRICS}}
+def _same_logits(state: dict[str, Any], policy: Policy) -> bool:
+    stored = state.get("policy")
+    logits = stored.get("logits") if isinstance(stored, dict) else None
+    own = policy.logits.detach()  # [choices of all dimensions]
+    if not isinstance(logits, Tensor) or logits.shape != own.shape or logits.dtype != own.dtype:
+        return False
+    return torch.allclose(logits, own, rtol=1e-6, atol=1e-9)  # another processor may round differently
 
 
 def _progress(record: dict[str, Any]) -> str:
     return (
-        f"best {Topology.parse(record['best']).seed_string}, entropy {record['entropy']:.2f}, "
-        f"reward {record['reward']:+.2f}, length {record['length_distortion']:.4g}, "
-        f"ntk {record['ntk_condition']:.4g}, {record['seconds']:.2f} s"
+        f"length {record['length_distortion']:.4g}, ntk {record['ntk_condition']:.4g}, reward {record['reward']:+.2f}, "
+        f"entropy {record['entropy']:.2f}, most probable {Topology.parse(record['most_probable']).seed_string}, "
+        f"{record['seconds']:.2f} s"
     )

@@ -5,25 +5,26 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from ..cost import Cost, topology_cost
+from ..cost import Cost
 from ..errors import InputError
-from ..files import as_float
-from ..run_directory import RunDirectory
+from ..run_directory import RESULT, RunDirectory
 from ..topology import Topology
 from .distributed import Share, run_shared
-from .evaluation import METRICS, Evaluator, Images, Measures, Scorer, Task
+from .evaluation import Evaluator, Images, Measures, Scorer, Task
+from .progress import Progress
+from .ranking import choose
+from .records import difference, measures_of, seconds_of
 
 WIDTH_GROWTH = (0.05, 0.1, 0.15, 0.2)
 REFERENCE_SHRINK = 4  # the authors' code scores networks of a quarter of the width
-_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f} M parameters [{elapsed}{postfix}]"
-LARGER_IS_BETTER = {"length_distortion": True, "ntk_condition": False}
+
+Known = dict[str, Measures]  # of candidates that have been scored, by their text
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,6 @@ class ScaleStep:
     flops: int
     seconds: float
 
-    @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> ScaleStep:
-        """The step of a record of trace.jsonl."""
-        candidates = []
-        for candidate in record["candidates"]:
-            values = {name: as_float(candidate[name]) for name in METRICS}
-            candidates.append(Candidate(**{**candidate, **values, "topology": Topology.parse(candidate["topology"])}))
-        return cls(**{**record, "candidates": candidates, "topology": Topology.parse(record["topology"])})
-
     def to_dict(self) -> dict[str, Any]:
         """The record of trace.jsonl."""
         candidates = [candidate.to_dict() for candidate in self.candidates]
@@ -102,7 +94,9 @@ def scale(
     The candidates of a step have one more block in one of the stages and a width 5, 10, 15 or 20 % larger: 16 at most.
     They are ranked by length distortion (larger first) and by NTK condition number (smaller first), equal values
     sharing a rank; the smallest sum of ranks wins. Like ``search``, a run continues from ``out`` after a kill, is
-    shared over the processes of torchrun, and is a pure function of its arguments.
+    shared over the processes of torchrun, and is a pure function of its arguments. It may go on with a larger
+    ``max_params`` or other ``max_steps``, as if it had been begun with them: from the first step on record where larger
+    candidates fit now, with the scores of the others.
 
     Conventions. "paper": every width is the nearest integer above the old one; candidates are scored at their real
     width, as Algorithm 2 reads, so that the last steps towards 100 M score networks of that size (``shrink=4`` takes
@@ -114,7 +108,8 @@ def scale(
         topology: where to start, with its depths and width.
         max_params: never exceeded; the run ends when no candidate fits. (The paper's loop ends beyond the limit.)
             A pair (stop at, never above), such as the authors' (80e6, 110e6), also ends the run at the first number.
-            Parameters are counted with 1000 classes and no position embedding.
+            Parameters are counted with 1000 classes at ``img_size``: in the "paper" convention of the network that
+            ``export`` writes, in the "reference" convention without position embedding.
         scorer: replaces the scores: candidate -> {"length_distortion": float, "ntk_condition": float}; the candidate
             has the scored width.
         max_steps: end after so many steps.
@@ -139,10 +134,10 @@ def scale(
     )
     if shrink is None:
         shrink = REFERENCE_SHRINK if convention == "reference" else 1
-    run = _Scaling(Topology.parse(topology), _limits(max_params), max_steps, shrink, convention, img_size, evaluator)
+    run = _Scaling(Topology.parse(topology), _limits(max_params), max_steps, shrink, convention, evaluator)
 
     def lead(share: Share[Task]) -> list[ScaleStep]:
-        with RunDirectory(out, run.config) as directory:
+        with RunDirectory(out, run.config, changeable=("max_params", "max_steps"), rebuilds=True) as directory:
             return run.run(directory, share, progress)
 
     return run_shared(lead, evaluator.work, evaluator.device)
@@ -165,30 +160,6 @@ def grown(topology: Topology, convention: str = "paper", shrink: int = 1) -> lis
     return candidates
 
 
-def choose(measures: Sequence[Measures], convention: str = "paper") -> tuple[int | None, list[int | None]]:
-    """Index of the winning candidate, and all sums of ranks; None stands for "not finite", which never wins."""
-    finite = [index for index, values in enumerate(measures) if all(map(math.isfinite, values))]
-    sums: list[int | None] = [None] * len(measures)
-    for index in finite:
-        sums[index] = 0
-    for metric, larger in LARGER_IS_BETTER.items():
-        order = sorted({getattr(measures[index], metric) for index in finite}, reverse=larger)
-        dense_rank = {value: rank for rank, value in enumerate(order)}  # equal values share a rank
-        for index in finite:
-            sums[index] += dense_rank[getattr(measures[index], metric)]  # type: ignore[operator]
-    if not finite:
-        return None, sums
-    ranking = sorted(finite, key=lambda index: sums[index])  # type: ignore[arg-type, return-value]  # stable
-    tied = [index for index in ranking if sums[index] == sums[ranking[0]]]
-    if len(tied) == 1:
-        return tied[0], sums
-    metric = max(("ntk_condition", "length_distortion"), key=lambda name: _spread(measures, finite, name))
-    if convention == "reference":
-        return min(tied[:2], key=lambda index: getattr(measures[index], metric)), sums
-    sign = -1 if LARGER_IS_BETTER[metric] else 1
-    return min(tied, key=lambda index: sign * getattr(measures[index], metric)), sums
-
-
 class _Scaling:
     """The state of a scaling run: the topology reached."""
 
@@ -199,7 +170,6 @@ class _Scaling:
         max_steps: int | None,
         shrink: int,
         convention: str,
-        img_size: int | tuple[int, int],
         evaluator: Evaluator,
     ) -> None:
         if max_steps is not None and max_steps < 1:
@@ -207,7 +177,7 @@ class _Scaling:
         if isinstance(shrink, bool) or not isinstance(shrink, int) or shrink < 1 or start.width % shrink:
             raise InputError(f"shrink must be a positive integer that divides the width {start.width}, got {shrink!r}")
         self.start, self.limits, self.max_steps = start, limits, max_steps
-        self.shrink, self.convention, self.img_size, self.evaluator = shrink, convention, img_size, evaluator
+        self.shrink, self.convention, self.evaluator = shrink, convention, evaluator
         self.config = {
             "kind": "scale",
             "topology": str(start),
@@ -220,22 +190,77 @@ class _Scaling:
         self._check_limits()
 
     def cost(self, topology: Topology) -> Cost:
-        return topology_cost(topology, self.img_size)
+        return self.evaluator.cost(topology)
 
     def run(self, directory: RunDirectory, share: Share[Task], progress: bool) -> list[ScaleStep]:
-        steps = [ScaleStep.from_dict(record) for record in directory.trace]
-        scored = _scored(directory.state)
-        with tqdm(total=self.limits[1] / 1e6, desc="scale", bar_format=_BAR, disable=not progress) as bar:
+        steps, known = self.replay(directory)
+        millions = self.cost(self.reached(steps)).params / 1e6
+        with Progress("scale", self.limits[1] / 1e6, millions, "M parameters", progress, digits=2) as shown:
             while not self.finished(steps):
-                _show(bar, self.cost(self.reached(steps)).params, len(steps))
-                step = self.step(steps, scored, directory, share, bar)
-                scored = []
+                step = self.step(steps, known, directory, share, shown)
+                known = {}
                 steps.append(step)
-                directory.record(step.to_dict(), {"scored": []})
-            _show(bar, self.cost(self.reached(steps)).params, len(steps))
+                directory.record(step.to_dict(), {"scored": {}})
+                shown.step(step.params / 1e6, _progress(step))
+        result = self.result(steps)
         if directory.result is None:
-            directory.finish(self.result(steps))
+            directory.finish(result)
+        elif reason := difference(directory.result, result):
+            raise directory.damaged(RESULT, reason)
         return steps
+
+    def replay(self, directory: RunDirectory) -> tuple[list[ScaleStep], Known]:
+        """The steps on record that this run would have done, and what is known of the next step's candidates.
+
+        With other limits than those on record, the run goes on from the first step that has other candidates now.
+        """
+        steps: list[ScaleStep] = []
+        known: Known | None = None
+        for number, record in enumerate(directory.trace):
+            try:
+                measures, seconds = _measured(record), seconds_of(record)
+            except InputError as error:
+                raise directory.damaged_line(number, str(error)) from None
+            fitting = [str(candidate) for candidate in self._fitting(self.reached(steps))[0]]
+            if self.finished(steps) or fitting != list(measures):
+                if not directory.changes:
+                    raise directory.damaged_line(number, "is no step that this run would have done")
+                known = self._other_candidates(directory, steps, fitting, measures)
+                break
+            step = self.decide(steps, [measures[candidate] for candidate in fitting], seconds)
+            if reason := difference(record, step.to_dict()):
+                raise directory.damaged_line(number, reason)
+            steps.append(step)
+        if known is None:
+            known = self._scored(directory)
+        if directory.changes:
+            directory.accept_changes([step.to_dict() for step in steps], _state(known))
+        elif directory.state is None and steps:
+            directory.save(_state(known))
+        return steps, known
+
+    def _other_candidates(
+        self, directory: RunDirectory, steps: list[ScaleStep], fitting: list[str], measures: Known
+    ) -> Known:
+        """What is known of a step that has more candidates under the new limits. InputError when it has fewer."""
+        if self.finished(steps):
+            change = f"the run would have ended after {len(steps)} steps"
+        elif not set(fitting) >= set(measures):
+            change = f"step {len(steps)} would have had {len(fitting)} instead of {len(measures)} candidates"
+        else:
+            return measures
+        raise directory.refuse_changes(
+            f"then {change}, and {len(directory.trace)} are on record; give larger limits, or another run directory"
+        )
+
+    def _scored(self, directory: RunDirectory) -> Known:
+        """Candidates of the step that an interrupted run was in."""
+        if directory.state is None:
+            return {}
+        scored = directory.state.get("scored")
+        if not isinstance(scored, dict) or not all(map(_is_pair, scored.values())):
+            raise directory.damaged(str(directory.state_file), f"has no measures of candidates: {scored!r:.80}")
+        return {str(candidate): Measures(*pair) for candidate, pair in scored.items()}
 
     def reached(self, steps: list[ScaleStep]) -> Topology:
         return steps[-1].topology if steps else self.start
@@ -247,23 +272,28 @@ class _Scaling:
         return at_limit or not self._fitting(steps[-1].topology)[0]
 
     def step(
-        self,
-        steps: list[ScaleStep],
-        scored: list[Measures],
-        directory: RunDirectory,
-        share: Share[Task],
-        bar: tqdm,
+        self, steps: list[ScaleStep], known: Known, directory: RunDirectory, share: Share[Task], shown: Progress
     ) -> ScaleStep:
-        """Score the candidates (but the first ``len(scored)``, which an interrupted run has done) and choose one."""
+        """Score the candidates (but those that are known) and choose one."""
         start = time.perf_counter()
+        candidates = self._fitting(self.reached(steps))[0]
+        left = [candidate for candidate in candidates if str(candidate) not in known]
+        while left:
+            chunk, left = left[: _chunk()], left[_chunk() :]
+            scored = self.evaluator.measure(share, [self.scored(candidate) for candidate in chunk], len(steps))
+            known = {**known, **{str(candidate): values for candidate, values in zip(chunk, scored, strict=True)}}
+            directory.save(_state(known))
+            shown.within_step(f"step {len(steps)}, {len(candidates) - len(left)}/{len(candidates)} candidates")
+        seconds = time.perf_counter() - start
+        return self.decide(steps, [known[str(candidate)] for candidate in candidates], seconds)
+
+    def scored(self, candidate: Topology) -> Topology:
+        """What is scored in the place of a candidate."""
+        return candidate.replace(width=candidate.width // self.shrink)
+
+    def decide(self, steps: list[ScaleStep], measures: list[Measures], seconds: float) -> ScaleStep:
+        """The step after ``steps``, given the measures of its candidates."""
         candidates, dropped = self._fitting(self.reached(steps))
-        networks = [candidate.replace(width=candidate.width // self.shrink) for candidate in candidates]
-        measures = list(scored)
-        while len(measures) < len(networks):
-            chunk = networks[len(measures) : len(measures) + _chunk()]
-            measures += self.evaluator.measure(share, chunk, len(steps))
-            directory.save({"scored": [list(values) for values in measures]})
-            bar.set_postfix_str(_progress(len(steps), candidates, measures))
         winner, sums = choose(measures, self.convention)
         if winner is None:
             raise InputError(
@@ -271,13 +301,12 @@ class _Scaling:
                 "give other images, a larger img_size or a smaller batch"
             )
         rows = [
-            Candidate(candidate, network.width, cost.params, cost.flops, *values, rank_sum)
-            for candidate, network, cost, values, rank_sum in zip(
-                candidates, networks, map(self.cost, candidates), measures, sums, strict=True
+            Candidate(candidate, self.scored(candidate).width, cost.params, cost.flops, *values, rank_sum)
+            for candidate, cost, values, rank_sum in zip(
+                candidates, map(self.cost, candidates), measures, sums, strict=True
             )
         ]
         chosen = rows[winner]
-        seconds = time.perf_counter() - start
         return ScaleStep(len(steps), rows, dropped, chosen.topology, chosen.params, chosen.flops, seconds)
 
     def result(self, steps: list[ScaleStep]) -> dict[str, Any]:
@@ -330,17 +359,22 @@ def _limits(max_params: float | tuple[float, float]) -> tuple[float, float]:
     return pair
 
 
-def _spread(measures: Sequence[Measures], indices: Sequence[int], metric: str) -> float:
-    """(max - min) / max over the candidates, the authors' "changing range"."""
-    values = [getattr(measures[index], metric) for index in indices]
-    difference = max(values) - min(values)
-    if difference == 0:
-        return 0.0
-    return difference / max(values) if max(values) else math.inf
+def _measured(record: Mapping[str, Any]) -> Known:
+    """Measures of the candidates of a record. Raises InputError when it has none."""
+    candidates = record.get("candidates")
+    if not isinstance(candidates, list) or any(
+        not isinstance(candidate, dict) or not isinstance(candidate.get("topology"), str) for candidate in candidates
+    ):
+        raise InputError("has no candidates")
+    return {candidate["topology"]: measures_of(candidate) for candidate in candidates}
 
 
-def _scored(state: dict[str, Any] | None) -> list[Measures]:
-    return [Measures(*values) for values in state["scored"]] if state else []
+def _is_pair(values: Any) -> bool:
+    return isinstance(values, list) and [type(value) for value in values] == [float, float]
+
+
+def _state(known: Known) -> dict[str, Any]:
+    return {"scored": {candidate: list(values) for candidate, values in known.items()}}
 
 
 def _chunk() -> int:
@@ -348,16 +382,11 @@ def _chunk() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
-def _show(bar: tqdm, params: int, step: int) -> None:
-    bar.n = params / 1e6
-    bar.set_postfix_str(f"step {step}")
-
-
-def _progress(step: int, candidates: Sequence[Topology], measures: Sequence[Measures]) -> str:
-    last = measures[-1]
+def _progress(step: ScaleStep) -> str:
+    chosen = step.chosen
     return (
-        f"step {step}, candidate {len(measures)}/{len(candidates)} {candidates[len(measures) - 1]}, "
-        f"length {last.length_distortion:.4g}, ntk {last.ntk_condition:.4g}"
+        f"step {step.step}: {step.topology}, best of {len(step.candidates)}, length {chosen.length_distortion:.4g}, "
+        f"ntk {chosen.ntk_condition:.4g}, {step.seconds:.2f} s"
     )
 
 

@@ -1,0 +1,61 @@
+"""What the long runs of the command line share: how they end early, how they warn, what is on record of them."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from .common import is_main_process, say
+
+EXIT_TERMINATED = 128 + signal.SIGTERM  # the shell's convention
+
+
+@contextlib.contextmanager
+def long_run() -> Iterator[None]:
+    """SIGTERM (a preempted job) ends the run as Ctrl-C does, files closed, with exit code 143; warnings take one line.
+
+    Under torchrun this holds for rank 0, which alone has files; the others end at once.
+    """
+    in_charge = is_main_process() and threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)
+    format_before = warnings.formatwarning
+    if in_charge and before == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
+    warnings.formatwarning = lambda message, *_, **__: f"asvit-fast: warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = format_before
+        if signal.getsignal(signal.SIGTERM) is _terminate:
+            signal.signal(signal.SIGTERM, before)
+
+
+def announce_folder(directory: str, quiet: bool) -> None:
+    """Say whether the run directory is new."""
+    done = steps_done(directory)
+    if done:
+        say(f"{directory} holds a run of {done} steps: continuing from there.", quiet)
+    else:
+        say(f"Writing to {directory}; stop at any time, the same command continues.", quiet)
+
+
+def steps_done(directory: str) -> int:
+    """Steps on record in a run directory; 0 without one."""
+    from ..files import read_jsonl
+    from ..run_directory import TRACE
+
+    return len(read_jsonl(Path(directory) / TRACE))
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not interrupt the end
+    with contextlib.suppress(OSError):
+        print("\nasvit-fast: terminated; the same command continues where it stopped", file=sys.stderr)
+    raise SystemExit(EXIT_TERMINATED)

@@ -1,0 +1,131 @@
+"""What a search hands back: the policy's choice, the best of what it sampled, and the random baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..topology import Topology
+from .evaluation import METRICS, Measures
+from .policy import Policy
+from .ranking import choose
+from .records import measures_of
+
+
+@dataclass(frozen=True)
+class ScoredTopology:
+    """A topology with its measures, its cost (``flops`` are multiply-adds of one image), and the steps that drew it.
+
+    ``length_distortion``: larger is better; ``ntk_condition``: smaller is better. ``str`` gives the topology's text.
+    """
+
+    topology: Topology
+    length_distortion: float
+    ntk_condition: float
+    params: int
+    flops: int
+    steps: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return str(self.topology)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, text and lists, for JSON."""
+        return {**asdict(self), "topology": str(self.topology), "steps": list(self.steps)}
+
+
+def best_sampled(trace: Iterable[Mapping[str, Any]]) -> ScoredTopology | None:
+    """The best topology on record by the sum of its ranks in both measures, as scaling ranks (As-ViT, Algorithm 2).
+
+    ``trace``: records of trace.jsonl, of a search or of its baseline. A topology that was drawn several times counts
+    once, with the means of its measures. Ties go to the better value of the measure that varies more. None when no
+    topology has finite measures. Raises InputError for measures that are no numbers.
+    """
+    drawn: dict[str, list[Mapping[str, Any]]] = {}
+    for record in trace:
+        drawn.setdefault(record["topology"], []).append(record)
+    means = [_mean([measures_of(record) for record in records]) for records in drawn.values()]
+    winner = choose(means)[0]
+    if winner is None:
+        return None
+    text, records = list(drawn.items())[winner]
+    steps = tuple(record["step"] for record in records)
+    return ScoredTopology(Topology.parse(text), *means[winner], records[0]["params"], records[0]["flops"], steps)
+
+
+def _mean(measures: list[Measures]) -> Measures:
+    return Measures(*(sum(column) / len(column) for column in zip(*measures, strict=True)))
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Random search at the cost of the search it belongs to: as many topologies, drawn uniformly, scored alike.
+
+    ``trace``: one record for each, as in baseline/trace.jsonl.
+    """
+
+    trace: list[dict[str, Any]] = field(repr=False)
+
+    @property
+    def best(self) -> ScoredTopology | None:
+        """The best of them, see ``best_sampled``."""
+        return best_sampled(self.trace)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The topology that a search found and how.
+
+    ``topology`` is the paper's answer, the most probable one of the final policy (that fits the budget),
+    ``length_distortion`` and ``ntk_condition`` its measures, ``params`` and ``flops`` (multiply-adds) its cost,
+    ``entropy`` the final policy's in nats, ``trace`` one record a step as in trace.jsonl, ``baseline`` the random
+    search that was asked for, or None.
+    """
+
+    topology: Topology
+    length_distortion: float
+    ntk_condition: float
+    params: int
+    flops: int
+    steps: int
+    entropy: float
+    trace: list[dict[str, Any]] = field(repr=False)
+    policy: Policy = field(repr=False, compare=False)
+    baseline: Baseline | None = field(repr=False, default=None)
+
+    @property
+    def most_probable(self) -> ScoredTopology:
+        """The most probable topology of the final policy, as in the paper, scored after the last step."""
+        drawn = tuple(record["step"] for record in self.trace if record["topology"] == str(self.topology))
+        return ScoredTopology(self.topology, self.length_distortion, self.ntk_condition, self.params, self.flops, drawn)
+
+    @property
+    def best_sampled(self) -> ScoredTopology | None:
+        """The best of all sampled topologies by the sum of ranks in both measures; None when none has finite ones.
+
+        The best of many noisy scores is partly luck: score it anew before you rely on the numbers.
+        """
+        return best_sampled(self.trace)
+
+    @property
+    def best(self) -> ScoredTopology:
+        """The better scored of ``most_probable`` and ``best_sampled``: the one that is better in both measures, else
+        in the measure in which they differ more, relative to the larger value."""
+        sampled, probable = self.best_sampled, self.most_probable
+        if sampled is None:
+            return probable
+        pair = [probable, sampled]
+        winner = choose([Measures(one.length_distortion, one.ntk_condition) for one in pair])[0]
+        return probable if winner is None else pair[winner]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of result.json."""
+        names = (*METRICS, "params", "flops", "steps", "entropy")
+        sampled = self.best_sampled
+        return {
+            "kind": "search",
+            "topology": str(self.topology),
+            **{name: getattr(self, name) for name in names},
+            "best_sampled": None if sampled is None else sampled.to_dict(),
+        }

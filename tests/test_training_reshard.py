@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from training_program import PLAIN, run, run_killed, run_stalling, run_with_workers
+from training_program import PLAIN, Pictures, run, run_killed, run_stalling, run_with_workers
 
 from asvit_fast.backends import FallbackWarning
-from asvit_fast.training.checkpoint import LAST
+from asvit_fast.errors import InputError
+from asvit_fast.training.checkpoint import BEST, LAST
+from asvit_fast.training.step import Step
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["asvit_fast.training"])
@@ -176,3 +178,140 @@ def lives(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+# ------------------------------------------------------------------ more epochs, lost files
+
+
+def test_more_epochs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The trace and the log say what changed; the epochs before stay, those after have the longer training's rates."""
+    short = {**PLAIN, "schedule": "1:2,1:1", "sched": "cosine"}
+    first = run(tmp_path, **short, epochs=2)
+    longer = run(tmp_path, **short, epochs=3, progress=True)
+    assert "epochs 2 -> 3" in capsys.readouterr().err
+    assert longer.epochs[:2] == first.epochs and [row["token_reduction"] for row in longer.epochs] == [2, 1, 1]
+    assert rows(tmp_path)[2]["changed"]["epochs"] == [2, 3]
+    whole = run(None, **short, epochs=3)
+    assert longer.epochs[2]["lr"] == whole.epochs[2]["lr"] != first.epochs[-1]["lr"]
+    assert json.loads((tmp_path / "result.json").read_text())["epochs"] == 3
+    assert run(tmp_path, **short, epochs=3).epochs == longer.epochs
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 1}, "2 epochs are trained already"),
+        ({"epochs": 6, "schedule": "0.5:2,0.5:1"}, "epoch 1 was trained with token reduction 1"),
+        ({"batch_size": 12}, "images_per_update must stay 8"),
+        ({"smoothing": 0.0}, "smoothing is"),
+    ],
+    ids=str,
+)
+def test_what_cannot_go_on(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    known = {**PLAIN, "epochs": 2, "schedule": "1:2,1:1"}
+    run(tmp_path, **known)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    with pytest.raises(InputError, match=message) as error:
+        run(tmp_path, **{**known, "schedule": "1" if options == {"epochs": 1} else "1:2,1:1", **options})
+    assert "\n" not in str(error.value)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_a_lost_checkpoint(tmp_path: Path) -> None:
+    """The best one takes its place; without that, what is on record stays."""
+    expected = run(tmp_path / "run")
+    (tmp_path / "run" / LAST).unlink()
+    with pytest.warns(FallbackWarning, match="missing"):
+        found = run(tmp_path / "run")
+    for (name, value), other in zip(
+        found.model.state_dict().items(), expected.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(value, other), name
+    for name in (LAST, BEST):
+        (tmp_path / "run" / name).unlink()
+    trace = (tmp_path / "run" / "trace.jsonl").read_bytes()
+    with pytest.raises(InputError, match="missing"):
+        run(tmp_path / "run")
+    assert (tmp_path / "run" / "trace.jsonl").read_bytes() == trace
+
+
+def test_a_checkpoint_inside_an_epoch_is_resumed_with_its_own_images(tmp_path: Path) -> None:
+    die(tmp_path / "run", 9, {})
+    checkpoint = str(tmp_path / "run" / LAST)
+    for options, message in (
+        ({"batch_size": 4}, "images_per_update 8, not 4"),
+        ({"seed": 5}, "seed 3, not 5"),
+        ({"schedule": "2:4,1:1"}, "token_reduction 2, not 4"),
+        ({"epochs": 1, "schedule": "1"}, "1 epochs behind it"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(None, **options, resume=checkpoint)
+    assert [row["epoch"] for row in run(None, resume=checkpoint).epochs] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("position", "update"), -1),
+        (("position", "update"), 7),
+        (("position", "epoch"), "1"),
+        (("position",), None),
+        (("losses",), [float("nan")]),
+        (("batch_sizes",), {2: 0}),
+        (("random",), [{"torch": 5}]),
+        (("random",), []),
+        ((), "nonsense"),
+    ],
+    ids=str,
+)
+def test_wrongly_typed_fields(tmp_path: Path, begun: Path, path: tuple[str, ...], value: Any) -> None:
+    state = torch.load(begun, weights_only=True)
+    inside = {"asvit_fast": state["asvit_fast"]}
+    owner: Any = inside
+    for name in ("asvit_fast", *path)[:-1]:
+        owner = owner[name]
+    owner[("asvit_fast", *path)[-1]] = value
+    torch.save({**state, **inside}, tmp_path / "changed.pth.tar")
+    with pytest.raises(InputError, match="damaged") as error:
+        run(None, resume=str(tmp_path / "changed.pth.tar"))
+    assert "\n" not in str(error.value) and "weights_only" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("begun") / "run"
+    die(out, 9, {})
+    return out / LAST
+
+
+def test_weights_that_are_not_finite_are_never_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by an update whose own loss is fine, and not because an image cannot be read right after it."""
+    original = Step._clip
+
+    def clip(self: Step) -> None:
+        original(self)
+        self.calls = getattr(self, "calls", 0) + 1
+        if self.calls == 4:
+            next(self.model.parameters()).grad.fill_(float("nan"))
+
+    monkeypatch.setattr(Step, "_clip", clip)
+    with pytest.raises(InputError, match="update 3 of epoch 0"):
+        run(tmp_path)
+    kept = torch.load(tmp_path / LAST, weights_only=True)
+    assert kept["asvit_fast"]["position"]["update"] == 2
+    assert all(value.isfinite().all() for value in kept["state_dict"].values())
+    with pytest.raises(InputError, match="not finite"):
+        run(tmp_path / "unreadable", (BreaksAfter(33), None), checkpoint_interval=0)
+    assert not (tmp_path / "unreadable" / LAST).exists()
+
+
+class BreaksAfter(Pictures):
+    def __init__(self, reads: int) -> None:
+        super().__init__()
+        self.left = reads
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        self.left -= 1
+        if self.left < 0:
+            raise OSError("broken")
+        return super().__getitem__(index)

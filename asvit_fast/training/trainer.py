@@ -33,12 +33,13 @@ from .checkpoint import (
     set_random_state,
     weights_of,
 )
+from .continuation import CHANGEABLE, PASSES, check_resumed, checked_rows, recover_last, why_not_continue
 from .data import DataSets, load_data
 from .evaluation import Evaluation, evaluate
 from .interruption import Interruption, Terminated, Unreadable
-from .log import TrainingLog
+from .log import TrainingLog, tokens
 from .network import What, create_network, pixel_statistics
-from .optimization import make_scheduler
+from .optimization import learning_rate, make_scheduler
 from .result import TrainResult, best_row, metric
 from .retokenizer import Retokenizer
 from .sampling import one_number, words
@@ -49,7 +50,6 @@ from .step import Batches, LossGuard, autocast, make_step, prepare, weights_are_
 
 Data = str | Path | DataSets
 # choices that change how a training runs, not what it computes: a run may go on with others
-PASSES = ("batch_size", "grad_accum_steps", "phase_batch_sizes")  # how the images of an update are cut
 RUNNING = (
     "workers", "checkpoint_interval", "log_interval", "eval_interval", "parallel", "torchcompile", "grad_checkpointing",
     *PASSES,
@@ -104,6 +104,7 @@ class Trainer:
         self.position = Position()
         self.reduction = self.schedule.reduction_at(0)
         self.rows: list[dict[str, Any]] = []
+        self.news = ""  # what has changed since the run was begun
         self.progress = progress
         self.config = self._config(data)
 
@@ -136,6 +137,8 @@ class Trainer:
             "images_per_update": self.images_per_update,
             "flops": {str(reduction): macs for reduction, macs in self.cost.macs.items()},
             "saving": self.cost.saving,
+            "processes": self.ranks,
+            **{name: getattr(self.recipe, name) for name in PASSES},
             "recipe": choices,
         }
 
@@ -181,8 +184,10 @@ class Trainer:
         mine: list[RunDirectory] = []
 
         def open_run() -> list[dict[str, Any]]:
-            mine.append(RunDirectory(self.out, self.config, LAST))
-            return mine[0].trace
+            if self.out is not None:
+                recover_last(self.out)
+            mine.append(RunDirectory(self.out, self.config, LAST, changeable=CHANGEABLE))
+            return checked_rows(mine[0])
 
         self.rows = list(processes.on_main(open_run))
         return mine[0] if mine else RunDirectory(None, self.config, LAST)
@@ -195,8 +200,10 @@ class Trainer:
             assert self.out is not None
             state = run.state if run.state is not None else load_state(self.out / LAST)
             run.state = None  # it is large
-        elif self.resume is not None:
+        processes.on_main(lambda: self._settle_changes(run, state))
+        if state is None and self.resume is not None:
             state = self.resume
+            check_resumed(state, self.schedule, self.epochs, self._cut())
         if state is None:
             seed_everything(self.recipe.seed + self.rank, self.device)
             return None
@@ -204,6 +211,24 @@ class Trainer:
         if begun and self.rank == 0 and self.position.update == 0:
             self._keep_best()  # a kill may have come between the checkpoint and this
         return state
+
+    def _settle_changes(self, run: RunDirectory, state: dict[str, Any] | None) -> None:
+        """Options may differ from those that the run was begun with, where what is done stays as it is."""
+        if not run.changes:
+            return
+        reason = why_not_continue(run.changes, None if state is None else Begun.of(state), self.schedule, self.epochs)
+        if reason is not None:
+            raise run.refuse_changes(reason)
+        run.accept_changes(list(self.rows), state)
+        run.state = None
+
+    def _cut(self) -> dict[str, Any]:
+        """What says which images an update holds."""
+        return {
+            "images_per_update": self.images_per_update,
+            "updates_per_epoch": self.updates_per_epoch,
+            "seed": self.recipe.seed,
+        }
 
     def _load(self, state: dict[str, Any]) -> None:
         restore(self.step, state)
@@ -229,7 +254,18 @@ class Trainer:
             text = f"this training goes on with {', '.join(changes)}: correct, but not to the same bits"
             notify_once(("another cut", *changes), text)
         else:
-            self.batch_sizes = begun.batch_sizes  # as they were measured then
+            self.batch_sizes |= begun.batch_sizes  # as they were measured then
+        if begun.epochs != self.epochs:
+            done = begun.epoch * self.updates_per_epoch + begun.update
+            now, before = (
+                learning_rate(self.recipe, self.images_per_update, epochs, self.updates_per_epoch, done)
+                for epochs in (self.epochs, begun.epochs)
+            )
+            self.news = (
+                f"epochs {begun.epochs} -> {self.epochs}: from here on the learning rate is that of a training of "
+                f"{self.epochs} epochs, {now:.3g} for the next update ({before:.3g} with {begun.epochs}); what is "
+                "trained already had the old one"
+            )
 
     def _announce(self, state: dict[str, Any] | None) -> None:
         model, recipe = self.description["model"], self.recipe
@@ -241,6 +277,8 @@ class Trainer:
             f"epoch, {self.epochs} epochs; learning rate {recipe.learning_rate(self.images_per_update):.3g}"
         )
         self.log.say(self.cost.table())
+        if self.news:
+            self.log.say(self.news)
         if state is not None and self.position.epoch < self.epochs:
             self.log.say(f"continuing in epoch {self.position.epoch}, after {self.position.update} updates of it")
 
@@ -437,9 +475,7 @@ class Trainer:
             batch_sizes=self.batch_sizes,
             epochs=self.epochs,
             schedule=str(self.schedule),
-            images_per_update=self.images_per_update,
-            updates_per_epoch=self.updates_per_epoch,
-            seed=self.recipe.seed,
+            **self._cut(),
             **{name: getattr(self.recipe, name) for name in PASSES},
         )
         state[OURS] = begun.to_dict()
@@ -461,7 +497,3 @@ class Trainer:
             "train_seconds": result.seconds,
             "saving": self.cost.saving,
         }
-
-
-def tokens(reduction: int) -> str:
-    return "full tokens" if reduction == 1 else f"{reduction} times fewer tokens per side"

@@ -90,7 +90,8 @@ class Pace:
 class TrainingLog:
     """Progress bar, TensorBoard's events and summary.csv of a training; rank 0 has one, the others ``silent()``.
 
-    Each epoch has a line. Where stderr is no terminal, a line every 30 seconds stands for the bar. TensorBoard is optional (extra "train").
+    Each epoch has a line. Where stderr is no terminal, a line every 30 seconds stands for the bar. TensorBoard is
+    optional (extra "train").
     The truth about a run is its trace.jsonl: ``write_summary`` makes the table from all rows each time, so that an
     interrupted run has each epoch once.
 
@@ -219,7 +220,7 @@ class TrainingLog:
 
     def _epoch_line(self, row: Mapping[str, Any]) -> str:
         """One line of what the row holds."""
-        parts = [f"epoch {row['epoch']} ({row['epoch'] + 1}/{self.epochs})"]
+        parts = [f"epoch {row['epoch']}/{self.epochs}"]
         if "token_reduction" in row:
             parts.append(tokens(row["token_reduction"]))
         parts.append(f"loss {row['train_loss']:.4g}")

@@ -252,7 +252,7 @@ class Trainer:
         changes = [f"{name} {there[name]!r} -> {here[name]!r}" for name in here if here[name] != there[name]]
         if changes:
             text = f"this training goes on with {', '.join(changes)}: correct, but not to the same bits"
-            notify_once(("another cut", *changes), text)
+            notify_once(("another cut", self.out, *changes), text)
         else:
             self.batch_sizes |= begun.batch_sizes  # as they were measured then
         if begun.epochs != self.epochs:

@@ -188,8 +188,8 @@ ROW = {
 def test_a_line_for_each_epoch(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """With a terminal and without, on a line of its own; resumed rows come from JSON."""
     expected = (
-        "epoch 1/4, 2 times fewer tokens per side, loss 1.5, top-1 50.00 % (51.25 % of the averaged weights), lr 0.001, "
-        "01:01"
+        "epoch 1/4, 2 times fewer tokens per side, loss 1.5, top-1 50.00 % (51.25 % of the averaged weights), "
+        "lr 0.001, 01:01"
     )
     log = make()
     log.epoch(ROW)

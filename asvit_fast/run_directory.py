@@ -251,7 +251,8 @@ def load_state(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        foreign = isinstance(error, pickle.UnpicklingError)  # whose text advises to load it unsafely
+        # whose text advises to load it unsafely
+        foreign = isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error)
         reason = "no state of a run, or cut short" if foreign else " ".join(str(error).split()) or type(error).__name__
         raise DamagedState(f"{path} is damaged ({reason[:200]})") from error
     lines = state.get(_LINES) if isinstance(state, dict) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -19,7 +20,10 @@ from training_program import PLAIN, Pictures, run, run_killed, run_stalling, run
 from asvit_fast.backends import FallbackWarning
 from asvit_fast.errors import InputError
 from asvit_fast.training.checkpoint import BEST, LAST
+from asvit_fast.training.continuation import check_same_stream
+from asvit_fast.training.state import Begun
 from asvit_fast.training.step import Step
+from asvit_fast.training.trainer import Trainer
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["asvit_fast.training"])
@@ -315,3 +319,57 @@ class BreaksAfter(Pictures):
         if self.left < 0:
             raise OSError("broken")
         return super().__getitem__(index)
+
+
+def test_streams_go_on_with_the_processes_that_share_them(begun: Path) -> None:
+    """In the middle of an epoch; others would read other images."""
+    entry = Begun.of(torch.load(begun, weights_only=True))
+    assert entry is not None and entry.update > 0
+    check_same_stream(entry, True, 1, 0)
+    check_same_stream(entry, False, 2, 3)
+    check_same_stream(dataclasses.replace(entry, update=0), True, 2, 3)
+    for ranks, workers, message in ((2, 0, "1 processes share"), (1, 2, "0 workers share")):
+        with pytest.raises(InputError, match=message):
+            check_same_stream(entry, True, ranks, workers)
+
+
+def test_refused_files_come_without_unsafe_advice(tmp_path: Path) -> None:
+    """TorchScript, too, for which torch has advice of its own."""
+    run(tmp_path / "run", epochs=1, schedule="1")
+    for path in (tmp_path / "script.pth", tmp_path / "run" / LAST):
+        torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))
+    for options in ({"resume": str(tmp_path / "script.pth")}, {"initial_checkpoint": str(tmp_path / "script.pth")}):
+        with pytest.raises(InputError) as error:
+            run(None, **options)
+        assert "weights_only" not in str(error.value)
+    with pytest.raises(InputError, match="damaged") as error:
+        run(tmp_path / "run", epochs=1, schedule="1")
+    assert "weights_only" not in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "value"), [("top1", "high"), ("epoch", 0.5), ("seconds", None), ("train_loss", [1])])
+def test_wrongly_typed_rows(tmp_path: Path, name: str, value: Any) -> None:
+    options = {"epochs": 1, "schedule": "1"}
+    run(tmp_path, **options)
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text(json.dumps({**json.loads(trace.read_text()), name: value}) + "\n")
+    with pytest.raises(InputError, match=rf"trace\.jsonl, line 1: {name} must be"):
+        run(tmp_path, **options)
+
+
+def test_what_a_training_says_of_itself(tmp_path: Path) -> None:
+    result = run(tmp_path, epochs=1, schedule="1")
+    assert repr(result).startswith("TrainResult(epochs=1, schedule='1:1', train_loss=") and len(repr(result)) < 250
+    assert "\n" not in repr(result) and "Conv2d" not in repr(result)
+    assert json.loads(json.dumps(result.to_dict()))["epochs"] == result.epochs
+    assert "<th>schedule</th><td>&#x27;1:1&#x27;</td>" in result._repr_html_()
+    assert repr(run(None, (Pictures(), None), epochs=1, schedule="1"))
+
+
+def test_compiling_leaves_the_limit_of_other_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = []
+    monkeypatch.setattr(Trainer, "_warm_up", lambda self: limits.append(torch._dynamo.config.recompile_limit))
+    before = torch._dynamo.config.recompile_limit
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
+    run(None, epochs=1, schedule="1", torchcompile=True)
+    assert torch._dynamo.config.recompile_limit == before < limits[0]

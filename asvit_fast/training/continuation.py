@@ -10,8 +10,10 @@ from ..backends import notify_once
 from ..errors import InputError
 from ..files import as_float
 from ..folder_lock import FolderLock
+from ..recipe import Recipe
 from ..run_directory import CONFIG, RunDirectory
 from .checkpoint import BEST, LAST, keep_as, last_epoch
+from .optimization import learning_rate
 from .schedule import REDUCTIONS, RetokenizationSchedule
 from .state import Begun
 
@@ -54,6 +56,38 @@ def why_not_continue(
     return None
 
 
+def settle_changes(
+    run: RunDirectory,
+    rows: list[dict[str, Any]],
+    state: dict[str, Any] | None,
+    schedule: RetokenizationSchedule,
+    epochs: int,
+) -> None:
+    """Write down with which other options a run goes on from its ``rows`` and ``state``. Raises InputError."""
+    if not run.changes:
+        return
+    reason = why_not_continue(run.changes, None if state is None else Begun.of(state), schedule, epochs)
+    if reason is not None:
+        raise run.refuse_changes(reason)
+    run.accept_changes(list(rows), state)
+    run.state = None  # it is large
+
+
+def what_changes(begun: Begun, recipe: Recipe, images_per_update: int, epochs: int) -> str:
+    """What another number of epochs means, in a line; "" where it is the same."""
+    if begun.epochs == epochs:
+        return ""
+    done = begun.epoch * begun.updates_per_epoch + begun.update
+    now, before = (
+        learning_rate(recipe, images_per_update, length, begun.updates_per_epoch, done)
+        for length in (epochs, begun.epochs)
+    )
+    return (
+        f"epochs {begun.epochs} -> {epochs}: from here on the learning rate is that of a training of {epochs} epochs, "
+        f"{now:.3g} for the next update ({before:.3g} with {begun.epochs}); what is trained already had the old one"
+    )
+
+
 def check_resumed(
     state: Mapping[str, Any], schedule: RetokenizationSchedule, epochs: int, cut: Mapping[str, int]
 ) -> None:
@@ -75,6 +109,19 @@ def check_resumed(
             raise InputError(
                 f"the checkpoint to resume stands inside epoch {begun.epoch}, with {name} {getattr(begun, name)}, not "
                 f"{value}; give the options that it was begun with, or take its weights alone as initial_checkpoint"
+            )
+
+
+def check_same_stream(begun: Begun | None, is_stream: bool, ranks: int, workers: int) -> None:
+    """A stream deals its images out to ranks and workers as it is read: with others, the rest of an epoch would hold
+    images that were seen, and lack some. Raises InputError."""
+    if begun is None or not is_stream or begun.update == 0:
+        return
+    for name, before, now in (("processes", begun.processes, ranks), ("workers", begun.workers, workers)):
+        if before != now:
+            raise InputError(
+                f"this training stands inside epoch {begun.epoch}, whose images are a stream that {before} {name} "
+                f"share: {now} would see some of them twice and others never; go on with {before} until the epoch ends"
             )
 
 

@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -44,8 +44,7 @@ class Interruption:
     def __init__(self) -> None:
         self._asked = self._reading = False
         self._error: InputError | None = None
-        # of the CPU: ranks must not wait for their GPUs to learn of each other
-        self._group: Any = dist.new_group(backend="gloo") if processes.joined() else None
+        self._group = processes.cpu_group()  # ranks must not wait for their GPUs to learn of each other
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:

@@ -46,6 +46,7 @@ class Begun:
     images_per_update: int
     updates_per_epoch: int
     seed: int
+    workers: int
     batch_size: int
     grad_accum_steps: int
     phase_batch_sizes: str
@@ -98,7 +99,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: isinstance(value, dict) and all(type(n) is int and n >= 1 for n in (*value, *value.values())),
         "images of a pass by token reduction",
     ),
-    **dict.fromkeys(("epoch", "update", "seed"), _whole(0)),
+    **dict.fromkeys(("epoch", "update", "seed", "workers"), _whole(0)),
     **dict.fromkeys(
         ("token_reduction", "epochs", "images_per_update", "updates_per_epoch", "batch_size", "grad_accum_steps"),
         _whole(1),

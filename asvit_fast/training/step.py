@@ -125,7 +125,6 @@ def make_step(model: nn.Module, recipe: Recipe, device: torch.device, num_classe
             shard(network, device)
     optimizer = make_optimizer(recipe, model, images_per_update)
     if recipe.torchcompile:
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
         for network in networks:
             network.compile(dynamic=False)  # one graph for each grid and batch
     return Step(
@@ -140,6 +139,13 @@ def make_step(model: nn.Module, recipe: Recipe, device: torch.device, num_classe
         recipe=recipe,
         device=device,
     )
+
+
+def many_graphs(recipe: Recipe) -> contextlib.AbstractContextManager[Any]:
+    """Inside it a compiled network may have ``GRAPHS`` graphs; torch's own limit is for all networks of a program."""
+    if not recipe.torchcompile:
+        return contextlib.nullcontext()
+    return torch._dynamo.config.patch(recompile_limit=max(torch._dynamo.config.recompile_limit, GRAPHS))
 
 
 def autocast(recipe: Recipe, device: torch.device) -> contextlib.AbstractContextManager[Any]:

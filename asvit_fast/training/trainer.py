@@ -33,20 +33,29 @@ from .checkpoint import (
     set_random_state,
     weights_of,
 )
-from .continuation import CHANGEABLE, PASSES, check_resumed, checked_rows, recover_last, why_not_continue
+from .continuation import (
+    CHANGEABLE,
+    PASSES,
+    check_resumed,
+    check_same_stream,
+    checked_rows,
+    recover_last,
+    settle_changes,
+    what_changes,
+)
 from .data import DataSets, load_data
 from .evaluation import Evaluation, evaluate
 from .interruption import Interruption, Terminated, Unreadable
 from .log import TrainingLog, tokens
 from .network import What, create_network, pixel_statistics
-from .optimization import learning_rate, make_scheduler
+from .optimization import make_scheduler
 from .result import TrainResult, best_row, metric
 from .retokenizer import Retokenizer
 from .sampling import one_number, words
 from .saving import schedule_cost
 from .schedule import RetokenizationSchedule
 from .state import Begun, Position, collect, restore
-from .step import Batches, LossGuard, autocast, make_step, prepare, weights_are_finite
+from .step import Batches, LossGuard, autocast, make_step, many_graphs, prepare, weights_are_finite
 
 Data = str | Path | DataSets
 # choices that change how a training runs, not what it computes: a run may go on with others
@@ -168,10 +177,12 @@ class Trainer:
             )
             try:
                 self._announce(state)
-                self._warm_up()
+                with many_graphs(self.recipe):
+                    self._warm_up()
                 while self.position.epoch < self.epochs:
-                    self._train_epoch(run)
-                    self._end_epoch(run)
+                    with many_graphs(self.recipe):
+                        self._train_epoch(run)
+                        self._end_epoch(run)
                     yield self.rows[-1]
             finally:
                 self.log.close()
@@ -195,15 +206,17 @@ class Trainer:
     def _restore(self, run: RunDirectory) -> dict[str, Any] | None:
         """Go on where the run directory, or the checkpoint to resume, stands; then the generators of this rank."""
         begun = processes.broadcast(run.state is not None)
-        state = None
+        state = self.resume
         if begun:
             assert self.out is not None
             state = run.state if run.state is not None else load_state(self.out / LAST)
             run.state = None  # it is large
-        processes.on_main(lambda: self._settle_changes(run, state))
-        if state is None and self.resume is not None:
-            state = self.resume
-            check_resumed(state, self.schedule, self.epochs, self._cut())
+        if state is not None:
+            check_same_stream(Begun.of(state), self.data.is_stream, self.ranks, self.recipe.workers)
+            if not begun:
+                check_resumed(state, self.schedule, self.epochs, self._cut())
+        found = state if begun else None
+        processes.on_main(lambda: settle_changes(run, self.rows, found, self.schedule, self.epochs))
         if state is None:
             seed_everything(self.recipe.seed + self.rank, self.device)
             return None
@@ -212,23 +225,10 @@ class Trainer:
             self._keep_best()  # a kill may have come between the checkpoint and this
         return state
 
-    def _settle_changes(self, run: RunDirectory, state: dict[str, Any] | None) -> None:
-        """Options may differ from those that the run was begun with, where what is done stays as it is."""
-        if not run.changes:
-            return
-        reason = why_not_continue(run.changes, None if state is None else Begun.of(state), self.schedule, self.epochs)
-        if reason is not None:
-            raise run.refuse_changes(reason)
-        run.accept_changes(list(self.rows), state)
-        run.state = None
-
     def _cut(self) -> dict[str, Any]:
         """What says which images an update holds."""
-        return {
-            "images_per_update": self.images_per_update,
-            "updates_per_epoch": self.updates_per_epoch,
-            "seed": self.recipe.seed,
-        }
+        names = ("images_per_update", "updates_per_epoch")
+        return {**{name: getattr(self, name) for name in names}, "seed": self.recipe.seed}
 
     def _load(self, state: dict[str, Any]) -> None:
         restore(self.step, state)
@@ -255,17 +255,7 @@ class Trainer:
             notify_once(("another cut", self.out, *changes), text)
         else:
             self.batch_sizes |= begun.batch_sizes  # as they were measured then
-        if begun.epochs != self.epochs:
-            done = begun.epoch * self.updates_per_epoch + begun.update
-            now, before = (
-                learning_rate(self.recipe, self.images_per_update, epochs, self.updates_per_epoch, done)
-                for epochs in (self.epochs, begun.epochs)
-            )
-            self.news = (
-                f"epochs {begun.epochs} -> {self.epochs}: from here on the learning rate is that of a training of "
-                f"{self.epochs} epochs, {now:.3g} for the next update ({before:.3g} with {begun.epochs}); what is "
-                "trained already had the old one"
-            )
+        self.news = what_changes(begun, self.recipe, self.images_per_update, self.epochs)
 
     def _announce(self, state: dict[str, Any] | None) -> None:
         model, recipe = self.description["model"], self.recipe
@@ -475,6 +465,7 @@ class Trainer:
             batch_sizes=self.batch_sizes,
             epochs=self.epochs,
             schedule=str(self.schedule),
+            workers=self.recipe.workers,
             **self._cut(),
             **{name: getattr(self.recipe, name) for name in PASSES},
         )

@@ -30,6 +30,7 @@ from asvit_fast import files
 from asvit_fast.errors import InputError
 from asvit_fast.training import TrainResult, train
 from asvit_fast.training.batches import Reading
+from asvit_fast.training.log import TrainingLog
 from asvit_fast.training.samples import Samples
 from asvit_fast.training.step import Step
 
@@ -141,6 +142,19 @@ def run(out: str | Path | None, data: Any = None, **options: Any) -> TrainResult
     return train(TOPOLOGY, data, out=out, **{**OPTIONS, **options})
 
 
+def grad_norms() -> list[float]:
+    """Of the updates from now on, as they are logged."""
+    norms: list[float] = []
+    original = TrainingLog.update
+
+    def update(self: TrainingLog, *arguments: Any, grad_norm: float | None = None, **options: Any) -> None:
+        norms.extend(() if grad_norm is None else (grad_norm,))
+        original(self, *arguments, grad_norm=grad_norm, **options)
+
+    TrainingLog.update = update  # type: ignore[method-assign]
+    return norms
+
+
 def die_at(update: int, marker: Path | None = None) -> None:
     """From now on the process is killed before that update of the training; with a marker file, only once."""
     original = Step.__call__
@@ -200,8 +214,10 @@ def main() -> None:
     data = None
     if arguments.stall_at is not None and rank == arguments.die_rank:
         data = stalling_data("training", arguments.stall_at, Path(f"{arguments.out}.stalls"))
+    norms = grad_norms()
     result = run(arguments.out, data, **arguments.options)
     if rank == 0:
+        print(json.dumps(norms))
         print(json.dumps(result.epochs))
 
 

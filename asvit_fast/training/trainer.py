@@ -250,11 +250,11 @@ class Trainer:
         here = {"processes": self.ranks, **{name: getattr(self.recipe, name) for name in PASSES}}
         there = {name: getattr(begun, name) for name in here}
         changes = [f"{name} {there[name]!r} -> {here[name]!r}" for name in here if here[name] != there[name]]
-        if changes:
+        if not changes:
+            self.batch_sizes |= begun.batch_sizes  # as they were measured then
+        elif self.rank == 0:
             text = f"this training goes on with {', '.join(changes)}: correct, but not to the same bits"
             notify_once(("another cut", self.out, *changes), text)
-        else:
-            self.batch_sizes |= begun.batch_sizes  # as they were measured then
         self.news = what_changes(begun, self.recipe, self.images_per_update, self.epochs)
 
     def _announce(self, state: dict[str, Any] | None) -> None:

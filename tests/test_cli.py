@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -262,24 +263,32 @@ def test_search_says_what_it_does_and_resumes(tmp_path: Path, capsys: pytest.Cap
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == files
 
 
-def test_interrupt(tmp_path: Path) -> None:
-    """Ctrl-C in the middle of a search: exit code 130, and the same command goes on."""
-    command = [*SEARCH, "--steps", "400", "--out", str(tmp_path)]
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupt(tmp_path: Path, number: int, code: int) -> None:
+    """Ctrl-C or a preemption in the middle of a search: its exit code, a line a step so far, and the same command goes
+    on."""
+    command = [*SEARCH[:-1], "--steps", "200", "--out", str(tmp_path)]
     trace = tmp_path / "trace.jsonl"
     process = subprocess.Popen(
         [sys.executable, "-m", "asvit_fast", *command],
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in the background inherit to ignore it
     )
     while process.poll() is None and not (trace.exists() and trace.read_text().count("\n") >= 2):
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130, error
-    assert "interrupted; the same command continues" in error
+    assert process.returncode == code, error
+    assert "Traceback" not in error
+    assert ("interrupted" if code == 130 else "terminated") + "; the same command continues" in error
     done = read_jsonl(trace)
-    assert 0 < len(done) < 400
-    assert main(command) == 0
+    assert 0 < len(done) < 200
+    steps = [line for line in error.splitlines() if line.startswith("search: ")]
+    assert len(done) - 1 <= len(steps) <= len(done)
+    assert re.fullmatch(r"search: 1/200 steps, length \S+, ntk \S+, reward \S+, entropy \S+, .* left", steps[0])
+    assert "\r" not in error and "%|" not in error
+    assert main([*command, "--quiet"]) == 0
     assert read_jsonl(trace)[: len(done) - 1] == done[:-1]  # a step whose state was not saved yet is done again
-    assert len(read_jsonl(trace)) == 400
+    assert len(read_jsonl(trace)) == 200

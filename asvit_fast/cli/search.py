@@ -130,8 +130,8 @@ COMMAND = Command(
             "momentum",
             fraction,
             0.9,
-            "momentum of the moving average that rewards are compared with, below 1",
-            "NUMBER",
+            "momentum of the moving average that rewards are compared with, a number below 1",
+            "X",
         ),
         Option("history", integer(1), 20, "number of steps in the range of the reference convention's reward", "N"),
         Option(

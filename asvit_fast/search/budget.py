@@ -70,7 +70,8 @@ class Budget:
                     f"budget: {name} must be from {_text(low)} to {_text(high)}, but {facts}; change the budget"
                 )
             if (high is None or most <= high) and (low is None or low <= least):
-                idle.append(f"budget: {name} from {_text(low)} to {_text(high)} excludes nothing, as {facts}")
+                ends = [f"from {_text(low)}"] * (low is not None) + [f"up to {_text(high)}"] * (high is not None)
+                idle.append(f"budget: {name} {' '.join(ends)} excludes nothing, as {facts}")
         if space.size <= ENUMERATE_UP_TO:
             candidates = space.enumerate(width)
         else:

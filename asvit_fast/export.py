@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import nn
 from . import graph
 from .cost import params
 from .errors import InputError
-from .files import folder_path, write_folder
+from .files import folder_path, from_json, write_folder
 from .report.runs import Run, find_runs
 from .topology import Topology
 from .training.checkpoint import BEST, LAST, one_line
@@ -302,7 +301,7 @@ def _check_target(target: Path) -> None:
 
 def _is_ours(path: Path) -> bool:
     try:
-        content = json.loads(path.read_bytes())
-        return MARK in content or content.get("architecture") == "asvit"
-    except (OSError, ValueError, AttributeError, TypeError):  # no configuration, or not one of a model
+        content = from_json(path.read_bytes())
+    except (OSError, InputError):
         return False
+    return isinstance(content, dict) and (MARK in content or content.get("architecture") == "asvit")

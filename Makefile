@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.h)
 CLANG_FORMAT := $(filter %.cpp %.h %.cu,$(SOURCES)) $(wildcard tests/cuda_on_cpu/*.* tests/cuda_on_cpu/cuda/*.h)
 
-.PHONY: install demo test sanitize kernel-report resource-report lint format bench clean
+.PHONY: install demo test test-oldest sanitize kernel-report resource-report lint format bench clean
 
 install: $(VENV)/.installed
 
@@ -31,6 +31,29 @@ demo: install
 # one thread each: threads of several processes on the same cores wait for each other most of the time
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(PYTEST_ARGS)
+
+# The oldest torch that is supported, with its Triton and torchvision: an environment of its own, and a copy of the sources,
+# as the extension is built against one torch. Ops, models and tracers, and all Triton kernels for all GPUs.
+OLDEST := .venv-oldest
+OLDEST_COPY := build/oldest
+OLDEST_TESTS := $(wildcard tests/test_*_taylor.py tests/test_window*.py tests/test_patch*.py tests/test_accelerate*.py) \
+	$(addprefix tests/,test_linear.py test_models.py test_tracing.py test_onnx.py test_cuda_tracing.py test_backends.py \
+	test_environment.py test_tiles.py test_kernel_report.py test_taylor.py test_ntk.py test_scoring.py)
+
+$(OLDEST)/.torch:
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --progress-bar off "torch==2.11.*" "torchvision==0.26.*" "setuptools>=77" ninja
+	@touch $@
+
+test-oldest: $(OLDEST)/.torch
+	mkdir -p $(OLDEST_COPY)
+	rm -rf $(addprefix $(OLDEST_COPY)/,asvit_fast kernels tests benchmarks csrc)
+	cp -a asvit_fast kernels tests benchmarks csrc setup.py pyproject.toml README.md LICENSE MANIFEST.in $(OLDEST_COPY)
+	rm -f $(OLDEST_COPY)/asvit_fast/_C.*.so $(OLDEST_COPY)/asvit_fast/_build.json
+	cd $(OLDEST_COPY) && ../../$(OLDEST)/bin/python -m pip install --progress-bar off --no-build-isolation --editable ".[test]"
+	cd $(OLDEST_COPY) && OMP_NUM_THREADS=1 ../../$(OLDEST)/bin/pytest -n 2 $(OLDEST_TESTS) $(PYTEST_ARGS)
+	cd $(OLDEST_COPY) && OMP_NUM_THREADS=1 ../../$(OLDEST)/bin/pytest -n 2 -m slow tests/test_triton_compilation.py
 
 # The compiled kernels, and the CUDA kernels as tests/cuda_on_cpu compiles them, under g++'s sanitizers. A sanitized
 # library needs their runtime, and exceptions the C++ library, loaded before Python's own. torch keeps memory to the end:

@@ -4,6 +4,7 @@
 from . import models, nn, ops, scoring, taylor, training
 from ._version import __version__
 from .accelerate import accelerate, restore
+from .backends import use_backend
 from .environment import show_config
 from .errors import InputError
 from .models import AsViT, convert_asvit_state_dict, create_model
@@ -57,5 +58,6 @@ __all__ = [
     "taylor",
     "train",
     "training",
+    "use_backend",
     "verify",
 ]

@@ -4,7 +4,8 @@ An op declares its implementations once, best first for each kind of device:
 
     backends.declare("gelu_taylor", cpu=_compiled, triton=_triton, cuda=_compiled, reference=gelu_taylor_reference)
 
-and asks `select(op, device)` at every call. `use_backend("reference")` forces one for everything inside.
+and asks `select(op, device)` at every call. `use_backend("reference")` forces one for everything inside. torch.compile
+traces the same graph whatever is forced, as the op asks when it runs; what has to be known while tracing is constant.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ class FallbackWarning(UserWarning):
 
 
 _implementations: dict[str, dict[str, Implementation]] = {}
-_forced: str | None = None
+_forced: ContextVar[str | None] = ContextVar("asvit_fast_backend", default=None)
 _notified: set[object] = set()
 _of_torch: set[str] = set()  # ops whose "cpu" implementation is in torch: it needs no extension
 
@@ -76,11 +78,12 @@ def select(op: str, device: torch.device) -> Implementation:
     Raises InputError if a forced backend can't run. When something slower runs than was declared, says so once.
     """
     implementations = _implementations[op]
-    if _forced is not None:
-        why = available(op, _forced, device)
+    forced = forced_backend()
+    if forced is not None:
+        why = available(op, forced, device)
         if why is not None:
-            raise InputError(f"backend {_forced!r} cannot run {op} on {device}: {why}")
-        return implementations[_forced]
+            raise InputError(f"backend {forced!r} cannot run {op} on {device}: {why}")
+        return implementations[forced]
     backend, missed = best(op, device)
     if missed is not None:
         notify_once(missed, f"asvit_fast runs the {backend} implementation of {op} on {device.type}: {missed}")
@@ -101,27 +104,39 @@ def best(op: str, device: torch.device) -> tuple[str, str | None]:
 
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Force one backend ("reference", "triton", "cuda" or "cpu") for every op of this process inside the `with` block.
+    """Force one backend for every op inside the `with` block, forward and backward:
 
-    An op that the backend cannot run raises InputError with the reason. Compiled models obey as well, as the choice is
-    made when an op runs; the block itself belongs outside of the compiled function.
+        with af.use_backend("reference"):
+            loss = model(images).sum()
+            loss.backward()
+
+    Args:
+        backend: "reference" (plain PyTorch operations), "cpu" (compiled C++), "triton" or "cuda".
+
+    Raises:
+        InputError: at once for an unknown name; when an op runs that the backend cannot run there, with the reason.
+        RuntimeError: inside a compiled function, where it has no effect: put the call into the block instead.
+
+    It holds for the code that the block calls, in this thread (a `contextvars.ContextVar`): other threads and
+    interleaved coroutines keep their own choice. Blocks nest, and can decorate a function. Compiled models obey as
+    well, as the choice is made when an op runs. What an op leaves to torch for its size, type or device (`show_config`
+    lists the backends) stays torch's.
     """
-    global _forced
     _check_name(backend)
     if torch.compiler.is_compiling():
         raise RuntimeError(
             "use_backend inside a compiled function has no effect on it: put the call into the block instead"
         )
-    before, _forced = _forced, backend
+    token = _forced.set(backend)
     try:
         yield
     finally:
-        _forced = before
+        _forced.reset(token)
 
 
 def forced_backend() -> str | None:
-    """The backend forced by `use_backend`, if any."""
-    return _forced
+    """The backend forced by `use_backend`, if any; None while torch.compile traces, as the op asks when it runs."""
+    return None if torch.compiler.is_compiling() else _forced.get()
 
 
 def _check_name(backend: str) -> None:
@@ -130,6 +145,13 @@ def _check_name(backend: str) -> None:
 
 
 # --------------------------------------------------------------------------- reasons
+
+
+@torch.compiler.assume_constant_result  # what is asked about the device would break the graph
+def unavailable_on(backend: str, device_type: str, index: int | None) -> str | None:
+    """Why `backend` can't run on a device, whatever the op; None if it can. Constant for the life of the process, also
+    for torch.compile."""
+    return _reason(backend, device_type, index)
 
 
 def _interpreted() -> bool:

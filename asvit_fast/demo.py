@@ -101,8 +101,8 @@ def run(out: Path) -> None:
 def run_search(out: Path, images: Path) -> SearchResult:
     space = SearchSpace()
     print(
-        f"2. Search: {SEARCH_STEPS} of {space.size:,} topologies are sampled and scored at {IMG_SIZE}x{IMG_SIZE} pixels, "
-        "the policy learns\n   which choices score well; then as many are drawn at random and scored alike."
+        f"2. Search: {SEARCH_STEPS} of {space.size:,} topologies are sampled and scored at {IMG_SIZE}x{IMG_SIZE} "
+        "pixels, the policy learns\n   which choices score well; then as many are drawn at random and scored alike."
     )
     found = search(
         space=space, steps=SEARCH_STEPS, images=images, seed=SEED, out=out,

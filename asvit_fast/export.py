@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import nn
 from . import graph
 from .cost import params
 from .errors import InputError
-from .files import write_folder
+from .files import folder_path, from_json, write_folder
 from .models.library import takes_size
 from .report.runs import Run
 from .topology import Topology
@@ -114,7 +113,7 @@ def writer(format: str, to: str | Path) -> Callable[[Exported], Path]:
         raise InputError(f"format must be one of {', '.join(_FORMATS)}, got {format!r}")
     if format == "onnx":
         graph.require(("onnx", "onnxscript"), "export in the format onnx")
-    target = Path(to)
+    target = folder_path(to, "to")
     _check_target(target)
 
     def write(source: Exported) -> Path:
@@ -255,7 +254,7 @@ def _check_target(target: Path) -> None:
         raise InputError(f"cannot export to {str(target)!r}: it is a file; give a new or empty folder")
     if not target.is_dir():
         return
-    ours = {name for _, files in _FORMATS.values() for name in files}
+    ours = {"model.onnx.data", *(name for _, files in _FORMATS.values() for name in files)}  # ONNX of over 2 GB is two
     found = {item.name for item in target.iterdir() if not item.name.endswith(".tmp")}  # left by a kill
     others = sorted(found - ours)
     if not others and CONFIG_FILE in found and not _is_ours(target / CONFIG_FILE):
@@ -268,7 +267,7 @@ def _check_target(target: Path) -> None:
 
 def _is_ours(path: Path) -> bool:
     try:
-        content = json.loads(path.read_bytes())
-        return MARK in content or content.get("architecture") == "asvit"
-    except (OSError, ValueError, AttributeError, TypeError):  # no configuration, or not one of a model
+        content = from_json(path.read_bytes())
+    except (OSError, InputError):
         return False
+    return isinstance(content, dict) and (MARK in content or content.get("architecture") == "asvit")

@@ -141,6 +141,8 @@ def from_json(text: str | bytes) -> Any:
         return json.loads(text, parse_constant=_refuse_constant)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise InputError(f"not valid JSON: {error}") from None
+    except RecursionError:
+        raise InputError("not valid JSON: nested too deeply") from None
 
 
 def as_float(value: float | str) -> float:

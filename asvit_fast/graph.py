@@ -11,22 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch._decomp import decomposition_table
 
+from . import models  # noqa: F401  whose ops have decompositions from then on
 from .errors import InputError
-from .ops.linear import linear
-from .ops.patch_embed import patch_embed, patch_embed_reference
-from .ops.patch_merge import patch_merge, patch_merge_reference
-from .ops.window_attention import window_attention, window_attention_reference
 
 TOLERANCE = 1e-5  # of the largest output, between what was exported and the network
 METADATA = "asvit_fast.json"  # beside the program, inside its file
-_REFERENCES: dict[Callable[..., Any], Callable[..., Any]] = {
-    linear: torch.nn.functional.linear,
-    patch_embed: patch_embed_reference,
-    patch_merge: patch_merge_reference,
-    window_attention: window_attention_reference,
-}
 
 
 def require(packages: Sequence[str], purpose: str) -> None:
@@ -45,8 +36,10 @@ def to_program(model: nn.Module, shape: tuple[int, int, int]) -> torch.export.Ex
     images = torch.zeros(2, *shape)  # [2, C, H, W]
     batch = torch.export.Dim("batch", min=1)
     try:
-        with torch.no_grad(), _evaluating(model), _References():
+        with torch.no_grad(), _evaluating(model):
             program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},), strict=False)
+        ours = {op: function for op, function in decomposition_table.items() if str(op).startswith("asvit_fast")}
+        program = program.run_decompositions(ours)
     except Exception as error:  # of torch's tracer: of many kinds and many lines
         raise InputError(f"torch.export cannot follow {type(model).__name__}: {_first_line(error)}") from error
     _check_operations(program)
@@ -97,13 +90,6 @@ def save_onnx(model: nn.Module, path: Path, metadata: Mapping[str, Any]) -> None
 def runtime_installed() -> bool:
     """Whether ONNX files are checked by running them."""
     return importlib.util.find_spec("onnxruntime") is not None
-
-
-class _References(TorchFunctionMode):
-    """Our operations in elementary ones."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _REFERENCES.get(function, function)(*args, **(kwargs or {}))
 
 
 def _check_operations(program: torch.export.ExportedProgram) -> None:

@@ -58,6 +58,11 @@ def rank() -> int:
     return dist.get_rank() if joined() else 0
 
 
+def cpu_group() -> Any:
+    """All ranks, talking through the CPU whatever their devices do; None where there is but one."""
+    return dist.new_group(backend="gloo", timeout=_TIMEOUT) if joined() else None
+
+
 def broadcast(message: Any) -> Any:
     """The message of rank 0, on every rank."""
     if not joined():

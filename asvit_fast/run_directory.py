@@ -106,7 +106,7 @@ class RunDirectory:
         if self.path is not None:
             write_atomic(self.path / RESULT, to_json(result, indent=2) + "\n")
 
-    def accept_changes(self, trace: list[dict[str, Any]], state: dict[str, Any]) -> None:
+    def accept_changes(self, trace: list[dict[str, Any]], state: dict[str, Any] | None) -> None:
         """Go on with the options given, from ``trace`` on: the first steps on record, as these options have them.
 
         An earlier result is dropped. A kill in between leaves a run of the old or of the new options.
@@ -114,7 +114,8 @@ class RunDirectory:
         assert self.path is not None
         (self.path / RESULT).unlink(missing_ok=True)
         self.result, self.trace = None, trace
-        self.save(state)  # from here on, the next opening cuts off what the trace has beyond these steps
+        if state is not None:  # else nothing is on record yet
+            self.save(state)  # from here on, the next opening cuts off what the trace has beyond these steps
         earlier = [{**change, "step": min(change["step"], len(trace))} for change in self.config.get(_CHANGES, [])]
         note = {"step": len(trace), **{name: list(values) for name, values in self.changes.items()}}
         self.config[_CHANGES] = [*earlier, note]
@@ -257,7 +258,8 @@ def load_state(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        foreign = isinstance(error, pickle.UnpicklingError)  # whose text advises to load it unsafely
+        # whose text advises to load it unsafely
+        foreign = isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error)
         reason = "no state of a run, or cut short" if foreign else " ".join(str(error).split()) or type(error).__name__
         raise DamagedState(f"{path} is damaged ({reason[:200]})") from error
     lines = state.get(_LINES) if isinstance(state, dict) else None

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import runpy
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -114,6 +115,8 @@ class _Listener:
             ):
                 for module in _modules_with(function):
                     stack.enter_context(_replaced(module, function.__name__, _heard(function, hear)))
+            saver = timm.utils.CheckpointSaver
+            stack.enter_context(_replaced(saver, "save_checkpoint", self._ranked(saver.save_checkpoint)))
             for average in AVERAGES:
                 stack.enter_context(_replaced(average, "__init__", _heard(average.__init__, self._hear_average)))
             try:
@@ -165,6 +168,25 @@ class _Listener:
         scheduler = _Untouched() if scheduler is None else scheduler
         scheduler.__class__ = _telling(type(scheduler), self._tell, 0 if step_on_epochs else updates_per_epoch)
         return scheduler, epochs
+
+    def _ranked(self, save: Callable[..., Any]) -> Callable[..., Any]:
+        """``CheckpointSaver.save_checkpoint``, for which finer tokens beat any metric of coarser ones, whose weights do
+        best on their own grid. What a saver remembers of earlier phases, or of a run that it resumes, gives way."""
+
+        @functools.wraps(save)
+        def call(saver: Any, epoch: int, metric: float | None = None, *arguments: Any, **options: Any) -> Any:
+            worst = math.inf if saver.decreasing else -math.inf
+            best = saver.best_epoch
+            if self.retokenizer is not None and best is not None and metric is not None:
+                now, before = self.schedule.reduction_at(epoch), self.schedule.reduction_at(best)
+                if now < before:
+                    saver.best_metric = saver.best_epoch = None
+                    saver.checkpoint_files = [(file, worst) for file, _ in saver.checkpoint_files]
+                elif now > before:
+                    metric = worst
+            return save(saver, epoch, metric, *arguments, **options)
+
+        return call
 
     # ----------------------------------------------------------------------- what follows from it
 

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+# Channels that a product of 32-bit elements sums over, at least; of 16-bit elements they are 16 in all versions.
+LEAST_CHANNELS = 8 if tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8) else 16
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 

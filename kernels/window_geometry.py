@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .products import precision
+from .products import LEAST_CHANNELS, precision
 
 # integers whose value or divisibility must not compile another kernel: maps and batches change during training
 SIZES = ("windows", "per_program", "height", "width", "shift_rows", "shift_columns")
@@ -38,7 +38,7 @@ class Shape(NamedTuple):
 
 def _parts(head_dim: int, bits: int) -> tuple[int, ...]:
     """Powers of two that hold head_dim: one, or 3/4 of it or less in two; each at least what tensor cores take."""
-    least = 16 if bits == 16 else 8
+    least = 16 if bits == 16 else LEAST_CHANNELS
     whole = max(least, triton.next_power_of_2(head_dim))
     rest = max(least, triton.next_power_of_2(max(1, head_dim - whole // 2)))
     return (whole // 2, rest) if rest < whole // 2 else (whole,)

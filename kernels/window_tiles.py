@@ -107,9 +107,9 @@ def zeros(ROWS: tl.constexpr, SHAPE: tl.constexpr):
 @triton.jit
 def inner(a, b, SHAPE: tl.constexpr):
     """Tiles of M and N tokens -> [M, N], products over the channels."""
-    product = dot(a[0], tl.trans(b[0]), SHAPE.precision)
+    product = dot(a[0], tl.trans(b[0]), tl.constexpr(SHAPE.precision))
     if len(SHAPE.parts) == 2:
-        product += dot(a[1], tl.trans(b[1]), SHAPE.precision)
+        product += dot(a[1], tl.trans(b[1]), tl.constexpr(SHAPE.precision))
     return product
 
 
@@ -118,7 +118,7 @@ def combine(weights, tile, SHAPE: tl.constexpr):
     """weights [M, N] @ a tile of N tokens -> a tile of M tokens, float32."""
     result = ()
     for part in tl.static_range(len(SHAPE.parts)):
-        result += (dot(weights.to(tile[part].dtype), tile[part], SHAPE.precision),)
+        result += (dot(weights.to(tile[part].dtype), tile[part], tl.constexpr(SHAPE.precision)),)
     return result
 
 
@@ -127,7 +127,7 @@ def combine_transposed(weights, tile, SHAPE: tl.constexpr):
     """The same with weights [N, M]."""
     result = ()
     for part in tl.static_range(len(SHAPE.parts)):
-        result += (dot(tl.trans(weights.to(tile[part].dtype)), tile[part], SHAPE.precision),)
+        result += (dot(tl.trans(weights.to(tile[part].dtype)), tile[part], tl.constexpr(SHAPE.precision)),)
     return result
 
 

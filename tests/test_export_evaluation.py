@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 from timm.data import resolve_model_data_config
 from timm_validation import CHECKOUT, replayed, validate_py
@@ -168,3 +169,24 @@ def test_other_names_of_classes(images: Path, tmp_path: Path, capsys: pytest.Cap
         (renamed / "val" / f"other{label}").symlink_to(images / "val" / name)
     with pytest.warns(Warning, match="class 0 is 'other0', the network's is 'class0'"):
         evaluated(capsys, tmp_path / "run", "--data", renamed)
+
+
+def test_statistics_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As timm's train.py takes them, or with commas."""
+    command = ["train", TOPOLOGY, "--data", str(tmp_path), "--out", str(tmp_path / "run"), "--img-size", "32"]
+    for given in (["0.5", "0.4", "0.3"], ["0.5,0.4,0.3"], ["0.5, 0.4", "0.3"]):
+        assert main([*command, "--mean", *given, "--std", "0.25", "--print-config"]) == 0
+        printed = yaml.safe_load(capsys.readouterr().out)
+        assert (printed["mean"], printed["std"]) == ([0.5, 0.4, 0.3], [0.25])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"mean": [0.5, 0.4, 0.3], "std": 0.25}))
+    assert main([*command, "--config", str(tmp_path / "config.yaml"), "--print-config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out) == printed
+    for wrong, message in (
+        (["--mean", "0.5", "0.4"], "mean must be one number or 3, one for each channel, got 2"),
+        (["--std", "0", "0.2", "0.2"], "std must be numbers above 0"),
+        (["--mean", "grey"], "--mean: expected a number"),
+        (["--crop-mode", "diagonal"], "crop_mode must be one of 'center', 'squash', 'border'"),
+    ):
+        assert main([*command, *wrong]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1

@@ -237,7 +237,7 @@ def test_links_and_the_current_folder(tmp_path: Path, monkeypatch: pytest.Monkey
 def write_run(directory: Path, **config: Any) -> Path:
     directory.mkdir()
     (directory / "config.json").write_text(to_json(config))
-    (directory / "trace.jsonl").write_text(to_json({"step": 0, "topology": TOPOLOGY, "best": TOPOLOGY}) + "\n")
+    (directory / "trace.jsonl").write_text(to_json({"step": 0, "topology": TOPOLOGY, "most_probable": TOPOLOGY}) + "\n")
     (directory / "result.json").write_text(to_json({"kind": config["kind"], "topology": TOPOLOGY}))
     return directory
 
@@ -257,6 +257,9 @@ def test_runs_are_exported_at_their_size(tmp_path: Path, capsys: pytest.CaptureF
     network = open_network(search)
     assert network.limit == 1e6 and network.built.data_config()["input_size"] == (3, 128, 128)
     assert open_network(search, img_size=32).built.data_config()["input_size"] == (3, 32, 32)
+    (search / "result.json").write_text(to_json({"kind": "search", "topology": 5}))
+    with pytest.raises(InputError, match=r"result.json.*topology must be text, got 5"):
+        open_network(search)
     with pytest.raises(InputError, match=r"img_size must be pixels"):
         open_network(write_run(tmp_path / "odd", kind="search", img_size="big"))
 

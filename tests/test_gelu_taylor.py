@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+import triton_versions
 from stacked import EXTENSION, TINY, TRANSFORMS, every_isa, needs_extension, rows
 from torch import Tensor
 
@@ -225,6 +226,7 @@ print("checked")
 """
 
 
+@triton_versions.interpreter
 def test_triton_interpreter(root):
     pytest.importorskip("triton")
     environment = {"TRITON_INTERPRET": "1", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+import triton_versions
 from test_patch_embed import assert_as_exact, both_ways, embed, make_operands
 
 from asvit_fast.backends import use_backend
@@ -113,6 +114,7 @@ def check(name: str, device: torch.device) -> None:
 CHECKS = pytest.mark.parametrize("name", ["shapes", "details", "many_tokens", "autocast"])
 
 
+@triton_versions.interpreter
 @CHECKS
 def test_interpreted(name, root):
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -190,4 +192,4 @@ def test_compiled(channels, kernel, dtype, capability):
         report = compile_kernel(function, signature, constants, capability, **options)
         assert report.shared_bytes <= 99 * 1024, name  # of the smallest GPUs
         if capability < 100:
-            assert report.spilled_bytes == 0, f"{name}: {report}"
+            triton_versions.assert_no_spills(report)

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+import triton_versions
 from torch import Tensor
 
 from asvit_fast import ops
@@ -128,6 +129,7 @@ def check(name: str, device: torch.device) -> None:
 CHECKS = pytest.mark.parametrize("name", ["shapes", "details", "many"])
 
 
+@triton_versions.interpreter
 @CHECKS
 def test_interpreted(name, root):
     result = subprocess.run(
@@ -206,4 +208,4 @@ def test_compiled(channels, outputs, kernel, dtype, capability):
             **options,
         )
         assert report.shared_bytes <= (99 if capability == 80 else 227) * 1024, report  # of the smallest GPUs
-        assert report.spilled_bytes == 0, report
+        triton_versions.assert_no_spills(report)

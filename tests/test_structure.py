@@ -54,7 +54,7 @@ LAYERS: dict[str, set[str]] = {
     "acceleration_report": {"errors"},
     "accelerate": {"nn", "acceleration_report"},
     "verification": {"accelerate"},
-    "graph": {"ops"},
+    "graph": {"models"},
     "what": {"models", "report", "training"},
     "export": {"what", "models", "report", "training", "graph"},
     "workloads": {"models"},

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import timm.utils
+import torch
 from PIL import Image
 
 from asvit_fast.timm import AVERAGES, main
@@ -104,6 +105,33 @@ def test_without_a_scheduler(arguments, capsys):
         pytest.skip("this timm has no --sched none")
     assert main([*arguments, "--sched", "none", *SCHEDULE]) == 0
     assert grids(capsys.readouterr().out) == only(0, 1, 2)
+
+
+@pytest.mark.parametrize("decreasing", [False, True])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_best_checkpoint_is_of_the_finest_tokens(arguments, decreasing, resumed, tmp_path, capsys):
+    """However good a coarse phase was; also one that a resumed script remembers. Without an option, timm's rule."""
+    metrics = "0.9,0.8,0.3,0.5,0.4" if not decreasing else "0.1,0.2,0.7,0.5,0.6"
+    options = ["--metrics", metrics, "--output", str(tmp_path), *(["--decreasing"] if decreasing else [])]
+    schedule = ["--retokenize", "1:4,1:2,3:1", "--epochs", "5"]
+    if resumed:
+        assert main([*arguments, *options, *schedule, "--stop-epoch", "2"]) == 0
+        assert best(tmp_path)["epoch"] == 1  # of the two that there are
+        options += ["--start-epoch", "2", "--resume", str(tmp_path / "last.pth.tar")]
+    assert main([*arguments, *options, *schedule]) == 0
+    assert best(tmp_path)["epoch"] == 3
+    assert "best: epoch 3" in capsys.readouterr().out
+    kept = {int(path.stem.split(".")[0].split("-")[1]) for path in tmp_path.glob("checkpoint-*")}
+    assert kept >= {3, 4}  # of the two that are kept, and perhaps the last
+
+
+def test_the_best_checkpoint_without_retokenization(arguments, tmp_path):
+    assert main([*arguments, "--metrics", "0.9,0.8,0.3", "--output", str(tmp_path)]) == 0
+    assert best(tmp_path)["epoch"] == 0
+
+
+def best(folder: Path) -> dict:
+    return torch.load(folder / "model_best.pth.tar", weights_only=True)
 
 
 def test_what_the_schedule_saves_is_shown(arguments, capsys):

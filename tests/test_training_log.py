@@ -172,3 +172,33 @@ def test_silence(capfd: pytest.CaptureFixture[str]) -> None:
     log.say("nobody hears this")
     log.close()
     assert capfd.readouterr() == ("", "")
+
+
+ROW = {
+    "epoch": 1,
+    "token_reduction": 2,
+    "train_loss": 1.5,
+    "top1": 50.0,
+    "ema_top1": 51.25,
+    "lr": 1e-3,
+    "seconds": 61.0,
+}
+
+
+def test_a_line_for_each_epoch(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a terminal and without, on a line of its own; resumed rows come from JSON."""
+    expected = (
+        "epoch 1/4, 2 times fewer tokens per side, loss 1.5, top-1 50.00 % (51.25 % of the averaged weights), "
+        "lr 0.001, 01:01"
+    )
+    log = make()
+    log.epoch(ROW)
+    log.epoch(ROWS[1])
+    log.close()
+    assert capsys.readouterr().err.splitlines() == [expected, "epoch 1/4, loss 1.5"]
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    log = make()
+    log.epoch(ROW)
+    log.close()
+    assert expected + "\n" in terminal.getvalue().replace("\r", "\n")

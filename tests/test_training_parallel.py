@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from training_program import PLAIN, run
+from training_program import PLAIN, grad_norms, run
 
+from asvit_fast import processes
+from asvit_fast.training.batch_size import least_of_ranks
 from asvit_fast.training.checkpoint import LAST
 
 TESTS = Path(__file__).parent
@@ -21,6 +23,11 @@ HALF = {"batch_size": 4}  # on each of two ranks
 
 def torchrun(out: Path, options: dict[str, Any], *arguments: str, restarts: int = 0) -> list[dict[str, Any]]:
     """The rows of a training on two ranks."""
+    return torchrun_output(out, options, *arguments, restarts=restarts)[-1]
+
+
+def torchrun_output(out: Path, options: dict[str, Any], *arguments: str, restarts: int = 0) -> list[Any]:
+    """Norms of its gradients, and its rows."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--max-restarts", str(restarts), str(TESTS / "training_program.py"), str(out)]
     environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -32,7 +39,7 @@ def torchrun(out: Path, options: dict[str, Any], *arguments: str, restarts: int 
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return [json.loads(line) for line in done.stdout.splitlines()[-2:]]
 
 
 def checkpoint(out: Path) -> dict[str, Any]:
@@ -66,12 +73,22 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_two_processes_learn_what_one_does(tmp_path: Path, alone: Path, options: dict[str, Any]) -> None:
     """The same images in the same updates; sums over ranks round differently."""
-    rows = torchrun(tmp_path / "run", {**PLAIN, **HALF, **options})
+    norms, rows = torchrun_output(tmp_path / "run", {**PLAIN, **HALF, **options})
     expected = [json.loads(line) for line in (alone / "trace.jsonl").read_text().splitlines()]
     for row, one in zip(rows, expected, strict=True):
         assert row["train_loss"] == pytest.approx(one["train_loss"], rel=1e-3)
         assert row["top1"] == pytest.approx(one["top1"], abs=7) and row["token_reduction"] == one["token_reduction"]
     assert_close(checkpoint(tmp_path / "run"), checkpoint(alone))
+    if "clip_grad" in options:  # of all shards
+        expected = grad_norms()
+        run(None, **PLAIN, clip_grad=options["clip_grad"])
+        assert len(norms) == 18 and norms == pytest.approx(expected, rel=2e-3)
+
+
+def test_ranks_agree_on_their_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each measures what fits its own memory."""
+    monkeypatch.setattr(processes, "gather", lambda sizes: [sizes, {4: 8, 2: 2, 1: 4}])
+    assert least_of_ranks({4: 4, 2: 4, 1: 4}) == {4: 4, 2: 2, 1: 4}
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])

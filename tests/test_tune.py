@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton_versions
 
 pytest.importorskip("triton")
 
@@ -259,6 +260,7 @@ print(json.dumps({str(task): [result.refused, result.tried] for task, result in 
 """
 
 
+@triton_versions.interpreter
 @pytest.mark.parametrize(
     ("op", "dtypes", "rows"),
     [("window_attention", ("bf16", "fp32"), 6), ("patch_embed", ("bf16",), 3), ("patch_merge", ("fp32",), 3)],

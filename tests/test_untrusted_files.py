@@ -154,7 +154,10 @@ def test_an_architectures_arguments() -> None:
 
 # --------------------------------------------------------------------------- fields of another type
 
+ITSELF: list[Any] = []
+ITSELF.append(ITSELF)
 BAD_FIELDS: list[tuple[str, Any]] = [
+    ("model_kwargs", {"depths": ITSELF}), ("mean", [10**400] * 3), ("crop_pct", 10**400),
     ("img_size", "32"), ("img_size", -32), ("img_size", [32]), ("img_size", True), ("img_size", 32.5),
     ("num_classes", 2.5), ("num_classes", -1), ("num_classes", "many"), ("in_chans", 0), ("in_chans", [3]),
     ("mean", "grey"), ("mean", [0.5, "x", 0.5]), ("mean", 0.5), ("mean", [math.nan] * 3), ("mean", []),
@@ -232,7 +235,7 @@ def test_fields_of_exports(exported: Path, fields: dict[str, Any]) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ["", "[1]", "null", '{"architecture": NaN}', '{"a": '])
+@pytest.mark.parametrize("content", ["", "[1]", "null", '{"architecture": NaN}', '{"a": ', "[" * 10**5])
 def test_configurations_that_are_none(exported: Path, content: str) -> None:
     (exported / "config.json").write_text(content)
     with pytest.raises(InputError, match=r"config\.json"):

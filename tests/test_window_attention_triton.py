@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+import triton_versions
 
 from asvit_fast import ops
 from asvit_fast.backends import use_backend
@@ -249,6 +250,7 @@ def check(name: str, device: torch.device) -> None:
 CHECKS = pytest.mark.parametrize("name", ["whole", "large", "layouts", "details", "many"])
 
 
+@triton_versions.interpreter
 @CHECKS
 def test_interpreted(name, root):
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -345,4 +347,4 @@ def test_compiled(monkeypatch, side, head_dim, dtype, capability, settings):
     for kernel, named in launches(monkeypatch, capability, side, head_dim, dtype, **settings):
         report = report_of(kernel, named, capability)
         assert report.shared_bytes <= 99 * 1024, report  # of the smallest GPUs
-        assert report.spilled_bytes == 0, report
+        triton_versions.assert_no_spills(report)

@@ -28,6 +28,11 @@ parser.add_argument("--sched-on-updates", action="store_true")
 parser.add_argument("--model-ema", default="")
 parser.add_argument("--torchcompile", default="")
 parser.add_argument("--amp", action="store_true")
+parser.add_argument("--metrics", default="", help="of each epoch, to keep checkpoints by")
+parser.add_argument("--decreasing", action="store_true")
+parser.add_argument("--output", default="")
+parser.add_argument("--resume", default="")
+parser.add_argument("--stop-epoch", type=int, default=1000)
 parser.add_argument("--omit", default="", help="a call that the script leaves out")
 SIZE = 64
 
@@ -81,6 +86,14 @@ def main() -> None:
             scheduler.step_update(args.start_epoch * updates)
         else:
             scheduler.step(args.start_epoch)
+    metrics = [float(metric) for metric in args.metrics.split(",") if metric]
+    saver = None
+    if metrics:
+        saver = utils.CheckpointSaver(
+            model, optimizer, checkpoint_dir=args.output, decreasing=args.decreasing, max_history=2
+        )
+        if args.resume and hasattr(saver, "load_state_dict_from_checkpoint"):
+            saver.load_state_dict_from_checkpoint(args.resume)
     print(f"scheduler: {type(scheduler).__name__}, by epochs: {scheduler.t_in_epochs}")
 
     def saw(epoch: int, what: str, images: torch.Tensor) -> None:
@@ -101,7 +114,7 @@ def main() -> None:
             optimizer.zero_grad()
         saw(epoch, what, images)
 
-    for epoch in range(args.start_epoch, epochs):
+    for epoch in range(args.start_epoch, min(epochs, args.stop_epoch)):
         for index, batch in enumerate(loader):
             step(batch, epoch, "train")
             if average is not None:
@@ -111,6 +124,8 @@ def main() -> None:
             step(batch, epoch, "validate")
         if args.omit != "epoch":
             scheduler.step(epoch + 1, 0.0)
+        if saver is not None:
+            print("best: epoch", saver.save_checkpoint(epoch, metric=metrics[epoch])[1])
     if args.distributed:
         torch.distributed.destroy_process_group()
 

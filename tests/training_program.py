@@ -1,17 +1,20 @@
 """What the training tests run in processes of their own: small trainings, some of which die on the way.
 
-    training_program.py OUT [--die-at UPDATE] [--options JSON]
+    training_program.py OUT [--die-at UPDATE] [--stall-at READ] [--options JSON]
 
-Under torchrun or not. ``--die-at`` kills the process with SIGKILL before that update, once in the life of OUT.
+Under torchrun or not. ``--die-at`` kills the process with SIGKILL before that update, once in the life of OUT;
+``--stall-at`` makes that read of its training images last for ever, once in the life of OUT.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import resource
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,9 @@ from torch import Tensor
 from asvit_fast import files
 from asvit_fast.errors import InputError
 from asvit_fast.training import TrainResult, train
+from asvit_fast.training.batches import Reading
+from asvit_fast.training.log import TrainingLog
+from asvit_fast.training.samples import Samples
 from asvit_fast.training.step import Step
 
 TOPOLOGY = "4,2,2,1|2,1,2,1|3,1,2,1|2,1,2,1|8,8"
@@ -76,9 +82,77 @@ def write_images(root: Path) -> Path:
     return root
 
 
+class Stalling(Pictures):
+    """A read that never ends, once: the ``at``-th of this process, while the marker file does not exist."""
+
+    def __init__(self, at: int, marker: Path, *arguments: int) -> None:
+        super().__init__(*arguments)
+        self.at, self.marker, self.reads = at, marker, 0
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        self.reads += 1
+        if self.reads == self.at and not self.marker.exists():
+            self.marker.touch()
+            time.sleep(3600)
+        return super().__getitem__(index)
+
+
+def stalling_data(where: str, at: int, marker: Path) -> tuple[Pictures, Pictures]:
+    """Of which reading "training" or "validation" images stalls."""
+    return (
+        Stalling(at, marker) if where == "training" else Pictures(),
+        Stalling(at, marker, 16, 1) if where == "validation" else Pictures(16, seed=1),
+    )
+
+
+def run_stalling(out: str, where: str, at: int, options: dict[str, Any]) -> None:
+    """Until SIGTERM or SIGKILL; ``where`` "update" stalls for a second in update ``at``. The marker is OUT.stalls."""
+    marker = Path(f"{out}.stalls")
+    if where != "update":
+        run(out, stalling_data(where, at, marker), **options)
+    original = Step._clip
+
+    def clip(self: Step, calls: list[int] = [0]) -> None:  # noqa: B006
+        calls[0] += 1
+        if calls[0] == at:
+            marker.touch()
+            time.sleep(1)
+        original(self)
+
+    Step._clip = clip  # type: ignore[method-assign]
+    run(out, **options)
+
+
+def unchanged(image: Tensor) -> Tensor:
+    return image
+
+
+def run_with_workers(method: str, pids: str) -> None:
+    """Data workers of a start method wait for their next request; their numbers go to the file ``pids``."""
+    multiprocessing.set_start_method(method, force=True)
+    reading = Reading(Samples(Pictures(), unchanged, CLASSES, 0), 2, torch.device("cpu"))
+    list(reading(lambda: [(0, [0, 1]), (0, [2, 3])]))
+    workers = [worker.pid for worker in multiprocessing.active_children()]
+    files.write_atomic(pids, " ".join(map(str, workers)))
+    time.sleep(3600)
+
+
 def run(out: str | Path | None, data: Any = None, **options: Any) -> TrainResult:
     data = (Pictures(), Pictures(16, seed=1)) if data is None else data
     return train(TOPOLOGY, data, out=out, **{**OPTIONS, **options})
+
+
+def grad_norms() -> list[float]:
+    """Of the updates from now on, as they are logged."""
+    norms: list[float] = []
+    original = TrainingLog.update
+
+    def update(self: TrainingLog, *arguments: Any, grad_norm: float | None = None, **options: Any) -> None:
+        norms.extend(() if grad_norm is None else (grad_norm,))
+        original(self, *arguments, grad_norm=grad_norm, **options)
+
+    TrainingLog.update = update  # type: ignore[method-assign]
+    return norms
 
 
 def die_at(update: int, marker: Path | None = None) -> None:
@@ -131,13 +205,19 @@ def main() -> None:
     parser.add_argument("out")
     parser.add_argument("--die-at", type=int)
     parser.add_argument("--die-rank", type=int, default=0)
+    parser.add_argument("--stall-at", type=int)
     parser.add_argument("--options", type=json.loads, default={})
     arguments = parser.parse_args()
     rank = int(os.environ.get("RANK", "0"))
     if arguments.die_at is not None and rank == arguments.die_rank:
         die_at(arguments.die_at, Path(f"{arguments.out}.died"))
-    result = run(arguments.out, **arguments.options)
+    data = None
+    if arguments.stall_at is not None and rank == arguments.die_rank:
+        data = stalling_data("training", arguments.stall_at, Path(f"{arguments.out}.stalls"))
+    norms = grad_norms()
+    result = run(arguments.out, data, **arguments.options)
     if rank == 0:
+        print(json.dumps(norms))
         print(json.dumps(result.epochs))
 
 

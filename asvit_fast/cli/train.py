@@ -106,7 +106,7 @@ COMMAND = Command(
             "1 = full tokens",
             "TEXT",
         ),
-        Option("epochs", integer(1), 300, "epochs of the whole training", "N"),
+        Option("epochs", integer(1), 300, "epochs of the whole training; a run may go on with more", "N"),
         Option("img_size", image_size, 224, "image size in pixels, a side", "PIXELS"),
         Option("num_classes", integer(1), None, "number of classes; without it, as many as the data has", "N"),
         Option(

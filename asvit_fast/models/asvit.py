@@ -7,16 +7,14 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+import torch.fx
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates, resample_abs_pos_embed_nhwc, to_2tuple
-from timm.models import checkpoint_seq, register_notrace_function
+from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..errors import InputError
 from ..nn import FeatScale, Linear, OverlapPatchEmbed, PatchMerging, WindowAttention
-from ..nn.attention import split_attention
-from ..nn.patch_embed import embed_patches
-from ..ops.patch_merge import patch_merge
 from ..topology import EMBED_STRIDE, NAMED_TOPOLOGIES, StageSpec, Topology
 from .state_dict import drop_norms
 
@@ -29,9 +27,7 @@ __all__ = ["AsViT", "create_model"]
 
 MIN_IMG_SIZE = 32
 
-# Their Python branches on the size of the feature map, which symbolic tracing cannot follow.
-for _function in (split_attention, embed_patches, patch_merge, resample_abs_pos_embed_nhwc):
-    register_notrace_function(_function)
+torch.fx.wrap("resample_abs_pos_embed_nhwc")  # it branches on sizes, which torch.fx does not know while it traces
 
 
 def _norm(dim: int, enabled: bool, **factory: Any) -> nn.Module:

@@ -3,11 +3,14 @@
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from ..ops.window_attention import window_attention
 from .feat_scale import FeatScale
 from .linear import Linear
+
+torch.fx.wrap("split_attention")  # it branches on sizes, which torch.fx does not know while it traces
 
 
 def split_attention(

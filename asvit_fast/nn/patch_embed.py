@@ -2,10 +2,13 @@
 
 from typing import Any
 
+import torch.fx
 from torch import Tensor, nn
 
 from ..errors import InputError
 from ..ops.patch_embed import patch_embed
+
+torch.fx.wrap("embed_patches")  # it branches on sizes, which torch.fx does not know while it traces
 
 
 def check_token_reduction(reduction: int) -> None:

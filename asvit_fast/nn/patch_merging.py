@@ -2,9 +2,12 @@
 
 from typing import Any
 
+import torch.fx
 from torch import Tensor, nn
 
 from ..ops.patch_merge import patch_merge
+
+torch.fx.wrap("patch_merge")  # it branches on sizes, which torch.fx does not know while it traces
 
 
 class PatchMerging(nn.Module):

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
@@ -55,6 +56,18 @@ class Replacement:
     parts: ClassVar[Parts] = {}  # submodules that are not called, by path: the classes that they must have exactly
     bypassed: ClassVar[tuple[str, ...]] = ()  # methods of the source that only its own version of a method calls
     __jit_unused_properties__: ClassVar[list[str]] = ["qconfig"]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """timm's feature extraction by torch.fx takes a replacement as it is: its Python branches on sizes."""
+        super().__init_subclass__(**kwargs)
+        register_notrace_module(cls)  # type: ignore[arg-type]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Asked by torch.jit.script, which cannot compile a replacement."""
+        raise InputError(
+            f"torch.jit.script cannot compile {type(self).__name__} of an accelerated network: "
+            "call asvit_fast.restore(model) first, or use torch.jit.trace, torch.compile or torch.export"
+        )
 
     @classmethod
     def bypassed_parts(cls) -> Parts:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.overrides import has_torch_function
 
 from .. import backends
+from .decomposition import register_decomposition
 from .transforms import transform_active
 
 SMALL = 10**7  # multiply-adds below which calling an op of our own costs more than it gains
@@ -45,6 +46,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> 
 @_linear.register_fake
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
+
+
+register_decomposition(_linear, linear_reference)
 
 
 def _setup_context(ctx, inputs, output: Tensor) -> None:

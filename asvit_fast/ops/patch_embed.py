@@ -17,8 +17,9 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _extension, backends
 from ..errors import InputError
+from .decomposition import register_decomposition
 from .optional import double_backward, gradients, present, restored
-from .transforms import transform_active
+from .transforms import autocast_dtype, sizes, transform_active
 
 
 def patch_embed_reference(
@@ -181,6 +182,16 @@ def _fake(image, weight, bias, norm_weight, norm_bias, stride, dilation, padding
     return image.new_empty(shape, dtype=dtype), kept
 
 
+def _decomposition(
+    image, weight, bias, norm_weight, norm_bias, stride, dilation, padding, eps, products, dtype, keep
+) -> Result:
+    settings = Settings(stride, dilation, padding, eps, products, dtype)
+    return _elementary((image, weight, bias, norm_weight, norm_bias), settings, keep)
+
+
+register_decomposition(_patch_embed, _decomposition)
+
+
 # --------------------------------------------------------------------------- autograd
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # of the operands
@@ -222,7 +233,7 @@ def _elementary_backward(
 ) -> Gradients:
     found = gradients(lambda given: _reference(given, settings), gradient, operands)
     wanted = [of_image] + [of_parameters] * 4
-    nothing = (gradient.new_empty(0) for _ in operands)
+    nothing = (operands[0].new_empty(0) for _ in operands)
     image, weight, bias, norm_weight, norm_bias = (
         x.clone(memory_format=torch.contiguous_format) if x is not None and want else next(nothing)
         for x, want in zip(found, wanted, strict=True)
@@ -320,10 +331,9 @@ _patch_embed_backward.register_autograd(_double_backward, setup_context=_setup_d
 
 def _types(image: Tensor, weight: Tensor, normalised: bool) -> tuple[torch.dtype, torch.dtype]:
     """Of products and output, as autocast chooses them for a convolution and a LayerNorm (float32 on a GPU)."""
-    device = image.device.type
-    if image.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        low = torch.get_autocast_dtype(device)
-        return low, torch.float32 if normalised and device == "cuda" else low
+    low = autocast_dtype(image.device.type)
+    if image.dtype != torch.float64 and low is not None:
+        return low, torch.float32 if normalised and image.device.type == "cuda" else low
     if image.dtype != weight.dtype:
         raise ValueError(f"patch_embed: image is {image.dtype} and weight {weight.dtype}: convert one of them")
     return image.dtype, image.dtype
@@ -341,7 +351,7 @@ def _fuses(image: Tensor, weight: Tensor) -> bool:
     """Whether the fused op is for this call."""
     if image.numel() == 0 or weight.numel() == 0 or image.dtype not in _FLOATS or transform_active():
         return False
-    if not torch.compiler.is_compiling() and backends.forced_backend() is not None:  # else the op asks when it runs
+    if backends.forced_backend() is not None:
         return backends.select("patch_embed", image.device) is not _elementary
     if image.device.type == "cuda":
         if weight.shape[0] > MAXIMUM_CHANNELS:
@@ -355,6 +365,7 @@ def _keeps(operands: Operands) -> bool:
     """Whether a backward pass on a CPU will want the convolution's values."""
     weight = operands[1]
     differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in present(operands))
+    differentiated = differentiated and not torch.jit.is_tracing()  # a trace is of no one mode
     return differentiated and weight.device.type == "cpu" and weight[0].numel() >= KEPT_FROM
 
 
@@ -392,7 +403,7 @@ def patch_embed(
             return handle_torch_function(
                 patch_embed, operands, image, weight, bias, stride, dilation, padding, norm_weight, norm_bias, eps
             )
-        zeros = list(padding)
+        zeros = sizes(padding)
         _check(image, weight, operands[2:], stride, dilation, zeros)
         if _fuses(image, weight):
             products, dtype = _types(image, weight, norm_weight is not None)

@@ -17,8 +17,9 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _extension, backends
 from ..errors import InputError
+from .decomposition import register_decomposition
 from .optional import double_backward, gradients, present
-from .transforms import transform_active
+from .transforms import autocast_dtype, transform_active
 
 
 def merge_padding(size: int, kernel: int, stride: int) -> list[int]:
@@ -98,6 +99,10 @@ def _output_shape(x: Tensor, weight: Tensor, stride: int) -> list[int]:
     return [x.shape[0], -(-x.shape[1] // stride), -(-x.shape[2] // stride), weight.shape[0]]
 
 
+def _working_type(x: Tensor, weight: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+
+
 def _compiled(operands: Operands, settings: Settings) -> Result:
     """C++: csrc/patch_merge.cpp."""
     _extension.extension()
@@ -115,8 +120,13 @@ def _reference(operands: Sequence[Any], settings: Settings) -> Tensor:
 
 
 def _elementary(operands: Operands, settings: Settings) -> Result:
-    """The reference, with nothing kept for the backward pass."""
-    return _reference(operands, settings).contiguous(), operands[0].new_empty(0)
+    """The reference, with the statistics that fused backward passes need."""
+    x, weight, *_ = operands
+    output = _reference(operands, settings).contiguous()
+    patches = F.unfold(_pad(x, settings.kernel, settings.stride), settings.kernel, stride=settings.stride)
+    variance, mean = torch.var_mean(patches.to(_working_type(x, weight)), 1, correction=0)  # [B, Ho*Wo]
+    statistics = torch.stack((mean, torch.rsqrt(variance + settings.eps)))
+    return output, statistics.unflatten(2, _output_shape(x, weight, settings.stride)[1:3])
 
 
 def _check_triton(*tensors: Tensor) -> None:
@@ -151,7 +161,7 @@ def _patch_merge(
     channels_last: bool,
 ) -> Result:
     """The output [B, Ho, Wo, Cout] in the weight's type, and [2, B, Ho, Wo]: mean and 1 / standard deviation of every
-    neighbourhood (empty if the reference ran)."""
+    neighbourhood."""
     run = backends.select("patch_merge", x.device)
     return run((x, weight, norm_weight, norm_bias, bias), Settings(kernel, stride, eps, channels_last))
 
@@ -159,8 +169,16 @@ def _patch_merge(
 @_patch_merge.register_fake
 def _fake(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels_last) -> Result:
     shape = _output_shape(x, weight, stride)
-    wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
-    return weight.new_empty(shape), x.new_empty([2, *shape[:3]], dtype=wide)
+    return weight.new_empty(shape), x.new_empty([2, *shape[:3]], dtype=_working_type(x, weight))
+
+
+def _decomposition(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels_last) -> Result:
+    operands = (x, weight, norm_weight, norm_bias, bias)
+    output = _reference(operands, Settings(kernel, stride, eps, channels_last))
+    return output.contiguous(), _fake(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels_last)[1]
+
+
+register_decomposition(_patch_merge, _decomposition)
 
 
 # --------------------------------------------------------------------------- autograd
@@ -216,7 +234,7 @@ def _patch_merge_backward(
     operands = (x, weight, norm_weight, norm_bias, bias)
     settings = Settings(kernel, stride, eps, channels_last)
     implementation = backends.select("patch_merge", x.device)
-    if implementation is _elementary or statistics.numel() == 0:
+    if implementation is _elementary:
         found: Sequence[Tensor | None] = gradients(lambda given: _reference(given, settings), gradient, operands)
     else:
         found = _fused_backward(
@@ -350,8 +368,9 @@ def patch_merge(
                 patch_merge, operands, x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, order
             )
         _check(x, weight, kernel, stride, norm_weight, norm_bias, order)
-        if torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.float64:
-            weight = weight.to(torch.get_autocast_dtype(x.device.type))
+        low = autocast_dtype(x.device.type)
+        if low is not None and weight.dtype != torch.float64:
+            weight = weight.to(low)
         elementary = elementary or transform_active() or x.device.type not in ("cpu", "cuda")
         if backends.forced_backend() is not None:
             elementary = elementary or backends.select("patch_merge", x.device) is _elementary

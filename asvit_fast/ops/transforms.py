@@ -1,6 +1,8 @@
-"""Whether a torch transform is active that a fused op would not survive."""
+"""What of torch's state an op has to know: transforms that a fused op would not survive, autocast, and tracing."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -14,3 +16,15 @@ def transform_active() -> bool:
     reference.
     """
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast computes in on such a device; None where it is off, or unknown as on the meta device."""
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def sizes(values: Sequence[int]) -> list[int]:
+    """Sizes as an op takes them: while torch.jit.trace runs they are tensors, which become numbers of the trace."""
+    return [int(value) for value in values] if torch.jit.is_tracing() else list(values)

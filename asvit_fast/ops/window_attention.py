@@ -16,8 +16,9 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .. import _extension, backends
 from ..errors import InputError
+from .decomposition import register_decomposition
 from .optional import double_backward, gradients, present, restored
-from .transforms import transform_active
+from .transforms import sizes, transform_active
 from .windows import merge_windows, partition_windows, window_mask, window_padding
 
 
@@ -76,6 +77,30 @@ def _high_pass(attention: Tensor, mask: Tensor | None, attn_scale: Tensor) -> Te
     return (1.0 + factor) * attention - factor * uniform.unsqueeze(1)
 
 
+def _scores(
+    qkv: Tensor,
+    num_heads: int,
+    window: list[int],
+    shift: list[int],
+    bias: Tensor | None,
+    scale: float | None,
+    layout: str,
+    padding: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Scores [B, windows, heads, tokens, tokens], masked; v [B, windows, heads, tokens, d]; the mask [windows, tokens,
+    tokens]."""
+    windows = partition_windows(qkv, window, shift, layout, padding)  # [B, windows, tokens, 3*heads*d]
+    q, k, v = split_heads(windows, num_heads)  # [B, windows, heads, tokens, d]
+    factor = float(q.shape[-1]) ** -0.5 if scale is None else scale
+    scores = (q * factor) @ k.transpose(-2, -1)
+    if bias is not None:
+        scores = scores + bias
+    mask = window_mask([qkv.shape[1], qkv.shape[2]], window, shift, scores.dtype, scores.device, layout)
+    if mask is not None:
+        scores = scores + mask.unsqueeze(1)
+    return scores, v, mask
+
+
 def window_attention_reference(
     qkv: Tensor,
     num_heads: int,
@@ -90,15 +115,7 @@ def window_attention_reference(
 ) -> Tensor:
     """``window_attention`` in elementary operations, the attention matrix materialised."""
     size = [qkv.shape[1], qkv.shape[2]]
-    windows = partition_windows(qkv, window, shift, layout, padding)  # [B, windows, tokens, 3*heads*d]
-    q, k, v = split_heads(windows, num_heads)  # [B, windows, heads, tokens, d]
-    factor = float(q.shape[-1]) ** -0.5 if scale is None else scale
-    scores = (q * factor) @ k.transpose(-2, -1)  # [B, windows, heads, tokens, tokens]
-    if bias is not None:
-        scores = scores + bias
-    mask = window_mask(size, window, shift, scores.dtype, scores.device, layout)
-    if mask is not None:
-        scores = scores + mask.unsqueeze(1)
+    scores, v, mask = _scores(qkv, num_heads, window, shift, bias, scale, layout, padding)
     attention = torch.softmax(scores, dim=-1)
     if attn_scale is not None:
         attention = _high_pass(attention, mask, attn_scale)
@@ -171,11 +188,6 @@ def _reference(operands: Sequence[Any], settings: Settings) -> Tensor:
     )
 
 
-def _elementary(operands: Operands, settings: Settings) -> Result:
-    """The reference, with nothing kept for the backward pass."""
-    return _reference(operands, settings).contiguous(), operands[0].new_empty(0)
-
-
 def _whole(qkv: Tensor, num_heads: int, window: list[int]) -> bool:
     """Whether the backward kernel on a GPU has all scores of a window at once: it needs no statistics then."""
     fits = window[0] * window[1] <= WHOLE_TOKENS and qkv.shape[3] <= 3 * num_heads * WHOLE_HEAD_DIM
@@ -186,6 +198,25 @@ def _statistics_shape(qkv: Tensor, num_heads: int, window: list[int]) -> list[in
     if qkv.device.type == "cuda" and _whole(qkv, num_heads, window):
         return [0]
     return [2, *qkv.shape[:3], num_heads]
+
+
+def _working_type(qkv: Tensor) -> torch.dtype:
+    return torch.float64 if qkv.dtype == torch.float64 else torch.float32
+
+
+def _elementary(operands: Operands, settings: Settings) -> Result:
+    """The reference, with the statistics that fused backward passes need."""
+    qkv, bias, padding, _ = operands
+    num_heads, window, shift, scale, layout = settings
+    output = _reference(operands, settings).contiguous()
+    if _statistics_shape(qkv, num_heads, window) == [0]:
+        return output, qkv.new_empty(0, dtype=torch.float32)
+    scores = _scores(qkv, num_heads, window, shift, bias, scale, layout, padding)[0].to(_working_type(qkv))
+    largest = scores.amax(-1)  # [B, windows, heads, tokens]
+    inverse = 1.0 / torch.exp(scores - largest.unsqueeze(-1)).sum(-1)
+    size = [qkv.shape[1], qkv.shape[2]]
+    maps = [merge_windows(rows.transpose(2, 3), size, window, shift, layout) for rows in (largest, inverse)]
+    return output, torch.stack(maps)  # [2, B, H, W, heads]
 
 
 def _check_triton(qkv: Tensor) -> None:
@@ -229,9 +260,16 @@ def _window_attention(
 
 @_window_attention.register_fake
 def _fake(qkv, num_heads, window, shift, scale, layout, bias, padding, attn_scale) -> Result:
-    working = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-    statistics = qkv.new_empty(_statistics_shape(qkv, num_heads, window), dtype=working)
+    statistics = qkv.new_empty(_statistics_shape(qkv, num_heads, window), dtype=_working_type(qkv))
     return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3), statistics
+
+
+def _decomposition(qkv, num_heads, window, shift, scale, layout, bias, padding, attn_scale) -> Result:
+    output = _reference((qkv, bias, padding, attn_scale), Settings(num_heads, window, shift, scale, layout))
+    return output.contiguous(), _fake(qkv, num_heads, window, shift, scale, layout, bias, padding, attn_scale)[1]
+
+
+register_decomposition(_window_attention, _decomposition)
 
 
 # --------------------------------------------------------------------------- autograd
@@ -266,8 +304,7 @@ def _window_attention_backward(
     shapes decide."""
     settings, others = Settings(num_heads, window, shift, scale, layout), (bias, padding, attn_scale)
     implementation = backends.select("window_attention", qkv.device)
-    forward_by_reference = list(statistics.shape) != _statistics_shape(qkv, num_heads, window)
-    if implementation is _elementary or forward_by_reference:
+    if implementation is _elementary:
         return _elementary_backward(gradient, (qkv, *others), settings, wanted)
     if implementation is _triton:
         from asvit_fast.kernels.window_attention import window_attention_backward
@@ -346,10 +383,15 @@ def _fused(qkv: Tensor, dropout: float) -> bool:
         return False
     if qkv.device.type == "cpu":
         return True
-    why = backends.available("window_attention", "triton", qkv.device)
+    why = backends.unavailable_on("triton", qkv.device.type, qkv.device.index)
     if why is not None:
-        backends.notify_once(why, f"asvit_fast runs torch's attention for window_attention on cuda: {why}")
+        _say_unavailable(why)
     return why is None and qkv.dtype != torch.float64
+
+
+@torch.compiler.assume_constant_result  # said while tracing
+def _say_unavailable(why: str) -> None:
+    backends.notify_once(why, f"asvit_fast runs torch's attention for window_attention on cuda: {why}")
 
 
 @torch.compiler.assume_constant_result  # said while tracing
@@ -401,6 +443,7 @@ def window_attention(
     """
     windows, shifts = [window[0], window[1]], [shift[0], shift[1]]
     if not torch.jit.is_scripting():
+        windows, shifts = sizes(window), sizes(shift)
         if has_torch_function_unary(qkv):
             return handle_torch_function(
                 window_attention,

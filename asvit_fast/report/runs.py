@@ -36,10 +36,11 @@ class Run:
     def topology(self) -> str:
         """The final topology, or the one that leads so far; of a training, the network's name."""
         if self.kind == "train":
-            return self.config["model"]["model"]
+            return _text(self.config.get("model"), "model", self.directory / "config.json")
         if self.result is not None:
-            return self.result["topology"]
-        return self.trace[-1]["most_probable" if self.kind == "search" else "topology"]
+            return _text(self.result, "topology", self.directory / "result.json")
+        leads = "most_probable" if self.kind == "search" else "topology"
+        return _text(self.trace[-1], leads, self.directory / "trace.jsonl")
 
 
 def find_runs(directory: Path, kinds: Sequence[str] = DESIGNS) -> list[Run]:
@@ -76,6 +77,13 @@ def read_run(directory: Path, kinds: Sequence[str]) -> Run:
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     return read_jsonl(path) if path.is_file() else []
+
+
+def _text(record: Any, name: str, path: Path) -> str:
+    found = record.get(name) if isinstance(record, dict) else None
+    if not isinstance(found, str):
+        raise InputError(f"{str(path)!r}: {name} must be text, got {found!r}; restore it or start a new run directory")
+    return found
 
 
 def _read_json(path: Path) -> dict[str, Any]:

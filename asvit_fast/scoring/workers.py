@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -31,7 +32,8 @@ def side_by_side(work: Callable[[Task], Result], tasks: Sequence[Task], device: 
         return [work(task) for task in tasks]
     pool = ThreadPoolExecutor(workers, "score", initializer=torch.set_num_threads, initargs=(threads // workers,))
     try:
-        return list(pool.map(work, tasks))
+        contexts = [contextvars.copy_context() for _ in tasks]  # use_backend holds in the threads, too
+        return list(pool.map(lambda context, task: context.run(work, task), contexts, tasks))
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .. import processes
 from ..cost import peak_allocation
 from ..errors import InputError
 from ..recipe import Recipe
@@ -49,6 +50,12 @@ def phase_batch_sizes(
                 f"Mixup pairs images: a pass needs an even number, got {images}; change batch_size or mixup"
             )
     return {reduction: sizes[reduction] for reduction in reductions}
+
+
+def least_of_ranks(sizes: dict[int, int]) -> dict[int, int]:
+    """The same sizes on every rank: what fits the memory of one need not fit another's, and all run as many passes."""
+    ranks = processes.gather(sizes)
+    return {reduction: min(one[reduction] for one in ranks) for reduction in sizes}
 
 
 def _parse(text: str) -> dict[int, int]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
@@ -16,6 +21,8 @@ from ..backends import notify_once
 from ..errors import InputError
 from . import sampling
 from .samples import Batch, Request, Samples, StreamSamples
+
+PARENT_CHECK_SECONDS = 0.5  # between a worker's looks at the process that it reads for
 
 
 class Requests(Sampler):
@@ -90,15 +97,44 @@ def worker_loader(samples: Any, workers: int, device: torch.device, **options: A
         samples,
         batch_size=None,
         num_workers=workers,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_follow_parent,
         pin_memory=device.type == "cuda",
         **options,
     )
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C is the main process' business; workers end with it."""
+def _follow_parent(worker: int) -> None:
+    """A worker leaves Ctrl-C and SIGTERM of a whole group of processes to the main one, and ends when that does or says
+    so: also in the middle of a read that never ends.
+
+    Under a fork server, workers are not its children: nothing else tells them that it has been killed.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigtimedwait"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # the thread hears it, and from whom
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    assert parent.pid is not None
+    child = os.getppid() == parent.pid
+    while not wait([parent.sentinel], 0):
+        if child and os.getppid() != parent.pid:  # workers that were forked later hold the sentinel open
+            break
+        if _terminated_by(parent.pid):
+            os._exit(0)
+    os._exit(1)
+
+
+def _terminated_by(process: int) -> bool:
+    """Within the time between two looks at the parent."""
+    if not hasattr(signal, "sigtimedwait"):  # SIGTERM ends the worker by itself there
+        time.sleep(PARENT_CHECK_SECONDS)
+        return False
+    heard = signal.sigtimedwait({signal.SIGTERM}, PARENT_CHECK_SECONDS)
+    return heard is not None and heard.si_pid == process
 
 
 def raised(batches: Iterable[Batch | InputError]) -> Iterator[Batch]:

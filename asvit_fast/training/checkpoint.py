@@ -42,14 +42,17 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Undoes ``random_state``."""
-    torch.set_rng_state(state["torch"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-    version, words, gauss_next = state["python"]
-    random.setstate((version, tuple(words), gauss_next))
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+    """Undoes ``random_state``. Raises InputError for what is no such state."""
+    try:
+        torch.set_rng_state(state["torch"])
+        name, keys, *rest = state["numpy"]
+        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+        version, words, gauss_next = state["python"]
+        random.setstate((version, tuple(words), gauss_next))
+        if device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], device)
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"the checkpoint is damaged: its random states cannot be used ({one_line(error)})") from error
 
 
 def seed_everything(seed: int, device: torch.device) -> None:
@@ -90,6 +93,14 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
+def last_epoch(content: Mapping[str, Any]) -> int:
+    """The last finished epoch of a checkpoint, -1 where it says none. Raises InputError for what is no epoch."""
+    epoch = content.get("epoch", -1)
+    if type(epoch) is not int or epoch < -1:
+        raise InputError(f"the checkpoint is damaged: epoch must be a whole number from 0, got {epoch!r}")
+    return epoch
+
+
 def weights_of(content: dict[str, Any], path: str | os.PathLike[str], use_ema: bool = False) -> dict[str, Any]:
     """The state_dict in what ``read_file`` gave, or its moving average. Raises InputError when there is none."""
     for key in AVERAGES if use_ema else WEIGHTS:
@@ -109,7 +120,10 @@ def _are_weights(content: Mapping[Any, Any]) -> bool:
 
 
 def one_line(error: Exception) -> str:
+    """What an error says, without line breaks and without torch's advice to load a file unsafely."""
     text = " ".join(str(error).split())
+    if "weights_only" in text:
+        return "it holds more than tensors, numbers and text"
     return text if len(text) <= 300 else text[:300] + " ..."
 
 

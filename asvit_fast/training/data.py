@@ -141,6 +141,11 @@ class TrainingData:
         self._check_batch(reader.recipe.batch_size)
 
     @property
+    def is_stream(self) -> bool:
+        """Whether the order of the images depends on the numbers of ranks and workers."""
+        return self._stream is not None
+
+    @property
     def has_validation(self) -> bool:
         """Whether there are validation images."""
         return self._validation is not None

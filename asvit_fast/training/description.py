@@ -25,7 +25,7 @@ from ..recipe import CROP_MODES, INTERPOLATIONS, are_numbers
 LOADING = {  # arguments of timm that choose weights, files, caches or wrappers: none is the architecture's
     *inspect.signature(timm.create_model).parameters,
     *inspect.signature(build_model_with_cfg).parameters,
-    *("pruned", "features_only", "out_indices", "feature_cls", "device", "dtype"),
+    *("pruned", "features_only", "out_indices", "feature_cls", "weights", "progress", "device", "dtype"),
 }
 DATA = ("mean", "std", "crop_pct", "crop_mode", "interpolation")  # of images, but for their size
 CHECKPOINT = (
@@ -161,7 +161,11 @@ def checked(content: Mapping[str, Any], path: Path, names: Iterable[str]) -> dic
         value, (holds, expected) = content.get(name), _FIELDS[name]
         if value is None or (isinstance(value, str) and not value):
             continue
-        if not holds(value):
+        try:
+            fits = holds(value)
+        except (RecursionError, OverflowError):  # a list inside itself, a number beyond any float
+            fits = False
+        if not fits:
             raise InputError(f"{str(path)!r}: {name} must be {expected}, got {_shown(value)}")
         found[name] = value
     return found
@@ -174,7 +178,10 @@ def is_size(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except (RecursionError, ValueError):  # nested, or with more digits, than Python prints
+        text = type(value).__name__
     return text if len(text) <= 60 else f"{text[:60]} ..."
 
 

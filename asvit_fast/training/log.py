@@ -90,7 +90,8 @@ class Pace:
 class TrainingLog:
     """Progress bar, TensorBoard's events and summary.csv of a training; rank 0 has one, the others ``silent()``.
 
-    Where stderr is no terminal, a line every 30 seconds stands for the bar. TensorBoard is optional (extra "train").
+    Each epoch has a line. Where stderr is no terminal, a line every 30 seconds stands for the bar. TensorBoard is
+    optional (extra "train").
     The truth about a run is its trace.jsonl: ``write_summary`` makes the table from all rows each time, so that an
     interrupted run has each epoch once.
 
@@ -179,6 +180,7 @@ class TrainingLog:
         self._write("epoch", numbers, (row["epoch"] + 1) * self.updates_per_epoch - 1)  # its last update
         if self._events is not None:
             self._events.flush()
+        self.say(self._epoch_line(row))
 
     def write_summary(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """summary.csv anew, a line for each of ``rows``: all epochs so far, those of earlier runs included."""
@@ -216,6 +218,23 @@ class TrainingLog:
         parts += [] if self._loss is None else [f"loss {self._loss:.4g}"]
         return ", ".join([*parts, f"{tqdm.format_interval(round(self.pace.remaining(done)))} left"])
 
+    def _epoch_line(self, row: Mapping[str, Any]) -> str:
+        """One line of what the row holds."""
+        parts = [f"epoch {row['epoch']}/{self.epochs}"]
+        if "token_reduction" in row:
+            parts.append(tokens(row["token_reduction"]))
+        parts.append(f"loss {row['train_loss']:.4g}")
+        if row.get("top1") is not None:
+            average = "" if row.get("ema_top1") is None else f" ({row['ema_top1']:.2f} % of the averaged weights)"
+            parts.append(f"top-1 {row['top1']:.2f} %{average}")
+        if "lr" in row:
+            parts.append(f"lr {row['lr']:.3g}")
+        if "images_per_second" in row:
+            parts.append(f"{row['images_per_second']:.4g} images/s")
+        if "seconds" in row:
+            parts.append(tqdm.format_interval(round(row["seconds"])))
+        return ", ".join(parts)
+
     def _write(self, group: str, scalars: Mapping[str, float], update: int) -> None:
         if self._events is not None:
             for name, value in scalars.items():
@@ -228,3 +247,8 @@ class TrainingLog:
             self.say("no events for TensorBoard, which is not installed; pip install 'asvit-fast[train]'")
             return None
         return SummaryWriter(str(directory / EVENTS), purge_step=first_update)
+
+
+def tokens(reduction: int) -> str:
+    """The tokens of a phase, in words."""
+    return "full tokens" if reduction == 1 else f"{reduction} times fewer tokens per side"

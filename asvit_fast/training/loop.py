@@ -36,7 +36,10 @@ def train(
 ) -> TrainResult:
     """Train a network, coarse tokens first where the schedule says so. Under torchrun, on all its processes.
 
-    A run directory that holds a begun training of the same options continues it, to the same bits on a CPU.
+    A run directory that holds a begun training of the same options continues it, to the same bits on a CPU. It may go
+    on with other numbers of processes and images of a pass, as long as an update keeps its images, and with other
+    ``epochs``, beyond those that are trained, as long as these keep their tokens. SIGTERM, where the program does not
+    handle it itself, leaves a checkpoint of that moment.
 
     Args:
         model: a topology or its text, a name that timm knows, or a network (of re-tokenizable patches, if ``schedule``
@@ -57,6 +60,7 @@ def train(
     Raises:
         InputError: an option or data that cannot be used (before any work), an image that cannot be read, a loss that
             is no number, a checkpoint that cannot be written; the last good checkpoint stays.
+        SystemExit: with code 143, after SIGTERM and a checkpoint.
     """
     return Trainer(
         model,

@@ -55,3 +55,10 @@ def make_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, epochs: int
     )
     assert scheduler is not None
     return scheduler
+
+
+def learning_rate(recipe: Recipe, images_per_update: int, epochs: int, updates_per_epoch: int, update: int) -> float:
+    """Of one update of a training of so many epochs."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=recipe.learning_rate(images_per_update))
+    make_scheduler(recipe, optimizer, epochs, updates_per_epoch).step_update(update)
+    return optimizer.param_groups[0]["lr"]

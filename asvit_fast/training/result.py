@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from .saving import ScheduleCost
 from .schedule import RetokenizationSchedule
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainResult:
     """What a training ended with. ``epochs`` has a row for each epoch, as in trace.jsonl."""
 
@@ -38,6 +39,37 @@ class TrainResult:
     def seconds(self) -> float:
         """Time in training steps, without validation."""
         return sum(row["train_seconds"] for row in self.epochs)
+
+    def __repr__(self) -> str:
+        return f"TrainResult({', '.join(f'{name}={value}' for name, value in self._facts().items())})"
+
+    def _repr_html_(self) -> str:
+        cells = "".join(
+            f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in self._facts().items()
+        )
+        return f"<table>{cells}</table>"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the networks, of what JSON holds: a row for each epoch, the schedule and what it has saved."""
+        return {
+            "epochs": [dict(row) for row in self.epochs],
+            "top1": self.top1,
+            "best": self.best,
+            "seconds": self.seconds,
+            "schedule": str(self.schedule),
+            "saving": self.cost.saving,
+            "directory": None if self.directory is None else str(self.directory),
+        }
+
+    def _facts(self) -> dict[str, str]:
+        facts = {"epochs": str(len(self.epochs)), "schedule": repr(str(self.schedule))}
+        if self.epochs:
+            facts["train_loss"] = f"{self.epochs[-1]['train_loss']:.4g}"
+        if self.best is not None:
+            facts["top1"] = f"{self.top1:.2f} %"
+            facts["best"] = f"{metric(self.best):.2f} % after epoch {self.best['epoch']}"
+        facts["seconds"] = f"{self.seconds:.1f}"
+        return facts if self.directory is None else {**facts, "directory": repr(str(self.directory))}
 
 
 def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

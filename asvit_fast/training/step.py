@@ -14,6 +14,7 @@ from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .. import processes
 from ..errors import InputError
@@ -97,7 +98,8 @@ class Step:
     def _clip(self) -> None:
         if self.recipe.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
-            self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)  # []
+            self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of shards: all ranks ask
 
 
 def prepare(model: nn.Module, recipe: Recipe, device: torch.device) -> None:
@@ -123,7 +125,6 @@ def make_step(model: nn.Module, recipe: Recipe, device: torch.device, num_classe
             shard(network, device)
     optimizer = make_optimizer(recipe, model, images_per_update)
     if recipe.torchcompile:
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
         for network in networks:
             network.compile(dynamic=False)  # one graph for each grid and batch
     return Step(
@@ -138,6 +139,13 @@ def make_step(model: nn.Module, recipe: Recipe, device: torch.device, num_classe
         recipe=recipe,
         device=device,
     )
+
+
+def many_graphs(recipe: Recipe) -> contextlib.AbstractContextManager[Any]:
+    """Inside it a compiled network may have ``GRAPHS`` graphs; torch's own limit is for all networks of a program."""
+    if not recipe.torchcompile:
+        return contextlib.nullcontext()
+    return torch._dynamo.config.patch(recompile_limit=max(torch._dynamo.config.recompile_limit, GRAPHS))
 
 
 def autocast(recipe: Recipe, device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -174,13 +182,14 @@ def make_criterion(recipe: Recipe) -> nn.Module:
 
 
 class LossGuard:
-    """Remembers the first update whose loss was no finite number, without waiting for the device."""
+    """Remembers the first update after which something was no finite number, without waiting for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.bad = torch.full((), NEVER, dtype=torch.int64, device=device)
 
-    def watch(self, loss: Tensor, update: int) -> None:
-        self.bad = torch.where(loss.isfinite(), self.bad, self.bad.clamp(max=update))
+    def watch(self, finite: Tensor, update: int) -> None:
+        """``finite`` [] says whether all was well after ``update``."""
+        self.bad = torch.where(finite, self.bad, self.bad.clamp(max=update))
 
     def first(self) -> int | None:
         """On any rank; every rank must ask."""
@@ -188,3 +197,9 @@ class LossGuard:
             dist.all_reduce(self.bad, op=dist.ReduceOp.MIN)
         found = int(self.bad)
         return None if found == NEVER else found
+
+
+def weights_are_finite(model: nn.Module) -> Tensor:
+    """[]: of this rank's shards, where the model is sharded."""
+    parts = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
+    return torch.stack([part.detach().isfinite().all() for part in parts]).all()

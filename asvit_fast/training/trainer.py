@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,36 +20,48 @@ from ..cost import params
 from ..errors import InputError
 from ..recipe import Recipe
 from ..run_directory import RunDirectory, load_state
-from .batch_size import pass_memory, phase_batch_sizes
+from .batch_size import least_of_ranks, pass_memory, phase_batch_sizes
 from .checkpoint import (
     BEST,
     LAST,
     OURS,
     keep_as,
+    last_epoch,
     random_state,
     read_file,
     seed_everything,
     set_random_state,
     weights_of,
 )
+from .continuation import (
+    CHANGEABLE,
+    PASSES,
+    check_resumed,
+    check_same_stream,
+    checked_rows,
+    recover_last,
+    settle_changes,
+    what_changes,
+)
 from .data import DataSets, load_data
 from .evaluation import Evaluation, evaluate
-from .log import TrainingLog
+from .interruption import Interruption, Terminated, Unreadable
+from .log import TrainingLog, tokens
 from .network import What, channels_of, create_network, pixel_statistics
 from .optimization import make_scheduler
-from .parallel import whole
 from .result import TrainResult, best_row, metric
 from .retokenizer import Retokenizer
+from .sampling import one_number, words
 from .saving import schedule_cost
 from .schedule import RetokenizationSchedule
-from .state import Position, collect, restore
-from .step import Batches, LossGuard, autocast, make_step, prepare
+from .state import Begun, Position, collect, restore
+from .step import Batches, LossGuard, autocast, make_step, many_graphs, prepare, weights_are_finite
 
 Data = str | Path | DataSets
 # choices that change how a training runs, not what it computes: a run may go on with others
 RUNNING = (
-    "workers", "checkpoint_interval", "log_interval", "eval_interval", "parallel", "batch_size", "grad_accum_steps",
-    "torchcompile", "grad_checkpointing", "phase_batch_sizes",
+    "workers", "checkpoint_interval", "log_interval", "eval_interval", "parallel", "torchcompile", "grad_checkpointing",
+    *PASSES,
 )  # fmt: skip
 
 
@@ -91,16 +104,18 @@ class Trainer:
         self.image = (channels, *to_2tuple(img_size))
         self.cost = schedule_cost(model, schedule, img_size)
         prepare(model, recipe, device)
-        self.batch_sizes = phase_batch_sizes(
-            recipe, schedule.reductions, pass_memory(model, self.image, device, lambda: autocast(recipe, device))
-        )
+        memory = pass_memory(model, self.image, device, lambda: autocast(recipe, device))
+        self.batch_sizes = least_of_ranks(phase_batch_sizes(recipe, schedule.reductions, memory))
         self.step = make_step(model, recipe, device, self.description["num_classes"], self.images_per_update)
         self.retokenizer = Retokenizer(self.step.replica, schedule, *self.step.averages)
         self.updates_per_epoch = self._updates_per_epoch()
         self.scheduler = make_scheduler(recipe, self.step.optimizer, epochs, self.updates_per_epoch)
+        self.interruption = Interruption()
+        self.guard = LossGuard(device)
         self.position = Position()
         self.reduction = self.schedule.reduction_at(0)
         self.rows: list[dict[str, Any]] = []
+        self.news = ""  # what has changed since the run was begun
         self.progress = progress
         self.config = self._config(data)
 
@@ -133,15 +148,18 @@ class Trainer:
             "images_per_update": self.images_per_update,
             "flops": {str(reduction): macs for reduction, macs in self.cost.macs.items()},
             "saving": self.cost.saving,
+            "processes": self.ranks,
+            **{name: getattr(self.recipe, name) for name in PASSES},
             "recipe": choices,
         }
 
     # ------------------------------------------------------------------ running
 
     def run(self) -> TrainResult:
-        """The whole training, or what is left of it."""
-        for _ in self.iterate():
-            pass
+        """The whole training, or what is left of it; after SIGTERM, up to a checkpoint."""
+        with contextlib.nullcontext() if self.out is None else self.interruption.listening():
+            for _ in self.iterate():
+                pass
         return self.result
 
     def iterate(self) -> Iterator[dict[str, Any]]:
@@ -161,10 +179,12 @@ class Trainer:
             )
             try:
                 self._announce(state)
-                self._warm_up()
+                with many_graphs(self.recipe):
+                    self._warm_up()
                 while self.position.epoch < self.epochs:
-                    self._train_epoch(run)
-                    self._end_epoch(run)
+                    with many_graphs(self.recipe):
+                        self._train_epoch(run)
+                        self._end_epoch(run)
                     yield self.rows[-1]
             finally:
                 self.log.close()
@@ -177,8 +197,10 @@ class Trainer:
         mine: list[RunDirectory] = []
 
         def open_run() -> list[dict[str, Any]]:
-            mine.append(RunDirectory(self.out, self.config, LAST))
-            return mine[0].trace
+            if self.out is not None:
+                recover_last(self.out)
+            mine.append(RunDirectory(self.out, self.config, LAST, changeable=CHANGEABLE))
+            return checked_rows(mine[0])
 
         self.rows = list(processes.on_main(open_run))
         return mine[0] if mine else RunDirectory(None, self.config, LAST)
@@ -186,13 +208,17 @@ class Trainer:
     def _restore(self, run: RunDirectory) -> dict[str, Any] | None:
         """Go on where the run directory, or the checkpoint to resume, stands; then the generators of this rank."""
         begun = processes.broadcast(run.state is not None)
-        state = None
+        state = self.resume
         if begun:
             assert self.out is not None
             state = run.state if run.state is not None else load_state(self.out / LAST)
             run.state = None  # it is large
-        elif self.resume is not None:
-            state = self.resume
+        if state is not None:
+            check_same_stream(Begun.of(state), self.data.is_stream, self.ranks, self.recipe.workers)
+            if not begun:
+                check_resumed(state, self.schedule, self.epochs, self._cut())
+        found = state if begun else None
+        processes.on_main(lambda: settle_changes(run, self.rows, found, self.schedule, self.epochs))
         if state is None:
             seed_everything(self.recipe.seed + self.rank, self.device)
             return None
@@ -201,24 +227,37 @@ class Trainer:
             self._keep_best()  # a kill may have come between the checkpoint and this
         return state
 
+    def _cut(self) -> dict[str, Any]:
+        """What says which images an update holds."""
+        names = ("images_per_update", "updates_per_epoch")
+        return {**{name: getattr(self, name) for name in names}, "seed": self.recipe.seed}
+
     def _load(self, state: dict[str, Any]) -> None:
         restore(self.step, state)
-        ours = state.get(OURS)
-        if ours is None:  # of timm's train.py
-            self.position = Position(state.get("epoch", -1) + 1)
+        begun = Begun.of(state)
+        if begun is None:  # of timm's train.py
+            self.position = Position(last_epoch(state) + 1)
             seed_everything(self.recipe.seed + self.rank, self.device)
             return
-        self.position = Position(**ours["position"])
-        self.batch_sizes = ours["batch_sizes"]
-        if len(ours["random"]) == self.ranks:
-            set_random_state(ours["random"][self.rank], self.device)
+        self.position = begun.position(self.rank, self.ranks)
+        if begun.processes == self.ranks:
+            set_random_state(begun.random[self.rank], self.device)
         else:
-            notify_once(
-                "another number of processes",
-                f"this training was begun by {len(ours['random'])} processes and goes on with {self.ranks}: "
-                "correct, but not to the same bits",
-            )
-            seed_everything(self.recipe.seed + self.rank + self.position.epoch * self.ranks, self.device)
+            seed = one_number(words(self.recipe.seed, begun.epoch, begun.update, self.rank))
+            seed_everything(seed, self.device)
+        self._compare(begun)
+
+    def _compare(self, begun: Begun) -> None:
+        """Whether the updates go on as they were cut until now; they hold the same images in any case."""
+        here = {"processes": self.ranks, **{name: getattr(self.recipe, name) for name in PASSES}}
+        there = {name: getattr(begun, name) for name in here}
+        changes = [f"{name} {there[name]!r} -> {here[name]!r}" for name in here if here[name] != there[name]]
+        if not changes:
+            self.batch_sizes |= begun.batch_sizes  # as they were measured then
+        elif self.rank == 0:
+            text = f"this training goes on with {', '.join(changes)}: correct, but not to the same bits"
+            notify_once(("another cut", self.out, *changes), text)
+        self.news = what_changes(begun, self.recipe, self.images_per_update, self.epochs)
 
     def _announce(self, state: dict[str, Any] | None) -> None:
         model, recipe = self.description["model"], self.recipe
@@ -230,6 +269,8 @@ class Trainer:
             f"epoch, {self.epochs} epochs; learning rate {recipe.learning_rate(self.images_per_update):.3g}"
         )
         self.log.say(self.cost.table())
+        if self.news:
+            self.log.say(self.news)
         if state is not None and self.position.epoch < self.epochs:
             self.log.say(f"continuing in epoch {self.position.epoch}, after {self.position.update} updates of it")
 
@@ -259,22 +300,21 @@ class Trainer:
             self.log.say(f"epoch {position.epoch}: {tokens(self.retokenizer.reduction)} from here on")
         self.reduction = self.retokenizer.reduction
         size = self.batch_sizes[self.reduction]
-        batches = self.data.train_batches(position.epoch, position.update * per_rank, size)
-        guard = LossGuard(self.device)
+        batches = self.interruption.together(self.data.train_batches(position.epoch, position.update * per_rank, size))
         self.step.replica.train()
         started = time.perf_counter() - position.seconds
         while position.update < self.updates_per_epoch:
             update = position.epoch * self.updates_per_epoch + position.update
             self.scheduler.step_update(update)
             loss = self._update(run, batches, per_rank // size, update)  # []
-            guard.watch(loss, update)
+            self.guard.watch(loss.isfinite(), update)
             position.update += 1
             position.loss_sum = position.loss_sum + loss.double()
             last = position.update == self.updates_per_epoch
             report = last or position.update % self.recipe.log_interval == 0
             save = bool(self.recipe.checkpoint_interval) and position.update % self.recipe.checkpoint_interval == 0
-            if report or save or self.device.type == "cpu":  # on a GPU, looking means waiting
-                self._check(guard)
+            if report or self.device.type == "cpu":  # on a GPU, looking means waiting
+                self._check()
             self._report(update, loss, report or self.device.type == "cpu")
             position.seconds = time.perf_counter() - started
             if save and not last:
@@ -282,28 +322,36 @@ class Trainer:
                 started = time.perf_counter() - position.seconds
 
     def _update(self, run: RunDirectory, batches: Batches, passes: int, update: int) -> Tensor:
-        """One update; where an image cannot be read, what was done so far is kept before the training stops."""
+        """One update; where it cannot have its images, all before it is kept and the training ends."""
         before = random_state(self.device)
+        buffers = [(b, b.clone()) for b in self.step.model.buffers()] if passes > 1 else []  # such as BatchNorm's
         try:
             return self.step(batches, passes, update)
-        except InputError:
-            if self.ranks == 1:  # other ranks are in the middle of theirs
-                set_random_state(before, self.device)
-                self._save(run)
+        except (Terminated, Unreadable) as reason:
+            set_random_state(before, self.device)
+            for buffer, value in buffers:
+                buffer.copy_(value)
+            self._keep(run, reason)
             raise
 
-    def _check(self, guard: LossGuard) -> None:
-        bad = guard.first()
+    def _check(self) -> None:
+        bad = self.guard.first()
         if bad is None:
             return
         epoch, update = divmod(bad, self.updates_per_epoch)
         kept = None if self.out is None else self.out / LAST
         good = f"the last good checkpoint is {kept}" if kept and kept.exists() else "no checkpoint has been written yet"
         raise InputError(
-            f"the loss is not finite since update {update} of epoch {epoch} (update {bad} of the training); "
-            f"{good}; train again with a lower lr ({self.step.optimizer.param_groups[0]['lr']:.3g} here), "
+            f"the loss or the weights are not finite since update {update} of epoch {epoch} (update {bad} of the "
+            f"training); {good}; train again with a lower lr ({self.step.optimizer.param_groups[0]['lr']:.3g} here), "
             "clip_grad, or without amp"
         )
+
+    def _check_weights(self) -> None:
+        """The loss says nothing yet of weights that the last update has spoilt; every rank asks before it keeps any."""
+        done = self.position.epoch * self.updates_per_epoch + self.position.update
+        self.guard.watch(weights_are_finite(self.step.model), max(done - 1, 0))
+        self._check()
 
     def _report(self, update: int, loss: Tensor, read: bool) -> None:
         norm = self.step.grad_norm
@@ -328,9 +376,14 @@ class Trainer:
             "train_seconds": position.seconds,
             "images_per_second": self.updates_per_epoch * self.images_per_update / max(position.seconds, 1e-9),
         }
+        self._check_weights()
         started = time.perf_counter()
         if self.data.has_validation and self._validates(position.epoch):
-            row |= self._validate()
+            try:
+                row |= self._validate()
+            except (Terminated, Unreadable) as reason:
+                self._keep(run, reason)
+                raise
         row["seconds"] = position.seconds + time.perf_counter() - started
         self.rows.append(row)
         self.position = Position(position.epoch + 1)
@@ -355,17 +408,35 @@ class Trainer:
         return row
 
     def _evaluate(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
-        return evaluate(model, batches, self.device, autocast=self.step.autocast, ranks=self.ranks)
+        images = self.interruption.alone(batches)
+        try:
+            found = evaluate(model, images, self.device, autocast=self.step.autocast, ranks=self.ranks)
+        except InputError:  # there are no images, on any rank: perhaps because all were stopped
+            self.interruption.settle()
+            raise
+        self.interruption.settle()
+        return found
 
     def _mean(self, value: Tensor) -> float:
         """Over the ranks."""
+        value = value.to(self.device, copy=True)  # []
         if self.ranks > 1:
             dist.all_reduce(value)
         return value.item() / self.ranks
 
     # ------------------------------------------------------------------ keeping
 
+    def _keep(self, run: RunDirectory, reason: BaseException) -> None:
+        """The state before a training ends early."""
+        self._save(run)
+        if isinstance(reason, Terminated) and self.out is not None:
+            self.log.say(
+                f"terminated in epoch {self.position.epoch}, after {self.position.update} updates of it; "
+                f"{self.out / LAST} holds them, the same command continues"
+            )
+
     def _save(self, run: RunDirectory) -> None:
+        self._check_weights()
         state = self._state()
         if self.rank == 0:
             run.save(state)
@@ -386,12 +457,22 @@ class Trainer:
         best = best_row(self.rows)
         if best is not None:
             state["metric"] = metric(best)
-        state[OURS] = {
-            "position": whole(dataclasses.asdict(self.position)),
-            "batch_sizes": self.batch_sizes,
-            "token_reduction": self.reduction,
-            "random": processes.gather(random_state(self.device)),
-        }
+        ranks = processes.gather((self.position.loss_sum.item(), random_state(self.device)))
+        begun = Begun(
+            epoch=self.position.epoch,
+            update=self.position.update,
+            seconds=self.position.seconds,
+            losses=[loss for loss, _ in ranks],
+            random=[random for _, random in ranks],
+            token_reduction=self.reduction,
+            batch_sizes=self.batch_sizes,
+            epochs=self.epochs,
+            schedule=str(self.schedule),
+            workers=self.recipe.workers,
+            **self._cut(),
+            **{name: getattr(self.recipe, name) for name in PASSES},
+        )
+        state[OURS] = begun.to_dict()
         return state
 
     @property
@@ -410,7 +491,3 @@ class Trainer:
             "train_seconds": result.seconds,
             "saving": self.cost.saving,
         }
-
-
-def tokens(reduction: int) -> str:
-    return "full tokens" if reduction == 1 else f"{reduction} times fewer tokens per side"

@@ -1,0 +1,118 @@
+"""What ends a training between two updates, the same on all ranks: SIGTERM, or an image that cannot be read."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from types import FrameType
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from .. import processes
+from ..errors import InputError
+
+Item = TypeVar("Item")
+EXIT_CODE = 128 + signal.SIGTERM  # the shell's convention
+_GO_ON, _TERMINATED, _UNREADABLE = 0, 1, 2
+
+
+class Terminated(SystemExit):
+    """SIGTERM has ended a training, after a checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__(EXIT_CODE)
+
+
+class Unreadable(InputError):
+    """An image that cannot be read, on any rank; every rank raises it before the same update."""
+
+
+class _Interrupt(BaseException):
+    """Raised by the signal while images are awaited; no handler of exceptions in a data set may take it for its own."""
+
+
+class Interruption:
+    """Makes all ranks stop together when one of them is asked to, or cannot read its images.
+
+    SIGTERM is heard inside ``listening``. It breaks off the reading of images; everywhere else it waits for ``settle``.
+    """
+
+    def __init__(self) -> None:
+        self._asked = self._reading = False
+        self._error: InputError | None = None
+        self._group = processes.cpu_group()  # ranks must not wait for their GPUs to learn of each other
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """In the main thread, and unless the program handles SIGTERM itself. The handler is put back."""
+        if threading.current_thread() is not threading.main_thread() or (
+            signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        ):
+            yield
+            return
+        signal.signal(signal.SIGTERM, self._hear)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def together(self, batches: Iterable[Item]) -> Iterator[Item]:
+        """The same batches. Every rank has read its batch before any of them gets one.
+
+        Raises:
+            Terminated, Unreadable: on every rank, in place of the same batch.
+        """
+        remaining = iter(batches)
+        while True:
+            batch = self._read(remaining)
+            self.settle()
+            if batch is None:
+                return
+            yield batch
+
+    def alone(self, batches: Iterable[Item]) -> Iterator[Item]:
+        """The same batches, or the first of them, where this rank is stopped: ``settle`` tells."""
+        remaining = iter(batches)
+        while (batch := self._read(remaining)) is not None:
+            yield batch
+
+    def settle(self) -> None:
+        """Every rank must call it at the same point.
+
+        Raises:
+            Terminated, Unreadable: on every rank, if one was stopped.
+        """
+        status = torch.tensor(_UNREADABLE if self._error else _TERMINATED if self._asked else _GO_ON)  # []
+        if self._group is not None:
+            dist.all_reduce(status, dist.ReduceOp.MAX, group=self._group)
+        if status == _UNREADABLE:
+            texts = processes.gather("" if self._error is None else str(self._error))
+            raise Unreadable(next(filter(None, texts)))
+        if status == _TERMINATED:
+            raise Terminated
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+        if self._reading:
+            self._reading = False  # once
+            raise _Interrupt
+
+    def _read(self, batches: Iterator[Item]) -> Item | None:
+        try:
+            return self._next(batches)
+        except _Interrupt:
+            return None
+
+    def _next(self, batches: Iterator[Item]) -> Item | None:
+        try:
+            self._reading = True
+            return None if self._asked else next(batches, None)
+        except InputError as error:
+            self._error = error
+            return None
+        finally:
+            self._reading = False

@@ -1,0 +1,64 @@
+"""Networks on a GPU that is not there, traced by torch.compile, forward and backward; see test_cuda_tracing.py.
+
+Arguments: dtypes of autocast, separated by commas, then names of networks. Prints one line of JSON: the dtypes of each
+one's outputs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+
+import fake_cuda
+import torch
+import torch._dynamo
+from torch import nn
+
+import asvit_fast as af
+from asvit_fast.backends import FallbackWarning
+
+TOPOLOGY = "4,1,2|2,1,2|2,2,2|2,1,2|16"
+
+
+def make(name: str) -> tuple[nn.Module, int]:
+    """A network and the side of its images."""
+    if name == "as-vit":
+        return af.create_model(TOPOLOGY, img_size=64, pos_embed="absolute", attn_scale=True, feat_scale=True), 72
+    from test_accelerate_families import MODELS
+
+    model, size, expected = MODELS[name]
+    accelerated = model()
+    replaced = {decision.replacement for decision in af.accelerate(accelerated).swapped}
+    assert expected - replaced <= {"FastLinear", "FastMlp", "FastTorchvisionMLP", "FastNormMlp"}, replaced
+    return accelerated, size
+
+
+def trace(name: str, dtype: torch.dtype) -> str:
+    """Forward and backward pass of a compiled network: without a graph break, every gradient on the GPU."""
+    torch._dynamo.reset()
+    model, size = make(name)
+    with fake_cuda.fake_tensors():
+        fake_cuda.to_fake_gpu(model)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        with torch.autocast("cuda", dtype):
+            output = compiled(torch.randn(2, 3, size, size, device="cuda"))
+        output.float().square().sum().backward()
+        missing = [key for key, parameter in model.named_parameters() if parameter.grad is None]
+        assert not missing, missing
+        assert all(parameter.grad.device.type == "cuda" for parameter in model.parameters())
+    return str(output.dtype).removeprefix("torch.")
+
+
+def main() -> None:
+    fake_cuda.install()
+    warnings.simplefilter("error", FallbackWarning)
+    dtypes = [getattr(torch, dtype) for dtype in sys.argv[1].split(",")]
+    found = {name: [trace(name, dtype) for dtype in dtypes] for name in sys.argv[2:]}
+    print(json.dumps(found), flush=True)
+    os._exit(0)  # autograd's thread of the GPU does not end in order
+
+
+if __name__ == "__main__":
+    main()

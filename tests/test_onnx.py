@@ -1,0 +1,84 @@
+"""torch.onnx.export(dynamo=True) of our networks and of accelerated ones, as they are; ONNX Runtime runs the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_accelerate_families import MODELS, image, prepared
+from torch import Tensor, nn
+
+import asvit_fast as af
+
+pytest.importorskip("onnxscript")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+TOPOLOGY = "8,2,2|2,1,2|2,1,2|2,1,2|16"
+DYNAMIC = ({0: torch.export.Dim("batch")},)
+
+
+def network(name: str) -> tuple[nn.Module, Tensor]:
+    """In evaluation, and images [2, 3, H, W]."""
+    if name == "as-vit":
+        extras = {"pos_embed": "absolute", "attn_scale": True, "feat_scale": True}
+        return prepared(lambda: af.create_model(TOPOLOGY, img_size=64, num_classes=3, **extras)).eval(), image(76)
+    make, size, _ = MODELS[name]
+    model = prepared(make).eval()
+    assert af.accelerate(model).swapped
+    return model, image(size)
+
+
+def run(path: Path, images: Tensor) -> Tensor:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images.numpy()})[0])
+
+
+def check(name: str, path: Path, program: bool = False) -> None:
+    """A file made of images of one batch size gives the network's numbers on others."""
+    model, images = network(name)
+    with torch.no_grad():
+        if program:
+            exported = torch.export.export(model, (images,), dynamic_shapes=DYNAMIC)
+            torch.onnx.export(exported, f=path, dynamo=True, verbose=False)
+        else:
+            torch.onnx.export(model, (images,), path, dynamo=True, dynamic_shapes=DYNAMIC, verbose=False)
+        for batch in (images, torch.cat([images, images.flip(0) - 0.5, images[:1]])):
+            torch.testing.assert_close(run(path, batch), model(batch), rtol=1e-4, atol=1e-5)
+
+
+def test_as_vit(tmp_path):
+    check("as-vit", tmp_path / "network.onnx")
+
+
+def test_accelerated(tmp_path):
+    check("swin padded", tmp_path / "network.onnx")
+
+
+def test_exported_program(tmp_path):
+    """torch.export keeps our ops, which ONNX replaces."""
+    check("pvt_v2", tmp_path / "network.onnx", program=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("swin padded", "pvt_v2")])
+def test_every_family(name, tmp_path):
+    check(name, tmp_path / "network.onnx")
+
+
+def test_large_products(tmp_path):
+    """Those of ops.linear, with and without its activation."""
+    from asvit_fast import ops
+
+    class Products(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(96, 320)), nn.Parameter(torch.randn(96))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return ops.linear(x, self.weight, self.bias, "gelu") - ops.linear(x, self.weight)
+
+    model, x = Products(), torch.randn(2, 200, 320)
+    with torch.no_grad():
+        torch.onnx.export(model, (x,), tmp_path / "product.onnx", dynamo=True, verbose=False)
+        torch.testing.assert_close(run(tmp_path / "product.onnx", x), model(x), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,130 @@
+"""Every Triton kernel compiles for Ampere, Hopper and Blackwell, with the Triton that is installed: the oldest that is
+supported in `make test-oldest`. Kernels and arguments are what ops start, forward and backward; no GPU is needed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from asvit_fast import backends, ops
+from asvit_fast.kernels import tiles
+from asvit_fast.kernels.inspection import Launch, recorded_launches
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# float32 products go through TF32 instructions of their own; those of the 16-bit types are the same
+TARGETS = ((80, "fp32"), (80, "fp16"), (90, "fp32"), (90, "bf16"), (100, "fp32"), (100, "bf16"))
+
+
+def _leaves(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    return [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+def attention(dtype: torch.dtype, side: int, head_dim: int, layout: str, size: int = 0, shift: int = 0, extras=True):
+    """Windows of side x side tokens, 2 heads; `extras`: bias, padding with values where there is any, AttnScale."""
+    size, tokens, channels = size or 2 * side, side * side, 6 * head_dim
+    qkv, bias, padding, scale = _leaves(dtype, (1, size, size, channels), (2, tokens, tokens), (channels,), (2,))
+    padding = padding if layout in ("timm", "torchvision") else None
+    operands = {"bias": bias, "padding": padding, "attn_scale": scale} if extras else {}
+    ops.window_attention(qkv, 2, (side, side), (shift, shift), layout=layout, **operands).sum().backward()
+
+
+def embed(dtype: torch.dtype, kernel: int, channels: int, dilation: int, norm: bool):
+    image, weight, bias = _leaves(dtype, (1, 3, 40, 40), (channels, 3, kernel, kernel), (channels,))
+    vectors = _leaves(dtype, (channels,), (channels,)) if norm else ()
+    ops.patch_embed(image, weight, bias, 4, dilation, (2, 3, 2, 3), *vectors).sum().backward()
+
+
+def merge(dtype: torch.dtype, kernel: int, channels: int, order: str):
+    features = kernel * kernel * channels
+    x, weight, *vectors = _leaves(dtype, (1, 9, 8, channels), (2 * channels, features), (features,), (features,))
+    bias = torch.zeros(2 * channels, dtype=dtype, requires_grad=True)
+    ops.patch_merge(x, weight, kernel, 2, *vectors, bias, order=order).sum().backward()
+
+
+def gelu(dtype: torch.dtype, approximate: str, biased: bool):
+    for orders in range(3):
+        ops.gelu_taylor(
+            torch.zeros(orders + 1, 4, 16, dtype=dtype), approximate, torch.zeros(16, dtype=dtype) if biased else None
+        )
+
+
+CALLS: dict[str, Callable[[torch.dtype], None]] = {
+    "attention 7 x 7, d 4, masked": functools.partial(attention, side=7, head_dim=4, layout="masked", size=9, shift=3),
+    "attention 7 x 7, d 32, timm": functools.partial(attention, side=7, head_dim=32, layout="timm", size=9, shift=3),
+    "attention 8 x 8, d 8, grid": functools.partial(attention, side=8, head_dim=8, layout="grid"),
+    "attention 7 x 7, d 16, plain": functools.partial(attention, side=7, head_dim=16, layout="masked", extras=False),
+    "attention 14 x 14, d 22, torchvision": functools.partial(
+        attention, side=14, head_dim=22, layout="torchvision", size=20, shift=7
+    ),
+    "attention 12 x 12, d 4, plain": functools.partial(attention, side=12, head_dim=4, layout="masked", extras=False),
+    "attention 28 x 28, d 45, masked": functools.partial(attention, side=28, head_dim=45, layout="masked", size=30),
+    "attention 10 x 10, d 70, grid": functools.partial(attention, side=10, head_dim=70, layout="grid"),
+    "embed 8, 88 channels": functools.partial(embed, kernel=8, channels=88, dilation=1, norm=True),
+    "embed 4, 32 channels, dilated": functools.partial(embed, kernel=4, channels=32, dilation=2, norm=True),
+    "embed 7, 180 channels, no norm": functools.partial(embed, kernel=7, channels=180, dilation=1, norm=False),
+    "merge 4, 88 channels": functools.partial(merge, kernel=4, channels=88, order="unfold"),
+    "merge 2, 96 channels": functools.partial(merge, kernel=2, channels=96, order="timm"),
+    "merge 3, 16 channels": functools.partial(merge, kernel=3, channels=16, order="unfold"),
+    "gelu": functools.partial(gelu, approximate="none", biased=True),
+    "gelu tanh": functools.partial(gelu, approximate="tanh", biased=False),
+}
+
+
+@contextmanager
+def _triton_on_cpu(monkeypatch) -> Iterator[None]:
+    """Ops start their Triton kernels for tensors of the CPU, as in Triton's interpreter."""
+    monkeypatch.setattr(backends, "_interpreted", lambda: True)
+    backends._reason.cache_clear()
+    try:
+        with backends.use_backend("triton"):
+            yield
+    finally:
+        backends._reason.cache_clear()
+
+
+def launches(monkeypatch, call: Callable[[torch.dtype], None], dtype: torch.dtype, architecture: int) -> list[Launch]:
+    """What a call would start on such a GPU, each once."""
+    with _triton_on_cpu(monkeypatch), tiles.assuming(tiles.FAMILIES[str(architecture)]), recorded_launches() as found:
+        call(dtype)
+    return [launch for number, launch in enumerate(found) if launch not in found[:number]]
+
+
+def compile_each(found: list[Launch], architecture: int) -> None:
+    for launch in found:
+        report = launch.compile(architecture)
+        assert report.shared_bytes <= (99 if architecture == 80 else 227) * 1024, report
+
+
+def test_every_kernel_compiles_in_float32(monkeypatch):
+    """Narrow heads, whose products sum over the fewest channels, and one case of each other kernel."""
+    names = ("attention 12 x 12, d 4, plain", "embed 4, 32 channels, dilated", "merge 3, 16 channels", "gelu tanh")
+    compile_each([launch for name in names for launch in launches(monkeypatch, CALLS[name], torch.float32, 90)], 90)
+
+
+def test_attention_compiles_in_bfloat16(monkeypatch):
+    """Windows that are one tile, with everything that their kernels may be asked for."""
+    compile_each(launches(monkeypatch, CALLS["attention 7 x 7, d 32, timm"], torch.bfloat16, 90), 90)
+
+
+def test_calls_start_every_kernel(monkeypatch, root):
+    """A new kernel is compiled here, too."""
+    text = "\n".join(path.read_text() for path in (root / "kernels").glob("*.py"))
+    kernels = {
+        line[4:].partition("(")[0] for line in text.splitlines() if line.startswith("def ") and "_kernel(" in line
+    }
+    kernels -= {"compile_kernel"}
+    started = {launch.name for call in CALLS.values() for launch in launches(monkeypatch, call, torch.bfloat16, 90)}
+    assert started == kernels
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("architecture", "dtype"), TARGETS)
+@pytest.mark.parametrize("name", CALLS)
+def test_every_kernel_compiles(monkeypatch, name, dtype, architecture):
+    compile_each(launches(monkeypatch, CALLS[name], DTYPES[dtype], architecture), architecture)

@@ -369,7 +369,7 @@ def test_what_a_training_says_of_itself(tmp_path: Path) -> None:
 def test_compiling_leaves_the_limit_of_other_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = []
     monkeypatch.setattr(Trainer, "_warm_up", lambda self: limits.append(torch._dynamo.config.recompile_limit))
-    before = torch._dynamo.config.recompile_limit
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
-    run(None, epochs=1, schedule="1", torchcompile=True)
-    assert torch._dynamo.config.recompile_limit == before < limits[0]
+    with torch._dynamo.config.patch(recompile_limit=8):
+        run(None, epochs=1, schedule="1", torchcompile=True)
+        assert torch._dynamo.config.recompile_limit == 8 < limits[0]

@@ -120,7 +120,6 @@ def test_other_passes(tmp_path: Path, whole: Path) -> None:
         ("training", 30, (0, 3), {"workers": 1}),
         ("training", 54, (1, 0), {"batch_size": 4, "grad_accum_steps": 2}),
         ("validation", 9, (0, 6), {}),
-        ("validation", 9, (0, 6), {"workers": 1}),
         ("update", 8, (1, 2), {}),
     ],
     ids=str,

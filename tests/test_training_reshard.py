@@ -230,6 +230,10 @@ def test_a_lost_checkpoint(tmp_path: Path) -> None:
         found.model.state_dict().items(), expected.model.state_dict().values(), strict=True
     ):
         assert torch.equal(value, other), name
+    content = (tmp_path / "run" / LAST).read_bytes()
+    (tmp_path / "run" / LAST).write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=f"damaged.*delete it to go on from {BEST}"):
+        run(tmp_path / "run")
     for name in (LAST, BEST):
         (tmp_path / "run" / name).unlink()
     trace = (tmp_path / "run" / "trace.jsonl").read_bytes()

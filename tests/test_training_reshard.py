@@ -284,6 +284,16 @@ def test_wrongly_typed_fields(tmp_path: Path, begun: Path, path: tuple[str, ...]
     assert "\n" not in str(error.value) and "weights_only" not in str(error.value)
 
 
+@pytest.mark.parametrize(("name", "value"), [("betas", "none"), ("lr", "high"), ("eps", [1]), ("params", 3)])
+def test_wrongly_typed_optimizers(tmp_path: Path, begun: Path, name: str, value: Any) -> None:
+    state = torch.load(begun, weights_only=True)
+    state["optimizer"]["param_groups"][0][name] = value
+    torch.save(state, tmp_path / "changed.pth.tar")
+    with pytest.raises(InputError, match="another network or optimizer") as error:
+        run(None, resume=str(tmp_path / "changed.pth.tar"))
+    assert "\n" not in str(error.value)
+
+
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("begun") / "run"

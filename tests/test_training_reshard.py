@@ -120,7 +120,6 @@ def test_other_passes(tmp_path: Path, whole: Path) -> None:
         ("training", 30, (0, 3), {"workers": 1}),
         ("training", 54, (1, 0), {"batch_size": 4, "grad_accum_steps": 2}),
         ("validation", 9, (0, 6), {}),
-        ("validation", 9, (0, 6), {"workers": 1}),
         ("update", 8, (1, 2), {}),
     ],
     ids=str,
@@ -231,6 +230,10 @@ def test_a_lost_checkpoint(tmp_path: Path) -> None:
         found.model.state_dict().items(), expected.model.state_dict().values(), strict=True
     ):
         assert torch.equal(value, other), name
+    content = (tmp_path / "run" / LAST).read_bytes()
+    (tmp_path / "run" / LAST).write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=f"damaged.*delete it to go on from {BEST}"):
+        run(tmp_path / "run")
     for name in (LAST, BEST):
         (tmp_path / "run" / name).unlink()
     trace = (tmp_path / "run" / "trace.jsonl").read_bytes()
@@ -279,6 +282,16 @@ def test_wrongly_typed_fields(tmp_path: Path, begun: Path, path: tuple[str, ...]
     with pytest.raises(InputError, match="damaged") as error:
         run(None, resume=str(tmp_path / "changed.pth.tar"))
     assert "\n" not in str(error.value) and "weights_only" not in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "value"), [("betas", "none"), ("lr", "high"), ("eps", [1]), ("params", 3)])
+def test_wrongly_typed_optimizers(tmp_path: Path, begun: Path, name: str, value: Any) -> None:
+    state = torch.load(begun, weights_only=True)
+    state["optimizer"]["param_groups"][0][name] = value
+    torch.save(state, tmp_path / "changed.pth.tar")
+    with pytest.raises(InputError, match="another network or optimizer") as error:
+        run(None, resume=str(tmp_path / "changed.pth.tar"))
+    assert "\n" not in str(error.value)
 
 
 @pytest.fixture(scope="module")
@@ -369,7 +382,7 @@ def test_what_a_training_says_of_itself(tmp_path: Path) -> None:
 def test_compiling_leaves_the_limit_of_other_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = []
     monkeypatch.setattr(Trainer, "_warm_up", lambda self: limits.append(torch._dynamo.config.recompile_limit))
-    before = torch._dynamo.config.recompile_limit
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
-    run(None, epochs=1, schedule="1", torchcompile=True)
-    assert torch._dynamo.config.recompile_limit == before < limits[0]
+    with torch._dynamo.config.patch(recompile_limit=8):
+        run(None, epochs=1, schedule="1", torchcompile=True)
+        assert torch._dynamo.config.recompile_limit == 8 < limits[0]

@@ -11,7 +11,7 @@ from ..errors import InputError
 from ..files import as_float
 from ..folder_lock import FolderLock
 from ..recipe import Recipe
-from ..run_directory import CONFIG, RunDirectory
+from ..run_directory import CONFIG, DamagedState, RunDirectory
 from .checkpoint import BEST, LAST, keep_as, last_epoch
 from .optimization import learning_rate
 from .schedule import REDUCTIONS, RetokenizationSchedule
@@ -123,6 +123,18 @@ def check_same_stream(begun: Begun | None, is_stream: bool, ranks: int, workers:
                 f"this training stands inside epoch {begun.epoch}, whose images are a stream that {before} {name} "
                 f"share: {now} would see some of them twice and others never; go on with {before} until the epoch ends"
             )
+
+
+def open_run(out: Path | None, config: dict[str, Any]) -> RunDirectory:
+    """The run directory of a training, begun or continued. Raises InputError as RunDirectory does."""
+    if out is not None:
+        recover_last(out)
+    try:
+        return RunDirectory(out, config, LAST, changeable=CHANGEABLE)
+    except InputError as error:
+        if out is not None and isinstance(error.__cause__, DamagedState) and (out / BEST).is_file():
+            raise InputError(f"{error}, or delete it to go on from {BEST}") from error
+        raise
 
 
 def recover_last(out: Path) -> None:

@@ -73,7 +73,15 @@ def load_model(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Whole tensors into the optimizer of a plain or sharded module."""
+    """Whole tensors into the optimizer of a plain or sharded module.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: what is no state of such an optimizer.
+    """
+    for own, group in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        for name, value in group.items():
+            if name in own and not _alike(own[name], value):
+                raise ValueError(f"{name} of the optimizer must be as {own[name]!r}, got {value!r}")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     indices = [index for group in state["param_groups"] for index in group["params"]]
     shards = {
@@ -84,6 +92,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
         for index, parameter in zip(indices, parameters, strict=True)
     }
     optimizer.load_state_dict({**state, "state": {index: entry for index, entry in shards.items() if entry}})
+
+
+def _alike(own: Any, value: Any) -> bool:
+    """Whether a hyperparameter can stand for another: numbers for numbers, as many of them."""
+    if isinstance(own, (tuple, list)):
+        return isinstance(value, (tuple, list)) and len(own) == len(value) and all(map(_alike, own, value))
+    numbers = (bool, int, float, Tensor)
+    return own is None or value is None or isinstance(value, numbers if isinstance(own, numbers) else type(own))
 
 
 def _like(value: Any, target: Tensor | None) -> Any:

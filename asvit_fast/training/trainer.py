@@ -34,12 +34,11 @@ from .checkpoint import (
     weights_of,
 )
 from .continuation import (
-    CHANGEABLE,
     PASSES,
     check_resumed,
     check_same_stream,
     checked_rows,
-    recover_last,
+    open_run,
     settle_changes,
     what_changes,
 )
@@ -196,13 +195,11 @@ class Trainer:
         """The run directory, which rank 0 alone holds and writes."""
         mine: list[RunDirectory] = []
 
-        def open_run() -> list[dict[str, Any]]:
-            if self.out is not None:
-                recover_last(self.out)
-            mine.append(RunDirectory(self.out, self.config, LAST, changeable=CHANGEABLE))
+        def rows() -> list[dict[str, Any]]:
+            mine.append(open_run(self.out, self.config))
             return checked_rows(mine[0])
 
-        self.rows = list(processes.on_main(open_run))
+        self.rows = list(processes.on_main(rows))
         return mine[0] if mine else RunDirectory(None, self.config, LAST)
 
     def _restore(self, run: RunDirectory) -> dict[str, Any] | None:

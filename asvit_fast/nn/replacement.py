@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import backends
 from ..errors import InputError
@@ -114,7 +115,9 @@ def why_not_bypass(module: Any, **parts: type | tuple[type, ...]) -> str | None:
         if has_hooks(part):
             return f"its {name} has hooks"
         for key, weight in part._parameters.items():
-            if weight is not None and type(weight) not in (nn.Parameter, Tensor) and not torch.compiler.is_compiling():
+            if weight is None or torch.compiler.is_compiling():
+                continue
+            if type(weight) not in (nn.Parameter, Tensor, FakeTensor):
                 return f"the {key} of its {name} is a {type(weight).__name__}"
     return None
 

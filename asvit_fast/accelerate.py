@@ -291,8 +291,10 @@ def accelerate(model: nn.Module, strict: bool = False) -> Report:
     Same parameters, state_dict, hooks and results up to rounding (``verify`` compares on your data); nothing but the
     class of single instances changes, so deepcopy, pickle, optimizers, EMA, torch.compile and sharding work as before.
     Shard (``fully_shard``) and compile after this call; tools that look for exact types, such as torch.ao's
-    ``quantize_dynamic``, come before it, and torch.fx and torch.jit.script need the restored model. Calling it again
-    changes nothing; ``restore`` undoes it.
+    ``quantize_dynamic``, come before it. torch.jit.script needs the restored model, and so does torch.fx where it does
+    not take replacements as leaves, as timm's feature extraction does. torch.export keeps the fused ops;
+    torch.onnx.export (``dynamo=True``) replaces them by standard operators. Calling it again changes nothing;
+    ``restore`` undoes it.
 
     A module is left alone, with the reason in the report, when its class is a subclass of a known one or was patched,
     or when something that the fused op would bypass has hooks or another type than expected. What turns up later, such

@@ -51,7 +51,8 @@ test-oldest: $(OLDEST)/.torch
 	rm -rf $(addprefix $(OLDEST_COPY)/,asvit_fast kernels tests benchmarks csrc)
 	cp -a asvit_fast kernels tests benchmarks csrc setup.py pyproject.toml README.md LICENSE MANIFEST.in $(OLDEST_COPY)
 	rm -f $(OLDEST_COPY)/asvit_fast/_C.*.so $(OLDEST_COPY)/asvit_fast/_build.json
-	cd $(OLDEST_COPY) && ../../$(OLDEST)/bin/python -m pip install --progress-bar off --no-build-isolation --editable ".[test]"
+	cd $(OLDEST_COPY) && ASVIT_FAST_BUILD=$${ASVIT_FAST_BUILD:-cpu} ../../$(OLDEST)/bin/python -m pip install \
+		--progress-bar off --no-build-isolation --editable ".[test]"
 	cd $(OLDEST_COPY) && OMP_NUM_THREADS=1 ../../$(OLDEST)/bin/pytest -n 2 $(OLDEST_TESTS) $(PYTEST_ARGS)
 	cd $(OLDEST_COPY) && OMP_NUM_THREADS=1 ../../$(OLDEST)/bin/pytest -n 2 -m slow tests/test_triton_compilation.py
 

@@ -275,8 +275,10 @@ def accelerate(model: nn.Module, strict: bool = False) -> Report:
     same seed included; nothing but the class of single instances changes, so deepcopy, pickle, optimizers, EMA,
     torch.compile and sharding work as before. Call it on the device and in the precision that the model will have,
     before ``fully_shard`` and torch.compile. Tools that look for exact types come before it: torch.ao's quantisation
-    refuses accelerated models, counters such as thop see no ``nn.Linear``; torch.fx and torch.jit.script need the
-    restored model. Calling it again brings it up to date; ``restore`` undoes it.
+    refuses accelerated models, counters such as thop see no ``nn.Linear``. torch.jit.script needs the restored model,
+    and so does torch.fx where it does not take replacements as leaves, as timm's feature extraction does. torch.export
+    keeps the fused ops; torch.onnx.export (``dynamo=True``) replaces them by standard operators. Calling it again
+    brings it up to date; ``restore`` undoes it.
 
     A module is left alone, with the reason in the report, when its class is a subclass of a known one or was patched;
     when anybody could see that a submodule is not called any more, or called with something else: it has hooks, a

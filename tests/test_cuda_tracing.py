@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -49,3 +50,10 @@ OTHERS = ("swinv2", "swinv2_cr", "maxvit rw", "maxvit parallel", "tiny_vit padde
 @pytest.mark.parametrize("name", [*OTHERS, "torchvision", "torchvision v2"])
 def test_one_graph_of_other_families(fake_runtime, name):
     assert traced(fake_runtime, "cuda_tracing_program.py", "bfloat16", name) == {name: ["bfloat16"]}
+
+
+def test_launches(fake_runtime, root):
+    """Every kernel is started without an error; nothing falls back."""
+    text = "\n".join(path.read_text() for path in (root / "kernels").glob("*.py"))
+    kernels = set(re.findall(r"^def (\w+_kernel)\(\n    \w+_pointer", text, re.MULTILINE))
+    assert set(traced(fake_runtime, "cuda_launches_program.py")) == kernels

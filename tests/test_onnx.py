@@ -66,6 +66,7 @@ def test_every_family(name, tmp_path):
     check(name, tmp_path / "network.onnx")
 
 
+@pytest.mark.filterwarnings("ignore:Exporting a model while it is in training mode")
 def test_large_products(tmp_path):
     """Those of ops.linear, with and without its activation."""
     from asvit_fast import ops
@@ -82,3 +83,20 @@ def test_large_products(tmp_path):
     with torch.no_grad():
         torch.onnx.export(model, (x,), tmp_path / "product.onnx", dynamo=True, verbose=False)
         torch.testing.assert_close(run(tmp_path / "product.onnx", x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Exporting a model while it is in training mode")
+def test_taylor_ops(tmp_path):
+    """Values and derivatives."""
+    from asvit_fast import ops
+
+    class Rules(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x = ops.layer_norm_taylor(ops.tanh_taylor(x))
+            return ops.softmax_taylor(ops.gelu_taylor(x)) + ops.window_attention_taylor(
+                torch.cat([x] * 3, -1), 2, (2, 3)
+            )
+
+    x = torch.randn(3, 2, 4, 5, 8)
+    torch.onnx.export(Rules(), (x,), tmp_path / "rules.onnx", dynamo=True, verbose=False)
+    torch.testing.assert_close(run(tmp_path / "rules.onnx", x), Rules()(x), rtol=1e-4, atol=1e-5)

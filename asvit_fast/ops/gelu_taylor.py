@@ -18,6 +18,7 @@ from torch import Tensor
 
 from asvit_fast import _extension, backends
 from asvit_fast.errors import InputError
+from asvit_fast.ops.decomposition import register_decomposition
 from asvit_fast.ops.stacked import add_to_value, chain_rule, check_channels, check_stack, compute_dtype
 from asvit_fast.ops.transforms import transform_active
 
@@ -98,6 +99,8 @@ def _gelu_taylor(x: Tensor, approximate: str, bias: Tensor | None = None) -> Ten
 def _fake(x: Tensor, approximate: str, bias: Tensor | None = None) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
+
+register_decomposition(_gelu_taylor, gelu_taylor_reference)
 
 # --------------------------------------------------------------------------- autograd
 

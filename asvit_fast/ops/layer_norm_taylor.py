@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from asvit_fast import _extension, backends
+from asvit_fast.ops.decomposition import register_decomposition
 from asvit_fast.ops.stacked import add_to_value, check_channels, check_rows, compute_dtype, gradients
 from asvit_fast.ops.transforms import transform_active
 
@@ -76,6 +77,8 @@ def _layer_norm_taylor(x: Tensor, weight: Tensor | None, bias: Tensor | None, ep
 def _fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
+
+register_decomposition(_layer_norm_taylor, layer_norm_taylor_reference)
 
 # --------------------------------------------------------------------------- autograd
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from asvit_fast import _extension, backends
+from asvit_fast.ops.decomposition import register_decomposition
 from asvit_fast.ops.stacked import check_rows, compute_dtype, gradients
 from asvit_fast.ops.transforms import transform_active
 
@@ -62,6 +63,8 @@ def _softmax_taylor(s: Tensor) -> Tensor:
 def _fake(s: Tensor) -> Tensor:
     return torch.empty_like(s, memory_format=torch.contiguous_format)
 
+
+register_decomposition(_softmax_taylor, softmax_taylor_reference)
 
 # --------------------------------------------------------------------------- autograd
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from asvit_fast import _extension, backends
+from asvit_fast.ops.decomposition import register_decomposition
 from asvit_fast.ops.stacked import chain_rule, check_stack, compute_dtype, gradients
 from asvit_fast.ops.transforms import transform_active
 
@@ -44,6 +45,8 @@ def _tanh_taylor(x: Tensor) -> Tensor:
 def _fake(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
+
+register_decomposition(_tanh_taylor, tanh_taylor_reference)
 
 # --------------------------------------------------------------------------- autograd
 

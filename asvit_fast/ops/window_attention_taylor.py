@@ -14,6 +14,7 @@ from torch import Tensor
 
 from asvit_fast import _extension, backends
 from asvit_fast.errors import InputError
+from asvit_fast.ops.decomposition import register_decomposition
 from asvit_fast.ops.transforms import transform_active
 from asvit_fast.ops.windows import merge_windows, partition_windows, window_mask
 
@@ -143,6 +144,8 @@ def _fake(
 ) -> Tensor:
     return q.new_empty(*q.shape[:4], q.shape[4] * q.shape[5])
 
+
+register_decomposition(_window_attention_taylor, window_attention_taylor_reference)
 
 # --------------------------------------------------------------------------- autograd
 

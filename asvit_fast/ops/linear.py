@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.overrides import has_torch_function
 
 from .. import backends
-from .transforms import transform_active
+from ..errors import InputError
+from .checks import check_device
+from .transforms import autocast_active, transform_active
 
 SMALL = 10**7  # multiply-adds below which calling an op of our own costs more than it gains
 
@@ -25,6 +27,8 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, acti
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
     """x [*, K], weight [N, K], both of any strides -> [*, N]."""
+    if bias is not None and bias.shape != weight.shape[:1]:  # oneDNN ignores it
+        raise InputError(f"linear: bias must be {list(weight.shape[:1])}, got {list(bias.shape)}")
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none" if activation == "gelu" else "")
 
 
@@ -78,12 +82,29 @@ _linear.register_autograd(_backward, setup_context=_setup_context)
 # --------------------------------------------------------------------------- public
 
 
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:
+    """InputError where torch would not compute anything."""
+    if activation not in ("none", "gelu"):
+        raise InputError(f"linear: activation must be none or gelu, got '{activation}'")
+    if x.dim() == 0 or weight.dim() not in (1, 2) or x.shape[-1] != weight.shape[-1]:
+        raise InputError(f"linear: x must be [*, K] and weight [N, K], got {list(x.shape)} and {list(weight.shape)}")
+    outputs = weight.shape[:-1]  # [N]
+    if bias is not None and bias.dim() > 0 and bias.shape[-1:] not in (outputs, (1,)):
+        raise InputError(f"linear: bias must be {list(outputs)}, got {list(bias.shape)}")
+    autocast = autocast_active(x.device.type)
+    for name, operand in (("weight", weight), ("bias", bias)):
+        if operand is None:
+            continue
+        check_device("linear", name, operand, x)
+        if operand.dtype != x.dtype and not autocast:
+            raise InputError(f"linear: {name} must be {x.dtype} as x is, got {operand.dtype}")
+
+
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether oneDNN's float32 product is what F.linear would compute, and worth a call."""
-    tensors = [x, weight] if bias is None else [x, weight, bias]
-    if any(tensor.device.type != "cpu" or tensor.dtype != torch.float32 for tensor in tensors):
+    if x.device.type != "cpu" or x.dtype != torch.float32 or autocast_active("cpu"):
         return False
-    if weight.dim() != 2 or x.dim() < 2 or torch.is_autocast_enabled("cpu"):
+    if weight.dim() != 2 or x.dim() < 2 or (bias is not None and bias.shape != weight.shape[:1]):
         return False
     return x.numel() > 0 and x.numel() * weight.shape[0] >= SMALL
 
@@ -112,12 +133,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
         activation: "none" or "gelu" (exact); fused into the product where no gradient is recorded.
 
     Raises:
-        ValueError: an unknown activation, naming it.
+        InputError: shapes, dtypes or devices that do not fit, or an unknown activation, naming the value.
     """
     if not torch.jit.is_scripting():
-        if activation not in ("none", "gelu"):
-            raise ValueError(f"linear: activation must be none or gelu, got '{activation}'")
-        plain = has_torch_function((x, weight, bias)) or transform_active() or not _fits(x, weight, bias)
-        if not plain and not _elementary(x):
+        plain = has_torch_function((x, weight, bias))
+        if not plain:
+            _check(x, weight, bias, activation)
+        if not plain and not transform_active() and _fits(x, weight, bias) and not _elementary(x):
             return _through_onednn(x, weight, bias, activation)
     return linear_reference(x, weight, bias, activation)

@@ -17,8 +17,9 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _extension, backends
 from ..errors import InputError
+from .checks import check_device, check_floats, check_integer, check_operand
 from .optional import double_backward, gradients, present
-from .transforms import transform_active
+from .transforms import autocast_active, transform_active
 
 
 def merge_padding(size: int, kernel: int, stride: int) -> list[int]:
@@ -293,21 +294,30 @@ def _check(
     stride: int,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
+    bias: Tensor | None,
     order: str,
-) -> None:
-    if kernel < 1 or stride < 1:
-        raise ValueError(f"patch_merge: kernel and stride must be positive, got {kernel} and {stride}")
-    if x.dim() != 4 or weight.dim() != 2 or weight.shape[1] != x.shape[3] * kernel * kernel:
-        raise ValueError(
+) -> int:
+    """InputError for arguments that do not fit. Returns a stride that does the same and is not larger than the map."""
+    op = "patch_merge"
+    check_integer(op, "kernel", kernel, 1)
+    check_integer(op, "stride", stride, 1)
+    check_floats(op, "x", x)
+    check_floats(op, "weight", weight)
+    check_device(op, "weight", weight, x)
+    fits = x.dim() == 4 and weight.dim() == 2 and x.shape[3] > 0 and weight.shape[1] == x.shape[3] * kernel * kernel
+    if not fits:
+        raise InputError(
             f"patch_merge: x must be [B, H, W, C] and weight [Cout, C*{kernel}*{kernel}], "
             f"got {list(x.shape)} and {list(weight.shape)}"
         )
-    if norm_weight is not None and list(norm_weight.shape) != [weight.shape[1]]:
-        raise ValueError(f"patch_merge: norm_weight must be [{weight.shape[1]}], got {list(norm_weight.shape)}")
-    if norm_bias is not None and list(norm_bias.shape) != [weight.shape[1]]:
-        raise ValueError(f"patch_merge: norm_bias must be [{weight.shape[1]}], got {list(norm_bias.shape)}")
+    if norm_weight is None and norm_bias is not None:
+        raise InputError("patch_merge: norm_bias without norm_weight, which is what asks for a LayerNorm")
+    check_operand(op, "norm_weight", norm_weight, [weight.shape[1]], x)
+    check_operand(op, "norm_bias", norm_bias, [weight.shape[1]], x)
+    check_operand(op, "bias", bias, [weight.shape[0]], x)
     if order != "unfold" and order != "timm":
-        raise ValueError(f"patch_merge: order must be 'unfold' or 'timm', got '{order}'")
+        raise InputError(f"patch_merge: order must be 'unfold' or 'timm', got '{order}'")
+    return min(stride, max(kernel, x.shape[1], x.shape[2]))
 
 
 def patch_merge(
@@ -328,7 +338,7 @@ def patch_merge(
     ``kernel`` 2 and ``order`` "timm", Swin (arXiv 2103.14030), section 3.1.
 
     Args:
-        x: [B, H, W, C], any floating dtype; the output has the weight's, or autocast's.
+        x: [B, H, W, C], float32, float64, float16 or bfloat16; the output has the weight's, or autocast's.
         weight: [Cout, C*K*K], input features ordered as ``order`` says; bias: [Cout] or None.
         kernel, stride: tokens.
         norm_weight, norm_bias: [C*K*K], in the same order; without ``norm_weight`` there is no LayerNorm.
@@ -337,20 +347,21 @@ def patch_merge(
             the PatchMerging of timm's and torchvision's Swin.
 
     Raises:
-        ValueError: shapes that do not fit, naming the value.
+        InputError: shapes, dtypes, devices or numbers that do not fit, naming the value.
 
     On a CPU one compiled kernel each for forward and backward, on a GPU Triton kernels (elementary operations in
     float64), none of which holds all neighbourhoods. Without LayerNorm it is torch's convolution.
     """
-    elementary = norm_weight is None or x.numel() == 0 or weight.numel() == 0
     if not torch.jit.is_scripting():
         operands = (x, weight, norm_weight, norm_bias, bias)
         if has_torch_function(operands):
             return handle_torch_function(
                 patch_merge, operands, x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, order
             )
-        _check(x, weight, kernel, stride, norm_weight, norm_bias, order)
-        if torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.float64:
+    stride = _check(x, weight, kernel, stride, norm_weight, norm_bias, bias, order)
+    elementary = norm_weight is None or x.numel() == 0 or weight.numel() == 0
+    if not torch.jit.is_scripting():
+        if autocast_active(x.device.type) and weight.dtype != torch.float64:
             weight = weight.to(torch.get_autocast_dtype(x.device.type))
         elementary = elementary or transform_active() or x.device.type not in ("cpu", "cuda")
         if backends.forced_backend() is not None:
@@ -360,5 +371,4 @@ def patch_merge(
         if not elementary and norm_weight is not None:
             channels_last = order == "timm"
             return _patch_merge(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels_last)[0]
-    _check(x, weight, kernel, stride, norm_weight, norm_bias, order)
     return patch_merge_reference(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, order)

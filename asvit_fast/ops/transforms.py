@@ -1,9 +1,14 @@
-"""Whether a torch transform is active that a fused op would not survive."""
+"""Which of torch's transforms and modes are active, as far as ops have to know."""
 
 from __future__ import annotations
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+
+
+def autocast_active(device_type: str) -> bool:
+    """Whether operations on such tensors are autocast; those on the meta device never are."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 @torch.compiler.assume_constant_result  # asked while tracing, when the levels of the traced transforms are there

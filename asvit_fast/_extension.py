@@ -9,11 +9,15 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+
+_waiting: list[Callable[[], None]] = []  # to be called when the extension is loaded
 
 REBUILD = "rebuild them with `pip install --no-build-isolation --force-reinstall --no-deps .` in a checkout"
 
@@ -43,9 +47,20 @@ def _load() -> tuple[ModuleType | None, str | None]:
     if reason is not None:
         return None, reason
     try:
-        return importlib.import_module("asvit_fast._C"), None
+        module = importlib.import_module("asvit_fast._C")
     except ImportError as error:  # a missing library or symbol: the loader's text says which
         return None, f"asvit_fast._C does not load: {error}"
+    while _waiting:
+        _waiting.pop()()
+    return module, None
+
+
+def when_loaded(action: Callable[[], None]) -> None:
+    """Call ``action`` once the extension is loaded: now, if it is."""
+    if "asvit_fast._C" in sys.modules:
+        action()
+    else:
+        _waiting.append(action)
 
 
 def extension() -> ModuleType | None:

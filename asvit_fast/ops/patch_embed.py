@@ -370,7 +370,7 @@ def _fuses(image: Tensor, weight: Tensor) -> bool:
             _say_too_wide()
             return False
         return image.dtype != torch.float64
-    return image.device.type == "cpu"
+    return image.device.type in ("cpu", "meta")
 
 
 def _keeps(operands: Operands) -> bool:

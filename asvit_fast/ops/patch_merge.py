@@ -363,7 +363,7 @@ def patch_merge(
     if not torch.jit.is_scripting():
         if autocast_active(x.device.type) and weight.dtype != torch.float64:
             weight = weight.to(torch.get_autocast_dtype(x.device.type))
-        elementary = elementary or transform_active() or x.device.type not in ("cpu", "cuda")
+        elementary = elementary or transform_active() or x.device.type not in ("cpu", "cuda", "meta")
         if backends.forced_backend() is not None:
             elementary = elementary or backends.select("patch_merge", x.device) is _elementary
         elif x.device.type == "cuda" and torch.float64 in (x.dtype, weight.dtype):

@@ -371,9 +371,9 @@ def _fused(qkv: Tensor, dropout: float) -> bool:
         if implementation is not _elementary and dropout > 0.0:
             raise InputError(f"window_attention: the {forced} backend has no dropout, got {dropout}")
         return implementation is not _elementary
-    if dropout > 0.0 or qkv.device.type not in ("cpu", "cuda"):
+    if dropout > 0.0 or qkv.device.type not in ("cpu", "cuda", "meta"):
         return False
-    if qkv.device.type == "cpu":
+    if qkv.device.type != "cuda":
         return True
     why = backends.available("window_attention", "triton", qkv.device)
     if why is not None:
@@ -455,7 +455,8 @@ def window_attention(
     elementary = qkv.numel() == 0 or attn_scale is not None
     if not torch.jit.is_scripting():
         parameters = bias is not None or padding is not None or attn_scale is not None  # which would have gradients
-        if windows == [1, 1] and dropout == 0.0 and not parameters and backends.forced_backend() is None:
+        computed = qkv.device.type != "meta"  # there the op is called for its shape and what it counts
+        if windows == [1, 1] and dropout == 0.0 and not parameters and computed and backends.forced_backend() is None:
             return qkv[..., qkv.shape[3] // 3 * 2 :].contiguous()  # a token that is alone attends itself
         if qkv.numel() > 0 and not transform_active() and _fused(qkv, dropout):
             factor = float(qkv.shape[3] // (3 * num_heads)) ** -0.5 if scale is None else scale

@@ -67,7 +67,7 @@ def _patch_merge(x: Shape, weight: Shape, *_: Any, out_shape: Sequence[Shape], *
     return 2 * prod(out_shape[0][:3]) * prod(weight)
 
 
-def _patch_merge_backward(gradient: Shape, x: Shape, output: Shape, statistics: Shape, weight: Shape, *arguments: Any,
+def _patch_merge_backward(gradient: Shape, x: Shape, statistics: Shape, weight: Shape, *arguments: Any,
                           **__: Any) -> int:  # fmt: skip
     """Gradients of x and weight, where they are asked for."""
     return 2 * prod(gradient[:3]) * prod(weight) * sum(arguments[-2:])

@@ -168,8 +168,8 @@ def _fake(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels
 
 
 def _fused_backward(
-    implementation: Callable[..., Result], gradient: Tensor, operands: Operands, settings: Settings, output: Tensor,
-    statistics: Tensor, to_input: bool, to_parameters: bool,
+    implementation: Callable[..., Result], gradient: Tensor, operands: Operands, settings: Settings, statistics: Tensor,
+    to_input: bool, to_parameters: bool,
 ) -> Sequence[Tensor | None]:  # fmt: skip
     """Gradients of the operands; what was not asked for may be anything."""
     x, weight, norm_weight, norm_bias, bias = operands
@@ -180,8 +180,8 @@ def _fused_backward(
 
         _check_triton(x, weight)
         return patch_merge_backward(
-            gradient, x, output, statistics, weight, kernel, stride, norm_weight, norm_bias, bias, channels_last,
-            padding, to_input, to_parameters,
+            gradient, x, statistics, weight, kernel, stride, norm_weight, norm_bias, bias, channels_last, padding,
+            to_input, to_parameters,
         )  # fmt: skip
     _extension.extension()
     return torch.ops.asvit_fast_C.patch_merge_backward(
@@ -199,7 +199,6 @@ def _asked(operands: Sequence[Tensor | None], to_input: bool, to_parameters: boo
 def _patch_merge_backward(
     gradient: Tensor,
     x: Tensor,
-    output: Tensor,
     statistics: Tensor,
     weight: Tensor,
     kernel: int,
@@ -220,9 +219,7 @@ def _patch_merge_backward(
     if implementation is _elementary or statistics.numel() == 0:
         found: Sequence[Tensor | None] = gradients(lambda given: _reference(given, settings), gradient, operands)
     else:
-        found = _fused_backward(
-            implementation, gradient, operands, settings, output, statistics, to_input, to_parameters
-        )
+        found = _fused_backward(implementation, gradient, operands, settings, statistics, to_input, to_parameters)
     return [
         new.to(old.dtype).contiguous() if wanted and new is not None and old is not None else x.new_empty(0)
         for wanted, new, old in zip(_asked(operands, to_input, to_parameters), found, operands, strict=True)
@@ -231,7 +228,7 @@ def _patch_merge_backward(
 
 @_patch_merge_backward.register_fake
 def _fake_backward(
-    gradient, x, output, statistics, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels_last, to_input,
+    gradient, x, statistics, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels_last, to_input,
     to_parameters,
 ) -> list[Tensor]:  # fmt: skip
     operands = (x, weight, norm_weight, norm_bias, bias)
@@ -244,7 +241,7 @@ def _fake_backward(
 def _setup_context(ctx, inputs, output: Result) -> None:
     x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels_last = inputs
     ctx.settings = Settings(kernel, stride, eps, channels_last)
-    ctx.save_for_backward(*output, x, weight, norm_weight, norm_bias, bias)
+    ctx.save_for_backward(output[1], x, weight, norm_weight, norm_bias, bias)
     ctx.set_materialize_grads(False)
 
 
@@ -252,10 +249,10 @@ def _backward(ctx, gradient: Tensor | None, _: Tensor | None):
     if gradient is None:
         return (None,) * 9
     kernel, stride, eps, channels_last = ctx.settings
-    output, statistics, x, weight, *vectors = ctx.saved_tensors
+    statistics, x, weight, *vectors = ctx.saved_tensors
     needs_x, needs_weight, _, _, *needs, _, _ = ctx.needs_input_grad
     found = _patch_merge_backward(
-        gradient, x, output, statistics, weight, kernel, stride, *vectors, eps, channels_last, needs_x,
+        gradient, x, statistics, weight, kernel, stride, *vectors, eps, channels_last, needs_x,
         needs_weight or any(needs),
     )  # fmt: skip
     wanted = [needs_x, needs_weight, *needs]
@@ -267,7 +264,7 @@ _patch_merge.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _setup_double(ctx, inputs, output: list[Tensor]) -> None:
-    gradient, x, _, _, weight, kernel, stride, *vectors, eps, channels_last, to_input, to_parameters = inputs
+    gradient, x, _, weight, kernel, stride, *vectors, eps, channels_last, to_input, to_parameters = inputs
     operands = (x, weight, *vectors)
     ctx.settings, ctx.there = Settings(kernel, stride, eps, channels_last), [x is not None for x in operands]
     ctx.asked = _asked(operands, to_input, to_parameters)
@@ -279,7 +276,7 @@ def _double_backward(ctx, cotangents: list[Tensor | None]):
     to_gradient, (to_x, to_weight, *to_vectors) = double_backward(
         lambda given: _reference(given, ctx.settings), ctx.there, ctx.asked, ctx.saved_tensors, cotangents
     )
-    return to_gradient, to_x, None, None, to_weight, None, None, *to_vectors, None, None, None, None
+    return to_gradient, to_x, None, to_weight, None, None, *to_vectors, None, None, None, None
 
 
 _patch_merge_backward.register_autograd(_double_backward, setup_context=_setup_double)

@@ -46,6 +46,14 @@ def check_device(op: str, name: str, operand: Tensor, x: Tensor) -> None:
         raise InputError(f"{op}: {name} must be on {x.device}, got one on {operand.device}")
 
 
+def check_devices(op: str, x: Tensor, **operands: Tensor | None) -> None:
+    """The same for several, some of which may be missing: a kernel that ran without a look at them would read memory
+    that is not there, and where one of them is on the meta device nothing would be computed at all."""
+    for name, operand in operands.items():
+        if operand is not None:
+            check_device(op, name, operand, x)
+
+
 def check_operand(op: str, name: str, operand: Tensor | None, shape: list[int], x: Tensor) -> None:
     """InputError unless ``operand`` is None, or of ``shape``, any floating dtype and on the device of ``x``."""
     if operand is None:

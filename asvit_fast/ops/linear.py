@@ -6,6 +6,8 @@ which every x86 build of torch contains, does not.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,7 +15,7 @@ from torch.overrides import has_torch_function
 
 from .. import backends
 from ..errors import InputError
-from .checks import check_device
+from .checks import check_device, check_devices
 from .transforms import autocast_active, transform_active
 
 SMALL = 10**7  # multiply-adds below which calling an op of our own costs more than it gains
@@ -48,6 +50,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> 
 
 @_linear.register_fake
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    check_devices("linear", x, weight=weight, bias=bias)
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
@@ -82,14 +85,20 @@ _linear.register_autograd(_backward, setup_context=_setup_context)
 # --------------------------------------------------------------------------- public
 
 
+def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
+    """Whether a tensor of this shape can be added to one of the other shape."""
+    sides = zip(reversed(shape), reversed(to), strict=False)
+    return len(shape) <= len(to) and all(side in (1, other) for side, other in sides)
+
+
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:
     """InputError where torch would not compute anything."""
     if activation not in ("none", "gelu"):
         raise InputError(f"linear: activation must be none or gelu, got '{activation}'")
     if x.dim() == 0 or weight.dim() not in (1, 2) or x.shape[-1] != weight.shape[-1]:
         raise InputError(f"linear: x must be [*, K] and weight [N, K], got {list(x.shape)} and {list(weight.shape)}")
-    outputs = weight.shape[:-1]  # [N]
-    if bias is not None and bias.dim() > 0 and bias.shape[-1:] not in (outputs, (1,)):
+    outputs = weight.shape[:-1]  # [N], or none
+    if bias is not None and bias.shape != outputs and not _broadcasts(bias.shape, (*x.shape[:-1], *outputs)):
         raise InputError(f"linear: bias must be {list(outputs)}, got {list(bias.shape)}")
     autocast = autocast_active(x.device.type)
     for name, operand in (("weight", weight), ("bias", bias)):

@@ -17,7 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _extension, backends
 from ..errors import InputError
-from .checks import check_device, check_floats, check_integer, check_length, check_operand
+from .checks import check_device, check_devices, check_floats, check_integer, check_length, check_operand
 from .optional import double_backward, gradients, present, restored
 from .transforms import autocast_active, transform_active
 
@@ -71,8 +71,9 @@ def _check(
             f"got {list(image.shape)} and {list(weight.shape)}"
         )
     kernel = weight.shape[2]
-    if kernel < 1 or weight.shape[3] != kernel:
-        raise InputError(f"patch_embed: weight must be [C, Cin, K, K] with square patches, got {list(weight.shape)}")
+    if weight.shape[3] != kernel or weight.numel() == 0:
+        shape = list(weight.shape)
+        raise InputError(f"patch_embed: weight must be [C, Cin, K, K] with square patches, none of them 0, got {shape}")
     if norm_weight is None and norm_bias is not None:
         raise InputError("patch_embed: norm_bias without norm_weight, which is what asks for a LayerNorm")
     check_operand(op, "bias", bias, [weight.shape[0]], image)
@@ -198,6 +199,7 @@ def _output_shape(image: Tensor, weight: Tensor, stride: int, dilation: int, pad
 
 @_patch_embed.register_fake
 def _fake(image, weight, bias, norm_weight, norm_bias, stride, dilation, padding, eps, products, dtype, keep) -> Result:
+    check_devices("patch_embed", image, weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
     shape = _output_shape(image, weight, stride, dilation, padding)
     kept = image.new_empty(shape if keep else [0], dtype=_working_type(image))
     return image.new_empty(shape, dtype=dtype), kept
@@ -289,6 +291,9 @@ def _fake_backward(
     gradient, image, weight, bias, norm_weight, norm_bias, stride, dilation, padding, eps, products, dtype, values,
     of_image, of_parameters,
 ) -> Gradients:  # fmt: skip
+    check_devices("patch_embed_backward", image, gradient=gradient, weight=weight, values=values)
+    check_devices("patch_embed_backward", image, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
+
     def like(operand: Tensor | None, wanted: bool) -> Tensor:
         return operand.new_empty(operand.shape) if operand is not None and wanted else image.new_empty(0)
 

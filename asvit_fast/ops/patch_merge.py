@@ -17,7 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _extension, backends
 from ..errors import InputError
-from .checks import check_device, check_floats, check_integer, check_operand
+from .checks import check_device, check_devices, check_floats, check_integer, check_operand
 from .optional import double_backward, gradients, present
 from .transforms import autocast_active, transform_active
 
@@ -159,6 +159,7 @@ def _patch_merge(
 
 @_patch_merge.register_fake
 def _fake(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels_last) -> Result:
+    check_devices("patch_merge", x, weight=weight, norm_weight=norm_weight, norm_bias=norm_bias, bias=bias)
     shape = _output_shape(x, weight, stride)
     wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     return weight.new_empty(shape), x.new_empty([2, *shape[:3]], dtype=wide)
@@ -231,6 +232,8 @@ def _fake_backward(
     gradient, x, statistics, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels_last, to_input,
     to_parameters,
 ) -> list[Tensor]:  # fmt: skip
+    check_devices("patch_merge_backward", x, gradient=gradient, statistics=statistics, weight=weight, bias=bias)
+    check_devices("patch_merge_backward", x, norm_weight=norm_weight, norm_bias=norm_bias)
     operands = (x, weight, norm_weight, norm_bias, bias)
     return [
         old.new_empty(old.shape) if wanted else x.new_empty(0)
@@ -307,6 +310,8 @@ def _check(
             f"patch_merge: x must be [B, H, W, C] and weight [Cout, C*{kernel}*{kernel}], "
             f"got {list(x.shape)} and {list(weight.shape)}"
         )
+    if x.shape[1] == 0 or x.shape[2] == 0:
+        raise InputError(f"patch_merge: x must have tokens, got {list(x.shape)}")
     if norm_weight is None and norm_bias is not None:
         raise InputError("patch_merge: norm_bias without norm_weight, which is what asks for a LayerNorm")
     check_operand(op, "norm_weight", norm_weight, [weight.shape[1]], x)

@@ -16,7 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .. import _extension, backends
 from ..errors import InputError
-from .checks import check_floats, check_integer, check_length, check_operand
+from .checks import check_devices, check_floats, check_integer, check_length, check_operand
 from .optional import double_backward, gradients, present, restored
 from .transforms import transform_active
 from .windows import fit_windows, merge_windows, padding_tokens, partition_windows, window_mask, window_padding
@@ -52,6 +52,9 @@ def check_windows(
     if bias is not None and layout == "masked" and bias.dim() == 3 and bias.shape[1] == fitting_tokens:
         tokens = fitting_tokens
     check_operand(op, "bias", bias, [num_heads, tokens, tokens], x)
+    if bias is not None and bias.element_size() == 8 and x.element_size() < 8:  # scores are float32
+        lowest = -3.4028234663852886e38  # what masks a query like any other number must not become -inf
+        bias = torch.where(bias.isinf(), bias, bias.clamp(lowest, -lowest))
     return fit_windows(size, window, shift, bias) if layout == "masked" else (window, shift, bias)
 
 
@@ -258,6 +261,7 @@ def _window_attention(
 
 @_window_attention.register_fake
 def _fake(qkv, num_heads, window, shift, scale, layout, bias, padding, attn_scale) -> Result:
+    check_devices("window_attention", qkv, bias=bias, padding=padding, attn_scale=attn_scale)
     working = torch.float64 if qkv.dtype == torch.float64 else torch.float32
     statistics = qkv.new_empty(_statistics_shape(qkv, num_heads, window), dtype=working)
     return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3), statistics
@@ -314,6 +318,8 @@ def _window_attention_backward(
 def _fake_backward(
     gradient, qkv, output, statistics, num_heads, window, shift, scale, layout, bias, padding, attn_scale, wanted
 ) -> Gradients:
+    check_devices("window_attention_backward", qkv, gradient=gradient, output=output, statistics=statistics)
+    check_devices("window_attention_backward", qkv, bias=bias, padding=padding, attn_scale=attn_scale)
     to_bias, to_padding, to_attn_scale = (
         tensor.new_empty(tensor.shape) if tensor is not None and want else qkv.new_empty(0)
         for tensor, want in zip((bias, padding, attn_scale), wanted, strict=True)

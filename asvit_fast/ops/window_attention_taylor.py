@@ -14,7 +14,7 @@ from torch import Tensor
 
 from asvit_fast import _extension, backends
 from asvit_fast.errors import InputError
-from asvit_fast.ops.checks import check_floats, check_length
+from asvit_fast.ops.checks import check_devices, check_floats, check_length
 from asvit_fast.ops.stacked import compute_dtype
 from asvit_fast.ops.transforms import transform_active
 from asvit_fast.ops.window_attention import check_windows
@@ -149,6 +149,7 @@ def _window_attention_taylor(
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, window: list[int], shift: list[int], bias: Tensor | None, scale: float
 ) -> Tensor:
+    check_devices("window_attention_taylor", q, k=k, v=v, bias=bias)
     return q.new_empty(*q.shape[:4], q.shape[4] * q.shape[5])
 
 

@@ -33,7 +33,7 @@ def _pad(x: Tensor, window: list[int], padding: Tensor | None) -> Tensor:
     rows = torch.arange(size[0] + below, device=x.device) >= size[0]  # [H']
     columns = torch.arange(size[1] + right, device=x.device) >= size[1]  # [W']
     appended = rows.unsqueeze(1) | columns.unsqueeze(0)  # [H', W']
-    return x + appended.unsqueeze(2).to(x.dtype) * padding.to(x.dtype)
+    return torch.where(appended.unsqueeze(2), padding.to(x.dtype), x)
 
 
 def _roll(x: Tensor, shift: list[int], sign: int) -> Tensor:

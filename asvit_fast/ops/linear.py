@@ -31,6 +31,7 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: s
     """x [*, K], weight [N, K], both of any strides -> [*, N]."""
     if bias is not None and bias.shape != weight.shape[:1]:  # oneDNN ignores it
         raise InputError(f"linear: bias must be {list(weight.shape[:1])}, got {list(bias.shape)}")
+    bias = None if bias is None else bias.contiguous()  # whose stride oneDNN does not look at
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none" if activation == "gelu" else "")
 
 

@@ -204,23 +204,26 @@ def test_masked_queries(layout: str, dtype: torch.dtype) -> None:
                 with use_backend(backend):
                     y = attention(window, (1, 2), qkv=leaves[0], bias=leaves[1], layout=layout, attn_scale=leaves[2])
                     results.append([y, *torch.autograd.grad(y, leaves, cotangent)])
-            tolerance = {2: 2e-2, 4: 1e-5, 8: 1e-12}[dtype.itemsize]
+            tolerance = {torch.bfloat16: 4e-2, torch.float16: 5e-3, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
             for got, want in zip(*results, strict=True):
                 torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * 5, equal_nan=True)
             assert results[0][0].isnan().any() == (lowest == float("-inf"))
 
 
 @needs_extension
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_a_masked_query_attends_all_keys_alike(dtype: torch.dtype) -> None:
     bias = torch.zeros(2, 20, 20, dtype=dtype)
     bias[:, 7] = torch.finfo(dtype).min
     values = QKV.to(dtype)[..., 8:].double().mean((1, 2))[0]
-    for y in (
+    results = [
         attention((4, 5), qkv=QKV.to(dtype), bias=bias)[0],
-        attention_taylor((4, 5), qkv=STACK.to(dtype), bias=bias)[0, 0],
-        attention((4, 5), qkv=QKV.to(torch.float32), bias=bias)[0],  # a bias that is wider than the scores
-    ):
+        attention((4, 5), qkv=QKV.to(torch.float32), bias=bias)[0],  # a bias that is wider than the scores, or narrower
+        attention((4, 5), qkv=QKV.to(torch.float64), bias=bias)[0],
+    ]
+    if dtype != torch.float16:  # beside whose lowest number scores are not small
+        results.append(attention_taylor((4, 5), qkv=STACK.to(dtype), bias=bias)[0, 0])
+    for y in results:
         torch.testing.assert_close(y[1, 2].double(), values, rtol=1e-2, atol=1e-2)
 
 

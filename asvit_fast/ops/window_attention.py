@@ -52,10 +52,18 @@ def check_windows(
     if bias is not None and layout == "masked" and bias.dim() == 3 and bias.shape[1] == fitting_tokens:
         tokens = fitting_tokens
     check_operand(op, "bias", bias, [num_heads, tokens, tokens], x)
-    if bias is not None and bias.element_size() == 8 and x.element_size() < 8:  # scores are float32
-        lowest = -3.4028234663852886e38  # what masks a query like any other number must not become -inf
-        bias = torch.where(bias.isinf(), bias, bias.clamp(lowest, -lowest))
     return fit_windows(size, window, shift, bias) if layout == "masked" else (window, shift, bias)
+
+
+def _lowest_scores(bias: Tensor, qkv: Tensor) -> Tensor:
+    """The lowest number of the bias' dtype, which masks, as that of float32, which scores are computed in: float16's is
+    not low enough to hide the scores, and float64's would become -inf."""
+    lowest = -3.4028234663852886e38
+    if bias.dtype == torch.float16:
+        return torch.where(bias == -65504.0, lowest, bias.to(torch.float32))
+    if bias.dtype == torch.float64 and qkv.dtype != torch.float64:
+        return torch.where(bias.isinf(), bias, bias.clamp(lowest, -lowest))
+    return bias
 
 
 def _check(
@@ -80,6 +88,8 @@ def _check(
         raise InputError(f"window_attention: dropout must be from 0 to 1, got {dropout}")
     size = [qkv.shape[1], qkv.shape[2]]
     window, shift, bias = check_windows(op, size, num_heads, qkv.shape[3], window, shift, bias, qkv, layout)
+    if bias is not None:
+        bias = _lowest_scores(bias, qkv)
     if layout == "grid":
         if shift[0] != 0 or shift[1] != 0:
             raise InputError(f"window_attention: the layout grid has no shift, got {shift}")
@@ -114,11 +124,10 @@ def window_attention_reference(
     padding: Tensor | None = None,
     attn_scale: Tensor | None = None,
 ) -> Tensor:
-    """``window_attention`` in elementary operations, the attention matrix materialised; 16 bits computed in 32."""
+    """``window_attention`` in elementary operations, the attention matrix materialised."""
     size = [qkv.shape[1], qkv.shape[2]]
     windows = partition_windows(qkv, window, shift, layout, padding)  # [B, windows, tokens, 3*heads*d]
-    wide = torch.float32 if qkv.element_size() == 2 else qkv.dtype
-    q, k, v = split_heads(windows.to(wide), num_heads)  # [B, windows, heads, tokens, d]
+    q, k, v = split_heads(windows, num_heads)  # [B, windows, heads, tokens, d]
     factor = float(q.shape[-1]) ** -0.5 if scale is None else scale
     scores = (q * factor) @ k.transpose(-2, -1)  # [B, windows, heads, tokens, tokens]
     if bias is not None:
@@ -136,7 +145,7 @@ def window_attention_reference(
         attention = _high_pass(attention, mask, attn_scale)
     attention = F.dropout(attention, dropout, training=dropout > 0.0).to(v.dtype)
     out = (attention @ v).transpose(2, 3).flatten(3)  # [B, windows, tokens, heads*d]
-    return merge_windows(out, size, window, shift, layout).to(qkv.dtype)
+    return merge_windows(out, size, window, shift, layout)
 
 
 def _window_attention_sdpa(
@@ -418,8 +427,8 @@ def window_attention(
         shift: (rows, columns) of the cyclic shift, below ``window``; tokens that only the shift brings together do not
             attend each other (Swin, arXiv 2103.14030, section 3.2).
         bias: [heads, tokens, tokens], added to the scaled scores of every window (tokens = height * width; where a
-            window is larger than the map, those of either). A query all of whose keys have -inf is NaN, as with
-            torch.softmax.
+            window is larger than the map, those of either). A query all of whose keys have the lowest number of the
+            bias' dtype attends them alike; one whose keys have -inf is NaN, as with torch.softmax.
         scale: factor on q @ k; head_dim ** -0.5 by default.
         dropout: probability of dropping an attention weight (pass 0 in evaluation).
         layout: "masked": padding is attended by nobody. "timm" or "torchvision": padding is attended, the mask of the

@@ -36,7 +36,9 @@ def check_length(op: str, name: str, values: object, count: int) -> None:
 
 def check_floats(op: str, name: str, x: Tensor) -> None:
     """InputError unless ``x`` is float32, float64, float16 or bfloat16."""
-    if not (x.is_floating_point() and x.element_size() >= 2):
+    if not x.is_floating_point():
+        raise InputError(f"{op}: {name} must be floating point, got {x.dtype}")
+    if x.element_size() < 2:
         raise InputError(f"{op}: {name} must be float32, float64, float16 or bfloat16, got {x.dtype}")
 
 

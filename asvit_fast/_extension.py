@@ -57,7 +57,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 def when_loaded(action: Callable[[], None]) -> None:
     """Call ``action`` once the extension is loaded: now, if it is."""
-    if "asvit_fast._C" in sys.modules:
+    if sys.modules.get("asvit_fast._C") is not None:
         action()
     else:
         _waiting.append(action)

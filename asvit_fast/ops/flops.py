@@ -7,12 +7,13 @@ layout "masked" padding is nobody's token, in the others it is attended and coun
 
 from __future__ import annotations
 
+import importlib
+import logging
 from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from .. import _extension
 
@@ -112,11 +113,22 @@ COMPILED_FORMULAS = _TAYLOR | _FORWARD | {
 }  # fmt: skip
 
 
+def _flop_counter() -> Any:
+    """torch.utils.flop_counter, without its remark that Triton is not installed."""
+    logger = logging.getLogger("torch.utils.flop_counter")
+    before, logger.disabled = logger.disabled, True
+    try:
+        return importlib.import_module("torch.utils.flop_counter")
+    finally:
+        logger.disabled = before
+
+
 def _register(namespace: Any, formulas: dict[str, Callable[..., int]]) -> None:
+    counter = _flop_counter()
     for name, formula in formulas.items():
         op = getattr(namespace, name)
-        if op not in flop_registry:
-            register_flop_formula(op)(formula)
+        if op not in counter.flop_registry:
+            counter.register_flop_formula(op)(formula)
 
 
 def register() -> None:

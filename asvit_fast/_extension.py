@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +18,8 @@ from typing import Any
 import torch
 
 BUILD = "with `pip install --no-build-isolation --force-reinstall --no-deps .` in a checkout"
+
+_waiting: list[Callable[[], None]] = []  # to be called when the extension is loaded
 
 
 @functools.cache
@@ -44,9 +48,20 @@ def _load() -> tuple[ModuleType | None, str | None]:
     if reason is not None:
         return None, reason
     try:
-        return importlib.import_module("asvit_fast._C"), None
+        module = importlib.import_module("asvit_fast._C")
     except ImportError as error:  # a missing library or symbol: the loader's text says which
         return None, f"asvit_fast._C does not load: {error}; rebuild it {BUILD}"
+    while _waiting:
+        _waiting.pop()()
+    return module, None
+
+
+def when_loaded(action: Callable[[], None]) -> None:
+    """Call ``action`` once the extension is loaded: now, if it is."""
+    if sys.modules.get("asvit_fast._C") is not None:
+        action()
+    else:
+        _waiting.append(action)
 
 
 def extension() -> ModuleType | None:

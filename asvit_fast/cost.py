@@ -14,20 +14,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .backends import resolve_device
 from .errors import InputError
-from .ops.patch_embed import patch_embed, patch_embed_reference
-from .ops.patch_merge import patch_merge, patch_merge_reference
-from .ops.window_attention import window_attention
+from .ops.flops import window_pairs
 from .topology import EMBED_STRIDE, Topology
 
 ImageSize = int | tuple[int, int]
 _MIN_IMG_SIZE = 32
-_REFERENCES = {patch_embed: patch_embed_reference, patch_merge: patch_merge_reference}
 
 
 @dataclass(frozen=True)
@@ -56,9 +52,9 @@ def flops(model: nn.Module, img_size: ImageSize = 224) -> int:
     dtype = torch.get_default_dtype() if reference is None else reference.dtype
     image = torch.empty(1, _channels(model), height, width, device="meta", dtype=dtype)  # [1, C, H, W]
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), _evaluation(model), counter, _OurOps() as ours:
+    with torch.no_grad(), _evaluation(model), counter:
         torch.func.functional_call(model, on_meta, (image,))
-    return counter.get_total_flops() // 2 + ours.macs  # the counter takes a multiply-add as two operations
+    return counter.get_total_flops() // 2  # the counter takes a multiply-add as two operations
 
 
 def topology_cost(
@@ -95,7 +91,7 @@ def _topology_cost(topology: Topology, sides: tuple[int, int], num_classes: int,
         weights = 4 * dim * inner + 2 * dim * hidden  # qkv and proj, the two layers of the MLP
         biases_and_norms = (3 * inner + dim) + (hidden + dim) + 4 * dim
         total_params += stage.depth * (weights + biases_and_norms)
-        total_flops += stage.depth * (grid[0] * grid[1] * weights + _attention_macs(grid, windows, inner))
+        total_flops += stage.depth * (grid[0] * grid[1] * weights + 2 * inner * window_pairs(grid, windows))
     features = dims[-1]
     total_params += 2 * features + features * (features + 1) + num_classes * (features + 1)  # final norm, head
     total_flops += features * (features + num_classes)
@@ -149,34 +145,6 @@ def peak_allocation(run: Callable[[], object], device: torch.device) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     return _peak_of_allocations(profile)
-
-
-class _OurOps(TorchFunctionMode):
-    """Counts window attention by itself and sends the other ops to the references that FlopCounterMode sees through."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.macs = 0
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function is window_attention:
-            return self._window_attention(*args, **kwargs)
-        return _REFERENCES.get(function, function)(*args, **kwargs)
-
-    def _window_attention(self, qkv: Tensor, num_heads: int, window: tuple[int, int], *_: Any, **__: Any) -> Tensor:
-        batch, height, width, channels = qkv.shape
-        self.macs += batch * _attention_macs((height, width), (window[0], window[1]), channels // 3)
-        return qkv.new_empty(batch, height, width, channels // 3)  # [B, H, W, heads*head_dim]
-
-
-def _attention_macs(grid: tuple[int, int], window: tuple[int, int], inner: int) -> int:
-    """q k^T and attention v: 2 * inner multiply-adds for every pair of real tokens that share a window."""
-    pairs = 1
-    for side, length in zip(grid, window, strict=True):
-        whole, rest = divmod(side, length)
-        pairs *= whole * length**2 + rest**2
-    return 2 * inner * pairs
 
 
 def _forward_pass(

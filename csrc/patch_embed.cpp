@@ -14,6 +14,7 @@
 #include <tuple>
 
 #include "cpu/dispatch.h"
+#include "stacked.h"
 
 namespace asvit_fast {
 namespace {
@@ -21,6 +22,7 @@ namespace {
 constexpr double kGrain = 1 << 18;      // multiply-adds a thread should have at least
 constexpr int64_t kPieceTokens = 1024;  // of a piece, at least: adding up its gradients is little beside finding them
 constexpr int64_t kMaximumPieces = 64;
+constexpr double kMaximumWorkspace = 1ll << 48;  // elements
 
 template <typename T>
 constexpr PerIsa<PatchEmbedCpu<T>> kForward;
@@ -47,16 +49,21 @@ void check(const at::Tensor& image, const at::Tensor& weight, int64_t stride, in
                         weight.size(2) == weight.size(3) && weight.numel() > 0,
                     "patch_embed: image must be [B, Cin, H, W] and weight [C, Cin, K, K], not ", image.sizes(), " and ",
                     weight.sizes());
-  TORCH_CHECK_VALUE(stride >= 1 && dilation >= 1 && padding.size() == 4 &&
-                        std::all_of(padding.begin(), padding.end(), [](int64_t zeros) { return zeros >= 0; }),
+  const auto is_padding = [](int64_t zeros) { return is_count(zeros, 0); };
+  TORCH_CHECK_VALUE(is_count(stride, 1) && is_count(dilation, 1) && padding.size() == 4 &&
+                        std::all_of(padding.begin(), padding.end(), is_padding) && is_count(weight.size(2), 1),
                     "patch_embed: stride ", stride, " and dilation ", dilation, " must be positive, padding ", padding,
-                    " four numbers of zeros");
+                    " four numbers of zeros, all below 2^31");
   const int64_t span = dilation * (weight.size(2) - 1) + 1;
   TORCH_CHECK_VALUE(image.size(2) + padding[2] + padding[3] >= span && image.size(3) + padding[0] + padding[1] >= span,
                     "patch_embed: patches of ", span, " pixels do not fit the padded image ", image.sizes());
-  TORCH_CHECK_TYPE(image.scalar_type() == at::kFloat || image.scalar_type() == at::kDouble ||
-                       image.scalar_type() == at::kHalf || image.scalar_type() == at::kBFloat16,
-                   "patch_embed: no kernel for ", image.scalar_type());
+  // a thread's rows of pixels reach a block of tokens beyond the image
+  const double row = static_cast<double>(image.size(3) + padding[0] + padding[1] + span + 16 * stride);
+  TORCH_CHECK_VALUE(row * static_cast<double>(weight.size(1) * weight.size(2)) < kMaximumWorkspace,
+                    "patch_embed: patches ", weight.sizes(), " at stride ", stride, " and padding ", padding,
+                    " are too large");
+  scalar_type("patch_embed", image.scalar_type());
+  check_companion("patch_embed", "weight", weight, image);
 }
 
 // Operands in the type that is computed in, low precision widened once, and parameters as the kernels read them.
@@ -107,8 +114,7 @@ struct Inputs {
     for (const OptionalTensor& vector : vectors) {
       std::fill(to, to + padded, T(0));
       if (vector) {
-        TORCH_CHECK_VALUE(vector->dim() == 1 && vector->size(0) == channels,
-                          "patch_embed: biases and norm parameters must be [", channels, "], not ", vector->sizes());
+        check_operand("patch_embed", "a bias or norm parameter", vector, {channels}, weight);
         const at::Tensor one = vector->to(type).contiguous();
         std::copy_n(one.const_data_ptr<T>(), channels, to);
       }
@@ -233,6 +239,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> patch_emb
         gradient.sizes() == at::IntArrayRef({problem.batch, problem.rows, problem.columns, problem.channels}) &&
             (values.numel() == 0 || values.sizes() == gradient.sizes()),
         "patch_embed_backward: gradient ", gradient.sizes(), " must have the output's shape");
+    check_companion("patch_embed_backward", "gradient", gradient, image);
+    check_companion("patch_embed_backward", "values", values, image);
     const int64_t pieces = gradient.numel() > 0 ? piece_count(problem) : 1;
     if (parameters_wanted) sums = at::zeros({pieces, problem.patch() + 3, problem.padded()}, options);
     if (gradient.numel() == 0) return;

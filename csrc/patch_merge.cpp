@@ -44,6 +44,7 @@ struct Kernels<double> {
   static constexpr PerIsa<PatchMergeParametersCpu<double>> parameters = ASVIT_FAST_PER_ISA(patch_merge_parameters_f64);
 };
 
+constexpr const char* kOp = "patch_merge";
 constexpr int64_t kFewTokens = 96;          // below, the product of a block is slow
 constexpr int64_t kBlocks = 4;              // that maps are cut into at least, as far as blocks do not get that small
 constexpr int64_t kBufferBytes = 1 << 19;   // of a block, which the cache holds beside a part of the weight
@@ -116,22 +117,29 @@ struct Merge {
   }
 };
 
+void check(const at::Tensor& x, const at::Tensor& weight, int64_t kernel, int64_t stride, const at::Tensor& norm_weight,
+           const std::optional<at::Tensor>& norm_bias, at::IntArrayRef padding) {
+  TORCH_CHECK_VALUE(is_count(kernel, 1) && is_count(stride, 1) && padding.size() == 4 &&
+                        std::all_of(padding.begin(), padding.end(), [](int64_t zeros) { return is_count(zeros, 0); }),
+                    "patch_merge: kernel ", kernel, " and stride ", stride, " must be positive, padding ", padding,
+                    " four numbers of zeros, all below 2^31");
+  TORCH_CHECK_VALUE(x.dim() == 4 && weight.dim() == 2 && x.size(3) > 0 && weight.size(1) % x.size(3) == 0 &&
+                        weight.size(1) / x.size(3) == kernel * kernel,
+                    "patch_merge: x must be [B, H, W, C] and weight [Cout, C*", kernel, "*", kernel, "], not ",
+                    x.sizes(), " and ", weight.sizes());
+  scalar_type(kOp, x.scalar_type());
+  scalar_type(kOp, weight.scalar_type());
+  check_companion(kOp, "weight", weight, x);
+  check_operand(kOp, "norm_weight", norm_weight, {weight.size(1)}, x);
+  check_operand(kOp, "norm_bias", norm_bias, {weight.size(1)}, x);
+}
+
 Merge make_merge(const at::Tensor& x, const at::Tensor& weight, int64_t kernel, int64_t stride,
                  const at::Tensor& norm_weight, const std::optional<at::Tensor>& norm_bias, double eps,
                  bool channels_last, at::IntArrayRef padding) {
-  TORCH_CHECK_VALUE(x.dim() == 4 && kernel >= 1 && stride >= 1 && weight.dim() == 2 &&
-                        weight.size(1) == x.size(3) * kernel * kernel && padding.size() == 4,
-                    "patch_merge: x must be [B, H, W, C] and weight [Cout, C*", kernel, "*", kernel, "], not ",
-                    x.sizes(), " and ", weight.sizes());
-  const auto fits = [&](const at::Tensor& vector) { return vector.dim() == 1 && vector.size(0) == weight.size(1); };
-  TORCH_CHECK_VALUE(fits(norm_weight) && (!norm_bias || fits(*norm_bias)),
-                    "patch_merge: norm_weight and norm_bias must be [", weight.size(1), "]");
-  for (const at::Tensor& tensor : {x, weight})
-    TORCH_CHECK_TYPE(
-        tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble || is_half(tensor.scalar_type()),
-        "patch_merge: no kernel for ", tensor.scalar_type());
+  check(x, weight, kernel, stride, norm_weight, norm_bias, padding);
   const auto count = [&](int64_t size, int64_t zeros) {
-    return std::max<int64_t>(0, (size + zeros - kernel) / stride + 1);
+    return size + zeros < kernel ? 0 : (size + zeros - kernel) / stride + 1;
   };
   Merge merge;
   merge.map = {x.size(1),
@@ -213,6 +221,7 @@ std::tuple<at::Tensor, at::Tensor> patch_merge_cpu(const at::Tensor& x, const at
   const auto& map = merge.map;
   const at::Tensor output = at::empty({merge.output_tokens(), merge.outputs}, weight.options());
   const at::Tensor statistics = at::empty({2, merge.images, map.out_height, map.out_width}, merge.options());
+  check_operand(kOp, "bias", bias, {merge.outputs}, x);
   at::Tensor offset;
   if (bias) offset = bias->detach().to(weight.scalar_type());
   if (output.numel() > 0)
@@ -332,9 +341,21 @@ std::vector<at::Tensor> patch_merge_backward_cpu(const at::Tensor& gradient, con
                                                  bool channels_last, at::IntArrayRef padding, bool to_input,
                                                  bool to_parameters) {
   const Merge merge = make_merge(x, weight, kernel, stride, norm_weight, norm_bias, eps, channels_last, padding);
-  TORCH_CHECK_VALUE(gradient.numel() == merge.output_tokens() * merge.outputs, "patch_merge_backward: gradient ",
-                    gradient.sizes(), " does not fit x ", x.sizes());
+  const char* const op = "patch_merge_backward";
+  const int64_t images = merge.images, rows = merge.map.out_height, columns = merge.map.out_width;
+  check_operand(op, "gradient", gradient, {images, rows, columns, merge.outputs}, x);
+  check_operand(op, "statistics", statistics, {2, images, rows, columns}, x);
+  TORCH_CHECK_TYPE(statistics.scalar_type() == merge.wide && statistics.is_contiguous(), op,
+                   ": statistics must be contiguous ", merge.wide, ", not ", statistics.scalar_type());
   std::vector<at::Tensor> found(5, at::empty({0}, x.options()));
+  if (gradient.numel() == 0) {
+    if (to_input) found[0] = at::zeros(x.sizes(), x.options());
+    if (!to_parameters) return found;
+    found[1] = at::zeros(weight.sizes(), merge.options());
+    for (size_t i = 2; i < 4; ++i) found[i] = at::zeros({weight.size(1)}, merge.options());
+    found[4] = at::zeros({weight.size(0)}, merge.options());
+    return found;
+  }
   in_wide_type(merge, [&](auto zero) {
     using T = decltype(zero);
     const auto problem = make_problem<T>(merge, statistics, true);

@@ -4,6 +4,8 @@
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
+#include <cstdint>
+#include <limits>
 #include <optional>
 
 #include "scalar_type.h"
@@ -23,11 +25,34 @@ inline void check_rows(const char* op, const at::Tensor& x) {
                     x.sizes());
 }
 
+// What comes with x is read through pointers of x's device, after a conversion of its numbers.
+inline void check_companion(const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(tensor.device() == x.device(), op, ": ", name, " must be on ", x.device(), ", not on ",
+                    tensor.device());
+  TORCH_CHECK_TYPE(at::isFloatingType(tensor.scalar_type()), op, ": ", name, " must be floating point, not ",
+                   tensor.scalar_type());
+}
+
+// The same with sizes, for a tensor that may be missing.
+inline void check_operand(const char* op, const char* name, const std::optional<at::Tensor>& tensor,
+                          at::IntArrayRef sizes, const at::Tensor& x) {
+  if (!tensor) return;
+  TORCH_CHECK_VALUE(tensor->sizes() == sizes, op, ": ", name, " must be ", sizes, ", not ", tensor->sizes());
+  check_companion(op, name, *tensor, x);
+}
+
 // A vector of parameters, one per channel, or none.
 inline void check_channels(const char* op, const char* name, const std::optional<at::Tensor>& vector,
                            const at::Tensor& x) {
-  TORCH_CHECK_VALUE(!vector || (x.dim() >= 2 && vector->dim() == 1 && vector->size(0) == x.size(-1)), op, ": ", name,
+  if (!vector) return;
+  TORCH_CHECK_VALUE(x.dim() >= 2 && vector->dim() == 1 && vector->size(0) == x.size(-1), op, ": ", name,
                     " must be [C] for x [orders + 1, ..., C] ", x.sizes(), ", not ", vector->sizes());
+  check_companion(op, name, *vector, x);
+}
+
+// Sums and products of a few such numbers are below 2^63.
+inline bool is_count(int64_t value, int64_t least) {
+  return value >= least && value <= std::numeric_limits<int32_t>::max();
 }
 
 inline bool is_half(at::ScalarType type) { return type == at::kHalf || type == at::kBFloat16; }

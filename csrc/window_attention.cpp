@@ -23,6 +23,7 @@ namespace {
 constexpr double kWork = 1 << 18;  // multiply-adds a thread should have at least
 constexpr int64_t kPieces = 16;
 constexpr int64_t kPieceBytes = int64_t(1) << 26;  // that the pieces' gradients of the bias may take together
+constexpr double kMaximumWindowBytes = 1ll << 48;   // of one head's tokens; a few times that is below 2^63
 
 template <typename T>
 constexpr PerIsa<WindowAttentionCpu<T>> kForward;
@@ -62,27 +63,25 @@ WindowLayout parse_layout(std::string_view name) {
   return WindowLayout::grid;
 }
 
-void check_parameter(const char* name, const OptionalTensor& parameter, at::IntArrayRef sizes, const at::Tensor& qkv) {
-  if (!parameter) return;
-  TORCH_CHECK_VALUE(parameter->sizes() == sizes, "window_attention: ", name, " must be ", sizes, ", not ",
-                    parameter->sizes());
-  TORCH_CHECK_VALUE(parameter->device() == qkv.device(), "window_attention: qkv and ", name, " must be on one device");
-}
-
 void check(const Arguments& a) {
-  TORCH_CHECK_VALUE(a.qkv.dim() == 4 && a.heads >= 1 && a.qkv.size(3) > 0 && a.qkv.size(3) % (3 * a.heads) == 0,
-                    "window_attention: qkv must be [B, H, W, 3 * ", a.heads, " heads * head_dim], not ", a.qkv.sizes());
-  TORCH_CHECK_VALUE(a.window.size() == 2 && a.shift.size() == 2 && a.window[0] >= 1 && a.window[1] >= 1 &&
-                        a.shift[0] >= 0 && a.shift[0] < a.window[0] && a.shift[1] >= 0 && a.shift[1] < a.window[1],
+  TORCH_CHECK_VALUE(
+      a.qkv.dim() == 4 && is_count(a.heads, 1) && a.qkv.size(3) > 0 && a.qkv.size(3) % (3 * a.heads) == 0,
+      "window_attention: qkv must be [B, H, W, 3 * ", a.heads, " heads * head_dim], not ", a.qkv.sizes());
+  TORCH_CHECK_VALUE(a.window.size() == 2 && a.shift.size() == 2 && is_count(a.window[0], 1) &&
+                        is_count(a.window[1], 1) && is_count(a.tokens(), 1) && a.shift[0] >= 0 &&
+                        a.shift[0] < a.window[0] && a.shift[1] >= 0 && a.shift[1] < a.window[1],
                     "window_attention: window ", a.window, " and shift ", a.shift,
-                    " must be two numbers each, 0 <= shift < window");
+                    " must be two numbers each, 0 <= shift < window, of fewer than 2^31 tokens");
+  const double row_bytes = 8. * static_cast<double>(a.qkv.size(3) / (3 * a.heads) + kMaximumLanes);
+  TORCH_CHECK_VALUE(row_bytes * static_cast<double>(a.tokens()) < kMaximumWindowBytes,
+                    "window_attention: a window of ", a.window, " tokens of ", a.qkv.size(3), " channels is too large");
   const auto divides = [&](int side) { return a.shift[side] == 0 && a.qkv.size(side + 1) % a.window[side] == 0; };
   TORCH_CHECK_VALUE(a.layout != WindowLayout::grid || (divides(0) && divides(1)),
                     "window_attention: with the layout grid windows must divide the map, without a shift");
   scalar_type("window_attention", a.qkv.scalar_type());
-  check_parameter("bias", a.bias, {a.heads, a.tokens(), a.tokens()}, a.qkv);
-  check_parameter("padding", a.padding, {a.qkv.size(3)}, a.qkv);
-  check_parameter("attn_scale", a.attn_scale, {a.heads}, a.qkv);
+  check_operand("window_attention", "bias", a.bias, {a.heads, a.tokens(), a.tokens()}, a.qkv);
+  check_operand("window_attention", "padding", a.padding, {a.qkv.size(3)}, a.qkv);
+  check_operand("window_attention", "attn_scale", a.attn_scale, {a.heads}, a.qkv);
 }
 
 // In the type that is computed in (low precision is widened once), channels neighbours.
@@ -177,7 +176,7 @@ std::tuple<at::Tensor, at::Tensor> window_attention_cpu(const at::Tensor& qkv, i
 // Fixed by the shapes alone, so that sums do not depend on the number of threads.
 int64_t piece_count(int64_t windows, bool parameters, int64_t bias_bytes) {
   if (!parameters) return windows;
-  return std::clamp<int64_t>(kPieceBytes / std::max<int64_t>(bias_bytes, 1), 1, std::min(kPieces, windows));
+  return std::clamp<int64_t>(kPieceBytes / std::max<int64_t>(bias_bytes, 1), 1, std::clamp<int64_t>(windows, 1, kPieces));
 }
 
 // A parameter's gradient: the sum over pieces [pieces, ...] in its type; empty where it was not asked for.
@@ -222,8 +221,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> window_attention_back
     const c10::List<bool>& wanted) {
   const Arguments arguments{qkv, heads, window, shift, scale, parse_layout(layout), bias, padding, attn_scale};
   check(arguments);
-  TORCH_CHECK_VALUE(gradient.sizes() == output.sizes(), "window_attention_backward: gradient ", gradient.sizes(),
-                    " and output ", output.sizes(), " must have the same shape");
+  const char* const op = "window_attention_backward";
+  const auto image = qkv.sizes().slice(0, 3);
+  const int64_t batch = image[0], height = image[1], width = image[2];
+  check_operand(op, "gradient", gradient, {batch, height, width, qkv.size(3) / 3}, qkv);
+  check_operand(op, "output", output, {batch, height, width, qkv.size(3) / 3}, qkv);
+  check_operand(op, "statistics", statistics, {2, batch, height, width, heads}, qkv);
+  TORCH_CHECK_TYPE(statistics.scalar_type() == arguments.type(), op, ": statistics must be ", arguments.type(),
+                   ", not ", statistics.scalar_type());
   TORCH_CHECK_VALUE(wanted.size() == 3 && (bias || !wanted[0]) && (padding || !wanted[1]) && (attn_scale || !wanted[2]),
                     "window_attention_backward: no bias, padding or attn_scale to find the gradient of");
   const Operands operands(arguments);

@@ -118,7 +118,7 @@ struct AxisWindow {
     const int64_t place = index * axis.window + i;  // on the map as it is rolled and padded
     const int64_t around = layout == WindowLayout::timm ? axis.size : padded;
     int64_t position = place < around ? place + axis.shift : padded;
-    while (place < around && position >= around) position -= around;
+    if (place < around && position >= around) position %= around;
     const bool moved = axis.shift > 0 && place >= padded - axis.shift;
     return {position < axis.size ? position : -1, offset, moved ? 1 : 0};
   }

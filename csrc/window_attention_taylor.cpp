@@ -10,6 +10,7 @@
 #include <optional>
 
 #include "cpu/dispatch.h"
+#include "stacked.h"
 
 #ifdef ASVIT_FAST_CUDA
 #include <c10/cuda/CUDAException.h>
@@ -72,20 +73,17 @@ void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::In
       "window_attention_taylor: q must be [orders + 1, B, H, W, heads, head_dim] with 0 to 2 orders, not ", q.sizes());
   TORCH_CHECK_VALUE(k.sizes() == q.sizes() && v.sizes() == q.sizes(), "window_attention_taylor: q ", q.sizes(), ", k ",
                     k.sizes(), " and v ", v.sizes(), " must have the same shape");
-  TORCH_CHECK_VALUE(window.size() == 2 && shift.size() == 2 && window[0] >= 1 && window[1] >= 1 && shift[0] >= 0 &&
-                        shift[0] < window[0] && shift[1] >= 0 && shift[1] < window[1],
+  TORCH_CHECK_VALUE(window.size() == 2 && shift.size() == 2 && is_count(window[0], 1) && is_count(window[1], 1) &&
+                        shift[0] >= 0 && shift[0] < window[0] && shift[1] >= 0 && shift[1] < window[1],
                     "window_attention_taylor: window ", window, " and shift ", shift,
-                    " must be two numbers each, 0 <= shift < window");
+                    " must be two numbers below 2^31 each, 0 <= shift < window");
   TORCH_CHECK_TYPE(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type() &&
                        (!bias || bias->scalar_type() == q.scalar_type()),
                    "window_attention_taylor: q, k, v and bias must have one dtype");
-  TORCH_CHECK_VALUE(k.device() == q.device() && v.device() == q.device() && (!bias || bias->device() == q.device()),
-                    "window_attention_taylor: q, k, v and bias must be on one device");
-  if (!bias) return;
+  check_companion("window_attention_taylor", "k", k, q);
+  check_companion("window_attention_taylor", "v", v, q);
   const int64_t tokens = window[0] * window[1];
-  TORCH_CHECK_VALUE(
-      bias->dim() == 3 && bias->size(0) == q.size(4) && bias->size(1) == tokens && bias->size(2) == tokens,
-      "window_attention_taylor: bias must be [", q.size(4), ", ", tokens, ", ", tokens, "], not ", bias->sizes());
+  check_operand("window_attention_taylor", "bias", bias, {q.size(4), tokens, tokens}, q);
 }
 
 at::Tensor empty_output(const at::Tensor& q) {

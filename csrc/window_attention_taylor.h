@@ -66,6 +66,10 @@ void window_attention_taylor_cuda(const WindowAttentionTaylor<double>& problem, 
 
 namespace {  // one copy per including file: nothing compiled for one instruction set may be linked into another
 
+// Where running maxima begin: no score but -infinity is lower, a bias that masks with the lowest number is not.
+template <typename T>
+constexpr T kLowest = sizeof(T) == sizeof(float) ? T(-__FLT_MAX__) : T(-__DBL_MAX__);
+
 // A run of tokens along one side of the map that attend each other: a window, less what lies beyond the map, or one of
 // the two parts that only the shift brings together in the last window.
 struct WindowSegment {
@@ -137,12 +141,20 @@ ASVIT_FAST_HOST_DEVICE inline int64_t token_in_window(const AttentionWindow& win
   return (window.rows.offset + place.row) * window_columns + window.columns.offset + place.column;
 }
 
+// Of a window: no more than the map has, however large windows are.
+template <typename T>
+ASVIT_FAST_HOST_DEVICE inline int64_t most_tokens(const WindowAttentionTaylor<T>& problem) {
+  const WindowAxis &rows = problem.rows, &columns = problem.columns;
+  return (rows.window < rows.size ? rows.window : rows.size) *
+         (columns.window < columns.size ? columns.window : columns.size);
+}
+
 // Work is handed out in units of neighbouring queries of one window. A unit may lie beyond the window's last query.
 constexpr int64_t kQueriesPerUnit = 128;
 
 template <typename T>
 ASVIT_FAST_HOST_DEVICE inline int64_t units_per_window(const WindowAttentionTaylor<T>& problem) {
-  return (problem.rows.window * problem.columns.window + kQueriesPerUnit - 1) / kQueriesPerUnit;
+  return (most_tokens(problem) + kQueriesPerUnit - 1) / kQueriesPerUnit;
 }
 
 template <typename T>
@@ -158,10 +170,7 @@ struct AttentionWorkspace {
 
   template <typename T>
   explicit AttentionWorkspace(const WindowAttentionTaylor<T>& problem) {
-    const WindowAxis &rows = problem.rows, &columns = problem.columns;
-    const int64_t tokens = (rows.window < rows.size ? rows.window : rows.size) *
-                           (columns.window < columns.size ? columns.window : columns.size);
-    const int64_t orders = problem.orders + 1;
+    const int64_t tokens = most_tokens(problem), orders = problem.orders + 1;
     padded_dim = (problem.head_dim + 3) / 4 * 4;
     vectors = padded_dim * orders * 16;                          // no vector has more lanes
     keys = (tokens + 15) / 16 * 16 * problem.head_dim * orders;  // no block has more keys

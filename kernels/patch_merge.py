@@ -1,8 +1,9 @@
 """Triton kernels of patch merging: matrix products over neighbourhoods that are never copied out of the map.
 
-With W' the weights times LayerNorm's, u their sums over the features and v the rest that does not depend on x, an
-output is rstd (W' (x - a) - (mean - a) u) + v for any number a: sums of x - a and of its square come with the product.
-a is the mean of channels of a token in the neighbourhood: a large mean of x cancels before anything is squared.
+With W' the weights times LayerNorm's and v the rest that does not depend on x, an output is W' rstd (x - mean) + v.
+Statistics come first, so that what is multiplied is normalised, and within the range of any type. Their sums are of
+x - a and of its square, a the mean of channels of a token in the neighbourhood: a large mean of x cancels before
+anything is squared.
 
 The backward pass: patch_merge_backward.py.
 """
@@ -18,6 +19,7 @@ import triton.language as tl
 from .products import dot, precision
 from .tiles import family_of, launch_options, nearest
 
+STATISTICS_ROWS = 32  # that a program finds the statistics of
 # integers whose value or divisibility must not compile another kernel
 SIZES = ("tokens", "per_piece", "height", "width", "out_height", "out_width", "top", "left")
 
@@ -99,13 +101,9 @@ def patch_merge_fold_kernel(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def patch_merge_kernel(
+def patch_merge_statistics_kernel(
     x_pointer,  # [B, H, W, CHANNELS]
-    folded_pointer,  # [OUTPUTS, KERNEL * KERNEL, CHANNELS]
-    sums_pointer,  # [2, OUTPUTS]
-    output_pointer,  # [B, Ho, Wo, OUTPUTS]
-    mean_pointer,  # [B, Ho, Wo]
-    rstd_pointer,  # [B, Ho, Wo]
+    statistics_pointer,  # [2, B, Ho, Wo]: mean, rstd
     tokens,
     height,
     width,
@@ -115,20 +113,15 @@ def patch_merge_kernel(
     left,
     eps,
     CHANNELS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """Each program: BLOCK_N outputs of BLOCK_M tokens."""
+    """Each program: BLOCK_M tokens."""
     PARTS: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     FEATURES: tl.constexpr = KERNEL * KERNEL * CHANNELS
-    BLOCKS: tl.constexpr = (OUTPUTS + BLOCK_N - 1) // BLOCK_N
-    token = tl.program_id(0) // BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
-    first = tl.program_id(0) % BLOCKS * BLOCK_N
+    token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     real = token < tokens
     channel = tl.arange(0, BLOCK_C)
     # a token that is never padding
@@ -137,7 +130,6 @@ def patch_merge_kernel(
     about *= 1.0 / (BLOCK_C if BLOCK_C < CHANNELS else CHANNELS)  # [BLOCK_M]
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     squares = tl.zeros([BLOCK_M], dtype=tl.float32)
-    out = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for step in range(KERNEL * KERNEL * PARTS):
         tap = step // PARTS
         start = step % PARTS * BLOCK_C
@@ -149,19 +141,77 @@ def patch_merge_kernel(
             x = tl.where((start + channel < CHANNELS)[None, :], x, 0.0)
         total += tl.sum(x, 1)
         squares += tl.sum(x * x, 1)
-        weights = load_weights(folded_pointer, first, tap, start, OUTPUTS, CHANNELS, KERNEL, BLOCK_N, BLOCK_C)
-        out += dot(x.to(weights.dtype), tl.trans(weights), PRECISION)
     mean = total * (1.0 / FEATURES)
     rstd = tl.rsqrt(tl.maximum(squares * (1.0 / FEATURES) - mean * mean, 0.0) + eps)
+    tl.store(statistics_pointer + token, about + mean, mask=real)
+    tl.store(statistics_pointer + tokens + token, rstd, mask=real)
+
+
+@triton.jit
+def normalised_product(
+    x_pointer, folded_pointer, token, real, mean, rstd, first,
+    height, width, out_height, out_width, top, left,
+    CHANNELS: tl.constexpr, OUTPUTS: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_M, BLOCK_N], float32: outputs from `first` on of normalised neighbourhoods, less what they have for
+    x = 0."""
+    PARTS: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
+    out = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for step in range(KERNEL * KERNEL * PARTS):
+        tap = step // PARTS
+        start = step % PARTS * BLOCK_C
+        index, inside = neighbour(
+            token, real, tap // KERNEL, tap % KERNEL, height, width, out_height, out_width, top, left, STRIDE
+        )
+        x = load_rows(x_pointer, index, inside, start, CHANNELS, BLOCK_C).to(tl.float32)
+        x = (x - mean[:, None]) * rstd[:, None]
+        if CHANNELS % BLOCK_C != 0:  # weights are 0 there, but this need not be finite in 16 bits
+            x = tl.where((start + tl.arange(0, BLOCK_C) < CHANNELS)[None, :], x, 0.0)
+        weights = load_weights(folded_pointer, first, tap, start, OUTPUTS, CHANNELS, KERNEL, BLOCK_N, BLOCK_C)
+        out += dot(x.to(weights.dtype), tl.trans(weights), PRECISION)
+    return out
+
+
+@triton.jit(do_not_specialize=SIZES)
+def patch_merge_kernel(
+    x_pointer,  # [B, H, W, CHANNELS]
+    folded_pointer,  # [OUTPUTS, KERNEL * KERNEL, CHANNELS]
+    sums_pointer,  # [2, OUTPUTS]
+    statistics_pointer,  # [2, B, Ho, Wo]
+    output_pointer,  # [B, Ho, Wo, OUTPUTS]
+    tokens,
+    height,
+    width,
+    out_height,
+    out_width,
+    top,
+    left,
+    CHANNELS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Each program: BLOCK_N outputs of BLOCK_M tokens."""
+    BLOCKS: tl.constexpr = (OUTPUTS + BLOCK_N - 1) // BLOCK_N
+    token = tl.program_id(0) // BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tl.program_id(0) % BLOCKS * BLOCK_N
+    real = token < tokens
+    mean = tl.load(statistics_pointer + token, mask=real, other=0.0)
+    rstd = tl.load(statistics_pointer + tokens + token, mask=real, other=0.0)
+    out = normalised_product(
+        x_pointer, folded_pointer, token, real, mean, rstd, first,
+        height, width, out_height, out_width, top, left,
+        CHANNELS, OUTPUTS, KERNEL, STRIDE, BLOCK_M, BLOCK_N, BLOCK_C, PRECISION,
+    )  # fmt: skip
     output = first + tl.arange(0, BLOCK_N)
-    sums = tl.load(sums_pointer + output, mask=output < OUTPUTS, other=0.0)
-    constants = tl.load(sums_pointer + OUTPUTS + output, mask=output < OUTPUTS, other=0.0)
-    out = (out - mean[:, None] * sums[None, :]) * rstd[:, None] + constants[None, :]
+    out += tl.load(sums_pointer + OUTPUTS + output, mask=output < OUTPUTS, other=0.0)[None, :]
     to = output_pointer + tl.cast(token, tl.int64)[:, None] * OUTPUTS + output[None, :]
     tl.store(to, out.to(output_pointer.dtype.element_ty), mask=real[:, None] & (output < OUTPUTS)[None, :])
-    if first == 0:
-        tl.store(mean_pointer + token, about + mean, mask=real)
-        tl.store(rstd_pointer + token, rstd, mask=real)
 
 
 # --------------------------------------------------------------------------- launches
@@ -264,10 +314,13 @@ def patch_merge(
         return output, statistics
     with torch.cuda.device_of(x):
         folded, sums = fold_weights(weight, kernel, norm_weight, norm_bias, bias, channels_last)
+        patch_merge_statistics_kernel[(triton.cdiv(sizes["tokens"], STATISTICS_ROWS),)](
+            x, statistics, **sizes, eps=eps, CHANNELS=x.shape[3], KERNEL=kernel, STRIDE=stride,
+            BLOCK_M=STATISTICS_ROWS, BLOCK_C=channel_block(x.shape[3], 8 * x.element_size()), enable_fp_fusion=True,
+        )  # fmt: skip
         tiles = tile_arguments("patch_merge", x, weight)
         blocks = triton.cdiv(sizes["tokens"], tiles["BLOCK_M"]) * triton.cdiv(weight.shape[0], tiles["BLOCK_N"])
         patch_merge_kernel[(blocks,)](
-            x, folded, sums, output, statistics[0], statistics[1], **sizes, eps=eps,
-            **constant_arguments(x, weight, kernel, stride), **tiles,
-        )  # fmt: skip
+            x, folded, sums, statistics, output, **sizes, **constant_arguments(x, weight, kernel, stride), **tiles
+        )
     return output, statistics

@@ -19,6 +19,7 @@ from .patch_merge import (
     load_weights,
     map_arguments,
     neighbour,
+    normalised_product,
     tile_arguments,
 )
 from .products import dot
@@ -28,32 +29,49 @@ PROGRAMS = 1024  # that sums over all tokens are cut into: a few for every multi
 
 @triton.jit(do_not_specialize=SIZES)
 def patch_merge_row_sums_kernel(
-    gradient_pointer,  # [tokens, OUTPUTS]
-    output_pointer,  # [tokens, OUTPUTS]
+    x_pointer,  # [B, H, W, CHANNELS]
+    folded_pointer,  # [OUTPUTS, KERNEL * KERNEL, CHANNELS]
+    gradient_pointer,  # [B, Ho, Wo, OUTPUTS]
     sums_pointer,  # [2, OUTPUTS]
-    rows_pointer,  # [2, tokens]: means over features of g W' and of g W' x, x the normalised neighbourhood
+    statistics_pointer,  # [2, B, Ho, Wo]
+    rows_pointer,  # [blocks of outputs, 2, B, Ho, Wo]: means over features of g W' and of g W' x, x normalised
     tokens,
+    height,
+    width,
+    out_height,
+    out_width,
+    top,
+    left,
+    CHANNELS: tl.constexpr,
     OUTPUTS: tl.constexpr,
-    FEATURES: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """Each program: BLOCK_M tokens. W' x is the output less its constants."""
-    token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """Each program: BLOCK_N outputs of BLOCK_M tokens. W' x is computed again: the output is rounded, and what it has
+    for x = 0 may be far larger."""
+    FEATURES: tl.constexpr = KERNEL * KERNEL * CHANNELS
+    BLOCKS: tl.constexpr = (OUTPUTS + BLOCK_N - 1) // BLOCK_N
+    token = tl.program_id(0) // BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
+    block = tl.program_id(0) % BLOCKS
     real = token < tokens
+    mean = tl.load(statistics_pointer + token, mask=real, other=0.0)
+    rstd = tl.load(statistics_pointer + tokens + token, mask=real, other=0.0)
+    value = normalised_product(
+        x_pointer, folded_pointer, token, real, mean, rstd, block * BLOCK_N,
+        height, width, out_height, out_width, top, left,
+        CHANNELS, OUTPUTS, KERNEL, STRIDE, BLOCK_M, BLOCK_N, BLOCK_C, PRECISION,
+    )  # fmt: skip
+    output = block * BLOCK_N + tl.arange(0, BLOCK_N)
     index = tl.cast(token, tl.int64)
-    mean = tl.zeros([BLOCK_M], dtype=tl.float32)
-    along = tl.zeros([BLOCK_M], dtype=tl.float32)
-    for first in range(0, OUTPUTS, BLOCK_N):
-        channel = first + tl.arange(0, BLOCK_N)
-        gradient = load_rows(gradient_pointer, index, real, first, OUTPUTS, BLOCK_N).to(tl.float32)
-        value = load_rows(output_pointer, index, real, first, OUTPUTS, BLOCK_N).to(tl.float32)
-        sums = tl.load(sums_pointer + channel, mask=channel < OUTPUTS, other=0.0)
-        constants = tl.load(sums_pointer + OUTPUTS + channel, mask=channel < OUTPUTS, other=0.0)
-        mean += tl.sum(gradient * sums[None, :], 1)
-        along += tl.sum(gradient * (value - constants[None, :]), 1)
-    tl.store(rows_pointer + token, mean * (1.0 / FEATURES), mask=real)
-    tl.store(rows_pointer + tokens + token, along * (1.0 / FEATURES), mask=real)
+    gradient = load_rows(gradient_pointer, index, real, block * BLOCK_N, OUTPUTS, BLOCK_N).to(tl.float32)
+    sums = tl.load(sums_pointer + output, mask=output < OUTPUTS, other=0.0)
+    to = rows_pointer + tl.cast(block, tl.int64) * 2 * tokens + token
+    tl.store(to, tl.sum(gradient * sums[None, :], 1) * (1.0 / FEATURES), mask=real)
+    tl.store(to + tokens, tl.sum(gradient * value, 1) * (1.0 / FEATURES), mask=real)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -186,7 +204,6 @@ def patch_merge_products_kernel(
 def patch_merge_backward(
     gradient: torch.Tensor,
     x: torch.Tensor,
-    output: torch.Tensor,
     statistics: torch.Tensor,
     weight: torch.Tensor,
     kernel: int,
@@ -205,9 +222,7 @@ def patch_merge_backward(
     with torch.cuda.device_of(x):
         if to_input:
             folded, sums = fold_weights(weight, kernel, norm_weight, norm_bias, bias, channels_last)
-            found[0] = _input_gradient(
-                gradient, x, output.contiguous(), statistics, folded, sums, kernel, stride, padding
-            )
+            found[0] = _input_gradient(gradient, x, statistics, folded, sums, kernel, stride, padding)
         if to_parameters:
             product = _products(gradient, x, statistics, weight, kernel, stride, padding)
             axes = (0, 2, 1, 3) if channels_last else (0, 3, 1, 2)
@@ -224,7 +239,6 @@ def patch_merge_backward(
 def _input_gradient(
     gradient: torch.Tensor,
     x: torch.Tensor,
-    output: torch.Tensor,
     statistics: torch.Tensor,
     folded: torch.Tensor,
     sums: torch.Tensor,
@@ -233,19 +247,19 @@ def _input_gradient(
     padding: list[int],
 ) -> torch.Tensor:
     """[B, H, W, C]."""
-    to_x, rows, sizes = torch.empty_like(x), torch.empty_like(statistics), map_arguments(x, kernel, stride, padding)
-    outputs = folded.shape[0]
-    patch_merge_row_sums_kernel[(triton.cdiv(sizes["tokens"], 32),)](
-        gradient, output, sums, rows, sizes["tokens"], OUTPUTS=outputs, FEATURES=kernel**2 * x.shape[3], BLOCK_M=32,
-        BLOCK_N=min(128, triton.next_power_of_2(outputs)), enable_fp_fusion=True,
-    )  # fmt: skip
+    to_x, sizes = torch.empty_like(x), map_arguments(x, kernel, stride, padding)
+    constants = constant_arguments(x, folded, kernel, stride)
+    tiles = tile_arguments("patch_merge", x, folded)
+    blocks = triton.cdiv(folded.shape[0], tiles["BLOCK_N"])
+    parts = statistics.new_empty(blocks, *statistics.shape)
+    patch_merge_row_sums_kernel[(triton.cdiv(sizes["tokens"], tiles["BLOCK_M"]) * blocks,)](
+        x, folded, gradient, sums, statistics, parts, **sizes, **constants, **tiles
+    )
+    rows = parts.sum(0) if blocks > 1 else parts[0]  # [2, B, Ho, Wo]
     tiles = tile_arguments("patch_merge_input", x, folded)
     places = x.shape[0] * triton.cdiv(x.shape[1] + padding[0], stride) * triton.cdiv(x.shape[2] + padding[2], stride)
     blocks = triton.cdiv(places, tiles["BLOCK_M"]) * stride**2 * triton.cdiv(x.shape[3], tiles["BLOCK_C"])
-    patch_merge_input_kernel[(blocks,)](
-        x, folded, gradient, statistics, rows, to_x, **sizes, **constant_arguments(x, folded, kernel, stride),
-        **tiles,
-    )  # fmt: skip
+    patch_merge_input_kernel[(blocks,)](x, folded, gradient, statistics, rows, to_x, **sizes, **constants, **tiles)
     return to_x
 
 

@@ -320,7 +320,7 @@ def test_autocast(low: torch.dtype, dtype: torch.dtype, backend: str) -> None:
     [
         ({"x": torch.zeros(4, 4, 3)}, "x must be"),
         ({"weight": torch.zeros(2, 11)}, r"weight \[Cout, C\*2\*2\], got \[1, 4, 4, 3\] and \[2, 11\]"),
-        ({"stride": 0}, "must be positive, got 2 and 0"),
+        ({"stride": 0}, "stride must be positive, got 0"),
         ({"norm_weight": torch.zeros(11)}, r"norm_weight must be \[12\], got \[11\]"),
         ({"norm_bias": torch.zeros(3)}, r"norm_bias must be \[12\], got \[3\]"),
         ({"order": "swin"}, "order must be 'unfold' or 'timm', got 'swin'"),

@@ -99,6 +99,17 @@ def check_details(device: torch.device) -> None:
         large = operands(inside, torch.float32, device)
         large[0] = large[0] + mean
         compare(large, inside)
+    for dtype in TINY:  # where 16 bits overflow before the normalisation, and constants hide what they are added to
+        inside = (6, 6, 24, 8, 2, 2, "timm", True, True)
+        huge = operands(inside, dtype, device)
+        huge[0] = 6e4 * huge[0].sign()
+        compare(huge, inside)
+        far = operands(inside, dtype, device)
+        far[4] = 3000 + 100 * far[4]
+        compare(far, inside)
+        alike = operands(inside, dtype, device)  # no spread, channels that are not there are far from the mean
+        alike[0] = torch.full_like(alike[0], 3e4)
+        compare(alike, inside)
     with use_backend("triton"):
         x, weight, *vectors = given
         x = x.clone().requires_grad_()
@@ -165,15 +176,16 @@ def arguments_of(name: str, channels: int, outputs: int, kernel: int, dtype: str
     from asvit_fast.kernels.tiles import FAMILIES, launch_options, nearest
 
     bits = {"*fp32": 32, "*bf16": 16}[dtype]
-    options, constants = {"num_warps": 4}, {"BLOCK_M": 32, "BLOCK_N": 128}
-    if name in ("patch_merge", "patch_merge_input", "patch_merge_products"):
-        options = launch_options(nearest(name, FAMILIES[f"{capability}"], bits=bits, outputs=outputs))
+    options, constants = {"num_warps": 4}, {"BLOCK_M": 32}
+    if name not in ("patch_merge_fold", "patch_merge_statistics"):
+        tile = name.removesuffix("_row_sums")  # that of the product which it repeats
+        options = launch_options(nearest(tile, FAMILIES[f"{capability}"], bits=bits, outputs=outputs))
         constants = {key: value for key, value in options.items() if key.isupper()}
     constants |= {"CHANNELS": channels, "OUTPUTS": outputs, "KERNEL": kernel, "STRIDE": 2, "PRECISION": "tf32x3"}
-    constants |= {"BLOCK_C": channel_block(channels, bits), "FEATURES": kernel**2 * channels, "BLOCK": 512}
+    constants |= {"BLOCK_C": channel_block(channels, bits), "BLOCK": 512}
     constants |= {"CHANNELS_LAST": False, "SHIFTED": True, "BIASED": True}
     low = ("x", "weight", "norm_weight", "norm_bias", "bias", "folded", "output", "gradient", "to_x")
-    wide = ("sums", "mean", "rstd", "rows", "statistics", "parts")
+    wide = ("sums", "rows", "statistics", "parts")
     signature = {f"{key}_pointer": dtype for key in low} | {f"{key}_pointer": "*fp32" for key in wide}
     signature |= dict.fromkeys(SIZES, "i32") | {"eps": "fp32"}
     return signature, constants, {key: value for key, value in options.items() if not key.isupper()}
@@ -196,8 +208,8 @@ def test_compiled(channels, outputs, kernel, dtype, capability):
     from asvit_fast.kernels import patch_merge, patch_merge_backward
     from asvit_fast.kernels.inspection import compile_kernel
 
-    for name in ("_fold", "", "_row_sums", "_input", "_products"):
-        module = patch_merge if name in ("_fold", "") else patch_merge_backward
+    for name in ("_fold", "_statistics", "", "_row_sums", "_input", "_products"):
+        module = patch_merge if name in ("_fold", "_statistics", "") else patch_merge_backward
         compiled = getattr(module, f"patch_merge{name}_kernel")
         signature, constants, options = arguments_of(f"patch_merge{name}", channels, outputs, kernel, dtype, capability)
         report = compile_kernel(

@@ -261,7 +261,7 @@ def test_dropout_keeps_the_layout() -> None:
         ({"layout": "grid", "window": (4, 3)}, "divide"),
         ({"padding": torch.zeros(24)}, "nobody attends padding"),
         ({"layout": "timm", "padding": torch.zeros(8)}, r"\[24\]"),
-        ({"attn_scale": torch.zeros(3)}, r"\[2\], one number per head"),
+        ({"attn_scale": torch.zeros(3)}, r"attn_scale must be \[2\], got \[3\]"),
     ],
 )
 def test_errors(arguments: dict, message: str) -> None:

@@ -415,9 +415,9 @@ def test_bad_input():
         window_attention_taylor(qkv.long(), 2, (2, 2))
     with pytest.raises(InputError, match="12 channels are not 3 \\* 5 heads"):
         window_attention_taylor(qkv, 5, (2, 2))
-    with pytest.raises(InputError, match=r"0 <= shift < window, got \(2, 2\), \(2, 0\)"):
+    with pytest.raises(InputError, match=r"shift must be from 0 to window - 1, got \[2, 0\] for windows \[2, 2\]"):
         window_attention_taylor(qkv, 2, (2, 2), (2, 0))
-    with pytest.raises(InputError, match=r"bias must be \[2, 4, 4\], got \(2, 4, 3\)"):
+    with pytest.raises(InputError, match=r"bias must be \[2, 4, 4\], got \[2, 4, 3\]"):
         window_attention_taylor(qkv, 2, (2, 2), bias=torch.zeros(2, 4, 3))
     with pytest.raises(InputError, match=r"bias must be torch\.float32 .* got torch\.float64"):
         window_attention_taylor(qkv, 2, (2, 2), bias=torch.zeros(2, 4, 4, dtype=torch.float64))

@@ -1,5 +1,6 @@
 """Operations: each has a pure-torch reference and the implementations that ``backends`` chooses from."""
 
+from . import flops
 from .gelu_taylor import gelu_taylor
 from .layer_norm_taylor import layer_norm_taylor
 from .linear import linear
@@ -21,3 +22,5 @@ __all__ = [
     "window_attention",
     "window_attention_taylor",
 ]
+
+flops.register()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from asvit_fast import _extension, backends
 from asvit_fast.errors import InputError
+from asvit_fast.ops.checks import check_devices
 from asvit_fast.ops.decomposition import register_decomposition
 from asvit_fast.ops.stacked import add_to_value, chain_rule, check_channels, check_stack, compute_dtype
 from asvit_fast.ops.transforms import transform_active
@@ -97,6 +98,7 @@ def _gelu_taylor(x: Tensor, approximate: str, bias: Tensor | None = None) -> Ten
 
 @_gelu_taylor.register_fake
 def _fake(x: Tensor, approximate: str, bias: Tensor | None = None) -> Tensor:
+    check_devices("gelu_taylor", x, bias=bias)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from asvit_fast import _extension, backends
+from asvit_fast.ops.checks import check_devices
 from asvit_fast.ops.decomposition import register_decomposition
 from asvit_fast.ops.stacked import add_to_value, check_channels, check_rows, compute_dtype, gradients
 from asvit_fast.ops.transforms import transform_active
@@ -75,6 +76,7 @@ def _layer_norm_taylor(x: Tensor, weight: Tensor | None, bias: Tensor | None, ep
 
 @_layer_norm_taylor.register_fake
 def _fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    check_devices("layer_norm_taylor", x, weight=weight, bias=bias)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 

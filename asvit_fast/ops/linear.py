@@ -6,14 +6,18 @@ which every x86 build of torch contains, does not.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import has_torch_function
 
 from .. import backends
+from ..errors import InputError
+from .checks import check_device, check_devices
 from .decomposition import register_decomposition
-from .transforms import transform_active
+from .transforms import autocast_active, transform_active
 
 SMALL = 10**7  # multiply-adds below which calling an op of our own costs more than it gains
 
@@ -26,6 +30,9 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, acti
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
     """x [*, K], weight [N, K], both of any strides -> [*, N]."""
+    if bias is not None and bias.shape != weight.shape[:1]:  # oneDNN ignores it
+        raise InputError(f"linear: bias must be {list(weight.shape[:1])}, got {list(bias.shape)}")
+    bias = None if bias is None else bias.contiguous()  # whose stride oneDNN does not look at
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none" if activation == "gelu" else "")
 
 
@@ -45,6 +52,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> 
 
 @_linear.register_fake
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    check_devices("linear", x, weight=weight, bias=bias)
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
@@ -82,12 +90,35 @@ _linear.register_autograd(_backward, setup_context=_setup_context)
 # --------------------------------------------------------------------------- public
 
 
+def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
+    """Whether a tensor of this shape can be added to one of the other shape."""
+    sides = zip(reversed(shape), reversed(to), strict=False)
+    return len(shape) <= len(to) and all(side in (1, other) for side, other in sides)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:
+    """InputError where torch would not compute anything."""
+    if activation not in ("none", "gelu"):
+        raise InputError(f"linear: activation must be none or gelu, got '{activation}'")
+    if x.dim() == 0 or weight.dim() not in (1, 2) or x.shape[-1] != weight.shape[-1]:
+        raise InputError(f"linear: x must be [*, K] and weight [N, K], got {list(x.shape)} and {list(weight.shape)}")
+    outputs = weight.shape[:-1]  # [N], or none
+    if bias is not None and bias.shape != outputs and not _broadcasts(bias.shape, (*x.shape[:-1], *outputs)):
+        raise InputError(f"linear: bias must be {list(outputs)}, got {list(bias.shape)}")
+    autocast = autocast_active(x.device.type)
+    for name, operand in (("weight", weight), ("bias", bias)):
+        if operand is None:
+            continue
+        check_device("linear", name, operand, x)
+        if operand.dtype != x.dtype and not autocast:
+            raise InputError(f"linear: {name} must be {x.dtype} as x is, got {operand.dtype}")
+
+
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether oneDNN's float32 product is what F.linear would compute, and worth a call."""
-    tensors = [x, weight] if bias is None else [x, weight, bias]
-    if any(tensor.device.type != "cpu" or tensor.dtype != torch.float32 for tensor in tensors):
+    if x.device.type != "cpu" or x.dtype != torch.float32 or autocast_active("cpu"):
         return False
-    if weight.dim() != 2 or x.dim() < 2 or torch.is_autocast_enabled("cpu"):
+    if weight.dim() != 2 or x.dim() < 2 or (bias is not None and bias.shape != weight.shape[:1]):
         return False
     return x.numel() > 0 and x.numel() * weight.shape[0] >= SMALL
 
@@ -116,12 +147,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
         activation: "none" or "gelu" (exact); fused into the product where no gradient is recorded.
 
     Raises:
-        ValueError: an unknown activation, naming it.
+        InputError: shapes, dtypes or devices that do not fit, or an unknown activation, naming the value.
     """
     if not torch.jit.is_scripting():
-        if activation not in ("none", "gelu"):
-            raise ValueError(f"linear: activation must be none or gelu, got '{activation}'")
-        plain = has_torch_function((x, weight, bias)) or transform_active() or not _fits(x, weight, bias)
-        if not plain and not _elementary(x):
+        plain = has_torch_function((x, weight, bias))
+        if not plain:
+            _check(x, weight, bias, activation)
+        if not plain and not transform_active() and _fits(x, weight, bias) and not _elementary(x):
             return _through_onednn(x, weight, bias, activation)
     return linear_reference(x, weight, bias, activation)

@@ -17,6 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _extension, backends
 from ..errors import InputError
+from .checks import check_device, check_devices, check_floats, check_integer, check_length, check_operand
 from .decomposition import register_decomposition
 from .optional import double_backward, gradients, present, restored
 from .transforms import autocast_dtype, sizes, transform_active
@@ -35,40 +36,62 @@ def patch_embed_reference(
 ) -> Tensor:
     """``patch_embed`` in elementary operations."""
     image = F.pad(image, (padding[0], padding[1], padding[2], padding[3]))
+    bias = None if bias is None else bias.to(weight.dtype)
     tokens = F.conv2d(image, weight, bias, stride=stride, dilation=dilation).permute(0, 2, 3, 1)  # [B, Ho, Wo, C]
     if norm_weight is None:
         return tokens
-    return F.layer_norm(tokens, (tokens.shape[3],), norm_weight, norm_bias, eps)
+    wide = torch.promote_types(tokens.dtype, norm_weight.dtype)
+    norm_bias = None if norm_bias is None else norm_bias.to(wide)
+    normalised = F.layer_norm(tokens.to(wide), (tokens.shape[3],), norm_weight.to(wide), norm_bias, eps)
+    return normalised if torch.is_autocast_enabled() else normalised.to(tokens.dtype)  # a GPU's autocast: float32
 
 
 def _check(
-    image: Tensor, weight: Tensor, vectors: Sequence[Tensor | None], stride: int, dilation: int, padding: list[int]
-) -> None:
-    """`vectors`: bias, norm_weight, norm_bias."""
+    image: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    dilation: int,
+    padding: list[int],
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+) -> tuple[int, int]:
+    """InputError for arguments that do not fit. Returns a stride and a dilation that do the same and are not larger
+    than the image."""
+    op = "patch_embed"
+    check_integer(op, "stride", stride, 1)
+    check_integer(op, "dilation", dilation, 1)
+    for zeros in padding:
+        check_integer(op, "padding", zeros, 0)
+    check_floats(op, "image", image)
+    check_floats(op, "weight", weight)
+    check_device(op, "weight", weight, image)
     if image.dim() != 4 or weight.dim() != 4 or image.shape[1] != weight.shape[1]:
-        raise ValueError(
+        raise InputError(
             f"patch_embed: image must be [B, Cin, H, W] and weight [C, Cin, K, K] with the same Cin, "
             f"got {list(image.shape)} and {list(weight.shape)}"
         )
-    channels, kernel = weight.shape[0], weight.shape[2]
-    if kernel < 1 or weight.shape[3] != kernel:
-        raise ValueError(f"patch_embed: weight must be [C, Cin, K, K] with square patches, got {list(weight.shape)}")
-    for name, vector in zip(("bias", "norm_weight", "norm_bias"), vectors, strict=True):
-        if vector is not None and vector.shape != (channels,):
-            raise ValueError(f"patch_embed: {name} must be [{channels}], got {list(vector.shape)}")
-    if vectors[1] is None and vectors[2] is not None:
-        raise ValueError("patch_embed: norm_bias without norm_weight, which is what asks for a LayerNorm")
-    if stride < 1 or dilation < 1:
-        raise ValueError(f"patch_embed: stride and dilation must be positive, got {stride} and {dilation}")
-    if len(padding) != 4 or min(padding) < 0:
-        raise ValueError(f"patch_embed: padding must be zeros at (left, right, top, bottom), got {padding}")
+    kernel = weight.shape[2]
+    if weight.shape[3] != kernel or weight.numel() == 0:
+        shape = list(weight.shape)
+        raise InputError(f"patch_embed: weight must be [C, Cin, K, K] with square patches, none of them 0, got {shape}")
+    if norm_weight is None and norm_bias is not None:
+        raise InputError("patch_embed: norm_bias without norm_weight, which is what asks for a LayerNorm")
+    check_operand(op, "bias", bias, [weight.shape[0]], image)
+    check_operand(op, "norm_weight", norm_weight, [weight.shape[0]], image)
+    check_operand(op, "norm_bias", norm_bias, [weight.shape[0]], image)
     span = dilation * (kernel - 1) + 1
     height, width = image.shape[2] + padding[2] + padding[3], image.shape[3] + padding[0] + padding[1]
     if height < span or width < span:
-        raise ValueError(
+        raise InputError(
             f"patch_embed: patches of {span} pixels (K {kernel}, dilation {dilation}) do not fit an image of "
             f"{height} x {width} pixels with its padding"
         )
+    if max(height, width) > 0x7FFFFFFF:
+        raise InputError(
+            f"patch_embed: padding {padding} makes an image of {height} x {width} pixels, which is too large"
+        )
+    return min(stride, max(height, width)), dilation if kernel > 1 else 1
 
 
 # --------------------------------------------------------------------------- fused op
@@ -177,6 +200,7 @@ def _output_shape(image: Tensor, weight: Tensor, stride: int, dilation: int, pad
 
 @_patch_embed.register_fake
 def _fake(image, weight, bias, norm_weight, norm_bias, stride, dilation, padding, eps, products, dtype, keep) -> Result:
+    check_devices("patch_embed", image, weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
     shape = _output_shape(image, weight, stride, dilation, padding)
     kept = image.new_empty(shape if keep else [0], dtype=_working_type(image))
     return image.new_empty(shape, dtype=dtype), kept
@@ -278,6 +302,9 @@ def _fake_backward(
     gradient, image, weight, bias, norm_weight, norm_bias, stride, dilation, padding, eps, products, dtype, values,
     of_image, of_parameters,
 ) -> Gradients:  # fmt: skip
+    check_devices("patch_embed_backward", image, gradient=gradient, weight=weight, values=values)
+    check_devices("patch_embed_backward", image, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
+
     def like(operand: Tensor | None, wanted: bool) -> Tensor:
         return operand.new_empty(operand.shape) if operand is not None and wanted else image.new_empty(0)
 
@@ -335,7 +362,7 @@ def _types(image: Tensor, weight: Tensor, normalised: bool) -> tuple[torch.dtype
     if image.dtype != torch.float64 and low is not None:
         return low, torch.float32 if normalised and image.device.type == "cuda" else low
     if image.dtype != weight.dtype:
-        raise ValueError(f"patch_embed: image is {image.dtype} and weight {weight.dtype}: convert one of them")
+        raise InputError(f"patch_embed: image is {image.dtype} and weight {weight.dtype}: convert one of them")
     return image.dtype, image.dtype
 
 
@@ -358,7 +385,7 @@ def _fuses(image: Tensor, weight: Tensor) -> bool:
             _say_too_wide()
             return False
         return image.dtype != torch.float64
-    return image.device.type == "cpu"
+    return image.device.type in ("cpu", "meta")
 
 
 def _keeps(operands: Operands) -> bool:
@@ -384,7 +411,7 @@ def patch_embed(
 
     Args:
         image: [B, Cin, H, W], of any layout; float32, float64, float16 or bfloat16.
-        weight: [C, Cin, K, K], of the image's dtype except under autocast; bias: [C] or None.
+        weight: [C, Cin, K, K], of the image's dtype except under autocast; bias: [C] of any floating dtype, or None.
         stride, dilation: pixels; with token reduction the dilation keeps a patch about as wide as its stride
             (As-ViT, arXiv 2202.11921, section 3.4).
         padding: zeros at (left, right, top, bottom), in pixels.
@@ -392,7 +419,7 @@ def patch_embed(
         eps: LayerNorm's epsilon.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, naming the value.
+        InputError: shapes, dtypes, devices or numbers that do not fit, naming the value.
 
     On a CPU one compiled kernel each for forward and backward, on a GPU Triton kernels (elementary operations in
     float64 and beyond 512 channels). The gradient of the image, where it is needed, is torch's transposed convolution.
@@ -403,12 +430,16 @@ def patch_embed(
             return handle_torch_function(
                 patch_embed, operands, image, weight, bias, stride, dilation, padding, norm_weight, norm_bias, eps
             )
-        zeros = sizes(padding)
-        _check(image, weight, operands[2:], stride, dilation, zeros)
+        check_length("patch_embed", "padding", padding, 4)
+    zeros = [padding[0], padding[1], padding[2], padding[3]]
+    if not torch.jit.is_scripting():
+        zeros = sizes(zeros)
+    stride, dilation = _check(image, weight, bias, stride, dilation, zeros, norm_weight, norm_bias)
+    if not torch.jit.is_scripting():
+        products, dtype = _types(image, weight, norm_weight is not None)
         if _fuses(image, weight):
-            products, dtype = _types(image, weight, norm_weight is not None)
             return _patch_embed(
                 image, weight, bias, norm_weight, norm_bias, stride, dilation, zeros, eps, products, dtype,
-                norm_weight is not None and _keeps(operands),
+                norm_weight is not None and _keeps((image, weight, bias, norm_weight, norm_bias)),
             )[0]  # fmt: skip
     return patch_embed_reference(image, weight, bias, stride, dilation, padding, norm_weight, norm_bias, eps)

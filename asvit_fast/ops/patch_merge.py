@@ -17,6 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _extension, backends
 from ..errors import InputError
+from .checks import check_device, check_devices, check_floats, check_integer, check_operand
 from .decomposition import register_decomposition
 from .optional import double_backward, gradients, present
 from .transforms import autocast_dtype, transform_active
@@ -168,6 +169,7 @@ def _patch_merge(
 
 @_patch_merge.register_fake
 def _fake(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels_last) -> Result:
+    check_devices("patch_merge", x, weight=weight, norm_weight=norm_weight, norm_bias=norm_bias, bias=bias)
     shape = _output_shape(x, weight, stride)
     return weight.new_empty(shape), x.new_empty([2, *shape[:3]], dtype=_working_type(x, weight))
 
@@ -185,8 +187,8 @@ register_decomposition(_patch_merge, _decomposition)
 
 
 def _fused_backward(
-    implementation: Callable[..., Result], gradient: Tensor, operands: Operands, settings: Settings, output: Tensor,
-    statistics: Tensor, to_input: bool, to_parameters: bool,
+    implementation: Callable[..., Result], gradient: Tensor, operands: Operands, settings: Settings, statistics: Tensor,
+    to_input: bool, to_parameters: bool,
 ) -> Sequence[Tensor | None]:  # fmt: skip
     """Gradients of the operands; what was not asked for may be anything."""
     x, weight, norm_weight, norm_bias, bias = operands
@@ -197,8 +199,8 @@ def _fused_backward(
 
         _check_triton(x, weight)
         return patch_merge_backward(
-            gradient, x, output, statistics, weight, kernel, stride, norm_weight, norm_bias, bias, channels_last,
-            padding, to_input, to_parameters,
+            gradient, x, statistics, weight, kernel, stride, norm_weight, norm_bias, bias, channels_last, padding,
+            to_input, to_parameters,
         )  # fmt: skip
     _extension.extension()
     return torch.ops.asvit_fast_C.patch_merge_backward(
@@ -216,7 +218,6 @@ def _asked(operands: Sequence[Tensor | None], to_input: bool, to_parameters: boo
 def _patch_merge_backward(
     gradient: Tensor,
     x: Tensor,
-    output: Tensor,
     statistics: Tensor,
     weight: Tensor,
     kernel: int,
@@ -237,9 +238,7 @@ def _patch_merge_backward(
     if implementation is _elementary:
         found: Sequence[Tensor | None] = gradients(lambda given: _reference(given, settings), gradient, operands)
     else:
-        found = _fused_backward(
-            implementation, gradient, operands, settings, output, statistics, to_input, to_parameters
-        )
+        found = _fused_backward(implementation, gradient, operands, settings, statistics, to_input, to_parameters)
     return [
         new.to(old.dtype).contiguous() if wanted and new is not None and old is not None else x.new_empty(0)
         for wanted, new, old in zip(_asked(operands, to_input, to_parameters), found, operands, strict=True)
@@ -248,9 +247,11 @@ def _patch_merge_backward(
 
 @_patch_merge_backward.register_fake
 def _fake_backward(
-    gradient, x, output, statistics, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels_last, to_input,
+    gradient, x, statistics, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels_last, to_input,
     to_parameters,
 ) -> list[Tensor]:  # fmt: skip
+    check_devices("patch_merge_backward", x, gradient=gradient, statistics=statistics, weight=weight, bias=bias)
+    check_devices("patch_merge_backward", x, norm_weight=norm_weight, norm_bias=norm_bias)
     operands = (x, weight, norm_weight, norm_bias, bias)
     return [
         old.new_empty(old.shape) if wanted else x.new_empty(0)
@@ -261,7 +262,7 @@ def _fake_backward(
 def _setup_context(ctx, inputs, output: Result) -> None:
     x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels_last = inputs
     ctx.settings = Settings(kernel, stride, eps, channels_last)
-    ctx.save_for_backward(*output, x, weight, norm_weight, norm_bias, bias)
+    ctx.save_for_backward(output[1], x, weight, norm_weight, norm_bias, bias)
     ctx.set_materialize_grads(False)
 
 
@@ -269,10 +270,10 @@ def _backward(ctx, gradient: Tensor | None, _: Tensor | None):
     if gradient is None:
         return (None,) * 9
     kernel, stride, eps, channels_last = ctx.settings
-    output, statistics, x, weight, *vectors = ctx.saved_tensors
+    statistics, x, weight, *vectors = ctx.saved_tensors
     needs_x, needs_weight, _, _, *needs, _, _ = ctx.needs_input_grad
     found = _patch_merge_backward(
-        gradient, x, output, statistics, weight, kernel, stride, *vectors, eps, channels_last, needs_x,
+        gradient, x, statistics, weight, kernel, stride, *vectors, eps, channels_last, needs_x,
         needs_weight or any(needs),
     )  # fmt: skip
     wanted = [needs_x, needs_weight, *needs]
@@ -284,7 +285,7 @@ _patch_merge.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _setup_double(ctx, inputs, output: list[Tensor]) -> None:
-    gradient, x, _, _, weight, kernel, stride, *vectors, eps, channels_last, to_input, to_parameters = inputs
+    gradient, x, _, weight, kernel, stride, *vectors, eps, channels_last, to_input, to_parameters = inputs
     operands = (x, weight, *vectors)
     ctx.settings, ctx.there = Settings(kernel, stride, eps, channels_last), [x is not None for x in operands]
     ctx.asked = _asked(operands, to_input, to_parameters)
@@ -296,7 +297,7 @@ def _double_backward(ctx, cotangents: list[Tensor | None]):
     to_gradient, (to_x, to_weight, *to_vectors) = double_backward(
         lambda given: _reference(given, ctx.settings), ctx.there, ctx.asked, ctx.saved_tensors, cotangents
     )
-    return to_gradient, to_x, None, None, to_weight, None, None, *to_vectors, None, None, None, None
+    return to_gradient, to_x, None, to_weight, None, None, *to_vectors, None, None, None, None
 
 
 _patch_merge_backward.register_autograd(_double_backward, setup_context=_setup_double)
@@ -311,21 +312,32 @@ def _check(
     stride: int,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
+    bias: Tensor | None,
     order: str,
-) -> None:
-    if kernel < 1 or stride < 1:
-        raise ValueError(f"patch_merge: kernel and stride must be positive, got {kernel} and {stride}")
-    if x.dim() != 4 or weight.dim() != 2 or weight.shape[1] != x.shape[3] * kernel * kernel:
-        raise ValueError(
+) -> int:
+    """InputError for arguments that do not fit. Returns a stride that does the same and is not larger than the map."""
+    op = "patch_merge"
+    check_integer(op, "kernel", kernel, 1)
+    check_integer(op, "stride", stride, 1)
+    check_floats(op, "x", x)
+    check_floats(op, "weight", weight)
+    check_device(op, "weight", weight, x)
+    fits = x.dim() == 4 and weight.dim() == 2 and x.shape[3] > 0 and weight.shape[1] == x.shape[3] * kernel * kernel
+    if not fits:
+        raise InputError(
             f"patch_merge: x must be [B, H, W, C] and weight [Cout, C*{kernel}*{kernel}], "
             f"got {list(x.shape)} and {list(weight.shape)}"
         )
-    if norm_weight is not None and list(norm_weight.shape) != [weight.shape[1]]:
-        raise ValueError(f"patch_merge: norm_weight must be [{weight.shape[1]}], got {list(norm_weight.shape)}")
-    if norm_bias is not None and list(norm_bias.shape) != [weight.shape[1]]:
-        raise ValueError(f"patch_merge: norm_bias must be [{weight.shape[1]}], got {list(norm_bias.shape)}")
+    if x.shape[1] == 0 or x.shape[2] == 0:
+        raise InputError(f"patch_merge: x must have tokens, got {list(x.shape)}")
+    if norm_weight is None and norm_bias is not None:
+        raise InputError("patch_merge: norm_bias without norm_weight, which is what asks for a LayerNorm")
+    check_operand(op, "norm_weight", norm_weight, [weight.shape[1]], x)
+    check_operand(op, "norm_bias", norm_bias, [weight.shape[1]], x)
+    check_operand(op, "bias", bias, [weight.shape[0]], x)
     if order != "unfold" and order != "timm":
-        raise ValueError(f"patch_merge: order must be 'unfold' or 'timm', got '{order}'")
+        raise InputError(f"patch_merge: order must be 'unfold' or 'timm', got '{order}'")
+    return min(stride, max(kernel, x.shape[1], x.shape[2]))
 
 
 def patch_merge(
@@ -346,7 +358,7 @@ def patch_merge(
     ``kernel`` 2 and ``order`` "timm", Swin (arXiv 2103.14030), section 3.1.
 
     Args:
-        x: [B, H, W, C], any floating dtype; the output has the weight's, or autocast's.
+        x: [B, H, W, C], float32, float64, float16 or bfloat16; the output has the weight's, or autocast's.
         weight: [Cout, C*K*K], input features ordered as ``order`` says; bias: [Cout] or None.
         kernel, stride: tokens.
         norm_weight, norm_bias: [C*K*K], in the same order; without ``norm_weight`` there is no LayerNorm.
@@ -355,23 +367,24 @@ def patch_merge(
             the PatchMerging of timm's and torchvision's Swin.
 
     Raises:
-        ValueError: shapes that do not fit, naming the value.
+        InputError: shapes, dtypes, devices or numbers that do not fit, naming the value.
 
     On a CPU one compiled kernel each for forward and backward, on a GPU Triton kernels (elementary operations in
     float64), none of which holds all neighbourhoods. Without LayerNorm it is torch's convolution.
     """
-    elementary = norm_weight is None or x.numel() == 0 or weight.numel() == 0
     if not torch.jit.is_scripting():
         operands = (x, weight, norm_weight, norm_bias, bias)
         if has_torch_function(operands):
             return handle_torch_function(
                 patch_merge, operands, x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, order
             )
-        _check(x, weight, kernel, stride, norm_weight, norm_bias, order)
+    stride = _check(x, weight, kernel, stride, norm_weight, norm_bias, bias, order)
+    elementary = norm_weight is None or x.numel() == 0 or weight.numel() == 0
+    if not torch.jit.is_scripting():
         low = autocast_dtype(x.device.type)
         if low is not None and weight.dtype != torch.float64:
             weight = weight.to(low)
-        elementary = elementary or transform_active() or x.device.type not in ("cpu", "cuda")
+        elementary = elementary or transform_active() or x.device.type not in ("cpu", "cuda", "meta")
         if backends.forced_backend() is not None:
             elementary = elementary or backends.select("patch_merge", x.device) is _elementary
         elif x.device.type == "cuda" and torch.float64 in (x.dtype, weight.dtype):
@@ -379,5 +392,4 @@ def patch_merge(
         if not elementary and norm_weight is not None:
             channels_last = order == "timm"
             return _patch_merge(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels_last)[0]
-    _check(x, weight, kernel, stride, norm_weight, norm_bias, order)
     return patch_merge_reference(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, order)

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from asvit_fast.errors import InputError
+from asvit_fast.ops.checks import check_device, check_floats
 
 
 def check_stack(op: str, x: Tensor) -> None:
     """InputError unless x [orders + 1, ...] is floating point and has 0 to 2 orders."""
     if x.dim() == 0 or not 1 <= x.shape[0] <= 3:
         raise InputError(f"{op}: x must be [orders + 1, ...] with 0 to 2 orders, got shape {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise InputError(f"{op}: x must be floating point, got {x.dtype}")
+    check_floats(op, "x", x)
 
 
 def check_rows(op: str, x: Tensor) -> None:
@@ -27,10 +27,14 @@ def check_rows(op: str, x: Tensor) -> None:
 
 
 def check_channels(op: str, name: str, vector: Tensor | None, x: Tensor) -> None:
-    """InputError unless `vector` is None or [C], for x [orders + 1, ..., C]."""
-    if vector is not None and (x.dim() < 2 or vector.shape != x.shape[-1:]):
+    """InputError unless `vector` is None, or [C] of any floating dtype on x's device, for x [orders + 1, ..., C]."""
+    if vector is None:
+        return
+    if x.dim() < 2 or vector.shape != x.shape[-1:]:
         shapes = f"got shape {tuple(vector.shape)} for x {tuple(x.shape)}"
         raise InputError(f"{op}: {name} must be [C] for x [orders + 1, ..., C], {shapes}")
+    check_floats(op, name, vector)
+    check_device(op, name, vector, x)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

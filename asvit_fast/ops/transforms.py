@@ -8,6 +8,11 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 
 
+def autocast_active(device_type: str) -> bool:
+    """Whether operations on such tensors are autocast; those on the meta device never are."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 @torch.compiler.assume_constant_result  # asked while tracing, when the levels of the traced transforms are there
 def transform_active() -> bool:
     """A functorch level (grad, vmap, jvp, ...) or a forward-mode level is active.

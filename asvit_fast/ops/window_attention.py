@@ -16,10 +16,11 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .. import _extension, backends
 from ..errors import InputError
+from .checks import check_devices, check_floats, check_integer, check_length, check_operand
 from .decomposition import register_decomposition
 from .optional import double_backward, gradients, present, restored
 from .transforms import sizes, transform_active
-from .windows import merge_windows, partition_windows, window_mask, window_padding
+from .windows import fit_windows, merge_windows, padding_tokens, partition_windows, window_mask, window_padding
 
 
 def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,42 +30,77 @@ def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return qkv[0], qkv[1], qkv[2]
 
 
+def check_windows(
+    op: str, size: list[int], num_heads: int, channels: int, window: list[int], shift: list[int], bias: Tensor | None,
+    x: Tensor, layout: str = "masked",
+) -> tuple[list[int], list[int], Tensor | None]:  # fmt: skip
+    """What windowed attention on maps x of ``size`` [H, W] and ``channels`` asks of its arguments (InputError).
+
+    Returns window, shift and bias: in the layout "masked" a window larger than the map is the map.
+    """
+    check_integer(op, "num_heads", num_heads, 1)
+    for i in range(2):
+        check_integer(op, "window", window[i], 1)
+        check_integer(op, "shift", shift[i], 0)
+    if channels == 0 or channels % (3 * num_heads) != 0:
+        raise InputError(f"{op}: {channels} channels are not 3 * {num_heads} heads * head_dim")
+    if shift[0] >= window[0] or shift[1] >= window[1]:
+        raise InputError(f"{op}: shift must be from 0 to window - 1, got {shift} for windows {window}")
+    fitting = [min(window[0], max(size[0], 1)), min(window[1], max(size[1], 1))]
+    tokens, fitting_tokens = window[0] * window[1], fitting[0] * fitting[1]
+    if layout != "masked" and tokens > 0x7FFFFFFF:  # where padding is attended, all of a window is there
+        raise InputError(f"{op}: a window of {window} on a map of {size} is too large for the layout {layout}")
+    if bias is not None and layout == "masked" and bias.dim() == 3 and bias.shape[1] == fitting_tokens:
+        tokens = fitting_tokens
+    check_operand(op, "bias", bias, [num_heads, tokens, tokens], x)
+    return fit_windows(size, window, shift, bias) if layout == "masked" else (window, shift, bias)
+
+
+def _lowest_scores(bias: Tensor, qkv: Tensor) -> Tensor:
+    """The lowest number of the bias' dtype, which masks, as that of float32, which scores are computed in: float16's is
+    not low enough to hide the scores, and float64's would become -inf."""
+    lowest = -3.4028234663852886e38
+    if bias.dtype == torch.float16:
+        return torch.where(bias == -65504.0, lowest, bias.to(torch.float32))
+    if bias.dtype == torch.float64 and qkv.dtype != torch.float64:
+        return torch.where(bias.isinf(), bias, bias.clamp(lowest, -lowest))
+    return bias
+
+
 def _check(
     qkv: Tensor,
     num_heads: int,
     window: list[int],
     shift: list[int],
-    layout: str,
     bias: Tensor | None,
+    dropout: float,
+    layout: str,
     padding: Tensor | None,
     attn_scale: Tensor | None,
-) -> None:
+) -> tuple[list[int], list[int], Tensor | None]:
+    """InputError for arguments that do not fit; window, shift and bias as ``check_windows`` returns them."""
+    op = "window_attention"
     if qkv.dim() != 4:
-        raise ValueError(f"window_attention: qkv must be [B, H, W, 3*heads*head_dim], got {qkv.dim()} dimensions")
-    if num_heads < 1 or qkv.shape[3] % (3 * num_heads) != 0 or qkv.shape[3] == 0:
-        raise ValueError(f"window_attention: {qkv.shape[3]} channels are not 3 * {num_heads} heads * head_dim")
-    if window[0] < 1 or window[1] < 1:
-        raise ValueError(f"window_attention: window must be positive, got {window[0]} x {window[1]}")
-    if not (0 <= shift[0] < window[0] and 0 <= shift[1] < window[1]):
-        raise ValueError(f"window_attention: shift must be from 0 to window - 1, got {shift[0]}, {shift[1]}")
-    if bias is not None:
-        tokens = window[0] * window[1]
-        if bias.dim() != 3 or bias.shape[0] != num_heads or bias.shape[1] != tokens or bias.shape[2] != tokens:
-            raise ValueError(f"window_attention: bias must be [{num_heads}, {tokens}, {tokens}]")
+        raise InputError(f"window_attention: qkv must be [B, H, W, 3*heads*head_dim], got {list(qkv.shape)}")
+    check_floats(op, "qkv", qkv)
     if layout not in ("masked", "timm", "torchvision", "grid"):
-        raise ValueError(f"window_attention: layout must be masked, timm, torchvision or grid, got {layout}")
+        raise InputError(f"window_attention: layout must be masked, timm, torchvision or grid, got {layout}")
+    if not 0.0 <= dropout <= 1.0:
+        raise InputError(f"window_attention: dropout must be from 0 to 1, got {dropout}")
+    size = [qkv.shape[1], qkv.shape[2]]
+    window, shift, bias = check_windows(op, size, num_heads, qkv.shape[3], window, shift, bias, qkv, layout)
+    if bias is not None:
+        bias = _lowest_scores(bias, qkv)
     if layout == "grid":
         if shift[0] != 0 or shift[1] != 0:
-            raise ValueError("window_attention: the layout grid has no shift")
-        if window_padding(qkv.shape[1], window[0]) != 0 or window_padding(qkv.shape[2], window[1]) != 0:
-            raise ValueError("window_attention: with the layout grid windows must divide the map")
-    if padding is not None:
-        if layout == "masked" or layout == "grid":
-            raise ValueError(f"window_attention: nobody attends padding in the layout {layout}, so it has no values")
-        if padding.dim() != 1 or padding.shape[0] != qkv.shape[3]:
-            raise ValueError(f"window_attention: padding must be [{qkv.shape[3]}], one token of qkv")
-    if attn_scale is not None and (attn_scale.dim() != 1 or attn_scale.shape[0] != num_heads):
-        raise ValueError(f"window_attention: attn_scale must be [{num_heads}], one number per head")
+            raise InputError(f"window_attention: the layout grid has no shift, got {shift}")
+        if window_padding(size[0], window[0]) != 0 or window_padding(size[1], window[1]) != 0:
+            raise InputError(f"window_attention: in the layout grid windows divide the map, got {window} for {size}")
+    if padding is not None and (layout == "masked" or layout == "grid"):
+        raise InputError(f"window_attention: nobody attends padding in the layout {layout}, so it has no values")
+    check_operand(op, "padding", padding, [qkv.shape[3]], qkv)
+    check_operand(op, "attn_scale", attn_scale, [num_heads], qkv)
+    return window, shift, bias
 
 
 def _high_pass(attention: Tensor, mask: Tensor | None, attn_scale: Tensor) -> Tensor:
@@ -93,10 +129,16 @@ def _scores(
     q, k, v = split_heads(windows, num_heads)  # [B, windows, heads, tokens, d]
     factor = float(q.shape[-1]) ** -0.5 if scale is None else scale
     scores = (q * factor) @ k.transpose(-2, -1)
+    size = [qkv.shape[1], qkv.shape[2]]
     if bias is not None:
         scores = scores + bias
-    mask = window_mask([qkv.shape[1], qkv.shape[2]], window, shift, scores.dtype, scores.device, layout)
-    if mask is not None:
+        is_padding = padding_tokens(size, window, shift, qkv.device, layout)  # [windows, tokens]
+        if is_padding is not None:  # such queries are dropped: what the bias has for them must not reach gradients
+            scores = scores.masked_fill(is_padding.unsqueeze(1).unsqueeze(3), 0.0)
+    mask = window_mask(size, window, shift, scores.dtype, scores.device, layout)
+    if mask is not None and layout == "masked":  # filled, not added: what is masked may be NaN
+        scores = scores.masked_fill(mask.unsqueeze(1) < 0.0, float("-inf"))
+    elif mask is not None:
         scores = scores + mask.unsqueeze(1)
     return scores, v, mask
 
@@ -117,6 +159,8 @@ def window_attention_reference(
     size = [qkv.shape[1], qkv.shape[2]]
     scores, v, mask = _scores(qkv, num_heads, window, shift, bias, scale, layout, padding)
     attention = torch.softmax(scores, dim=-1)
+    if mask is not None and layout == "masked":  # again: a row of NaN stays among those who attend each other
+        attention = attention.masked_fill(mask.unsqueeze(1) < 0.0, 0.0)
     if attn_scale is not None:
         attention = _high_pass(attention, mask, attn_scale)
     attention = F.dropout(attention, dropout, training=dropout > 0.0).to(v.dtype)
@@ -260,6 +304,7 @@ def _window_attention(
 
 @_window_attention.register_fake
 def _fake(qkv, num_heads, window, shift, scale, layout, bias, padding, attn_scale) -> Result:
+    check_devices("window_attention", qkv, bias=bias, padding=padding, attn_scale=attn_scale)
     statistics = qkv.new_empty(_statistics_shape(qkv, num_heads, window), dtype=_working_type(qkv))
     return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3), statistics
 
@@ -322,6 +367,8 @@ def _window_attention_backward(
 def _fake_backward(
     gradient, qkv, output, statistics, num_heads, window, shift, scale, layout, bias, padding, attn_scale, wanted
 ) -> Gradients:
+    check_devices("window_attention_backward", qkv, gradient=gradient, output=output, statistics=statistics)
+    check_devices("window_attention_backward", qkv, bias=bias, padding=padding, attn_scale=attn_scale)
     to_bias, to_padding, to_attn_scale = (
         tensor.new_empty(tensor.shape) if tensor is not None and want else qkv.new_empty(0)
         for tensor, want in zip((bias, padding, attn_scale), wanted, strict=True)
@@ -379,9 +426,9 @@ def _fused(qkv: Tensor, dropout: float) -> bool:
         if implementation is not _elementary and dropout > 0.0:
             raise InputError(f"window_attention: the {forced} backend has no dropout, got {dropout}")
         return implementation is not _elementary
-    if dropout > 0.0 or qkv.device.type not in ("cpu", "cuda"):
+    if dropout > 0.0 or qkv.device.type not in ("cpu", "cuda", "meta"):
         return False
-    if qkv.device.type == "cpu":
+    if qkv.device.type != "cuda":
         return True
     why = backends.unavailable_on("triton", qkv.device.type, qkv.device.index)
     if why is not None:
@@ -420,10 +467,13 @@ def window_attention(
     Args:
         qkv: the fused projection, channels ordered q | k | v, each [head][head_dim]; any floating dtype.
         num_heads: attention heads.
-        window: (height, width) in tokens. Windows need not divide the map: it is padded at the end.
+        window: (height, width) in tokens. Windows need not divide the map: it is padded at the end. In the layout
+            "masked" a window larger than the map is the map.
         shift: (rows, columns) of the cyclic shift, below ``window``; tokens that only the shift brings together do not
             attend each other (Swin, arXiv 2103.14030, section 3.2).
-        bias: [heads, tokens, tokens], added to the scaled scores of every window (tokens = height * width).
+        bias: [heads, tokens, tokens], added to the scaled scores of every window (tokens = height * width; where a
+            window is larger than the map, those of either). A query all of whose keys have the lowest number of the
+            bias' dtype attends them alike; one whose keys have -inf is NaN, as with torch.softmax.
         scale: factor on q @ k; head_dim ** -0.5 by default.
         dropout: probability of dropping an attention weight (pass 0 in evaluation).
         layout: "masked": padding is attended by nobody. "timm" or "torchvision": padding is attended, the mask of the
@@ -435,13 +485,13 @@ def window_attention(
             uniform over the keys that the query may attend.
 
     Raises:
-        ValueError: shapes that do not fit, naming the value.
+        InputError: shapes, dtypes, devices or numbers that do not fit, naming the value. Parameters may have another
+            floating dtype than qkv, whose dtype the output has.
 
     On a CPU one compiled kernel each for forward and backward, on a GPU Triton kernels: they copy nothing and keep at
     most two numbers per row. With dropout, in float64 on a GPU, and where Triton is missing, torch's fused attention,
     which has no double backward. With dropout and attn_scale elementary operations, which is said once.
     """
-    windows, shifts = [window[0], window[1]], [shift[0], shift[1]]
     if not torch.jit.is_scripting():
         windows, shifts = sizes(window), sizes(shift)
         if has_torch_function_unary(qkv):
@@ -459,20 +509,26 @@ def window_attention(
                 padding,
                 attn_scale,
             )
-        _check(qkv, num_heads, windows, shifts, layout, bias, padding, attn_scale)
+        check_length("window_attention", "window", window, 2)
+        check_length("window_attention", "shift", shift, 2)
+    windows, shifts = [window[0], window[1]], [shift[0], shift[1]]
+    if not torch.jit.is_scripting():
+        windows, shifts = sizes(windows), sizes(shifts)
+    windows, shifts, bias = _check(qkv, num_heads, windows, shifts, bias, dropout, layout, padding, attn_scale)
+    elementary = qkv.numel() == 0 or attn_scale is not None
+    if not torch.jit.is_scripting():
         parameters = bias is not None or padding is not None or attn_scale is not None  # which would have gradients
-        if windows == [1, 1] and dropout == 0.0 and not parameters and backends.forced_backend() is None:
+        computed = qkv.device.type != "meta"  # there the op is called for its shape and what it counts
+        if windows == [1, 1] and dropout == 0.0 and not parameters and computed and backends.forced_backend() is None:
             return qkv[..., qkv.shape[3] // 3 * 2 :].contiguous()  # a token that is alone attends itself
         if qkv.numel() > 0 and not transform_active() and _fused(qkv, dropout):
             factor = float(qkv.shape[3] // (3 * num_heads)) ** -0.5 if scale is None else scale
             return _window_attention(qkv, num_heads, windows, shifts, factor, layout, bias, padding, attn_scale)[0]
-        elementary = transform_active() or backends.forced_backend() is not None or qkv.dtype == torch.float64
-        if attn_scale is not None and dropout > 0.0 and not elementary:
+        required = transform_active() or backends.forced_backend() is not None or qkv.dtype == torch.float64
+        if attn_scale is not None and dropout > 0.0 and not required:
             _say_elementary()
-    else:
-        elementary = False
-    _check(qkv, num_heads, windows, shifts, layout, bias, padding, attn_scale)
-    if elementary or qkv.numel() == 0 or attn_scale is not None:
+        elementary = elementary or required
+    if elementary:
         return window_attention_reference(
             qkv, num_heads, windows, shifts, bias, scale, dropout, layout, padding, attn_scale
         )

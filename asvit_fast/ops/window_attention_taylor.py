@@ -14,9 +14,12 @@ from torch import Tensor
 
 from asvit_fast import _extension, backends
 from asvit_fast.errors import InputError
+from asvit_fast.ops.checks import check_devices, check_floats, check_length
 from asvit_fast.ops.decomposition import register_decomposition
+from asvit_fast.ops.stacked import compute_dtype
 from asvit_fast.ops.transforms import transform_active
-from asvit_fast.ops.windows import merge_windows, partition_windows, window_mask
+from asvit_fast.ops.window_attention import check_windows
+from asvit_fast.ops.windows import merge_windows, padding_tokens, partition_windows, window_mask
 
 # Bytes of one piece of attention map and its derivatives: a core's L2 on a CPU; on a GPU enough to fill it.
 PIECE_BYTES = {"cpu": 2**20, "cuda": 2**28}
@@ -100,13 +103,18 @@ def window_attention_taylor_reference(
         x = partition_windows(x.flatten(0, 1).flatten(3), window, shift)  # [(orders + 1)*B, windows, tokens, heads*d]
         return x.unflatten(3, q.shape[4:]).transpose(2, 3).unflatten(0, q.shape[:2])
 
-    mask = window_mask(size, window, shift, q.dtype, q.device)  # [windows, tokens, tokens]
+    dtype = compute_dtype(q)
+    mask = window_mask(size, window, shift, dtype, q.device)  # [windows, tokens, tokens]
     mask = None if mask is None else mask.unsqueeze(1)
     if bias is not None:
+        bias = bias.to(dtype)
+        is_padding = padding_tokens(size, window, shift, q.device)  # [windows, tokens]
+        if is_padding is not None:  # such queries are dropped: what the bias has for them must not reach gradients
+            bias = bias.masked_fill(is_padding.unsqueeze(1).unsqueeze(3), 0.0)  # [windows, heads, tokens, tokens]
         mask = bias if mask is None else mask + bias
-    out = attention_taylor_reference(split(q), split(k), split(v), mask, scale)
+    out = attention_taylor_reference(split(q.to(dtype)), split(k.to(dtype)), split(v.to(dtype)), mask, scale)
     out = out.flatten(0, 1).transpose(2, 3).flatten(3)  # [(orders + 1)*B, windows, tokens, heads*d]
-    return merge_windows(out, size, window, shift).unflatten(0, (rows, -1))
+    return merge_windows(out, size, window, shift).unflatten(0, (rows, -1)).to(q.dtype)
 
 
 # --------------------------------------------------------------------------- fused op
@@ -142,6 +150,7 @@ def _window_attention_taylor(
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, window: list[int], shift: list[int], bias: Tensor | None, scale: float
 ) -> Tensor:
+    check_devices("window_attention_taylor", q, k=k, v=v, bias=bias)
     return q.new_empty(*q.shape[:4], q.shape[4] * q.shape[5])
 
 
@@ -171,30 +180,23 @@ _window_attention_taylor.register_autograd(_backward, setup_context=_setup_conte
 # --------------------------------------------------------------------------- public
 
 
-def _check(qkv: Tensor, num_heads: int, window: tuple[int, int], shift: tuple[int, int], bias: Tensor | None) -> None:
+def _check(
+    qkv: Tensor, num_heads: int, window: tuple[int, int], shift: tuple[int, int], bias: Tensor | None
+) -> tuple[list[int], list[int], Tensor | None]:
+    """InputError for arguments that do not fit; window, shift and bias as `check_windows` returns them."""
     name = "window_attention_taylor"
     if qkv.dim() != 5 or not 1 <= qkv.shape[0] <= 3:
         raise InputError(
             f"{name}: qkv must be [orders + 1, B, H, W, 3*heads*head_dim] with 0 to 2 orders, "
             f"got shape {tuple(qkv.shape)}"
         )
-    if not qkv.is_floating_point():
-        raise InputError(f"{name}: qkv must be floating point, got {qkv.dtype}")
-    if num_heads < 1 or qkv.shape[4] == 0 or qkv.shape[4] % (3 * num_heads) != 0:
-        raise InputError(f"{name}: {qkv.shape[4]} channels are not 3 * {num_heads} heads * head_dim")
-    if min(window) < 1 or not all(0 <= s < w for s, w in zip(shift, window, strict=True)):
-        raise InputError(
-            f"{name}: window must be positive and 0 <= shift < window, got {tuple(window)}, {tuple(shift)}"
-        )
-    tokens = window[0] * window[1]
-    if bias is None:
-        return
-    if bias.shape != (num_heads, tokens, tokens):
-        raise InputError(f"{name}: bias must be [{num_heads}, {tokens}, {tokens}], got {tuple(bias.shape)}")
-    if bias.dtype != qkv.dtype or bias.device != qkv.device:
-        raise InputError(
-            f"{name}: bias must be {qkv.dtype} on {qkv.device} as qkv is, got {bias.dtype} on {bias.device}"
-        )
+    check_floats(name, "qkv", qkv)
+    check_length(name, "window", window, 2)
+    check_length(name, "shift", shift, 2)
+    if bias is not None and bias.dtype != qkv.dtype:
+        raise InputError(f"{name}: bias must be {qkv.dtype} as qkv is, got {bias.dtype}")
+    size = [qkv.shape[2], qkv.shape[3]]
+    return check_windows(name, size, num_heads, qkv.shape[4], list(window), list(shift), bias, qkv)
 
 
 def window_attention_taylor(
@@ -225,11 +227,11 @@ def window_attention_taylor(
 
     Gradients of every order go through the reference, whose attention maps they keep in memory.
     """
-    _check(qkv, num_heads, window, shift, bias)
+    windows, shifts, bias = _check(qkv, num_heads, window, shift, bias)
     head_dim = qkv.shape[4] // (3 * num_heads)
     q, k, v = qkv.unflatten(4, (3, num_heads, head_dim)).unbind(4)  # [orders + 1, B, H, W, heads, d]
     factor = head_dim**-0.5 if scale is None else scale
-    return stacked_window_attention(q, k, v, list(window), list(shift), bias, factor)
+    return stacked_window_attention(q, k, v, windows, shifts, bias, factor)
 
 
 def stacked_window_attention(

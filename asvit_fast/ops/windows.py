@@ -33,7 +33,7 @@ def _pad(x: Tensor, window: list[int], padding: Tensor | None) -> Tensor:
     rows = torch.arange(size[0] + below, device=x.device) >= size[0]  # [H']
     columns = torch.arange(size[1] + right, device=x.device) >= size[1]  # [W']
     appended = rows.unsqueeze(1) | columns.unsqueeze(0)  # [H', W']
-    return x + appended.unsqueeze(2).to(x.dtype) * padding.to(x.dtype)
+    return torch.where(appended.unsqueeze(2), padding.to(x.dtype), x)
 
 
 def _roll(x: Tensor, shift: list[int], sign: int) -> Tensor:
@@ -71,17 +71,24 @@ def merge_windows(x: Tensor, size: list[int], window: list[int], shift: list[int
     return _roll(x, shift, 1)[:, : size[0], : size[1]]
 
 
-def _regions(size: int, window: int, shift: int, layout: str, device: torch.device) -> Tensor:
+def _regions(size: int, window: int, shift: int, device: torch.device) -> Tensor:
     """Region of every position along one axis of the padded and rolled map: 0 body, 1 and 2 the two parts that a shift
-    brings together in the last window, 3 padding that nobody attends."""
+    brings together in the last window."""
     padded = size + window_padding(size, window)
     position = torch.arange(padded, device=device)
-    region = torch.zeros_like(position)
-    if shift > 0:
-        region = (position >= padded - window).to(region.dtype) + (position >= padded - shift).to(region.dtype)
-    if layout != "masked":
-        return region
-    return torch.where((position + shift) % padded >= size, 3, region)
+    if shift == 0:
+        return torch.zeros_like(position)
+    return (position >= padded - window).to(position.dtype) + (position >= padded - shift).to(position.dtype)
+
+
+def padding_tokens(
+    size: list[int], window: list[int], shift: list[int], device: torch.device, layout: str = "masked"
+) -> Tensor | None:
+    """Which tokens [windows, tokens] of windows are padding; None where windows divide the map."""
+    if window_padding(size[0], window[0]) == 0 and window_padding(size[1], window[1]) == 0:
+        return None
+    is_real = torch.ones([1, size[0], size[1], 1], device=device)  # [1, H, W, 1]
+    return partition_windows(is_real, window, shift, layout)[0, :, :, 0] == 0
 
 
 def window_mask(
@@ -92,22 +99,52 @@ def window_mask(
     device: torch.device,
     layout: str = "masked",
 ) -> Tensor | None:
-    """Additive mask [windows, tokens, tokens] of who attends whom; None when everybody does, otherwise 0 where they do.
+    """Additive mask [windows, query, key] of who attends whom; None when everybody does, otherwise 0 where they do.
 
-    The mask is finite, so that rows of padding stay finite too: they are dropped afterwards, but a NaN in them would
-    reach the gradients.
+    A query that is padding attends everybody, as it is dropped afterwards: no row is without keys.
     """
-    padded = window_padding(size[0], window[0]) > 0 or window_padding(size[1], window[1]) > 0
+    padding = padding_tokens(size, window, shift, device, layout) if layout == "masked" else None
     shifted = shift[0] > 0 or shift[1] > 0
-    if layout == "grid" or (not shifted and (layout != "masked" or not padded)):
+    if layout == "grid" or (not shifted and padding is None):
         return None
-    rows = _regions(size[0], window[0], shift[0], layout, device)  # [H']
-    columns = _regions(size[1], window[1], shift[1], layout, device)  # [W']
-    region = 4 * rows.unsqueeze(1) + columns.unsqueeze(0)  # [H', W']
-    is_padding = (rows == 3).unsqueeze(1) | (columns == 3).unsqueeze(0)  # [H', W']
-    region = region.masked_fill(is_padding, -1)
+    rows = _regions(size[0], window[0], shift[0], device)  # [H']
+    columns = _regions(size[1], window[1], shift[1], device)  # [W']
+    region = 3 * rows.unsqueeze(1) + columns.unsqueeze(0)  # [H', W']
     region = partition_windows(region[None, :, :, None], window, [0, 0])[0, :, :, 0]  # [windows, tokens]
-    allowed = (region.unsqueeze(1) == region.unsqueeze(2)) & (region.unsqueeze(1) >= 0)  # [windows, query, key]
-    # -3e4 leaves nothing after the exponential and is still a float16, -100 is what Swin's public implementations add
-    score = -3.0e4 if layout == "masked" else -100.0
-    return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill(~allowed, score)
+    apart = region.unsqueeze(2) != region.unsqueeze(1)  # [windows, query, key]
+    if padding is not None:
+        apart = (apart | padding.unsqueeze(1)) & ~padding.unsqueeze(2)
+    # -100 is what Swin's public implementations add; nothing is lower than -inf, whatever the bias
+    score = float("-inf") if layout == "masked" else -100.0
+    return torch.zeros(apart.shape, dtype=dtype, device=device).masked_fill(apart, score)
+
+
+# --------------------------------------------------------------------------- windows larger than the map
+
+
+def _places(size: int, window: int, shift: int, device: torch.device) -> Tensor:
+    """Along one axis, which tokens of a window have a token of the map, in their order: all, unless it is larger."""
+    position = torch.arange(min(size, window), device=device)
+    if window <= size:
+        return position
+    kept = max(size - shift, 0)  # the others went around
+    return torch.where(position < kept, position, position - kept + (window - shift))
+
+
+def fit_windows(
+    size: list[int], window: list[int], shift: list[int], bias: Tensor | None
+) -> tuple[list[int], list[int], Tensor | None]:
+    """Window, shift and bias of the same attention where windows are not larger than the map, in the layout "masked".
+
+    ``bias`` [heads, tokens, tokens] is that of the windows as they are, or already that of windows that fit.
+    """
+    fitting = [min(window[0], max(size[0], 1)), min(window[1], max(size[1], 1))]
+    if fitting == window:
+        return window, shift, bias
+    if bias is not None and bias.shape[1] != fitting[0] * fitting[1]:
+        rows = _places(size[0], window[0], shift[0], bias.device)
+        columns = _places(size[1], window[1], shift[1], bias.device)
+        tokens = (rows.unsqueeze(1) * window[1] + columns.unsqueeze(0)).flatten()  # [fitting tokens]
+        bias = bias.index_select(1, tokens).index_select(2, tokens)
+    # a shift by the whole map or more moves all of it
+    return fitting, [shift[0] if shift[0] < fitting[0] else 0, shift[1] if shift[1] < fitting[1] else 0], bias

@@ -30,9 +30,6 @@ inline Vector<float> weight_of(Vector<float> x) {
 inline Vector<double> weight_of(Vector<double> x) { return exp_negative<double>(x); }
 
 template <typename T>
-constexpr T kLowest = sizeof(T) == sizeof(float) ? T(-3e38) : T(-1e308);  // below any score but -infinity
-
-template <typename T>
 inline Vector<T> maximum_of(Vector<T> a, Vector<T> b) {
   return a > b ? a : b;
 }

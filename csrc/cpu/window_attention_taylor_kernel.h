@@ -323,11 +323,10 @@ void write_rows(const WindowAttentionTaylor<T>& problem, const AttentionWindow& 
 template <typename T, int orders>
 void attend(const WindowAttentionTaylor<T>& problem, const AttentionWindow& window,
             const PackedWindow<T, orders>& packed, int64_t query, int64_t queries) {
-  constexpr T lowest = sizeof(T) == sizeof(float) ? T(-3e38) : T(-1e308);
   const int64_t tokens = window.tokens();
   ScoreTile<T, orders> tile;
   SoftmaxState<orders, Vector<T>> state = {};
-  state.reference[0] = broadcast<T>(lowest);
+  state.reference[0] = broadcast<T>(kLowest<T>);
   pack_queries<T, orders>(problem, window, query, queries, packed.queries);
   for (int64_t i = 0; i < packed.padded_dim * (orders + 1); ++i) store<T>(packed.sums + i * kLanes<T>, Vector<T>{});
   for (int64_t key = 0; key < tokens; key += kTile) {

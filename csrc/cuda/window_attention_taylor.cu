@@ -117,7 +117,6 @@ template <typename T, int orders, int width, int group>
 __global__ void __launch_bounds__(kMaximumThreads, 1)
     window_attention_taylor_kernel(const WindowAttentionTaylor<T> problem, unsigned blocks_per_window) {
   constexpr int dim = width * group, keys = kKeys<T, dim>;
-  constexpr T lowest = sizeof(T) == sizeof(float) ? T(-3e38) : T(-1e308);
   __shared__ SharedTile<T, orders, dim> tile;
 
   const AttentionWindow window = window_at(problem, blockIdx.x / blocks_per_window);
@@ -148,7 +147,7 @@ __global__ void __launch_bounds__(kMaximumThreads, 1)
   if (bias) bias += (window.head * all + token_in_window(window, problem.columns.window, token)) * all;
 
   SoftmaxState<orders, T> state = {};
-  state.reference[0] = lowest;
+  state.reference[0] = kLowest<T>;
   for (int key = 0; key < tokens; key += tile.kCount) {
     const int count = tokens - key < tile.kCount ? tokens - key : tile.kCount;
     if (key > 0) __syncthreads();  // everybody is done with the tile before

@@ -1,0 +1,66 @@
+"""What ops ask of their arguments: the same whichever implementation runs, and one line where it is not so.
+
+TorchScript compiles these as well.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+
+def _is_integer(value: object) -> bool:
+    """Python's, numpy's, a symbol of torch.compile, or, as sizes are in torch.jit.trace, a tensor; no bool."""
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and not value.is_floating_point() and value.dtype != torch.bool
+    return not isinstance(value, bool) and (isinstance(value, (int, torch.SymInt)) or hasattr(value, "__index__"))
+
+
+def check_integer(op: str, name: str, value: int, least: int) -> None:
+    """InputError unless ``value`` is an integer (True is none), and at least ``least``."""
+    if not torch.jit.is_scripting():  # noqa: SIM102 (this condition alone keeps what it guards from TorchScript)
+        if not _is_integer(value):
+            raise InputError(f"{op}: {name} must be an integer, got {value}")
+    if value < least:
+        wanted = "positive" if least == 1 else f"at least {least}"
+        raise InputError(f"{op}: {name} must be {wanted}, got {value}")
+
+
+def check_length(op: str, name: str, values: object, count: int) -> None:
+    """InputError unless ``values`` is a sequence of this length, which TorchScript checks by itself."""
+    if not isinstance(values, (tuple, list)) or len(values) != count:
+        raise InputError(f"{op}: {name} must be {count} integers, got {values}")
+
+
+def check_floats(op: str, name: str, x: Tensor) -> None:
+    """InputError unless ``x`` is float32, float64, float16 or bfloat16."""
+    if not x.is_floating_point():
+        raise InputError(f"{op}: {name} must be floating point, got {x.dtype}")
+    if x.element_size() < 2:
+        raise InputError(f"{op}: {name} must be float32, float64, float16 or bfloat16, got {x.dtype}")
+
+
+def check_device(op: str, name: str, operand: Tensor, x: Tensor) -> None:
+    """InputError unless ``operand`` is on the device of ``x``."""
+    if operand.device != x.device:
+        raise InputError(f"{op}: {name} must be on {x.device}, got one on {operand.device}")
+
+
+def check_devices(op: str, x: Tensor, **operands: Tensor | None) -> None:
+    """The same for several, some of which may be missing: a kernel that ran without a look at them would read memory
+    that is not there, and where one of them is on the meta device nothing would be computed at all."""
+    for name, operand in operands.items():
+        if operand is not None:
+            check_device(op, name, operand, x)
+
+
+def check_operand(op: str, name: str, operand: Tensor | None, shape: list[int], x: Tensor) -> None:
+    """InputError unless ``operand`` is None, or of ``shape``, any floating dtype and on the device of ``x``."""
+    if operand is None:
+        return
+    if list(operand.shape) != shape:
+        raise InputError(f"{op}: {name} must be {shape}, got {list(operand.shape)}")
+    check_floats(op, name, operand)
+    check_device(op, name, operand, x)

@@ -1,0 +1,137 @@
+"""What FlopCounterMode counts for our ops: two operations for a multiply-add of a matrix product or a convolution.
+
+As torch counts its own ops: nothing for what is elementwise or a normalisation, nothing for what a backward pass
+computes again, whichever implementation runs. Windowed attention counts all pairs of tokens that share a window; in the
+layout "masked" padding is nobody's token, in the others it is attended and counts, as in the networks that do so.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import torch
+
+from .. import _extension
+
+Shape = Sequence[int]
+
+
+def window_pairs(size: Shape, window: Shape, layout: str = "masked") -> int:
+    """Pairs of tokens that share a window, of one map of ``size`` (height, width)."""
+    pairs = 1
+    for side, length in zip(size, window, strict=True):
+        whole, rest = divmod(side, length)
+        cut = rest if layout == "masked" or rest == 0 else length
+        pairs *= whole * length**2 + cut**2
+    return pairs
+
+
+def _window_attention(qkv: Shape, num_heads: int, window: Shape, shift: Shape, scale: float, layout: str, *_: Any,
+                      **__: Any) -> int:  # fmt: skip
+    """q k^T and attention v; qkv [B, H, W, 3*heads*d]."""
+    return 4 * qkv[0] * (qkv[3] // 3) * window_pairs(qkv[1:3], window, layout)
+
+
+def _window_attention_backward(gradient: Shape, qkv: Shape, output: Shape, statistics: Shape, *arguments: Any,
+                               **named: Any) -> int:  # fmt: skip
+    """Gradients of both factors of both products."""
+    return 2 * _window_attention(qkv, *arguments, **named)
+
+
+def _window_attention_taylor(q: Shape, k: Shape, v: Shape, window: Shape, *_: Any, **__: Any) -> int:
+    """The products of series, q [orders + 1, B, H, W, heads, d]: 1, 3 or 6 of each."""
+    rows, batch, height, width, heads, head_dim = q
+    return 2 * rows * (rows + 1) * batch * heads * head_dim * window_pairs((height, width), window)
+
+
+def _patch_embed(image: Shape, weight: Shape, *_: Any, out_shape: Sequence[Shape], **__: Any) -> int:
+    """A convolution: weight [C, Cin, K, K], tokens [B, Ho, Wo, C]."""
+    return 2 * prod(out_shape[0][:3]) * prod(weight)
+
+
+def _patch_embed_backward(gradient: Shape, image: Shape, weight: Shape, *arguments: Any, **__: Any) -> int:
+    """Gradients of image and weight, where they are asked for."""
+    return 2 * prod(gradient[:3]) * prod(weight) * sum(arguments[-2:])
+
+
+def _patch_embed_backward_compiled(gradient: Shape, image: Shape, weight: Shape, *arguments: Any, **__: Any) -> int:
+    """The compiled part of it, which leaves the image to torch's convolution."""
+    return 2 * prod(gradient[:3]) * prod(weight) * arguments[-1]
+
+
+def _patch_merge(x: Shape, weight: Shape, *_: Any, out_shape: Sequence[Shape], **__: Any) -> int:
+    """A Linear: weight [Cout, K*K*C], output [B, Ho, Wo, Cout]."""
+    return 2 * prod(out_shape[0][:3]) * prod(weight)
+
+
+def _patch_merge_backward(gradient: Shape, x: Shape, statistics: Shape, weight: Shape, *arguments: Any,
+                          **__: Any) -> int:  # fmt: skip
+    """Gradients of x and weight, where they are asked for."""
+    return 2 * prod(gradient[:3]) * prod(weight) * sum(arguments[-2:])
+
+
+def _patch_merge_backward_compiled(gradient: Shape, x: Shape, weight: Shape, *arguments: Any, **__: Any) -> int:
+    """The same with the arguments of the compiled op."""
+    return 2 * prod(gradient[:3]) * prod(weight) * sum(arguments[-2:])
+
+
+def _linear(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    """x [rows, K], weight [N, K]."""
+    return 2 * prod(x) * weight[0]
+
+
+def _none(*_: Any, **__: Any) -> int:
+    """Elementwise or along rows: no product."""
+    return 0
+
+
+_TAYLOR: dict[str, Callable[..., int]] = {
+    "gelu_taylor": _none,
+    "layer_norm_taylor": _none,
+    "softmax_taylor": _none,
+    "tanh_taylor": _none,
+    "window_attention_taylor": _window_attention_taylor,
+}
+_FORWARD: dict[str, Callable[..., int]] = {
+    "window_attention": _window_attention,
+    "window_attention_backward": _window_attention_backward,
+    "patch_embed": _patch_embed,
+    "patch_merge": _patch_merge,
+}
+FORMULAS = _TAYLOR | _FORWARD | {
+    "patch_embed_backward": _patch_embed_backward,
+    "patch_merge_backward": _patch_merge_backward,
+    "linear": _linear,
+}  # fmt: skip
+COMPILED_FORMULAS = _TAYLOR | _FORWARD | {
+    "patch_embed_backward": _patch_embed_backward_compiled,
+    "patch_merge_backward": _patch_merge_backward_compiled,
+}  # fmt: skip
+
+
+def _flop_counter() -> Any:
+    """torch.utils.flop_counter, without its remark that Triton is not installed."""
+    logger = logging.getLogger("torch.utils.flop_counter")
+    before, logger.disabled = logger.disabled, True
+    try:
+        return importlib.import_module("torch.utils.flop_counter")
+    finally:
+        logger.disabled = before
+
+
+def _register(namespace: Any, formulas: dict[str, Callable[..., int]]) -> None:
+    counter = _flop_counter()
+    for name, formula in formulas.items():
+        op = getattr(namespace, name)
+        if op not in counter.flop_registry:
+            counter.register_flop_formula(op)(formula)
+
+
+def register() -> None:
+    """Register the formulas of all ops, and of the compiled ones as soon as they are loaded."""
+    _register(torch.ops.asvit_fast, FORMULAS)
+    _extension.when_loaded(lambda: _register(torch.ops.asvit_fast_C, COMPILED_FORMULAS))

@@ -95,6 +95,22 @@ def _erf(x: Tensor) -> Derivatives:
     return torch.erf(x), first, -2 * x * first
 
 
+def _sinc(x: Tensor) -> Derivatives:
+    """f = sin(z)/z, z = pi x: f' = (cos z - f)/z, f'' = -f - 2 f'/z, and their series where z is small."""
+    z = math.pi * x
+    small = z.abs() < 0.5
+    far = torch.where(small, 1.0, z)
+    f = torch.sinc(x)
+    first = (far.cos() - f) / far
+    second = -f - 2 * first / far
+    near_first, near_second = torch.zeros_like(z), torch.zeros_like(z)
+    for n in range(8, 0, -1):  # f = sum over n of (-1)^n z^2n / (2n + 1)!
+        term = (-1) ** n * 2 * n / math.factorial(2 * n + 1)
+        near_first = near_first * z * z + term
+        near_second = near_second * z * z + term * (2 * n - 1)
+    return f, math.pi * torch.where(small, z * near_first, first), math.pi**2 * torch.where(small, near_second, second)
+
+
 def _mish(x: Tensor) -> Derivatives:
     inner = compose(Taylor(torch.stack([x, torch.ones_like(x), torch.zeros_like(x)])), _softplus(x))
     t = tanh_taylor(inner.coefficients)  # tanh(softplus(x)) and its derivatives
@@ -113,6 +129,8 @@ FUNCTIONS: dict[str, Callable[..., Derivatives]] = {
     "silu": _silu,
     "softplus": _softplus,
     "mish": _mish,
+    "sinc": _sinc,
+    "special_sinc": _sinc,
     "relu": _relu,
     "leaky_relu": _leaky_relu,
     "relu6": _relu6,
@@ -162,6 +180,16 @@ def clamp(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     if value.shape != x.shape:
         raise NotCovered
     return compose(x, (value, follows.to(value.dtype), None))
+
+
+@register_rule("nan_to_num")
+def nan_to_num(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
+    """What is replaced stands still, even where its derivatives are not numbers."""
+    x, *rest = args
+    if x.is_complex():
+        raise NotCovered
+    higher = x.coefficients[1:].masked_fill(~x.primal.isfinite(), 0.0)
+    return Taylor(torch.cat([func(x.primal, *rest, **kwargs).unsqueeze(0), higher]))
 
 
 def _times(factor: Any, derivative: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ QUESTIONS = """
 
 LINEAR = """
     view reshape flatten unflatten ravel permute transpose swapaxes swapdims movedim moveaxis t T mT H mH
-    adjoint squeeze unsqueeze expand broadcast_to repeat repeat_interleave tile contiguous clone detach data unbind
+    adjoint squeeze unsqueeze expand broadcast_to repeat repeat_interleave tile contiguous clone detach unbind
     chunk split tensor_split split_with_sizes hsplit vsplit narrow select index_select gather take_along_dim getitem
     roll flip fliplr flipud rot90 mean sum cumsum neg negative positive pos float double half
     bfloat16 cpu cuda unfold fold diagonal triu tril trace pixel_shuffle pixel_unshuffle channel_shuffle identity
@@ -65,6 +65,11 @@ def already_in_the_graph(func: Callable[..., Any], args: tuple[Any, ...], kwargs
 def linear_map(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """f(x)' = f(x'): one batched call on the stacked orders."""
     return mapped(func, args, kwargs)
+
+
+@register_rule("data")
+def data(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0].detach()
 
 
 @register_rule("view_as", "reshape_as", "expand_as", "type_as", "to", "type", "sum_to_size")
@@ -189,12 +194,12 @@ def joined(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
 @register_rule("where")
 def where(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """where(condition, a, b), or the method a.where(condition, b)."""
-    if "condition" in kwargs or isinstance(args[0], Taylor):
-        if func is not Tensor.where:  # where(x) alone: the indices of what is not zero; or a moving condition
-            raise NotCovered
-        first, condition, second = _bind(args, kwargs, self=None, condition=None, other=None)
-    else:
+    if func is torch.where:
         condition, first, second = _bind(args, kwargs, condition=None, input=None, other=None)
+    else:
+        first, condition, second = _bind(args, kwargs, self=None, condition=None, other=None)
+    if isinstance(condition, Taylor) or second is None:  # where(x): the indices of what is not zero
+        raise NotCovered
     like = taylors(first, second)[0]
     first, second = (value if isinstance(value, Taylor) else _promoted(value, like) for value in (first, second))
     return mapped(torch.where, (condition, first, second), {})

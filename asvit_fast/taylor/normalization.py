@@ -17,7 +17,7 @@ from ..ops.layer_norm_taylor import layer_norm_taylor, unit_scale
 from ..ops.softmax_taylor import centred, softmax_taylor
 from ..ops.stacked import compute_dtype
 from .linear import _bind
-from .value import NotCovered, Taylor, TaylorError, primals, register_rule, taylors
+from .value import NotCovered, Taylor, TaylorError, function_name, primals, register_rule, taylors
 
 
 def _unmoved(*parameters: Any) -> None:
@@ -174,6 +174,39 @@ def log_softmax(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     if len(s) == 3:
         orders.append(centred(s[2], p) - (p * first * first).sum(-1, keepdim=True))
     return Taylor(torch.stack(orders).movedim(-1, dim))
+
+
+@register_rule("linalg_vector_norm", "norm", "linalg_norm", "frobenius_norm")
+def euclidean_norm(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
+    """y = |x|, u = x / y: y' = <u, x'>, y'' = <u, x''> + (<x', x'> - y'^2) / y; at 0 they are 0, as those of abs."""
+    name = function_name(func)
+    if name == "frobenius_norm":
+        x, dim, keepdim, dtype, p = *_bind(args, kwargs, input=None, dim=None, keepdim=False), None, 2
+    elif name == "norm":
+        x, p, dim, keepdim, dtype = _bind(args, kwargs, input=None, p="fro", dim=None, keepdim=False, dtype=None)
+        p = 2 if p in ("fro", None) else p
+    else:
+        default = 2 if name == "linalg_vector_norm" else None
+        x, p, dim, keepdim, dtype = _bind(args, kwargs, input=None, ord=default, dim=None, keepdim=False, dtype=None)
+        of_matrix = name == "linalg_norm" and (x.dim() == 2 if dim is None else not isinstance(dim, int))
+        p = 2 if p is None or (of_matrix and p == "fro") else None if of_matrix else p
+    if p != 2 or dtype is not None or x.is_complex() or not x.numel():
+        raise NotCovered
+    dims = [dim] if isinstance(dim, int) else list(dim or range(x.dim()))
+    c = x.coefficients
+    y = torch.linalg.vector_norm(c[0], 2, [d % max(x.dim(), 1) for d in dims] or None, keepdim=True)
+    u = c[0] / torch.where(y == 0, 1.0, y)
+    dims = [d if d < 0 else d - x.dim() for d in dims]
+
+    def product(left: Tensor, right: Tensor) -> Tensor:
+        return (left * right).sum(dims, keepdim=True) if dims else left * right
+
+    orders = [y, product(u, c[1])]
+    if x.order == 2:
+        speed = c[1] - u * orders[1]  # across u, so that nothing cancels
+        bend = torch.where(y == 0, 0.0, product(speed, speed) / y)
+        orders.append(product(u, c[2]) + bend)
+    return Taylor(torch.stack(orders if keepdim or not dims else [order.squeeze(dims) for order in orders]))
 
 
 @register_rule("logsumexp")

@@ -133,3 +133,13 @@ def quotient(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         known = d * y[0] if k == 1 else d * y[0] + 2 * b.coefficients[1] * y[1]
         y.append((x[k] - known) / b.primal)
     return Taylor(torch.stack(y))
+
+
+@register_rule("remainder", "fmod", "mod", "rmod")
+def modulus(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """a - k b, the number of times k that b is in a being a step between which nothing moves."""
+    a, b = _bind(args, kwargs, input=None, other=None)
+    value = func(*primals((a, b)))
+    times = torch.div(*primals((a, b)), rounding_mode="trunc" if function_name(func) == "fmod" else "floor")
+    moved = a - times * b
+    return Taylor(torch.cat([value.unsqueeze(0), moved.coefficients[1:].expand(-1, *value.shape)]))

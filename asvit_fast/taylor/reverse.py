@@ -11,26 +11,31 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._decomp.decompositions import grid_sampler_2d
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from .. import backends
+from ..ops.transforms import transform_active
 from .value import OTHERWISE, Taylor, TaylorError, function_name, primals, register_rule, taylors
 
 RANDOM = "what it draws at random has no derivative"
 WRITES = "it changes the tensor itself; compute a new one"
 MEMORY = "it depends on how the tensor lies in memory; use narrow, select, unfold or reshape"
+STEPS = "it is a step function, whose straight-through gradient is not its derivative"
 GRAPH = "a moving tensor has no place in autograd's graph"
 REFUSED: dict[str, str] = {
     name: reason
     for names, reason in {
         "bernoulli normal poisson binomial": RANDOM,
         "resize resize_as set map map2 apply map_ map2_ apply_": WRITES,
+        "fake_quantize_per_tensor_affine fake_quantize_per_channel_affine fused_moving_avg_obs_fake_quant": STEPS,
         "as_strided as_strided_copy as_strided_scatter new_empty_strided": MEMORY,
         "linalg_eig": "the phase of its eigenvectors is left to the library; use torch.linalg.eigvals, or eigh",
         "register_hook retain_grad backward": GRAPH,
+        "_pack_padded_sequence": "a PackedSequence does not move; pass the padded sequences",
     }.items()
     for name in names.split()
 }
@@ -73,9 +78,26 @@ def reverse_over_reverse(func: Callable[..., Any], args: tuple[Any, ...], kwargs
             f"no Taylor rule for {name}, and torch cannot differentiate it often enough ({reason}); "
             "add one with asvit_fast.taylor.register_rule"
         ) from error
-    for place, *orders in zip(moving, *derivatives, strict=True):
-        values[place] = Taylor(torch.stack(orders))
+    for place, value, *orders in zip(moving, *derivatives, strict=True):
+        # where a derivative is infinite, the time 0 does not take it away: the value is that of x(0)
+        safe = torch.where(value.isnan(), values[place], value)
+        values[place] = Taylor(torch.stack([safe, *orders]))
+    _refuse_points_without_derivative(name, taylors(args, kwargs), taylors(values))
     return pytree.tree_unflatten(values, tree)
+
+
+def _refuse_points_without_derivative(name: str, inputs: list[Taylor], outputs: list[Taylor]) -> None:
+    """Where torch's formulas divide 0 by 0, a derivative that is not a number would spread silently."""
+    if transform_active() or torch.compiler.is_compiling():
+        return
+    if not all(bool(x.coefficients.isfinite().all()) for x in inputs):
+        return
+    for y in outputs:
+        if bool((y.coefficients[1:].isnan() & y.primal.isfinite()).any()):
+            raise TaylorError(
+                f"no Taylor rule for {name}, and torch's formula for its derivative is not a number at this point; "
+                "add one with asvit_fast.taylor.register_rule"
+            )
 
 
 def _moves(value: Any) -> bool:
@@ -184,6 +206,24 @@ def _lstsq(A: Tensor, B: Tensor, rcond: float | None = None, *, driver: str | No
     return type(found)((found.solution, residuals, found.rank, found.singular_values))
 
 
+def _svd(A: Tensor, full_matrices: bool = True, *, driver: str | None = None) -> Any:
+    if full_matrices and A.shape[-1] != A.shape[-2]:
+        raise TaylorError("linalg_svd with full_matrices=True cannot be propagated; use full_matrices=False")
+    return torch.linalg.svd(A, full_matrices, driver=driver)
+
+
+def _old_svd(input: Tensor, some: bool = True, compute_uv: bool = True) -> Any:
+    if not some and input.shape[-1] != input.shape[-2]:
+        raise TaylorError("svd with some=False cannot be propagated; use some=True")
+    return torch.svd(input, some, compute_uv)
+
+
+def _qr(A: Tensor, mode: str = "reduced") -> Any:
+    """R alone needs Q for its derivatives."""
+    found = torch.linalg.qr(A, "reduced" if mode == "r" else mode)
+    return type(found)((A.new_empty(0), found.R)) if mode == "r" else found
+
+
 def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
     """x1 [..., P, M], x2 [..., R, M] -> [..., P, R]."""
     return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, dim=-1)
@@ -205,6 +245,16 @@ def _grid_sample(
         raise TaylorError("no Taylor rule for grid_sample of volumes; add one with asvit_fast.taylor.register_rule")
     modes, paddings = ("bilinear", "nearest", "bicubic"), ("zeros", "border", "reflection")
     return grid_sampler_2d(input, grid, modes.index(mode), paddings.index(padding_mode), bool(align_corners))
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+def _gumbel_softmax(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if kwargs.get("hard", args[1] if len(args) > 1 else False):
+        raise TaylorError(f"gumbel_softmax with hard=True cannot be propagated: {STEPS}")
+    return F.gumbel_softmax(logits, *args, **kwargs)
 
 
 def _standardized(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -259,10 +309,16 @@ _ELEMENTARY: dict[str, Callable[..., Any]] = {
     "linalg_eigvalsh": _eigen(torch.linalg.eigvalsh),
     "linalg_matrix_sqrth": lambda A, **kwargs: torch.linalg.matrix_sqrth(_hermitian(A), **kwargs),
     "linalg_lstsq": _lstsq,
+    "linalg_qr": _qr,
+    "linalg_svd": _svd,
+    "svd": _old_svd,
     "linalg_pinv": _pinv,
     "cdist": _cdist,
     "pdist": _pdist,
     "grid_sample": _grid_sample,
+    "_weight_norm": _weight_norm,  # torch's second derivative of it is wrong
+    "_weight_norm_interface": lambda v, g, dim=0: (_weight_norm(v, g, dim), torch.norm_except_dim(v, 2, dim)),
+    "gumbel_softmax": _gumbel_softmax,
     "native_layer_norm": _native_layer_norm,
     "native_group_norm": _native_group_norm,
     "native_batch_norm": _native_batch_norm,

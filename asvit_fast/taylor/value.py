@@ -285,7 +285,7 @@ def apply(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         if (out := kwargs.pop("out")) is not None:
             return _into(name, out, apply(func, args, kwargs))
     for first in ("input", "self"):
-        if not args and first in kwargs:
+        if not args and first in kwargs and func is not torch.where:  # its first argument is the condition
             args, kwargs = (kwargs[first],), {key: value for key, value in kwargs.items() if key != first}
     rule = _rule_by_name(func, name)
     if rule is None and name.endswith("_"):

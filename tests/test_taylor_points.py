@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -223,6 +224,28 @@ def test_compiled_functions_that_take_no_taylor_value_are_named() -> None:
         scripted = torch.jit.script(double)
     with pytest.raises(TaylorError, match="scripted"):
         af.jvp(lambda t: scripted(t), *directions()[:2])
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        torch.tensor,
+        torch.as_tensor,
+        torch.asarray,
+        np.sin,
+        np.asarray,
+        float,
+        lambda x: x[0].tolist(),
+        lambda x: torch.zeros(2).new_tensor(x),
+    ],
+)
+def test_numbers_taken_out_of_a_moving_tensor_are_refused(f: Callable[[Any], Any]) -> None:
+    with pytest.raises(TaylorError):
+        af.jvp(lambda t: torch.as_tensor(f(t)), *directions()[:2])
+
+
+def test_numbers_of_numpy_multiply() -> None:
+    check(lambda x: np.float64(2) * x + np.float32(3) - x * np.float64(0.5) + x ** np.int64(2), *directions())
 
 
 def test_points_where_torchs_formula_fails_are_named() -> None:

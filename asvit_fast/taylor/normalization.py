@@ -180,11 +180,14 @@ def log_softmax(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
 def euclidean_norm(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
     """y = |x|, u = x / y: y' = <u, x'>, y'' = <u, x''> + (<x', x'> - y'^2) / y; at 0 they are 0, as those of abs."""
     name = function_name(func)
+    p: Any
+    dtype: Any
     if name == "frobenius_norm":
-        x, dim, keepdim, dtype, p = *_bind(args, kwargs, input=None, dim=None, keepdim=False), None, 2
+        x, dim, keepdim = _bind(args, kwargs, input=None, dim=None, keepdim=False)
+        p, dtype = 2, None
     elif name == "norm":
         x, p, dim, keepdim, dtype = _bind(args, kwargs, input=None, p="fro", dim=None, keepdim=False, dtype=None)
-        p = 2 if p in ("fro", None) else p
+        p = 2 if p == "fro" or p is None else p
     else:
         default = 2 if name == "linalg_vector_norm" else None
         x, p, dim, keepdim, dtype = _bind(args, kwargs, input=None, ord=default, dim=None, keepdim=False, dtype=None)
@@ -192,7 +195,7 @@ def euclidean_norm(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
         p = 2 if p is None or (of_matrix and p == "fro") else None if of_matrix else p
     if p != 2 or dtype is not None or x.is_complex() or not x.numel():
         raise NotCovered
-    dims = [dim] if isinstance(dim, int) else list(dim or range(x.dim()))
+    dims: list[int] = [dim] if isinstance(dim, int) else list(dim or range(x.dim()))
     c = x.coefficients
     y = torch.linalg.vector_norm(c[0], 2, [d % max(x.dim(), 1) for d in dims] or None, keepdim=True)
     u = c[0] / torch.where(y == 0, 1.0, y)

@@ -35,10 +35,12 @@ REFUSED: dict[str, str] = {
         "as_strided as_strided_copy as_strided_scatter new_empty_strided": MEMORY,
         "linalg_eig": "the phase of its eigenvectors is left to the library; use torch.linalg.eigvals, or eigh",
         "register_hook retain_grad backward": GRAPH,
+        "deepcopy reduce_ex": "use clone",
         "_pack_padded_sequence": "a PackedSequence does not move; pass the padded sequences",
     }.items()
     for name in names.split()
 }
+_STILL = (Tensor, bool, int, str, type(None), torch.dtype, torch.device, torch.layout)  # indices, truth values, sizes
 _pullback: Callable[..., Any] = torch.func.vjp
 
 # which of a function's outputs are steps between which nothing moves, though they are floating point
@@ -61,7 +63,9 @@ def reverse_over_reverse(func: Callable[..., Any], args: tuple[Any, ...], kwargs
     values, tree = pytree.tree_flatten(_undisturbed(func, args, kwargs))  # torch's own error, if it is a mistake
     moving = [i for i, value in enumerate(values) if _moves(value)]
     if not moving:
-        return pytree.tree_unflatten(values, tree)  # indices, truth values, sizes
+        if not all(isinstance(value, _STILL) for value in values):  # memory itself, for another library, or a number
+            raise TaylorError(f"{name} takes the numbers out of a moving tensor, which would lose its derivatives")
+        return pytree.tree_unflatten(values, tree)
     backends.notify_once(
         ("taylor", name),
         f"asvit_fast.taylor: no rule for {name} with these arguments; torch's backward pass, differentiated again, "
@@ -88,7 +92,7 @@ def reverse_over_reverse(func: Callable[..., Any], args: tuple[Any, ...], kwargs
 
 def _refuse_points_without_derivative(name: str, inputs: list[Taylor], outputs: list[Taylor]) -> None:
     """Where torch's formulas divide 0 by 0, a derivative that is not a number would spread silently."""
-    if transform_active() or torch.compiler.is_compiling():
+    if transform_active() or torch.compiler.is_compiling() or any(x.coefficients.is_meta for x in inputs):
         return
     if not all(bool(x.coefficients.isfinite().all()) for x in inputs):
         return

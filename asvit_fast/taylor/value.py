@@ -111,11 +111,13 @@ class Taylor:
 
     def _number(self, *_: Any, **__: Any) -> NoReturn:
         raise TaylorError(
-            "a moving tensor becomes a number, a list or an array (item, tolist, numpy, float(x)), which would lose "
-            "its derivatives; compute with the tensor itself"
+            "a moving tensor becomes a number, a list or an array (item, tolist, numpy, float(x), torch.tensor(x)), "
+            "which would lose its derivatives; compute with the tensor itself"
         )
 
-    item = tolist = numpy = __float__ = __int__ = __index__ = __complex__ = __array__ = _number
+    item = tolist = numpy = __float__ = __int__ = __index__ = __complex__ = _number
+    __array__ = __dlpack__ = __dlpack_device__ = _number
+    __array_ufunc__ = None  # numpy leaves its numbers times a Taylor value to us
 
     def __repr__(self) -> str:
         return f"Taylor(order={self.order}, shape={tuple(self.primal.shape)}, dtype={self.primal.dtype})"
@@ -168,6 +170,11 @@ _AUGMENTED = {  # x += y is x.add_(y)
 }
 
 
+def _plain_number(value: Any) -> Any:
+    """A number of Python's for one of numpy's."""
+    return value.item() if type(value).__module__ == "numpy" and value.ndim == 0 else value
+
+
 def _call_method(method: Callable[..., Any], value: Taylor, /, *args: Any, **kwargs: Any) -> Any:
     return apply(method, (value, *args), kwargs)
 
@@ -179,7 +186,7 @@ def _add_operators() -> None:
         return lambda self, *args: apply(method, (self, *args), {})
 
     def reflected(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda self, other: apply(function, (other, self), {})
+        return lambda self, other: apply(function, (_plain_number(other), self), {})
 
     for name in _OPERATORS.split():
         setattr(Taylor, f"__{name}__", operator(getattr(Tensor, f"__{name}__")))

@@ -143,6 +143,7 @@ def _writes(x: Tensor) -> Tensor:
 CASES |= {
     # arithmetic and Python's operators
     "operators": lambda x: (x // 2 + x % 3 + (+x) - 7 % positive(x) + 2 // positive(x), x**2, 2**x, 1 / x, -x, abs(x)),
+    "reflected": lambda x: tuple(method(W, x) for method in (Tensor.__rsub__, Tensor.__rmod__, Tensor.__rdiv__)),
     "augmented": lambda x: _augmented(x),
     "keywords": lambda x: (
         torch.mul(input=x, other=W),

@@ -140,6 +140,8 @@ def modulus(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     """a - k b, the number of times k that b is in a being a step between which nothing moves."""
     a, b = _bind(args, kwargs, input=None, other=None)
     value = func(*primals((a, b)))
+    if function_name(func) == "rmod":
+        a, b = b, a
     times = torch.div(*primals((a, b)), rounding_mode="trunc" if function_name(func) == "fmod" else "floor")
     moved = a - times * b
     return Taylor(torch.cat([value.unsqueeze(0), moved.coefficients[1:].expand(-1, *value.shape)]))

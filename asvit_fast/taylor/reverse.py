@@ -281,7 +281,7 @@ def _native_layer_norm(input: Tensor, normalized_shape: Any, weight: Any, bias: 
 def _native_group_norm(
     input: Tensor, weight: Any, bias: Any, N: int, C: int, HxW: int, group: int, eps: float
 ) -> tuple[Tensor, ...]:
-    y, mean, rstd = _standardized(input.reshape(N, group, -1), [-1], eps)
+    y, mean, rstd = _standardized(input.reshape(N, group, C // group * HxW), [-1], eps)
     shape = [-1] + [1] * (input.dim() - 2)
     weight, bias = (None if p is None else p.reshape(shape) for p in (weight, bias))
     return _scaled(y.reshape(input.shape), weight, bias), mean.squeeze(-1), rstd.squeeze(-1)

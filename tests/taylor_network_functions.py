@@ -18,6 +18,8 @@ def _attention(x: Tensor) -> tuple[Tensor, ...]:
         attend(q, k, v, is_causal=True),
         attend(q, k, v, attn_mask=bias, scale=0.3),
         attend(q, k, v, attn_mask=kept),
+        attend(q, k, v, attn_mask=kept & (TARGET != 3)[:, None]),  # a query without keys
+        attend(q, k, v, attn_mask=(x @ W.T).masked_fill((TARGET == 3)[:, None], float("-inf"))),
         attend(heads * x, (heads * x)[:, :2], heads[:, :2], enable_gqa=True),
         attend(q[..., :3, :], k, v[..., :2]),
         attend(W[None, None], W[None, None], v),

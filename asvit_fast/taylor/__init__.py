@@ -4,7 +4,18 @@ Ordinary functions and modules run unchanged on a ``Taylor`` value; rules (one p
 derivatives go through. Rules of your own: ``@register_rule(function)``.
 """
 
-from . import attention, elementwise, linear, multihead, normalization, products, window_attention  # noqa: F401  (they register rules)
+from . import (  # noqa: F401  (they register rules)
+    attention,
+    elementwise,
+    linear,
+    multihead,
+    normalization,
+    products,
+    recurrent,
+    reverse,
+    selection,
+    window_attention,
+)
 from .propagate import jet, jvp
 from .value import Taylor, TaylorError, register_rule
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..ops.window_attention_taylor import attention_taylor_reference, stacked_window_attention
 from .linear import _bind
-from .value import Taylor, TaylorError, constant, register_rule
+from .value import Taylor, TaylorError, constant, primals, register_rule
 
 
 @register_rule("scaled_dot_product_attention")
@@ -35,14 +35,20 @@ def scaled_dot_product_attention(func: Callable[..., Any], args: tuple[Any, ...]
         k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], dim=-3) for x in (k, v))
     if causal:
         mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
-    if isinstance(mask, Taylor):
-        raise TaylorError("attention with a moving mask has no Taylor rule; add it to the scores by hand")
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, float("-inf"))
     factor = q.shape[-1] ** -0.5 if scale is None else scale
+    if isinstance(mask, Tensor) and mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, float("-inf"))
     if mask is None and q.dim() == 4 and q.shape == k.shape == v.shape:
         return Taylor(_in_one_window(q.coefficients, k.coefficients, v.coefficients, factor))
-    return Taylor(attention_taylor_reference(q.coefficients, k.coefficients, v.coefficients, mask, factor))
+    if mask is None:
+        return Taylor(attention_taylor_reference(q.coefficients, k.coefficients, v.coefficients, None, factor))
+    alone = (primals(mask) == float("-inf")).all(-1, keepdim=True)  # [..., queries, 1] no key: torch says 0 there
+    mask = mask.masked_fill(alone, 0.0)
+    if isinstance(mask, Taylor):  # a bias made of the queries, as in SAM's encoder
+        out = torch.softmax(q * factor @ k.transpose(-2, -1) + mask, dim=-1) @ v
+    else:
+        out = Taylor(attention_taylor_reference(q.coefficients, k.coefficients, v.coefficients, mask, factor))
+    return out.masked_fill(alone, 0.0)
 
 
 def _in_one_window(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -14,7 +14,7 @@ from ..ops.gelu_taylor import gelu_taylor
 from ..ops.stacked import chain_rule
 from ..ops.tanh_taylor import tanh_taylor
 from .linear import _bind
-from .value import Taylor, register_rule
+from .value import NotCovered, Taylor, function_name, primals, register_rule
 
 Derivatives = tuple[Tensor, Tensor, Tensor | None]  # f, f', f'' at x(0); None where f'' = 0
 
@@ -42,7 +42,8 @@ def _silu(x: Tensor) -> Derivatives:
 
 def _softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Derivatives:
     s, ds, _ = _sigmoid(beta * x)
-    return F.softplus(x, beta, threshold), s, beta * ds
+    straight = beta * x > threshold
+    return F.softplus(x, beta, threshold), s.masked_fill(straight, 1.0), (beta * ds).masked_fill(straight, 0.0)
 
 
 def _leaky_relu(x: Tensor, negative_slope: float = 0.01) -> Derivatives:
@@ -71,11 +72,6 @@ def _elu(x: Tensor, alpha: float = 1.0) -> Derivatives:
     return F.elu(x, alpha), torch.where(x > 0, 1.0, negative), negative
 
 
-def _sqrt(x: Tensor) -> Derivatives:
-    y = torch.sqrt(x)
-    return y, 0.5 / y, -0.25 / (y * x)
-
-
 def _rsqrt(x: Tensor) -> Derivatives:
     y = torch.rsqrt(x)
     return y, -0.5 * y**3, 0.75 * y**5
@@ -99,6 +95,22 @@ def _erf(x: Tensor) -> Derivatives:
     return torch.erf(x), first, -2 * x * first
 
 
+def _sinc(x: Tensor) -> Derivatives:
+    """f = sin(z)/z, z = pi x: f' = (cos z - f)/z, f'' = -f - 2 f'/z, and their series where z is small."""
+    z = math.pi * x
+    small = z.abs() < 0.5
+    far = torch.where(small, 1.0, z)
+    f = torch.sinc(x)
+    first = (far.cos() - f) / far
+    second = -f - 2 * first / far
+    near_first, near_second = torch.zeros_like(z), torch.zeros_like(z)
+    for n in range(8, 0, -1):  # f = sum over n of (-1)^n z^2n / (2n + 1)!
+        term = (-1) ** n * 2 * n / math.factorial(2 * n + 1)
+        near_first = near_first * z * z + term
+        near_second = near_second * z * z + term * (2 * n - 1)
+    return f, math.pi * torch.where(small, z * near_first, first), math.pi**2 * torch.where(small, near_second, second)
+
+
 def _mish(x: Tensor) -> Derivatives:
     inner = compose(Taylor(torch.stack([x, torch.ones_like(x), torch.zeros_like(x)])), _softplus(x))
     t = tanh_taylor(inner.coefficients)  # tanh(softplus(x)) and its derivatives
@@ -107,6 +119,7 @@ def _mish(x: Tensor) -> Derivatives:
 
 FUNCTIONS: dict[str, Callable[..., Derivatives]] = {
     "exp": _exp,
+    "exp2": lambda x: (y := torch.exp2(x), y * math.log(2), y * math.log(2) ** 2),
     "expm1": lambda x: (torch.expm1(x), torch.exp(x), torch.exp(x)),
     "log": _log,
     "log1p": lambda x: (torch.log1p(x), 1 / (1 + x), -1 / (1 + x) ** 2),
@@ -116,6 +129,8 @@ FUNCTIONS: dict[str, Callable[..., Derivatives]] = {
     "silu": _silu,
     "softplus": _softplus,
     "mish": _mish,
+    "sinc": _sinc,
+    "special_sinc": _sinc,
     "relu": _relu,
     "leaky_relu": _leaky_relu,
     "relu6": _relu6,
@@ -123,19 +138,18 @@ FUNCTIONS: dict[str, Callable[..., Derivatives]] = {
     "hardswish": _hardswish,
     "elu": _elu,
     "erf": _erf,
-    "sqrt": _sqrt,
     "rsqrt": _rsqrt,
     "reciprocal": _reciprocal,
     "square": _square,
-    "abs": lambda x: (torch.abs(x), torch.sign(x), None),
+    "abs": lambda x: (torch.abs(x), torch.sign(x), None),  # not of complex numbers: torch.sign refuses them
+    "absolute": lambda x: (torch.abs(x), torch.sign(x), None),
 }
 
 
 def _rule(name: str, derivatives: Callable[..., Derivatives]) -> None:
     @register_rule(name)
     def elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
-        x = args[0] if args else kwargs.pop("input")
-        return compose(x, derivatives(x.primal, *args[1:], **kwargs))
+        return compose(args[0], derivatives(args[0].primal, *args[1:], **kwargs))
 
 
 for _name, _derivatives in FUNCTIONS.items():
@@ -159,15 +173,77 @@ def gelu(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 def clamp(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
     x = args[0]
     value = func(x.primal, *args[1:], **kwargs)
-    return compose(x, (value, (value == x.primal).to(value.dtype), None))
+    follows = value == x.primal
+    if function_name(func) == "hardtanh":  # torch lets it stand still at its ends already
+        low, high = _bind(args[1:], kwargs, min_val=-1.0, max_val=1.0)
+        follows = (x.primal > low) & (x.primal < high)
+    if value.shape != x.shape:
+        raise NotCovered
+    return compose(x, (value, follows.to(value.dtype), None))
+
+
+@register_rule("nan_to_num")
+def nan_to_num(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
+    """What is replaced stands still, even where its derivatives are not numbers."""
+    x, *rest = args
+    if x.is_complex():
+        raise NotCovered
+    higher = x.coefficients[1:].masked_fill(~x.primal.isfinite(), 0.0)
+    return Taylor(torch.cat([func(x.primal, *rest, **kwargs).unsqueeze(0), higher]))
+
+
+def _times(factor: Any, derivative: Tensor) -> Tensor:
+    """factor * derivative, where 0 times infinity is 0: nothing moves."""
+    return torch.where(derivative == 0, 0.0, factor * derivative).to(derivative.dtype)
+
+
+@register_rule("sqrt")
+def square_root(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
+    (x,) = _bind(args, kwargs, input=None)
+    c = x.coefficients
+    y = torch.sqrt(c[0])
+    orders = [y, _times(0.5 / y, c[1])]
+    if x.order == 2:
+        orders.append(_times(0.5 / y, c[2]) - _times(0.25 / (y * c[0]), c[1] * c[1]))
+    return Taylor(torch.stack(orders))
 
 
 @register_rule("pow", "rpow", "float_power")
-def power(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    base, exponent = args[:2]
-    if not isinstance(exponent, Taylor):
-        x, n = base.primal, exponent
-        return compose(base, (x**n, n * x ** (n - 1), n * (n - 1) * x ** (n - 2)))
+def power(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
+    """b^e, whichever moves. A factor e or e - 1 that is 0 ends the powers of b, whatever b^(e - 1) is at 0."""
+    base, exponent = _bind(args, kwargs, input=None, exponent=None)
+    if func is Tensor.__rpow__:
+        base, exponent = exponent, base
+    value = torch.pow(*primals((base, exponent)))
+    if function_name(func) == "float_power":
+        value = torch.float_power(*primals((base, exponent)))
+    b, e = primals((base, exponent))
+    b = torch.as_tensor(b, dtype=value.dtype, device=value.device)
     if not isinstance(base, Taylor):
-        base = torch.as_tensor(base).to(exponent.primal)
-    return (exponent * base.log()).exp()
+        return _exponential(value, b, exponent)
+    if isinstance(exponent, Taylor):
+        raise NotCovered
+    moving = base.coefficients[1:].to(value.dtype)
+
+    def falling(factor: Any, left: Any) -> Tensor:
+        """factor * b^left, which is 0 where factor is."""
+        return torch.where(torch.as_tensor(factor, device=b.device) == 0, 0.0, factor * torch.pow(b, left))
+
+    first = falling(e, e - 1)
+    orders = [value, _times(first, moving[0]).expand(value.shape)]
+    if base.order == 2:
+        second = _times(falling(e * (e - 1), e - 2), moving[0] * moving[0])
+        orders.append((_times(first, moving[1]) + second).expand(value.shape))
+    return Taylor(torch.stack([order.to(value.dtype) for order in orders]))
+
+
+def _exponential(value: Tensor, base: Tensor, exponent: Taylor) -> Taylor:
+    """base^e(t) with ``value`` at 0: 0^e stays 0, or 1 where e is 0."""
+    moving = exponent.coefficients[1:].to(value.dtype)
+    log = torch.log(base)
+    first = torch.where((base == 0) & (exponent.primal.real >= 0), 0.0, value * log)
+    orders = [value, _times(first, moving[0]).expand(value.shape)]
+    if exponent.order == 2:
+        second = torch.where(first == 0, 0.0, first * log)
+        orders.append((_times(first, moving[1]) + _times(second, moving[0] * moving[0])).expand(value.shape))
+    return Taylor(torch.stack(orders))

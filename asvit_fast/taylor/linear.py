@@ -8,25 +8,45 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from .value import Taylor, TaylorError, constant, function_name, mapped, primals, register_rule, taylors
+from .value import (
+    NotCovered,
+    Taylor,
+    TaylorError,
+    constant,
+    function_name,
+    mapped,
+    primals,
+    register_rule,
+    taylors,
+)
 
+# what comes out does not move: sizes and the like, truth values, indices, and steps between which nothing changes
 QUESTIONS = """
     shape size dim ndim ndimension dtype device layout numel nelement stride is_contiguous storage_offset element_size
     get_device is_floating_point is_complex is_cuda is_cpu is_meta is_mps is_xpu is_sparse is_quantized is_nested
-    is_leaf requires_grad grad_fn is_same_size is_signed is_inference data_ptr names has_names is_mkldnn is_sparse_csr
-    itemsize nbytes new_zeros new_ones new_empty new_full new_tensor zeros_like ones_like empty_like full_like rand_like
-    randn_like lt le gt ge eq ne less less_equal greater greater_equal isnan isinf isfinite isclose allclose equal
-    argmax argmin argsort sign logical_not logical_and logical_or bool int long floor ceil round trunc
+    is_leaf requires_grad grad_fn grad is_same_size is_signed is_inference data_ptr names has_names is_mkldnn
+    is_sparse_csr itemsize nbytes is_conj is_neg new_zeros new_ones new_empty new_full new_tensor zeros_like ones_like
+    empty_like full_like rand_like randn_like randint_like lt le gt ge eq ne less less_equal greater greater_equal isnan
+    isinf isfinite isclose allclose equal argmax argmin argsort sign logical_not logical_and logical_or bool int long
+    floor ceil round trunc fix floor_divide floordiv histc contains rfloordiv
 """
 
 LINEAR = """
-    view view_as reshape reshape_as flatten unflatten ravel permute transpose swapaxes swapdims movedim moveaxis t T mT
-    adjoint squeeze unsqueeze expand expand_as broadcast_to repeat repeat_interleave tile contiguous clone detach unbind
+    view reshape flatten unflatten ravel permute transpose swapaxes swapdims movedim moveaxis t T mT H mH
+    adjoint squeeze unsqueeze expand broadcast_to repeat repeat_interleave tile contiguous clone detach unbind
     chunk split tensor_split split_with_sizes hsplit vsplit narrow select index_select gather take_along_dim getitem
-    roll flip fliplr flipud rot90 mean sum nansum cumsum diff neg negative positive to type type_as float double half
+    roll flip fliplr flipud rot90 mean sum cumsum neg negative positive pos float double half
     bfloat16 cpu cuda unfold fold diagonal triu tril trace pixel_shuffle pixel_unshuffle channel_shuffle identity
-    dropout dropout1d dropout2d dropout3d feature_dropout real
+    dropout dropout1d dropout2d dropout3d feature_dropout real imag view_as_real view_as_complex conj conj_physical
+    resolve_conj resolve_neg
+"""
+
+
+JOINTLY_LINEAR = """
+    scatter scatter_add index_add index_copy index_put index_fill put masked_scatter slice_scatter select_scatter
+    diagonal_scatter max_unpool1d max_unpool2d max_unpool3d
 """
 
 
@@ -36,10 +56,26 @@ def question(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     return func(*primals(args), **primals(kwargs))
 
 
+@register_rule("requires_grad_")
+def already_in_the_graph(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0]
+
+
 @register_rule(*LINEAR.split())
 def linear_map(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """f(x)' = f(x'): one batched call on the stacked orders."""
     return mapped(func, args, kwargs)
+
+
+@register_rule("data")
+def data(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0].detach()
+
+
+@register_rule("view_as", "reshape_as", "expand_as", "type_as", "to", "type", "sum_to_size")
+def shaped_as(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Linear in the first tensor; of the second, only shape and dtype count."""
+    return mapped(func, (args[0], *primals(args[1:])), primals(kwargs))
 
 
 @register_rule(*(f"{kind}avg_pool{n}d" for kind in ("", "adaptive_") for n in (1, 2, 3)), "interpolate", "upsample")
@@ -59,51 +95,139 @@ def write(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     x, index, value = args
     if not isinstance(x, Taylor):
         raise TaylorError(
-            "a Taylor value cannot be written into an ordinary tensor; build it with torch.cat or torch.stack"
+            "__setitem__ writes a moving tensor into an ordinary one, which cannot hold derivatives; "
+            "build it with torch.cat, torch.stack or torch.where"
         )
+    index = primals(index)
     for order, target in enumerate(x.coefficients):
         moving = isinstance(value, Taylor)
         target[index] = value.coefficients[order] if moving else (value if order == 0 else 0.0)
 
 
 @register_rule("copy_", "fill_", "zero_")
-def overwrite(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
-    x, value = args[0], args[1] if len(args) > 1 else 0.0
+def overwrite(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, *values = args
+    value = values[0] if values else next((kwargs[name] for name in ("src", "value", "other") if name in kwargs), 0.0)
+    if not isinstance(x, Taylor):
+        raise TaylorError(
+            f"{function_name(func)} writes a moving tensor into an ordinary one, which cannot hold derivatives; "
+            "build it with torch.cat, torch.stack or torch.where"
+        )
     write(func, (x, ..., value), {})
     return x
 
 
-@register_rule("cat", "concat", "concatenate", "stack", "hstack", "vstack", "where", "lerp")
+@register_rule(*JOINTLY_LINEAR.split())
+def jointly_linear(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Linear in all tensors together, a constant's derivatives being zero. Order by order, so that where indices repeat
+    each order takes the same one: torch's backward pass takes all of them."""
+    name = function_name(func)
+    if "reduce" in kwargs or (name in ("scatter", "index_fill") and len(args) > 4):
+        raise NotCovered
+    number = 3 if name in ("scatter", "index_fill") and "value" not in kwargs else None  # a value to write
+
+    def of_order(k: int) -> Any:
+        def part(value: Any) -> Any:
+            if isinstance(value, Taylor):
+                return value.coefficients[k]
+            return torch.zeros_like(value) if k and isinstance(value, Tensor) and value.is_floating_point() else value
+
+        leaves = pytree.tree_map(part, (args, kwargs), is_leaf=lambda leaf: isinstance(leaf, Taylor))
+        given, named = list(leaves[0]), dict(leaves[1])
+        if k and "value" in named:
+            named["value"] = 0.0 if not isinstance(named["value"], Tensor) else named["value"]
+        if k and number is not None and len(given) > number and not isinstance(given[number], Tensor):
+            given[number] = 0.0
+        return func(*given, **named)
+
+    order = taylors(args, kwargs)[0].order
+    return Taylor(torch.stack([of_order(k) for k in range(order + 1)]))
+
+
+@register_rule("embedding")
+def embedding(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Rows of a weight [V, C] that moves; that of ``padding_idx``, which only has no gradient, as well."""
+    indices, weight = (*args, *(kwargs[name] for name in ("weight", "indices") if name in kwargs))[:2]
+    max_norm = kwargs.get("max_norm", args[3] if func is F.embedding and len(args) > 3 else None)
+    if max_norm is not None:
+        raise TaylorError("embedding with max_norm changes its weight on the way; normalize the weight before")
+    indices, weight = (weight, indices) if isinstance(indices, Taylor) else (indices, weight)
+    return Taylor(weight.coefficients[:, indices])
+
+
+@register_rule("heaviside")
+def heaviside(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, values = _bind(args, kwargs, input=None, values=None)
+    steps = torch.heaviside(*primals((x, values)))
+    return where(torch.where, (primals(x) == 0, values, steps), {}) if isinstance(values, Taylor) else steps
+
+
+@register_rule("broadcast_tensors", "meshgrid", "block_diag")
+def side_by_side(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Linear in all tensors together, given one by one or in a list."""
+    like = taylors(args)[0]
+    parts = args[0] if isinstance(args[0], (list, tuple)) else args
+    parts = [part if isinstance(part, Taylor) else _promoted(part, like) for part in parts]
+    return mapped(func, tuple(parts), kwargs)
+
+
+def _promoted(value: Any, like: Taylor) -> Any:
+    """A constant that joins Taylor values, with derivatives zero."""
+    if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()) and value.dim():
+        return constant(value, like)
+    return constant(torch.as_tensor(value).to(torch.result_type(like.primal, value)), like)
+
+
+@register_rule("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "column_stack", "row_stack")
 def joined(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Linear in all parts together: constants among them join with derivatives zero."""
-    like = taylors(args, kwargs)[0]
-
-    def promote(value: Any) -> Any:
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        moves = (isinstance(value, Tensor) and value.dtype != torch.bool) or (
-            is_number and function_name(func) == "where"
-        )
-        return constant(value, like) if moves else value
-
-    if function_name(func) == "where":  # where(condition, a, b), or the method a.where(condition, b)
-        if isinstance(args[0], Taylor):
-            args = (args[1], args[0], *args[2:])
-        return mapped(torch.where, (args[0], *map(promote, args[1:])), kwargs)
-    if function_name(func) == "lerp":
-        start, end, weight = args
-        return start + weight * (end - start)
-    parts = [promote(part) for part in args[0]]
+    if not args:
+        kwargs = dict(kwargs)
+        args = (kwargs.pop("tensors"),)
+    if not isinstance(args[0], (list, tuple)):
+        raise TypeError(f"{function_name(func)}(): the tensors must be a list or tuple, not a single tensor")
+    like = taylors(args)[0]
+    parts = [part if isinstance(part, Taylor) else _promoted(part, like) for part in args[0]]
     return mapped(func, (parts, *args[1:]), kwargs)
+
+
+@register_rule("where")
+def where(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """where(condition, a, b), or the method a.where(condition, b)."""
+    if func is torch.where:
+        condition, first, second = _bind(args, kwargs, condition=None, input=None, other=None)
+    else:
+        first, condition, second = _bind(args, kwargs, self=None, condition=None, other=None)
+    if isinstance(condition, Taylor) or second is None:  # where(x): the indices of what is not zero
+        raise NotCovered
+    like = taylors(first, second)[0]
+    first, second = (value if isinstance(value, Taylor) else _promoted(value, like) for value in (first, second))
+    return mapped(torch.where, (condition, first, second), {})
+
+
+@register_rule("masked_fill")
+def masked_fill(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, mask, value = _bind(args, kwargs, self=None, mask=None, value=None)
+    if not isinstance(x, Taylor):
+        raise NotCovered
+    value = value if isinstance(value, Taylor) else constant(torch.as_tensor(value), x)
+    return mapped(torch.where, (mask, value, x), {})
+
+
+@register_rule("lerp")
+def lerp(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    start, end, weight = _bind(args, kwargs, input=None, end=None, weight=None)
+    return start + weight * (end - start)
 
 
 @register_rule("add", "sub", "subtract", "rsub")
 def sum_rule(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
     """Sums and differences: derivatives of constants vanish."""
-    left, right = args[:2]
+    left, right, alpha = _bind(args, kwargs, input=None, other=None, alpha=1)
+    factors = {"alpha": alpha} if alpha != 1 else {}
     if isinstance(left, Taylor) and isinstance(right, Taylor):
-        return mapped(func, args, kwargs)
-    value = func(*primals(args), **kwargs)  # [*shape]
-    alpha = kwargs.get("alpha", 1)
+        return mapped(func, (left, right), factors)
+    value = func(*primals((left, right)), **factors)  # [*shape]
     of_left, of_right = {"add": (1, alpha), "rsub": (-alpha, 1)}.get(function_name(func), (1, -alpha))
     moving, factor = (left, of_left) if isinstance(left, Taylor) else (right, of_right)
     higher = moving.coefficients[1:]  # [order, *shape of the moving operand]
@@ -112,6 +236,14 @@ def sum_rule(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         higher = padded.expand(-1, *value.shape)
     higher = higher.to(value.dtype) if factor == 1 else higher.to(value.dtype) * factor
     return Taylor(torch.cat([value.unsqueeze(0), higher]))
+
+
+@register_rule("diff")
+def diff(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Linear in x and what is put before and behind it, all together."""
+    x, n, dim, prepend, append = _bind(args, kwargs, input=None, n=1, dim=-1, prepend=None, append=None)
+    parts = [part for part in (prepend, x, append) if part is not None]
+    return mapped(torch.diff, (x if len(parts) == 1 else torch.cat(parts, dim), n, dim), {})
 
 
 @register_rule("pad")
@@ -124,66 +256,8 @@ def pad(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any])
     return Taylor(torch.cat([first, mapped(F.pad, (x, widths), {}).coefficients[1:]]))
 
 
-@register_rule("masked_fill")
-def masked_fill(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
-    x, mask, value = _bind(args, kwargs, self=None, mask=None, value=None)
-    return joined(torch.where, (mask, value, x), {})
-
-
-@register_rule("max", "min", "sort", "topk", "kthvalue", "median", "amax", "amin", "max_pool2d", "max_pool1d")
-def selection(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Order statistics: x(0) chooses, every derivative follows the choice."""
-    name, x = function_name(func), args[0]
-    if name.startswith("max_pool"):
-        return _max_pool(func, args, kwargs)
-    if (
-        name in ("amax", "amin")
-        or len(taylors(args, kwargs)) > 1
-        or (len(args) == 1 and not kwargs and name in ("max", "min"))
-    ):
-        return _extremum(name, args, kwargs)
-    result = func(*primals(args), **kwargs)
-    dim = kwargs.get("dim", next((a for a in args[1 if name in ("max", "min", "sort", "median") else 2 :]), -1))
-    values = mapped(torch.gather, (x, dim, result[1] if result[1].dim() == x.dim() else result[1].unsqueeze(dim)), {})
-    if result[1].dim() != x.dim():
-        values = values.squeeze(dim)
-    return type(result)((values, result[1])) if not hasattr(result, "_fields") else (values, result[1])
-
-
-def _extremum(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
-    x = args[0]
-    larger = name in ("max", "amax")
-    if name in ("max", "min") and len(args) == 2:  # elementwise maximum of two
-        other = args[1] if isinstance(args[1], Taylor) else constant(args[1], x)
-        return joined(torch.where, ((x > other) if larger else (x < other), x, other), {})
-    if name in ("max", "min"):
-        flat = x.flatten()
-        index = flat.primal.argmax() if larger else flat.primal.argmin()
-        return flat[index]
-    dim, keepdim = _bind(args[1:], kwargs, dim=(), keepdim=False)
-    if not isinstance(dim, int):
-        raise TaylorError(f"no Taylor rule for {name} over several dimensions; reduce one after the other")
-    index = x.primal.argmax(dim, keepdim=True) if larger else x.primal.argmin(dim, keepdim=True)
-    values = mapped(torch.gather, (x, dim, index), {})
-    return values if keepdim else values.squeeze(dim)
-
-
-def _max_pool(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
-    """Indices of x(0) into its flattened image, then a gather."""
-    kwargs = {**kwargs, "return_indices": True}
-    spatial = 2 if "2d" in function_name(func) else 1
-    pool = F.max_pool2d if spatial == 2 else F.max_pool1d
-    _, index = pool(*primals(args), **kwargs)
-    flat = args[0].flatten(-spatial)
-    gathered = mapped(torch.gather, (flat, -1, index.flatten(-spatial)), {})
-    return gathered.reshape(index.shape)
-
-
 def _bind(args: tuple[Any, ...], kwargs: dict[str, Any], **defaults: Any) -> list[Any]:
-    """Arguments by position or name, in the order of ``defaults``."""
-    values = {
-        **defaults,
-        **dict(zip(defaults, args, strict=False)),
-        **{k: v for k, v in kwargs.items() if k in defaults},
-    }
-    return list(values.values())
+    """Arguments by position or name, in the order of ``defaults``; NotCovered if there are others."""
+    if len(args) > len(defaults) or not defaults.keys() >= kwargs.keys():
+        raise NotCovered
+    return list({**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}.values())

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .value import TaylorError, register_rule
+from .value import NotCovered, TaylorError, register_rule
 
 _SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 
@@ -23,7 +23,7 @@ def multi_head_attention(func: Callable[..., Any], args: tuple[Any, ...], kwargs
     a = bound.arguments
     for name in ("bias_k", "bias_v", "add_zero_attn", "static_k", "static_v"):
         if a[name] is not None and a[name] is not False:
-            raise TaylorError(f"no Taylor rule for multi_head_attention_forward with {name}")
+            raise NotCovered
     if a["training"] and a["dropout_p"] > 0.0:
         raise TaylorError("attention with dropout has no derivative to propagate; call model.eval() first")
     batched = a["query"].dim() == 3

@@ -10,12 +10,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.layer_norm_taylor import layer_norm_taylor, unit_scale
 from ..ops.softmax_taylor import centred, softmax_taylor
+from ..ops.stacked import compute_dtype
 from .linear import _bind
-from .value import Taylor, TaylorError, register_rule
+from .value import NotCovered, Taylor, TaylorError, function_name, primals, register_rule, taylors
+
+
+def _unmoved(*parameters: Any) -> None:
+    """The rules below let the input alone move."""
+    if taylors(parameters):
+        raise NotCovered
 
 
 def _affine(y: Tensor, weight: Any, bias: Any) -> Taylor:
@@ -29,9 +37,12 @@ def _affine(y: Tensor, weight: Any, bias: Any) -> Taylor:
 
 @register_rule("layer_norm")
 def layer_norm(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
-    x, shape, weight, bias, eps = _bind(
-        args, kwargs, input=None, normalized_shape=None, weight=None, bias=None, eps=1e-5
+    x, shape, weight, bias, eps, _ = _bind(
+        args, kwargs, input=None, normalized_shape=None, weight=None, bias=None, eps=1e-5, cudnn_enable=True
     )
+    _unmoved(weight, bias)
+    if tuple(x.shape[-len(shape) :]) != tuple(shape):
+        raise NotCovered  # torch says what is wrong
     if len(shape) == 1:
         return Taylor(layer_norm_taylor(x.coefficients, weight, bias, eps))
     c = x.coefficients  # [orders, *batch, *shape]
@@ -42,14 +53,24 @@ def layer_norm(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
 @register_rule("rms_norm")
 def rms_norm(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
     x, shape, weight, eps = _bind(args, kwargs, input=None, normalized_shape=None, weight=None, eps=None)
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
-    return _affine(unit_scale(x.coefficients, tuple(range(-len(shape), 0)), eps), weight, None)
+    _unmoved(weight)
+    if tuple(x.shape[-len(shape) :]) != tuple(shape):
+        raise NotCovered
+    dtype = compute_dtype(x.coefficients)
+    eps = torch.finfo(dtype).eps if eps is None else eps
+    y = unit_scale(x.coefficients.to(dtype), tuple(range(-len(shape), 0)), eps)
+    return Taylor((y if weight is None else y * weight).to(x.dtype))
 
 
 @register_rule("group_norm")
 def group_norm(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
-    x, groups, weight, bias, eps = _bind(args, kwargs, input=None, num_groups=None, weight=None, bias=None, eps=1e-5)
+    x, groups, weight, bias, eps, _ = _bind(
+        args, kwargs, input=None, num_groups=None, weight=None, bias=None, eps=1e-5, cudnn_enabled=True
+    )
+    _unmoved(weight, bias)
     c = x.coefficients  # [orders, B, C, *space]
+    if x.shape[1] % groups:
+        raise NotCovered
     y = layer_norm_taylor(c.reshape(*c.shape[:2], groups, -1), eps=eps).reshape(c.shape)
     channels = (-1, *[1] * (c.dim() - 3))
     return _affine(
@@ -59,32 +80,78 @@ def group_norm(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
 
 @register_rule("batch_norm")
 def batch_norm(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
-    x, mean, var, weight, bias, training, _, eps = _bind(
+    """F.batch_norm(input, running_mean, running_var, weight, bias, ...); torch.batch_norm has another order."""
+    names = ["running_mean", "running_var", "weight", "bias"]
+    if func is torch.batch_norm:
+        names = names[2:] + names[:2]
+    bound = _bind(
         args,
         kwargs,
         input=None,
-        running_mean=None,
-        running_var=None,
-        weight=None,
-        bias=None,
+        **dict.fromkeys(names),
         training=False,
         momentum=0.1,
         eps=1e-5,
+        cudnn_enabled=True,
     )
-    if training or mean is None:
-        raise TaylorError("batch_norm with batch statistics couples the samples of a batch; call model.eval() first")
+    x, training, eps = bound[0], bound[5], bound[7]
+    given = dict(zip(names, bound[1:5], strict=True))
+    _unmoved(given)
+    if training and given["running_mean"] is not None:
+        raise TaylorError("batch_norm would change its running statistics; call model.eval() first")
+    if training or given["running_mean"] is None:  # one group per channel, all samples in it
+        func(x.primal, *primals(args[1:]), **kwargs)  # torch's own word on shapes
+        c = x.coefficients.transpose(1, 2)  # [orders, C, B, *space]
+        y = layer_norm_taylor(c.flatten(2), eps=eps).reshape(c.shape).transpose(1, 2)
+        channels = (-1, *[1] * (x.dim() - 2))
+        weight, bias = (None if p is None else p.reshape(channels) for p in (given["weight"], given["bias"]))
+        return _affine(y, weight, bias)
+    return _with_statistics(x, eps=eps, **given)
+
+
+def _with_statistics(
+    x: Taylor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Taylor:
+    """Channels of x [B, C, *space] scaled and shifted."""
     shape = (-1, *[1] * (x.dim() - 2))
-    scale = torch.rsqrt(var + eps) if weight is None else weight * torch.rsqrt(var + eps)  # [C]
-    offset = -mean * scale if bias is None else bias - mean * scale  # [C]
+    scale = torch.rsqrt(running_var + eps) if weight is None else weight * torch.rsqrt(running_var + eps)  # [C]
+    offset = -running_mean * scale if bias is None else bias - running_mean * scale  # [C]
     return _affine(x.coefficients * scale.reshape(shape), None, offset.reshape(shape))
+
+
+@register_rule("instance_norm")
+def instance_norm(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
+    """Each channel of each sample on its own: a group norm of as many groups as channels."""
+    names = ["running_mean", "running_var", "weight", "bias"]
+    if func is torch.instance_norm:
+        names = names[2:] + names[:2]
+    bound = _bind(
+        args,
+        kwargs,
+        input=None,
+        **dict.fromkeys(names),
+        use_input_stats=True,
+        momentum=0.1,
+        eps=1e-5,
+        cudnn_enabled=True,
+    )
+    x, own_statistics, eps = bound[0], bound[5], bound[7]
+    given = dict(zip(names, bound[1:5], strict=True))
+    _unmoved(given)
+    if not own_statistics:
+        return _with_statistics(x, eps=eps, **given)
+    if given["running_mean"] is not None:
+        raise TaylorError("instance_norm would change its running statistics; call model.eval() first")
+    func(x.primal, *primals(args[1:]), **kwargs)  # torch's own word on shapes
+    return group_norm(F.group_norm, (x, x.shape[1], given["weight"], given["bias"], eps), {})
 
 
 @register_rule("normalize")
 def unit_vectors(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
     """F.normalize: x / max(|x|, eps)."""
     x, p, dim, eps = _bind(args, kwargs, input=None, p=2.0, dim=1, eps=1e-12)
-    if p != 2.0:
-        raise TaylorError(f"no Taylor rule for normalize with p={p}; only the Euclidean norm has one")
+    if p != 2.0 or not isinstance(dim, int) or x.dim() == 0:
+        raise NotCovered
     dim = dim if dim < 0 else dim - x.dim()
     c = x.coefficients
     long = c[0].square().sum(dim, keepdim=True) > eps * eps
@@ -93,14 +160,14 @@ def unit_vectors(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
 
 @register_rule("softmax")
 def softmax(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
-    s, dim = _logits(args, kwargs)
+    s, dim = _logits(func, args, kwargs)
     return Taylor(softmax_taylor(s).movedim(-1, dim))
 
 
 @register_rule("log_softmax")
 def log_softmax(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
     """(log p)' = s' - <s'>, (log p)'' = s'' - <s''> - <(s' - <s'>)^2>, <> the mean under p."""
-    s, dim = _logits(args, kwargs)
+    s, dim = _logits(func, args, kwargs)
     p = torch.softmax(s[0], -1)
     first = centred(s[1], p)
     orders = [torch.log_softmax(s[0], -1), first]
@@ -109,12 +176,73 @@ def log_softmax(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     return Taylor(torch.stack(orders).movedim(-1, dim))
 
 
-def _logits(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, int]:
+@register_rule("linalg_vector_norm", "norm", "linalg_norm", "frobenius_norm")
+def euclidean_norm(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
+    """y = |x|, u = x / y: y' = <u, x'>, y'' = <u, x''> + (<x', x'> - y'^2) / y; at 0 they are 0, as those of abs."""
+    name = function_name(func)
+    p: Any
+    dtype: Any
+    if name == "frobenius_norm":
+        x, dim, keepdim = _bind(args, kwargs, input=None, dim=None, keepdim=False)
+        p, dtype = 2, None
+    elif name == "norm":
+        x, p, dim, keepdim, dtype = _bind(args, kwargs, input=None, p="fro", dim=None, keepdim=False, dtype=None)
+        p = 2 if p == "fro" or p is None else p
+    else:
+        default = 2 if name == "linalg_vector_norm" else None
+        x, p, dim, keepdim, dtype = _bind(args, kwargs, input=None, ord=default, dim=None, keepdim=False, dtype=None)
+        of_matrix = name == "linalg_norm" and (x.dim() == 2 if dim is None else not isinstance(dim, int))
+        p = 2 if p is None or (of_matrix and p == "fro") else None if of_matrix else p
+    if p != 2 or dtype is not None or x.is_complex() or not x.numel():
+        raise NotCovered
+    dims: list[int] = [dim] if isinstance(dim, int) else list(dim or range(x.dim()))
+    c = x.coefficients
+    y = torch.linalg.vector_norm(c[0], 2, [d % max(x.dim(), 1) for d in dims] or None, keepdim=True)
+    u = c[0] / torch.where(y == 0, 1.0, y)
+    dims = [d if d < 0 else d - x.dim() for d in dims]
+
+    def product(left: Tensor, right: Tensor) -> Tensor:
+        return (left * right).sum(dims, keepdim=True) if dims else left * right
+
+    orders = [y, product(u, c[1])]
+    if x.order == 2:
+        speed = c[1] - u * orders[1]  # across u, so that nothing cancels
+        bend = torch.where(y == 0, 0.0, product(speed, speed) / y)
+        orders.append(product(u, c[2]) + bend)
+    return Taylor(torch.stack(orders if keepdim or not dims else [order.squeeze(dims) for order in orders]))
+
+
+@register_rule("logsumexp")
+def logsumexp(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
+    """y' = <s'>, y'' = <s''> + <(s' - <s'>)^2>, <> the mean under softmax(s); what is -inf has no part in it."""
+    x, dim, keepdim = _bind(args, kwargs, input=None, dim=None, keepdim=False)
+    if not x.numel() or x.dim() == 0 or not isinstance(dim, (int, tuple, list)):
+        raise NotCovered
+    value = torch.logsumexp(x.primal, dim, keepdim=True)
+    p = torch.exp(x.primal - value)
+    s = x.coefficients[1:].masked_fill(p == 0, 0.0)
+    dims = dim if isinstance(dim, int) else tuple(dim)
+    first = (p * s[0]).sum(dims, keepdim=True)
+    orders = [value, first]
+    if x.order == 2:
+        orders.append((p * (s[1] + (s[0] - first).square())).sum(dims, keepdim=True))
+    return Taylor(torch.stack([order if keepdim else order.squeeze(dims) for order in orders]))
+
+
+@register_rule("logaddexp")
+def logaddexp(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    a, b = _bind(args, kwargs, input=None, other=None)
+    return torch.stack(torch.broadcast_tensors(a, b)).logsumexp(0)
+
+
+def _logits(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, int]:
     """Logits [orders, ..., N] in the requested dtype, what is summed over moved last, and where that was (negative)."""
-    x = args[0] if args else kwargs["input"]
-    dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-    if dim is None:
-        raise TaylorError("softmax needs its dim")
-    s = x.coefficients if kwargs.get("dtype") is None else x.coefficients.to(kwargs["dtype"])
+    x, *rest = args
+    names = ("dim", "_stacklevel", "dtype") if func in (F.softmax, F.log_softmax) else ("dim", "dtype")
+    given = {**dict(zip(names, rest, strict=False)), **kwargs}
+    dim, dtype = given.get("dim"), given.get("dtype")
+    if not isinstance(dim, int) or x.dim() == 0 or not x.coefficients.numel() or not -x.dim() <= dim < x.dim():
+        raise NotCovered
+    s = x.coefficients if dtype is None else x.coefficients.to(dtype)
     dim = dim if dim < 0 else dim - x.dim()
     return s.movedim(dim, -1), dim

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..ops.linear import linear as fast_linear
 from .linear import _bind
-from .value import Combination, Taylor, mapped, register_rule
+from .value import Combination, NotCovered, Taylor, function_name, mapped, primals, register_rule, taylors
 
 
 def leibniz(product: Callable[[Tensor, Tensor], Tensor], a: Taylor, b: Taylor) -> Taylor:
@@ -23,12 +23,20 @@ def leibniz(product: Callable[[Tensor, Tensor], Tensor], a: Taylor, b: Taylor) -
     return Taylor(torch.stack(orders))
 
 
-@register_rule("mul", "multiply", "rmul", "matmul", "mm", "bmm", "mv", "dot", "inner", "outer", "kron")
-def product_rule(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
-    a, b = args[:2]
+@register_rule("mul", "multiply", "rmul", "matmul", "mm", "bmm", "mv", "dot", "inner", "outer", "ger", "kron")
+def product_rule(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if len(args) != 2 or kwargs:  # mul(input, other=...), mm(a, b, dtype)
+        return _by_position(func, args, kwargs)
+    a, b = args
     if isinstance(a, Taylor) and isinstance(b, Taylor):
         return leibniz(func, a, b)
     return mapped(func, args, kwargs)
+
+
+def _by_position(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if len(args) == 1 and len(kwargs) == 1 and kwargs.keys() <= {"other", "mat2", "vec", "vec2", "tensor"}:
+        return product_rule(func, (*args, *kwargs.values()), {})
+    raise NotCovered
 
 
 @register_rule("einsum")
@@ -39,10 +47,8 @@ def einsum(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     where = [i for i, operand in enumerate(operands) if isinstance(operand, Taylor)]
     if len(where) == 1:
         return mapped(torch.einsum, (equation, *operands), {})
-    if (
-        len(where) > 2
-    ):  # pair by pair: the last moving operand is multiplied by the others along a product rule of its own
-        raise NotImplementedError("einsum of more than two Taylor values: split it into products of two")
+    if len(where) > 2:
+        raise NotCovered
 
     def contract(a: Tensor, b: Tensor) -> Tensor:
         filled = list(operands)
@@ -53,11 +59,15 @@ def einsum(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
 
 
 @register_rule("addmm", "baddbmm", "addbmm")
-def add_product(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
-    bias, a, b = args[:3]
+def add_product(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    names = ("input", "mat1", "mat2") if function_name(func) == "addmm" else ("input", "batch1", "batch2")
+    bias, a, b, beta, alpha = _bind(args, kwargs, **dict.fromkeys(names), beta=1, alpha=1)
+    if beta == 0:  # torch ignores the bias then, NaN included
+        raise NotCovered
     product = torch.matmul(a, b)
-    alpha, beta = kwargs.get("alpha", 1), kwargs.get("beta", 1)
-    return alpha * (product.sum(0) if func.__name__ == "addbmm" else product) + beta * bias
+    product = product.sum(0) if function_name(func) == "addbmm" else product
+    product, bias = (x if factor == 1 else factor * x for factor, x in ((alpha, product), (beta, bias)))
+    return product + bias
 
 
 def _affine(linear: Callable[..., Any], x: Any, weight: Any, bias: Any, bias_shape: tuple[int, ...]) -> Taylor:
@@ -87,7 +97,9 @@ def plus_bias(out: Tensor, bias: Tensor) -> Taylor:
 @register_rule("linear")
 def linear(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
     x, weight, bias = _bind(args, kwargs, input=None, weight=None, bias=None)
-    if isinstance(x, Taylor) and not isinstance(weight, Taylor):  # [orders, *, features]: one product of all rows
+    if weight.dim() != 2:
+        raise NotCovered
+    if isinstance(x, Taylor) and not taylors(weight, bias):  # [orders, *, features]: one product of all rows
         out = fast_linear(x.coefficients, weight)
         return Taylor(out) if bias is None else plus_bias(out, bias)
     return _affine(F.linear, x, weight, bias, (-1,))
@@ -96,7 +108,7 @@ def linear(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
 @register_rule("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def convolution(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
     names = dict.fromkeys(("input", "weight", "bias"))
-    x, weight, bias = _bind(args, kwargs, **names)
+    x, weight, bias = _bind(args[:3], {k: v for k, v in kwargs.items() if k in names}, **names)
     rest = {k: v for k, v in kwargs.items() if k not in names}
 
     def convolve(image: Tensor, kernels: Tensor) -> Tensor:
@@ -106,10 +118,30 @@ def convolution(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
 
 
 @register_rule("div", "divide", "true_divide", "truediv", "rdiv", "rtruediv")
-def quotient(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
-    a, b = args[:2]
-    if func.__name__ in ("__rtruediv__", "__rdiv__"):
+def quotient(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """y = a / b: y b = a, differentiated."""
+    a, b, rounding_mode = _bind(args, kwargs, input=None, other=None, rounding_mode=None)
+    if rounding_mode is not None:  # steps, between which nothing moves
+        return torch.div(*primals((a, b)), rounding_mode=rounding_mode)
+    if function_name(func) in ("rtruediv", "rdiv"):
         a, b = b, a
     if not isinstance(b, Taylor):
         return mapped(torch.div, (a, b), {})
-    return a * b.reciprocal()
+    x = a.coefficients if isinstance(a, Taylor) else [a, 0.0, 0.0]
+    y = [torch.div(x[0], b.primal)]
+    for k, d in enumerate(b.coefficients[1:], 1):
+        known = d * y[0] if k == 1 else d * y[0] + 2 * b.coefficients[1] * y[1]
+        y.append((x[k] - known) / b.primal)
+    return Taylor(torch.stack(y))
+
+
+@register_rule("remainder", "fmod", "mod", "rmod")
+def modulus(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """a - k b, the number of times k that b is in a being a step between which nothing moves."""
+    a, b = _bind(args, kwargs, input=None, other=None)
+    value = func(*primals((a, b)))
+    if function_name(func) == "rmod":
+        a, b = b, a
+    times = torch.div(*primals((a, b)), rounding_mode="trunc" if function_name(func) == "fmod" else "floor")
+    moved = a - times * b
+    return Taylor(torch.cat([value.unsqueeze(0), moved.coefficients[1:].expand(-1, *value.shape)]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .value import Taylor
+from .value import Taylor, TaylorError, gradients_wanted, refuse_autograd_functions
 
 
 def jvp(fn: Callable[[Any], Any], x: Tensor, dx: Tensor) -> tuple[Any, Any]:
@@ -23,7 +24,7 @@ def jvp(fn: Callable[[Any], Any], x: Tensor, dx: Tensor) -> tuple[Any, Any]:
         ``(y, v)``: ``fn(x)`` and d/dt fn(x + t dx) at t = 0, of the same shape.
 
     Raises:
-        ValueError: shapes, dtypes or devices of ``x`` and ``dx`` differ.
+        ValueError: shapes, dtypes or devices of ``x`` and ``dx`` differ, or x is not floating point.
         TaylorError: a torch function that cannot be propagated, named.
 
     Where gradients are enabled, both outputs can be differentiated with respect to weights and inputs.
@@ -43,7 +44,7 @@ def jet(fn: Callable[[Any], Any], x: Tensor, dx: Tensor, ddx: Tensor) -> tuple[A
         ``(y, v, a)``: the value and the first two derivatives of ``fn(x + t dx + t^2/2 ddx)`` at t = 0.
 
     Raises:
-        ValueError: shapes, dtypes or devices of the inputs differ.
+        ValueError: shapes, dtypes or devices of the inputs differ, or x is not floating point.
         TaylorError: a torch function that cannot be propagated, named.
     """
     y, v, a = _propagate(fn, x, dx, ddx)
@@ -52,6 +53,8 @@ def jet(fn: Callable[[Any], Any], x: Tensor, dx: Tensor, ddx: Tensor) -> tuple[A
 
 def _propagate(fn: Callable[[Any], Any], *derivatives: Tensor) -> tuple[Any, ...]:
     x = derivatives[0]
+    if not (x.is_floating_point() or x.is_complex()):
+        raise ValueError(f"x must be floating point or complex to move along a curve, got {x.dtype}")
     for name, derivative in zip(("dx", "ddx"), derivatives[1:], strict=False):
         if derivative.shape != x.shape or derivative.dtype != x.dtype or derivative.device != x.device:
             raise ValueError(
@@ -64,7 +67,14 @@ def _propagate(fn: Callable[[Any], Any], *derivatives: Tensor) -> tuple[Any, ...
 def along(fn: Callable[[Any], Any], x: Taylor) -> tuple[Any, ...]:
     """The orders of ``fn(x)``, as ``jvp`` and ``jet`` return them."""
     orders = x.order + 1
-    output = fn(x)
+    token = gradients_wanted.set(torch.is_grad_enabled())
+    try:
+        output = fn(x)
+    except (TypeError, AssertionError, RuntimeError) as error:
+        _name_what_refused(error)
+        raise
+    finally:
+        gradients_wanted.reset(token)
 
     def order(k: int) -> Any:
         return pytree.tree_map(
@@ -72,6 +82,17 @@ def along(fn: Callable[[Any], Any], x: Taylor) -> tuple[Any, ...]:
         )
 
     return tuple(order(k) for k in range(orders))
+
+
+def _name_what_refused(error: Exception) -> None:
+    """TaylorError if ``error`` is a compiled function's word that it takes no Taylor value."""
+    if isinstance(error, TaylorError) or not (isinstance(error, AssertionError) or "Taylor" in str(error)):
+        return
+    refuse_autograd_functions((frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)), error)
+    if not isinstance(error, AssertionError):
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        reason = str(error).strip().splitlines()[0]
+        raise TaylorError(f"no Taylor rule for what `{where.line}` ({where.name}) calls: {reason}") from error
 
 
 def _coefficient(leaf: Any, k: int) -> Any:

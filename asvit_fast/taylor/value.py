@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import functools
-import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from types import CodeType, FrameType
+from typing import Any, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.utils import _pytree as pytree
 
 Rule = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 _RULES: dict[Any, Rule] = {}  # by function, for rules of users and of our own ops
 _RULES_BY_NAME: dict[str, Rule] = {}  # torch.add, Tensor.add and Tensor.__add__ share one rule
+OTHERWISE = (
+    "*"  # the name of the rule for everything else: a function without a rule, arguments that its rule leaves out
+)
 
 
 class TaylorError(NotImplementedError):
-    """A torch function that neither has a Taylor rule nor can be differentiated by ``torch.func``."""
+    """A torch function that neither has a Taylor rule nor can be differentiated by torch's backward passes."""
+
+
+class NotCovered(Exception):
+    """Raised by a rule for arguments that it leaves to the rule of everything else."""
 
 
 class Taylor:
@@ -48,6 +58,19 @@ class Taylor:
     def apart(self) -> tuple[Tensor, Tensor | None]:
         """The coefficients, and the bias that x(0) still lacks: for rules that add it on the way."""
         return self._coefficients, self._bias
+
+    def assign(self, result: Any, reshape: bool = False) -> None:
+        """Written into the memory of every order, as an in-place function does; a constant's derivatives are zero.
+
+        ``reshape``: the same memory in a new shape, as ``unsqueeze_`` makes it.
+        """
+        if reshape:
+            self._coefficients = result.coefficients
+        elif isinstance(result, Taylor):
+            self.coefficients.copy_(result.coefficients)
+        else:
+            self.coefficients[0].copy_(torch.as_tensor(result))
+            self.coefficients[1:].zero_()
 
     @property
     def order(self) -> int:
@@ -85,6 +108,16 @@ class Taylor:
 
     def __bool__(self) -> bool:
         raise TaylorError("a Taylor value has no truth value: branch on tensor.shape or on a comparison's result")
+
+    def _number(self, *_: Any, **__: Any) -> NoReturn:
+        raise TaylorError(
+            "a moving tensor becomes a number, a list or an array (item, tolist, numpy, float(x), torch.tensor(x)), "
+            "which would lose its derivatives; compute with the tensor itself"
+        )
+
+    item = tolist = numpy = __float__ = __int__ = __index__ = __complex__ = _number
+    __array__ = __dlpack__ = __dlpack_device__ = _number
+    __array_ufunc__ = None  # numpy leaves its numbers times a Taylor value to us
 
     def __repr__(self) -> str:
         return f"Taylor(order={self.order}, shape={tuple(self.primal.shape)}, dtype={self.primal.dtype})"
@@ -124,7 +157,25 @@ class Combination(Taylor):
         return (self.mix.flatten(0, 1) @ images.flatten(1)).reshape(*self.mix.shape[:2], *images.shape[1:])
 
 
-def _call_method(method: Callable[..., Any], value: Taylor, *args: Any, **kwargs: Any) -> Any:
+_OPERATORS = "add sub mul truediv matmul pow neg pos getitem setitem abs lt le gt ge eq ne floordiv mod contains"
+_AUGMENTED = {  # x += y is x.add_(y)
+    "iadd": "add_",
+    "isub": "sub_",
+    "imul": "mul_",
+    "itruediv": "div_",
+    "idiv": "div_",
+    "ifloordiv": "floor_divide_",
+    "imod": "remainder_",
+    "ipow": "pow_",
+}
+
+
+def _plain_number(value: Any) -> Any:
+    """A number of Python's for one of numpy's."""
+    return value.item() if type(value).__module__ == "numpy" and value.ndim == 0 else value
+
+
+def _call_method(method: Callable[..., Any], value: Taylor, /, *args: Any, **kwargs: Any) -> Any:
     return apply(method, (value, *args), kwargs)
 
 
@@ -135,36 +186,23 @@ def _add_operators() -> None:
         return lambda self, *args: apply(method, (self, *args), {})
 
     def reflected(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda self, other: apply(function, (other, self), {})
+        return lambda self, other: apply(function, (_plain_number(other), self), {})
 
-    for name in [
-        "add",
-        "sub",
-        "mul",
-        "truediv",
-        "matmul",
-        "pow",
-        "neg",
-        "getitem",
-        "setitem",
-        "abs",
-        "lt",
-        "le",
-        "gt",
-        "ge",
-        "eq",
-        "ne",
-    ]:
+    for name in _OPERATORS.split():
         setattr(Taylor, f"__{name}__", operator(getattr(Tensor, f"__{name}__")))
     for name, function in (
-        ("radd", torch.add),
-        ("rsub", torch.sub),
-        ("rmul", torch.mul),
-        ("rtruediv", torch.div),
-        ("rmatmul", torch.matmul),
-        ("rpow", torch.pow),
+        ("add", torch.add),
+        ("sub", torch.sub),
+        ("mul", torch.mul),
+        ("truediv", torch.div),
+        ("matmul", torch.matmul),
+        ("pow", torch.pow),
+        ("floordiv", torch.floor_divide),
+        ("mod", torch.remainder),
     ):
-        setattr(Taylor, f"__{name}__", reflected(function))
+        setattr(Taylor, f"__r{name}__", reflected(function))
+    for name, in_place in _AUGMENTED.items():
+        setattr(Taylor, f"__{name}__", operator(getattr(Tensor, in_place)))
     Taylor.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 
@@ -195,39 +233,127 @@ def function_name(func: Callable[..., Any]) -> str:
     name = getattr(func, "__name__", type(func).__name__)
     if name == "__get__":
         name = func.__self__.__name__  # type: ignore[attr-defined]
-    return name.strip("_") if name.startswith("__") else name
+    name = name.strip("_") if name.startswith("__") else name
+    return _AUGMENTED.get(name, name)
 
 
-def _find_rule(func: Callable[..., Any]) -> tuple[Rule | None, bool]:
-    """The rule, and whether ``func`` is the in-place form (``add_``) of the function that the rule is for."""
+def _rule_by_name(func: Callable[..., Any], name: str) -> Rule | None:
+    # an operator of ATen has arguments of its own, which need not be those of the function of that name
+    return None if isinstance(func, (OpOverload, OpOverloadPacket)) else _RULES_BY_NAME.get(name)
+
+
+def _own_rule(func: Callable[..., Any]) -> Rule | None:
     try:
-        if func in _RULES:
-            return _RULES[func], False
+        return _RULES.get(func)
     except TypeError:  # unhashable callables have no rule of their own
-        pass
-    name = function_name(func)
-    if name in _RULES_BY_NAME:  # copy_ and fill_ have rules of their own
-        return _RULES_BY_NAME[name], False
-    if name.endswith("_") and name[:-1] in _RULES_BY_NAME:
-        return _RULES_BY_NAME[name[:-1]], True
-    return None, False
+        return None
+
+
+gradients_wanted: ContextVar[bool] = ContextVar("gradients_wanted", default=False)  # autograd records the propagation
+
+
+def refuse_autograd_functions(codes: Iterable[CodeType], cause: BaseException | None = None) -> None:
+    """TaylorError if one of ``codes``, which run, is the ``forward`` of an autograd.Function.
+
+    Inside, torch records no gradients, and what it saves for its backward pass must not be a Taylor value.
+    """
+    running = set(codes)
+    classes: list[Any] = [torch.autograd.Function]
+    for function in classes:
+        classes += function.__subclasses__()
+        if getattr(function.forward, "__code__", None) in running:
+            raise TaylorError(
+                f"no Taylor rule for the autograd.Function {function.__name__}; compute under torch.no_grad() if it is "
+                "made of torch functions, or replace it by those that it stands for"
+            ) from cause
+
+
+def _requires_grad(*values: Any) -> bool:
+    leaves = pytree.tree_leaves(values, is_leaf=_is_taylor)
+    return any(getattr(leaf.coefficients if _is_taylor(leaf) else leaf, "requires_grad", False) for leaf in leaves)
+
+
+def _calling_codes() -> Iterator[CodeType]:
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        yield frame.f_code
+        frame = frame.f_back
 
 
 def apply(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``func(*args, **kwargs)`` where some arguments are Taylor values."""
-    rule, in_place = _find_rule(func)
-    asked = kwargs.get("inplace", False)
-    kwargs = {name: value for name, value in kwargs.items() if name != "inplace"}
-    if in_place or asked:
-        result = (rule or _fallback)(_out_of_place(func), args, kwargs)
-        args[0].coefficients.copy_(result.coefficients)
-        return args[0]
-    return (rule or _fallback)(func, args, kwargs)
+    if gradients_wanted.get() and not torch.is_grad_enabled() and _requires_grad(args, kwargs):
+        refuse_autograd_functions(_calling_codes())
+    if (rule := _own_rule(func)) is not None:
+        return rule(func, args, kwargs)
+    name = function_name(func).split(".")[0]
+    if "out" in kwargs:
+        kwargs = dict(kwargs)
+        if (out := kwargs.pop("out")) is not None:
+            return _into(name, out, apply(func, args, kwargs))
+    for first in ("input", "self"):
+        if not args and first in kwargs and func is not torch.where:  # its first argument is the condition
+            args, kwargs = (kwargs[first],), {key: value for key, value in kwargs.items() if key != first}
+    rule = _rule_by_name(func, name)
+    if rule is None and name.endswith("_"):
+        target = args[0]
+        plain_name = name.removesuffix("_")
+        if not isinstance(target, Taylor):
+            _refuse_writing(name)
+        target.assign(apply(_out_of_place(func, plain_name), args, kwargs), reshape=plain_name in _RESHAPED)
+        return target
+    if "inplace" in kwargs:
+        kwargs = dict(kwargs)
+        if kwargs.pop("inplace"):
+            if not isinstance(args[0], Taylor):
+                _refuse_writing(name)
+            args[0].assign(apply(func, args, kwargs))
+            return args[0]
+    if rule is not None:
+        try:
+            return rule(func, args, kwargs)
+        except NotCovered:
+            pass
+        except _MISFITS as error:
+            if rule.__module__.split(".")[0] != __name__.split(".")[0] or isinstance(error, (TaylorError, MemoryError)):
+                raise
+            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+                raise
+            # a mistake of the user's, of which torch itself says more below, or unusual arguments
+    return _RULES_BY_NAME[OTHERWISE](func, args, kwargs)
 
 
-def _out_of_place(func: Callable[..., Any]) -> Callable[..., Any]:
-    name = function_name(func)
-    return getattr(Tensor, name[:-1]) if name.endswith("_") else func
+_MISFITS = (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError)
+_RESHAPED = ("squeeze", "unsqueeze", "t", "transpose", "swapaxes", "swapdims")  # their in-place forms change the shape
+
+
+def _out_of_place(func: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """``relu`` for ``relu_``."""
+    places = [torch.ops.aten] if isinstance(func, (OpOverload, OpOverloadPacket)) else [Tensor, torch, F]
+    for place in places:
+        if callable(function := getattr(place, name, None)):
+            return function
+    raise TaylorError(f"no Taylor rule for the in-place function {name}_; compute its result as a new tensor")
+
+
+def _into(name: str, out: Any, result: Any) -> Any:
+    """``out=``: every order of ``result`` is written where ``out`` says."""
+    results = pytree.tree_leaves(result, is_leaf=_is_taylor)
+    for target, value in zip(pytree.tree_leaves(out, is_leaf=_is_taylor), results, strict=True):
+        if isinstance(target, Taylor) and target.shape == value.shape:
+            target.assign(value)
+        elif isinstance(target, Taylor) or isinstance(value, Taylor):
+            _refuse_writing(f"{name}(out=...)")
+        else:
+            target.resize_(value.shape).copy_(value)
+    return out
+
+
+def _refuse_writing(name: str) -> NoReturn:
+    raise TaylorError(
+        f"{name} writes a moving tensor into an ordinary one, which cannot hold derivatives; "
+        "take the result as a new tensor (x + y, torch.cat, torch.stack, torch.where)"
+    )
 
 
 def taylors(*values: Any) -> list[Taylor]:
@@ -257,8 +383,15 @@ def mapped(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         new_args, new_kwargs = pytree.tree_unflatten(filled, spec)
         return func(*new_args, **new_kwargs)
 
+    if not where:
+        return func(*args, **kwargs)
     result = torch.vmap(call, randomness="same")(*(leaves[i].coefficients for i in where))
-    return pytree.tree_map(Taylor, result)
+    return pytree.tree_map(moving, result)
+
+
+def moving(coefficients: Tensor) -> Any:
+    """A Taylor value; integers, to which x(t) was rounded, do not move."""
+    return Taylor(coefficients) if coefficients.is_floating_point() or coefficients.is_complex() else coefficients[0]
 
 
 def constant(value: Any, like: Taylor) -> Taylor:
@@ -267,60 +400,3 @@ def constant(value: Any, like: Taylor) -> Taylor:
     if not tensor.is_floating_point() or tensor.dim() == 0:
         tensor = tensor.to(like.coefficients.dtype)
     return Taylor(torch.cat([tensor.unsqueeze(0), tensor.new_zeros(like.order, *tensor.shape)]))
-
-
-@functools.cache
-def _warn_once(name: str) -> None:
-    warnings.warn(
-        f"asvit_fast.taylor: no rule for {name}; torch.func differentiates it on its own (correct, slower). "
-        "Add a rule with asvit_fast.taylor.register_rule.",
-        stacklevel=5,
-    )
-
-
-def _fallback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """One function through ``torch.func``, nested for order 2."""
-    name = function_name(func)
-    namespace = getattr(func, "namespace", getattr(func, "_qualified_op_name", "aten").split("::")[0])
-    if namespace not in ("aten", "prims"):
-        raise TaylorError(
-            f"no Taylor rule for the custom op {name}, whose forward-mode tangent torch would take for zero; "
-            "add one with asvit_fast.taylor.register_rule"
-        )
-    _warn_once(name)
-    leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=_is_taylor)
-    moving = {i: leaf.coefficients for i, leaf in enumerate(leaves) if isinstance(leaf, Taylor)}
-    order = next(iter(moving.values())).shape[0] - 1
-    one = next(iter(moving.values())).new_ones(())
-
-    output, output_spec = pytree.tree_flatten(func(*primals(args), **primals(kwargs)))
-    floating = [i for i, leaf in enumerate(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-    def at(time: Tensor) -> tuple[Tensor, ...]:
-        filled = list(leaves)
-        for i, c in moving.items():
-            filled[i] = c[0] + time * c[1] if order == 1 else c[0] + time * (c[1] + 0.5 * time * c[2])
-        new_args, new_kwargs = pytree.tree_unflatten(filled, spec)
-        leaves_at = pytree.tree_leaves(func(*new_args, **new_kwargs))
-        return tuple(leaves_at[i] for i in floating)
-
-    def velocity(time: Tensor) -> Any:
-        return torch.func.jvp(at, (time,), (one,))
-
-    zero = torch.zeros_like(one)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):  # the only attention of torch with forward mode
-            if order == 1:
-                coefficients = velocity(zero)
-            else:
-                both: Any = torch.func.jvp(velocity, (zero,), (one,))
-                coefficients = (*both[0], both[1][1])
-    except (RuntimeError, TypeError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TaylorError(
-            f"no Taylor rule for {name}, and torch.func cannot differentiate it ({reason}); "
-            "add one with asvit_fast.taylor.register_rule"
-        ) from error
-    for i, *orders in zip(floating, *coefficients, strict=True):  # the rest (None, indices) does not move
-        output[i] = Taylor(torch.stack(orders))
-    return pytree.tree_unflatten(output, output_spec)

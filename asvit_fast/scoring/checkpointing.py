@@ -19,6 +19,7 @@ _lock = threading.Lock()
 _inside = threading.local()  # .depth: how many times this thread is inside of ``checkpoints_run_directly``
 _users = 0  # threads inside
 _Reentrant = torch_checkpoint.CheckpointFunction
+_NAME = _Reentrant.__name__
 
 
 class _DirectHere(_Reentrant):
@@ -37,7 +38,7 @@ def checkpoints_run_directly() -> Iterator[None]:
     global _users
     with _lock:
         _users += 1
-        torch_checkpoint.CheckpointFunction = _DirectHere
+        setattr(torch_checkpoint, _NAME, _DirectHere)
     _inside.depth = getattr(_inside, "depth", 0) + 1
     try:
         yield
@@ -46,7 +47,7 @@ def checkpoints_run_directly() -> Iterator[None]:
         with _lock:
             _users -= 1
             if not _users:
-                torch_checkpoint.CheckpointFunction = _Reentrant
+                setattr(torch_checkpoint, _NAME, _Reentrant)
 
 
 def _pack(tensor: Tensor) -> tuple[Tensor, int]:

@@ -67,7 +67,7 @@ def _contractions(*pairs: tuple[Any, Callable[[Tensor], Tensor]]) -> dict[int, C
 def _parts(outputs: int, inputs: int, like: Tensor, samples: int) -> Iterable[slice]:
     """Cuts a weight [outputs, inputs] so that the gradient rows of a part are PIECE numbers on a CPU."""
     step = max(1, PIECE // (samples * inputs)) if like.device.type == "cpu" else outputs
-    return (slice(start, start + step) for start in range(0, outputs, step))
+    return (slice(start, min(start + step, outputs)) for start in range(0, outputs, step))
 
 
 def _linear_weight(x: Tensor, samples: int) -> Contraction:
@@ -114,7 +114,7 @@ def _conv2d(args: Any, kwargs: Any, samples: int) -> Known | None:
     x, weight, bias, stride, padding, dilation, groups = named(
         args, kwargs, "input", "weight", "bias", "stride", "padding", "dilation", "groups"
     )
-    if x.dim() != 4 or x.shape[0] != samples:
+    if x.dim() != 4 or x.shape[0] % samples:
         return None
     x, shape, groups = x.detach(), tuple(weight.shape), groups or 1
     if isinstance(padding, str):
@@ -125,21 +125,18 @@ def _conv2d(args: Any, kwargs: Any, samples: int) -> Known | None:
         inputs = math.prod(shape[1:])
         parts = _parts(shape[0], inputs, x, samples) if groups == 1 else [slice(0, shape[0])]
         for part in parts:
-            g = gradient[:, part]  # [B, part, Ho, Wo]
-            weights = (g.shape[1], *shape[1:])
+            weights = (part.stop - part.start, *shape[1:])
             yield torch.stack(
                 [
-                    conv2d_weight(
-                        x[j : j + 1], weights, g[j : j + 1], stride or 1, padding or 0, dilation or 1, groups
-                    ).flatten()
-                    for j in range(samples)
-                ]
+                    conv2d_weight(x_j, weights, g_j, stride or 1, padding or 0, dilation or 1, groups).flatten()
+                    for x_j, g_j in zip(x.chunk(samples), gradient[:, part].chunk(samples), strict=True)
+                ]  # x_j [n, C, H, W], g_j [n, part, Ho, Wo]
             )
 
-    known = _contractions((bias, lambda gradient: gradient.sum((2, 3))))
+    known = _contractions((bias, lambda gradient: gradient.sum((2, 3)).reshape(samples, -1, shape[0]).sum(1)))
     if isinstance(weight, nn.Parameter):
         known[id(weight)] = Contraction(rows)
-    return Known(known, 1)
+    return Known(known, x.shape[0] // samples)
 
 
 def _layer_norm(args: Any, kwargs: Any, samples: int) -> Known | None:
@@ -168,30 +165,35 @@ def _layer_norm(args: Any, kwargs: Any, samples: int) -> Known | None:
     return Known(known, x.shape[0] // samples, forward)
 
 
-def _of_channels(weight: Any, bias: Any, x: Tensor, normalise: Callable[[Tensor], Tensor]) -> Known:
-    """normalise(x) * weight + bias with x [B, C, ...] and a weight and a bias per channel."""
+def _of_channels(
+    weight: Any, bias: Any, x: Tensor, samples: int, normalise: Callable[[Tensor], Tensor]
+) -> Known | None:
+    """normalise(x) * weight + bias with x [B*n, C, ...], a weight and a bias per channel."""
+    if x.dim() < 2 or x.shape[0] % samples:
+        return None
     x = x.detach()
 
     def sums(values: Tensor) -> Tensor:
-        return values.flatten(2).sum(2) if values.dim() > 2 else values  # [B, C]
+        return values.reshape(samples, -1, *values.shape[1:]).transpose(1, 2).flatten(2).sum(2)  # [B, C]
 
-    return Known(_contractions((weight, lambda gradient: sums(gradient * normalise(x))), (bias, sums)), 1)
+    contractions = _contractions((weight, lambda gradient: sums(gradient * normalise(x))), (bias, sums))
+    return Known(contractions, x.shape[0] // samples)
 
 
 def _batch_norm(args: Any, kwargs: Any, samples: int) -> Known | None:
     x, mean, var, weight, bias, training, _, eps = named(
         args, kwargs, "input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"
     )
-    if training or mean is None or x.dim() < 2 or x.shape[0] != samples:
+    if training or mean is None:
         return None
-    return _of_channels(weight, bias, x, lambda x: F.batch_norm(x, mean, var, eps=1e-5 if eps is None else eps))
+    eps = 1e-5 if eps is None else eps
+    return _of_channels(weight, bias, x, samples, lambda x: F.batch_norm(x, mean, var, eps=eps))
 
 
 def _group_norm(args: Any, kwargs: Any, samples: int) -> Known | None:
     x, groups, weight, bias, eps = named(args, kwargs, "input", "num_groups", "weight", "bias", "eps")
-    if x.dim() < 2 or x.shape[0] != samples:
-        return None
-    return _of_channels(weight, bias, x, lambda x: F.group_norm(x, groups, eps=1e-5 if eps is None else eps))
+    eps = 1e-5 if eps is None else eps
+    return _of_channels(weight, bias, x, samples, lambda x: F.group_norm(x, groups, eps=eps))
 
 
 def _rms_norm(args: Any, kwargs: Any, samples: int) -> Known | None:
@@ -214,7 +216,9 @@ def _expand(args: Any, kwargs: Any, samples: int) -> Known | None:
     if kwargs or len(sizes) != parameter.dim() or parameter.shape[:1] != (1,) or sizes[0] != samples:
         return None
     shape = parameter.shape
-    return Known(_contractions((parameter, lambda g: torch.stack([row[None].sum_to_size(shape).flatten() for row in g]))), 1)
+    return Known(
+        _contractions((parameter, lambda g: torch.stack([row[None].sum_to_size(shape).flatten() for row in g]))), 1
+    )
 
 
 def _broadcast(args: Any, kwargs: Any, samples: int, multiply: bool) -> Known | None:

@@ -76,7 +76,9 @@ def per_sample_gradients(
         remaining = {name: parameters[name] for name in recorder.in_graph(output)}
         if remaining:
             listed = ", ".join(f"{name} ({recorder.reason(name)})" for name in remaining)
-            notify_once(("ntk", listed), f"asvit_fast: the NTK differentiates sample by sample (slower, exact): {listed}")
+            notify_once(
+                ("ntk", listed), f"asvit_fast: the NTK differentiates sample by sample (slower, exact): {listed}"
+            )
             _one_by_one(output, remaining, sink)
         if recorder.known:
             recorder.sink = sink
@@ -227,7 +229,11 @@ class _Recorder(TorchFunctionMode):
     def _known(self, func: Any, args: Any, kwargs: Any, wanted: dict[str, nn.Parameter]) -> Known | None:
         """What the rule of ``func`` makes of this call, if there is one that serves all parameters of the call."""
         rule = rule_for(func)
-        known = None if rule is None or torch.is_autocast_enabled("cpu") else rule(args, kwargs, self.samples)
+        known = (
+            None
+            if rule is None or any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+            else rule(args, kwargs, self.samples)
+        )
         if known is None or not all(id(p) in known.contractions for p in wanted.values()):
             return None
         if self.expected_rows is not None and any(known.rows not in self.expected_rows[name] for name in wanted):
@@ -280,7 +286,8 @@ class _Recorder(TorchFunctionMode):
     def _reached(self, function: str, contractions: dict[str, Contraction], gradient: Tensor) -> None:
         if self.probed is not None:
             of_samples = gradient.reshape(self.samples, -1)
-            if torch.cat([of_samples[: self.probed], of_samples[self.probed + 1 :]]).any():
+            others = torch.cat([of_samples[: self.probed], of_samples[self.probed + 1 :]])
+            if others.nan_to_num(nan=0.0).any():  # NaN: 0 times infinity, of a network that overflows
                 self.mixing |= dict.fromkeys(contractions, function)
         if self.sink is None:
             return

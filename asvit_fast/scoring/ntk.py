@@ -34,7 +34,7 @@ def ntk_gram(model: nn.Module, images: Tensor, parameters: str = "weights") -> T
 
     Args:
         model: any module (see ``score_features``); evaluated in evaluation mode, on a copy that shares its parameters:
-            modes, gradients, buffers and caches stay what they are.
+            modes, gradients, buffers, caches and torch's random numbers stay what they are.
         images: [B, 3, H, W] on the model's device.
         parameters: "weights", those whose name contains "weight" (what the authors' code takes), or "all". Parameters
             that do not require or do not receive a gradient count nothing.
@@ -45,6 +45,16 @@ def ntk_gram(model: nn.Module, images: Tensor, parameters: str = "weights") -> T
     One forward and one backward pass; per layer, per-sample gradients are contracted at once and never kept. Layers it
     does not know are named in a warning and take a slower exact path. Splits the batch when memory runs out. The result
     carries no gradient.
+    """
+    devices = [images.device] if images.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        return ntk_gram_of(model, images, parameters, torch.get_rng_state())
+
+
+def ntk_gram_of(model: nn.Module, images: Tensor, parameters: str = "weights", draws: Tensor | None = None) -> Tensor:
+    """``ntk_gram``, which may leave torch's generator changed if ``model`` draws random numbers.
+
+    ``draws``: state of torch's generator to begin each forward pass with; None is what it has.
     """
     if parameters not in ("weights", "all"):
         raise InputError(f"parameters must be 'weights' or 'all', got {parameters!r}")
@@ -58,7 +68,19 @@ def ntk_gram(model: nn.Module, images: Tensor, parameters: str = "weights") -> T
     network = replica(model)
     with torch.inference_mode(False):
         images = images.clone() if images.is_inference() else images
-        return _gram(score_features(network), images, chosen, _probe(network, images))
+        return _gram(_features(network, draws), images, chosen, _probe(network, images))
+
+
+def _features(model: nn.Module, draws: Tensor | None) -> Callable[[Tensor], Tensor]:
+    features = score_features(model)
+    if draws is None:
+        return features
+
+    def with_draws(images: Tensor) -> Tensor:
+        torch.set_rng_state(draws)
+        return features(images)
+
+    return with_draws
 
 
 def _probe(model: nn.Module, images: Tensor) -> Tensor:

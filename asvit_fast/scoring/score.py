@@ -26,7 +26,7 @@ from ..models import AsViT, create_model
 from ..nn import OverlapPatchEmbed, PatchMerging
 from ..topology import Topology
 from .curve import circle, curve, theta_grid
-from .ntk import ntk_condition, ntk_gram, score_features
+from .ntk import ntk_condition, ntk_gram_of, score_features
 from .replica import replica
 from .result import CURVE_METRICS, Measure, Score, ScoreSettings
 from .workers import side_by_side, worker_count
@@ -75,6 +75,8 @@ def score(
         TaylorError: a network that cannot be propagated, naming the function.
     """
     settings = ScoreSettings(metrics, img_size, thetas, repeats, batch, convention, norms, device)
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise InputError(f"seed must be an integer of 0 or more, got {seed!r}")
     target = parse_target(target)
     where = resolve_device(device)
     pixels = load(images, settings)
@@ -178,7 +180,7 @@ def score_repeat(
             started = time.perf_counter()
             pixels = _ntk_images(images, settings, _root(seed)).to(*_placement(model))  # [batch, 3, H, W]
             with draws():
-                value = ntk_condition(ntk_gram(model, pixels))
+                value = ntk_condition(ntk_gram_of(model, pixels))
             results["ntk_condition"] = {"value": value, "seconds": time.perf_counter() - started}
         curve_metrics = [name for name in settings.metrics if name in CURVE_METRICS]
         if curve_metrics:

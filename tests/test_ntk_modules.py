@@ -444,13 +444,35 @@ class Careless(nn.Module):
         return F.dropout(self.norm(x), 0.5, training=True)
 
 
+class Merging(nn.Module):
+    """Adds its adapter to its weight, in place, for as long as it is not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.down_weight, self.up_weight = parameter(8, 8), parameter(2, 8), parameter(8, 2)
+        self.merged = False
+
+    def train(self, mode: bool = True) -> Merging:
+        if self.merged is mode:
+            self.weight.data += (-1 if mode else 1) * self.up_weight.data @ self.down_weight.data
+            self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = tokens(x)
+        adapted = F.linear(x, self.weight)
+        return torch.tanh(adapted if self.merged else adapted + x @ self.down_weight.T @ self.up_weight.T).mean(1)
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
-    "name", ["careless", "levit", "spectral norm by a hook", "running statistics", "cached", "checkpoints"]
+    "name", ["careless", "merging", "levit", "spectral norm by a hook", "running statistics", "cached", "checkpoints"]
 )
 def test_no_trace_is_left(name: str, training: bool) -> None:
     if name == "careless":
         model: nn.Module = Careless().double()
+    elif name == "merging":
+        model = Merging().double()
     elif name == "levit":
         model = timm.create_model(
             "levit_128s", img_size=32, embed_dim=(32, 32, 32), key_dim=8, depth=(1, 1, 1)

@@ -33,7 +33,7 @@ def ntk_gram(model: nn.Module, images: Tensor, parameters: str = "weights") -> T
     """Gram matrix [B, B], float64: G_ij = g_i . g_j, g_j the gradient of ``score_features(images)[j].sum()``.
 
     Args:
-        model: any module (see ``score_features``); evaluated in evaluation mode, on a copy that shares its parameters:
+        model: any module (see ``score_features``); evaluated in evaluation mode, on a copy:
             modes, gradients, buffers, caches and torch's random numbers stay what they are.
         images: [B, 3, H, W] on the model's device.
         parameters: "weights", those whose name contains "weight" (what the authors' code takes), or "all". Parameters
@@ -58,14 +58,15 @@ def ntk_gram_of(model: nn.Module, images: Tensor, parameters: str = "weights", d
     """
     if parameters not in ("weights", "all"):
         raise InputError(f"parameters must be 'weights' or 'all', got {parameters!r}")
-    chosen = {
-        name: parameter
-        for name, parameter in model.named_parameters()
+    network = replica(model)
+    originals = dict(model.named_parameters())
+    chosen = {  # copies of a scripted module's parameters are functions of the originals
+        name: parameter if parameter.is_leaf else originals[name]
+        for name, parameter in network.named_parameters()
         if parameter.requires_grad and (parameters == "all" or "weight" in name)
     }
     if not chosen:
         raise InputError("the NTK needs parameters that require gradients, the model has none")
-    network = replica(model)
     with torch.inference_mode(False):
         images = images.clone() if images.is_inference() else images
         return _gram(_features(network, draws), images, chosen, _probe(network, images))

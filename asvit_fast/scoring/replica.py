@@ -12,12 +12,15 @@ _OWN_CONTAINERS = ("_parameters", "_buffers", "_modules")
 
 
 def replica(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` with the same parameters, in evaluation mode: whatever it does leaves no trace in ``model``.
+    """A copy of ``model`` in evaluation mode: whatever it does leaves no trace in ``model``.
 
-    It has buffers, hooks and caches of its own. Caches that modules drop when they are trained (timm's attention
+    Parameters are shared, but those of modules that do something of their own when the mode changes (as merging weights
+    in place). Buffers, hooks and caches are copied. Caches that modules drop when they are trained (timm's attention
     biases) are empty, so that gradients reach what they were computed from.
     """
-    shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    changing = [module for module in model.modules() if type(module).train is not nn.Module.train]
+    own = {id(parameter) for module in changing for parameter in module.parameters()}
+    shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters() if id(parameter) not in own}
     for module in model.modules():
         shared |= {id(t): t.detach().clone() for t in _tensors(vars(module)) if not t.is_leaf}  # deepcopy refuses those
     try:

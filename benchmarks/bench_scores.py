@@ -50,8 +50,9 @@ from torch import Tensor, nn
 
 import asvit_fast as af
 from asvit_fast import backends
+from asvit_fast.scoring import ScoreSettings, score_repeat
 from asvit_fast.scoring.memory import keep_freed_memory
-from asvit_fast.scoring.score import WEIGHTS, ScoreSettings, score_repeat, stream
+from asvit_fast.scoring.score import WEIGHTS, stream
 from asvit_fast.topology import Topology
 
 TOLERANCE = 1e-3  # float32 against float64, relative to the largest value

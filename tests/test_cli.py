@@ -231,7 +231,10 @@ def test_score_json_is_strict_and_alone_on_stdout() -> None:
     done = program("score", TOPOLOGY, "--json", *TINY[:-2])
     assert done.returncode == 0, done.stderr
     scores = from_json(done.stdout)  # refuses NaN and Infinity
-    assert {"length_distortion", "curvature", "ntk_condition"} <= set(json.dumps(scores).replace('"', " ").split())
+    assert set(scores["metrics"]) == {"length_distortion", "curvature", "ntk_condition"}
+    settings = scores["settings"]
+    assert (settings["seed"], settings["images"], settings["device"]) == (0, None, "cpu")
+    assert {"img_size", "thetas", "repeats", "batch", "convention", "norms", "metrics"} <= set(settings)
 
 
 def test_score_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -220,3 +220,45 @@ def test_condition() -> None:
     assert af.ntk_condition(torch.full((2, 2), math.inf)) == math.inf
     with pytest.raises(af.InputError, match="square"):
         af.ntk_condition(torch.zeros(2, 3))
+
+
+def network_of(kind: str) -> tuple[nn.Module, int]:
+    if kind == "asvit":
+        return af.create_model("8,2,3|4,1,2|4,1,4|4,1,6|32", img_size=64, num_classes=0), 64
+    return timm.create_model(kind, num_classes=0, **({"img_size": 64} if kind.startswith("vit") else {})), 64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("kind", ["asvit", "vit_tiny_patch16_224", "resnet10t"])
+def test_singular_grams_are_infinite(kind: str, dtype: torch.dtype) -> None:
+    """One image twice, images all black; near copies and different images are not singular."""
+    torch.manual_seed(0)
+    model, size = network_of(kind)
+    model, images = model.to(dtype), torch.randn(8, 3, size, size, dtype=dtype)
+    different = af.ntk_condition(af.ntk_gram(model, images))
+    assert 1 < different < 1e9
+    images[5] = images[2]
+    assert af.ntk_condition(af.ntk_gram(model, images)) == math.inf
+    images[5] += 1e-4 * torch.randn(3, size, size, dtype=dtype)
+    near = af.ntk_condition(af.ntk_gram(model, images))
+    assert different < near < 1e13
+    assert af.ntk_condition(af.ntk_gram(model, torch.zeros(4, 3, size, size, dtype=dtype))) == math.inf
+
+
+@pytest.mark.parametrize("size", [2, 16, 64])
+def test_rounding_of_a_gram_is_zero(size: int) -> None:
+    """Matrices of known eigenvalues, with a smallest one on either side of size * rounding unit * the largest."""
+    rotation = torch.linalg.qr(
+        torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    )[0]
+    for scale in (1e-30, 1.0, 1e30):
+        for smallest, singular in ((1e-11, False), (1e-20, True), (0.0, True), (-1e-16, True)):
+            eigenvalues = torch.linspace(1.0, 2.0, size, dtype=torch.float64)
+            eigenvalues[0] = smallest
+            condition = af.ntk_condition(scale * (rotation * eigenvalues) @ rotation.T)
+            assert condition == math.inf if singular else condition == pytest.approx(2 / smallest, rel=1e-2)
+    for positive, condition in ((1e-6, 1e6), (1e-8, math.inf)):  # float32 knows less
+        diagonal = torch.diag(torch.tensor([1.0, positive]))
+        assert af.ntk_condition(diagonal) == pytest.approx(condition, rel=1e-5)
+        assert af.ntk_condition(diagonal.double()) == pytest.approx(1 / positive, rel=1e-5)
+    assert af.ntk_condition(torch.zeros(3, 3)) == math.inf

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import platform
 import subprocess
 import sys
+import types
 
 import pytest
 import timm
@@ -146,13 +148,45 @@ def test_score_statistics_and_determinism() -> None:
     assert again["settings"]["img_size"] == 32 and again["target"].startswith("8,2,3,1|")
 
 
+def test_a_score_says_what_it_is() -> None:
+    images = torch.randn(4, 3, 32, 32)
+    scored = af.score(SEED, **FAST, seed=7, images=images)
+    lines = repr(scored).splitlines()
+    assert len(lines) == 4 and max(map(len, lines)) < 100 and "seed=7" in lines[0]
+    assert f"{scored['curvature'].mean:.5g}" in repr(scored) and str(scored) == repr(scored)
+    page = scored._repr_html_()
+    assert page.count("<tr>") == 4 and f"{scored['ntk_condition'].mean:.5g}" in page and "seed 7" in page
+    assert "<b>" not in dataclasses.replace(scored, target="<b>")._repr_html_()
+    settings = scored.to_dict()["settings"]
+    assert settings["seed"] == 7 and settings["device"] == "cpu" and settings["images"].startswith("4x3x32x32 ")
+    assert settings["images"] != af.score(SEED, **FAST, images=images + 1).to_dict()["settings"]["images"]
+    named = {field.name for field in dataclasses.fields(ScoreSettings)}
+    assert set(settings) == named | {"seed", "images"}
+    assert af.score(SEED, **FAST).to_dict()["settings"]["images"] is None
+    assert len(repr(af.score(nn.Sequential(nn.Flatten(), nn.Linear(3072, 4)), **FAST))) < 250
+
+
+def test_a_score_as_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    pandas = types.SimpleNamespace(
+        DataFrame=lambda rows, columns: [dict(zip(columns, row, strict=True)) for row in rows]
+    )
+    scored = af.score(SEED, ("length_distortion", "ntk_condition"), **FAST)
+    monkeypatch.setitem(sys.modules, "pandas", pandas)
+    table = scored.to_dataframe()
+    assert [row["repeat"] for row in table] == [0, 1, 0, 1] and table[3]["metric"] == "ntk_condition"
+    assert table[1]["value"] == scored["length_distortion"].values[1]
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(af.InputError, match="pip install pandas"):
+        scored.to_dataframe()
+
+
 def test_score_is_made_of_independent_repeats() -> None:
     settings = ScoreSettings(**FAST)
     whole = af.score(SEED, **FAST, seed=3)
     for repeat in (1, 0):  # in any order
         results = score_repeat(SEED, repeat, settings, seed=3)
         for name, result in results.items():
-            assert result["value"] == pytest.approx(whole[name].values[repeat], rel=1e-4)  # other threads, other sums
+            assert result["value"] == whole[name].values[repeat]
 
 
 def test_streams() -> None:
@@ -269,6 +303,8 @@ def test_non_finite_results_are_reported() -> None:
         ({"images": torch.zeros(2, 3, 32, 32)}, "images must be"),
         ({"device": "cuda:99"}, "does not exist"),
         ({"device": "warp"}, "not known"),
+        ({"seed": -1}, "seed must be an integer of 0 or more, got -1"),
+        ({"seed": 0.5}, "seed must be an integer"),
     ],
 )
 def test_bad_arguments(arguments: dict, says: str) -> None:
@@ -375,8 +411,7 @@ def test_networks_side_by_side(networks: int, metrics: tuple[str, ...], monkeypa
         torch.set_num_threads(threads)
     values = [[{name: r["value"] for name, r in result.items()} for result in each] for each in (alone, results)]
     split = len(metrics) > 1 and networks % 2 == 1
-    if split or networks > 1:  # a single task has all the threads
-        assert values[0] == values[1]
+    assert values[0] == values[1]
     assert len(asked) == networks + split
 
 

@@ -104,7 +104,7 @@ def renamed_val(root: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        (without("train"), {}, "Found 0 images"),
+        (without("train"), {}, "holds no images"),
         (without("train/b"), {}, r"class folder 'b' of .*holds no images"),
         (without("val/c"), {}, r"class folder 'c'"),
         (loose, {}, "outside of class folders"),

@@ -3,7 +3,8 @@
 from .curve import Curve, circle, curve, theta_grid
 from .measures import curvature, gauss_length, length_distortion
 from .ntk import ntk_condition, ntk_gram
-from .score import METRICS, Measure, Score, ScoreSettings, score, score_repeat
+from .result import METRICS, Measure, Score, ScoreSettings
+from .score import score, score_repeat
 
 __all__ = [
     "METRICS",

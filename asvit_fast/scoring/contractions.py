@@ -44,7 +44,10 @@ class Contraction:
 
 @dataclass(frozen=True)
 class Known:
+    """A call of a function that has a rule."""
+
     contractions: dict[int, Contraction]  # by parameter id
+    rows: int  # of each sample in the call's input and output
     forward: Callable[[], Tensor] | None = None  # to run instead of the function
 
 
@@ -64,7 +67,7 @@ def _contractions(*pairs: tuple[Any, Callable[[Tensor], Tensor]]) -> dict[int, C
 def _parts(outputs: int, inputs: int, like: Tensor, samples: int) -> Iterable[slice]:
     """Cuts a weight [outputs, inputs] so that the gradient rows of a part are PIECE numbers on a CPU."""
     step = max(1, PIECE // (samples * inputs)) if like.device.type == "cpu" else outputs
-    return (slice(start, start + step) for start in range(0, outputs, step))
+    return (slice(start, min(start + step, outputs)) for start in range(0, outputs, step))
 
 
 def _linear_weight(x: Tensor, samples: int) -> Contraction:
@@ -91,47 +94,54 @@ def _linear_weight(x: Tensor, samples: int) -> Contraction:
 
 def _linear(args: Any, kwargs: Any, samples: int) -> Known | None:
     x, weight, bias = named(args, kwargs, "input", "weight", "bias")
-    if x.shape[0] % samples:
+    if x.dim() < 2 or x.shape[0] % samples:
         return None
     known = _contractions((bias, lambda gradient: gradient.reshape(samples, -1, gradient.shape[-1]).sum(1)))
     if isinstance(weight, nn.Parameter):
         known[id(weight)] = _linear_weight(x, samples)
-    return Known(known)
+    return Known(known, x.shape[0] // samples)
+
+
+def _padded(x: Tensor, kernel: tuple[int, ...], dilation: int | tuple[int, ...]) -> Tensor:
+    """x [B, C, H, W] with the zeros of padding="same": an odd one goes to the end."""
+    steps = (dilation, dilation) if isinstance(dilation, int) else dilation
+    total = [step * (size - 1) for step, size in zip(steps, kernel, strict=True)]
+    (top, bottom), (left, right) = ((zeros // 2, zeros - zeros // 2) for zeros in total)
+    return F.pad(x, (left, right, top, bottom))
 
 
 def _conv2d(args: Any, kwargs: Any, samples: int) -> Known | None:
     x, weight, bias, stride, padding, dilation, groups = named(
         args, kwargs, "input", "weight", "bias", "stride", "padding", "dilation", "groups"
     )
-    if x.shape[0] != samples or isinstance(padding, str):
+    if x.dim() != 4 or x.shape[0] % samples:
         return None
     x, shape, groups = x.detach(), tuple(weight.shape), groups or 1
+    if isinstance(padding, str):
+        x, padding = _padded(x, shape[2:], dilation or 1) if padding == "same" else x, 0
 
     def rows(gradient: Tensor) -> Iterable[Tensor]:
         """Sample by sample and, without groups, some output channels at a time."""
         inputs = math.prod(shape[1:])
         parts = _parts(shape[0], inputs, x, samples) if groups == 1 else [slice(0, shape[0])]
         for part in parts:
-            g = gradient[:, part]  # [B, part, Ho, Wo]
-            weights = (g.shape[1], *shape[1:])
+            weights = (part.stop - part.start, *shape[1:])
             yield torch.stack(
                 [
-                    conv2d_weight(
-                        x[j : j + 1], weights, g[j : j + 1], stride or 1, padding or 0, dilation or 1, groups
-                    ).flatten()
-                    for j in range(samples)
-                ]
+                    conv2d_weight(x_j, weights, g_j, stride or 1, padding or 0, dilation or 1, groups).flatten()
+                    for x_j, g_j in zip(x.chunk(samples), gradient[:, part].chunk(samples), strict=True)
+                ]  # x_j [n, C, H, W], g_j [n, part, Ho, Wo]
             )
 
-    known = _contractions((bias, lambda gradient: gradient.sum((2, 3))))
+    known = _contractions((bias, lambda gradient: gradient.sum((2, 3)).reshape(samples, -1, shape[0]).sum(1)))
     if isinstance(weight, nn.Parameter):
         known[id(weight)] = Contraction(rows)
-    return Known(known)
+    return Known(known, x.shape[0] // samples)
 
 
 def _layer_norm(args: Any, kwargs: Any, samples: int) -> Known | None:
     x, shape, weight, bias, eps = named(args, kwargs, "input", "normalized_shape", "weight", "bias", "eps")
-    if x.shape[0] % samples:
+    if x.dim() <= len(shape) or x.shape[0] % samples:
         return None
     scale, shift = (p.detach() if isinstance(p, nn.Parameter) else p for p in (weight, bias))
     statistics: list[Tensor] = []  # mean and 1 / standard deviation, [B*n, ..., 1]
@@ -152,25 +162,63 @@ def _layer_norm(args: Any, kwargs: Any, samples: int) -> Known | None:
         return torch.stack(gradients).flatten(1)
 
     known = _contractions((weight, lambda gradient: of_samples(gradient, 1)), (bias, lambda g: of_samples(g, 2)))
-    return Known(known, forward)
+    return Known(known, x.shape[0] // samples, forward)
+
+
+def _of_channels(
+    weight: Any, bias: Any, x: Tensor, samples: int, normalise: Callable[[Tensor], Tensor]
+) -> Known | None:
+    """normalise(x) * weight + bias with x [B*n, C, ...], a weight and a bias per channel."""
+    if x.dim() < 2 or x.shape[0] % samples:
+        return None
+    x = x.detach()
+
+    def sums(values: Tensor) -> Tensor:
+        return values.reshape(samples, -1, *values.shape[1:]).transpose(1, 2).flatten(2).sum(2)  # [B, C]
+
+    contractions = _contractions((weight, lambda gradient: sums(gradient * normalise(x))), (bias, sums))
+    return Known(contractions, x.shape[0] // samples)
 
 
 def _batch_norm(args: Any, kwargs: Any, samples: int) -> Known | None:
     x, mean, var, weight, bias, training, _, eps = named(
         args, kwargs, "input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"
     )
-    if training or mean is None or x.shape[0] != samples:
+    if training or mean is None:
         return None
-    x, eps = x.detach(), 1e-5 if eps is None else eps
+    eps = 1e-5 if eps is None else eps
+    return _of_channels(weight, bias, x, samples, lambda x: F.batch_norm(x, mean, var, eps=eps))
+
+
+def _group_norm(args: Any, kwargs: Any, samples: int) -> Known | None:
+    x, groups, weight, bias, eps = named(args, kwargs, "input", "num_groups", "weight", "bias", "eps")
+    eps = 1e-5 if eps is None else eps
+    return _of_channels(weight, bias, x, samples, lambda x: F.group_norm(x, groups, eps=eps))
+
+
+def _rms_norm(args: Any, kwargs: Any, samples: int) -> Known | None:
+    x, shape, weight, eps = named(args, kwargs, "input", "normalized_shape", "weight", "eps")
+    if x.shape[0] % samples or x.dim() <= len(shape):
+        return None
+    x = x.detach()
 
     def to_weight(gradient: Tensor) -> Tensor:
-        normalised = F.batch_norm(x, mean, var, eps=eps)
-        return (gradient * normalised).flatten(2).sum(2) if x.dim() > 2 else gradient * normalised
+        values = gradient * F.rms_norm(x, shape, None, eps)
+        return values.reshape(samples, -1, *shape).sum(1).flatten(1)
 
-    def to_bias(gradient: Tensor) -> Tensor:
-        return gradient.flatten(2).sum(2) if x.dim() > 2 else gradient
+    return Known(_contractions((weight, to_weight)), x.shape[0] // samples)
 
-    return Known(_contractions((weight, to_weight), (bias, to_bias)))
+
+def _expand(args: Any, kwargs: Any, samples: int) -> Known | None:
+    """A parameter [1, ...] repeated for every sample (a class token)."""
+    parameter, *sizes = args
+    sizes = sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
+    if kwargs or len(sizes) != parameter.dim() or parameter.shape[:1] != (1,) or sizes[0] != samples:
+        return None
+    shape = parameter.shape
+    return Known(
+        _contractions((parameter, lambda g: torch.stack([row[None].sum_to_size(shape).flatten() for row in g]))), 1
+    )
 
 
 def _broadcast(args: Any, kwargs: Any, samples: int, multiply: bool) -> Known | None:
@@ -178,8 +226,8 @@ def _broadcast(args: Any, kwargs: Any, samples: int, multiply: bool) -> Known | 
     if len(args) < 2 or kwargs or not all(isinstance(a, Tensor) for a in args[:2]):
         return None
     x, parameter = args[:2] if isinstance(args[1], nn.Parameter) else (args[1], args[0])
-    same_for_all = parameter.dim() < x.dim() or (parameter.dim() == x.dim() and parameter.shape[0] == 1)
-    if isinstance(x, nn.Parameter) or x.shape[0] % samples or not same_for_all:
+    same_for_all = parameter.dim() < x.dim() or (parameter.dim() == x.dim() and parameter.shape[:1] == (1,))
+    if isinstance(x, nn.Parameter) or not same_for_all or x.shape[0] % samples:
         return None
     x, shape = x.detach(), parameter.shape
 
@@ -188,7 +236,7 @@ def _broadcast(args: Any, kwargs: Any, samples: int, multiply: bool) -> Known | 
         per_sample = gradient.reshape(samples, -1, *gradient.shape[1:])
         return torch.stack([g.sum_to_size(shape).flatten() for g in per_sample])
 
-    return Known(_contractions((parameter, to_parameter)))
+    return Known(_contractions((parameter, to_parameter)), x.shape[0] // samples)
 
 
 Rule = Callable[[Any, Any, int], "Known | None"]
@@ -196,7 +244,10 @@ _RULES: dict[str, Rule] = {
     "linear": _linear,
     "conv2d": _conv2d,
     "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
     "batch_norm": _batch_norm,
+    "group_norm": _group_norm,
+    "expand": _expand,
     "add": lambda args, kwargs, samples: _broadcast(args, kwargs, samples, multiply=False),
     "mul": lambda args, kwargs, samples: _broadcast(args, kwargs, samples, multiply=True),
 }

@@ -16,6 +16,7 @@ from ..errors import InputError
 from ..models.asvit import MIN_IMG_SIZE, AsViT
 from .memory import in_pieces
 from .per_sample import RowSink, per_sample_gradients
+from .replica import replica
 
 
 def score_features(model: Any) -> Callable[[Tensor], Tensor]:
@@ -32,8 +33,8 @@ def ntk_gram(model: nn.Module, images: Tensor, parameters: str = "weights") -> T
     """Gram matrix [B, B], float64: G_ij = g_i . g_j, g_j the gradient of ``score_features(images)[j].sum()``.
 
     Args:
-        model: any module (see ``score_features``); evaluated in evaluation mode, its mode and gradients left as they
-            were.
+        model: any module (see ``score_features``); evaluated in evaluation mode, on a copy:
+            modes, gradients, buffers, caches and torch's random numbers stay what they are.
         images: [B, 3, H, W] on the model's device.
         parameters: "weights", those whose name contains "weight" (what the authors' code takes), or "all". Parameters
             that do not require or do not receive a gradient count nothing.
@@ -45,22 +46,42 @@ def ntk_gram(model: nn.Module, images: Tensor, parameters: str = "weights") -> T
     does not know are named in a warning and take a slower exact path. Splits the batch when memory runs out. The result
     carries no gradient.
     """
+    devices = [images.device] if images.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        return ntk_gram_of(model, images, parameters, torch.get_rng_state())
+
+
+def ntk_gram_of(model: nn.Module, images: Tensor, parameters: str = "weights", draws: Tensor | None = None) -> Tensor:
+    """``ntk_gram``, which may leave torch's generator changed if ``model`` draws random numbers.
+
+    ``draws``: state of torch's generator to begin each forward pass with; None is what it has.
+    """
     if parameters not in ("weights", "all"):
         raise InputError(f"parameters must be 'weights' or 'all', got {parameters!r}")
-    chosen = {
-        name: parameter
-        for name, parameter in model.named_parameters()
+    network = replica(model)
+    originals = dict(model.named_parameters())
+    chosen = {  # copies of a scripted module's parameters are functions of the originals
+        name: parameter if parameter.is_leaf else originals[name]
+        for name, parameter in network.named_parameters()
         if parameter.requires_grad and (parameters == "all" or "weight" in name)
     }
     if not chosen:
         raise InputError("the NTK needs parameters that require gradients, the model has none")
-    was_training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        return _gram(score_features(model), images, chosen, _probe(model, images))
-    finally:
-        for module, mode in was_training.items():
-            module.training = mode
+    with torch.inference_mode(False):
+        images = images.clone() if images.is_inference() else images
+        return _gram(_features(network, draws), images, chosen, _probe(network, images))
+
+
+def _features(model: nn.Module, draws: Tensor | None) -> Callable[[Tensor], Tensor]:
+    features = score_features(model)
+    if draws is None:
+        return features
+
+    def with_draws(images: Tensor) -> Tensor:
+        torch.set_rng_state(draws)
+        return features(images)
+
+    return with_draws
 
 
 def _probe(model: nn.Module, images: Tensor) -> Tensor:
@@ -93,13 +114,21 @@ def _gram(
 
 
 def ntk_condition(gram: Tensor) -> float:
-    """Largest over smallest eigenvalue of a Gram matrix [B, B]; inf (the worst) when it is not finite or not positive
-    definite."""
+    """Largest over smallest eigenvalue of a Gram matrix [B, B]; inf (the worst) when it is not finite or singular.
+
+    Singular to rounding: the smallest eigenvalue is at most B times the rounding unit of ``gram``'s dtype times the
+    largest. Gradients in float32 under a float64 Gram matrix ask for no other bound: errors of 6e-8 in a Jacobian are
+    errors of their square, 4e-15, in its smallest eigenvalue, which is 16 images times float64's 2e-16.
+
+    Raises:
+        InputError: a matrix that is empty or not square.
+    """
     if gram.dim() != 2 or gram.shape[0] != gram.shape[1] or gram.shape[0] == 0:
         raise InputError(f"a Gram matrix is square, got {list(gram.shape)}")
     if not torch.isfinite(gram).all():
         return float("inf")
     eigenvalues = torch.linalg.eigvalsh(gram.double())  # [B], ascending
-    if not eigenvalues[0] > 0:
+    rounding = len(gram) * torch.finfo(gram.dtype).eps * eigenvalues[-1]
+    if not eigenvalues[0] > max(rounding, 0.0):
         return float("inf")
     return float(eigenvalues[-1] / eigenvalues[0])

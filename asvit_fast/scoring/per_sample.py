@@ -3,13 +3,15 @@
 While the network runs, a ``TorchFunctionMode`` sees each torch function that takes a parameter. For those it knows it
 remembers the input and, when the backward pass reaches the output, forms the gradients of all samples with batched
 products, a piece of the parameter at a time, and adds the piece's Gram matrix while the cache has it. A parameter used
-several times gets the sum of its uses; one that meets a function without a rule is differentiated sample by sample.
+several times gets the sum of its uses. Parameters that reach the features in any other way are found in the autograd
+graph and differentiated sample by sample.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,26 +23,15 @@ from ..backends import notify_once
 from ..ops.patch_embed import patch_embed, patch_embed_reference
 from ..ops.patch_merge import patch_merge, patch_merge_reference
 from ..taylor.value import function_name
+from .checkpointing import checkpoints_run_directly, saved_as_usual
 from .contractions import Contraction, Known, gram_of_rows, named, rule_for
 from .patch_merge import channels_last_features, patch_merge_channels_last
 
+_MIXED = (-1,)  # numbers of one parameter in several orders
 _REFERENCES: dict[Any, Callable[..., Tensor]] = {
     patch_embed: patch_embed_reference,
     patch_merge: patch_merge_reference,
 }  # transparent, unlike the fused ops
-_QUESTIONS = {
-    "shape",
-    "size",
-    "dim",
-    "ndim",
-    "dtype",
-    "device",
-    "numel",
-    "requires_grad",
-    "is_floating_point",
-    "get_device",
-    "is_cuda",
-}
 
 
 class RowSink:
@@ -77,26 +68,40 @@ def per_sample_gradients(
     """Gradients of ``features(images)[j].sum()`` for every sample j and parameter, handed to ``sink``.
 
     ``features``: [B, 3, H, W] -> [B, F]. ``probe``: images, perhaps smaller ones, for which ``features`` calls the same
-    functions in the same order; it is run on two of them twice.
+    functions; it is run on two or three of them.
     """
-    sample_major = _sample_major_calls(features, images if probe is None else probe)
-    general: dict[str, str] = {}  # parameters for the slow path -> the function that has no rule
+    with torch.enable_grad(), checkpoints_run_directly():
+        slow, rows = _probe(features, images if probe is None else probe, parameters, len(images))
+        output, recorder = _record(features, images, parameters, slow, rows)
+        remaining = {name: parameters[name] for name in recorder.in_graph(output)}
+        if remaining:
+            listed = ", ".join(f"{name} ({recorder.reason(name)})" for name in remaining)
+            notify_once(
+                ("ntk", listed), f"asvit_fast: the NTK differentiates sample by sample (slower, exact): {listed}"
+            )
+            _one_by_one(output, remaining, sink)
+        if recorder.known:
+            recorder.sink = sink
+            recorder.backward(output.sum())
+            recorder.flush(sink)
+
+
+def _record(
+    features: Callable[[Tensor], Tensor],
+    images: Tensor,
+    parameters: dict[str, nn.Parameter],
+    slow: dict[str, str],
+    rows: dict[str, set[int]] | None,
+) -> tuple[Tensor, _Recorder]:
+    """One forward pass. ``slow``: parameters to leave in the graph -> why; those found on the way are added."""
     while True:
-        recorder = _Recorder(parameters, len(images), sample_major, general)
-        with torch.enable_grad(), recorder:
+        recorder = _Recorder(parameters, len(images), slow, rows)
+        with recorder:
             output = features(images)
-        if not recorder.conflicts:
-            break
-        general |= recorder.conflicts  # used both with and without a rule: all its uses go the slow way
-    slow = {name: parameters[name] for name in recorder.general}
-    if slow:
-        listed = ", ".join(f"{name} ({recorder.general[name]})" for name in slow)
-        notify_once(("ntk", listed), f"asvit_fast: the NTK differentiates sample by sample (slower, exact): {listed}")
-        _one_by_one(output, slow, sink)
-    if recorder.leaves:
-        recorder.sink = sink
-        torch.autograd.backward(output.sum(), inputs=recorder.leaves)
-        recorder.flush(sink)
+        conflicts = recorder.conflicts(output)
+        if not conflicts:
+            return output, recorder
+        slow |= conflicts  # used both with and without a rule: all its uses go the slow way
 
 
 def _one_by_one(output: Tensor, parameters: dict[str, nn.Parameter], sink: RowSink) -> None:
@@ -112,103 +117,128 @@ def _one_by_one(output: Tensor, parameters: dict[str, nn.Parameter], sink: RowSi
         sink.add(name, [torch.stack(gradients_of_samples)])
 
 
-# ------------------------------------------------------------------ which calls keep samples apart
+# ------------------------------------------------------------------ which parameters keep samples apart
 
 
-class _Inputs(TorchFunctionMode):
-    """Collects the first tensor argument of every call that involves a parameter."""
+def _probe(
+    features: Callable[[Tensor], Tensor], images: Tensor, parameters: dict[str, nn.Parameter], batch: int
+) -> tuple[dict[str, str], dict[str, set[int]] | None]:
+    """Parameters for the slow path -> why, and how many rows a sample has in the inputs of each of the others.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Tensor] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if _reshapes_parameter(func, args):
-            return nn.Parameter(func(*_detach(args), **kwargs))
-        known = rule_for(func) is not None or func in _REFERENCES
-        if known and any(isinstance(leaf, nn.Parameter) for leaf in _leaves(args, kwargs)):
-            tensors = (a for a in _leaves(args, kwargs) if isinstance(a, Tensor) and not isinstance(a, nn.Parameter))
-            self.seen.append(next(tensors, torch.empty(0)))
-        return func(*args, **kwargs)
-
-
-def _sample_major_calls(features: Callable[[Tensor], Tensor], images: Tensor) -> list[bool]:
-    """For each call with a parameter, in order: whether its input holds the samples one after the other.
-
-    Found by trying: of two samples the first is exchanged, and then the first half of the input may change and the
-    second may not.
+    A rule needs outputs that hold the samples one after the other, where the rows of a sample reach the features of
+    that sample alone. Found by trying, with another number of samples than ``batch``, so that what does not grow with
+    the batch shows: gradients of one sample's features must be zero in the rows of all others.
     """
-    pair = torch.stack([images[0], images[-1]]) if len(images) > 1 else images[[0, 0]]
-    inputs = []
-    for first in (pair[0], pair[0].flip(-1) + 1):
-        recorder = _Inputs()
-        with torch.no_grad(), recorder:
-            features(torch.stack([first, pair[1]]))
-        inputs.append(recorder.seen)
-
-    def second_half(x: Tensor) -> Tensor:
-        return x[x.shape[0] // 2 :]
-
-    return [
-        a.shape == b.shape and a.dim() > 1 and a.shape[0] % 2 == 0 and torch.equal(second_half(a), second_half(b))
-        for a, b in zip(*inputs, strict=True)
-    ]
+    slow: dict[str, str] = {}
+    if batch == 1:
+        return slow, None
+    samples = 3 if batch == 2 else 2
+    images = images[torch.arange(samples, device=images.device) % len(images)]
+    output, recorder = _record(features, images, parameters, slow, None)
+    for sample in (0, samples - 1):
+        recorder.probed = sample
+        recorder.backward(output[sample].sum())
+    return slow | recorder.mixing, recorder.rows
 
 
 # ------------------------------------------------------------------ the recorder
+
+
+class _Tap(torch.autograd.Function):
+    """The identity, whose backward pass shows the gradient. ``anchor`` requires a gradient: the pass must come by."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, anchor: Tensor, reached: Callable[[Tensor], None]) -> Tensor:
+        ctx.reached = reached
+        return out.detach()  # not a view to autograd: may be written to
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        ctx.reached(gradient)
+        return gradient, None, None
 
 
 class _Recorder(TorchFunctionMode):
     """Runs known functions on detached parameters, so that the backward pass computes gradients of activations only."""
 
     def __init__(
-        self, parameters: dict[str, nn.Parameter], samples: int, sample_major: list[bool], forced: dict[str, str]
+        self,
+        parameters: dict[str, nn.Parameter],
+        samples: int,
+        slow: dict[str, str],
+        expected_rows: dict[str, set[int]] | None,
     ) -> None:
         super().__init__()
         self.names = {id(parameter): name for name, parameter in parameters.items()}
         self.samples = samples
-        self.sample_major = iter(sample_major)
-        self.inside: bool | None = None  # inside an op's reference: whether the op keeps samples apart
-        self.forced = forced
-        self.general: dict[str, str] = {}
+        self.slow = slow
+        self.expected_rows = expected_rows  # of a sample in the inputs of known functions, by parameter
+        self.rows: dict[str, set[int]] = defaultdict(set)  # those seen
+        self.general: dict[str, str] = {}  # parameter -> a function without a rule that takes it
+        self.mixing: dict[str, str] = {}  # parameter -> a function whose rows of one sample reach another
         self.reshaped: dict[int, nn.Parameter] = {}  # other views of parameters, kept alive as their ids are names
         self.known: dict[str, int] = defaultdict(int)  # uses not yet seen by the backward pass
         self.several: set[str] = set()  # used more than once
         self.orders: dict[int, tuple[int, ...]] = {}  # of views with the numbers in another order, by id
         self.order_of: dict[str, tuple[int, ...] | None] = {}
-        self.leaves: list[Tensor] = []
+        self.anchor = torch.zeros((), requires_grad=True)
         self.pending: dict[str, Tensor] = {}
-        self.sink: RowSink | None = None  # None: backward passes go by unrecorded
+        self.sink: RowSink | None = None  # where gradients go
+        self.probed: int | None = None  # or the sample whose features are differentiated by the probe
+        self.replaying = False  # during a backward pass, for checkpoints that run their functions again
 
-    @property
-    def conflicts(self) -> dict[str, str]:
-        """Parameters that need the slow path but were detached somewhere."""
+    def in_graph(self, output: Tensor) -> list[str]:
+        """Parameters that reach ``output`` other than through a known function, in the order of the model."""
+        reached = _leaves_of(output)
+        return list(dict.fromkeys(name for i, name in self.names.items() if i in reached))
+
+    def conflicts(self, output: Tensor) -> dict[str, str]:
+        """Parameters that need the slow path but were detached somewhere -> why."""
         detached = {*self.known, *(self.names[i] for i in self.reshaped)}
-        return {name: func for name, func in self.general.items() if name in detached and name not in self.forced}
+        conflicting = [*self.in_graph(output), *(name for name, order in self.order_of.items() if order == _MIXED)]
+        return {name: self.reason(name) for name in conflicting if name in detached and name not in self.slow}
+
+    def reason(self, name: str) -> str:
+        return self.slow.get(name) or self.general.get(name) or "a function of its own"
+
+    def backward(self, total: Tensor) -> None:
+        """Gradients of the scalar ``total`` pass by the outputs of known functions and end there."""
+        self.replaying = True
+        if self.known:
+            with self:
+                torch.autograd.backward(total, inputs=[self.anchor], retain_graph=self.sink is None)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        parameters = [leaf for leaf in _leaves(args, kwargs) if isinstance(leaf, nn.Parameter)]
-        if not parameters or function_name(func) in _QUESTIONS:
-            return func(*args, **kwargs)
-        name = self.names.get(id(args[0])) if _reshapes_parameter(func, args) else None
-        if name is not None and name not in self.forced:
-            return self._view(name, func(*_detach(args), **kwargs))
-        rule = rule_for(func)
-        keeps_samples_apart = self._keeps_samples_apart() if rule is not None or func in _REFERENCES else False
-        wanted = {self.names[id(p)]: p for p in parameters if id(p) in self.names}
-        forced = any(name in self.forced for name in wanted)
-        known = rule(args, kwargs, self.samples) if rule is not None and keeps_samples_apart and not forced else None
-        if known is None and func in _REFERENCES:
-            return self._look_inside(func, args, kwargs, keeps_samples_apart, forced)
-        if known is None:
+        with saved_as_usual():
+            parameters = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, nn.Parameter)]
+            wanted = {self.names[id(p)]: p for p in parameters if id(p) in self.names}
+            if self.replaying or not wanted or not torch.is_grad_enabled():
+                return func(*args, **kwargs)
+            if self.slow.keys().isdisjoint(wanted):
+                if _reshapes_parameter(func, args):
+                    return self._view(self.names[id(args[0])], func(*_detach(args), **kwargs))
+                known = self._known(func, args, kwargs, wanted)
+                if known is not None:
+                    return self._run(func, args, kwargs, known, wanted)
+            if func in _REFERENCES:
+                return self._look_inside(func, args, kwargs)
             self.general |= dict.fromkeys(wanted, function_name(func))
-            return func(*_detach(args, keep=wanted), **_detach(kwargs, keep=wanted))
-        return self._run(func, args, kwargs, known, wanted)
+            return func(*args, **kwargs)
 
-    def _keeps_samples_apart(self) -> bool:
-        return next(self.sample_major, False) if self.inside is None else self.inside
+    def _known(self, func: Any, args: Any, kwargs: Any, wanted: dict[str, nn.Parameter]) -> Known | None:
+        """What the rule of ``func`` makes of this call, if there is one that serves all parameters of the call."""
+        rule = rule_for(func)
+        known = (
+            None
+            if rule is None or any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+            else rule(args, kwargs, self.samples)
+        )
+        if known is None or not all(id(p) in known.contractions for p in wanted.values()):
+            return None
+        if self.expected_rows is not None and any(known.rows not in self.expected_rows[name] for name in wanted):
+            return None
+        return known
 
     def _view(self, name: str, numbers: Tensor, order: tuple[int, ...] | None = None) -> nn.Parameter:
         """The numbers of a parameter under another shape, or in another order."""
@@ -219,21 +249,19 @@ class _Recorder(TorchFunctionMode):
             self.orders[id(view)] = order
         return view
 
-    def _look_inside(self, func: Any, args: Any, kwargs: Any, keeps_samples_apart: bool, forced: bool) -> Tensor:
+    def _look_inside(self, func: Any, args: Any, kwargs: Any) -> Tensor:
         implementation = _REFERENCES[func]
         names = ("x", "weight", "kernel", "stride", "norm_weight", "norm_bias", "bias")
         x, weight, kernel, stride, *norms, bias = named(args, kwargs, *names)
-        if func is patch_merge and not forced and all(isinstance(p, nn.Parameter) for p in (weight, *norms)):
+        if func is patch_merge and all(
+            isinstance(p, nn.Parameter) and self.names.get(id(p)) not in self.slow for p in (weight, *norms)
+        ):
             eps, order = named(args[7:], kwargs, "eps", "order")
             views = [self._channels_last(p, x.shape[3], order or "unfold") for p in (weight, *norms)]
             implementation = patch_merge_channels_last
             args, kwargs = (x, views[0], kernel, stride, *views[1:], bias, 1e-5 if eps is None else eps), {}
-        self.inside = keeps_samples_apart
-        try:
-            with self:
-                return implementation(*args, **kwargs)
-        finally:
-            self.inside = None
+        with self:
+            return implementation(*args, **kwargs)
 
     def _channels_last(self, parameter: nn.Parameter, channels: int, order: str) -> nn.Parameter:
         """The features of a neighbourhood channels last: the Gram matrix does not see the order."""
@@ -242,33 +270,28 @@ class _Recorder(TorchFunctionMode):
         return nn.Parameter(numbers) if name is None else self._view(name, numbers, key)
 
     def _run(self, func: Any, args: Any, kwargs: Any, known: Known, wanted: dict[str, nn.Parameter]) -> Tensor:
-        needed = {name: known.contractions[id(p)] for name, p in wanted.items() if id(p) in known.contractions}
-        unknown = set(wanted) - set(needed)
-        self.general |= dict.fromkeys(unknown, function_name(func))
-        if unknown and not needed:
-            return func(*_detach(args, keep=wanted), **_detach(kwargs, keep=wanted))
         out = func(*_detach(args), **_detach(kwargs)) if known.forward is None else known.forward()
-        if not needed:
-            return out
-        if not out.requires_grad:
-            out = out.requires_grad_()
-            self.leaves.append(out)
+        contractions = {name: known.contractions[id(parameter)] for name, parameter in wanted.items()}
         for name, parameter in wanted.items():
-            if name not in needed:
-                continue
+            self.rows[name].add(known.rows)
             self.known[name] += 1
             if self.known[name] > 1:
                 self.several.add(name)
             order = self.orders.get(id(parameter))
             if self.order_of.setdefault(name, order) != order:  # such rows cannot be added
+                self.order_of[name] = _MIXED
                 self.general[name] = function_name(func)
-        out.register_hook(lambda gradient: self._reached(gradient, needed))
-        return out.view_as(out)
+        return _Tap.apply(out, self.anchor, partial(self._reached, function_name(func), contractions))
 
-    def _reached(self, gradient: Tensor, needed: dict[str, Contraction]) -> None:
+    def _reached(self, function: str, contractions: dict[str, Contraction], gradient: Tensor) -> None:
+        if self.probed is not None:
+            of_samples = gradient.reshape(self.samples, -1)
+            others = torch.cat([of_samples[: self.probed], of_samples[self.probed + 1 :]])
+            if others.nan_to_num(nan=0.0).any():  # NaN: 0 times infinity, of a network that overflows
+                self.mixing |= dict.fromkeys(contractions, function)
         if self.sink is None:
             return
-        for name, contraction in needed.items():
+        for name, contraction in contractions.items():
             self.known[name] -= 1
             if name in self.several:
                 rows = torch.cat(list(contraction.rows(gradient)), 1)
@@ -292,14 +315,19 @@ def _reshapes_parameter(func: Any, args: Any) -> bool:
     return function_name(func) in ("reshape", "view", "flatten") and bool(args) and isinstance(args[0], nn.Parameter)
 
 
-def _leaves(args: Any, kwargs: Any) -> Iterable[Any]:
-    return pytree.tree_leaves((args, kwargs))
+def _detach(values: Any) -> Any:
+    return pytree.tree_map(lambda value: value.detach() if isinstance(value, nn.Parameter) else value, values)
 
 
-def _detach(values: Any, keep: dict[str, nn.Parameter] | None = None) -> Any:
-    kept = {id(p) for p in (keep or {}).values()}
-
-    def one(value: Any) -> Any:
-        return value.detach() if isinstance(value, nn.Parameter) and id(value) not in kept else value
-
-    return pytree.tree_map(one, values)
+def _leaves_of(output: Tensor) -> set[int]:
+    """Ids of the leaves of the autograd graph that ends in ``output``."""
+    found, nodes, seen = set(), [output.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):  # of a leaf, the node that accumulates its gradient
+            found.add(id(node.variable))
+        nodes.extend(before for before, _ in node.next_functions)
+    return found

@@ -6,9 +6,12 @@ import copy
 import functools
 import math
 import statistics
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,120 +21,26 @@ from torch import Tensor, nn
 
 from ..backends import computing_device
 from ..errors import InputError
+from ..images import fingerprint, load_images
 from ..models import AsViT, create_model
 from ..nn import OverlapPatchEmbed, PatchMerging
 from ..topology import Topology
-from .curve import check_convention, circle, curve, theta_grid
-from .measures import curvature, gauss_length, length_distortion
-from .ntk import ntk_condition, ntk_gram, score_features
+from .curve import circle, curve, theta_grid
+from .ntk import ntk_condition, ntk_gram_of, score_features
+from .replica import replica
+from .result import CURVE_METRICS, Measure, Score, ScoreSettings
 from .workers import side_by_side, worker_count
 
-CURVE_METRICS = {"length_distortion": length_distortion, "curvature": curvature, "gauss_length": gauss_length}
-METRICS = (*CURVE_METRICS, "ntk_condition")
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
 
 Target = Topology | nn.Module | str
 Seed = int | tuple[int, ...]
+Task = tuple[tuple[Target, int, Seed], tuple[str, ...]]  # (network, repeat, seed), metrics
 
 # What a random stream is for: streams of different purposes never coincide.
-WEIGHTS, CONVOLUTION, CIRCLE, IMAGES = range(4)
+WEIGHTS, CONVOLUTION, CIRCLE, IMAGES, DRAWS = range(5)
 
-
-@dataclass(frozen=True)
-class ScoreSettings:
-    """How to score.
-
-    metrics: of "length_distortion", "curvature", "gauss_length", "ntk_condition". img_size: pixels, int or (height,
-        width).
-    thetas: points of the circle. repeats: networks drawn. batch: images of the NTK. convention: "paper" or "reference".
-    norms: "auto" takes the norms out of our networks for the curve (as the authors do) and keeps those of any other;
-    "identity" and "keep" do so for every network. device: None is CUDA if there is one.
-    Raises InputError for a value that cannot be used.
-    """
-
-    metrics: tuple[str, ...] = ("length_distortion", "curvature", "ntk_condition")
-    img_size: int | tuple[int, int] = 224
-    thetas: int = 10
-    repeats: int = 5
-    batch: int = 16
-    convention: str = "paper"
-    norms: str = "auto"
-    device: str | torch.device | None = None
-
-    def __post_init__(self) -> None:
-        if isinstance(self.metrics, str):
-            object.__setattr__(self, "metrics", tuple(self.metrics.split(",")))
-        object.__setattr__(self, "metrics", tuple(self.metrics))
-        unknown = [name for name in self.metrics if name not in METRICS]
-        if unknown or not self.metrics:
-            raise InputError(f"metrics must be some of {', '.join(METRICS)}, got {', '.join(unknown) or 'none'}")
-        for name, low in (("thetas", 1), ("repeats", 1), ("batch", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise InputError(f"{name} must be an integer of {low} or more, got {value!r}")
-        if self.norms not in ("auto", "identity", "keep"):
-            raise InputError(f"norms must be 'auto', 'identity' or 'keep', got {self.norms!r}")
-        check_convention(self.convention)
-        if any(not isinstance(side, int) or side < 1 for side in self.image_shape):
-            raise InputError(f"img_size must be pixels, one integer or (height, width), got {self.img_size!r}")
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width)."""
-        size = (self.img_size, self.img_size) if isinstance(self.img_size, int) else tuple(self.img_size)
-        if len(size) != 2:
-            raise InputError(f"img_size must be pixels, one integer or (height, width), got {self.img_size!r}")
-        return (3, *size)
-
-
-@dataclass(frozen=True)
-class Measure:
-    """One metric over the repeats; ``seconds`` is the time of one repeat (metrics of the same pass share it).
-
-    Non-finite values stay what they are: they are reported, and rank worst.
-    """
-
-    values: tuple[float, ...]
-    seconds: float
-
-    @property
-    def mean(self) -> float:
-        return sum(self.values) / len(self.values)
-
-    @property
-    def std(self) -> float:
-        """Sample standard deviation; 0 for a single value, NaN when a value is not finite."""
-        if len(self.values) == 1:
-            return 0.0
-        return statistics.stdev(self.values) if all(map(math.isfinite, self.values)) else math.nan
-
-
-@dataclass(frozen=True)
-class Score(Mapping[str, Measure]):
-    """Metric name -> Measure, with what was scored and how."""
-
-    target: str
-    settings: ScoreSettings
-    measures: dict[str, Measure]
-
-    def __getitem__(self, metric: str) -> Measure:
-        return self.measures[metric]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.measures)
-
-    def __len__(self) -> int:
-        return len(self.measures)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings and lists."""
-        settings = {**asdict(self.settings), "metrics": list(self.settings.metrics)}
-        settings["device"] = None if self.settings.device is None else str(self.settings.device)
-        measures = {
-            name: {"mean": m.mean, "std": m.std, "seconds": m.seconds, "values": list(m.values)}
-            for name, m in self.measures.items()
-        }
-        return {"target": self.target, "settings": settings, "metrics": measures}
+_torch_generator = threading.Lock()  # held while weights are drawn from torch's own generator
 
 
 def score(
@@ -154,7 +63,9 @@ def score(
             the weights it has: its repeats differ in the circle, and its NTK is measured once.
         metrics, img_size, thetas, repeats, batch, convention, device, norms: see ScoreSettings.
         images: for the NTK: [batch or more, 3, H, W], a folder of images, or None for standard normal ones.
-        seed: of weights, circles and images; the same seed gives the same scores.
+        seed: of weights, circles and images; the same seed gives the same scores to the bit on one kind of processor,
+            with any number of threads: networks share the threads, each computes with one. torch's own generator is
+            left as it was.
 
     Returns:
         A mapping: ``score(...)["length_distortion"].mean``, ``.std``, ``.seconds``, ``.values``.
@@ -164,16 +75,19 @@ def score(
         TaylorError: a network that cannot be propagated, naming the function.
     """
     settings = ScoreSettings(metrics, img_size, thetas, repeats, batch, convention, norms, device)
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise InputError(f"seed must be an integer of 0 or more, got {seed!r}")
     target = parse_target(target)
     where = computing_device(device)
     pixels = load(images, settings)
-    is_module = isinstance(target, nn.Module)
-    if is_module:  # one network: its repeats take turns, and its NTK is measured once
-        results = [score_repeat(target, r, settings, pixels, seed, skip_ntk=r > 0) for r in range(repeats)]
+    if isinstance(target, nn.Module):
+        where = _placement(target)[0] if device is None else where
+        results = _score_module(target, settings, pixels, where, seed)
     else:
         results = score_networks([(target, r, seed) for r in range(repeats)], settings, pixels, where)
     measures = {name: _measure([result[name] for result in results if name in result]) for name in settings.metrics}
-    return Score(_describe(target), settings, measures)
+    source = None if pixels is None else fingerprint(pixels) if isinstance(images, Tensor) else str(images)
+    return Score(_describe(target), replace(settings, device=where), measures, seed, source)
 
 
 def _measure(results: list[dict[str, float]]) -> Measure:
@@ -191,20 +105,50 @@ def score_networks(
 
     Networks left over when every worker has had its share are done in two parts, the NTK and the curve.
     """
-    metrics = settings.metrics
-    parts = [tuple(m for m in metrics if (m in CURVE_METRICS) is of_curve) for of_curve in (False, True)]
+    parts = _parts(settings.metrics)
     workers = worker_count(len(networks) * len(parts), device)
-    whole = len(networks) // workers * workers if workers > 1 and all(parts) else len(networks)
-    tasks = [(network, metrics) for network in networks[:whole]]
+    whole = len(networks) // workers * workers if workers > 1 and len(parts) > 1 else len(networks)
+    tasks = [(network, settings.metrics) for network in networks[:whole]]
     tasks += [(network, part) for network in networks[whole:] for part in parts]
-
-    def work(task: tuple[tuple[Target, int, Seed], tuple[str, ...]]) -> dict[str, dict[str, float]]:
-        (target, repeat, seed), wanted = task
-        return score_repeat(target, repeat, replace(settings, metrics=wanted), images, seed)
-
-    done = side_by_side(work, tasks, device)
+    done = _score_tasks(tasks, settings, images, device)
     surplus = [ntk | of_curve for ntk, of_curve in zip(done[whole::2], done[whole + 1 :: 2], strict=True)]
     return done[:whole] + surplus
+
+
+def _score_module(
+    model: nn.Module, settings: ScoreSettings, images: Tensor | None, device: torch.device, seed: int
+) -> list[dict[str, dict[str, float]]]:
+    """The NTK of one network once, and its curves."""
+    tasks: list[Task] = []
+    for part in _parts(settings.metrics):
+        times = 1 if part == ("ntk_condition",) else settings.repeats
+        tasks += [((model, repeat, seed), part) for repeat in range(times)]
+    return _score_tasks(tasks, settings, images, device)
+
+
+def _parts(metrics: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """The NTK's metric and the curve's, without empty parts."""
+    parts = [tuple(m for m in metrics if (m in CURVE_METRICS) is of_curve) for of_curve in (False, True)]
+    return [part for part in parts if part]
+
+
+def _score_tasks(
+    tasks: Sequence[Task], settings: ScoreSettings, images: Tensor | None, device: torch.device
+) -> list[dict[str, dict[str, float]]]:
+    """Networks that draw random numbers (few do) are found by torch's generator having moved, and done one by one."""
+
+    def work(task: Task, own_generator: bool) -> dict[str, dict[str, float]]:
+        (target, repeat, seed), wanted = task
+        part = replace(settings, metrics=wanted)
+        return score_repeat(target, repeat, part, images, seed, own_generator)
+
+    together = worker_count(len(tasks), device) > 1
+    before = torch.get_rng_state()
+    done = side_by_side(partial(work, own_generator=not together), tasks, device)
+    if torch.equal(torch.get_rng_state(), before):
+        return done
+    torch.set_rng_state(before)
+    return side_by_side(partial(work, own_generator=True), tasks, device, most_workers=1)
 
 
 def score_repeat(
@@ -213,7 +157,7 @@ def score_repeat(
     settings: ScoreSettings,
     images: Tensor | None = None,
     seed: Seed = 0,
-    skip_ntk: bool = False,
+    own_generator: bool = True,
 ) -> dict[str, dict[str, float]]:
     """Every metric of one network: {metric: {"value", "seconds"}}, a pure function of its arguments.
 
@@ -223,19 +167,26 @@ def score_repeat(
         images: [batch or more, 3, H, W] for the NTK, or None for standard normal ones.
         seed: an integer, or a tuple whose first entry alone decides circles and images (so that candidates share them)
             while the whole tuple decides the weights.
+        own_generator: give random numbers that the network draws to its own seed, for which no other thread may draw
+            any at the same time. torch's generator is then left as it was.
     """
     target = parse_target(target)
     model = _draw(target, repeat, settings, seed)
+    device = _placement(model)[0]
+    draws = partial(_drawing_from, stream(_root(seed), DRAWS, repeat), device) if own_generator else nullcontext
     results: dict[str, dict[str, float]] = {}
     try:
-        if "ntk_condition" in settings.metrics and not skip_ntk:
+        if "ntk_condition" in settings.metrics:
             started = time.perf_counter()
-            value = ntk_condition(ntk_gram(model, _ntk_images(images, settings, _root(seed)).to(*_placement(model))))
+            pixels = _ntk_images(images, settings, _root(seed)).to(*_placement(model))  # [batch, 3, H, W]
+            with draws():
+                value = ntk_condition(ntk_gram_of(model, pixels))
             results["ntk_condition"] = {"value": value, "seconds": time.perf_counter() - started}
         curve_metrics = [name for name in settings.metrics if name in CURVE_METRICS]
         if curve_metrics:
             started = time.perf_counter()
-            values = _curve_values(model, curve_metrics, repeat, settings, _root(seed))
+            with draws():
+                values = _curve_values(model, curve_metrics, repeat, settings, _root(seed))
             passed = time.perf_counter() - started
             results |= {name: {"value": value, "seconds": passed} for name, value in values.items()}
     except AssertionError as error:  # how timm refuses an image size
@@ -266,8 +217,6 @@ def load(images: Tensor | str | Path | None, settings: ScoreSettings) -> Tensor 
     if images is None or "ntk_condition" not in settings.metrics:
         return None
     if isinstance(images, (str, Path)):
-        from ..images import load_images
-
         return load_images(images, settings.batch, settings.image_shape[1:])
     if images.dim() != 4 or tuple(images.shape[1:]) != settings.image_shape or len(images) < settings.batch:
         wanted = [f"{settings.batch} or more", *settings.image_shape]
@@ -302,7 +251,7 @@ def _draw(target: Topology | nn.Module | str, repeat: int, settings: ScoreSettin
     device = computing_device(settings.device)
     if isinstance(target, nn.Module):
         moves = settings.device is not None and _placement(target)[0] != device
-        return copy.deepcopy(target).to(device) if moves else target
+        return copy.deepcopy(target).eval().to(device) if moves else replica(target)
     key = (seed,) if isinstance(seed, int) else seed
     if isinstance(target, Topology):
         with torch.device("meta"):
@@ -316,12 +265,24 @@ def _draw(target: Topology | nn.Module | str, repeat: int, settings: ScoreSettin
 
     fixed = timm.get_pretrained_cfg_value(target, "fixed_input_size") or target.startswith("asvit")
     options: dict[str, Any] = {"img_size": settings.image_shape[1:]} if fixed else {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream(*key, WEIGHTS, repeat).initial_seed())
+    cpu = torch.device("cpu")
+    with _torch_generator, cpu, _drawing_from(stream(*key, WEIGHTS, repeat), cpu):
         try:
             return timm.create_model(target, **options).eval().to(device)
         except (AssertionError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"timm cannot build {target!r} for images of {settings.image_shape}: {error}") from error
+
+
+@contextmanager
+def _drawing_from(generator: torch.Generator, device: torch.device) -> Iterator[None]:
+    """torch's generators, of the CPU and of ``device``, draw what ``generator``'s seed decides, and forget it."""
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.default_generator.manual_seed(generator.initial_seed())
+        for one in cuda:
+            with torch.cuda.device(one):
+                torch.cuda.manual_seed(generator.initial_seed())
+        yield
 
 
 def _placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -355,14 +316,8 @@ def _curve_values(
     scale = math.sqrt(u0.numel()) if settings.convention == "paper" else 1.0
     theta = theta_grid(settings.thetas, settings.convention)
     order = 1 if metrics == ["length_distortion"] else 2
-    was_training = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        with torch.no_grad():
-            c = curve(score_features(network), theta, u0, u1, scale, order)
-    finally:
-        for module, mode in was_training.items():
-            module.training = mode
+    with torch.no_grad():
+        c = curve(score_features(network), theta, u0, u1, scale, order)
     return {name: CURVE_METRICS[name](c, settings.convention) for name in metrics}
 
 

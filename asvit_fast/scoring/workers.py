@@ -12,7 +12,7 @@ import torch
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-MOST_WORKERS = 4  # each holds the activations of a network of its own
+MOST_WORKERS = 8  # each holds the activations of a network of its own
 
 
 def worker_count(tasks: int, device: torch.device) -> int:
@@ -20,17 +20,21 @@ def worker_count(tasks: int, device: torch.device) -> int:
     return max(1, min(tasks, torch.get_num_threads(), MOST_WORKERS)) if device.type == "cpu" else 1
 
 
-def side_by_side(work: Callable[[Task], Result], tasks: Sequence[Task], device: torch.device) -> list[Result]:
-    """``[work(task) for task in tasks]``, on a CPU in several threads that share torch's threads among them.
+def side_by_side(
+    work: Callable[[Task], Result], tasks: Sequence[Task], device: torch.device, most_workers: int = MOST_WORKERS
+) -> list[Result]:
+    """``[work(task) for task in tasks]``, on a CPU in several threads, each of which computes with one thread.
 
-    Whole networks side by side use the cores better than one network at a time with every product cut in pieces, and do
-    not stall when other processes use the machine too. torch's work leaves the interpreter free to run the others.
+    Sums that several threads share come out in another order, so with a thread for each task results are the same to
+    the bit on any number of cores. Whole tasks side by side also use few cores better than one task at a time with
+    every product cut in pieces; cores beyond the number of tasks are left idle. torch's work leaves the interpreter
+    free to run the others.
     """
     threads = torch.get_num_threads()
-    workers = worker_count(len(tasks), device)
-    if workers == 1:
+    if device.type != "cpu" or threads == 1 or not tasks:
         return [work(task) for task in tasks]
-    pool = ThreadPoolExecutor(workers, "score", initializer=torch.set_num_threads, initargs=(threads // workers,))
+    workers = min(worker_count(len(tasks), device), most_workers)
+    pool = ThreadPoolExecutor(workers, "score", initializer=torch.set_num_threads, initargs=(1,))
     try:
         contexts = [contextvars.copy_context() for _ in tasks]  # use_backend holds in the threads, too
         return list(pool.map(lambda context, task: context.run(work, task), contexts, tasks))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from torch import Tensor
 from ..backends import rank_device
 from ..cost import Cost, topology_cost
 from ..errors import InputError
+from ..images import fingerprint
 from ..scoring import ScoreSettings
 from ..scoring.score import load, score_networks
 from ..topology import Topology
@@ -81,7 +81,7 @@ class Evaluator:
         self.images = load(images, self.settings) if scorer is None else None  # [batch, 3, H, W]
         self.config = {
             "scorer": "default" if scorer is None else "custom",
-            "images": _fingerprint(self.images),
+            "images": None if self.images is None else fingerprint(self.images),
             "seed": seed,
             "convention": convention,
             "img_size": img_size,
@@ -125,12 +125,3 @@ class Evaluator:
         values = share(tasks)
         groups = [values[start : start + self.repeats] for start in range(0, len(values), self.repeats)]
         return [Measures(*(sum(column) / self.repeats for column in zip(*group, strict=True))) for group in groups]
-
-
-def _fingerprint(images: Tensor | None) -> str | None:
-    """Enough to tell whether a run is continued with the images it was begun with."""
-    if images is None:
-        return None
-    content = images.detach().cpu().contiguous()
-    shape = "x".join(map(str, content.shape))
-    return f"{shape} {hashlib.sha256(content.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]}"

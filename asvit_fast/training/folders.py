@@ -8,9 +8,10 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from timm.data import create_dataset
+from timm.data import ImageDataset, create_dataset
 
 from ..errors import InputError
+from ..images import ImageFolder, ImageTar, is_hidden
 
 PACKAGES = {  # prefix of the name -> module, package of pip
     "hfds": ("datasets", "datasets"),
@@ -45,7 +46,8 @@ def open_split(
             f"dataset {dataset!r} needs the package {package}, which is not installed: pip install {package}"
         )
     streaming: dict[str, Any] = {"is_training": training, "seed": seed} if prefix in ITERABLE else {}
-    labels: dict[str, Any] = {"class_map": class_map or None, "input_img_mode": mode} if prefix != "torch" else {}
+    decoded = mode if prefix == "tfds" else ""  # the others leave an image as its file has it
+    labels: dict[str, Any] = {"class_map": class_map or None, "input_img_mode": decoded} if prefix != "torch" else {}
     try:
         return create_dataset(dataset, root=str(data), split=split, **labels, **streaming)
     except Exception as error:  # each library has its own
@@ -60,8 +62,10 @@ def _open_folder(data: Path, split: str, class_map: str, mode: str) -> Any:
     if class_map and not Path(class_map).is_file() and not (root / class_map).is_file():
         raise InputError(f"class_map {class_map!r} is no file, neither here nor in {str(root)!r}; give its path")
     try:
-        classes: Any = {"class_map": class_map} if class_map else {}
-        dataset = create_dataset("", root=str(root), search_split=False, input_img_mode=mode, **classes)
+        reader = ImageTar(root, class_map) if root.is_file() else ImageFolder(root, class_map)
+        dataset = ImageDataset(str(root), reader=reader, input_img_mode=mode)
+    except InputError:
+        raise
     except (
         RuntimeError,
         ValueError,
@@ -118,7 +122,7 @@ def _check_class_folders(root: Path, files: list[str]) -> None:
         for parent in above
         if parent == root or root in parent.parents
         for folder in parent.iterdir()
-        if folder.is_dir() and folder not in full | above and not folder.name.startswith(".")
+        if folder.is_dir() and folder not in full | above and not is_hidden(folder.name)
     ]
     if empty:
         raise InputError(

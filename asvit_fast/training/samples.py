@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset, ge
 from torchvision.transforms.functional import to_pil_image
 
 from ..errors import InputError
-from ..images import UnreadableImage
+from ..images import UnreadableImage, decode
 from . import sampling
 from .transforms import Transform
 
@@ -141,7 +141,7 @@ def read(dataset: Any, index: int, mode: str) -> tuple[Any, Any]:
     try:
         file, target = dataset.reader[index][:2]
         with file, Image.open(file) as image:
-            return image.convert(mode), target
+            return decode(image, mode), target
     except Exception as error:
         raise UnreadableImage(dataset.filename(index, absolute=True) or f"number {index}", error) from error
 
@@ -155,7 +155,7 @@ def finish(image: Any, target: Any, samples: Samples | StreamSamples) -> tuple[T
         return image, number, [0] * 4
     if isinstance(image, Tensor):
         image = to_pil_image(image)
-    transformed = samples.transform(image.convert(samples.mode))  # uint8 [3, H, W]
+    transformed = samples.transform(decode(image, samples.mode))  # uint8 [3, H, W]
     drawn = torch.rand(()).item() < samples.reprob
     return transformed, number, torch.randint(1, 2**31, (4,)).tolist() if drawn else [0] * 4
 

@@ -1,0 +1,147 @@
+"""What to score, and what came of it."""
+
+from __future__ import annotations
+
+import html
+import math
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+from .curve import check_convention
+from .measures import curvature, gauss_length, length_distortion
+
+CURVE_METRICS = {"length_distortion": length_distortion, "curvature": curvature, "gauss_length": gauss_length}
+METRICS = (*CURVE_METRICS, "ntk_condition")
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """How to score.
+
+    metrics: of "length_distortion", "curvature", "gauss_length", "ntk_condition". img_size: pixels, int or (height,
+        width).
+    thetas: points of the circle. repeats: networks drawn. batch: images of the NTK. convention: "paper" or "reference".
+    norms: "auto" takes the norms out of our networks for the curve (as the authors do) and keeps those of any other;
+    "identity" and "keep" do so for every network. device: None is CUDA if there is one.
+    Raises InputError for a value that cannot be used.
+    """
+
+    metrics: tuple[str, ...] = ("length_distortion", "curvature", "ntk_condition")
+    img_size: int | tuple[int, int] = 224
+    thetas: int = 10
+    repeats: int = 5
+    batch: int = 16
+    convention: str = "paper"
+    norms: str = "auto"
+    device: str | torch.device | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.metrics, str):
+            object.__setattr__(self, "metrics", tuple(self.metrics.split(",")))
+        object.__setattr__(self, "metrics", tuple(self.metrics))
+        unknown = [name for name in self.metrics if name not in METRICS]
+        if unknown or not self.metrics:
+            raise InputError(f"metrics must be some of {', '.join(METRICS)}, got {', '.join(unknown) or 'none'}")
+        for name, low in (("thetas", 1), ("repeats", 1), ("batch", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise InputError(f"{name} must be an integer of {low} or more, got {value!r}")
+        if self.norms not in ("auto", "identity", "keep"):
+            raise InputError(f"norms must be 'auto', 'identity' or 'keep', got {self.norms!r}")
+        check_convention(self.convention)
+        if any(not isinstance(side, int) or side < 1 for side in self.image_shape):
+            raise InputError(f"img_size must be pixels, one integer or (height, width), got {self.img_size!r}")
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        size = (self.img_size, self.img_size) if isinstance(self.img_size, int) else tuple(self.img_size)
+        if len(size) != 2:
+            raise InputError(f"img_size must be pixels, one integer or (height, width), got {self.img_size!r}")
+        return (3, *size)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One metric over the repeats; ``seconds`` is the time of one repeat (metrics of the same pass share it).
+
+    Non-finite values stay what they are: they are reported, and rank worst.
+    """
+
+    values: tuple[float, ...]
+    seconds: float
+
+    @property
+    def mean(self) -> float:
+        return sum(self.values) / len(self.values)
+
+    @property
+    def std(self) -> float:
+        """Sample standard deviation; 0 for a single value, NaN when a value is not finite."""
+        if len(self.values) == 1:
+            return 0.0
+        return statistics.stdev(self.values) if all(map(math.isfinite, self.values)) else math.nan
+
+
+@dataclass(frozen=True, repr=False)
+class Score(Mapping[str, Measure]):
+    """Metric name -> Measure, with what was scored and how; ``images`` names those of the NTK, None is noise."""
+
+    target: str
+    settings: ScoreSettings
+    measures: dict[str, Measure]
+    seed: int = 0
+    images: str | None = None
+
+    def __getitem__(self, metric: str) -> Measure:
+        return self.measures[metric]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.measures)
+
+    def __len__(self) -> int:
+        return len(self.measures)
+
+    def __repr__(self) -> str:
+        """The target and one metric a line."""
+        width = max(map(len, self.measures))
+        lines = (f"  {name:{width}}  {m.mean:.5g} ± {m.std:.2g}" for name, m in self.measures.items())
+        return "\n".join([f"Score({_shortened(self.target)!r}, seed={self.seed})", *lines])
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        rows = "".join(
+            f"<tr><th>{name}</th><td>{m.mean:.5g}</td><td>{m.std:.2g}</td><td>{m.seconds:.3g}</td></tr>"
+            for name, m in self.measures.items()
+        )
+        head = "<tr><th>score</th><th>mean</th><th>std</th><th>seconds</th></tr>"
+        return f"<table><caption>{html.escape(self.target)}, seed {self.seed}</caption>{head}{rows}</table>"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and lists; ``settings`` has all that makes the result."""
+        settings = {**asdict(self.settings), "metrics": list(self.settings.metrics)}
+        settings["device"] = None if self.settings.device is None else str(self.settings.device)
+        settings |= {"seed": self.seed, "images": self.images}
+        measures = {
+            name: {"mean": m.mean, "std": m.std, "seconds": m.seconds, "values": list(m.values)}
+            for name, m in self.measures.items()
+        }
+        return {"target": self.target, "settings": settings, "metrics": measures}
+
+    def to_dataframe(self) -> Any:
+        """A pandas DataFrame with a row for every value: metric, repeat, value. Raises InputError without pandas."""
+        try:
+            import pandas
+        except ImportError:
+            raise InputError("a table of scores needs pandas: pip install pandas") from None
+        rows = [(name, repeat, value) for name, m in self.measures.items() for repeat, value in enumerate(m.values)]
+        return pandas.DataFrame(rows, columns=["metric", "repeat", "value"])
+
+
+def _shortened(text: str, most: int = 60) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -34,11 +34,17 @@ class Target:
     weights: Path | None = None
     run: Run | None = None
 
+    @property
+    def trained(self) -> Path:
+        """Where its weights are. Raises InputError when there are none."""
+        if self.weights is None:
+            name = self.options.get("topology", self.name)
+            raise InputError(f"{name} has no trained weights: give a training, an exported folder, or a checkpoint")
+        return self.weights
+
     def load(self, use_ema: bool = False) -> CheckpointModel:
         """The network with its weights. Raises InputError when there are none, or they cannot be read."""
-        if self.weights is None:
-            raise InputError(f"{self.name} has no weights yet: give a training, an exported folder, or a checkpoint")
-        return build_from_checkpoint(self.weights, use_ema=use_ema)
+        return build_from_checkpoint(self.trained, use_ema=use_ema)
 
     @property
     def topology(self) -> Topology:

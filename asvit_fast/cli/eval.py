@@ -15,11 +15,11 @@ def run(values: SimpleNamespace) -> int:
     from .. import processes
     from ..backends import rank_device
     from ..training.checkpoint_model import build_from_checkpoint
+    from ..what import resolve
 
     device = rank_device(values.device)
-    built = build_from_checkpoint(
-        values.checkpoint, values.model, values.model_kwargs, values.num_classes, values.use_ema
-    )
+    where = values.checkpoint if values.model else resolve(values.checkpoint).trained
+    built = build_from_checkpoint(where, values.model, values.model_kwargs, values.num_classes, values.use_ema)
     config = built.data_config(
         values.img_size, values.crop_pct, values.interpolation, values.crop_mode, values.mean, values.std
     )

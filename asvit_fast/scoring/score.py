@@ -23,6 +23,7 @@ from ..backends import computing_device
 from ..errors import InputError
 from ..images import fingerprint, load_images
 from ..models import AsViT, create_model
+from ..models.library import check_known, create_by_name, takes_size
 from ..nn import OverlapPatchEmbed, PatchMerging
 from ..topology import Topology
 from .curve import circle, curve, theta_grid
@@ -59,8 +60,8 @@ def score(
     """Score a network without training it (As-ViT, arXiv 2202.11921, section 3.2).
 
     Args:
-        target: a Topology (or its text) or a timm model name, drawn anew ``repeats`` times; or a Module, scored with
-            the weights it has: its repeats differ in the circle, and its NTK is measured once.
+        target: a Topology (or its text) or the name of a model of timm or torchvision, drawn anew ``repeats`` times; or
+            a Module, scored with the weights it has: its repeats differ in the circle, and its NTK is measured once.
         metrics, img_size, thetas, repeats, batch, convention, device, norms: see ScoreSettings.
         images: for the NTK: [batch or more, 3, H, W], a folder of images, or None for standard normal ones.
         seed: of weights, circles and images; the same seed gives the same scores to the bit on one kind of processor,
@@ -195,20 +196,14 @@ def score_repeat(
 
 
 def parse_target(target: Target) -> Topology | nn.Module | str:
-    """A Topology for its text, a known timm name, or the module itself."""
+    """A Topology for its text, a name that timm or torchvision knows, or the module itself."""
     if isinstance(target, (Topology, nn.Module)):
         return target
     if not isinstance(target, str):
-        raise InputError(f"score a Topology, a Module or a timm model name, got {type(target).__name__}")
+        raise InputError(f"score a Topology, a Module or the name of a model, got {type(target).__name__}")
     if "|" in target:
         return Topology.parse(target)
-    import timm
-
-    if not timm.is_model(target):
-        close = ", ".join(timm.list_models(f"*{target.split('_')[0]}*")[:5])
-        raise InputError(
-            f"{target!r} is neither a topology nor a timm model{f'; did you mean {close}' if close else ''}"
-        )
+    check_known(target)
     return target
 
 
@@ -261,16 +256,13 @@ def _draw(target: Topology | nn.Module | str, repeat: int, settings: ScoreSettin
         if settings.convention == "reference":  # the authors' code draws the convolution once for all repeats
             model.init_convolution(stream(*key, CONVOLUTION))
         return model.eval().to(device)
-    import timm
-
-    fixed = timm.get_pretrained_cfg_value(target, "fixed_input_size") or target.startswith("asvit")
-    options: dict[str, Any] = {"img_size": settings.image_shape[1:]} if fixed else {}
+    options: dict[str, Any] = {"img_size": settings.image_shape[1:]} if takes_size(target) else {}
     cpu = torch.device("cpu")
     with _torch_generator, cpu, _drawing_from(stream(*key, WEIGHTS, repeat), cpu):
         try:
-            return timm.create_model(target, **options).eval().to(device)
+            return create_by_name(target, **options).eval().to(device)
         except (AssertionError, TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"timm cannot build {target!r} for images of {settings.image_shape}: {error}") from error
+            raise InputError(f"cannot build {target!r} for images of {settings.image_shape}: {error}") from error
 
 
 @contextmanager

@@ -24,7 +24,7 @@ def is_known(name: str) -> bool:
 def check_known(name: str) -> None:
     """Raise InputError, with the names that are close, unless timm or torchvision has a network of this name."""
     if not is_known(name):
-        names = [*timm.list_models(), *_torchvisions()]
+        names = list(dict.fromkeys([*timm.list_models(), *_torchvisions()]))
         close = difflib.get_close_matches(name, names, 3) or [one for one in names if name and one.startswith(name)][:3]
         hint = f"did you mean {', '.join(close)}?" if close else "see timm.list_models()"
         raise InputError(f"{name!r} is neither a topology nor a model of timm or torchvision; {hint}")

@@ -179,7 +179,7 @@ def _triton_reason(index: int | None) -> str | None:
         return f"needs a GPU of capability 8.0 or later, this one is {capability[0]}.{capability[1]}"
     version = metadata.version("triton")
     if capability[0] >= 10 and tuple(int(part) for part in version.split(".")[:2]) < (3, 8):
-        return f"Triton {version} fails to compile attention for this GPU: update torch, which brings Triton 3.8 or later"
+        return f"Triton {version} fails to compile attention for this GPU: update torch to get 3.8 or later"
     return None
 
 

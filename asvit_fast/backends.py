@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -186,6 +187,9 @@ def _triton_reason(index: int | None) -> str | None:
     capability = torch.cuda.get_device_capability(index)
     if capability < MINIMUM_CAPABILITY:
         return f"needs a GPU of capability 8.0 or later, this one is {capability[0]}.{capability[1]}"
+    version = metadata.version("triton")
+    if capability[0] >= 10 and tuple(int(part) for part in version.split(".")[:2]) < (3, 8):
+        return f"Triton {version} fails to compile attention for this GPU: update torch to get 3.8 or later"
     return None
 
 

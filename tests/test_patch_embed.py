@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from stacked import TINY, every_isa, needs_extension
 from torch import Tensor
+from torch_versions import DYNAMIC_DOUBLE_BACKWARD
 
 import asvit_fast as af
 from asvit_fast import ops
@@ -209,6 +210,7 @@ def test_opcheck(kinds: str, wanted: tuple[bool, bool]) -> None:
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     dynamic = ("test_aot_dispatch_dynamic",) if kinds == "bwo" else ()
     torch.library.opcheck(torch.ops.asvit_fast.patch_embed.default, (*forward, keep), test_utils=checks + dynamic)
+    dynamic = DYNAMIC_DOUBLE_BACKWARD if kinds == "bwo" else ()
     torch.library.opcheck(torch.ops.asvit_fast.patch_embed_backward.default, backward, test_utils=checks + dynamic)
 
 

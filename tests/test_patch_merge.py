@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from stacked import TRANSFORMS, every_isa, needs_extension
 from torch import Tensor
+from torch_versions import DYNAMIC_DOUBLE_BACKWARD
 
 import asvit_fast as af
 from asvit_fast import ops
@@ -229,10 +230,8 @@ def test_opcheck(order: str) -> None:
         torch.library.opcheck(torch.ops.asvit_fast.patch_merge.default, (x, weight, *rest))
         out, statistics = torch.ops.asvit_fast.patch_merge(x, weight, *rest)
         arguments = (torch.randn_like(out), x, out.detach(), statistics.detach(), weight, *rest, complete, True)
-        tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-        if torch.__version__ < "2.12":  # it cannot trace torch.func.vjp of the double backward pass with unknown sizes
-            tests = tests[:-1]
-        torch.library.opcheck(torch.ops.asvit_fast.patch_merge_backward.default, arguments, test_utils=tests)
+        checks = ("test_schema", "test_autograd_registration", "test_faketensor", *DYNAMIC_DOUBLE_BACKWARD)
+        torch.library.opcheck(torch.ops.asvit_fast.patch_merge_backward.default, arguments, test_utils=checks)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

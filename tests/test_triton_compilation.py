@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import triton_versions
 
 pytest.importorskip("triton")
 
@@ -127,4 +128,6 @@ def test_calls_start_every_kernel(monkeypatch, root):
 @pytest.mark.parametrize(("architecture", "dtype"), TARGETS)
 @pytest.mark.parametrize("name", CALLS)
 def test_every_kernel_compiles(monkeypatch, name, dtype, architecture):
+    if triton_versions.OLD and architecture == 100:
+        pytest.skip("the compiler of Triton 3.6 crashes on attention for Blackwell: the backend is not available there")
     compile_each(launches(monkeypatch, CALLS[name], DTYPES[dtype], architecture), architecture)

@@ -22,8 +22,8 @@ from operators import DTYPES, Operator, Work, measure, operator_arguments, publi
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from asvit_fast.ops.window_attention import split_heads, window_attention, window_attention_reference
-from asvit_fast.ops.windows import merge_windows, partition_windows, window_mask
+from asvit_fast.ops.window_attention import window_attention, window_attention_reference
+from asvit_fast.ops.windows import merge_windows, partition_windows, split_heads, window_mask
 
 TOLERANCE = {"float32": 2e-4, "bfloat16": 6e-2, "float16": 1e-2}  # relative to the largest value of a tensor
 

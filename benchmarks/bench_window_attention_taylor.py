@@ -21,9 +21,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from asvit_fast import _extension, backends
-from asvit_fast.ops.window_attention import split_heads
 from asvit_fast.ops.window_attention_taylor import window_attention_taylor
-from asvit_fast.ops.windows import merge_windows, partition_windows
+from asvit_fast.ops.windows import merge_windows, partition_windows, split_heads
 
 TOLERANCE = 2e-5  # relative to the largest value of an order, in float32
 

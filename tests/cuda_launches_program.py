@@ -49,7 +49,7 @@ def launch_all(dtype: torch.dtype) -> None:
     operands = (new(2, 9, 8, 16), new(32, 144), new(144), new(144), new(32))
     settings = merging.Settings(3, 2, 1e-5, False)
     output, statistics = merging._triton(operands, settings)
-    found = merging._fused_backward(merging._triton, output, operands, settings, output, statistics, True, True)
+    found = merging._fused_backward(merging._triton, output, operands, settings, statistics, True, True)
     assert [x.shape for x in found if x is not None] == [x.shape for x in operands]
     gelu_taylor.gelu_taylor(new(3, 4, 16), "none", new(16))
 

@@ -17,7 +17,7 @@ from torch.autograd import gradcheck
 
 from asvit_fast.errors import InputError
 from asvit_fast.models import create_model
-from asvit_fast.ops.window_attention import split_heads
+from asvit_fast.ops.windows import split_heads
 from asvit_fast.training import regularizers
 from asvit_fast.training.regularizers import (
     Regularization,

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import asvit_fast as af
 from asvit_fast.taylor import Taylor, TaylorError, register_rule
+from asvit_fast.taylor import value as taylor_value
 
 
 def directions(*shape: int, count: int = 3) -> list[Tensor]:
@@ -383,7 +384,9 @@ def test_what_cannot_be_propagated_is_named() -> None:
         af.jvp(lambda t: F.scaled_dot_product_attention(t, t, t, dropout_p=0.5), *directions(1, 4, 4, count=2))
 
 
-def test_rules_of_users_come_first() -> None:
+def test_rules_of_users_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taylor_value, "_RULES", dict(taylor_value._RULES))  # others find the package's own rules
+
     @register_rule(torch.sinc)
     def sinc(func: Callable, args: tuple, kwargs: dict) -> Taylor:
         (x,) = args

@@ -16,55 +16,20 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .. import _extension, backends
 from ..errors import InputError
-from .checks import check_devices, check_floats, check_integer, check_length, check_operand
+from .checks import check_devices, check_floats, check_length, check_operand
 from .decomposition import register_decomposition
 from .optional import double_backward, gradients, present, restored
 from .transforms import sizes, transform_active
-from .windows import fit_windows, merge_windows, padding_tokens, partition_windows, window_mask, window_padding
-
-
-def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, windows, tokens, 3*heads*d] -> three times [B, windows, heads, tokens, d]."""
-    batch, windows, tokens, channels = qkv.shape
-    qkv = qkv.reshape(batch, windows, tokens, 3, num_heads, channels // (3 * num_heads)).permute(3, 0, 1, 4, 2, 5)
-    return qkv[0], qkv[1], qkv[2]
-
-
-def check_windows(
-    op: str, size: list[int], num_heads: int, channels: int, window: list[int], shift: list[int], bias: Tensor | None,
-    x: Tensor, layout: str = "masked",
-) -> tuple[list[int], list[int], Tensor | None]:  # fmt: skip
-    """What windowed attention on maps x of ``size`` [H, W] and ``channels`` asks of its arguments (InputError).
-
-    Returns window, shift and bias: in the layout "masked" a window larger than the map is the map.
-    """
-    check_integer(op, "num_heads", num_heads, 1)
-    for i in range(2):
-        check_integer(op, "window", window[i], 1)
-        check_integer(op, "shift", shift[i], 0)
-    if channels == 0 or channels % (3 * num_heads) != 0:
-        raise InputError(f"{op}: {channels} channels are not 3 * {num_heads} heads * head_dim")
-    if shift[0] >= window[0] or shift[1] >= window[1]:
-        raise InputError(f"{op}: shift must be from 0 to window - 1, got {shift} for windows {window}")
-    fitting = [min(window[0], max(size[0], 1)), min(window[1], max(size[1], 1))]
-    tokens, fitting_tokens = window[0] * window[1], fitting[0] * fitting[1]
-    if layout != "masked" and tokens > 0x7FFFFFFF:  # where padding is attended, all of a window is there
-        raise InputError(f"{op}: a window of {window} on a map of {size} is too large for the layout {layout}")
-    if bias is not None and layout == "masked" and bias.dim() == 3 and bias.shape[1] == fitting_tokens:
-        tokens = fitting_tokens
-    check_operand(op, "bias", bias, [num_heads, tokens, tokens], x)
-    return fit_windows(size, window, shift, bias) if layout == "masked" else (window, shift, bias)
-
-
-def _lowest_scores(bias: Tensor, qkv: Tensor) -> Tensor:
-    """The lowest number of the bias' dtype, which masks, as that of float32, which scores are computed in: float16's is
-    not low enough to hide the scores, and float64's would become -inf."""
-    lowest = -3.4028234663852886e38
-    if bias.dtype == torch.float16:
-        return torch.where(bias == -65504.0, lowest, bias.to(torch.float32))
-    if bias.dtype == torch.float64 and qkv.dtype != torch.float64:
-        return torch.where(bias.isinf(), bias, bias.clamp(lowest, -lowest))
-    return bias
+from .windows import (
+    check_windows,
+    lowest_scores,
+    merge_windows,
+    padding_tokens,
+    partition_windows,
+    split_heads,
+    window_mask,
+    window_padding,
+)
 
 
 def _check(
@@ -90,7 +55,7 @@ def _check(
     size = [qkv.shape[1], qkv.shape[2]]
     window, shift, bias = check_windows(op, size, num_heads, qkv.shape[3], window, shift, bias, qkv, layout)
     if bias is not None:
-        bias = _lowest_scores(bias, qkv)
+        bias = lowest_scores(bias, qkv)
     if layout == "grid":
         if shift[0] != 0 or shift[1] != 0:
             raise InputError(f"window_attention: the layout grid has no shift, got {shift}")
@@ -493,7 +458,6 @@ def window_attention(
     which has no double backward. With dropout and attn_scale elementary operations, which is said once.
     """
     if not torch.jit.is_scripting():
-        windows, shifts = sizes(window), sizes(shift)
         if has_torch_function_unary(qkv):
             return handle_torch_function(
                 window_attention,

@@ -18,8 +18,7 @@ from asvit_fast.ops.checks import check_devices, check_floats, check_length
 from asvit_fast.ops.decomposition import register_decomposition
 from asvit_fast.ops.stacked import compute_dtype
 from asvit_fast.ops.transforms import transform_active
-from asvit_fast.ops.window_attention import check_windows
-from asvit_fast.ops.windows import merge_windows, padding_tokens, partition_windows, window_mask
+from asvit_fast.ops.windows import check_windows, merge_windows, padding_tokens, partition_windows, window_mask
 
 # Bytes of one piece of attention map and its derivatives: a core's L2 on a CPU; on a GPU enough to fill it.
 PIECE_BYTES = {"cpu": 2**20, "cuda": 2**28}

@@ -210,7 +210,7 @@ def masked_fill(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     x, mask, value = _bind(args, kwargs, self=None, mask=None, value=None)
     if not isinstance(x, Taylor):
         raise NotCovered
-    value = value if isinstance(value, Taylor) else constant(torch.as_tensor(value), x)
+    value = value if isinstance(value, Taylor) else constant(value, x)
     return mapped(torch.where, (mask, value, x), {})
 
 

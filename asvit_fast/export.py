@@ -11,6 +11,7 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError
+from timm.data import resolve_data_config
 from timm.layers import to_2tuple
 from timm.models import save_for_hf
 from torch import nn
@@ -193,7 +194,11 @@ def _fresh(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build(name, {**given, "pretrained": False})
-    built = CheckpointModel(model, name, Path(), given, {})
+    config = resolve_data_config(
+        {}, model=model
+    )  # the size and crop of training, not those of timm's tests at a larger size
+    data = {name: config[name] for name in DATA if name != "input_size"}
+    built = CheckpointModel(model, name, Path(), given, data)
     built.data["input_size"] = (built.data_config()["input_size"][0], *to_2tuple(size))
     return Exported(built, False)
 

@@ -60,23 +60,31 @@ class Target:
         return Topology.parse(self.options["topology"]) if "topology" in self.options else str(self.name)
 
 
-def resolve(what: str | Path | Topology) -> Target:
+def resolve(what: str | Path | Topology, *, to_train: bool = False) -> Target:
     """What ``what`` names.
 
     The name of a network comes before a folder of the same name, which ``./NAME`` means. Of a folder that holds a
-    search and a scaling, as search/ and scale/, the scaling is meant. No file that holds weights is read yet.
+    search and a scaling, as search/ and scale/, the scaling is meant; with a training beside them, as train/, it must
+    be said which, but ``to_train`` the scaling again: the training is then the one that continues. No file that holds
+    weights is read yet.
 
     Raises:
-        InputError: nothing of these, a run that is not finished, a damaged run.
+        InputError: nothing of these, a run that is not finished, a damaged run, a folder of trainings and other runs.
     """
     if isinstance(what, Topology) or "|" in str(what):
         return Target("asvit", {"topology": str(Topology.parse(what if isinstance(what, Topology) else str(what)))})
     if isinstance(what, str) and is_known(what):
         return Target(what)
-    path = Path(what)
-    if path.is_file() or is_export(path) or any((path / name).is_file() for name in (BEST, LAST)):
+    if not str(what).strip():
+        raise InputError(f"WHAT is empty; give {FORMS}")
+    path = Path(str(what).removeprefix("local-dir:"))  # timm's way to name an exported folder
+    if path.is_file() or is_export(path) or _is_training(path):
         return Target(None, weights=path)
     if path.is_dir():
+        if _is_training(path / "train") and not to_train:
+            if not any(has_run(path / kind) for kind in DESIGNS):
+                return Target(None, weights=path / "train")
+            raise InputError(f"{str(path)!r} holds a training and other runs; give {path / 'train'} or another of them")
         return _of_run(_finished(path))
     if "/" in str(what) or path.suffix:
         raise InputError(f"{str(what)!r} does not exist; give {FORMS}")
@@ -89,6 +97,10 @@ def resolve_topology(what: str | Path | Topology) -> Topology:
     return resolve(what).topology
 
 
+def _is_training(path: Path) -> bool:
+    return any((path / name).is_file() for name in (BEST, LAST))
+
+
 def _of_run(run: Run) -> Target:
     return Target("asvit", {"topology": str(Topology.parse(run.topology))}, run=run)
 
@@ -96,6 +108,9 @@ def _of_run(run: Run) -> Target:
 def _finished(directory: Path) -> Run:
     """The finished search or scaling in a folder; of both side by side, the scaling."""
     if not any(has_run(folder) for folder in (directory, *(directory / kind for kind in DESIGNS))):
+        graphs = [name for name in ("model.onnx", "model.pt2") if (directory / name).is_file()]
+        if graphs:
+            raise InputError(f"{directory / graphs[0]} runs, but cannot be taken apart; give what it was exported from")
         raise InputError(f"{str(directory)!r} holds neither a run nor an export; give {FORMS}")
     run = find_runs(directory)[-1]
     if run.result is None:

@@ -276,7 +276,7 @@ def test_refused_checkpoints(checkpoint: Path, images: Path, tmp_path: Path, cap
     torch.save({"epoch": 3}, text)
     assert "holds no weights (epoch)" in refused(capsys, text, "--model", "asvit", *there)
     torch.save(network().state_dict(), text)
-    assert "give its name as model" in refused(capsys, text, *there)
+    assert "its name as model" in refused(capsys, text, *there)
     assert "asvlt" in refused(capsys, text, "--model", "asvlt", *there)
     assert "with these arguments" in refused(capsys, text, "--model", "asvit", "--model-kwargs", "wings=2", *there)
     assert "do not fit asvit" in refused(capsys, text, "--model", "asvit", "--num-classes", "5", *there)

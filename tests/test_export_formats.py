@@ -278,3 +278,10 @@ def test_named_models_and_sizes(tmp_path: Path) -> None:
     path, _ = trained(tmp_path / "trained.pth.tar", label_names=["a", "", "c", "", "e"])
     config = json.loads((export(path, tmp_path / "fourth") / "config.json").read_text())
     assert config["label_names"] == {"0": "a", "2": "c", "4": "e"}
+
+
+def test_fresh_networks_of_timm_keep_the_crop_of_their_size(tmp_path: Path) -> None:
+    """timm tests resnet18 with another crop at 288 pixels; at 224 pixels its own counts."""
+    model = timm.create_model(f"local-dir:{export('resnet18', tmp_path)}", pretrained=True)
+    config = timm.data.resolve_model_data_config(model)
+    assert (config["input_size"], config["crop_pct"]) == ((3, 224, 224), 0.95)

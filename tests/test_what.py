@@ -85,3 +85,30 @@ def test_networks_without_a_topology_are_refused_where_one_is_needed() -> None:
     with pytest.raises(InputError, match="resnet18 is no As-ViT"):
         resolve_topology("resnet18")
     assert resolve_topology("asvit_small") == Topology.parse("asvit_small")
+
+
+def test_a_training_beside_other_runs_must_be_named(tmp_path: Path) -> None:
+    write_run(tmp_path / "scale", "scale")
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "last.pth.tar").touch()
+    with pytest.raises(InputError, match="holds a training and other runs; give"):
+        resolve(tmp_path)
+    assert resolve(tmp_path, to_train=True).fresh == Topology.parse(TOPOLOGY)
+    assert resolve(tmp_path / "train").weights == tmp_path / "train"
+
+
+def test_exported_folders_by_timms_name_and_by_their_weights(export_folder: Path) -> None:
+    assert resolve(f"local-dir:{export_folder}").weights == export_folder
+    assert resolve(export_folder / "model.safetensors").load().model.num_classes == 3
+
+
+@pytest.mark.parametrize("what", ["", " "])
+def test_nothing_is_not_the_current_folder(what: str) -> None:
+    with pytest.raises(InputError, match="WHAT is empty"):
+        resolve(what)
+
+
+def test_graphs_cannot_be_taken_apart(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").touch()
+    with pytest.raises(InputError, match=r"model\.onnx runs, but cannot be taken apart"):
+        resolve(tmp_path)

@@ -17,9 +17,8 @@ def run(values: SimpleNamespace) -> int:
     write = writer(values.format, values.to)
     network = open_network(values.source, values.seed, values.num_classes, values.img_size, values.use_ema)
     target = write(network)
-    weights = (
-        f"the weights of {values.source}" if network.trained else f"fresh weights from seed {values.seed}, not trained"
-    )
+    fresh = f"fresh weights from seed {values.seed}, not trained"
+    weights = f"the weights of {network.built.path}" if network.trained else fresh
     print(f"Wrote {' and '.join(files_of(values.format))} to {target} ({weights}).")
     print(f"network:      {size(network)}")
     print(f"images:       {images(network.built.data_config())}")

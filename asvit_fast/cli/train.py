@@ -40,7 +40,7 @@ def network(values: SimpleNamespace) -> dict[str, Any]:
     """The network's part of the arguments of ``train``: with weights, it starts from these."""
     from ..what import resolve
 
-    target = resolve(values.what)
+    target = resolve(values.what, to_train=True)
     if target.weights is None:
         return {"model": target.fresh, "model_kwargs": values.model_kwargs}
     if values.initial_checkpoint:

@@ -9,11 +9,14 @@ from typing import Any
 
 import timm
 import torchvision
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import model_entrypoint
 from torch import nn
 
 from ..errors import InputError
 from . import variants  # noqa: F401  (it registers ours with timm)
+
+_IMAGENET = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}  # of torchvision's networks
 
 
 def is_known(name: str) -> bool:
@@ -49,9 +52,9 @@ def takes_size(name: str) -> bool:
 
 
 def pretrained_config(name: str) -> dict[str, Any]:
-    """How timm prepares images for it, and more that it says of its weights; empty for torchvision's."""
+    """How images are prepared for it, in timm's names, and more that timm says of its weights."""
     known = timm.get_pretrained_cfg(name, allow_unregistered=True) if timm.is_model(name) else None
-    return {} if known is None else known.to_dict()
+    return dict(_IMAGENET) if known is None else known.to_dict()
 
 
 def module_of(name: str) -> ModuleType:

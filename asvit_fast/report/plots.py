@@ -64,10 +64,10 @@ def progress(run: Run) -> bytes:
         figure = Figure(figsize=(9, 9))
         length, condition, policy = figure.subplots(3, 1, sharex=True)
         _measure(length, run, "length_distortion", np.asarray)
-        length.set(title="Length distortion (up is better)", ylabel="no unit")
+        length.set(title="Length distortion (up is better)")
         condition.set_yscale("log")
         _measure(condition, run, "ntk_condition", np.log)
-        condition.set(title="NTK condition number (down is better)", ylabel="no unit")
+        condition.set(title="NTK condition number (down is better)")
         _plain_ticks(condition.yaxis, *condition.get_ylim())
         entropy = [as_float(record["entropy"]) for record in run.trace]  # [steps], nats
         policy.plot(_done(run), entropy, color=BLUE, linewidth=2)
@@ -168,7 +168,8 @@ def trajectory(run: Run) -> bytes:
         left.plot(*zip(*places, strict=True), "o-", color=BLUE, linewidth=2, markersize=7, label="chosen")
         _label_ends(left, places, params)
         left.set(title="Depth against width", xlabel="width of stage 1 (channels)", ylabel="depth (blocks in all)")
-        left.yaxis.set_major_locator(MaxNLocator(integer=True))
+        for axis in (left.xaxis, left.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True))
         left.legend(loc="upper left")
         left.margins(0.12)
         right.plot(_done(run), params, "o-", color=VERMILLION, linewidth=2, markersize=7)

@@ -46,6 +46,8 @@ class Run:
 def find_runs(directory: Path, kinds: Sequence[str] = DESIGNS) -> list[Run]:
     """The run in ``directory`` itself, or those in its subfolders named as ``kinds``. InputError when there is none."""
     commands = f"give the --out of asvit-fast {' or '.join(kinds)}"
+    if directory.is_file():
+        raise InputError(f"{str(directory)!r} is a file, not a run directory; {commands}")
     if not directory.is_dir():
         raise InputError(f"run directory {str(directory)!r} does not exist; {commands}")
     folders = [folder for folder in (directory, *(directory / kind for kind in kinds)) if has_run(folder)]

@@ -11,8 +11,10 @@ from typing import Any
 from timm.data import resolve_data_config
 from torch import nn
 
+from ..backends import notify_once
 from ..errors import InputError
-from ..files import from_json
+from ..files import from_json, read_jsonl
+from ..run_directory import TRACE
 from .checkpoint import BEST, LAST, one_line, read_file, weights_of
 from .description import describe_checkpoint, describe_export, takes_size
 from .network import build
@@ -65,6 +67,8 @@ class CheckpointModel:
         for name in ("mean", "std"):
             if len(known.get(name, (0,))) not in (1, channels):
                 raise InputError(f"{name} must be one number or {channels}, one for each channel, got {known[name]}")
+        if min(known.get("std", (1,))) <= 0:
+            raise InputError(f"std must be numbers above 0, got {known['std']}")
         config = resolve_data_config(known, model=self.model, use_test_size=True)
         config |= {name: _for_channels(config[name], channels) for name in ("mean", "std")}
         shape = (channels, *config["input_size"][1:])
@@ -102,7 +106,11 @@ def build_from_checkpoint(
             arguments that the network does not know, weights of another network, no average.
     """
     path = Path(path)
+    if path.name == WEIGHTS_FILE and is_export(path.parent) and not model:
+        path = path.parent
     if is_export(path):
+        if model or model_kwargs or num_classes is not None:
+            raise InputError(f"{str(path)!r} says which network it is; leave out model, its arguments and classes")
         return _exported(path, use_ema)
     path = _file_of(path)
     content = read_file(path)
@@ -135,8 +143,15 @@ def _file_of(path: Path) -> Path:
         return path
     for name in (BEST, LAST):
         if (path / name).is_file():
+            if name == LAST and _was_validated(path):
+                notify_once(path, f"{path / BEST} is lost: the weights of the last epoch, {LAST}, take its place")
             return path / name
     raise InputError(f"folder {str(path)!r} holds no {', no '.join((BEST, LAST))} and no export; give a checkpoint")
+
+
+def _was_validated(run: Path) -> bool:
+    trace = run / TRACE
+    return trace.is_file() and any(row.get("top1") is not None for row in read_jsonl(trace))
 
 
 def _exported(path: Path, use_ema: bool) -> CheckpointModel:

@@ -70,7 +70,10 @@ def describe_checkpoint(content: Mapping[str, Any], path: Path, model: str = "")
     said = checked({**arguments, "arch": content.get("arch")}, path, CHECKPOINT)
     name = model or said.get("arch") or said.get("model")
     if not name:
-        raise InputError(f"{str(path)!r} does not say of which network it is; give its name as model")
+        raise InputError(
+            f"{str(path)!r} does not say of which network it is: give the folder of an export, or its name as model, "
+            "which asvit-fast eval takes"
+        )
     size = said.get("img_size")
     if size is None and "input_size" in said:
         size = said["input_size"][1:]

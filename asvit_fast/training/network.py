@@ -59,8 +59,10 @@ def create_network(
     try:
         model = build(what, {"drop_path_rate": drop_path, **options})
     except InputError as error:
-        if drop_path or "drop_path_rate" not in str(error):
+        if "drop_path_rate" not in str(error):
             raise
+        if drop_path:
+            raise InputError(f"{what} has no stochastic depth of timm's kind: leave it out with drop_path 0") from error
         model = build(what, options)  # it has no stochastic depth, and none is wanted
     if initial_checkpoint:
         start_from(model, initial_checkpoint)

@@ -77,9 +77,11 @@ class CheckpointModel:
     def fit_to(self, img_size: tuple[int, int]) -> None:
         """Resize a network that is made for one size of images, where it is another: timm chooses new windows then."""
         model: Any = self.model
+        if not takes_size(self.name) or not hasattr(model, "set_input_size"):
+            return
         own = self.options.get("img_size") or model.pretrained_cfg["input_size"][1:]
         own = (own, own) if isinstance(own, int) else tuple(own)
-        if takes_size(self.name) and own != img_size and hasattr(model, "set_input_size"):
+        if own != img_size:
             model.set_input_size(img_size=img_size)
 
 

@@ -265,7 +265,7 @@ def test_refused_checkpoints(checkpoint: Path, images: Path, tmp_path: Path, cap
     there = ("--data", images)
     assert "does not exist" in refused(capsys, tmp_path / "nowhere", *there)
     (tmp_path / "empty").mkdir()
-    assert "holds no model_best.pth.tar" in refused(capsys, tmp_path / "empty", *there)
+    assert "holds neither a run nor an export" in refused(capsys, tmp_path / "empty", *there)
     text = tmp_path / "text.pth"
     text.write_text("weights")
     assert "not a checkpoint" in refused(capsys, text, *there)

@@ -291,7 +291,7 @@ def test_non_finite_results_are_reported() -> None:
     ("arguments", "says"),
     [
         ({"target": "8,2,3|4,1"}, "2 groups instead of 5"),
-        ({"target": "vit_tinny"}, "neither a topology nor a timm model"),
+        ({"target": "vit_tinny"}, "neither a topology nor a model of timm or torchvision"),
         ({"target": 3}, "got int"),
         ({"metrics": ("speed",)}, "metrics must be some of"),
         ({"repeats": 0}, "repeats must be an integer of 1 or more, got 0"),

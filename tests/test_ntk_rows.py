@@ -93,6 +93,25 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     ),
 }
 
+
+def experts(m: nn.Module, x: Tensor) -> Tensor:
+    """Each sample has one of two layers, one of which may have none."""
+    x = torch.tanh(m.a(tokens(x)))
+    to_first = x.mean((1, 2)) > m.threshold  # [B]
+    out = torch.zeros_like(x)
+    out[to_first], out[~to_first] = m.first(x[to_first]), m.second(x[~to_first])
+    return out.mean(1)
+
+
+def of_sorted_tokens(m: nn.Module, x: Tensor) -> Tensor:
+    """A layer on the tokens of all samples, sorted."""
+    x = torch.tanh(m.a(tokens(x)))
+    order = x.mean(2).flatten().argsort()  # [B*24]
+    out = torch.empty_like(x).flatten(0, 1)
+    out[order] = m.b(x.flatten(0, 1)[order]).tanh()
+    return out.view_as(x).mean(1)
+
+
 # right for two or three images, or for some images
 REORDERED: dict[str, Callable[[], nn.Module]] = {
     "sorted": lambda: in_order(lambda x: x.mean((1, 2, 3)).argsort(descending=True)),
@@ -100,6 +119,12 @@ REORDERED: dict[str, Callable[[], nn.Module]] = {
     "inner swapped": lambda: in_order(inner_swapped),
     "interleaved": lambda: in_order(interleaved),
     "features swapped": lambda: Of(features_swapped, **linears(a=8)),
+    "experts": lambda: Of(experts, threshold=0.0, **linears(a=8, first=8, second=8)),
+    "experts, one without samples": lambda: Of(experts, threshold=1.0, **linears(a=8, first=8, second=8)),
+    "sorted tokens": lambda: Of(of_sorted_tokens, **linears(a=8, b=8)),
+    "sorted values": lambda: Of(
+        lambda m, x: m.b(m.a(tokens(x)).tanh().sort(0).values).tanh().mean(1), **linears(a=8, b=8)
+    ),
     "partly mixed": lambda: Of(partly_mixed, **linears(a=8, b=4)),
 }
 

@@ -268,7 +268,7 @@ class _Recorder(TorchFunctionMode):
         rule = rule_for(func)
         known = (
             None
-            if rule is None or any(map(torch.is_autocast_enabled, ("cpu", "cuda"))) or _has_complex((args, kwargs))
+            if rule is None or any(map(torch.is_autocast_enabled, ("cpu", "cuda"))) or _beyond_rules((args, kwargs))
             else rule(args, kwargs, self.samples)
         )
         if known is None or not all(id(p) in known.contractions for p in wanted.values()):
@@ -357,9 +357,10 @@ def _reshapes_parameter(func: Any, args: Any) -> bool:
     return function_name(func) in ("reshape", "view", "flatten") and bool(args) and isinstance(args[0], nn.Parameter)
 
 
-def _has_complex(values: Any) -> bool:
-    """Gradients by complex numbers have conjugates, of which the rules know nothing."""
-    return any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in pytree.tree_leaves(values))
+def _beyond_rules(values: Any) -> bool:
+    """Complex tensors, whose gradients have conjugates, or empty ones, which have no rows to share out."""
+    tensors = (leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor))
+    return any(tensor.is_complex() or not tensor.numel() for tensor in tensors)
 
 
 def _detach(values: Any) -> Any:

@@ -1,12 +1,40 @@
-"""Gram matrices from one backward pass per image, what ``ntk_gram`` is compared with."""
+"""Gram matrices from one backward pass per image, what ``ntk_gram`` is compared with, and small modules."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from asvit_fast import ntk_gram
 from asvit_fast.scoring.ntk import score_features
+
+
+class Of(nn.Module):
+    """A module of a function of (module, x), with what the function needs as attributes."""
+
+    def __init__(self, function: Callable[[nn.Module, Tensor], Tensor], **attributes: object) -> None:
+        super().__init__()
+        self.function = function
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape))
+
+
+def tokens(x: Tensor, width: int = 8) -> Tensor:
+    """[B, 3, 8, 8] -> [B, 24, 8]."""
+    return x.reshape(x.shape[0], -1, width)
+
+
+def linears(**names: int) -> dict[str, nn.Module]:
+    return {name: nn.Linear(8, width) for name, width in names.items()}
 
 
 def grams_one_by_one(model: nn.Module, images: Tensor) -> dict[str, Tensor]:

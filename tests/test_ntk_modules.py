@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from ntk_oracle import assert_gram_is_right
+from ntk_oracle import Of, assert_gram_is_right, linears, parameter, tokens
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
@@ -22,28 +22,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 @pytest.fixture(autouse=True)
 def one_seed() -> None:
     torch.manual_seed(0)
-
-
-class Of(nn.Module):
-    """A module of a function of (module, x), with what the function needs as attributes."""
-
-    def __init__(self, function: Callable[[nn.Module, Tensor], Tensor], **attributes: object) -> None:
-        super().__init__()
-        self.function = function
-        for name, value in attributes.items():
-            setattr(self, name, value)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self, x)
-
-
-def parameter(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(shape))
-
-
-def tokens(x: Tensor, width: int = 8) -> Tensor:
-    """[B, 3, 8, 8] -> [B, 24, 8]."""
-    return x.reshape(x.shape[0], -1, width)
 
 
 def before_and_after(layer: nn.Module, channels: int = 3) -> nn.Sequential:
@@ -196,10 +174,6 @@ def autocast(m: nn.Module, x: Tensor) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         x = m.second(x).tanh()
     return x.mean(1)
-
-
-def linears(**names: int) -> dict[str, nn.Module]:
-    return {name: nn.Linear(8, width) for name, width in names.items()}
 
 
 MODULES: dict[str, Callable[[], nn.Module]] = {

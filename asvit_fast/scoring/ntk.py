@@ -7,6 +7,7 @@ Source: As-ViT (arXiv 2202.11921), section 3.2, after Xiao et al. (arXiv 1912.13
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from ..models.asvit import MIN_IMG_SIZE, AsViT
 from .memory import in_pieces
 from .per_sample import RowSink, per_sample_gradients
 from .replica import replica
+
+_LIBRARIES = {"asvit_fast", "timm", "torch", "torchvision"}
 
 
 def score_features(model: Any) -> Callable[[Tensor], Tensor]:
@@ -30,10 +33,14 @@ def score_features(model: Any) -> Callable[[Tensor], Tensor]:
 
 
 def ntk_gram(model: nn.Module, images: Tensor, parameters: str = "weights") -> Tensor:
-    """Gram matrix [B, B], float64: G_ij = g_i . g_j, g_j the gradient of ``score_features(images)[j].sum()``.
+    """Gram matrix [B, B], float64: G_ij = g_i . g_j, g_j the gradient of the sum of image j's features.
+
+    Features [B, F] are what ``score_features(images)`` returns where the model has that method (our networks: the
+    tokens averaged before the final norm), what goes into the classifier of a timm model
+    (``forward_head(forward_features(images), pre_logits=True)``), the flattened output of any other module.
 
     Args:
-        model: any module (see ``score_features``); evaluated in evaluation mode, on a copy:
+        model: any module; evaluated in evaluation mode, on a copy:
             modes, gradients, buffers, caches and torch's random numbers stay what they are.
         images: [B, 3, H, W] on the model's device.
         parameters: "weights", those whose name contains "weight" (what the authors' code takes), or "all". Parameters
@@ -42,9 +49,10 @@ def ntk_gram(model: nn.Module, images: Tensor, parameters: str = "weights") -> T
     Raises:
         InputError: no parameter to differentiate by, or an unknown ``parameters``.
 
-    One forward and one backward pass; per layer, per-sample gradients are contracted at once and never kept. Layers it
-    does not know are named in a warning and take a slower exact path. Splits the batch when memory runs out. The result
-    carries no gradient.
+    One forward and one backward pass, and a second backward pass where code outside of torch, timm and torchvision
+    might give layers the batch in another order. Per-sample gradients of each layer are contracted at once and never
+    kept. Layers it does not know are named in a warning and take a slower exact path. Splits the batch when memory runs
+    out. The result carries no gradient.
     """
     devices = [images.device] if images.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
@@ -69,7 +77,10 @@ def ntk_gram_of(model: nn.Module, images: Tensor, parameters: str = "weights", d
         raise InputError("the NTK needs parameters that require gradients, the model has none")
     with torch.inference_mode(False):
         images = images.clone() if images.is_inference() else images
-        return _gram(_features(network, draws), images, chosen, _probe(network, images))
+        gradients = partial(
+            per_sample_gradients, _features(network, draws), parameters=chosen, probe=_probe(network, images)
+        )
+        return _gram(partial(gradients, keeps_order=_keeps_order(network)), images, list(chosen))
 
 
 def _features(model: nn.Module, draws: Tensor | None) -> Callable[[Tensor], Tensor]:
@@ -91,21 +102,32 @@ def _probe(model: nn.Module, images: Tensor) -> Tensor:
     return images
 
 
-def _gram(
-    features: Callable[[Tensor], Tensor], images: Tensor, chosen: dict[str, nn.Parameter], probe: Tensor
-) -> Tensor:
+def _keeps_order(model: nn.Module) -> bool:
+    """Whether all code of ``model`` is of libraries none of whose layers sees the batch in an order of its own."""
+
+    def of_library(code: Any) -> bool:
+        return (getattr(code, "__module__", None) or "torch").partition(".")[0] in _LIBRARIES
+
+    return all(
+        of_library(type(module))
+        and all(of_library(value) for value in vars(module).values() if callable(value))
+        and not isinstance(module, (torch.fx.GraphModule, torch.jit.ScriptModule))
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        for module in model.modules()
+    )
+
+
+def _gram(gradients: Callable[..., RowSink], images: Tensor, names: list[str]) -> Tensor:
     """The whole batch at once if it fits; in pieces the rows of gradients wait in main memory."""
 
     def run(part: slice) -> RowSink:
-        sink = RowSink(keep=part != slice(0, len(images)))
-        per_sample_gradients(features, images[part], chosen, sink, probe)
-        return sink
+        return gradients(images[part], keep=part != slice(0, len(images)))
 
     sinks = in_pieces(run, len(images), "the NTK")
     if len(sinks) == 1:
         return sinks[0].gram(len(images))
     gram = torch.zeros(len(images), len(images), dtype=torch.float64)
-    for name in chosen:
+    for name in names:
         rows = [sink.rows[name] for sink in sinks if name in sink.rows]
         if rows:
             stacked = torch.cat(rows).double()  # [B, parameter]

@@ -62,28 +62,41 @@ def per_sample_gradients(
     features: Callable[[Tensor], Tensor],
     images: Tensor,
     parameters: dict[str, nn.Parameter],
-    sink: RowSink,
-    probe: Tensor | None = None,
-) -> None:
-    """Gradients of ``features(images)[j].sum()`` for every sample j and parameter, handed to ``sink``.
+    probe: Tensor,
+    keep: bool = False,
+    keeps_order: bool = False,
+) -> RowSink:
+    """Gradients of ``features(images)[j].sum()`` for every sample j and parameter; ``keep`` is that of ``RowSink``.
 
     ``features``: [B, 3, H, W] -> [B, F]. ``probe``: images, perhaps smaller ones, for which ``features`` calls the same
-    functions; it is run on two or three of them.
+    functions; it is run on two or three of them. ``keeps_order``: no layer sees the batch in another order, which needs
+    no check with a second backward pass of all images.
     """
     with torch.enable_grad(), checkpoints_run_directly():
-        slow, rows = _probe(features, images if probe is None else probe, parameters, len(images))
-        output, recorder = _record(features, images, parameters, slow, rows)
-        remaining = {name: parameters[name] for name in recorder.in_graph(output)}
-        if remaining:
-            listed = ", ".join(f"{name} ({recorder.reason(name)})" for name in remaining)
-            notify_once(
-                ("ntk", listed), f"asvit_fast: the NTK differentiates sample by sample (slower, exact): {listed}"
-            )
-            _one_by_one(output, remaining, sink)
-        if recorder.known:
-            recorder.sink = sink
-            recorder.backward(output.sum())
-            recorder.flush(sink)
+        slow, rows = _probe(features, probe, parameters, len(images))
+        while True:
+            output, recorder = _record(features, images, parameters, slow, rows)
+            if recorder.known and len(images) > 1 and not keeps_order:
+                recorder.measure(output)
+            sink = _collect(output, recorder, parameters, keep)
+            if not recorder.mixing:
+                return sink
+            slow |= recorder.mixing
+
+
+def _collect(output: Tensor, recorder: _Recorder, parameters: dict[str, nn.Parameter], keep: bool) -> RowSink:
+    """The gradients of one recorded forward pass; right if ``recorder.mixing`` is still empty then."""
+    sink = RowSink(keep)
+    remaining = {name: parameters[name] for name in recorder.in_graph(output)}
+    if recorder.known:
+        recorder.sink = sink
+        recorder.backward(output.sum(), retain_graph=bool(remaining))
+        recorder.finish(sink)
+    if remaining and not recorder.mixing:
+        listed = ", ".join(f"{name} ({recorder.reason(name)})" for name in remaining)
+        notify_once(("ntk", listed), f"asvit_fast: the NTK differentiates sample by sample (slower, exact): {listed}")
+        _one_by_one(output, remaining, sink)
+    return sink
 
 
 def _record(
@@ -112,7 +125,8 @@ def _one_by_one(output: Tensor, parameters: dict[str, nn.Parameter], sink: RowSi
             sample.sum(), list(parameters.values()), retain_graph=True, allow_unused=True, materialize_grads=True
         )
         for name, gradient in zip(parameters, gradients, strict=True):
-            rows[name].append(gradient.flatten())
+            numbers = torch.view_as_real(gradient) if gradient.is_complex() else gradient
+            rows[name].append(numbers.flatten())
     for name, gradients_of_samples in rows.items():
         sink.add(name, [torch.stack(gradients_of_samples)])
 
@@ -137,7 +151,7 @@ def _probe(
     output, recorder = _record(features, images, parameters, slow, None)
     for sample in (0, samples - 1):
         recorder.probed = sample
-        recorder.backward(output[sample].sum())
+        recorder.backward(output[sample].sum(), retain_graph=True)
     return slow | recorder.mixing, recorder.rows
 
 
@@ -184,6 +198,9 @@ class _Recorder(TorchFunctionMode):
         self.anchor = torch.zeros((), requires_grad=True)
         self.pending: dict[str, Tensor] = {}
         self.sink: RowSink | None = None  # where gradients go
+        self.weights: Tensor | None = None  # of the samples [B], while the backward pass is of their weighted sum
+        self.norms: dict[int, Tensor] = {}  # of its gradients over the weights [B], float64, by call
+        self.calls = 0  # of known functions
         self.probed: int | None = None  # or the sample whose features are differentiated by the probe
         self.replaying = False  # during a backward pass, for checkpoints that run their functions again
 
@@ -201,24 +218,44 @@ class _Recorder(TorchFunctionMode):
     def reason(self, name: str) -> str:
         return self.slow.get(name) or self.general.get(name) or "a function of its own"
 
-    def backward(self, total: Tensor) -> None:
+    def measure(self, output: Tensor) -> None:
+        """Takes the norms that the gradients of ``output.sum()`` have to have if each row is of the sample it is
+        taken for: weights that differ from sample to sample must come back row by row, whatever the order."""
+        exponents = (torch.arange(self.samples) - self.samples // 2) * min(1.0, 64 / self.samples)
+        weights = (2**exponents).to(output)  # [B]; powers of 2, which change no rounding, of up to 64 samples
+        self.weights = weights.double()
+        weights = weights.reshape(-1, *[1] * (output.dim() - 1))
+        self.backward((output * weights).sum(), retain_graph=True)
+        self.weights = None
+
+    def _check(self, call: int, function: str, names: Iterable[str], gradient: Tensor) -> None:
+        """Compares the norms of a call's rows with those under weights."""
+        norms = torch.linalg.vector_norm(gradient.reshape(self.samples, -1), dim=1, dtype=torch.float64)  # [B]
+        if self.weights is not None:
+            self.norms[call] = norms / self.weights
+        elif ((norms - self.norms[call]).abs() > torch.finfo(gradient.dtype).eps ** 0.5 * norms).any():
+            self.mixing |= dict.fromkeys(names, function)  # NaN, of a network that overflows, is no difference
+
+    def backward(self, total: Tensor, retain_graph: bool) -> None:
         """Gradients of the scalar ``total`` pass by the outputs of known functions and end there."""
         self.replaying = True
         if self.known:
             with self:
-                torch.autograd.backward(total, inputs=[self.anchor], retain_graph=self.sink is None)
+                torch.autograd.backward(total, inputs=[self.anchor], retain_graph=retain_graph)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         with saved_as_usual():
             parameters = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, nn.Parameter)]
-            wanted = {self.names[id(p)]: p for p in parameters if id(p) in self.names}
+            uses = [(self.names[id(p)], p) for p in parameters if id(p) in self.names]
+            wanted = dict(uses)
             if self.replaying or not wanted or not torch.is_grad_enabled():
                 return func(*args, **kwargs)
             if self.slow.keys().isdisjoint(wanted):
                 if _reshapes_parameter(func, args):
                     return self._view(self.names[id(args[0])], func(*_detach(args), **kwargs))
-                known = self._known(func, args, kwargs, wanted)
+                # of one parameter in two places, a rule would give the gradients of one
+                known = self._known(func, args, kwargs, wanted) if len(uses) == len(wanted) else None
                 if known is not None:
                     return self._run(func, args, kwargs, known, wanted)
             if func in _REFERENCES:
@@ -231,7 +268,7 @@ class _Recorder(TorchFunctionMode):
         rule = rule_for(func)
         known = (
             None
-            if rule is None or any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+            if rule is None or any(map(torch.is_autocast_enabled, ("cpu", "cuda"))) or _beyond_rules((args, kwargs))
             else rule(args, kwargs, self.samples)
         )
         if known is None or not all(id(p) in known.contractions for p in wanted.values()):
@@ -281,9 +318,12 @@ class _Recorder(TorchFunctionMode):
             if self.order_of.setdefault(name, order) != order:  # such rows cannot be added
                 self.order_of[name] = _MIXED
                 self.general[name] = function_name(func)
-        return _Tap.apply(out, self.anchor, partial(self._reached, function_name(func), contractions))
+        self.calls += 1
+        return _Tap.apply(out, self.anchor, partial(self._reached, self.calls, function_name(func), contractions))
 
-    def _reached(self, function: str, contractions: dict[str, Contraction], gradient: Tensor) -> None:
+    def _reached(self, call: int, function: str, contractions: dict[str, Contraction], gradient: Tensor) -> None:
+        if self.weights is not None or call in self.norms:
+            self._check(call, function, contractions, gradient)
         if self.probed is not None:
             of_samples = gradient.reshape(self.samples, -1)
             others = torch.cat([of_samples[: self.probed], of_samples[self.probed + 1 :]])
@@ -303,16 +343,24 @@ class _Recorder(TorchFunctionMode):
             else:
                 self.sink.add(name, contraction.rows(gradient))
 
-    def flush(self, sink: RowSink) -> None:
-        """Parameters some of whose uses do not reach the features."""
+    def finish(self, sink: RowSink) -> None:
+        """Hands over parameters some of whose uses do not reach the features; later backward passes are not seen."""
         for name, rows in self.pending.items():
             sink.add(name, [rows])
         self.pending.clear()
+        self.norms.clear()
+        self.sink = None
 
 
 def _reshapes_parameter(func: Any, args: Any) -> bool:
     """The same numbers in the same order under another shape: gradients flatten alike."""
     return function_name(func) in ("reshape", "view", "flatten") and bool(args) and isinstance(args[0], nn.Parameter)
+
+
+def _beyond_rules(values: Any) -> bool:
+    """Complex tensors, whose gradients have conjugates, or empty ones, which have no rows to share out."""
+    tensors = (leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor))
+    return any(tensor.is_complex() or not tensor.numel() for tensor in tensors)
 
 
 def _detach(values: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..ops.window_attention_taylor import attention_taylor_reference, stacked_window_attention
 from .linear import _bind
-from .value import Taylor, TaylorError, constant, primals, register_rule
+from .value import Taylor, TaylorError, constant, laid_out, primals, register_rule
 
 
 @register_rule("scaled_dot_product_attention")
@@ -27,6 +27,8 @@ def scaled_dot_product_attention(func: Callable[..., Any], args: tuple[Any, ...]
         scale=None,
         enable_gqa=False,
     )
+    if isinstance(scale, Taylor):
+        q, scale = q * scale, 1.0
     if dropout > 0.0:
         raise TaylorError("attention with dropout has no derivative to propagate; call model.eval() first")
     like = next(x for x in (q, k, v) if isinstance(x, Taylor))
@@ -39,7 +41,7 @@ def scaled_dot_product_attention(func: Callable[..., Any], args: tuple[Any, ...]
     if isinstance(mask, Tensor) and mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, float("-inf"))
     if mask is None and q.dim() == 4 and q.shape == k.shape == v.shape:
-        return Taylor(_in_one_window(q.coefficients, k.coefficients, v.coefficients, factor))
+        return Taylor(laid_out(_in_one_window(q.coefficients, k.coefficients, v.coefficients, factor), q.primal))
     if mask is None:
         return Taylor(attention_taylor_reference(q.coefficients, k.coefficients, v.coefficients, None, factor))
     alone = (primals(mask) == float("-inf")).all(-1, keepdim=True)  # [..., queries, 1] no key: torch says 0 there

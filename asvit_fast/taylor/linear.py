@@ -16,10 +16,13 @@ from .value import (
     TaylorError,
     constant,
     function_name,
+    laid_out,
     mapped,
+    moving,
     primals,
     register_rule,
     taylors,
+    with_value,
 )
 
 # what comes out does not move: sizes and the like, truth values, indices, and steps between which nothing changes
@@ -27,8 +30,8 @@ QUESTIONS = """
     shape size dim ndim ndimension dtype device layout numel nelement stride is_contiguous storage_offset element_size
     get_device is_floating_point is_complex is_cuda is_cpu is_meta is_mps is_xpu is_sparse is_quantized is_nested
     is_leaf requires_grad grad_fn grad is_same_size is_signed is_inference data_ptr names has_names is_mkldnn
-    is_sparse_csr itemsize nbytes is_conj is_neg new_zeros new_ones new_empty new_full new_tensor zeros_like ones_like
-    empty_like full_like rand_like randn_like randint_like lt le gt ge eq ne less less_equal greater greater_equal isnan
+    is_sparse_csr itemsize nbytes is_conj is_neg new_zeros new_ones new_empty zeros_like ones_like
+    empty_like rand_like randn_like randint_like lt le gt ge eq ne less less_equal greater greater_equal isnan
     isinf isfinite isclose allclose equal argmax argmin argsort sign logical_not logical_and logical_or bool int long
     floor ceil round trunc fix floor_divide floordiv histc contains rfloordiv
 """
@@ -54,6 +57,25 @@ JOINTLY_LINEAR = """
 def question(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Answered for x(0); what comes out does not move."""
     return func(*primals(args), **primals(kwargs))
+
+
+@register_rule("full_like", "new_full")
+def filled(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A tensor of one number, which may move."""
+    value = func(*primals(args), **primals(kwargs))
+    place = 1 if function_name(func) == "full_like" else 2
+    number = kwargs.get("fill_value", args[place] if len(args) > place else None)
+    if not isinstance(number, Taylor):
+        return value
+    orders = number.coefficients.reshape(-1, *[1] * value.dim()).expand(-1, *value.shape)
+    return moving(laid_out(orders.to(value.dtype, copy=True), value))
+
+
+@register_rule("new_tensor")
+def new_tensor(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    for number in taylors(args[1:], kwargs):
+        number.item()  # refused
+    return func(*primals(args), **kwargs)
 
 
 @register_rule("requires_grad_")
@@ -224,6 +246,9 @@ def lerp(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 def sum_rule(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
     """Sums and differences: derivatives of constants vanish."""
     left, right, alpha = _bind(args, kwargs, input=None, other=None, alpha=1)
+    if isinstance(alpha, Taylor):
+        left, right = (right, left) if function_name(func) == "rsub" else (left, right)
+        return left + alpha * right if function_name(func) == "add" else left - alpha * right
     factors = {"alpha": alpha} if alpha != 1 else {}
     if isinstance(left, Taylor) and isinstance(right, Taylor):
         return mapped(func, (left, right), factors)
@@ -235,7 +260,7 @@ def sum_rule(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         padded = higher.reshape(higher.shape[0], *[1] * (value.dim() - higher.dim() + 1), *higher.shape[1:])
         higher = padded.expand(-1, *value.shape)
     higher = higher.to(value.dtype) if factor == 1 else higher.to(value.dtype) * factor
-    return Taylor(torch.cat([value.unsqueeze(0), higher]))
+    return with_value(value, higher)
 
 
 @register_rule("diff")
@@ -250,6 +275,8 @@ def diff(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 def pad(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
     """Linear, but for a constant other than zero, which only x(0) shows."""
     x, widths, mode, value = _bind(args, kwargs, input=None, pad=None, mode="constant", value=None)
+    if isinstance(value, Taylor):
+        raise NotCovered
     if mode != "constant" or not value:
         return mapped(F.pad, (x, widths, mode), {})
     first = F.pad(x.primal, widths, mode, value).unsqueeze(0)

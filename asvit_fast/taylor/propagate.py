@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .value import Taylor, TaylorError, gradients_wanted, refuse_autograd_functions
+from .value import Taylor, TaylorError, gradients_wanted, laid_out, refuse_autograd_functions
 
 
 def jvp(fn: Callable[[Any], Any], x: Tensor, dx: Tensor) -> tuple[Any, Any]:
@@ -24,7 +24,7 @@ def jvp(fn: Callable[[Any], Any], x: Tensor, dx: Tensor) -> tuple[Any, Any]:
         ``(y, v)``: ``fn(x)`` and d/dt fn(x + t dx) at t = 0, of the same shape.
 
     Raises:
-        ValueError: shapes, dtypes or devices of ``x`` and ``dx`` differ, or x is not floating point.
+        ValueError: shapes, dtypes or devices of ``x`` and ``dx`` differ, or x is neither floating point nor complex.
         TaylorError: a torch function that cannot be propagated, named.
 
     Where gradients are enabled, both outputs can be differentiated with respect to weights and inputs.
@@ -44,7 +44,7 @@ def jet(fn: Callable[[Any], Any], x: Tensor, dx: Tensor, ddx: Tensor) -> tuple[A
         ``(y, v, a)``: the value and the first two derivatives of ``fn(x + t dx + t^2/2 ddx)`` at t = 0.
 
     Raises:
-        ValueError: shapes, dtypes or devices of the inputs differ, or x is not floating point.
+        ValueError: shapes, dtypes or devices of the inputs differ, or x is neither floating point nor complex.
         TaylorError: a torch function that cannot be propagated, named.
     """
     y, v, a = _propagate(fn, x, dx, ddx)
@@ -61,7 +61,7 @@ def _propagate(fn: Callable[[Any], Any], *derivatives: Tensor) -> tuple[Any, ...
                 f"{name} must match x ({list(x.shape)}, {x.dtype}, {x.device}), "
                 f"got {list(derivative.shape)}, {derivative.dtype}, {derivative.device}"
             )
-    return along(fn, Taylor(torch.stack(derivatives)))
+    return along(fn, Taylor(laid_out(torch.stack(derivatives), x)))
 
 
 def along(fn: Callable[[Any], Any], x: Taylor) -> tuple[Any, ...]:
@@ -70,7 +70,7 @@ def along(fn: Callable[[Any], Any], x: Taylor) -> tuple[Any, ...]:
     token = gradients_wanted.set(torch.is_grad_enabled())
     try:
         output = fn(x)
-    except (TypeError, AssertionError, RuntimeError) as error:
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         _name_what_refused(error)
         raise
     finally:

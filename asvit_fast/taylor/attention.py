@@ -41,16 +41,22 @@ def scaled_dot_product_attention(func: Callable[..., Any], args: tuple[Any, ...]
     if isinstance(mask, Tensor) and mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, float("-inf"))
     if mask is None and q.dim() == 4 and q.shape == k.shape == v.shape:
-        return Taylor(laid_out(_in_one_window(q.coefficients, k.coefficients, v.coefficients, factor), q.primal))
+        return _as_queries(_in_one_window(q.coefficients, k.coefficients, v.coefficients, factor), q)
     if mask is None:
-        return Taylor(attention_taylor_reference(q.coefficients, k.coefficients, v.coefficients, None, factor))
+        return _as_queries(attention_taylor_reference(q.coefficients, k.coefficients, v.coefficients, None, factor), q)
     alone = (primals(mask) == float("-inf")).all(-1, keepdim=True)  # [..., queries, 1] no key: torch says 0 there
     mask = mask.masked_fill(alone, 0.0)
     if isinstance(mask, Taylor):  # a bias made of the queries, as in SAM's encoder
         out = torch.softmax(q * factor @ k.transpose(-2, -1) + mask, dim=-1) @ v
     else:
         out = Taylor(attention_taylor_reference(q.coefficients, k.coefficients, v.coefficients, mask, factor))
-    return out.masked_fill(alone, 0.0)
+    return _as_queries(out.masked_fill(alone, 0.0).coefficients, q)
+
+
+def _as_queries(out: Tensor, q: Taylor) -> Taylor:
+    """out [orders + 1, *, heads, tokens, d] in memory as torch's attention has it: as q, with d innermost."""
+    like = q.primal
+    return Taylor(laid_out(out, like) if like.dim() == 4 and like.stride(-1) == 1 else out.contiguous())
 
 
 def _in_one_window(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

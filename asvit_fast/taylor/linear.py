@@ -17,10 +17,12 @@ from .value import (
     constant,
     function_name,
     laid_out,
+    laid_out_by,
     mapped,
     moving,
     primals,
     register_rule,
+    stacked,
     taylors,
     with_value,
 )
@@ -40,7 +42,7 @@ LINEAR = """
     view reshape flatten unflatten ravel permute transpose swapaxes swapdims movedim moveaxis t T mT H mH
     adjoint squeeze unsqueeze expand broadcast_to repeat repeat_interleave tile contiguous clone detach unbind
     chunk split tensor_split split_with_sizes hsplit vsplit narrow select index_select gather take_along_dim getitem
-    roll flip fliplr flipud rot90 mean sum cumsum neg negative positive pos float double half
+    flip fliplr flipud rot90 mean sum cumsum neg negative positive pos float double half
     bfloat16 cpu cuda unfold fold diagonal triu tril trace pixel_shuffle pixel_unshuffle channel_shuffle identity
     dropout dropout1d dropout2d dropout3d feature_dropout real imag view_as_real view_as_complex conj conj_physical
     resolve_conj resolve_neg
@@ -87,6 +89,14 @@ def already_in_the_graph(func: Callable[..., Any], args: tuple[Any, ...], kwargs
 def linear_map(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """f(x)' = f(x'): one batched call on the stacked orders."""
     return mapped(func, args, kwargs)
+
+
+@register_rule("roll")
+def roll(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    result = mapped(func, args, kwargs)
+    if primals(args[0]).is_contiguous():
+        return result
+    return Taylor(laid_out(result.coefficients, func(*primals(args), **kwargs)))
 
 
 @register_rule("data")
@@ -163,7 +173,7 @@ def jointly_linear(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
         return func(*given, **named)
 
     order = taylors(args, kwargs)[0].order
-    return Taylor(torch.stack([of_order(k) for k in range(order + 1)]))
+    return stacked([of_order(k) for k in range(order + 1)])
 
 
 @register_rule("embedding")
@@ -210,7 +220,7 @@ def joined(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         raise TypeError(f"{function_name(func)}(): the tensors must be a list or tuple, not a single tensor")
     like = taylors(args)[0]
     parts = [part if isinstance(part, Taylor) else _promoted(part, like) for part in args[0]]
-    return mapped(func, (parts, *args[1:]), kwargs)
+    return laid_out_by(func, args, kwargs, mapped(func, (parts, *args[1:]), kwargs))
 
 
 @register_rule("where")
@@ -233,7 +243,7 @@ def masked_fill(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     if not isinstance(x, Taylor):
         raise NotCovered
     value = value if isinstance(value, Taylor) else constant(value, x)
-    return mapped(torch.where, (mask, value, x), {})
+    return Taylor(mapped(torch.where, (mask, value, x), {}).coefficients.contiguous())  # as torch's is
 
 
 @register_rule("lerp")
@@ -278,9 +288,8 @@ def pad(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any])
     if isinstance(value, Taylor):
         raise NotCovered
     if mode != "constant" or not value:
-        return mapped(F.pad, (x, widths, mode), {})
-    first = F.pad(x.primal, widths, mode, value).unsqueeze(0)
-    return Taylor(torch.cat([first, mapped(F.pad, (x, widths), {}).coefficients[1:]]))
+        return laid_out_by(func, args, kwargs, mapped(F.pad, (x, widths, mode), {}))
+    return with_value(F.pad(x.primal, widths, mode, value), mapped(F.pad, (x, widths), {}).coefficients[1:])
 
 
 def _bind(args: tuple[Any, ...], kwargs: dict[str, Any], **defaults: Any) -> list[Any]:

@@ -247,7 +247,8 @@ def logsumexp(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 @register_rule("logaddexp")
 def logaddexp(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     a, b = _bind(args, kwargs, input=None, other=None)
-    return torch.stack(torch.broadcast_tensors(a, b)).logsumexp(0)
+    y: Any = torch.stack(torch.broadcast_tensors(a, b)).logsumexp(0)  # a Taylor value
+    return Taylor(laid_out(y.coefficients, func(*primals((a, b)))))
 
 
 def _logits(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, int]:

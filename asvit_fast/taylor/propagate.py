@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .value import Taylor, TaylorError, gradients_wanted, laid_out, refuse_autograd_functions
+
+_INNER = (
+    str(Path(__file__).parent),
+    str(Path(torch.__file__).parent / "_functorch"),
+    pytree.__file__,
+)  # not the user's
 
 
 def jvp(fn: Callable[[Any], Any], x: Tensor, dx: Tensor) -> tuple[Any, Any]:
@@ -26,6 +33,9 @@ def jvp(fn: Callable[[Any], Any], x: Tensor, dx: Tensor) -> tuple[Any, Any]:
     Raises:
         ValueError: shapes, dtypes or devices of ``x`` and ``dx`` differ, or x is neither floating point nor complex.
         TaylorError: a torch function that cannot be propagated, named.
+
+    ``fn`` gets a ``Taylor`` value, for which ``isinstance(x, torch.Tensor)`` and ``torch.is_tensor(x)`` are False: code
+    that branches on them takes the other branch.
 
     Where gradients are enabled, both outputs can be differentiated with respect to weights and inputs.
     """
@@ -46,6 +56,9 @@ def jet(fn: Callable[[Any], Any], x: Tensor, dx: Tensor, ddx: Tensor) -> tuple[A
     Raises:
         ValueError: shapes, dtypes or devices of the inputs differ, or x is neither floating point nor complex.
         TaylorError: a torch function that cannot be propagated, named.
+
+    ``fn`` gets a ``Taylor`` value, for which ``isinstance(x, torch.Tensor)`` and ``torch.is_tensor(x)`` are False: code
+    that branches on them takes the other branch.
     """
     y, v, a = _propagate(fn, x, dx, ddx)
     return y, v, a
@@ -90,7 +103,8 @@ def _name_what_refused(error: Exception) -> None:
         return
     refuse_autograd_functions((frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)), error)
     if not isinstance(error, AssertionError):
-        where = traceback.extract_tb(error.__traceback__)[-1]
+        frames = traceback.extract_tb(error.__traceback__)
+        where = [f for f in frames if not f.filename.startswith(_INNER)][-1]
         reason = str(error).strip().splitlines()[0]
         raise TaylorError(f"no Taylor rule for what `{where.line}` ({where.name}) calls: {reason}") from error
 

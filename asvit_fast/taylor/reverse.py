@@ -263,6 +263,7 @@ def _gumbel_softmax(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 def _standardized(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """x with mean 0 and variance 1 over ``dims``; the mean and 1 / the deviation, dims kept."""
+    x = x.contiguous()  # as the result is
     mean = x.mean(dims, keepdim=True)
     rstd = torch.rsqrt((x - mean).square().mean(dims, keepdim=True) + eps)
     return (x - mean) * rstd, mean, rstd

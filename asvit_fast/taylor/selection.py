@@ -104,7 +104,7 @@ def max_pool(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     """Indices of x(0) into its flattened image, then a gather."""
     spatial = int(function_name(func)[-2])
     pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[spatial - 1]
-    _, index = pool(*primals(args), **{**kwargs, "return_indices": True})
+    value, index = pool(*primals(args), **{**kwargs, "return_indices": True})
     flat = args[0].flatten(-spatial)
     gathered = mapped(torch.gather, (flat, -1, index.flatten(-spatial)), {})
-    return gathered.reshape(index.shape)
+    return Taylor(laid_out(gathered.reshape(index.shape).coefficients, value))

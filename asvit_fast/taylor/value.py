@@ -398,8 +398,24 @@ def laid_out(coefficients: Tensor, like: Tensor) -> Tensor:
     """
     if coefficients.stride()[1:] == like.stride() or like.is_contiguous():
         return coefficients.contiguous() if like.is_contiguous() else coefficients
-    dims = [0, *(d + 1 for d in sorted(range(like.dim()), key=lambda d: -like.stride(d)))]  # outermost first
+    strides = like.stride()
+    dims = [0, *(d + 1 for d in sorted(range(like.dim()), key=lambda d: -strides[d]))]  # outermost first
     return coefficients.permute(dims).contiguous().permute([dims.index(d) for d in range(len(dims))])
+
+
+def laid_out_by(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Taylor) -> Taylor:
+    """``result``, each order in memory as ``func`` lays its result out: tried on tensors without memory."""
+    if all(x.coefficients[0].is_contiguous() for x in taylors(args, kwargs)):
+        return result
+
+    def empty(leaf: Any) -> Any:
+        leaf = leaf.coefficients[0] if isinstance(leaf, Taylor) else leaf
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
+
+    args, kwargs = pytree.tree_map(empty, (args, kwargs), is_leaf=_is_taylor)
+    return Taylor(laid_out(result.coefficients, func(*args, **kwargs)))
 
 
 def stacked(orders: list[Tensor]) -> Taylor:

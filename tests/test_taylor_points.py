@@ -262,3 +262,108 @@ def test_mistakes_are_torchs_own_words() -> None:
         af.jvp(torch.cat, x, dx)
     with pytest.raises(ValueError, match="floating point"):
         af.jvp(torch.sin, torch.arange(3), torch.arange(3))
+
+
+# ------------------------------------------------------------------ views, writes through them, moving numbers
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "plain": lambda x: x,
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "columns first": lambda x: x.mT.contiguous().mT,
+}
+LAID_OUT: tuple[Callable[[Any], Any], ...] = (
+    lambda x: x.softmax(0),
+    lambda x: x.softmax(-1),
+    lambda x: x.log_softmax(1),
+    lambda x: F.batch_norm(x, None, None, training=True),
+    lambda x: F.batch_norm(x, P.new_zeros(x.shape[1]), P.new_ones(x.shape[1])),
+    lambda x: F.group_norm(x, 2),
+    F.instance_norm,
+    lambda x: F.layer_norm(x, (6,)),
+    lambda x: F.rms_norm(x, (6,)),
+    F.normalize,
+    torch.tanh,
+    F.gelu,
+    torch.expm1,
+    torch.relu,
+    torch.atan,
+    torch.sqrt,
+    lambda x: x + 1,
+    lambda x: x - W,
+    lambda x: x * x,
+    lambda x: 2 / x,
+    lambda x: x**2,
+    lambda x: x.clamp(0, 1),
+    lambda x: x.masked_fill(x > 0, 1.0),
+    lambda x: torch.maximum(x, W),
+    lambda x: torch.logaddexp(x, W),
+    lambda x: x.sort(1)[0],
+    lambda x: torch.cat([x, x]),
+    lambda x: F.pad(x, (1, 1), value=1.0),
+    lambda x: x.roll(1, 1),
+    lambda x: F.max_pool2d(x, 2),
+    lambda x: F.scaled_dot_product_attention(x, x, x),
+    lambda x: F.scaled_dot_product_attention(x, x, x, W.new_zeros(x.shape[2], x.shape[2])),
+    lambda x: F.conv2d(W[None, None], x[:, :1]),
+    lambda x: x.index_fill(0, torch.tensor([0]), 2.0),
+)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_results_lie_in_memory_as_torchs_do(layout: str) -> None:
+    """So that ``view`` works where torch's does, and what is written through ``reshape`` arrives where torch's does."""
+    x = LAYOUTS[layout](draw(41, 2, 4, 5, 6).abs() + 0.1)
+    dx = torch.empty_like(x).copy_(draw(42, *x.shape))
+    for number, f in enumerate(LAID_OUT):
+
+        def written(t: Any, f: Callable[[Any], Any] = f) -> Any:
+            y = f(t)
+            y.reshape(-1).mul_(2)
+            return y
+
+        expected, (y, v) = written(x), af.jvp(written, x, dx)
+        torch.testing.assert_close(y, expected, msg=lambda text, number=number: f"LAID_OUT[{number}]: {text}")
+        plain = af.jvp(f, x, dx)
+        torch.testing.assert_close(v * plain[0], plain[1] * y)  # both doubled or neither
+        strides = [[s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1] for t in (y, expected)]
+        assert strides[0] == strides[1], f"LAID_OUT[{number}]"
+
+
+def test_numbers_that_move_keep_their_derivatives() -> None:
+    for f in (
+        lambda x: torch.clamp(x, min=x * x - 1),
+        lambda x: x.clamp(max=x.mean()).softmax(-1),
+        lambda x: x.clamp_min(x.mean()),
+        lambda x: torch.clip(x, x.mean() - 1, x.mean()),
+        lambda x: F.normalize(x, eps=x.mean().abs() * 9),
+        lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None], scale=x.mean()),
+        lambda x: torch.add(P, x, alpha=x.mean()),
+        lambda x: torch.sub(x, P, alpha=x.mean()),
+        lambda x: torch.rsub(x, x * x, alpha=x.mean()),
+        lambda x: x * torch.full_like(x, x.mean()),
+        lambda x: torch.full_like(P, x.mean()),
+        lambda x: x.new_full((2,), x.mean()),
+        lambda x: P.new_full((2, 3), fill_value=x.mean()),
+    ):
+        check(f, *directions())
+
+
+@pytest.mark.parametrize(
+    ("f", "named"),
+    [
+        (lambda x: x.new_tensor(x), "becomes a number"),
+        (lambda x: x.new_tensor([x[0, 0], 1.0]), "becomes a number"),
+        (lambda x: torch.tensor([x[0, 0], x[1, 1]]), r"torch.tensor\(\[x"),
+        (lambda x: F.layer_norm(x, (6,), eps=x.mean().abs()), "rule for layer_norm,"),
+        (lambda x: F.group_norm(x, 2, eps=x.mean().abs()), "rule for group_norm,"),
+        (lambda x: F.rms_norm(x, (6,), eps=x.mean().abs()), "rule for rms_norm,"),
+        (lambda x: F.leaky_relu(x, x.mean()), "rule for leaky_relu,"),
+        (lambda x: F.pad(x, (1, 1), value=x.mean()), "rule for pad,"),
+        (lambda x: torch.func.vmap(torch.sin)(x), "torch.func.vmap"),
+        (lambda x: torch.func.grad(torch.sum)(x), "torch.func.grad"),
+    ],
+)
+def test_moving_numbers_that_torch_takes_the_value_of_are_refused(f: Callable[[Any], Any], named: str) -> None:
+    with pytest.raises(TaylorError, match=named):
+        af.jvp(f, *directions()[:2])

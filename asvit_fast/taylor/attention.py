@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..ops.window_attention_taylor import attention_taylor_reference, stacked_window_attention
 from .linear import _bind
-from .value import Taylor, TaylorError, constant, primals, register_rule
+from .value import Taylor, TaylorError, constant, laid_out, primals, register_rule
 
 
 @register_rule("scaled_dot_product_attention")
@@ -27,6 +27,8 @@ def scaled_dot_product_attention(func: Callable[..., Any], args: tuple[Any, ...]
         scale=None,
         enable_gqa=False,
     )
+    if isinstance(scale, Taylor):
+        q, scale = q * scale, 1.0
     if dropout > 0.0:
         raise TaylorError("attention with dropout has no derivative to propagate; call model.eval() first")
     like = next(x for x in (q, k, v) if isinstance(x, Taylor))
@@ -39,16 +41,22 @@ def scaled_dot_product_attention(func: Callable[..., Any], args: tuple[Any, ...]
     if isinstance(mask, Tensor) and mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, float("-inf"))
     if mask is None and q.dim() == 4 and q.shape == k.shape == v.shape:
-        return Taylor(_in_one_window(q.coefficients, k.coefficients, v.coefficients, factor))
+        return _as_queries(_in_one_window(q.coefficients, k.coefficients, v.coefficients, factor), q)
     if mask is None:
-        return Taylor(attention_taylor_reference(q.coefficients, k.coefficients, v.coefficients, None, factor))
+        return _as_queries(attention_taylor_reference(q.coefficients, k.coefficients, v.coefficients, None, factor), q)
     alone = (primals(mask) == float("-inf")).all(-1, keepdim=True)  # [..., queries, 1] no key: torch says 0 there
     mask = mask.masked_fill(alone, 0.0)
     if isinstance(mask, Taylor):  # a bias made of the queries, as in SAM's encoder
         out = torch.softmax(q * factor @ k.transpose(-2, -1) + mask, dim=-1) @ v
     else:
         out = Taylor(attention_taylor_reference(q.coefficients, k.coefficients, v.coefficients, mask, factor))
-    return out.masked_fill(alone, 0.0)
+    return _as_queries(out.masked_fill(alone, 0.0).coefficients, q)
+
+
+def _as_queries(out: Tensor, q: Taylor) -> Taylor:
+    """out [orders + 1, *, heads, tokens, d] in memory as torch's attention has it: as q, with d innermost."""
+    like = q.primal
+    return Taylor(laid_out(out, like) if like.dim() == 4 and like.stride(-1) == 1 else out.contiguous())
 
 
 def _in_one_window(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -14,14 +14,14 @@ from ..ops.gelu_taylor import gelu_taylor
 from ..ops.stacked import chain_rule
 from ..ops.tanh_taylor import tanh_taylor
 from .linear import _bind
-from .value import NotCovered, Taylor, function_name, primals, register_rule
+from .value import NotCovered, Taylor, function_name, laid_out, primals, register_rule, stacked, taylors, with_value
 
 Derivatives = tuple[Tensor, Tensor, Tensor | None]  # f, f', f'' at x(0); None where f'' = 0
 
 
 def compose(x: Taylor, derivatives: Derivatives) -> Taylor:
     """The chain rule for f(x(t))."""
-    return Taylor(chain_rule(x.coefficients, *derivatives))
+    return Taylor(laid_out(chain_rule(x.coefficients, *derivatives), derivatives[0]))
 
 
 def _exp(x: Tensor) -> Derivatives:
@@ -149,6 +149,8 @@ FUNCTIONS: dict[str, Callable[..., Derivatives]] = {
 def _rule(name: str, derivatives: Callable[..., Derivatives]) -> None:
     @register_rule(name)
     def elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
+        if taylors(args[1:], kwargs):
+            raise NotCovered
         return compose(args[0], derivatives(args[0].primal, *args[1:], **kwargs))
 
 
@@ -156,22 +158,30 @@ for _name, _derivatives in FUNCTIONS.items():
     _rule(_name, _derivatives)
 
 
+def _same_layout(x: Taylor) -> Tensor:
+    """A tensor without memory that lies as torch's elementwise functions of ``x`` do."""
+    like = x.apart()[0][0]
+    return like if like.is_contiguous() else torch.empty_like(like, device="meta")
+
+
 @register_rule("tanh")
 def tanh(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
     (x,) = _bind(args, kwargs, input=None)
-    return Taylor(tanh_taylor(x.coefficients))
+    return Taylor(laid_out(tanh_taylor(x.coefficients), _same_layout(x)))
 
 
 @register_rule("gelu")
 def gelu(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
     x, approximate = _bind(args, kwargs, input=None, approximate="none")
     coefficients, bias = x.apart()  # a Linear's bias is added on the way
-    return Taylor(gelu_taylor(coefficients, approximate, bias))
+    return Taylor(laid_out(gelu_taylor(coefficients, approximate, bias), _same_layout(x)))
 
 
 @register_rule("clamp", "clip", "clamp_min", "clamp_max", "hardtanh")
 def clamp(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
     x = args[0]
+    if taylors(args[1:], kwargs):  # bounds that move
+        raise NotCovered
     value = func(x.primal, *args[1:], **kwargs)
     follows = value == x.primal
     if function_name(func) == "hardtanh":  # torch lets it stand still at its ends already
@@ -186,10 +196,10 @@ def clamp(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
 def nan_to_num(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
     """What is replaced stands still, even where its derivatives are not numbers."""
     x, *rest = args
-    if x.is_complex():
+    if x.is_complex() or taylors(rest, kwargs):
         raise NotCovered
     higher = x.coefficients[1:].masked_fill(~x.primal.isfinite(), 0.0)
-    return Taylor(torch.cat([func(x.primal, *rest, **kwargs).unsqueeze(0), higher]))
+    return with_value(func(x.primal, *rest, **kwargs), higher)
 
 
 def _times(factor: Any, derivative: Tensor) -> Tensor:
@@ -205,7 +215,7 @@ def square_root(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     orders = [y, _times(0.5 / y, c[1])]
     if x.order == 2:
         orders.append(_times(0.5 / y, c[2]) - _times(0.25 / (y * c[0]), c[1] * c[1]))
-    return Taylor(torch.stack(orders))
+    return stacked(orders)
 
 
 @register_rule("pow", "rpow", "float_power")
@@ -234,7 +244,7 @@ def power(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     if base.order == 2:
         second = _times(falling(e * (e - 1), e - 2), moving[0] * moving[0])
         orders.append((_times(first, moving[1]) + second).expand(value.shape))
-    return Taylor(torch.stack([order.to(value.dtype) for order in orders]))
+    return stacked([order.to(value.dtype) for order in orders])
 
 
 def _exponential(value: Tensor, base: Tensor, exponent: Taylor) -> Taylor:
@@ -246,4 +256,4 @@ def _exponential(value: Tensor, base: Tensor, exponent: Taylor) -> Taylor:
     if exponent.order == 2:
         second = torch.where(first == 0, 0.0, first * log)
         orders.append((_times(first, moving[1]) + _times(second, moving[0] * moving[0])).expand(value.shape))
-    return Taylor(torch.stack(orders))
+    return stacked(orders)

@@ -16,10 +16,15 @@ from .value import (
     TaylorError,
     constant,
     function_name,
+    laid_out,
+    laid_out_by,
     mapped,
+    moving,
     primals,
     register_rule,
+    stacked,
     taylors,
+    with_value,
 )
 
 # what comes out does not move: sizes and the like, truth values, indices, and steps between which nothing changes
@@ -27,8 +32,8 @@ QUESTIONS = """
     shape size dim ndim ndimension dtype device layout numel nelement stride is_contiguous storage_offset element_size
     get_device is_floating_point is_complex is_cuda is_cpu is_meta is_mps is_xpu is_sparse is_quantized is_nested
     is_leaf requires_grad grad_fn grad is_same_size is_signed is_inference data_ptr names has_names is_mkldnn
-    is_sparse_csr itemsize nbytes is_conj is_neg new_zeros new_ones new_empty new_full new_tensor zeros_like ones_like
-    empty_like full_like rand_like randn_like randint_like lt le gt ge eq ne less less_equal greater greater_equal isnan
+    is_sparse_csr itemsize nbytes is_conj is_neg new_zeros new_ones new_empty zeros_like ones_like
+    empty_like rand_like randn_like randint_like lt le gt ge eq ne less less_equal greater greater_equal isnan
     isinf isfinite isclose allclose equal argmax argmin argsort sign logical_not logical_and logical_or bool int long
     floor ceil round trunc fix floor_divide floordiv histc contains rfloordiv
 """
@@ -37,7 +42,7 @@ LINEAR = """
     view reshape flatten unflatten ravel permute transpose swapaxes swapdims movedim moveaxis t T mT H mH
     adjoint squeeze unsqueeze expand broadcast_to repeat repeat_interleave tile contiguous clone detach unbind
     chunk split tensor_split split_with_sizes hsplit vsplit narrow select index_select gather take_along_dim getitem
-    roll flip fliplr flipud rot90 mean sum cumsum neg negative positive pos float double half
+    flip fliplr flipud rot90 mean sum cumsum neg negative positive pos float double half
     bfloat16 cpu cuda unfold fold diagonal triu tril trace pixel_shuffle pixel_unshuffle channel_shuffle identity
     dropout dropout1d dropout2d dropout3d feature_dropout real imag view_as_real view_as_complex conj conj_physical
     resolve_conj resolve_neg
@@ -56,6 +61,25 @@ def question(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     return func(*primals(args), **primals(kwargs))
 
 
+@register_rule("full_like", "new_full")
+def filled(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A tensor of one number, which may move."""
+    value = func(*primals(args), **primals(kwargs))
+    place = 1 if function_name(func) == "full_like" else 2
+    number = kwargs.get("fill_value", args[place] if len(args) > place else None)
+    if not isinstance(number, Taylor):
+        return value
+    orders = number.coefficients.reshape(-1, *[1] * value.dim()).expand(-1, *value.shape)
+    return moving(laid_out(orders.to(value.dtype, copy=True), value))
+
+
+@register_rule("new_tensor")
+def new_tensor(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    for number in taylors(args[1:], kwargs):
+        number.item()  # refused
+    return func(*primals(args), **kwargs)
+
+
 @register_rule("requires_grad_")
 def already_in_the_graph(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0]
@@ -65,6 +89,14 @@ def already_in_the_graph(func: Callable[..., Any], args: tuple[Any, ...], kwargs
 def linear_map(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """f(x)' = f(x'): one batched call on the stacked orders."""
     return mapped(func, args, kwargs)
+
+
+@register_rule("roll")
+def roll(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    result = mapped(func, args, kwargs)
+    if primals(args[0]).is_contiguous():
+        return result
+    return Taylor(laid_out(result.coefficients, func(*primals(args), **kwargs)))
 
 
 @register_rule("data")
@@ -141,7 +173,7 @@ def jointly_linear(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
         return func(*given, **named)
 
     order = taylors(args, kwargs)[0].order
-    return Taylor(torch.stack([of_order(k) for k in range(order + 1)]))
+    return stacked([of_order(k) for k in range(order + 1)])
 
 
 @register_rule("embedding")
@@ -188,7 +220,7 @@ def joined(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         raise TypeError(f"{function_name(func)}(): the tensors must be a list or tuple, not a single tensor")
     like = taylors(args)[0]
     parts = [part if isinstance(part, Taylor) else _promoted(part, like) for part in args[0]]
-    return mapped(func, (parts, *args[1:]), kwargs)
+    return laid_out_by(func, args, kwargs, mapped(func, (parts, *args[1:]), kwargs))
 
 
 @register_rule("where")
@@ -211,7 +243,7 @@ def masked_fill(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     if not isinstance(x, Taylor):
         raise NotCovered
     value = value if isinstance(value, Taylor) else constant(value, x)
-    return mapped(torch.where, (mask, value, x), {})
+    return Taylor(mapped(torch.where, (mask, value, x), {}).coefficients.contiguous())  # as torch's is
 
 
 @register_rule("lerp")
@@ -224,6 +256,9 @@ def lerp(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 def sum_rule(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
     """Sums and differences: derivatives of constants vanish."""
     left, right, alpha = _bind(args, kwargs, input=None, other=None, alpha=1)
+    if isinstance(alpha, Taylor):
+        left, right = (right, left) if function_name(func) == "rsub" else (left, right)
+        return left + alpha * right if function_name(func) == "add" else left - alpha * right
     factors = {"alpha": alpha} if alpha != 1 else {}
     if isinstance(left, Taylor) and isinstance(right, Taylor):
         return mapped(func, (left, right), factors)
@@ -235,7 +270,7 @@ def sum_rule(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         padded = higher.reshape(higher.shape[0], *[1] * (value.dim() - higher.dim() + 1), *higher.shape[1:])
         higher = padded.expand(-1, *value.shape)
     higher = higher.to(value.dtype) if factor == 1 else higher.to(value.dtype) * factor
-    return Taylor(torch.cat([value.unsqueeze(0), higher]))
+    return with_value(value, higher)
 
 
 @register_rule("diff")
@@ -250,10 +285,11 @@ def diff(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 def pad(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
     """Linear, but for a constant other than zero, which only x(0) shows."""
     x, widths, mode, value = _bind(args, kwargs, input=None, pad=None, mode="constant", value=None)
+    if isinstance(value, Taylor):
+        raise NotCovered
     if mode != "constant" or not value:
-        return mapped(F.pad, (x, widths, mode), {})
-    first = F.pad(x.primal, widths, mode, value).unsqueeze(0)
-    return Taylor(torch.cat([first, mapped(F.pad, (x, widths), {}).coefficients[1:]]))
+        return laid_out_by(func, args, kwargs, mapped(F.pad, (x, widths, mode), {}))
+    return with_value(F.pad(x.primal, widths, mode, value), mapped(F.pad, (x, widths), {}).coefficients[1:])
 
 
 def _bind(args: tuple[Any, ...], kwargs: dict[str, Any], **defaults: Any) -> list[Any]:

@@ -17,7 +17,7 @@ from ..ops.layer_norm_taylor import layer_norm_taylor, unit_scale
 from ..ops.softmax_taylor import centred, softmax_taylor
 from ..ops.stacked import compute_dtype
 from .linear import _bind
-from .value import NotCovered, Taylor, TaylorError, function_name, primals, register_rule, taylors
+from .value import NotCovered, Taylor, TaylorError, function_name, laid_out, primals, register_rule, taylors
 
 
 def _unmoved(*parameters: Any) -> None:
@@ -35,12 +35,23 @@ def _affine(y: Tensor, weight: Any, bias: Any) -> Taylor:
     return Taylor(y)
 
 
+def _image_layout(y: Tensor, x: Taylor) -> Tensor:
+    """y [orders, *shape] as torch's norms lay it out: channels last where x(0) is, contiguous otherwise."""
+    like = x.primal
+    if like.is_contiguous():
+        return y.contiguous()
+    for dims, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if like.dim() == dims and like.is_contiguous(memory_format=memory_format):
+            return laid_out(y, like)
+    return y.contiguous()
+
+
 @register_rule("layer_norm")
 def layer_norm(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
     x, shape, weight, bias, eps, _ = _bind(
         args, kwargs, input=None, normalized_shape=None, weight=None, bias=None, eps=1e-5, cudnn_enable=True
     )
-    _unmoved(weight, bias)
+    _unmoved(weight, bias, eps)
     if tuple(x.shape[-len(shape) :]) != tuple(shape):
         raise NotCovered  # torch says what is wrong
     if len(shape) == 1:
@@ -53,13 +64,13 @@ def layer_norm(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
 @register_rule("rms_norm")
 def rms_norm(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
     x, shape, weight, eps = _bind(args, kwargs, input=None, normalized_shape=None, weight=None, eps=None)
-    _unmoved(weight)
+    _unmoved(weight, eps)
     if tuple(x.shape[-len(shape) :]) != tuple(shape):
         raise NotCovered
     dtype = compute_dtype(x.coefficients)
     eps = torch.finfo(dtype).eps if eps is None else eps
     y = unit_scale(x.coefficients.to(dtype), tuple(range(-len(shape), 0)), eps)
-    return Taylor((y if weight is None else y * weight).to(x.dtype))
+    return Taylor(_image_layout((y if weight is None else y * weight).to(x.dtype), x))
 
 
 @register_rule("group_norm")
@@ -67,11 +78,12 @@ def group_norm(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     x, groups, weight, bias, eps, _ = _bind(
         args, kwargs, input=None, num_groups=None, weight=None, bias=None, eps=1e-5, cudnn_enabled=True
     )
-    _unmoved(weight, bias)
+    _unmoved(weight, bias, eps)
     c = x.coefficients  # [orders, B, C, *space]
     if x.shape[1] % groups:
         raise NotCovered
     y = layer_norm_taylor(c.reshape(*c.shape[:2], groups, -1), eps=eps).reshape(c.shape)
+    y = _image_layout(y, x)
     channels = (-1, *[1] * (c.dim() - 3))
     return _affine(
         y, None if weight is None else weight.reshape(channels), None if bias is None else bias.reshape(channels)
@@ -96,7 +108,7 @@ def batch_norm(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     )
     x, training, eps = bound[0], bound[5], bound[7]
     given = dict(zip(names, bound[1:5], strict=True))
-    _unmoved(given)
+    _unmoved(given, eps)
     if training and given["running_mean"] is not None:
         raise TaylorError("batch_norm would change its running statistics; call model.eval() first")
     if training or given["running_mean"] is None:  # one group per channel, all samples in it
@@ -105,7 +117,7 @@ def batch_norm(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
         y = layer_norm_taylor(c.flatten(2), eps=eps).reshape(c.shape).transpose(1, 2)
         channels = (-1, *[1] * (x.dim() - 2))
         weight, bias = (None if p is None else p.reshape(channels) for p in (given["weight"], given["bias"]))
-        return _affine(y, weight, bias)
+        return _affine(_image_layout(y, x), weight, bias)
     return _with_statistics(x, eps=eps, **given)
 
 
@@ -116,7 +128,7 @@ def _with_statistics(
     shape = (-1, *[1] * (x.dim() - 2))
     scale = torch.rsqrt(running_var + eps) if weight is None else weight * torch.rsqrt(running_var + eps)  # [C]
     offset = -running_mean * scale if bias is None else bias - running_mean * scale  # [C]
-    return _affine(x.coefficients * scale.reshape(shape), None, offset.reshape(shape))
+    return _affine(_image_layout(x.coefficients * scale.reshape(shape), x), None, offset.reshape(shape))
 
 
 @register_rule("instance_norm")
@@ -137,31 +149,34 @@ def instance_norm(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     )
     x, own_statistics, eps = bound[0], bound[5], bound[7]
     given = dict(zip(names, bound[1:5], strict=True))
-    _unmoved(given)
+    _unmoved(given, eps)
     if not own_statistics:
         return _with_statistics(x, eps=eps, **given)
     if given["running_mean"] is not None:
         raise TaylorError("instance_norm would change its running statistics; call model.eval() first")
     func(x.primal, *primals(args[1:]), **kwargs)  # torch's own word on shapes
-    return group_norm(F.group_norm, (x, x.shape[1], given["weight"], given["bias"], eps), {})
+    y = group_norm(F.group_norm, (x, x.shape[1], given["weight"], given["bias"], eps), {})
+    return Taylor(y.coefficients.contiguous())
 
 
 @register_rule("normalize")
 def unit_vectors(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
     """F.normalize: x / max(|x|, eps)."""
     x, p, dim, eps = _bind(args, kwargs, input=None, p=2.0, dim=1, eps=1e-12)
+    _unmoved(eps)
     if p != 2.0 or not isinstance(dim, int) or x.dim() == 0:
         raise NotCovered
     dim = dim if dim < 0 else dim - x.dim()
     c = x.coefficients
     long = c[0].square().sum(dim, keepdim=True) > eps * eps
-    return Taylor(torch.where(long, unit_scale(c, (dim,), 0.0, total=True), c / eps))
+    y = torch.where(long, unit_scale(c, (dim,), 0.0, total=True), c / eps)
+    return Taylor(laid_out(y, torch.empty_like(c[0], device="meta")))
 
 
 @register_rule("softmax")
 def softmax(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
     s, dim = _logits(func, args, kwargs)
-    return Taylor(softmax_taylor(s).movedim(-1, dim))
+    return Taylor(softmax_taylor(s).movedim(-1, dim).contiguous())
 
 
 @register_rule("log_softmax")
@@ -173,7 +188,7 @@ def log_softmax(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     orders = [torch.log_softmax(s[0], -1), first]
     if len(s) == 3:
         orders.append(centred(s[2], p) - (p * first * first).sum(-1, keepdim=True))
-    return Taylor(torch.stack(orders).movedim(-1, dim))
+    return Taylor(torch.stack(orders).movedim(-1, dim).contiguous())
 
 
 @register_rule("linalg_vector_norm", "norm", "linalg_norm", "frobenius_norm")
@@ -232,7 +247,8 @@ def logsumexp(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 @register_rule("logaddexp")
 def logaddexp(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     a, b = _bind(args, kwargs, input=None, other=None)
-    return torch.stack(torch.broadcast_tensors(a, b)).logsumexp(0)
+    y: Any = torch.stack(torch.broadcast_tensors(a, b)).logsumexp(0)  # a Taylor value
+    return Taylor(laid_out(y.coefficients, func(*primals((a, b)))))
 
 
 def _logits(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, int]:

@@ -11,7 +11,18 @@ from torch import Tensor
 
 from ..ops.linear import linear as fast_linear
 from .linear import _bind
-from .value import Combination, NotCovered, Taylor, function_name, mapped, primals, register_rule, taylors
+from .value import (
+    Combination,
+    NotCovered,
+    Taylor,
+    function_name,
+    mapped,
+    primals,
+    register_rule,
+    stacked,
+    taylors,
+    with_value,
+)
 
 
 def leibniz(product: Callable[[Tensor, Tensor], Tensor], a: Taylor, b: Taylor) -> Taylor:
@@ -20,7 +31,7 @@ def leibniz(product: Callable[[Tensor, Tensor], Tensor], a: Taylor, b: Taylor) -
     orders = [product(x[0], y[0]), product(x[1], y[0]) + product(x[0], y[1])]
     if a.order == 2:
         orders.append(product(x[2], y[0]) + 2 * product(x[1], y[1]) + product(x[0], y[2]))
-    return Taylor(torch.stack(orders))
+    return stacked(orders)
 
 
 @register_rule("mul", "multiply", "rmul", "matmul", "mm", "bmm", "mv", "dot", "inner", "outer", "ger", "kron")
@@ -114,7 +125,8 @@ def convolution(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     def convolve(image: Tensor, kernels: Tensor) -> Tensor:
         return func(image, kernels, None, *args[3:], **rest)
 
-    return _affine(convolve, x, weight, bias, (-1, *[1] * (weight.dim() - 2)))
+    out = _affine(convolve, x, weight, bias, (-1, *[1] * (weight.dim() - 2)))
+    return Taylor(out.coefficients.contiguous()) if isinstance(weight, Taylor) else out  # vmap puts orders inside
 
 
 @register_rule("div", "divide", "true_divide", "truediv", "rdiv", "rtruediv")
@@ -132,7 +144,7 @@ def quotient(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     for k, d in enumerate(b.coefficients[1:], 1):
         known = d * y[0] if k == 1 else d * y[0] + 2 * b.coefficients[1] * y[1]
         y.append((x[k] - known) / b.primal)
-    return Taylor(torch.stack(y))
+    return stacked(y)
 
 
 @register_rule("remainder", "fmod", "mod", "rmod")
@@ -144,4 +156,4 @@ def modulus(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
         a, b = b, a
     times = torch.div(*primals((a, b)), rounding_mode="trunc" if function_name(func) == "fmod" else "floor")
     moved = a - times * b
-    return Taylor(torch.cat([value.unsqueeze(0), moved.coefficients[1:].expand(-1, *value.shape)]))
+    return with_value(value, moved.coefficients[1:].expand(-1, *value.shape))

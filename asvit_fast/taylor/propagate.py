@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .value import Taylor, TaylorError, gradients_wanted, refuse_autograd_functions
+from .value import Taylor, TaylorError, gradients_wanted, laid_out, refuse_autograd_functions
+
+_INNER = (
+    str(Path(__file__).parent),
+    str(Path(torch.__file__).parent / "_functorch"),
+    pytree.__file__,
+)  # not the user's
 
 
 def jvp(fn: Callable[[Any], Any], x: Tensor, dx: Tensor) -> tuple[Any, Any]:
@@ -24,8 +31,11 @@ def jvp(fn: Callable[[Any], Any], x: Tensor, dx: Tensor) -> tuple[Any, Any]:
         ``(y, v)``: ``fn(x)`` and d/dt fn(x + t dx) at t = 0, of the same shape.
 
     Raises:
-        ValueError: shapes, dtypes or devices of ``x`` and ``dx`` differ, or x is not floating point.
+        ValueError: shapes, dtypes or devices of ``x`` and ``dx`` differ, or x is neither floating point nor complex.
         TaylorError: a torch function that cannot be propagated, named.
+
+    ``fn`` gets a ``Taylor`` value, for which ``isinstance(x, torch.Tensor)`` and ``torch.is_tensor(x)`` are False: code
+    that branches on them takes the other branch.
 
     Where gradients are enabled, both outputs can be differentiated with respect to weights and inputs.
     """
@@ -44,8 +54,11 @@ def jet(fn: Callable[[Any], Any], x: Tensor, dx: Tensor, ddx: Tensor) -> tuple[A
         ``(y, v, a)``: the value and the first two derivatives of ``fn(x + t dx + t^2/2 ddx)`` at t = 0.
 
     Raises:
-        ValueError: shapes, dtypes or devices of the inputs differ, or x is not floating point.
+        ValueError: shapes, dtypes or devices of the inputs differ, or x is neither floating point nor complex.
         TaylorError: a torch function that cannot be propagated, named.
+
+    ``fn`` gets a ``Taylor`` value, for which ``isinstance(x, torch.Tensor)`` and ``torch.is_tensor(x)`` are False: code
+    that branches on them takes the other branch.
     """
     y, v, a = _propagate(fn, x, dx, ddx)
     return y, v, a
@@ -61,7 +74,7 @@ def _propagate(fn: Callable[[Any], Any], *derivatives: Tensor) -> tuple[Any, ...
                 f"{name} must match x ({list(x.shape)}, {x.dtype}, {x.device}), "
                 f"got {list(derivative.shape)}, {derivative.dtype}, {derivative.device}"
             )
-    return along(fn, Taylor(torch.stack(derivatives)))
+    return along(fn, Taylor(laid_out(torch.stack(derivatives), x)))
 
 
 def along(fn: Callable[[Any], Any], x: Taylor) -> tuple[Any, ...]:
@@ -70,7 +83,7 @@ def along(fn: Callable[[Any], Any], x: Taylor) -> tuple[Any, ...]:
     token = gradients_wanted.set(torch.is_grad_enabled())
     try:
         output = fn(x)
-    except (TypeError, AssertionError, RuntimeError) as error:
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         _name_what_refused(error)
         raise
     finally:
@@ -90,7 +103,8 @@ def _name_what_refused(error: Exception) -> None:
         return
     refuse_autograd_functions((frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)), error)
     if not isinstance(error, AssertionError):
-        where = traceback.extract_tb(error.__traceback__)[-1]
+        frames = traceback.extract_tb(error.__traceback__)
+        where = [f for f in frames if not f.filename.startswith(_INNER)][-1]
         reason = str(error).strip().splitlines()[0]
         raise TaylorError(f"no Taylor rule for what `{where.line}` ({where.name}) calls: {reason}") from error
 

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from .. import backends
 from ..ops.transforms import transform_active
-from .value import OTHERWISE, Taylor, TaylorError, function_name, primals, register_rule, taylors
+from .value import OTHERWISE, Taylor, TaylorError, function_name, laid_out, primals, register_rule, taylors
 
 RANDOM = "what it draws at random has no derivative"
 WRITES = "it changes the tensor itself; compute a new one"
@@ -85,7 +85,7 @@ def reverse_over_reverse(func: Callable[..., Any], args: tuple[Any, ...], kwargs
     for place, value, *orders in zip(moving, *derivatives, strict=True):
         # where a derivative is infinite, the time 0 does not take it away: the value is that of x(0)
         safe = torch.where(value.isnan(), values[place], value)
-        values[place] = Taylor(torch.stack([safe, *orders]))
+        values[place] = Taylor(laid_out(torch.stack([safe, *orders]), values[place]))
     _refuse_points_without_derivative(name, taylors(args, kwargs), taylors(values))
     return pytree.tree_unflatten(values, tree)
 
@@ -263,6 +263,7 @@ def _gumbel_softmax(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 def _standardized(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """x with mean 0 and variance 1 over ``dims``; the mean and 1 / the deviation, dims kept."""
+    x = x.contiguous()  # as the result is
     mean = x.mean(dims, keepdim=True)
     rstd = torch.rsqrt((x - mean).square().mean(dims, keepdim=True) + eps)
     return (x - mean) * rstd, mean, rstd

@@ -9,7 +9,18 @@ import torch
 import torch.nn.functional as F
 
 from .linear import _bind
-from .value import NotCovered, Taylor, constant, function_name, mapped, primals, register_rule
+from .value import (
+    NotCovered,
+    Taylor,
+    constant,
+    function_name,
+    laid_out,
+    mapped,
+    primals,
+    register_rule,
+    stacked,
+    with_value,
+)
 
 # the dimension along which each one chooses, by position, and its default
 DIMENSION = {
@@ -49,7 +60,7 @@ def selection(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     dropped = index.dim() != x.dim()
     whole = index.unsqueeze(dim) if dropped else index
     chosen = x.coefficients.gather(dim, whole.expand(x.order + 1, *whole.shape))
-    return type(result)((Taylor(chosen.squeeze(dim) if dropped else chosen), index))
+    return type(result)((Taylor(laid_out(chosen.squeeze(dim) if dropped else chosen, result[0])), index))
 
 
 @register_rule("amax", "amin")
@@ -71,7 +82,7 @@ def _extremum(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     equal = (x.primal == whole) | (x.primal.isnan() & whole.isnan())
     mean = equal.sum(dims, keepdim=keepdim)
     higher = x.coefficients[1:].masked_fill(~equal, 0).sum(dims, keepdim=keepdim) / mean
-    return Taylor(torch.cat([value.unsqueeze(0), higher]))
+    return with_value(value, higher)
 
 
 @register_rule("maximum", "minimum")
@@ -85,7 +96,7 @@ def _larger_of_two(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
     orders = [value]
     for x, y in zip(a.coefficients[1:], b.coefficients[1:], strict=True):
         orders.append(torch.where(from_a & from_b, (x + y) / 2, torch.where(from_a, x, y)))
-    return Taylor(torch.stack([order.to(value.dtype) for order in orders]))
+    return stacked([order.to(value.dtype) for order in orders])
 
 
 @register_rule("max_pool1d", "max_pool2d", "max_pool3d")
@@ -93,7 +104,7 @@ def max_pool(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     """Indices of x(0) into its flattened image, then a gather."""
     spatial = int(function_name(func)[-2])
     pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[spatial - 1]
-    _, index = pool(*primals(args), **{**kwargs, "return_indices": True})
+    value, index = pool(*primals(args), **{**kwargs, "return_indices": True})
     flat = args[0].flatten(-spatial)
     gathered = mapped(torch.gather, (flat, -1, index.flatten(-spatial)), {})
-    return gathered.reshape(index.shape)
+    return Taylor(laid_out(gathered.reshape(index.shape).coefficients, value))

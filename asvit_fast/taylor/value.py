@@ -104,7 +104,9 @@ class Taylor:
         return iter(self.unbind(0))
 
     def __len__(self) -> int:
-        return self.primal.shape[0]
+        if not self.shape:
+            raise TypeError("len() of a 0-d tensor, here a Taylor value")
+        return self.shape[0]
 
     def __bool__(self) -> bool:
         raise TaylorError("a Taylor value has no truth value: branch on tensor.shape or on a comparison's result")
@@ -387,6 +389,43 @@ def mapped(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         return func(*args, **kwargs)
     result = torch.vmap(call, randomness="same")(*(leaves[i].coefficients for i in where))
     return pytree.tree_map(moving, result)
+
+
+def laid_out(coefficients: Tensor, like: Tensor) -> Tensor:
+    """coefficients [orders, *shape], each order in memory as ``like`` [*shape] is, dense.
+
+    By that, torch decides whether ``reshape`` is a view, through which somebody may write.
+    """
+    if coefficients.stride()[1:] == like.stride() or like.is_contiguous():
+        return coefficients.contiguous() if like.is_contiguous() else coefficients
+    strides = like.stride()
+    dims = [0, *(d + 1 for d in sorted(range(like.dim()), key=lambda d: -strides[d]))]  # outermost first
+    return coefficients.permute(dims).contiguous().permute([dims.index(d) for d in range(len(dims))])
+
+
+def laid_out_by(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Taylor) -> Taylor:
+    """``result``, each order in memory as ``func`` lays its result out: tried on tensors without memory."""
+    if all(x.coefficients[0].is_contiguous() for x in taylors(args, kwargs)):
+        return result
+
+    def empty(leaf: Any) -> Any:
+        leaf = leaf.coefficients[0] if isinstance(leaf, Taylor) else leaf
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
+
+    args, kwargs = pytree.tree_map(empty, (args, kwargs), is_leaf=_is_taylor)
+    return Taylor(laid_out(result.coefficients, func(*args, **kwargs)))
+
+
+def stacked(orders: list[Tensor]) -> Taylor:
+    """A Taylor value of orders [*shape], in memory as the first is, which torch's own function has computed."""
+    return Taylor(laid_out(torch.stack(orders), orders[0]))
+
+
+def with_value(value: Tensor, higher: Tensor) -> Taylor:
+    """A Taylor value of x(0) [*shape], as torch's own function lays it out, and derivatives [order, *shape]."""
+    return Taylor(laid_out(torch.cat([value.unsqueeze(0), higher]), value))
 
 
 def moving(coefficients: Tensor) -> Any:

@@ -184,12 +184,7 @@ def _why_left(module: nn.Module, replacement: type[Replacement]) -> str | None:
     unknown = (
         f"{f'its {path}: ' if path else ''}{why}" for path, part in parts if part and (why := unknown_reason(part))
     )
-    return (
-        patch_reason(replacement, module)
-        or replacement.unsupported_reason(module)
-        or next(unknown, None)
-        or replacement.altered_reason(module)
-    )
+    return patch_reason(replacement, module) or replacement.unsupported_reason(module) or next(unknown, None)
 
 
 # --------------------------------------------------------------------------- what runs the ops
@@ -283,8 +278,9 @@ def accelerate(model: nn.Module, strict: bool = False) -> Report:
     A module is left alone, with the reason in the report, when its class is a subclass of a known one or was patched;
     when anybody could see that a submodule is not called any more, or called with something else: it has hooks, a
     parametrization, another class than expected (adapters, quantised layers), a method of its own; and where no kernel
-    runs here. What turns up later, such as a hook, or attention dropout in training, makes the module run as its
-    package does at that call, which is said once (``FallbackWarning``). No module is called here and no property read.
+    runs here. What turns up later, such as a hook, another mask or shift, or attention dropout in training, makes the
+    module run as its package does at that call, which is said once (``FallbackWarning``); torch.compile looks at the
+    numbers of a mask when it compiles. No module is called here and no property read.
 
     Args:
         model: any model of timm, torchvision or your own; its modules are searched.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ class Difference:
     error: float  # largest absolute error of the accelerated model against the reference
     source_error: float  # that of the restored model
     rounding: bool  # whether the error is of the size of rounding errors
+    comparable: bool = True  # False if the reference has numbers that are not finite, whose error nobody can tell
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether all differences are rounding."""
-        return all(difference.rounding for difference in self.differences)
+        """Whether something was compared and all differences are rounding."""
+        return len(self.differences) > 0 and all(difference.rounding for difference in self.differences)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -50,22 +52,41 @@ class Verification:
         width = max((len(d.name) for d in shown), default=0)
         lines = [
             f"{d.mode:<5}  {d.name:<{width}}  difference {d.difference:.1e} of {d.size:.1e}, error {d.error:.1e} "
-            f"(as its package does it: {d.source_error:.1e}){'' if d.rounding else '  MORE THAN ROUNDING'}"
+            f"(as its package does it: {d.source_error:.1e}){_remark(d)}"
+            if d.comparable
+            else f"{d.mode:<5}  {d.name:<{width}}{_remark(d)}"
             for d in shown
         ]
-        wrong = sum(not d.rounding for d in self.differences)
-        verdict = "all differences are rounding" if self.ok else f"{wrong} of them differ by more than rounding"
-        return "\n".join([*lines, f"{len(self.differences)} tensors compared: {verdict}"])
+        return "\n".join([*lines, f"{sum(d.comparable for d in self.differences)} tensors compared: {self._verdict()}"])
+
+    def _verdict(self) -> str:
+        if self.ok:
+            return "all differences are rounding"
+        unknown = sum(not d.comparable for d in self.differences)
+        wrong = sum(not d.rounding for d in self.differences) - unknown
+        why = "the model gives NaN or infinity as its package does it, too"
+        if unknown == len(self.differences):
+            return f"nothing could be compared: {why}"
+        parts = [f"{wrong} of them differ by more than rounding"] if wrong else []
+        if unknown:
+            parts.append(f"{unknown} could not be compared: {why}")
+        return "; ".join(parts)
 
     def __str__(self) -> str:
         return self.table()
+
+
+def _remark(difference: Difference) -> str:
+    if not difference.comparable:
+        return "  NOT FINITE"
+    return "" if difference.rounding else "  MORE THAN ROUNDING"
 
 
 def verify(
     model: nn.Module,
     sample: Any,
     *,
-    modes: Sequence[str] = ("eval", "train"),
+    modes: str | Sequence[str] = ("eval", "train"),
     gradients: bool = True,
     loss: Callable[[Any], Tensor] | None = None,
     reference: torch.dtype | None = torch.float64,
@@ -84,7 +105,7 @@ def verify(
     Args:
         model: a model.
         sample: what it is called with: a tensor, a tuple of arguments or a dict of keyword arguments.
-        modes: "eval", "train" or both.
+        modes: "eval", "train" or a sequence of both.
         gradients: also compare the gradients of all parameters and floating point inputs.
         loss: scalar function of the output to differentiate; by default a fixed random linear one of all its tensors.
         reference: precision of the third copy; None: compare the two only, with errors relative to the restored one.
@@ -92,14 +113,21 @@ def verify(
         rows: how many differences to print; 0 prints nothing.
 
     Returns:
-        Everything that was compared; ``ok`` says whether all of it is rounding.
+        Everything that was compared; ``ok`` says whether all of it is rounding, which it is not where the numbers are
+        not finite.
 
     Raises:
-        InputError: a model that cannot be copied, or an unknown mode.
+        InputError: a model that cannot be copied, a sample or an output without tensors, no scalar to differentiate, no
+            or an unknown mode.
     """
-    unknown = set(modes) - {"eval", "train"}
-    if unknown:
-        raise InputError(f"verify: modes are 'eval' and 'train', got {sorted(unknown)}")
+    modes = (modes,) if isinstance(modes, str) else tuple(modes)
+    if not modes or not set(modes) <= {"eval", "train"}:
+        raise InputError(f"verify: modes are 'eval' and 'train', got {list(modes)}")
+    if next(_tensors("input", sample), None) is None:
+        raise InputError(
+            "verify: sample must be a tensor, a tuple of arguments or a dict of keyword arguments with tensors, "
+            f"got {type(sample).__name__}"
+        )
     found: list[Difference] = []
     for mode in modes:
         runs = [
@@ -185,8 +213,17 @@ def _run(model: nn.Module, sample: Any, gradients: bool, loss: Callable[[Any], T
         else:
             output = model(*sample) if isinstance(sample, tuple) else model(sample)
         found = dict(_tensors("output", output))
+        if not found:
+            raise InputError(
+                f"verify: the model gives a {type(output).__name__}, in which there are no tensors to compare"
+            )
         if gradients:
-            (loss or _default_loss)(output).backward()
+            total = (loss or _default_loss)(output)
+            if not isinstance(total, Tensor) or total.numel() != 1 or not total.requires_grad:
+                raise InputError(
+                    "verify: no scalar to differentiate comes of the output: pass gradients=False or a loss"
+                )
+            total.backward()
             named = [*((f"gradient of {name}", p) for name, p in [*model.named_parameters(), *inputs])]
             found |= {name: p.grad for name, p in named if p.grad is not None}
     return {
@@ -203,6 +240,22 @@ def _largest(x: Tensor) -> float:
     return float(x.abs().nan_to_num(nan=float("inf")).max()) if x.numel() > 0 else 0.0
 
 
+def _size(x: Tensor) -> float:
+    """The largest absolute value but for infinity, which scores that are masked have; infinity if there is no other."""
+    return _largest(x[~x.isinf()]) if not x.isinf().all() or x.numel() == 0 else math.inf
+
+
+def _distance(x: Tensor, y: Tensor) -> float:
+    """The largest absolute difference; none between infinities of the same sign."""
+    return _largest(torch.where(x == y, 0.0, x - y))
+
+
+def _middle(sizes: Iterable[float]) -> float:
+    """The median of those that are finite."""
+    finite = sorted(size for size in sizes if math.isfinite(size))
+    return finite[len(finite) // 2] if finite else 0.0
+
+
 def _compare(mode: str, fast: Run, source: Run, exact: Run) -> Iterator[Difference]:
     """Tensor by tensor, outputs and gradients apart.
 
@@ -213,13 +266,16 @@ def _compare(mode: str, fast: Run, source: Run, exact: Run) -> Iterator[Differen
     """
     for kind in ("output", "gradient"):
         names = [name for name in source if name.startswith(kind)]
-        sizes = {name: _largest(exact[name][0]) for name in names}
-        errors = {name: _largest(source[name][0] - exact[name][0]) for name in names}
-        middle = sorted(sizes.values())[len(sizes) // 2] if sizes else 0.0
-        relative = sorted(errors[name] / sizes[name] for name in names if sizes[name] > 1e-3 * middle)
+        sizes = {name: _size(exact[name][0]) for name in names}
+        errors = {name: _distance(source[name][0], exact[name][0]) for name in names}
+        middle = _middle(sizes.values())
+        known = [name for name in names if math.isfinite(sizes[name]) and math.isfinite(errors[name])]
+        relative = sorted(errors[name] / sizes[name] for name in known if sizes[name] > 1e-3 * middle)
         common = max(relative[len(relative) * 9 // 10] if relative else 0.0, 1e-6)
         for name in names:
             value, precision = fast.get(name, (torch.full((), float("inf")), 0.0))
-            error, difference = _largest(value - exact[name][0]), _largest(value - source[name][0])
+            error, difference = _distance(value, exact[name][0]), _distance(value, source[name][0])
+            finite = math.isfinite(sizes[name]) and math.isfinite(errors[name])
             allowed = SLACK * max(errors[name], common * sizes[name]) + 0.1 * common * middle + precision * sizes[name]
-            yield Difference(mode, name, difference, sizes[name], error, errors[name], error <= allowed)
+            rounding = finite and error <= allowed
+            yield Difference(mode, name, difference, sizes[name], error, errors[name], rounding, finite)

@@ -83,3 +83,60 @@ def test_verify_takes_losses_several_inputs_and_outputs():
         af.verify(uncopied, images())
     with pytest.raises(af.InputError, match="modes are"):
         af.verify(Two(), sample, modes=("test",))
+    with pytest.raises(af.InputError, match="modes are"):
+        af.verify(Two(), sample, modes=())
+
+
+@pytest.mark.parametrize("sample", ["x", None, 3, (), {}, [], {"x": "y"}])
+def test_verify_refuses_samples_without_tensors(sample):
+    with pytest.raises(af.InputError, match=r"verify: sample must be .* with tensors, got"):
+        af.verify(nn.Linear(2, 2), sample)
+
+
+def test_verify_refuses_outputs_that_cannot_be_compared():
+    class Outputs(nn.Linear):
+        def forward(self, x, what):
+            return {"none": "nothing", "whole": super().forward(x).argmax(-1)}[what]
+
+    x = torch.ones(3, 2)
+    with pytest.raises(af.InputError, match="gives a str"):
+        af.verify(Outputs(2, 2), (x, "none"))
+    with pytest.raises(af.InputError, match="gradients=False"):
+        af.verify(Outputs(2, 2), (x, "whole"))
+    with pytest.raises(af.InputError, match="no scalar"):
+        af.verify(nn.Linear(2, 2), x, loss=lambda y: y)
+    assert af.verify(Outputs(2, 2), (x, "whole"), gradients=False, rows=0).ok
+
+
+def test_verify_takes_one_mode():
+    result = af.verify(swin(), images(), modes="eval", rows=0)
+    assert result.ok and {d.mode for d in result.differences} == {"eval"}
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_verify_says_that_numbers_are_not_finite(gradients, capsys):
+    for bad in (float("nan"), float("inf")):
+        model = swin()
+        with torch.no_grad():
+            model.patch_embed.proj.weight[0] = bad
+        result = af.verify(model, images(), modes="eval", gradients=gradients)
+        assert not result.ok and not any(d.comparable for d in result.differences if d.name == "output")
+        assert "could not be compared" in capsys.readouterr().out or not gradients
+        assert "rounding" not in result.table().splitlines()[-1]
+    assert "nothing could be compared" in af.verify(model, images(), gradients=False, rows=0).table()
+
+
+def test_verify_compares_what_is_not_masked():
+    """By infinity, which is the same in all of them."""
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = swin()
+
+        def forward(self, x):
+            y = self.net(x)
+            return torch.cat([y, torch.full_like(y[:, :1], float("-inf"))], 1)
+
+    result = af.verify(Masked(), images(), gradients=False, rows=0)
+    assert result.ok and 0 < result.differences[0].size < float("inf")

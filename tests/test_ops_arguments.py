@@ -24,6 +24,8 @@ GAMMA = torch.ones(12)
 ROWS = torch.linspace(-1, 1, 120).reshape(2, 5, 12)
 SMALL, LARGE, FEATURES = torch.ones(3, 64), torch.ones(6000, 64), torch.ones(32, 64)
 NO_INTEGERS = (True, 1.0, "1", None, float("nan"))
+NO_NUMBERS = (True, "1", 1j, torch.ones(()), torch.ones(2))
+NO_EPS = (*NO_NUMBERS, None, -1.0, -1e-12, float("nan"), float("inf"))
 WITH_TRITON = ("attention ", "embedding", "merging", "gelu")
 HUGE = (2**31, 2**32, 2**62, 2**63, 2**64 + 2)
 
@@ -79,6 +81,11 @@ def refused() -> list[tuple[str, Callable[[], object]]]:
     refuse(attention, "qkv", QKV[0], QKV[..., :0], QKV.int(), QKV.cfloat(), QKV.to(torch.float8_e5m2))
     refuse(attention_taylor, "qkv", QKV, STACK[:0], STACK.int(), STACK.repeat(2, 1, 1, 1, 1))
     refuse(attention_taylor, "bias", torch.zeros(2, 4, 4).double())
+    for function in (attention, attention_taylor):
+        refuse(function, "scale", *NO_NUMBERS, float("nan"), float("inf"), -float("inf"))
+    for function in (embedding, merging):
+        refuse(function, "eps", *NO_EPS)
+    refuse(ops.layer_norm_taylor, "eps", *NO_EPS, x=ROWS)
     for name in ("stride", "dilation"):
         refuse(embedding, name, 0, -1, *NO_INTEGERS)
     refuse(embedding, "dilation", 4, *HUGE)

@@ -29,6 +29,7 @@ from .replacement import (
     project,
     window_dropout,
 )
+from .shifts import mask_reason, window_reason
 
 MAYBE_NORM = (nn.LayerNorm, nn.Identity)  # switch_norm exchanges them
 
@@ -71,10 +72,9 @@ class FastAuthorsTransformerBlock(FromAuthors):
 
     @classmethod
     def unsupported_reason(cls, module: Any) -> str | None:
-        why = bypass_reason(module, cls.bypassed_parts())
-        if why is None and (module.attn_mask is None) != (module.shift_size == 0):
-            why = "its attn_mask is not that of its shift"
-        return why
+        window, shift = (module.window_size, module.window_size), (module.shift_size, module.shift_size)
+        why = bypass_reason(module, cls.bypassed_parts()) or window_reason(window, shift)
+        return why or mask_reason(module.attn_mask, module.input_resolution, window, shift)
 
     def _attend(self: Any, x: Tensor) -> Tensor:
         """A map [B, H, W, C] -> the same."""
@@ -128,7 +128,7 @@ class FastAuthorsPatchEmbed(FromAuthors):
         why = bypass_reason(module, cls.parts)
         if why is None and min(module.padding.padding) < 0:
             why = "its patches are smaller than its stride"
-        return why or convolution_reason(module.proj)
+        return why or convolution_reason(module.proj, pads=False)
 
     def forward(self: Any, x: Tensor) -> Tensor:
         if tuple(x.shape[2:]) != tuple(self.img_size) or not self.can_run():

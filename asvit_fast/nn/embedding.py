@@ -13,11 +13,11 @@ from ..ops.windows import window_padding
 from .replacement import Parts, Replacement, bypass_reason, made_by_package
 
 
-def convolution_reason(proj: Any) -> str | None:
-    """Why the op cannot be a convolution."""
+def convolution_reason(proj: Any, pads: bool) -> str | None:
+    """Why the op cannot be a convolution, which pads its input or does not."""
     square = all(pair[0] == pair[1] for pair in (proj.stride, proj.kernel_size, proj.dilation))
-    plain = proj.groups == 1 and proj.padding_mode == "zeros"
-    return None if square and plain and not isinstance(proj.padding, str) else f"its proj is {proj}"
+    plain = proj.groups == 1 and proj.padding_mode == "zeros" and not isinstance(proj.padding, str)
+    return None if square and plain and (pads or not any(proj.padding)) else f"its proj is {proj}"
 
 
 class Embedding(Replacement):
@@ -25,13 +25,14 @@ class Embedding(Replacement):
 
     ops = ("patch_embed",)
     parts: ClassVar[Parts] = {"proj": (nn.Conv2d,), "norm": (nn.LayerNorm, LayerNorm)}
+    pads: ClassVar[bool] = False  # whether `proj` does
 
     @classmethod
     def unsupported_reason(cls, module: Any) -> str | None:
         why = bypass_reason(module, cls.parts)
         if why is None and module.norm.weight is None:
             why = "its norm has no weight"
-        return why or convolution_reason(module.proj)
+        return why or convolution_reason(module.proj, cls.pads)
 
     def _embed(self: Any, image: Tensor, padding: tuple[int, int, int, int]) -> Tensor:
         """[B, Cin, H, W], zeros at (left, right, top, bottom) -> [B, Ho, Wo, C]."""
@@ -79,6 +80,7 @@ class FastOverlapPatchEmbed(Embedding, OverlapPatchEmbed):
     """PVT v2's (arXiv 2106.13797): [B, Cin, H, W] -> [B, Ho, Wo, C]."""
 
     source = OverlapPatchEmbed
+    pads = True
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.can_run():

@@ -10,7 +10,7 @@ from timm.models.twins import LocallyGroupedAttn
 from torch import Tensor
 
 from ..ops.window_attention import window_attention
-from .replacement import DROP, LINEAR, Parts, Replacement, drops, padding_token, project
+from .replacement import DROP, LINEAR, Parts, Replacement, attention_drops, padding_token, project
 
 
 class FastLocallyGroupedAttn(Replacement, LocallyGroupedAttn):
@@ -21,7 +21,7 @@ class FastLocallyGroupedAttn(Replacement, LocallyGroupedAttn):
     parts: ClassVar[Parts] = {"qkv": LINEAR, "attn_drop": DROP}
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        if not self.can_run() or drops(self.attn_drop.p, self.attn_drop.training):
+        if not self.can_run() or attention_drops(self):
             return super().forward(x, size)
         window = (self.ws, self.ws)
         x = x.unflatten(1, (size[0], size[1]))  # [B, H, W, C]
@@ -41,7 +41,7 @@ class FastNestAttention(Replacement, Attention):
     parts: ClassVar[Parts] = {"attn_drop": DROP}
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.can_run() or drops(self.attn_drop.p, self.attn_drop.training):
+        if not self.can_run() or attention_drops(self):
             return super().forward(x)
         scale = None if self.fused_attn else self.scale
         x = window_attention(self.qkv(x), self.num_heads, (1, x.shape[2]), scale=scale)  # [B, T, N, C]

@@ -15,10 +15,10 @@ from .replacement import (
     LINEAR,
     Parts,
     Replacement,
+    attention_drops,
     by_projection,
     divides,
     drop_probability,
-    drops,
     project,
     window_dropout,
 )
@@ -34,10 +34,6 @@ def _parts(name: str) -> Parts:
         f"{name}.proj": LINEAR,
         f"{name}.proj_drop": DROP,
     }
-
-
-def _drops(attn: Any) -> bool:
-    return drops(attn.attn_drop.p, attn.attn_drop.training)
 
 
 def _attend(attn: Any, x: Tensor, window: tuple[int, int], layout: str) -> Tensor:
@@ -60,7 +56,7 @@ class FastPartitionAttentionCl(Replacement, PartitionAttentionCl):
     parts: ClassVar[Parts] = _parts("attn")
 
     def _partition_attn(self, x: Tensor) -> Tensor:
-        if not divides(self.partition_size, x) or not self.can_run() or _drops(self.attn):
+        if not divides(self.partition_size, x) or not self.can_run() or attention_drops(self.attn):
             return super()._partition_attn(x)
         return _attend(self.attn, x, self.partition_size, "masked" if self.partition_block else "grid")
 
@@ -75,7 +71,7 @@ class FastParallelPartitionAttention(Replacement, ParallelPartitionAttention):
     def _partition_attn(self, x: Tensor) -> Tensor:
         window = self.partition_size
         runs = divides(window, x) and self.can_run()
-        if not runs or _drops(self.attn_block) or _drops(self.attn_grid):
+        if not runs or attention_drops(self.attn_block) or attention_drops(self.attn_grid):
             return super()._partition_attn(x)
         block = _attend(self.attn_block, x, window, "masked")
         return torch.cat([block, _attend(self.attn_grid, x, window, "grid")], dim=-1)

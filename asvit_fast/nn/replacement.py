@@ -84,11 +84,6 @@ class Replacement:
         """Why the fused ops would not do what this instance does now; None if they would."""
         return bypass_reason(module, cls.bypassed_parts())
 
-    @classmethod
-    def altered_reason(cls, module: Any) -> str | None:
-        """Why a state that cannot be watched at every call is not that which the source made; None if it is."""
-        return None
-
     def can_run(self) -> bool:
         """Whether the fused path may run at this call; where not, says so once."""
         if torch.compiler.is_compiling():
@@ -118,6 +113,7 @@ class Replacement:
             for name in path.split("."):
                 part = getattr(part, name)
             _ = getattr(part, "forward", None)
+            _ = getattr(part, "dim", None) == -1  # of a Softmax
 
     @property
     def qconfig(self) -> Any:
@@ -292,15 +288,27 @@ def parts_of(module: nn.Module, paths: Iterable[str]) -> Iterator[tuple[str, nn.
         yield path, part
 
 
+def _is_plain_scale(part: nn.Module) -> bool:
+    """Whether the scale of an attention, if it has one, is a number, which has no gradient."""
+    places = (part.__dict__, part._parameters, part._buffers, part._modules)
+    scales = [place["scale"] for place in places if "scale" in place]
+    return all(isinstance(scale, (int, float)) and math.isfinite(scale) for scale in scales)
+
+
 def bypass_reason(module: nn.Module, parts: Parts) -> str | None:
     """Why the named submodules cannot be left out: they are not exactly of the classes given, or something is attached
-    to them."""
+    to them; or why an op cannot have their scale."""
+    for path, part in (("", module), *parts_of(module, parts)):
+        if part is not None and not _is_plain_scale(part):
+            return f"its {path}.scale is not a finite number".replace(" .", " ")
     for path, part in parts_of(module, parts):
         if source_type(part) not in parts[path]:
             return f"its {path} is {'missing' if part is None else f'a {type(part).__name__}'}"
         why = None if part is None else call_reason(part)
         if why is not None:
             return f"its {path} {why}"
+        if isinstance(part, nn.Softmax) and part.dim != -1:
+            return f"its {path} is over dimension {part.dim}"
     return None
 
 
@@ -329,6 +337,11 @@ def drops(probability: float, training: bool) -> bool:
         return False
     _warn_dropout()
     return True
+
+
+def attention_drops(attn: Any) -> bool:
+    """The same of a timm attention: where it fuses it goes by its own mode, elsewhere by that of its `attn_drop`."""
+    return drops(attn.attn_drop.p, attn.training or attn.attn_drop.training)
 
 
 @torch.compiler.assume_constant_result  # a warning would break the graph: this one is given while tracing

@@ -3,12 +3,11 @@ kernel."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ..ops.window_attention import window_attention
 from ..ops.windows import window_padding
@@ -18,13 +17,19 @@ from .replacement import (
     SOFTMAX,
     Parts,
     Replacement,
+    attention_drops,
     bypass_reason,
     drop_probability,
-    drops,
     padding_token,
     project,
     window_dropout,
 )
+from .shifts import mask_reason, window_reason
+
+
+def _map_size(block: Any) -> Sequence[int]:
+    """(rows, columns) of the maps that a block made its mask for."""
+    return block.feat_size if hasattr(block, "feat_size") else block.input_resolution
 
 
 class ShiftedWindows(Replacement):
@@ -36,20 +41,17 @@ class ShiftedWindows(Replacement):
 
     @classmethod
     def unsupported_reason(cls, module: Any) -> str | None:
-        why = bypass_reason(module, cls.bypassed_parts())
-        if why is None and tuple(module.window_size) != tuple(module.attn.window_size):
-            why = f"its windows are {module.window_size}, those of its attention {module.attn.window_size}"
-        return why
-
-    @classmethod
-    def altered_reason(cls, module: Any) -> str | None:
-        mask = module._buffers.get("attn_mask")
-        if mask is None or getattr(module, "dynamic_mask", False) or mask.is_meta or isinstance(mask, FakeTensor):
+        window, shift = module.window_size, module.shift_size
+        why = bypass_reason(module, cls.bypassed_parts()) or window_reason(window, shift)
+        if why is not None:
+            return why
+        if tuple(window) != tuple(module.attn.window_size):
+            return f"its windows are {window}, those of its attention {module.attn.window_size}"
+        if module.window_area != window[0] * window[1]:
+            return f"its windows {window} do not have {module.window_area} tokens"
+        if getattr(module, "dynamic_mask", False):
             return None
-        source: Any = cls.source
-        expected = source.get_attn_mask(module, device=mask.device, dtype=mask.dtype)
-        same = expected is not None and torch.equal(mask, expected)
-        return None if same else "its attn_mask is not that of its shift"
+        return mask_reason(module.attn_mask, _map_size(module), window, shift)
 
     def _masks_fit(self: Any, x: Tensor) -> bool:
         """Whether the mask that is kept is for a map like x [B, H, W, C]: the source would use it all the same."""
@@ -57,13 +59,12 @@ class ShiftedWindows(Replacement):
             return True
         if self.attn_mask is None:
             return not any(self.shift_size)
-        rows, columns = ((n + window_padding(n, w)) // w for n, w in zip(x.shape[1:3], self.window_size, strict=True))
-        return self.attn_mask.shape[0] == rows * columns
+        sizes = zip(x.shape[1:3], _map_size(self), self.window_size, strict=True)
+        return all(n + window_padding(n, w) == m + window_padding(m, w) for n, m, w in sizes)
 
     def _fuses(self: Any, x: Tensor) -> bool:
         """Whether attention of the map x [B, H, W, C] may run in one op."""
-        attn_drop = self.attn.attn_drop if self.can_run() else None
-        return attn_drop is not None and not drops(attn_drop.p, attn_drop.training) and self._masks_fit(x)
+        return self.can_run() and not attention_drops(self.attn) and self._masks_fit(x)
 
 
 class FastSwinTransformerBlock(ShiftedWindows, SwinTransformerBlock):

@@ -16,12 +16,14 @@ from .replacement import (
     LINEAR,
     Parts,
     Replacement,
+    bypass_reason,
     cosine_attention,
     drops,
     padding_token,
     project,
     window_dropout,
 )
+from .shifts import window_reason
 
 
 def _shift(size: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> tuple[int, int]:
@@ -44,12 +46,21 @@ def _attend(attention: Any, qkv: Tensor, padding: Tensor | None, bias: Tensor, s
     return window_dropout(project(attention.proj, x), probability, window, shift, "torchvision")
 
 
-class FastShiftedWindowAttention(Replacement, ShiftedWindowAttention):
+class MapAttention(Replacement):
+    """What both versions have in common."""
+
+    ops = ("window_attention",)
+    parts: ClassVar[Parts] = {"qkv": LINEAR, "proj": LINEAR}
+
+    @classmethod
+    def unsupported_reason(cls, module: Any) -> str | None:
+        return bypass_reason(module, cls.parts) or window_reason(module.window_size, module.shift_size)
+
+
+class FastShiftedWindowAttention(MapAttention, ShiftedWindowAttention):
     """[B, H, W, C] -> [B, H, W, C]. Of its Linear layers it uses the weights, as its source does."""
 
     source = ShiftedWindowAttention
-    ops = ("window_attention",)
-    parts: ClassVar[Parts] = {"qkv": LINEAR, "proj": LINEAR}
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.can_run() or drops(self.attention_dropout, self.training):
@@ -59,12 +70,10 @@ class FastShiftedWindowAttention(Replacement, ShiftedWindowAttention):
         return _attend(self, project(self.qkv, x), padding, bias, (x.shape[3] // self.num_heads) ** -0.5)
 
 
-class FastShiftedWindowAttentionV2(Replacement, ShiftedWindowAttentionV2):
+class FastShiftedWindowAttentionV2(MapAttention, ShiftedWindowAttentionV2):
     """The same with cosine attention; keys have no bias."""
 
     source = ShiftedWindowAttentionV2
-    ops = ("window_attention",)
-    parts: ClassVar[Parts] = {"qkv": LINEAR, "proj": LINEAR}
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.can_run() or drops(self.attention_dropout, self.training):

@@ -28,6 +28,33 @@ def check_integer(op: str, name: str, value: int, least: int) -> None:
         raise InputError(f"{op}: {name} must be {wanted}, got {value}")
 
 
+def _is_real(value: object) -> bool:
+    """Python's, numpy's, a symbol of torch.compile, or, as sizes are in torch.jit.trace, a tensor; no bool."""
+    if isinstance(value, Tensor):  # whose gradient would be lost
+        return torch.jit.is_tracing() and value.dim() == 0
+    known = isinstance(value, (float, int, torch.SymFloat)) or hasattr(value, "__float__")
+    return known and not isinstance(value, bool)
+
+
+def check_scale(op: str, value: float | None) -> None:
+    """InputError unless ``value`` is None or a finite number."""
+    if value is not None:
+        if not torch.jit.is_scripting():  # noqa: SIM102 (this condition alone keeps what it guards from TorchScript)
+            if not _is_real(value):
+                raise InputError(f"{op}: scale must be a number, got {value}")
+        if not -float("inf") < value < float("inf"):
+            raise InputError(f"{op}: scale must be finite, got {value}")
+
+
+def check_eps(op: str, value: float) -> None:
+    """InputError unless ``value`` is a finite number and not negative; 0 is one, as for torch's LayerNorm."""
+    if not torch.jit.is_scripting():  # noqa: SIM102 (this condition alone keeps what it guards from TorchScript)
+        if not _is_real(value):
+            raise InputError(f"{op}: eps must be a number, got {value}")
+    if not 0.0 <= value < float("inf"):
+        raise InputError(f"{op}: eps must be finite and not negative, got {value}")
+
+
 def check_length(op: str, name: str, values: object, count: int) -> None:
     """InputError unless ``values`` is a sequence of this length, which TorchScript checks by itself."""
     if not isinstance(values, (tuple, list)) or len(values) != count:

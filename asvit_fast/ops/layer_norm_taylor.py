@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from asvit_fast import _extension, backends
-from asvit_fast.ops.checks import check_devices
+from asvit_fast.ops.checks import check_devices, check_eps
 from asvit_fast.ops.decomposition import register_decomposition
 from asvit_fast.ops.stacked import add_to_value, check_channels, check_rows, compute_dtype, gradients
 from asvit_fast.ops.transforms import transform_active
@@ -117,8 +117,9 @@ def layer_norm_taylor(x: Tensor, weight: Tensor | None = None, bias: Tensor | No
 
     Raises:
         InputError: if x has no or more than 3 rows, no last dimension or is not floating point, or if weight or bias
-            is not [C].
+            is not [C], or if eps is negative or not finite.
     """
+    check_eps("layer_norm_taylor", eps)
     check_rows("layer_norm_taylor", x)
     check_channels("layer_norm_taylor", "weight", weight, x)
     check_channels("layer_norm_taylor", "bias", bias, x)

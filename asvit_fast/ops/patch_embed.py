@@ -17,7 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _extension, backends
 from ..errors import InputError
-from .checks import check_device, check_devices, check_floats, check_integer, check_length, check_operand
+from .checks import check_device, check_devices, check_eps, check_floats, check_integer, check_length, check_operand
 from .decomposition import register_decomposition
 from .optional import double_backward, gradients, present, restored
 from .transforms import autocast_dtype, sizes, transform_active
@@ -55,12 +55,14 @@ def _check(
     padding: list[int],
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
+    eps: float,
 ) -> tuple[int, int]:
     """InputError for arguments that do not fit. Returns a stride and a dilation that do the same and are not larger
     than the image."""
     op = "patch_embed"
     check_integer(op, "stride", stride, 1)
     check_integer(op, "dilation", dilation, 1)
+    check_eps(op, eps)
     for zeros in padding:
         check_integer(op, "padding", zeros, 0)
     check_floats(op, "image", image)
@@ -434,7 +436,7 @@ def patch_embed(
     zeros = [padding[0], padding[1], padding[2], padding[3]]
     if not torch.jit.is_scripting():
         zeros = sizes(zeros)
-    stride, dilation = _check(image, weight, bias, stride, dilation, zeros, norm_weight, norm_bias)
+    stride, dilation = _check(image, weight, bias, stride, dilation, zeros, norm_weight, norm_bias, eps)
     if not torch.jit.is_scripting():
         products, dtype = _types(image, weight, norm_weight is not None)
         if _fuses(image, weight):

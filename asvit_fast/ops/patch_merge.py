@@ -17,7 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _extension, backends
 from ..errors import InputError
-from .checks import check_device, check_devices, check_floats, check_integer, check_operand
+from .checks import check_device, check_devices, check_eps, check_floats, check_integer, check_operand
 from .decomposition import register_decomposition
 from .optional import double_backward, gradients, present
 from .transforms import autocast_dtype, transform_active
@@ -313,12 +313,14 @@ def _check(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     bias: Tensor | None,
+    eps: float,
     order: str,
 ) -> int:
     """InputError for arguments that do not fit. Returns a stride that does the same and is not larger than the map."""
     op = "patch_merge"
     check_integer(op, "kernel", kernel, 1)
     check_integer(op, "stride", stride, 1)
+    check_eps(op, eps)
     check_floats(op, "x", x)
     check_floats(op, "weight", weight)
     check_device(op, "weight", weight, x)
@@ -378,7 +380,7 @@ def patch_merge(
             return handle_torch_function(
                 patch_merge, operands, x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, order
             )
-    stride = _check(x, weight, kernel, stride, norm_weight, norm_bias, bias, order)
+    stride = _check(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, order)
     elementary = norm_weight is None or x.numel() == 0 or weight.numel() == 0
     if not torch.jit.is_scripting():
         low = autocast_dtype(x.device.type)

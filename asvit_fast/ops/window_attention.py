@@ -16,7 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .. import _extension, backends
 from ..errors import InputError
-from .checks import check_devices, check_floats, check_length, check_operand
+from .checks import check_devices, check_floats, check_length, check_operand, check_scale
 from .decomposition import register_decomposition
 from .optional import double_backward, gradients, present, restored
 from .transforms import sizes, transform_active
@@ -38,6 +38,7 @@ def _check(
     window: list[int],
     shift: list[int],
     bias: Tensor | None,
+    scale: float | None,
     dropout: float,
     layout: str,
     padding: Tensor | None,
@@ -50,6 +51,7 @@ def _check(
     check_floats(op, "qkv", qkv)
     if layout not in ("masked", "timm", "torchvision", "grid"):
         raise InputError(f"window_attention: layout must be masked, timm, torchvision or grid, got {layout}")
+    check_scale(op, scale)
     if not 0.0 <= dropout <= 1.0:
         raise InputError(f"window_attention: dropout must be from 0 to 1, got {dropout}")
     size = [qkv.shape[1], qkv.shape[2]]
@@ -459,26 +461,14 @@ def window_attention(
     """
     if not torch.jit.is_scripting():
         if has_torch_function_unary(qkv):
-            return handle_torch_function(
-                window_attention,
-                (qkv,),
-                qkv,
-                num_heads,
-                window,
-                shift,
-                bias,
-                scale,
-                dropout,
-                layout,
-                padding,
-                attn_scale,
-            )
+            options = (bias, scale, dropout, layout, padding, attn_scale)
+            return handle_torch_function(window_attention, (qkv,), qkv, num_heads, window, shift, *options)
         check_length("window_attention", "window", window, 2)
         check_length("window_attention", "shift", shift, 2)
     windows, shifts = [window[0], window[1]], [shift[0], shift[1]]
     if not torch.jit.is_scripting():
         windows, shifts = sizes(windows), sizes(shifts)
-    windows, shifts, bias = _check(qkv, num_heads, windows, shifts, bias, dropout, layout, padding, attn_scale)
+    windows, shifts, bias = _check(qkv, num_heads, windows, shifts, bias, scale, dropout, layout, padding, attn_scale)
     elementary = qkv.numel() == 0 or attn_scale is not None
     if not torch.jit.is_scripting():
         parameters = bias is not None or padding is not None or attn_scale is not None  # which would have gradients

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from asvit_fast import _extension, backends
 from asvit_fast.errors import InputError
-from asvit_fast.ops.checks import check_devices, check_floats, check_length
+from asvit_fast.ops.checks import check_devices, check_floats, check_length, check_scale
 from asvit_fast.ops.decomposition import register_decomposition
 from asvit_fast.ops.stacked import compute_dtype
 from asvit_fast.ops.transforms import transform_active
@@ -227,6 +227,7 @@ def window_attention_taylor(
     Gradients of every order go through the reference, whose attention maps they keep in memory.
     """
     windows, shifts, bias = _check(qkv, num_heads, window, shift, bias)
+    check_scale("window_attention_taylor", scale)
     head_dim = qkv.shape[4] // (3 * num_heads)
     q, k, v = qkv.unflatten(4, (3, num_heads, head_dim)).unbind(4)  # [orders + 1, B, H, W, heads, d]
     factor = head_dim**-0.5 if scale is None else scale

@@ -218,7 +218,7 @@ def test_networks_without_stochastic_depth() -> None:
     options = {**OPTIONS, **PLAIN, "schedule": "1", "epochs": 1}
     result = af.train("dla46_c", (Pictures(16), None), **options)
     assert result.epochs[0]["train_loss"] > 0 and result.top1 is None
-    with pytest.raises(InputError, match="drop_path_rate"):
+    with pytest.raises(InputError, match="dla46_c has no stochastic depth"):
         af.train("dla46_c", (Pictures(16), None), **{**options, "drop_path": 0.1})
 
 

@@ -1,11 +1,12 @@
 """Which implementation of an op runs, decided here and nowhere else, with the reason when one may not.
 
-An op declares its implementations once, best first for each kind of device:
+An op declares its implementations once, best first for each kind of device (``ops.fused_op``), with what each can run:
 
-    backends.declare("gelu_taylor", cpu=_compiled, triton=_triton, cuda=_compiled, reference=gelu_taylor_reference)
+    backends.declare("patch_merge", triton=_triton, cpu=_compiled, reference=_reference, can_run={"triton": _why_not})
 
-and asks `select(op, device)` at every call. `use_backend("reference")` forces one for everything inside. torch.compile
-traces the same graph whatever is forced, as the op asks when it runs; what has to be known while tracing is constant.
+and asks `choose(op, device, operands, config)` at every call. `use_backend("reference")` forces one for everything
+inside. torch.compile traces the same graph whatever is forced, as the op asks again when it runs; what has to be known
+of the device while tracing is constant.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import functools
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import metadata
@@ -25,10 +26,11 @@ import torch
 from asvit_fast import _extension
 from asvit_fast.errors import InputError
 
-BACKENDS = ("reference", "triton", "cuda", "cpu")
+BACKENDS = ("reference", "triton", "cuda", "cpu", "sdpa")
 MINIMUM_CAPABILITY = (8, 0)  # Ampere
 
 Implementation = Callable[..., Any]  # tensors
+CanRun = Callable[[Sequence[Any], Any], str | None]  # (operands, config) -> why not, or None
 
 
 class FallbackWarning(UserWarning):
@@ -36,6 +38,7 @@ class FallbackWarning(UserWarning):
 
 
 _implementations: dict[str, dict[str, Implementation]] = {}
+_can_run: dict[str, Mapping[str, CanRun]] = {}
 _forced: ContextVar[str | None] = ContextVar("asvit_fast_backend", default=None)
 _notified: set[object] = set()
 _of_torch: set[str] = set()  # ops whose "cpu" implementation is in torch: it needs no extension
@@ -44,17 +47,20 @@ _of_torch: set[str] = set()  # ops whose "cpu" implementation is in torch: it ne
 # --------------------------------------------------------------------------- declaring and choosing
 
 
-def declare(op: str, *, extension: bool = True, **implementations: Implementation) -> None:
+def declare(
+    op: str, *, extension: bool = True, can_run: Mapping[str, CanRun] | None = None, **implementations: Implementation
+) -> None:
     """Declare the implementations of `op` by backend, best first; each takes and returns the same as the reference.
 
-    `extension`: whether the one for "cpu" is compiled in ours; torch's own is always there.
+    `extension`: whether the one for "cpu" is compiled in ours; torch's own is always there. `can_run`: by backend, why
+    it cannot run on operands with a config; None if it can. A backend that is not in it runs on all.
     """
     unknown = set(implementations) - set(BACKENDS)
     if unknown or "reference" not in implementations:
         raise InputError(
             f"{op}: backends are {', '.join(BACKENDS)} and reference is required, got {sorted(implementations)}"
         )
-    _implementations[op] = implementations
+    _implementations[op], _can_run[op] = implementations, can_run or {}
     (_of_torch.discard if extension else _of_torch.add)(op)
 
 
@@ -73,34 +79,54 @@ def available(op: str, backend: str, device: str | torch.device | None = None) -
     return _why_not(op, backend, resolve_device(device))
 
 
-def select(op: str, device: torch.device) -> Implementation:
-    """The implementation of `op` to run on `device`: the forced one, or the best that can run.
+def choose(op: str, device: torch.device, operands: Sequence[Any] = (), config: Any = None) -> str:
+    """The backend to run `op` on `device`: the forced one, or the best that can run on these operands.
 
-    Raises InputError if a forced backend can't run. When something slower runs than was declared, says so once.
+    Raises InputError if a forced backend can't run. When something slower runs than was declared, says so once; that
+    torch's own fused operation takes what no kernel of ours can is no reason to.
     """
-    implementations = _implementations[op]
     forced = forced_backend()
     if forced is not None:
-        why = available(op, forced, device)
+        why = available(op, forced, device) or _refusal(op, forced, operands, config)
         if why is not None:
             raise InputError(f"backend {forced!r} cannot run {op} on {device}: {why}")
-        return implementations[forced]
-    backend, missed = best(op, device)
-    if missed is not None:
-        notify_once(missed, f"asvit_fast runs the {backend} implementation of {op} on {device.type}: {missed}")
-    return implementations[backend]
+        return forced
+    backend, missed = best(op, device, operands, config)
+    if missed is not None and (backend == "reference" or best(op, device)[1] is not None):
+        _say_slower(op, backend, device.type, missed)
+    return backend
 
 
-def best(op: str, device: torch.device) -> tuple[str, str | None]:
+def implementation(op: str, backend: str) -> Implementation:
+    return _implementations[op][backend]
+
+
+def select(op: str, device: torch.device) -> Implementation:
+    """The implementation of `op` to run on `device`; see `choose`."""
+    return _implementations[op][choose(op, device)]
+
+
+def best(op: str, device: torch.device, operands: Sequence[Any] = (), config: Any = None) -> tuple[str, str | None]:
     """The best backend that can run `op` on `device`, and why a better one for such devices cannot, if there is one."""
     missed: str | None = None
     for backend in _implementations[op]:
-        why = _why_not(op, backend, device)
+        why = _why_not(op, backend, device) or _refusal(op, backend, operands, config)
         if why is None:
             return backend, missed
         if device.type in _DEVICES[backend]:
             missed = missed or why
     raise AssertionError(f"{op}: the reference runs everywhere")
+
+
+def _refusal(op: str, backend: str, operands: Sequence[Any], config: Any) -> str | None:
+    """Why `backend` cannot run `op` on these operands."""
+    can_run = _can_run[op].get(backend) if operands else None
+    return None if can_run is None else can_run(operands, config)
+
+
+@torch.compiler.assume_constant_result  # said while tracing
+def _say_slower(op: str, backend: str, device_type: str, why: str) -> None:
+    notify_once((op, device_type, why), f"asvit_fast runs the {backend} implementation of {op} on {device_type}: {why}")
 
 
 @contextmanager
@@ -193,7 +219,9 @@ def _triton_reason(index: int | None) -> str | None:
     return None
 
 
-_DEVICES: dict[str, tuple[str, ...]] = {"triton": ("cuda",), "cuda": ("cuda",), "cpu": ("cpu",), "reference": ()}
+_DEVICES: dict[str, tuple[str, ...]] = {  # () is any device, and none that it was made for
+    "triton": ("cuda",), "cuda": ("cuda",), "cpu": ("cpu",), "sdpa": (), "reference": (),
+}  # fmt: skip
 _REASONS: dict[str, Callable[[int | None], str | None]] = {
     "triton": _triton_reason,
     "cuda": _cuda_reason,
@@ -203,15 +231,20 @@ _REASONS: dict[str, Callable[[int | None], str | None]] = {
 
 def _why_not(op: str, backend: str, device: torch.device) -> str | None:
     """Why `backend` can't run `op`, which it has an implementation of, on a device."""
-    if backend == device.type == "cpu" and op in _of_torch:
+    if (backend == device.type == "cpu" and op in _of_torch) or not _needs(backend):
         return None
-    return _reason(backend, device.type, device.index)
+    return unavailable_on(backend, device.type, device.index)
+
+
+def _needs(backend: str) -> bool:
+    """Whether it needs more than torch."""
+    return backend not in ("reference", "sdpa")
 
 
 @functools.cache
 def _reason(backend: str, device_type: str, index: int | None) -> str | None:
     """Why `backend` can't run on a device, whatever the op; constant for the life of the process."""
-    if backend == "reference":
+    if not _needs(backend):
         return None
     runs_on = _DEVICES[backend]
     if device_type not in runs_on and not (backend == "triton" and device_type == "cpu" and _interpreted()):

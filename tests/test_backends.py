@@ -139,7 +139,7 @@ def test_statistics_of_the_reference_are_those_of_the_kernels():
         for backend in ("cpu", "reference"):
             with af.use_backend(backend):
                 results += [
-                    torch.ops.asvit_fast.window_attention(qkv, 2, [4, 4], [1, 2], 0.5, layout, bias, None, None),
-                    torch.ops.asvit_fast.patch_merge(x, weight, 3, 2, norm, None, None, 1e-5, False),
+                    torch.ops.asvit_fast.window_attention(qkv, bias, None, None, 2, [4, 4], [1, 2], 0.5, layout, 0.0),
+                    torch.ops.asvit_fast.patch_merge(x, weight, norm, None, None, 3, 2, 1e-5, False),
                 ]
         torch.testing.assert_close(results[:2], results[2:])

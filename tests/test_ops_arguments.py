@@ -239,11 +239,11 @@ def test_a_masked_query_attends_all_keys_alike(dtype: torch.dtype) -> None:
 
 def test_a_meta_parameter_is_not_read_as_memory() -> None:
     """The custom ops themselves: torch sends such a call to their fake implementation."""
-    arguments = (2, [2, 2], [0, 0], 0.5, "masked", torch.zeros(2, 4, 4, device="meta"), None, None)
+    arguments = (torch.zeros(2, 4, 4, device="meta"), None, None, 2, [2, 2], [0, 0], 0.5, "masked", 0.0)
     with pytest.raises(af.InputError, match="bias must be on cpu, got one on meta"):
         torch.ops.asvit_fast.window_attention(QKV, *arguments)
     with pytest.raises(af.InputError, match="norm_weight must be on cpu"):
-        torch.ops.asvit_fast.patch_merge(TOKENS, MERGE, 2, 2, torch.ones(12, device="meta"), None, None, 1e-5, False)
+        torch.ops.asvit_fast.patch_merge(TOKENS, MERGE, torch.ones(12, device="meta"), None, None, 2, 2, 1e-5, False)
     with pytest.raises(af.InputError, match="weight must be on cpu"):
         torch.ops.asvit_fast.linear(SMALL, FEATURES.to("meta"), None, "none")
     with pytest.raises(af.InputError, match="bias must be on cpu"):

@@ -206,7 +206,8 @@ def test_opcheck(kinds: str, wanted: tuple[bool, bool]) -> None:
     forward = (*full, 4, 1, [1, 1, 1, 1], 1e-5, torch.float32, torch.float32)
     keep = "w" in kinds
     out, values = torch.ops.asvit_fast.patch_embed(*forward, keep)
-    backward = (torch.randn_like(out), *forward, values.detach(), *wanted)
+    gradients = [x is not None and want for x, want in zip(full, (wanted[0], *(wanted[1],) * 4), strict=True)]
+    backward = (torch.randn_like(out), None, values.detach(), *forward, keep, gradients)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     dynamic = ("test_aot_dispatch_dynamic",) if kinds == "bwo" else ()
     torch.library.opcheck(torch.ops.asvit_fast.patch_embed.default, (*forward, keep), test_utils=checks + dynamic)

@@ -226,10 +226,11 @@ def test_single_gradients() -> None:
 def test_opcheck(order: str) -> None:
     for complete in (True, False):
         x, weight, gain, offset, bias = (t.requires_grad_() for t in operands(5, 4, 3, 4, 3))
-        rest = (3, 2, gain, offset if complete else None, bias if complete else None, 1e-5, order == "timm")
+        rest = (gain, offset if complete else None, bias if complete else None, 3, 2, 1e-5, order == "timm")
         torch.library.opcheck(torch.ops.asvit_fast.patch_merge.default, (x, weight, *rest))
         out, statistics = torch.ops.asvit_fast.patch_merge(x, weight, *rest)
-        arguments = (torch.randn_like(out), x, statistics.detach(), weight, *rest, complete, True)
+        wanted = [complete, True, True, complete, complete]
+        arguments = (torch.randn_like(out), None, statistics.detach(), x, weight, *rest, wanted)
         checks = ("test_schema", "test_autograd_registration", "test_faketensor", *DYNAMIC_DOUBLE_BACKWARD)
         torch.library.opcheck(torch.ops.asvit_fast.patch_merge_backward.default, arguments, test_utils=checks)
 

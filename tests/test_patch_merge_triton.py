@@ -120,7 +120,7 @@ def check_details(device: torch.device) -> None:
         results = [both_ways(given, case, None, torch.ones_like(out)) for _ in range(2)]
         assert all(map(torch.equal, *results))
         assert torch.equal(results[0][1], alone) and torch.equal(results[0][2], other)
-        assert torch.ops.asvit_fast.patch_merge(x[:0], weight, 3, 2, *vectors, 1e-5, False)[0].shape == (0, 4, 3, 6)
+        assert torch.ops.asvit_fast.patch_merge(x[:0], weight, *vectors, 3, 2, 1e-5, False)[0].shape == (0, 4, 3, 6)
 
 
 def check_many_tokens(device: torch.device) -> None:

@@ -296,16 +296,16 @@ def test_opcheck(device: torch.device) -> None:
     for requires_grad in (False, True):  # without and with a bias
         qkv = torch.randn(2, 5, 4, 12).requires_grad_(requires_grad)
         bias = torch.randn(2, 6, 6).requires_grad_() if requires_grad else None
-        settings = (2, [3, 2], [1, 0], 0.7, "masked", bias, None, None)
+        settings = (bias, None, None, 2, [3, 2], [1, 0], 0.7, "masked", 0.0)
         torch.library.opcheck(torch.ops.asvit_fast.window_attention.default, (qkv, *settings))
         out, statistics = torch.ops.asvit_fast.window_attention(qkv, *settings)
         arguments = (
             torch.randn_like(out),
-            qkv,
             out.detach(),
             statistics.detach(),
+            qkv,
             *settings,
-            [requires_grad, False, False],
+            [True, requires_grad, False, False],
         )
         torch.library.opcheck(torch.ops.asvit_fast.window_attention_backward.default, arguments)
 
@@ -394,7 +394,7 @@ def test_windows_of_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
     through_op = ops.window_attention(qkv, 4, (1, 1), bias=bias)
     torch.testing.assert_close(through_op, want)
     assert torch.autograd.grad(through_op.sum(), bias)[0].shape == bias.shape
-    monkeypatch.setattr(importlib.import_module("asvit_fast.ops.window_attention"), "_window_attention", None)
+    monkeypatch.setattr(importlib.import_module("asvit_fast.ops.window_attention"), "WINDOW_ATTENTION", None)
     found = ops.window_attention(qkv, 4, (1, 1))
     assert found.is_contiguous()
     torch.testing.assert_close(found, want)

@@ -200,21 +200,13 @@ def check_nothing(device: torch.device) -> None:
 def check_fake(device: torch.device) -> None:
     """Results are what the fake ops promise, also those of gradients that nobody wants."""
     qkv, padding = torch.randn(1, 3, 4, 6, device=device).to(torch.bfloat16), torch.randn(6, device=device)
-    settings = (
-        1,
-        [2, 2],
-        [1, 0],
-        1.0,
-        "timm",
-        torch.randn(1, 4, 4, device=device),
-        padding,
-        torch.ones(1, device=device),
-    )
+    bias, attn_scale = torch.randn(1, 4, 4, device=device), torch.ones(1, device=device)
+    settings = (bias, padding, attn_scale, 1, [2, 2], [1, 0], 1.0, "timm", 0.0)
     tests = ("test_schema", "test_faketensor")
     with use_backend("triton"):
         torch.library.opcheck(torch.ops.asvit_fast.window_attention, (qkv, *settings), test_utils=tests)
         out, statistics = torch.ops.asvit_fast.window_attention(qkv, *settings)
-        backward = (out, qkv, out, statistics, *settings, [False, True, False])
+        backward = (out, out, statistics, qkv, *settings, [True, False, True, False])
         torch.library.opcheck(torch.ops.asvit_fast.window_attention_backward, backward, test_utils=tests)
 
 

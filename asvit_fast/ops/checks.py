@@ -75,7 +75,7 @@ def check_device(op: str, name: str, operand: Tensor, x: Tensor) -> None:
         raise InputError(f"{op}: {name} must be on {x.device}, got one on {operand.device}")
 
 
-def check_devices(op: str, x: Tensor, **operands: Tensor | None) -> None:
+def check_devices(op: str, x: Tensor, /, **operands: Tensor | None) -> None:
     """The same for several, some of which may be missing: a kernel that ran without a look at them would read memory
     that is not there, and where one of them is on the meta device nothing would be computed at all."""
     for name, operand in operands.items():

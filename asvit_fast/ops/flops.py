@@ -36,10 +36,19 @@ def _window_attention(qkv: Shape, num_heads: int, window: Shape, shift: Shape, s
     return 4 * qkv[0] * (qkv[3] // 3) * window_pairs(qkv[1:3], window, layout)
 
 
+def _window_attention_op(qkv: Shape, bias: Any, padding: Any, attn_scale: Any, *config: Any, **__: Any) -> int:
+    """The same with the arguments of our op."""
+    return _window_attention(qkv, *config)
+
+
 def _window_attention_backward(gradient: Shape, qkv: Shape, output: Shape, statistics: Shape, *arguments: Any,
                                **named: Any) -> int:  # fmt: skip
     """Gradients of both factors of both products."""
     return 2 * _window_attention(qkv, *arguments, **named)
+
+
+def _window_attention_backward_op(gradient: Shape, output: Shape, statistics: Shape, *arguments: Any, **__: Any) -> int:
+    return 2 * _window_attention_op(*arguments)
 
 
 def _window_attention_taylor(q: Shape, k: Shape, v: Shape, window: Shape, *_: Any, **__: Any) -> int:
@@ -54,11 +63,6 @@ def _patch_embed(image: Shape, weight: Shape, *_: Any, out_shape: Sequence[Shape
 
 
 def _patch_embed_backward(gradient: Shape, image: Shape, weight: Shape, *arguments: Any, **__: Any) -> int:
-    """Gradients of image and weight, where they are asked for."""
-    return 2 * prod(gradient[:3]) * prod(weight) * sum(arguments[-2:])
-
-
-def _patch_embed_backward_compiled(gradient: Shape, image: Shape, weight: Shape, *arguments: Any, **__: Any) -> int:
     """The compiled part of it, which leaves the image to torch's convolution."""
     return 2 * prod(gradient[:3]) * prod(weight) * arguments[-1]
 
@@ -68,15 +72,16 @@ def _patch_merge(x: Shape, weight: Shape, *_: Any, out_shape: Sequence[Shape], *
     return 2 * prod(out_shape[0][:3]) * prod(weight)
 
 
-def _patch_merge_backward(gradient: Shape, x: Shape, statistics: Shape, weight: Shape, *arguments: Any,
-                          **__: Any) -> int:  # fmt: skip
+def _patch_merge_backward(gradient: Shape, x: Shape, weight: Shape, *arguments: Any, **__: Any) -> int:
     """Gradients of x and weight, where they are asked for."""
     return 2 * prod(gradient[:3]) * prod(weight) * sum(arguments[-2:])
 
 
-def _patch_merge_backward_compiled(gradient: Shape, x: Shape, weight: Shape, *arguments: Any, **__: Any) -> int:
-    """The same with the arguments of the compiled op."""
-    return 2 * prod(gradient[:3]) * prod(weight) * sum(arguments[-2:])
+def _patch_backward_op(gradient: Shape, output: Any, kept: Shape, x: Shape, weight: Shape, *arguments: Any,
+                       **__: Any) -> int:  # fmt: skip
+    """Gradients of x and of the parameters, where they are wanted."""
+    of_x, *of_parameters = arguments[-1]
+    return 2 * prod(gradient[:3]) * prod(weight) * (of_x + any(of_parameters))
 
 
 def _linear(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
@@ -96,21 +101,23 @@ _TAYLOR: dict[str, Callable[..., int]] = {
     "tanh_taylor": _none,
     "window_attention_taylor": _window_attention_taylor,
 }
-_FORWARD: dict[str, Callable[..., int]] = {
+FORMULAS = _TAYLOR | {
+    "window_attention": _window_attention_op,
+    "window_attention_backward": _window_attention_backward_op,
+    "patch_embed": _patch_embed,
+    "patch_embed_backward": _patch_backward_op,
+    "patch_merge": _patch_merge,
+    "patch_merge_backward": _patch_backward_op,
+    "linear": _linear,
+}
+COMPILED_FORMULAS = _TAYLOR | {
     "window_attention": _window_attention,
     "window_attention_backward": _window_attention_backward,
     "patch_embed": _patch_embed,
-    "patch_merge": _patch_merge,
-}
-FORMULAS = _TAYLOR | _FORWARD | {
     "patch_embed_backward": _patch_embed_backward,
+    "patch_merge": _patch_merge,
     "patch_merge_backward": _patch_merge_backward,
-    "linear": _linear,
-}  # fmt: skip
-COMPILED_FORMULAS = _TAYLOR | _FORWARD | {
-    "patch_embed_backward": _patch_embed_backward_compiled,
-    "patch_merge_backward": _patch_merge_backward_compiled,
-}  # fmt: skip
+}
 
 
 def _flop_counter() -> Any:

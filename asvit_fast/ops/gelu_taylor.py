@@ -16,16 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from asvit_fast import _extension, backends
-from asvit_fast.errors import InputError
-from asvit_fast.ops.checks import check_devices
-from asvit_fast.ops.decomposition import register_decomposition
-from asvit_fast.ops.stacked import add_to_value, chain_rule, check_channels, check_stack, compute_dtype
-from asvit_fast.ops.transforms import transform_active
+from ..errors import InputError
+from .stacked import add_to_value, chain_rule, check_channels, check_stack, compute_dtype
+from .taylor_op import taylor_op
 
 SATURATION = 40.0  # beyond, P is 0 or 1 and its derivatives are 0, in single and double precision
-
-# --------------------------------------------------------------------------- reference
 
 
 def _normal_gate(x: Tensor, order: int) -> list[Tensor]:
@@ -72,15 +67,6 @@ def gelu_taylor_reference(x: Tensor, approximate: str = "none", bias: Tensor | N
     return chain_rule(rows, value, first, second).to(x.dtype)
 
 
-# --------------------------------------------------------------------------- fused op
-
-
-def _compiled(x: Tensor, approximate: str, bias: Tensor | None) -> Tensor:
-    """C++ on the CPU, CUDA on a GPU: csrc/unary_taylor.cpp."""
-    _extension.extension()
-    return torch.ops.asvit_fast_C.gelu_taylor(x, approximate, bias)
-
-
 def _triton(x: Tensor, approximate: str, bias: Tensor | None) -> Tensor:
     """kernels/gelu_taylor.py."""
     from asvit_fast.kernels.gelu_taylor import gelu_taylor
@@ -88,37 +74,13 @@ def _triton(x: Tensor, approximate: str, bias: Tensor | None) -> Tensor:
     return gelu_taylor(x, approximate, bias)
 
 
-backends.declare("gelu_taylor", triton=_triton, cuda=_compiled, cpu=_compiled, reference=gelu_taylor_reference)
-
-
-@torch.library.custom_op("asvit_fast::gelu_taylor", mutates_args=())
-def _gelu_taylor(x: Tensor, approximate: str, bias: Tensor | None = None) -> Tensor:
-    return backends.select("gelu_taylor", x.device)(x, approximate, bias)
-
-
-@_gelu_taylor.register_fake
-def _fake(x: Tensor, approximate: str, bias: Tensor | None = None) -> Tensor:
-    check_devices("gelu_taylor", x, bias=bias)
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-register_decomposition(_gelu_taylor, gelu_taylor_reference)
-
-# --------------------------------------------------------------------------- autograd
-
-
-def _setup_context(ctx, inputs: tuple[Tensor, str, Tensor | None], output: Tensor) -> None:
-    x, ctx.approximate, bias = inputs
-    ctx.save_for_backward(x, bias)
-
-
-def _backward(ctx, gradient: Tensor) -> tuple[Tensor, None, Tensor | None]:
-    """The adjoint, in elementary operations, so that it can be differentiated again."""
-    x, bias = ctx.saved_tensors  # [orders + 1, ...], as is the gradient; [C] or None
+def _adjoint(gradient: Tensor, x: Tensor, approximate: str, bias: Tensor | None) -> list[Tensor]:
+    """Gradients of x [orders + 1, ...] and, where there is one, of bias [C]: half the work of what torch would derive
+    from the reference."""
     dtype = compute_dtype(x)
     rows = x.to(dtype) if bias is None else add_to_value(x.to(dtype), bias.to(dtype))
     g = gradient.to(dtype).unbind(0)
-    derivatives = _derivatives(rows[0], ctx.approximate, len(rows))
+    derivatives = _derivatives(rows[0], approximate, len(rows))
     to_value = g[0] * derivatives[0]
     to_rows = []
     if len(rows) >= 2:
@@ -127,13 +89,11 @@ def _backward(ctx, gradient: Tensor) -> tuple[Tensor, None, Tensor | None]:
     if len(rows) == 3:
         to_value = to_value + g[2] * (derivatives[1] * rows[2] + derivatives[2] * rows[1] * rows[1])
         to_rows = [to_rows[0] + 2 * g[2] * derivatives[1] * rows[1], g[2] * derivatives[0]]
-    to_bias = None if bias is None else to_value.reshape(-1, len(bias)).sum(0).to(bias.dtype)
-    return torch.stack([to_value, *to_rows]).to(x.dtype), None, to_bias
+    to_x = torch.stack([to_value, *to_rows]).to(x.dtype)
+    return [to_x] if bias is None else [to_x, to_value.reshape(-1, len(bias)).sum(0).to(bias.dtype)]
 
 
-_gelu_taylor.register_autograd(_backward, setup_context=_setup_context)
-
-# --------------------------------------------------------------------------- public
+GELU_TAYLOR = taylor_op("gelu_taylor", gelu_taylor_reference, triton=_triton, adjoint=_adjoint)
 
 
 def gelu_taylor(x: Tensor, approximate: str = "none", bias: Tensor | None = None) -> Tensor:
@@ -157,6 +117,4 @@ def gelu_taylor(x: Tensor, approximate: str = "none", bias: Tensor | None = None
     check_channels("gelu_taylor", "bias", bias, x)
     if approximate not in ("none", "tanh"):
         raise InputError(f"gelu_taylor: approximate must be 'none' or 'tanh', got {approximate!r}")
-    if transform_active():
-        return gelu_taylor_reference(x, approximate, bias)
-    return _gelu_taylor(x, approximate, bias)
+    return GELU_TAYLOR(x, approximate, bias)

@@ -13,13 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from asvit_fast import _extension, backends
-from asvit_fast.ops.checks import check_devices, check_eps
-from asvit_fast.ops.decomposition import register_decomposition
-from asvit_fast.ops.stacked import add_to_value, check_channels, check_rows, compute_dtype, gradients
-from asvit_fast.ops.transforms import transform_active
-
-# --------------------------------------------------------------------------- reference
+from .checks import check_eps
+from .stacked import add_to_value, check_channels, check_rows, compute_dtype
+from .taylor_op import taylor_op
 
 
 def unit_scale(c: Tensor, dims: tuple[int, ...], eps: float, total: bool = False) -> Tensor:
@@ -57,49 +53,7 @@ def layer_norm_taylor_reference(
     return y.to(x.dtype)
 
 
-# --------------------------------------------------------------------------- fused op
-
-
-def _compiled(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """C++ on the CPU, CUDA on a GPU: csrc/layer_norm_taylor.cpp."""
-    _extension.extension()
-    return torch.ops.asvit_fast_C.layer_norm_taylor(x, weight, bias, eps)
-
-
-backends.declare("layer_norm_taylor", cuda=_compiled, cpu=_compiled, reference=layer_norm_taylor_reference)
-
-
-@torch.library.custom_op("asvit_fast::layer_norm_taylor", mutates_args=())
-def _layer_norm_taylor(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    return backends.select("layer_norm_taylor", x.device)(x, weight, bias, eps)
-
-
-@_layer_norm_taylor.register_fake
-def _fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    check_devices("layer_norm_taylor", x, weight=weight, bias=bias)
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-register_decomposition(_layer_norm_taylor, layer_norm_taylor_reference)
-
-# --------------------------------------------------------------------------- autograd
-
-
-def _setup_context(ctx, inputs: tuple[Tensor, Tensor | None, Tensor | None, float], output: Tensor) -> None:
-    x, weight, bias, ctx.eps = inputs
-    ctx.save_for_backward(x, weight, bias)
-
-
-def _backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    def reference(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        return layer_norm_taylor_reference(x, weight, bias, ctx.eps)
-
-    return *gradients(reference, ctx.saved_tensors, gradient), None
-
-
-_layer_norm_taylor.register_autograd(_backward, setup_context=_setup_context)
-
-# --------------------------------------------------------------------------- public
+LAYER_NORM_TAYLOR = taylor_op("layer_norm_taylor", layer_norm_taylor_reference)
 
 
 def layer_norm_taylor(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -123,6 +77,4 @@ def layer_norm_taylor(x: Tensor, weight: Tensor | None = None, bias: Tensor | No
     check_rows("layer_norm_taylor", x)
     check_channels("layer_norm_taylor", "weight", weight, x)
     check_channels("layer_norm_taylor", "bias", bias, x)
-    if transform_active():
-        return layer_norm_taylor_reference(x, weight, bias, eps)
-    return _layer_norm_taylor(x, weight, bias, eps)
+    return LAYER_NORM_TAYLOR(x, weight, bias, eps)

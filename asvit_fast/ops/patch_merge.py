@@ -7,20 +7,18 @@ neighbourhood.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .. import _extension, backends
+from .. import _extension
 from ..errors import InputError
-from .checks import check_device, check_devices, check_eps, check_floats, check_integer, check_operand
-from .decomposition import register_decomposition
-from .optional import double_backward, gradients, present
-from .transforms import autocast_dtype, transform_active
+from .checks import check_device, check_eps, check_floats, check_integer, check_operand
+from .fused_op import FusedOp, Gradients, Operands, Result, Saved, no_float64
+from .transforms import autocast_dtype
 
 
 def merge_padding(size: int, kernel: int, stride: int) -> list[int]:
@@ -77,13 +75,10 @@ def patch_merge_reference(
 
 # --------------------------------------------------------------------------- fused op
 
-Result = tuple[Tensor, Tensor]
-# x, weight, norm_weight, norm_bias, bias
-Operands = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
-
-class Settings(NamedTuple):
-    """What is not a tensor."""
+@dataclass(frozen=True)
+class PatchMergeConfig:
+    """What is not a tensor. ``channels_last``: features ordered (column, row, channel)."""
 
     kernel: int
     stride: int
@@ -91,9 +86,18 @@ class Settings(NamedTuple):
     channels_last: bool
 
 
-def _padding(x: Tensor, kernel: int, stride: int) -> list[int]:
+def _reference(operands: Operands, config: PatchMergeConfig) -> Tensor:
+    x, weight, norm_weight, norm_bias, bias = operands
+    order = "timm" if config.channels_last else "unfold"
+    return patch_merge_reference(
+        x, weight, config.kernel, config.stride, norm_weight, norm_bias, bias, config.eps, order
+    )
+
+
+def _padding(x: Tensor, config: PatchMergeConfig) -> list[int]:
     """Zeros above, below, to the left, to the right."""
-    return merge_padding(x.shape[1], kernel, stride) + merge_padding(x.shape[2], kernel, stride)
+    rows, columns = (merge_padding(side, config.kernel, config.stride) for side in x.shape[1:3])
+    return rows + columns
 
 
 def _output_shape(x: Tensor, weight: Tensor, stride: int) -> list[int]:
@@ -104,203 +108,74 @@ def _working_type(x: Tensor, weight: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
 
 
-def _compiled(operands: Operands, settings: Settings) -> Result:
+def _statistics(operands: Operands, config: PatchMergeConfig) -> Tensor:
+    """[2, B, Ho, Wo]: mean and 1 / standard deviation of every neighbourhood."""
+    x, weight = operands[:2]
+    patches = F.unfold(_pad(x, config.kernel, config.stride), config.kernel, stride=config.stride)
+    variance, mean = torch.var_mean(patches.to(_working_type(x, weight)), 1, correction=0)  # [B, Ho*Wo]
+    statistics = torch.stack((mean, torch.rsqrt(variance + config.eps)))
+    return statistics.unflatten(2, _output_shape(x, weight, config.stride)[1:3])
+
+
+def _fake(operands: Operands, config: PatchMergeConfig) -> Result:
+    x, weight = operands[:2]
+    shape = _output_shape(x, weight, config.stride)
+    return weight.new_empty(shape), x.new_empty([2, *shape[:3]], dtype=_working_type(x, weight))
+
+
+def _compiled(operands: Operands, config: PatchMergeConfig) -> Result:
     """C++: csrc/patch_merge.cpp."""
     _extension.extension()
     x, weight, *vectors = operands
-    kernel, stride, eps, channels_last = settings
-    padding = _padding(x, kernel, stride)
-    return torch.ops.asvit_fast_C.patch_merge(x, weight, kernel, stride, *vectors, eps, channels_last, padding)
+    return torch.ops.asvit_fast_C.patch_merge(
+        x, weight, config.kernel, config.stride, *vectors, config.eps, config.channels_last, _padding(x, config)
+    )
 
 
-def _reference(operands: Sequence[Any], settings: Settings) -> Tensor:
-    x, weight, norm_weight, norm_bias, bias = operands
-    kernel, stride, eps, channels_last = settings
-    order = "timm" if channels_last else "unfold"
-    return patch_merge_reference(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, order)
+def _compiled_backward(
+    gradient: Tensor, operands: Operands, config: PatchMergeConfig, result: Saved, wanted: list[bool]
+) -> Gradients:
+    _extension.extension()
+    x, weight, norm_weight, norm_bias, _ = operands
+    return torch.ops.asvit_fast_C.patch_merge_backward(
+        gradient, x, weight, result[1], config.kernel, config.stride, norm_weight, norm_bias, config.eps,
+        config.channels_last, _padding(x, config), wanted[0], any(wanted[1:]),
+    )  # fmt: skip
 
 
-def _elementary(operands: Operands, settings: Settings) -> Result:
-    """The reference, with the statistics that fused backward passes need."""
-    x, weight, *_ = operands
-    output = _reference(operands, settings).contiguous()
-    patches = F.unfold(_pad(x, settings.kernel, settings.stride), settings.kernel, stride=settings.stride)
-    variance, mean = torch.var_mean(patches.to(_working_type(x, weight)), 1, correction=0)  # [B, Ho*Wo]
-    statistics = torch.stack((mean, torch.rsqrt(variance + settings.eps)))
-    return output, statistics.unflatten(2, _output_shape(x, weight, settings.stride)[1:3])
-
-
-def _check_triton(*tensors: Tensor) -> None:
-    for tensor in tensors:
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise InputError(f"patch_merge: the triton backend computes in float32, got {tensor.dtype}: use reference")
-
-
-def _triton(operands: Operands, settings: Settings) -> Result:
+def _triton(operands: Operands, config: PatchMergeConfig) -> Result:
     """kernels/patch_merge.py."""
     from asvit_fast.kernels.patch_merge import patch_merge
 
     x, weight, *vectors = operands
-    kernel, stride, eps, channels_last = settings
-    _check_triton(x, weight)
-    return patch_merge(x, weight, kernel, stride, *vectors, eps, channels_last, _padding(x, kernel, stride))
-
-
-backends.declare("patch_merge", triton=_triton, cpu=_compiled, reference=_elementary)
-
-
-@torch.library.custom_op("asvit_fast::patch_merge", mutates_args=())
-def _patch_merge(
-    x: Tensor,
-    weight: Tensor,
-    kernel: int,
-    stride: int,
-    norm_weight: Tensor,
-    norm_bias: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    channels_last: bool,
-) -> Result:
-    """The output [B, Ho, Wo, Cout] in the weight's type, and [2, B, Ho, Wo]: mean and 1 / standard deviation of every
-    neighbourhood."""
-    run = backends.select("patch_merge", x.device)
-    return run((x, weight, norm_weight, norm_bias, bias), Settings(kernel, stride, eps, channels_last))
-
-
-@_patch_merge.register_fake
-def _fake(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels_last) -> Result:
-    check_devices("patch_merge", x, weight=weight, norm_weight=norm_weight, norm_bias=norm_bias, bias=bias)
-    shape = _output_shape(x, weight, stride)
-    return weight.new_empty(shape), x.new_empty([2, *shape[:3]], dtype=_working_type(x, weight))
-
-
-def _decomposition(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels_last) -> Result:
-    operands = (x, weight, norm_weight, norm_bias, bias)
-    output = _reference(operands, Settings(kernel, stride, eps, channels_last))
-    return output.contiguous(), _fake(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels_last)[1]
-
-
-register_decomposition(_patch_merge, _decomposition)
-
-
-# --------------------------------------------------------------------------- autograd
-
-
-def _fused_backward(
-    implementation: Callable[..., Result], gradient: Tensor, operands: Operands, settings: Settings, statistics: Tensor,
-    to_input: bool, to_parameters: bool,
-) -> Sequence[Tensor | None]:  # fmt: skip
-    """Gradients of the operands; what was not asked for may be anything."""
-    x, weight, norm_weight, norm_bias, bias = operands
-    kernel, stride, eps, channels_last = settings
-    padding = _padding(x, kernel, stride)
-    if implementation is _triton:
-        from asvit_fast.kernels.patch_merge_backward import patch_merge_backward
-
-        _check_triton(x, weight)
-        return patch_merge_backward(
-            gradient, x, statistics, weight, kernel, stride, norm_weight, norm_bias, bias, channels_last, padding,
-            to_input, to_parameters,
-        )  # fmt: skip
-    _extension.extension()
-    return torch.ops.asvit_fast_C.patch_merge_backward(
-        gradient, x, weight, statistics, kernel, stride, norm_weight, norm_bias, eps, channels_last, padding, to_input,
-        to_parameters,
-    )  # fmt: skip
-
-
-def _asked(operands: Sequence[Tensor | None], to_input: bool, to_parameters: bool) -> list[bool]:
-    """For each operand, whether its gradient is returned."""
-    return [to_input, *(to_parameters and x is not None for x in operands[1:])]
-
-
-@torch.library.custom_op("asvit_fast::patch_merge_backward", mutates_args=())
-def _patch_merge_backward(
-    gradient: Tensor,
-    x: Tensor,
-    statistics: Tensor,
-    weight: Tensor,
-    kernel: int,
-    stride: int,
-    norm_weight: Tensor,
-    norm_bias: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    channels_last: bool,
-    to_input: bool,
-    to_parameters: bool,
-) -> list[Tensor]:
-    """Gradients of x, weight, norm_weight, norm_bias and bias (empty unless asked for); sums in an order that only
-    shapes decide."""
-    operands = (x, weight, norm_weight, norm_bias, bias)
-    settings = Settings(kernel, stride, eps, channels_last)
-    implementation = backends.select("patch_merge", x.device)
-    if implementation is _elementary:
-        found: Sequence[Tensor | None] = gradients(lambda given: _reference(given, settings), gradient, operands)
-    else:
-        found = _fused_backward(implementation, gradient, operands, settings, statistics, to_input, to_parameters)
-    return [
-        new.to(old.dtype).contiguous() if wanted and new is not None and old is not None else x.new_empty(0)
-        for wanted, new, old in zip(_asked(operands, to_input, to_parameters), found, operands, strict=True)
-    ]
-
-
-@_patch_merge_backward.register_fake
-def _fake_backward(
-    gradient, x, statistics, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels_last, to_input,
-    to_parameters,
-) -> list[Tensor]:  # fmt: skip
-    check_devices("patch_merge_backward", x, gradient=gradient, statistics=statistics, weight=weight, bias=bias)
-    check_devices("patch_merge_backward", x, norm_weight=norm_weight, norm_bias=norm_bias)
-    operands = (x, weight, norm_weight, norm_bias, bias)
-    return [
-        old.new_empty(old.shape) if wanted else x.new_empty(0)
-        for wanted, old in zip(_asked(operands, to_input, to_parameters), operands, strict=True)
-    ]
-
-
-def _setup_context(ctx, inputs, output: Result) -> None:
-    x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels_last = inputs
-    ctx.settings = Settings(kernel, stride, eps, channels_last)
-    ctx.save_for_backward(output[1], x, weight, norm_weight, norm_bias, bias)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, gradient: Tensor | None, _: Tensor | None):
-    if gradient is None:
-        return (None,) * 9
-    kernel, stride, eps, channels_last = ctx.settings
-    statistics, x, weight, *vectors = ctx.saved_tensors
-    needs_x, needs_weight, _, _, *needs, _, _ = ctx.needs_input_grad
-    found = _patch_merge_backward(
-        gradient, x, statistics, weight, kernel, stride, *vectors, eps, channels_last, needs_x,
-        needs_weight or any(needs),
-    )  # fmt: skip
-    wanted = [needs_x, needs_weight, *needs]
-    to_x, to_weight, *to_vectors = (new if want else None for new, want in zip(found, wanted, strict=True))
-    return to_x, to_weight, None, None, *to_vectors, None, None
-
-
-_patch_merge.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _setup_double(ctx, inputs, output: list[Tensor]) -> None:
-    gradient, x, _, weight, kernel, stride, *vectors, eps, channels_last, to_input, to_parameters = inputs
-    operands = (x, weight, *vectors)
-    ctx.settings, ctx.there = Settings(kernel, stride, eps, channels_last), [x is not None for x in operands]
-    ctx.asked = _asked(operands, to_input, to_parameters)
-    ctx.save_for_backward(gradient, *present(operands))
-
-
-def _double_backward(ctx, cotangents: list[Tensor | None]):
-    """In elementary operations, so that it can be differentiated again."""
-    to_gradient, (to_x, to_weight, *to_vectors) = double_backward(
-        lambda given: _reference(given, ctx.settings), ctx.there, ctx.asked, ctx.saved_tensors, cotangents
+    return patch_merge(
+        x, weight, config.kernel, config.stride, *vectors, config.eps, config.channels_last, _padding(x, config)
     )
-    return to_gradient, to_x, None, to_weight, None, None, *to_vectors, None, None, None, None
 
 
-_patch_merge_backward.register_autograd(_double_backward, setup_context=_setup_double)
+def _triton_backward(
+    gradient: Tensor, operands: Operands, config: PatchMergeConfig, result: Saved, wanted: list[bool]
+) -> Gradients:
+    from asvit_fast.kernels.patch_merge_backward import patch_merge_backward
+
+    x, weight, *vectors = operands
+    return patch_merge_backward(
+        gradient, x, result[1], weight, config.kernel, config.stride, *vectors, config.channels_last,
+        _padding(x, config), wanted[0], any(wanted[1:]),
+    )  # fmt: skip
+
+
+PATCH_MERGE = FusedOp(
+    "patch_merge",
+    "x, weight, norm_weight, norm_bias?, bias?",
+    PatchMergeConfig,
+    reference=_reference,
+    fake=_fake,
+    kept=_statistics,
+    forward={"triton": _triton, "cpu": _compiled},
+    backward={"triton": _triton_backward, "cpu": _compiled_backward},
+    can_run={"triton": lambda operands, config: no_float64(*operands[:2])},
+)
 
 # --------------------------------------------------------------------------- public
 
@@ -374,24 +249,19 @@ def patch_merge(
     On a CPU one compiled kernel each for forward and backward, on a GPU Triton kernels (elementary operations in
     float64), none of which holds all neighbourhoods. Without LayerNorm it is torch's convolution.
     """
-    if not torch.jit.is_scripting():
+    if torch.jit.is_scripting():
+        return patch_merge_reference(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, order)
+    else:
         operands = (x, weight, norm_weight, norm_bias, bias)
         if has_torch_function(operands):
             return handle_torch_function(
                 patch_merge, operands, x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, order
             )
-    stride = _check(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, order)
-    elementary = norm_weight is None or x.numel() == 0 or weight.numel() == 0
-    if not torch.jit.is_scripting():
+        stride = _check(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, order)
         low = autocast_dtype(x.device.type)
         if low is not None and weight.dtype != torch.float64:
             weight = weight.to(low)
-        elementary = elementary or transform_active() or x.device.type not in ("cpu", "cuda", "meta")
-        if backends.forced_backend() is not None:
-            elementary = elementary or backends.select("patch_merge", x.device) is _elementary
-        elif x.device.type == "cuda" and torch.float64 in (x.dtype, weight.dtype):
-            elementary = True
-        if not elementary and norm_weight is not None:
-            channels_last = order == "timm"
-            return _patch_merge(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, channels_last)[0]
-    return patch_merge_reference(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, order)
+        if norm_weight is None:
+            return patch_merge_reference(x, weight, kernel, stride, None, None, bias, eps, order)
+        config = PatchMergeConfig(kernel, stride, eps, order == "timm")
+        return PATCH_MERGE((x, weight, norm_weight, norm_bias, bias), config)

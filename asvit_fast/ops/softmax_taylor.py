@@ -10,12 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from asvit_fast import _extension, backends
-from asvit_fast.ops.decomposition import register_decomposition
-from asvit_fast.ops.stacked import check_rows, compute_dtype, gradients
-from asvit_fast.ops.transforms import transform_active
-
-# --------------------------------------------------------------------------- reference
+from .stacked import check_rows, compute_dtype
+from .taylor_op import taylor_op
 
 
 def centred(s: Tensor, p: Tensor) -> Tensor:
@@ -42,44 +38,7 @@ def softmax_taylor_reference(s: Tensor) -> Tensor:
     return torch.stack(orders).to(s.dtype)
 
 
-# --------------------------------------------------------------------------- fused op
-
-
-def _compiled(s: Tensor) -> Tensor:
-    """C++ on the CPU, CUDA on a GPU: csrc/softmax_taylor.cpp."""
-    _extension.extension()
-    return torch.ops.asvit_fast_C.softmax_taylor(s)
-
-
-backends.declare("softmax_taylor", cuda=_compiled, cpu=_compiled, reference=softmax_taylor_reference)
-
-
-@torch.library.custom_op("asvit_fast::softmax_taylor", mutates_args=())
-def _softmax_taylor(s: Tensor) -> Tensor:
-    return backends.select("softmax_taylor", s.device)(s)
-
-
-@_softmax_taylor.register_fake
-def _fake(s: Tensor) -> Tensor:
-    return torch.empty_like(s, memory_format=torch.contiguous_format)
-
-
-register_decomposition(_softmax_taylor, softmax_taylor_reference)
-
-# --------------------------------------------------------------------------- autograd
-
-
-def _setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx, gradient: Tensor) -> Tensor | None:
-    return gradients(softmax_taylor_reference, ctx.saved_tensors, gradient)[0]
-
-
-_softmax_taylor.register_autograd(_backward, setup_context=_setup_context)
-
-# --------------------------------------------------------------------------- public
+SOFTMAX_TAYLOR = taylor_op("softmax_taylor", softmax_taylor_reference)
 
 
 def softmax_taylor(s: Tensor) -> Tensor:
@@ -98,6 +57,4 @@ def softmax_taylor(s: Tensor) -> Tensor:
         InputError: if s has no or more than 3 rows, no last dimension or is not floating point.
     """
     check_rows("softmax_taylor", s)
-    if transform_active():
-        return softmax_taylor_reference(s)
-    return _softmax_taylor(s)
+    return SOFTMAX_TAYLOR(s)

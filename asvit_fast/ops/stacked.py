@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -59,23 +56,3 @@ def chain_rule(x: Tensor, value: Tensor, first: Tensor | None, second: Tensor | 
         if len(x) == 3:
             orders.append(first * x[2] if second is None else first * x[2] + second * x[1] * x[1])
     return torch.stack(orders)
-
-
-def gradients(reference: Callable[..., Tensor], inputs: Sequence[Tensor | None], output: Tensor) -> list[Tensor | None]:
-    """The adjoint of `reference(*inputs)` applied to `output`'s gradient: one gradient per input that is not None.
-
-    In differentiable operations, so that it can be differentiated again.
-    """
-    given = [i for i, tensor in enumerate(inputs) if tensor is not None]
-
-    def function(*tensors: Tensor) -> Tensor:
-        filled = list(inputs)
-        for i, tensor in zip(given, tensors, strict=True):
-            filled[i] = tensor
-        return reference(*filled)
-
-    adjoint: Any = torch.func.vjp(function, *(inputs[i] for i in given))[1]
-    result: list[Tensor | None] = [None] * len(inputs)
-    for i, gradient in zip(given, adjoint(output), strict=True):
-        result[i] = gradient
-    return result

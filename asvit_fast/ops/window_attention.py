@@ -6,8 +6,8 @@ export.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +16,12 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .. import _extension, backends
 from ..errors import InputError
-from .checks import check_devices, check_floats, check_length, check_operand, check_scale
-from .decomposition import register_decomposition
-from .optional import double_backward, gradients, present, restored
-from .transforms import sizes, transform_active
+from .checks import check_floats, check_length, check_operand, check_scale
+from .fused_op import FusedOp, Gradients, Operands, Result, Saved, no_float64
+from .transforms import sizes
 from .windows import (
     check_windows,
+    fit_windows,
     lowest_scores,
     merge_windows,
     padding_tokens,
@@ -168,13 +168,11 @@ def _window_attention_sdpa(
 
 # --------------------------------------------------------------------------- fused op
 
-Result = tuple[Tensor, Tensor]  # output, statistics
-Operands = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # qkv, bias, padding, attn_scale
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of the operands; empty where not asked for
-WHOLE_TOKENS, WHOLE_HEAD_DIM = 64, 32  # up to which, in 16 bits, Triton kernels keep a whole window in registers
+SINGLE_TILE_TOKENS, SINGLE_TILE_HEAD_DIM = 64, 32  # up to which, in 16 bits, Triton keeps a whole window in registers
 
 
-class Settings(NamedTuple):
+@dataclass(frozen=True)
+class WindowAttentionConfig:
     """What is not a tensor."""
 
     num_heads: int
@@ -182,239 +180,145 @@ class Settings(NamedTuple):
     shift: list[int]
     scale: float
     layout: str
+    dropout: float = 0.0
+
+    @property
+    def compiled(self) -> tuple[Any, ...]:
+        """As kernels take it: none of them has dropout."""
+        return self.num_heads, self.window, self.shift, self.scale, self.layout
 
 
-def _compiled(operands: Operands, settings: Settings) -> Result:
-    """C++: csrc/window_attention.cpp."""
-    _extension.extension()
-    qkv, *others = operands
-    return torch.ops.asvit_fast_C.window_attention(qkv, *settings, *others)
-
-
-def _reference(operands: Sequence[Any], settings: Settings) -> Tensor:
+def _reference(operands: Operands, config: WindowAttentionConfig) -> Tensor:
     qkv, bias, padding, attn_scale = operands
-    num_heads, window, shift, scale, layout = settings
     return window_attention_reference(
-        qkv, num_heads, window, shift, bias, scale, layout=layout, padding=padding, attn_scale=attn_scale
+        qkv, config.num_heads, config.window, config.shift, bias, config.scale, config.dropout, config.layout, padding,
+        attn_scale,
+    )  # fmt: skip
+
+
+def _sdpa(operands: Operands, config: WindowAttentionConfig) -> Tensor:
+    qkv, bias, padding, _ = operands
+    return _window_attention_sdpa(
+        qkv, config.num_heads, config.window, config.shift, bias, config.scale, config.dropout, config.layout, padding
     )
 
 
-def _whole(qkv: Tensor, num_heads: int, window: list[int]) -> bool:
+def _is_single_tile(qkv: Tensor, config: WindowAttentionConfig) -> bool:
     """Whether the backward kernel on a GPU has all scores of a window at once: it needs no statistics then."""
-    fits = window[0] * window[1] <= WHOLE_TOKENS and qkv.shape[3] <= 3 * num_heads * WHOLE_HEAD_DIM
-    return fits and qkv.element_size() == 2
+    fits = config.window[0] * config.window[1] <= SINGLE_TILE_TOKENS
+    return fits and qkv.shape[3] <= 3 * config.num_heads * SINGLE_TILE_HEAD_DIM and qkv.element_size() == 2
 
 
-def _statistics_shape(qkv: Tensor, num_heads: int, window: list[int]) -> list[int]:
-    if qkv.device.type == "cuda" and _whole(qkv, num_heads, window):
+def _statistics_shape(qkv: Tensor, config: WindowAttentionConfig) -> list[int]:
+    if qkv.device.type == "cuda" and _is_single_tile(qkv, config):
         return [0]
-    return [2, *qkv.shape[:3], num_heads]
+    return [2, *qkv.shape[:3], config.num_heads]
 
 
 def _working_type(qkv: Tensor) -> torch.dtype:
     return torch.float64 if qkv.dtype == torch.float64 else torch.float32
 
 
-def _elementary(operands: Operands, settings: Settings) -> Result:
-    """The reference, with the statistics that fused backward passes need."""
+def _statistics(operands: Operands, config: WindowAttentionConfig) -> Tensor:
+    """[2, B, H, W, heads]: largest score of a row, 1 / sum of its weights; empty where the backward pass does not need
+    them."""
     qkv, bias, padding, _ = operands
-    num_heads, window, shift, scale, layout = settings
-    output = _reference(operands, settings).contiguous()
-    if _statistics_shape(qkv, num_heads, window) == [0]:
-        return output, qkv.new_empty(0, dtype=torch.float32)
-    scores = _scores(qkv, num_heads, window, shift, bias, scale, layout, padding)[0].to(_working_type(qkv))
+    if _statistics_shape(qkv, config) == [0]:
+        return qkv.new_empty(0, dtype=torch.float32)
+    scores = _scores(qkv, config.num_heads, config.window, config.shift, bias, config.scale, config.layout, padding)[0]
+    scores = scores.to(_working_type(qkv))
     largest = scores.amax(-1)  # [B, windows, heads, tokens]
     inverse = 1.0 / torch.exp(scores - largest.unsqueeze(-1)).sum(-1)
     size = [qkv.shape[1], qkv.shape[2]]
-    maps = [merge_windows(rows.transpose(2, 3), size, window, shift, layout) for rows in (largest, inverse)]
-    return output, torch.stack(maps)  # [2, B, H, W, heads]
+    return torch.stack([
+        merge_windows(rows.transpose(2, 3), size, config.window, config.shift, config.layout)
+        for rows in (largest, inverse)
+    ])  # fmt: skip
 
 
-def _check_triton(qkv: Tensor) -> None:
-    if qkv.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise InputError(f"window_attention: the triton backend computes in float32, got {qkv.dtype}: use reference")
+def _fake(operands: Operands, config: WindowAttentionConfig) -> Result:
+    qkv = operands[0]
+    statistics = qkv.new_empty(_statistics_shape(qkv, config), dtype=_working_type(qkv))
+    return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3), statistics
 
 
-def _triton(operands: Operands, settings: Settings) -> Result:
+def _compiled(operands: Operands, config: WindowAttentionConfig) -> Result:
+    """C++: csrc/window_attention.cpp."""
+    _extension.extension()
+    qkv, *others = operands
+    return torch.ops.asvit_fast_C.window_attention(qkv, *config.compiled, *others)
+
+
+def _compiled_backward(
+    gradient: Tensor, operands: Operands, config: WindowAttentionConfig, result: Saved, wanted: list[bool]
+) -> Gradients:
+    """Sums over windows in an order that only shapes decide."""
+    _extension.extension()
+    qkv, *others = operands
+    return torch.ops.asvit_fast_C.window_attention_backward(
+        gradient, qkv, *result, *config.compiled, *others, wanted[1:]
+    )
+
+
+def _triton(operands: Operands, config: WindowAttentionConfig) -> Result:
     """kernels/window_attention.py."""
     from asvit_fast.kernels.window_attention import window_attention
 
     qkv, *others = operands
-    _check_triton(qkv)
-    whole = _whole(qkv, settings.num_heads, settings.window)
-    allocate = torch.zeros if whole else torch.empty  # the zeros, without elements on a GPU, are never read
-    shape = _statistics_shape(qkv, settings.num_heads, settings.window)
-    statistics = allocate(shape, dtype=torch.float32, device=qkv.device)
-    return window_attention(qkv, *settings, *others, None if whole else statistics), statistics
+    single = _is_single_tile(qkv, config)
+    allocate = torch.zeros if single else torch.empty  # the zeros, without elements on a GPU, are never read
+    statistics = allocate(_statistics_shape(qkv, config), dtype=torch.float32, device=qkv.device)
+    return window_attention(qkv, *config.compiled, *others, None if single else statistics), statistics
 
 
-backends.declare("window_attention", triton=_triton, cpu=_compiled, reference=_elementary)
-
-
-@torch.library.custom_op("asvit_fast::window_attention", mutates_args=())
-def _window_attention(
-    qkv: Tensor,
-    num_heads: int,
-    window: list[int],
-    shift: list[int],
-    scale: float,
-    layout: str,
-    bias: Tensor | None,
-    padding: Tensor | None,
-    attn_scale: Tensor | None,
-) -> Result:
-    """The output [B, H, W, heads*d], and [2, B, H, W, heads]: largest score of a row, 1 / sum of its weights (empty
-    where the backward pass does not need them)."""
-    run = backends.select("window_attention", qkv.device)
-    return run((qkv, bias, padding, attn_scale), Settings(num_heads, window, shift, scale, layout))
-
-
-@_window_attention.register_fake
-def _fake(qkv, num_heads, window, shift, scale, layout, bias, padding, attn_scale) -> Result:
-    check_devices("window_attention", qkv, bias=bias, padding=padding, attn_scale=attn_scale)
-    statistics = qkv.new_empty(_statistics_shape(qkv, num_heads, window), dtype=_working_type(qkv))
-    return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3), statistics
-
-
-def _decomposition(qkv, num_heads, window, shift, scale, layout, bias, padding, attn_scale) -> Result:
-    output = _reference((qkv, bias, padding, attn_scale), Settings(num_heads, window, shift, scale, layout))
-    return output.contiguous(), _fake(qkv, num_heads, window, shift, scale, layout, bias, padding, attn_scale)[1]
-
-
-register_decomposition(_window_attention, _decomposition)
-
-
-# --------------------------------------------------------------------------- autograd
-
-
-def _elementary_backward(gradient: Tensor, operands: Operands, settings: Settings, wanted: list[bool]) -> Gradients:
-    found = gradients(lambda given: _reference(given, settings), gradient, operands)
-    to_qkv, to_bias, to_padding, to_attn_scale = (
-        to.contiguous() if to is not None and want else gradient.new_empty(0)
-        for to, want in zip(found, [True, *wanted], strict=True)
-    )
-    return to_qkv, to_bias, to_padding, to_attn_scale
-
-
-@torch.library.custom_op("asvit_fast::window_attention_backward", mutates_args=())
-def _window_attention_backward(
-    gradient: Tensor,
-    qkv: Tensor,
-    output: Tensor,
-    statistics: Tensor,
-    num_heads: int,
-    window: list[int],
-    shift: list[int],
-    scale: float,
-    layout: str,
-    bias: Tensor | None,
-    padding: Tensor | None,
-    attn_scale: Tensor | None,
-    wanted: list[bool],
+def _triton_backward(
+    gradient: Tensor, operands: Operands, config: WindowAttentionConfig, result: Saved, wanted: list[bool]
 ) -> Gradients:
-    """Gradients of qkv and, where `wanted`, of bias, padding and attn_scale; sums over windows in an order that only
-    shapes decide."""
-    settings, others = Settings(num_heads, window, shift, scale, layout), (bias, padding, attn_scale)
-    implementation = backends.select("window_attention", qkv.device)
-    if implementation is _elementary:
-        return _elementary_backward(gradient, (qkv, *others), settings, wanted)
-    if implementation is _triton:
-        from asvit_fast.kernels.window_attention import window_attention_backward
+    """Sums over windows in an order that only shapes decide."""
+    from asvit_fast.kernels.window_attention import window_attention_backward
 
-        _check_triton(qkv)
-        kept = None if _whole(qkv, num_heads, window) else statistics
-        return window_attention_backward(gradient, qkv, output, kept, *settings, *others, wanted)
-    _extension.extension()
-    return torch.ops.asvit_fast_C.window_attention_backward(
-        gradient, qkv, output, statistics, *settings, *others, wanted
+    (qkv, *others), (output, statistics) = operands, result
+    kept = None if _is_single_tile(qkv, config) else statistics
+    return window_attention_backward(gradient, qkv, output, kept, *config.compiled, *others, wanted[1:])
+
+
+def _no_dropout(operands: Operands, config: WindowAttentionConfig) -> str | None:
+    if config.dropout == 0.0:
+        return None
+    if operands[3] is None:
+        return f"it has no dropout, got {config.dropout}"
+    return (
+        "AttnScale with attention dropout has no kernel, and the reference holds every attention matrix: train without "
+        "one of the two"
     )
 
 
-@_window_attention_backward.register_fake
-def _fake_backward(
-    gradient, qkv, output, statistics, num_heads, window, shift, scale, layout, bias, padding, attn_scale, wanted
-) -> Gradients:
-    check_devices("window_attention_backward", qkv, gradient=gradient, output=output, statistics=statistics)
-    check_devices("window_attention_backward", qkv, bias=bias, padding=padding, attn_scale=attn_scale)
-    to_bias, to_padding, to_attn_scale = (
-        tensor.new_empty(tensor.shape) if tensor is not None and want else qkv.new_empty(0)
-        for tensor, want in zip((bias, padding, attn_scale), wanted, strict=True)
-    )
-    return qkv.new_empty(qkv.shape), to_bias, to_padding, to_attn_scale
+def _sdpa_cannot(operands: Operands, config: WindowAttentionConfig) -> str | None:
+    qkv, _, _, attn_scale = operands
+    if qkv.dtype == torch.float64:
+        return "it has no double backward, which float64 is for"
+    return None if attn_scale is None else "it has no attn_scale"
 
 
-def _setup_context(ctx, inputs, output: Result) -> None:
-    qkv, *settings, bias, padding, attn_scale = inputs
-    operands = (qkv, bias, padding, attn_scale)
-    ctx.settings, ctx.there = Settings(*settings), [x is not None for x in operands]
-    ctx.save_for_backward(*output, *present(operands))
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, gradient: Tensor | None, _: Tensor | None):
-    if gradient is None:
-        return (None,) * 9
-    output, statistics, *tensors = ctx.saved_tensors
-    qkv, *others = restored(tensors, ctx.there)
-    wanted = [there and need for there, need in zip(ctx.there[1:], ctx.needs_input_grad[6:], strict=True)]
-    to_qkv, *found = _window_attention_backward(gradient, qkv, output, statistics, *ctx.settings, *others, wanted)
-    return to_qkv, *(None,) * 5, *(to if want else None for to, want in zip(found, wanted, strict=True))
-
-
-_window_attention.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _setup_double(ctx, inputs, output: Gradients) -> None:
-    gradient, qkv, _, _, *settings, bias, padding, attn_scale, wanted = inputs
-    operands = (qkv, bias, padding, attn_scale)
-    ctx.settings, ctx.asked = Settings(*settings), [True, *wanted]
-    ctx.there = [x is not None for x in operands]
-    ctx.save_for_backward(gradient, *present(operands))
-
-
-def _double_backward(ctx, *cotangents: Tensor):
-    """In elementary operations, so that it can be differentiated again."""
-    to_gradient, (to_qkv, *others) = double_backward(
-        lambda given: _reference(given, ctx.settings), ctx.there, ctx.asked, ctx.saved_tensors, cotangents
-    )
-    return to_gradient, to_qkv, *(None,) * 7, *others, None
-
-
-_window_attention_backward.register_autograd(_double_backward, setup_context=_setup_double)
+WINDOW_ATTENTION = FusedOp(
+    "window_attention",
+    "qkv, bias?, padding?, attn_scale?",
+    WindowAttentionConfig,
+    reference=_reference,
+    fake=_fake,
+    kept=_statistics,
+    needs_output=True,
+    forward={"triton": _triton, "cpu": _compiled},
+    backward={"triton": _triton_backward, "cpu": _compiled_backward},
+    composite={"sdpa": _sdpa},
+    can_run={
+        "triton": lambda operands, config: _no_dropout(operands, config) or no_float64(operands[0]),
+        "cpu": _no_dropout,
+        "sdpa": _sdpa_cannot,
+    },
+)
 
 # --------------------------------------------------------------------------- public
-
-
-def _fused(qkv: Tensor, dropout: float) -> bool:
-    """Whether the fused op runs, elementary or torch's fused operations otherwise. A forced backend is obeyed."""
-    forced = backends.forced_backend()
-    if forced is not None:
-        implementation = backends.select("window_attention", qkv.device)
-        if implementation is not _elementary and dropout > 0.0:
-            raise InputError(f"window_attention: the {forced} backend has no dropout, got {dropout}")
-        return implementation is not _elementary
-    if dropout > 0.0 or qkv.device.type not in ("cpu", "cuda", "meta"):
-        return False
-    if qkv.device.type != "cuda":
-        return True
-    why = backends.unavailable_on("triton", qkv.device.type, qkv.device.index)
-    if why is not None:
-        _say_unavailable(why)
-    return why is None and qkv.dtype != torch.float64
-
-
-@torch.compiler.assume_constant_result  # said while tracing
-def _say_unavailable(why: str) -> None:
-    backends.notify_once(why, f"asvit_fast runs torch's attention for window_attention on cuda: {why}")
-
-
-@torch.compiler.assume_constant_result  # said while tracing
-def _say_elementary() -> None:
-    backends.notify_once(
-        "window_attention attn_scale with dropout",
-        "asvit_fast: AttnScale with attention dropout has no kernel: window_attention runs in elementary operations, "
-        "which hold every attention matrix; train without one of the two",
-    )
 
 
 def window_attention(
@@ -459,31 +363,27 @@ def window_attention(
     most two numbers per row. With dropout, in float64 on a GPU, and where Triton is missing, torch's fused attention,
     which has no double backward. With dropout and attn_scale elementary operations, which is said once.
     """
-    if not torch.jit.is_scripting():
+    if torch.jit.is_scripting():
+        windows, shifts = [window[0], window[1]], [shift[0], shift[1]]
+        if layout == "masked":
+            windows, shifts, bias = fit_windows([qkv.shape[1], qkv.shape[2]], windows, shifts, bias)
+        bias = None if bias is None else lowest_scores(bias, qkv)
+        return window_attention_reference(
+            qkv, num_heads, windows, shifts, bias, scale, dropout, layout, padding, attn_scale
+        )
+    else:
         if has_torch_function_unary(qkv):
             options = (bias, scale, dropout, layout, padding, attn_scale)
             return handle_torch_function(window_attention, (qkv,), qkv, num_heads, window, shift, *options)
         check_length("window_attention", "window", window, 2)
         check_length("window_attention", "shift", shift, 2)
-    windows, shifts = [window[0], window[1]], [shift[0], shift[1]]
-    if not torch.jit.is_scripting():
-        windows, shifts = sizes(windows), sizes(shifts)
-    windows, shifts, bias = _check(qkv, num_heads, windows, shifts, bias, scale, dropout, layout, padding, attn_scale)
-    elementary = qkv.numel() == 0 or attn_scale is not None
-    if not torch.jit.is_scripting():
+        windows, shifts, bias = _check(
+            qkv, num_heads, sizes(window), sizes(shift), bias, scale, dropout, layout, padding, attn_scale
+        )
         parameters = bias is not None or padding is not None or attn_scale is not None  # which would have gradients
         computed = qkv.device.type != "meta"  # there the op is called for its shape and what it counts
         if windows == [1, 1] and dropout == 0.0 and not parameters and computed and backends.forced_backend() is None:
             return qkv[..., qkv.shape[3] // 3 * 2 :].contiguous()  # a token that is alone attends itself
-        if qkv.numel() > 0 and not transform_active() and _fused(qkv, dropout):
-            factor = float(qkv.shape[3] // (3 * num_heads)) ** -0.5 if scale is None else scale
-            return _window_attention(qkv, num_heads, windows, shifts, factor, layout, bias, padding, attn_scale)[0]
-        required = transform_active() or backends.forced_backend() is not None or qkv.dtype == torch.float64
-        if attn_scale is not None and dropout > 0.0 and not required:
-            _say_elementary()
-        elementary = elementary or required
-    if elementary:
-        return window_attention_reference(
-            qkv, num_heads, windows, shifts, bias, scale, dropout, layout, padding, attn_scale
-        )
-    return _window_attention_sdpa(qkv, num_heads, windows, shifts, bias, scale, dropout, layout, padding)
+        factor = float(qkv.shape[3] // (3 * num_heads)) ** -0.5 if scale is None else scale
+        config = WindowAttentionConfig(num_heads, windows, shifts, factor, layout, dropout)
+        return WINDOW_ATTENTION((qkv, bias, padding, attn_scale), config)

@@ -12,13 +12,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from asvit_fast import _extension, backends
-from asvit_fast.errors import InputError
-from asvit_fast.ops.checks import check_devices, check_floats, check_length, check_scale
-from asvit_fast.ops.decomposition import register_decomposition
-from asvit_fast.ops.stacked import compute_dtype
-from asvit_fast.ops.transforms import transform_active
-from asvit_fast.ops.windows import check_windows, merge_windows, padding_tokens, partition_windows, window_mask
+from .. import _extension, backends
+from ..errors import InputError
+from .checks import check_floats, check_length, check_scale
+from .stacked import compute_dtype
+from .taylor_op import taylor_op
+from .windows import check_windows, merge_windows, padding_tokens, partition_windows, window_mask
 
 # Bytes of one piece of attention map and its derivatives: a core's L2 on a CPU; on a GPU enough to fill it.
 PIECE_BYTES = {"cpu": 2**20, "cuda": 2**28}
@@ -134,47 +133,15 @@ def _compiled(
     return torch.ops.asvit_fast_C.window_attention_taylor(q, k, v, window, shift, bias, scale)
 
 
-backends.declare("window_attention_taylor", cuda=_compiled, cpu=_compiled, reference=window_attention_taylor_reference)
-
-
-@torch.library.custom_op("asvit_fast::window_attention_taylor", mutates_args=())
-def _window_attention_taylor(
-    q: Tensor, k: Tensor, v: Tensor, window: list[int], shift: list[int], bias: Tensor | None, scale: float
-) -> Tensor:
-    out = backends.select("window_attention_taylor", q.device)(q, k, v, window, shift, bias, scale)
-    return out.contiguous()
-
-
-@_window_attention_taylor.register_fake
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, window: list[int], shift: list[int], bias: Tensor | None, scale: float
 ) -> Tensor:
-    check_devices("window_attention_taylor", q, k=k, v=v, bias=bias)
     return q.new_empty(*q.shape[:4], q.shape[4] * q.shape[5])
 
 
-register_decomposition(_window_attention_taylor, window_attention_taylor_reference)
-
-# --------------------------------------------------------------------------- autograd
-
-
-def _setup_context(ctx, inputs, output: Tensor) -> None:
-    q, k, v, ctx.window, ctx.shift, bias, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, *([] if bias is None else [bias]))
-
-
-def _backward(ctx, gradient: Tensor):
-    """The adjoint of the reference, recomputed; in elementary operations, so that it can be differentiated again."""
-
-    def reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-        return window_attention_taylor_reference(q, k, v, ctx.window, ctx.shift, bias, ctx.scale)
-
-    pull = torch.func.vjp(reference, *ctx.saved_tensors)[1]
-    to_q, to_k, to_v, *to_bias = pull(gradient)
-    return to_q, to_k, to_v, None, None, to_bias[0] if to_bias else None, None
-
-
-_window_attention_taylor.register_autograd(_backward, setup_context=_setup_context)
+WINDOW_ATTENTION_TAYLOR = taylor_op(
+    "window_attention_taylor", window_attention_taylor_reference, compiled=_compiled, fake=_fake
+)
 
 # --------------------------------------------------------------------------- public
 
@@ -239,6 +206,6 @@ def stacked_window_attention(
 ) -> Tensor:
     """The same on separate operands of any strides: [orders + 1, B, H, W, heads, d] each -> [orders + 1, B, H, W,
     heads*d]."""
-    if transform_active() or q.numel() == 0:
+    if q.numel() == 0:
         return window_attention_taylor_reference(q, k, v, window, shift, bias, scale)
-    return _window_attention_taylor(q, k, v, window, shift, bias, scale)
+    return WINDOW_ATTENTION_TAYLOR(q, k, v, window, shift, bias, scale)

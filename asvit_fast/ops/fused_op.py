@@ -1,0 +1,257 @@
+"""An op of ours, declared once: what it computes, what computes it on each backend, and what it is for torch.
+
+    PATCH_MERGE = FusedOp(
+        "patch_merge", "x, weight, norm_weight, norm_bias?, bias?", PatchMergeConfig, reference=_reference, fake=_fake,
+        forward={"triton": _triton, "cpu": _compiled}, backward={"triton": ..., "cpu": ...}, can_run={"triton": ...},
+    )
+    output = PATCH_MERGE((x, weight, norm_weight, None, None), PatchMergeConfig(...))
+
+From this come the custom ops ``asvit_fast::patch_merge`` and ``asvit_fast::patch_merge_backward``, their meta functions
+and decompositions for torch.compile, torch.export and dispatch modes such as FlopCounterMode, and derivatives of any
+order, the second and higher ones through the reference. Eager calls outside of all modes skip torch.library, whose
+dispatch takes longer than a small kernel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import backends
+from .checks import check_devices
+from .decomposition import register_decomposition
+from .optional import double_backward, gradients, present, restored
+from .transforms import transform_active
+
+Operands = Sequence[Any]  # tensors; None for those that are optional and missing
+Result = tuple[Tensor, Tensor]  # output; what the backward pass reads of the forward pass, or an empty tensor
+Reference = Callable[[Operands, Any], Tensor]  # (operands, config) -> output
+Forward = Callable[[Operands, Any], Result]
+Gradients = Sequence[Tensor | None]  # of the operands
+Saved = tuple[Any, Tensor]  # Result, the output only where the op's backward pass reads it
+# (gradient of the output, operands, config, Saved, which gradients are wanted) -> Gradients; others may be anything
+Backward = Callable[[Tensor, Operands, Any, Saved, list[bool]], Gradients]
+
+_SCHEMA = {
+    "int": "SymInt", "float": "float", "bool": "bool", "str": "str", "list[int]": "SymInt[]",
+    "torch.dtype": "ScalarType",
+}  # fmt: skip
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class FusedOp:
+    """A differentiable op with an implementation for each backend.
+
+    Args:
+        name: of the op, ``asvit_fast::name``.
+        operands: names of its tensors, with a question mark for those that may be None.
+        config: a frozen dataclass of everything else: int, float, bool, str, list[int], torch.dtype.
+        reference: the output in operations of torch, differentiable any number of times.
+        forward, backward: implementations by backend, best first.
+        fake: shapes and dtypes of the result, for tensors without data.
+        composite: further implementations in operations of torch, which differentiate themselves.
+        can_run: by backend, why it cannot run on these operands with this config; None if it can.
+        kept: what the reference's forward pass hands on, so that any backend can run the backward pass.
+        needs_output: whether a backward pass reads the output.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        operands: str,
+        config: type,
+        *,
+        reference: Reference,
+        forward: Mapping[str, Forward],
+        backward: Mapping[str, Backward],
+        fake: Forward,
+        composite: Mapping[str, Reference] | None = None,
+        can_run: Mapping[str, backends.CanRun] | None = None,
+        kept: Callable[[Operands, Any], Tensor] | None = None,
+        needs_output: bool = False,
+    ) -> None:
+        self.name, self.config, self.reference, self.fake = name, config, reference, fake
+        self.kept, self.needs_output = kept, needs_output
+        declared = [part.strip() for part in operands.split(",")]
+        self.operands = tuple(part.rstrip("?") for part in declared)
+        self.backward = {**backward, "reference": self._reference_backward}
+        self.composite = {**(composite or {}), "reference": reference}
+        backends.declare(name, **forward, **(composite or {}), reference=self._reference_forward, can_run=can_run or {})
+        fields = [f"{_SCHEMA[field.type]} {field.name}" for field in dataclasses.fields(config)]
+        tensors = [f"Tensor{'?' if part.endswith('?') else ''} {part.rstrip('?')}" for part in declared]
+        self._fields = tuple(field.name for field in dataclasses.fields(config))
+        self._op = self._custom_op(", ".join([*tensors, *fields]))._opoverload
+        self._backward_op = self._custom_backward_op(", ".join([*tensors, *fields]))._opoverload
+
+    def __call__(self, operands: Operands, config: Any) -> Tensor:
+        """The output. The arguments have been checked."""
+        if transform_active() or any(x is not None and x.numel() == 0 for x in operands):
+            return self.reference(operands, config)
+        device = operands[0].device
+        if device.type == "meta" and backends.forced_backend() is None:  # for its shape, and what it counts
+            return self._op(*operands, *self._values(config))[0]
+        backend = backends.choose(self.name, device, operands, config)
+        if backend in self.composite:
+            return self.composite[backend](operands, config)
+        if torch.compiler.is_compiling() or not outside_of_modes(operands):
+            return self._op(*operands, *self._values(config))[0]
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
+            return _Eager.apply(self, backend, config, *operands)
+        return backends.implementation(self.name, backend)(operands, config)[0]
+
+    # ------------------------------------------------------------------ reference
+
+    def _reference_forward(self, operands: Operands, config: Any) -> Result:
+        output = self.reference(operands, config).contiguous()
+        return output, output.new_empty(0) if self.kept is None else self.kept(operands, config)
+
+    def _reference_backward(
+        self, gradient: Tensor, operands: Operands, config: Any, result: Any, wanted: list[bool]
+    ) -> Gradients:
+        return gradients(lambda given: self.reference(given, config), gradient, operands)
+
+    # ------------------------------------------------------------------ for torch.library
+
+    def _backend(self, operands: Operands, config: Any) -> str:
+        """That runs when a custom op runs: traced with one that is not there, it is the reference."""
+        backend = backends.choose(self.name, operands[0].device, operands, config)
+        return backend if backend in self.backward else "reference"
+
+    def _values(self, config: Any) -> tuple[Any, ...]:
+        return tuple(getattr(config, name) for name in self._fields)
+
+    def _split(self, arguments: Sequence[Any]) -> tuple[tuple[Any, ...], Any]:
+        """Arguments of the custom op -> operands, config."""
+        count = len(self.operands)
+        return tuple(arguments[:count]), self.config(*arguments[count : count + len(self._fields)])
+
+    def _check_devices(self, operands: Operands, **others: Tensor | None) -> None:
+        first, *rest = operands
+        check_devices(self.name, first, **dict(zip(self.operands[1:], rest, strict=True)), **others)
+
+    def _custom_op(self, schema: str) -> Any:
+        def run(*arguments: Any) -> Result:
+            operands, config = self._split(arguments)
+            return backends.implementation(self.name, self._backend(operands, config))(operands, config)
+
+        def fake(*arguments: Any) -> Result:
+            operands, config = self._split(arguments)
+            self._check_devices(operands)
+            return self.fake(operands, config)
+
+        def decomposition(*arguments: Any) -> Result:
+            operands, config = self._split(arguments)
+            return self.reference(operands, config).contiguous(), self.fake(operands, config)[1]
+
+        op = torch.library.custom_op(
+            f"asvit_fast::{self.name}", run, mutates_args=(), schema=f"({schema}) -> (Tensor, Tensor)"
+        )
+        op.register_fake(fake)
+        op.register_autograd(self._differentiate, setup_context=self._save)
+        register_decomposition(op, decomposition)
+        return op
+
+    def _save(self, ctx: Any, inputs: Sequence[Any], output: Result) -> None:
+        operands, ctx.config = self._split(inputs)
+        ctx.there = [x is not None for x in operands]
+        ctx.save_for_backward(*(output if self.needs_output else output[1:]), *present(operands))
+        ctx.set_materialize_grads(False)
+
+    def _differentiate(self, ctx: Any, gradient: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * len(self._fields)
+        if gradient is None:
+            return (*(None for _ in self.operands), *nothing)
+        *output, kept, operands = self._saved(ctx)
+        wanted = list(ctx.needs_input_grad[: len(self.operands)])
+        found = self._backward_op(gradient, *(output or (None,)), kept, *operands, *self._values(ctx.config), wanted)
+        return (*(new if want else None for new, want in zip(found, wanted, strict=True)), *nothing)
+
+    def _saved(self, ctx: Any) -> Sequence[Any]:
+        count = 2 if self.needs_output else 1
+        return (*ctx.saved_tensors[:count], restored(ctx.saved_tensors[count:], ctx.there))
+
+    def _custom_backward_op(self, schema: str) -> Any:
+        def run(gradient: Tensor, output: Tensor | None, kept: Tensor, *arguments: Any) -> list[Tensor]:
+            operands, config = self._split(arguments)
+            found = self.gradients(
+                self._backend(operands, config), gradient, operands, config, (output, kept), arguments[-1]
+            )
+            return [gradient.new_empty(0) if new is None else new for new in found]
+
+        def fake(gradient: Tensor, output: Tensor | None, kept: Tensor, *arguments: Any) -> list[Tensor]:
+            operands, _ = self._split(arguments)
+            self._check_devices(operands, gradient=gradient, output=output, kept=kept)
+            return [
+                gradient.new_empty(0) if not want else old.new_empty(old.shape)
+                for old, want in zip(operands, arguments[-1], strict=True)
+            ]
+
+        op = torch.library.custom_op(
+            f"asvit_fast::{self.name}_backward", run, mutates_args=(),
+            schema=f"(Tensor grad_output, Tensor? output, Tensor kept, {schema}, bool[] wanted) -> Tensor[]",
+        )  # fmt: skip
+        op.register_fake(fake)
+        op.register_autograd(self._differentiate_twice, setup_context=self._save_twice)
+        return op
+
+    def gradients(
+        self, backend: str, gradient: Tensor, operands: Operands, config: Any, result: Saved,
+        wanted: list[bool],
+    ) -> list[Tensor | None]:  # fmt: skip
+        """Those that are wanted, contiguous, in their operands' dtypes; None for the others."""
+        found = self.backward[backend](gradient, operands, config, result, wanted)
+        return [
+            new.to(old.dtype).contiguous() if want and new is not None else None
+            for new, old, want in zip(found, operands, wanted, strict=True)
+        ]
+
+    def _save_twice(self, ctx: Any, inputs: Sequence[Any], output: list[Tensor]) -> None:
+        operands, ctx.config = self._split(inputs[3:])
+        ctx.there, ctx.wanted = [x is not None for x in operands], inputs[-1]
+        ctx.save_for_backward(inputs[0], *present(operands))
+
+    def _differentiate_twice(self, ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """In operations of torch, so that it can be differentiated again."""
+        to_gradient, to_operands = double_backward(
+            lambda given: self.reference(given, ctx.config), ctx.there, ctx.wanted, ctx.saved_tensors, cotangents
+        )
+        return (to_gradient, None, None, *to_operands, *(None for _ in self._fields), None)
+
+
+class _Eager(torch.autograd.Function):
+    """The op outside of torch.library. Forward and backward run on the backend that was chosen for the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, op: FusedOp, backend: str, config: Any, *operands: Any) -> Tensor:  # type: ignore[override]
+        output, kept = backends.implementation(op.name, backend)(operands, config)
+        ctx.op, ctx.backend, ctx.config = op, backend, config
+        ctx.save_for_backward(output if op.needs_output else None, kept, *operands)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        output, kept, *operands = ctx.saved_tensors
+        op, wanted = ctx.op, list(ctx.needs_input_grad[3:])
+        if torch.is_grad_enabled():  # the gradient will be differentiated
+            found = op._backward_op(gradient, output, kept, *operands, *op._values(ctx.config), wanted)
+            found = [new if want else None for new, want in zip(found, wanted, strict=True)]
+        else:
+            found = op.gradients(ctx.backend, gradient, operands, ctx.config, (output, kept), wanted)
+        return (None, None, None, *found)
+
+
+def outside_of_modes(operands: Operands) -> bool:
+    """Whether nothing but autograd looks at the call: no tracer, no dispatch mode, no subclass of Tensor."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return False
+    return all(x is None or (type(x) in _PLAIN and x.device.type != "meta") for x in operands)
+
+
+def no_float64(*tensors: Tensor) -> str | None:
+    """Why kernels that compute in float32 cannot run."""
+    wide = any(x.dtype == torch.float64 for x in tensors)
+    return "it computes in float32, got torch.float64" if wide else None

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 
 RESULTS = Path(__file__).parent / "results"
+ZEN4, ZEN5 = "zen4", "zen5"  # folders there, by the processor that measured
 OURS = "asvit_fast"
 EAGER = ("eager", "unfold + LN + Linear", "conv NCHW + permute + LN")  # whose memory ours is compared with
 Row = dict[str, str]
@@ -41,9 +42,9 @@ OPS: dict[str, tuple[str, Callable[[str], bool]]] = {  # title: file, which case
 }
 
 
-def read(name: str) -> list[Row]:
+def read(processor: str, name: str) -> list[Row]:
     """The rows of a file, of those with the same setting the last."""
-    with open(RESULTS / f"{name}.csv", newline="") as file:
+    with open(RESULTS / processor / f"{name}.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     setting = ("case", "provider", "mode", "dtype", "model", "schedule", "seed")
     return list({tuple(row.get(key) for key in setting): row for row in rows}.values())
@@ -66,29 +67,37 @@ def span(factors: Sequence[float]) -> str:
 
 
 def networks() -> str:
-    """Inference and training steps of networks, against the fastest way in which the source runs without compiling."""
-    rows = read("models")
+    """Inference and training steps of networks, against the fastest way in which the source runs."""
+    header = ["network", "inference: source", "ours", "speed", "training step", "memory of a step"]
     lines = []
     for case, title in NETWORKS.items():
-        found = {
-            mode: {row["provider"]: row for row in rows if row["case"] == case and row["mode"] == mode}
-            for mode in ("inference", "train")
-        }
-        inference, train = found["inference"], found["train"]
-        source, ours = _fastest(inference, compiled=False), inference[OURS]
-        lines.append([
-            title, f"{float(source['images_per_second']):.1f}", f"{float(ours['images_per_second']):.1f}",
-            times(_milliseconds(source) / _milliseconds(ours)),
-            times(_milliseconds(_fastest(train, compiled=False)) / _milliseconds(train[OURS])),
-            f"{float(train[OURS]['peak_mebibytes']) / float(train['source']['peak_mebibytes']):.2f} x",
-        ])  # fmt: skip
-        compiled = inference.get(f"{OURS}, compiled")
-        if compiled is not None:
-            source = _fastest(inference, compiled=True)
-            speed = times(_milliseconds(source) / _milliseconds(compiled))
-            pace = [f"{float(row['images_per_second']):.1f}" for row in (source, compiled)]
-            lines.append(["&nbsp; both compiled", *pace, speed, "", ""])
-    return markdown(["network", "inference: source", "ours", "speed", "training step", "memory of a step"], lines)
+        inference, train = _of_network(ZEN4, case, "inference"), _of_network(ZEN4, case, "train")
+        memory = float(train[OURS]["peak_mebibytes"]) / float(train["source"]["peak_mebibytes"])
+        lines.append([title, *_comparison(inference, train), f"{memory:.2f} x", *_speeds(ZEN5, case)])
+        if f"{OURS}, compiled" in inference:
+            lines.append(["&nbsp; both compiled", *_comparison(inference, train, ", compiled"), "", "", ""])
+    return markdown([*header, "Zen 5: inference", "training step"], lines)
+
+
+def _of_network(processor: str, case: str, mode: str) -> dict[str, Row]:
+    rows = read(processor, "models")
+    return {row["provider"]: row for row in rows if row["case"] == case and row["mode"] == mode}
+
+
+def _comparison(inference: dict[str, Row], train: dict[str, Row], compiled: str = "") -> list[str]:
+    """Images per second of source and ours, the speed of inference and of a training step."""
+    source, ours = _fastest(inference, bool(compiled)), inference[OURS + compiled]
+    pace = [f"{float(row['images_per_second']):.1f}" for row in (source, ours)]
+    factors = [
+        _milliseconds(_fastest(found, bool(compiled))) / _milliseconds(found[OURS + compiled])
+        for found in (inference, train)
+    ]
+    return [*pace, *map(times, factors)]
+
+
+def _speeds(processor: str, case: str) -> list[str]:
+    found = [_of_network(processor, case, mode) for mode in ("inference", "train")]
+    return [times(_milliseconds(_fastest(one, False)) / _milliseconds(one[OURS])) for one in found]
 
 
 def _fastest(providers: dict[str, Row], compiled: bool) -> Row:
@@ -102,21 +111,28 @@ def _milliseconds(row: Row) -> float:
 
 def ops() -> str:
     """Ops against the fastest of torch's ways to do the same."""
+    header = ["op", "forward", "forward and backward", "peak memory of both, of eager"]
     lines = []
     for title, (name, belongs) in OPS.items():
-        cases: dict[tuple[str, str], list[Row]] = {}
-        for row in read(name):
-            case, mode = _case_and_mode(row)
-            if belongs(case):
-                cases.setdefault((case, mode), []).append(row)
-        forward, both = (
-            [_speed(rows) for (_, found), rows in cases.items() if found == mode] for mode in ("forward", "both")
-        )
-        memory = [_memory(rows) for (_, mode), rows in cases.items() if mode == "both"]
-        least, most = f"{min(memory):.2f}", f"{max(memory):.2f}"
+        here, there = (_cases(processor, name, belongs) for processor in (ZEN4, ZEN5))
+        memory = sorted(_memory(rows) for (_, mode), rows in here.items() if mode == "both")
+        least, most = f"{memory[0]:.2f}", f"{memory[-1]:.2f}"
         shown = f"{least} x" if least == most else f"{least} to {most} x"
-        lines.append([title, span(forward), span(both), shown])
-    return markdown(["op", "forward", "forward and backward", "peak memory, forward and backward, of eager"], lines)
+        lines.append([title, *_spans(here), shown, *_spans(there)])
+    return markdown([*header, "Zen 5: forward", "forward and backward"], lines)
+
+
+def _cases(processor: str, name: str, belongs: Callable[[str], bool]) -> dict[tuple[str, str], list[Row]]:
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in read(processor, name):
+        case, mode = _case_and_mode(row)
+        if belongs(case):
+            found.setdefault((case, mode), []).append(row)
+    return found
+
+
+def _spans(cases: dict[tuple[str, str], list[Row]]) -> list[str]:
+    return [span([_speed(rows) for (_, found), rows in cases.items() if found == mode]) for mode in ("forward", "both")]
 
 
 def _case_and_mode(row: Row) -> tuple[str, str]:
@@ -140,7 +156,7 @@ def _memory(rows: Sequence[Row]) -> float:
 def trainings() -> str:
     """Whole trainings: medians over seeds."""
     found: dict[str, list[Row]] = {}
-    for row in read("retokenization"):
+    for row in read(ZEN4, "retokenization"):
         found.setdefault(row["schedule"], []).append(row)
     lines = []
     for schedule, rows in found.items():

@@ -36,12 +36,11 @@ class Family:
     source: str  # package.module.Class, or the end of it for code that is not a package
     replacement: str | None  # module.Class below asvit_fast.nn, or None
     notes: str
-    measured: str = ""  # how much faster, see families_table
 
     def table_row(self) -> str:
         """A row of the Markdown table that ``families_table`` makes."""
         becomes = "left alone" if self.replacement is None else f"`{self.replacement.rpartition('.')[2]}`"
-        return f"| `{self.source}` | {becomes} | {self.notes} | {self.measured} |"
+        return f"| `{self.source}` | {becomes} | {self.notes} |"
 
 
 def _timm(module: str, *rows: tuple[Any, ...]) -> tuple[Family, ...]:
@@ -61,66 +60,53 @@ POST_NORM = "it normalises after the projection: nothing to fuse"
 FAMILIES: tuple[Family, ...] = (
     *_timm(
         "swin_transformer",
-        ("SwinTransformerBlock", "swin.FastSwinTransformerBlock", ATTENTION, "Swin-T 2.2x, 1.6x; Swin-S3-T 2.1x, 1.6x"),
-        ("PatchMerging", "merging.FastPatchMerging", MERGE, "the module 6x, 1.4x"),
+        ("SwinTransformerBlock", "swin.FastSwinTransformerBlock", ATTENTION),
+        ("PatchMerging", "merging.FastPatchMerging", MERGE),
     ),
     *_timm(
         "swin_transformer_v2",
-        ("SwinTransformerV2Block", "swin_v2.FastSwinTransformerV2Block", ATTENTION, "Swin-V2-T 1.9x, 1.6x"),
+        ("SwinTransformerV2Block", "swin_v2.FastSwinTransformerV2Block", ATTENTION),
         ("PatchMerging", None, POST_NORM),
     ),
     *_timm(
         "swin_transformer_v2_cr",
-        ("SwinTransformerV2CrBlock", "swin_v2.FastSwinTransformerV2CrBlock", ATTENTION, "Swin-V2-CR-T 1.7x, 1.5x"),
+        ("SwinTransformerV2CrBlock", "swin_v2.FastSwinTransformerV2CrBlock", ATTENTION),
     ),
     *_timm(
         "maxxvit",
-        ("PartitionAttentionCl", "maxvit.FastPartitionAttentionCl", ATTENTION, "MaxViT-T 1.3x, 1.2x"),
+        ("PartitionAttentionCl", "maxvit.FastPartitionAttentionCl", ATTENTION),
         ("ParallelPartitionAttention", "maxvit.FastParallelPartitionAttention", ATTENTION),
         ("Attention2d", None, "channels first: layout copies would cost what the kernel gains"),
     ),
     *_timm(
         "tiny_vit",
-        ("TinyVitBlock", "tiny_vit.FastTinyVitBlock", ATTENTION, "TinyViT-5M 1.4x, 1.2x"),
+        ("TinyVitBlock", "tiny_vit.FastTinyVitBlock", ATTENTION),
         ("NormMlp", "mlp.FastNormMlp", PARTS),
     ),
     *_timm(
         "davit",
-        ("SpatialBlock", "davit.FastSpatialBlock", ATTENTION, "DaViT-T 1.6x, 1.4x"),
+        ("SpatialBlock", "davit.FastSpatialBlock", ATTENTION),
         ("Stem", None, "below 1 percent of the network's time"),
     ),
-    *_timm(
-        "twins", ("LocallyGroupedAttn", "local_attention.FastLocallyGroupedAttn", ATTENTION, "Twins-SVT-S 1.8x, 1.3x")
-    ),
-    *_timm("nest", ("Attention", "local_attention.FastNestAttention", ATTENTION, "NesT-T 1.9x, 1.7x")),
-    *_timm("pvt_v2", ("OverlapPatchEmbed", "embedding.FastOverlapPatchEmbed", EMBED, "PVT-V2-B1 1.3x, 1.1x")),
+    *_timm("twins", ("LocallyGroupedAttn", "local_attention.FastLocallyGroupedAttn", ATTENTION)),
+    *_timm("nest", ("Attention", "local_attention.FastNestAttention", ATTENTION)),
+    *_timm("pvt_v2", ("OverlapPatchEmbed", "embedding.FastOverlapPatchEmbed", EMBED)),
     *_timm("convnext", ("ConvNeXt", None, "its stem: below 1 percent of the network's time")),
-    Family("timm.layers.patch_embed.PatchEmbed", "embedding.FastPatchEmbed", EMBED, "the module 2x, 1x"),
-    Family("timm.layers.mlp.Mlp", "mlp.FastMlp", PARTS, "25,088 tokens of 96 channels 2.5x, -"),
-    Family("torch.nn.modules.linear.Linear", "fast_linear.FastLinear", PRODUCT, "ConvNeXt-T 1.7x, 1.5x"),
+    Family("timm.layers.patch_embed.PatchEmbed", "embedding.FastPatchEmbed", EMBED),
+    Family("timm.layers.mlp.Mlp", "mlp.FastMlp", PARTS),
+    Family("torch.nn.modules.linear.Linear", "fast_linear.FastLinear", PRODUCT),
     *_torchvision(
-        (
-            "models.swin_transformer.ShiftedWindowAttention",
-            "torchvision_swin.FastShiftedWindowAttention",
-            ATTENTION,
-            "Swin-T 1.9x, 1.6x",
-        ),
+        ("models.swin_transformer.ShiftedWindowAttention", "torchvision_swin.FastShiftedWindowAttention", ATTENTION),
         (
             "models.swin_transformer.ShiftedWindowAttentionV2",
             "torchvision_swin.FastShiftedWindowAttentionV2",
             ATTENTION,
-            "Swin-V2-T 1.7x, 1.5x",
         ),
         ("models.swin_transformer.PatchMerging", "merging.FastTorchvisionPatchMerging", MERGE),
         ("models.swin_transformer.PatchMergingV2", None, POST_NORM),
         ("ops.misc.MLP", "mlp.FastTorchvisionMLP", PARTS),
     ),
-    Family(
-        "cell_operations.TransformerBlock",
-        "authors.FastAuthorsTransformerBlock",
-        ATTENTION,
-        "a network of 10 blocks 5.3x, 3.1x",
-    ),
+    Family("cell_operations.TransformerBlock", "authors.FastAuthorsTransformerBlock", ATTENTION),
     Family("cell_operations.PatchMerging", "authors.FastAuthorsPatchMerging", MERGE),
     Family("cell_operations.Mlp", "authors.FastAuthorsMlp", PARTS),
     Family("cell_infers.transformer.PatchEmbed", "authors.FastAuthorsPatchEmbed", EMBED),
@@ -128,13 +114,8 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def families_table() -> str:
-    """``FAMILIES`` as a Markdown table.
-
-    Its last column has the speed in inference and in a training step of a whole network after ``accelerate`` against
-    the same network before: an AMD EPYC, float32, interleaved rounds of 1 to 8 images of 224 x 224 pixels (V2 256 x
-    256); two cores for networks in benchmarks/results/models.csv, one for the others.
-    """
-    head = ["| module | becomes | what it brings | faster: inference, training |", "|---|---|---|---|"]
+    """``FAMILIES`` as a Markdown table."""
+    head = ["| module | becomes | what it brings |", "|---|---|---|"]
     return "\n".join([*head, *(family.table_row() for family in FAMILIES)])
 
 

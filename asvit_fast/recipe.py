@@ -143,7 +143,7 @@ class Recipe:
 
     def _check(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
-            raise InputError(f"recipe: {name} must be {expected}, got {getattr(self, name)!r}")
+            raise InputError(f"{name} must be {expected}, got {getattr(self, name)!r}")
 
     @property
     def mixes(self) -> bool:
@@ -164,5 +164,5 @@ class Recipe:
         known = [one.name for one in fields(cls)]
         unknown = [name for name in options if name not in known]
         if unknown:
-            raise InputError(f"recipe: unknown option {', '.join(unknown)}; one of {', '.join(known)}")
+            raise InputError(f"unknown option {', '.join(unknown)}; one of {', '.join(known)}")
         return cls(**options)

@@ -76,6 +76,7 @@ class RunDirectory:
         self._lock: FolderLock | None = None
         if self.path is None:
             return
+        self._check_apart_from_images(self.path)
         self._lock = self._acquire(self.path)
         try:
             self._open(self.path)
@@ -126,7 +127,7 @@ class RunDirectory:
 
     def refuse_changes(self, reason: str) -> InputError:
         """The error that says why the run cannot go on with the options given."""
-        return InputError(f"run directory {self.path} cannot go on: {_differences(self.changes)}, but {reason}")
+        return InputError(f"run directory {self.path} cannot go on: {reason} ({_differences(self.changes)})")
 
     def damaged(self, name: str, reason: str) -> InputError:
         """The error that says what is wrong with a file of this run, which can be made again from the trace."""
@@ -152,6 +153,12 @@ class RunDirectory:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _check_apart_from_images(self, path: Path) -> None:
+        for name in ("data", "images"):
+            source = self.config.get(name)
+            if isinstance(source, str) and os.path.realpath(source) == os.path.realpath(path):
+                raise InputError(f"run directory {path} is the folder of the images; choose one of its own with out")
 
     def _acquire(self, path: Path) -> FolderLock:
         try:

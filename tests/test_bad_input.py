@@ -127,7 +127,7 @@ def test_damaged_run_directory(fails, tmp_path: Path) -> None:
 def test_impossible_budget(fails, tmp_path: Path) -> None:
     fails([*SEARCH, "--out", str(tmp_path / "run"), "--params", "1:2"], "budget")
     fails([*SEARCH, "--out", str(tmp_path / "run"), "--flops", "1T:"], "budget")
-    fails([*SCALE, "--out", str(tmp_path / "run"), "--max-params", "10k"], "max_params")
+    fails([*SCALE, "--out", str(tmp_path / "run"), "--max-params", "10k"], "raise --max-params")
     assert not (tmp_path / "run" / "trace.jsonl").exists()
 
 

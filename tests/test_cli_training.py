@@ -71,6 +71,10 @@ def test_it_is_the_function(command: list[str], images: str, tmp_path: Path) -> 
         (["--model-kwargs", "attn_scale"], ["NAME=VALUE"]),
         (["--initial-checkpoint", "nowhere.pth"], ["nowhere.pth"]),
         (["--data", "nowhere"], ["nowhere"]),
+        (["--crop-pct", "2"], ["error: --crop-pct must be above 0"]),
+        (["--mixup-prob", "3"], ["error: --mixup-prob must be from 0 to 1"]),
+        (["--val-split", "tests"], ["did you mean --val-split 'val'?", "--val-split '' trains without"]),
+        (["--model-kwargs", "attnscale=true"], ["did you mean attn_scale?"]),
     ],
     ids=lambda value: " ".join(value),
 )
@@ -83,6 +87,16 @@ def test_mistakes(
     for word in words:
         assert word in error
     assert not (tmp_path / "run" / LAST).exists()
+
+
+def test_the_folder_of_the_images_is_no_run_directory(
+    command: list[str], images: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(Path(images).iterdir())
+    command[command.index("--out") + 1] = images
+    assert main([*command, "--quiet"]) == 2
+    assert "is the folder of the images" in capsys.readouterr().err
+    assert sorted(Path(images).iterdir()) == before
 
 
 def test_a_class_without_images_stops_before_any_work(

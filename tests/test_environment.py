@@ -141,6 +141,25 @@ def test_arch_runs_on(arch, capability, runs):
     assert arch_runs_on(arch, capability) is runs
 
 
+@pytest.mark.parametrize(
+    ("version", "capability", "words"),
+    [
+        ("3.6.0", (9, 0), None),
+        ("3.6.0", (10, 0), "Triton 3.6.0 fails to compile"),
+        ("3.7.1", (12, 0), "update torch to get 3.8"),
+        ("3.8.0", (10, 0), None),
+        ("3.10.0", (10, 0), None),
+        ("3.8.0", (7, 5), "capability 8.0 or later, this one is 7.5"),
+    ],
+)
+def test_triton_on_old_and_new_gpus(monkeypatch, version, capability, words):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(backends.metadata, "version", lambda name: version)
+    why = backends._triton_reason(0)
+    assert why is None if words is None else words in why
+
+
 def test_resolve_device():
     assert resolve_device("cpu") == CPU
     assert resolve_device(torch.device("meta")).type == "meta"

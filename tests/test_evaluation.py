@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from PIL import Image
 from timm_validation import CHECKOUT, replayed, validate_py
 from torch import nn
 
+from asvit_fast.backends import FallbackWarning
 from asvit_fast.cli import main
 from asvit_fast.errors import InputError
 from asvit_fast.export import export
@@ -234,6 +236,32 @@ def test_checkpoints_of_every_kind(checkpoint: Path, images: Path, tmp_path: Pat
     same(bare, with_defaults)
 
 
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_vit", "asvit"])
+def test_the_classifier_says_how_many_classes(tmp_path: Path, name: str) -> None:
+    options = {"topology": TOPOLOGY, "img_size": SIZE} if name == "asvit" else {}
+    model = timm.create_model(name, num_classes=CLASSES, **options)
+    path = tmp_path / "other.pth"
+    torch.save({"arch": name, "args": {"model_kwargs": options}, "state_dict": model.state_dict()}, path)
+    built: Any = build_from_checkpoint(path)
+    assert built.model.num_classes == CLASSES
+    assert timm.create_model(f"local-dir:{export(path, tmp_path / 'export')}", pretrained=True).num_classes == CLASSES
+
+
+def test_warnings_and_logs_are_plain(
+    checkpoint: Path, images: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+
+    def build(*arguments: Any) -> Any:
+        shown.append(warnings.formatwarning("first line\nsecond line", FallbackWarning, "file.py", 1))
+        return build_from_checkpoint(*arguments)
+
+    monkeypatch.setattr("asvit_fast.training.checkpoint_model.build_from_checkpoint", build)
+    assert main(["eval", str(checkpoint), "--data", str(images), "--device", "cpu", "--workers", "0"]) == 0
+    assert shown == ["asvit-fast: warning: first line second line\n"]
+    assert capsys.readouterr().err == ""  # no bar: it is no terminal
+
+
 def test_exported_folder(images: Path, tmp_path: Path, capsys: Any) -> None:
     folder = export(TOPOLOGY, tmp_path / "export", num_classes=CLASSES, img_size=SIZE)
     found = evaluated(capsys, folder, "--data", images, "--img-size", SIZE)
@@ -278,6 +306,7 @@ def test_refused_checkpoints(checkpoint: Path, images: Path, tmp_path: Path, cap
     torch.save(network().state_dict(), text)
     assert "its name as model" in refused(capsys, text, *there)
     assert "asvlt" in refused(capsys, text, "--model", "asvlt", *there)
+    assert "leave out --use-ema" in refused(capsys, text, "--model", "asvit", "--use-ema", *there)
     assert "with these arguments" in refused(capsys, text, "--model", "asvit", "--model-kwargs", "wings=2", *there)
     assert "do not fit asvit" in refused(capsys, text, "--model", "asvit", "--num-classes", "5", *there)
     assert "no moving average" in refused(capsys, text, "--model", "asvit", "--use-ema", *there)
@@ -286,7 +315,8 @@ def test_refused_checkpoints(checkpoint: Path, images: Path, tmp_path: Path, cap
 
 def test_refused_images(checkpoint: Path, images: Path, tmp_path: Path, capsys: Any) -> None:
     assert "does not exist" in refused(capsys, checkpoint, "--data", tmp_path / "nowhere")
-    assert "has no 'test'" in refused(capsys, checkpoint, "--data", images, "--split", "test")
+    missing = refused(capsys, checkpoint, "--data", images, "--split", "test")
+    assert "has no 'test'" in missing and "did you mean --split 'val'?" in missing
     split = images / "val"
     assert evaluated(capsys, checkpoint, "--data", split, "--split", "")["images"] == 23
     names = tmp_path / "names.txt"

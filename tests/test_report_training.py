@@ -1,14 +1,17 @@
 """The report of a training run."""
 
+import itertools
 import json
 import re
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from test_report import PNG, write_run, write_scale, write_search
 
 from asvit_fast.errors import InputError
-from asvit_fast.report import report
+from asvit_fast.report import report, training_plots
+from asvit_fast.report.plots import png
 from asvit_fast.report.runs import KINDS, find_runs
 from asvit_fast.report.training_tables import phase_table, phases, training_result_table
 
@@ -69,6 +72,23 @@ def test_page_and_plots(tmp_path: Path, options: dict) -> None:
     assert "<h2>Training</h2>" in page and "Network <code>asvit</code>" in page and "<h3>Phases</h3>" in page
     assert ("finished after 8 epochs" in page) is options.get("finished", True)
     assert TOPOLOGY in page
+
+
+def test_names_of_phases_keep_to_their_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[str, float, float]] = []
+
+    def draw(figure: Figure) -> bytes:
+        figure.draw_without_rendering()
+        for axes in figure.axes:
+            places = [axes.get_window_extent()] + [text.get_window_extent() for text in axes.texts]
+            drawn.extend((text.get_text(), box.x0, box.x1) for text, box in zip(axes.texts, places[1:], strict=True))
+            ends = sorted((box.x0, box.x1) for box in places[1:])
+            assert all(first[1] < second[0] for first, second in itertools.pairwise(ends)), drawn
+        return png(figure)
+
+    monkeypatch.setattr(training_plots, "png", draw)
+    report(write_training(tmp_path, epochs=8))
+    assert {"tokens / 16", "full tokens"} <= {text for text, _, _ in drawn}
 
 
 def test_subfolders_of_all_kinds(tmp_path: Path) -> None:

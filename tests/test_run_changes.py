@@ -141,7 +141,7 @@ def test_a_larger_network(tmp_path: Path, before: dict, after: dict, stop: int |
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"max_params": 4e6}, "4000000.0] here, but then step 0 would have had 13 instead of 16 candidates"),
+        ({"max_params": 4e6}, "cannot go on: step 0 would have had 13 instead of 16 candidates"),
         ({"max_params": (3e6, 8e6)}, "ended after 1 steps, and 4 are on record"),
         ({"max_steps": 1}, "ended after 1 steps"),
         ({"seed": 4}, "seed is 3 there and 4 here"),

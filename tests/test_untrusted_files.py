@@ -203,9 +203,8 @@ def test_parts_of_checkpoints(tmp_path: Path, content: dict[str, Any]) -> None:
 def test_files_that_are_no_checkpoints(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "checkpoint.pth.tar"
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"checkpoint\.pth\.tar") as caught:
+    with pytest.raises(InputError, match=r"checkpoint\.pth\.tar' is not a checkpoint .* safely: it is damaged, or"):
         build_from_checkpoint(path)
-    assert "\n" not in str(caught.value) and "weights_only=False" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from .._version import __version__
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = COMMANDS[arguments.pop("command")]
         return _run(command, arguments)
     except InputError as error:
-        return _fail(str(error))
+        return _fail(str(error) if command is None else _in_options(str(error), command))
     except BrokenPipeError:  # the reader of our output (head, less) has left: nobody to tell
         _abandon_stdout()
         return EXIT_INPUT
@@ -84,9 +85,21 @@ def _run(command: Command, arguments: dict) -> int:
     else:
         require(command, values)
         _load(command.needs)
-        code = command.run(values)
+        with _plain_warnings():
+            code = command.run(values)
     sys.stdout.flush()  # a full disk or a closed pipe behind stdout shows here, while it can still be reported
     return code
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings take one line, without the line of code that they come from."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"{PROGRAM}: warning: {' '.join(str(message).split())}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _load(package: str) -> None:
@@ -124,6 +137,18 @@ def _abandon_stdout() -> None:
 def _fail(message: str) -> int:
     print(f"{PROGRAM}: error: {' '.join(message.split())}", file=sys.stderr)
     return EXIT_INPUT
+
+
+def _in_options(message: str, command: Command) -> str:
+    """The message with options as they are typed here: --crop-pct for crop_pct, as Python's functions call it.
+
+    Names of a single word are left: they may be words of the sentence. So is what stands in a path or in quotes.
+    """
+    for option in command.options:
+        name = option.parameter or option.name
+        if "_" in name:
+            message = re.sub(rf"(?<![\w/.'\"-]){name}(?![\w/.'\"-])=?", f"{option.label} ", message)
+    return re.sub(r" +(?=[ ,;:.)]|$)", "", message)
 
 
 def _describe(error: OSError) -> str:

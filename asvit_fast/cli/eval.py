@@ -158,7 +158,9 @@ COMMAND = Command(
             required=True,
         ),
         Option("dataset", text, "", "timm's name of the data set: folder, tar, hfds/NAME, wds/NAME, tfds/NAME", "NAME"),
-        Option("split", text, "validation", "split, or subfolder; '' for the folder itself", "NAME"),
+        Option(
+            "split", text, "validation", "split, or subfolder; '' for the folder itself", "NAME", parameter="val_split"
+        ),
         Option(
             "class_map",
             text,

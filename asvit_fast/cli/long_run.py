@@ -1,4 +1,4 @@
-"""What the long runs of the command line share: how they end early, how they warn, what is on record of them."""
+"""What the long runs of the command line share: how they end early, what is on record of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import signal
 import sys
 import threading
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -19,20 +18,17 @@ EXIT_TERMINATED = 128 + signal.SIGTERM  # the shell's convention
 
 @contextlib.contextmanager
 def long_run() -> Iterator[None]:
-    """SIGTERM (a preempted job) ends the run as Ctrl-C does, files closed, with exit code 143; warnings take one line.
+    """SIGTERM (a preempted job) ends the run as Ctrl-C does, files closed, with exit code 143.
 
     Under torchrun this holds for rank 0, which alone has files; the others end at once.
     """
     in_charge = is_main_process() and threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM)
-    format_before = warnings.formatwarning
     if in_charge and before == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)
-    warnings.formatwarning = lambda message, *_, **__: f"asvit-fast: warning: {message}\n"
     try:
         yield
     finally:
-        warnings.formatwarning = format_before
         if signal.getsignal(signal.SIGTERM) is _terminate:
             signal.signal(signal.SIGTERM, before)
 

@@ -32,6 +32,7 @@ class Option:
     flag: bool = False
     repeated: bool = False
     several: bool = False  # values that follow each other
+    parameter: str = ""  # what Python calls it, where that is another name
 
     @property
     def label(self) -> str:

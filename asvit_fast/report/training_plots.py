@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -15,6 +16,7 @@ from .runs import Run
 from .training_tables import Row, epoch_macs, macs_unit, phases, time_unit, train_seconds
 
 LOSSES = (("train_loss", "training", BLUE), ("eval_loss", "validation", ORANGE))
+CHARACTER = 0.075  # inches, of the font of the labels
 ACCURACIES = (("top1", "network", VERMILLION), ("ema_top1", "moving average", BLUE))
 
 
@@ -77,6 +79,11 @@ def _has(row: Row, name: str) -> bool:
     return row.get(name) is not None
 
 
+def _inches(axes: Axes) -> float:
+    """Width."""
+    return axes.get_window_extent().width / cast(Figure, axes.figure).dpi
+
+
 def _shade(axes: Axes, run: Run, ends: Sequence[float]) -> None:
     """The phases, darker the fewer tokens they see, with their tokens along the bottom."""
     start, done = 0.0, 0
@@ -84,7 +91,7 @@ def _shade(axes: Axes, run: Run, ends: Sequence[float]) -> None:
         done += len(phase.rows)
         end = ends[done - 1]
         axes.axvspan(start, end, color=GREY, alpha=0.09 * (phase.reduction.bit_length() - 1), linewidth=0)
-        if end - start > 0.08 * ends[-1]:  # a narrower one has no room for its name
+        if (end - start) / ends[-1] * _inches(axes) > CHARACTER * (len(phase.title) + 1):  # else no room for its name
             place = axes.get_xaxis_transform()
             axes.text((start + end) / 2, 0.03, phase.title, transform=place, ha="center", fontsize=9, color="#444444")
         if start:

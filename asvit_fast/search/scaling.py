@@ -250,7 +250,7 @@ class _Scaling:
         else:
             return measures
         raise directory.refuse_changes(
-            f"then {change}, and {len(directory.trace)} are on record; give larger limits, or another run directory"
+            f"{change}, and {len(directory.trace)} are on record; give larger limits, or another run directory"
         )
 
     def _scored(self, directory: RunDirectory) -> Known:

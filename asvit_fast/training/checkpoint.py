@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import pickle
 import random
 import shutil
 from collections.abc import Mapping
@@ -78,16 +77,13 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # timm keeps its options in one
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # whose text advises to load it unsafely
+    except OSError:
+        raise
+    except Exception as error:  # anything: pickle, zip and torch each have their own
         raise InputError(
             f"{str(path)!r} is not a checkpoint that can be loaded safely: it is damaged, or no checkpoint, or holds "
             "objects other than tensors, numbers and text"
         ) from error
-    except OSError:
-        raise
-    except Exception as error:  # whatever a damaged archive or a made-up pickle ends in
-        reason = one_line(error) or type(error).__name__
-        raise InputError(f"{str(path)!r} is not a checkpoint that can be loaded safely: {reason}") from error
     if not isinstance(content, dict):
         raise InputError(f"{str(path)!r} holds {type(content).__name__}, not a checkpoint; save a state_dict")
     return content

@@ -9,11 +9,12 @@ from statistics import fmean
 from typing import Any
 
 from timm.data import resolve_data_config
-from torch import nn
+from torch import Tensor, nn
 
 from ..backends import notify_once
 from ..errors import InputError
 from ..files import from_json, read_jsonl
+from ..models.library import pretrained_config
 from ..run_directory import TRACE
 from .checkpoint import BEST, LAST, one_line, read_file, weights_of
 from .description import describe_checkpoint, describe_export, takes_size
@@ -100,7 +101,7 @@ def build_from_checkpoint(
             checkpoint, else its last); a file of weights alone, .safetensors or .pth, which needs ``model``.
         model: timm's name of the network, where the checkpoint says none or another is meant.
         model_kwargs: further arguments of the network, before those of the checkpoint.
-        num_classes: number of outputs, where the checkpoint does not say it.
+        num_classes: number of outputs, where neither the checkpoint nor its classifier says it.
         use_ema: the moving average of the weights.
 
     Raises:
@@ -118,14 +119,24 @@ def build_from_checkpoint(
     content = read_file(path)
     said = describe_checkpoint(content, path, model)
     weights = weights_of(content, path, use_ema)
-    classes = {} if num_classes is None else {"num_classes": num_classes}
-    options = {**said.options, **classes, **(model_kwargs or {})}
+    given = {} if num_classes is None else {"num_classes": num_classes}
+    options = {**_classes_of(weights, said.name), **said.options, **given, **(model_kwargs or {})}
     network = build(said.name, options)
     try:
         network.load_state_dict(weights)
     except (RuntimeError, ValueError, AttributeError) as error:
         raise InputError(f"the weights of {str(path)!r} do not fit {said.name}: {one_line(error)}") from error
     return CheckpointModel(network, said.name, path, options, said.data, said.label_names)
+
+
+def _classes_of(weights: Mapping[str, Tensor], name: str) -> dict[str, int]:
+    """The number of outputs that the classifier has, in arguments of the network: not all checkpoints say it."""
+    classifier = pretrained_config(name).get("classifier") or ()
+    for head in (classifier,) if isinstance(classifier, str) else classifier:
+        weight = weights.get(f"{head}.weight")
+        if weight is not None and weight.ndim >= 2:
+            return {"num_classes": weight.shape[0]}
+    return {}
 
 
 def is_export(path: Path) -> bool:

@@ -51,7 +51,7 @@ def evaluate(
         autocast: makes the context of each forward pass.
         loss: (logits, targets) -> mean loss of the batch; cross-entropy without it.
         ranks: number of processes of torch.distributed that evaluate together; every one gets the result of all.
-        progress: show a progress bar.
+        progress: show a progress bar, where stderr is a terminal.
 
     Raises:
         InputError: no images on any rank.
@@ -62,7 +62,7 @@ def evaluate(
     counted = _in_step(batches, device) if together else ((batch, True) for batch in batches)
     with _evaluating(model), torch.no_grad():  # inference_mode would leave FSDP2 with tensors that cannot train
         for (images, targets), counts in tqdm(
-            counted, desc="evaluating", unit=" batches", leave=False, disable=not progress
+            counted, desc="evaluating", unit=" batches", leave=False, disable=None if progress else True
         ):
             with context():
                 logits = model(images)  # [b, classes]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 import sys
 from collections.abc import Mapping
 from statistics import fmean
@@ -20,7 +22,7 @@ from ..nn import FeatScale
 from ..recipe import Recipe
 from ..topology import Topology
 from .checkpoint import one_line, read_file, weights_of
-from .description import LOADING
+from .description import LOADING, constructor_parameters
 
 What = str | Topology | nn.Module
 TIMMS_FIT = "checkpoint_filter_fn"  # beside each model of timm: old names and other sizes made to fit
@@ -99,7 +101,14 @@ def build(name: str, options: Mapping[str, Any]) -> nn.Module:
     except InputError:
         raise
     except Exception as error:  # whatever a constructor makes of an argument that it does not expect
-        raise InputError(f"{name} cannot be made with these arguments: {one_line(error)}") from error
+        hint = _did_you_mean(name, error)
+        raise InputError(f"{name} cannot be made with these arguments: {one_line(error)}{hint}") from error
+
+
+def _did_you_mean(name: str, error: Exception) -> str:
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    close = difflib.get_close_matches(unknown[1], constructor_parameters(name), 1) if unknown else []
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def start_from(model: Any, path: str) -> None:

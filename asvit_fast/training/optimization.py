@@ -31,9 +31,7 @@ def make_optimizer(recipe: Recipe, model: nn.Module, images_per_update: int) -> 
             **options,
         )
     except (AssertionError, ValueError, TypeError, ImportError) as error:
-        raise InputError(
-            f"recipe: opt {recipe.opt!r} cannot be used: {error}; see timm.optim.list_optimizers()"
-        ) from error
+        raise InputError(f"opt {recipe.opt!r} cannot be used: {error}; see timm.optim.list_optimizers()") from error
 
 
 def make_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, epochs: int, updates_per_epoch: int) -> Scheduler:
@@ -42,7 +40,7 @@ def make_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, epochs: int
     Raises InputError for one that timm does not know, or that follows a metric.
     """
     if recipe.sched not in SCHEDULES:
-        raise InputError(f"recipe: sched must be one of {', '.join(SCHEDULES)}; got {recipe.sched!r}")
+        raise InputError(f"sched must be one of {', '.join(SCHEDULES)}; got {recipe.sched!r}")
     scheduler, _ = create_scheduler_v2(
         optimizer,
         recipe.sched,

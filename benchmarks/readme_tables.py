@@ -1,0 +1,191 @@
+"""README's tables of speeds, made from the rows in benchmarks/results: no figure is copied by hand.
+
+    python benchmarks/readme_tables.py [networks|ops|trainings]
+
+Of rows that were measured again the last count. A test compares README with this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import median
+
+RESULTS = Path(__file__).parent / "results"
+ZEN4, ZEN5 = "zen4", "zen5"  # folders there, by the processor that measured
+OURS = "asvit_fast"
+EAGER = ("eager", "unfold + LN + Linear", "conv NCHW + permute + LN")  # whose memory ours is compared with
+Row = dict[str, str]
+
+NETWORKS = {
+    "swin_tiny_patch4_window7_224": "Swin-T, batch 8",
+    "swinv2_tiny_window8_256": "Swin-V2-T",
+    "torchvision/swin_t": "torchvision's swin_t",
+    "nest_tiny_jx": "NesT-T",
+    "twins_svt_small": "Twins-SVT-S",
+    "davit_tiny": "DaViT-T",
+    "convnext_tiny": "ConvNeXt-T (its Linear layers)",
+    "tiny_vit_5m_224": "TinyViT-5M",
+    "maxvit_tiny_tf_224": "MaxViT-T",
+    "pvt_v2_b1": "PVT-V2-B1",
+    "asvit_small": "As-ViT-S on our ops, against elementary operations of torch",
+}
+OPS: dict[str, tuple[str, Callable[[str], bool]]] = {  # title: file, which cases
+    "windows of 784 tokens": ("window_attention", lambda case: case.startswith("N=784")),
+    "windows of 196 tokens": ("window_attention", lambda case: case.startswith("N=196")),
+    "windows of 49 tokens": ("window_attention", lambda case: case.startswith("N=49") and "bias" not in case),
+    "windows of 49 and 144 tokens with Swin's bias": ("window_attention", lambda case: "bias" in case),
+    "patch merging, As-ViT's shapes": ("patch_merge", lambda case: True),
+    "patch embedding with LayerNorm, 1 and 8 images": ("patch_embed", lambda case: True),
+}
+
+
+def read(processor: str, name: str) -> list[Row]:
+    """The rows of a file, of those with the same setting the last."""
+    with open(RESULTS / processor / f"{name}.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    setting = ("case", "provider", "mode", "dtype", "model", "schedule", "seed")
+    return list({tuple(row.get(key) for key in setting): row for row in rows}.values())
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |".replace(" --- ", "---") for line in lines)
+
+
+def times(factor: float) -> str:
+    """A speed; bold where we lose."""
+    text = f"{factor:.1f} x" if factor >= 1.995 else f"{factor:.2f} x"
+    return text if factor >= 0.995 else f"**{text}**"
+
+
+def span(factors: Sequence[float]) -> str:
+    low, high = times(min(factors)), times(max(factors))
+    return low if low == high else f"{low} to {high}"
+
+
+def networks() -> str:
+    """Inference and training steps of networks, against the fastest way in which the source runs."""
+    header = ["network", "inference: source", "ours", "speed", "training step", "memory of a step"]
+    lines = []
+    for case, title in NETWORKS.items():
+        inference, train = _of_network(ZEN4, case, "inference"), _of_network(ZEN4, case, "train")
+        memory = float(train[OURS]["peak_mebibytes"]) / float(train["source"]["peak_mebibytes"])
+        lines.append([title, *_comparison(inference, train), f"{memory:.2f} x", *_speeds(ZEN5, case)])
+        if f"{OURS}, compiled" in inference:
+            lines.append(["&nbsp; both compiled", *_comparison(inference, train, ", compiled"), "", "", ""])
+    return markdown([*header, "Zen 5: inference", "training step"], lines)
+
+
+def _of_network(processor: str, case: str, mode: str) -> dict[str, Row]:
+    rows = read(processor, "models")
+    return {row["provider"]: row for row in rows if row["case"] == case and row["mode"] == mode}
+
+
+def _comparison(inference: dict[str, Row], train: dict[str, Row], compiled: str = "") -> list[str]:
+    """Images per second of source and ours, the speed of inference and of a training step."""
+    source, ours = _fastest(inference, bool(compiled)), inference[OURS + compiled]
+    pace = [f"{float(row['images_per_second']):.1f}" for row in (source, ours)]
+    factors = [
+        _milliseconds(_fastest(found, bool(compiled))) / _milliseconds(found[OURS + compiled])
+        for found in (inference, train)
+    ]
+    return [*pace, *map(times, factors)]
+
+
+def _speeds(processor: str, case: str) -> list[str]:
+    found = [_of_network(processor, case, mode) for mode in ("inference", "train")]
+    return [times(_milliseconds(_fastest(one, False)) / _milliseconds(one[OURS])) for one in found]
+
+
+def _fastest(providers: dict[str, Row], compiled: bool) -> Row:
+    peers = [row for name, row in providers.items() if OURS not in name and ("compiled" in name) is compiled]
+    return min(peers, key=_milliseconds)
+
+
+def _milliseconds(row: Row) -> float:
+    return float(row["milliseconds"])
+
+
+def ops() -> str:
+    """Ops against the fastest of torch's ways to do the same."""
+    header = ["op", "forward", "forward and backward", "peak memory of both, of eager"]
+    lines = []
+    for title, (name, belongs) in OPS.items():
+        here, there = (_cases(processor, name, belongs) for processor in (ZEN4, ZEN5))
+        memory = sorted(_memory(rows) for (_, mode), rows in here.items() if mode == "both")
+        least, most = f"{memory[0]:.2f}", f"{memory[-1]:.2f}"
+        shown = f"{least} x" if least == most else f"{least} to {most} x"
+        lines.append([title, *_spans(here), shown, *_spans(there)])
+    return markdown([*header, "Zen 5: forward", "forward and backward"], lines)
+
+
+def _cases(processor: str, name: str, belongs: Callable[[str], bool]) -> dict[tuple[str, str], list[Row]]:
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in read(processor, name):
+        case, mode = _case_and_mode(row)
+        if belongs(case):
+            found.setdefault((case, mode), []).append(row)
+    return found
+
+
+def _spans(cases: dict[tuple[str, str], list[Row]]) -> list[str]:
+    return [span([_speed(rows) for (_, found), rows in cases.items() if found == mode]) for mode in ("forward", "both")]
+
+
+def _case_and_mode(row: Row) -> tuple[str, str]:
+    """Of patch_embed.csv the mode and the dtype end the case."""
+    if row.get("mode"):
+        return row["case"], row["mode"]
+    case, mode, _ = row["case"].rsplit(", ", 2)
+    return case, mode
+
+
+def _speed(rows: Sequence[Row]) -> float:
+    found = {row["provider"]: _milliseconds(row) for row in rows}
+    return min(time for provider, time in found.items() if not provider.startswith("ours")) / found["ours"]
+
+
+def _memory(rows: Sequence[Row]) -> float:
+    found = {row["provider"]: float(row.get("peak_mebibytes") or row["peak_megabytes"]) for row in rows}
+    return found["ours"] / next(found[name] for name in EAGER if name in found)
+
+
+def trainings() -> str:
+    """Whole trainings: medians over seeds."""
+    found: dict[str, list[Row]] = {}
+    for row in read(ZEN4, "retokenization"):
+        found.setdefault(row["schedule"], []).append(row)
+    lines = []
+    for schedule, rows in found.items():
+
+        def middle(key: str, rows: list[Row] = rows) -> float:
+            return median(float(row[key]) for row in rows)
+
+        full = schedule == "1"
+        lines.append([
+            "full tokens" if full else schedule,
+            rows[0]["phases"], f"{middle('top1'):.1f}", f"{middle('ema_top1'):.1f}",
+            f"{middle('train_seconds'):.1f}",
+            *(["-"] * 3 if full else [
+                f"{100 * middle('time_saved'):.1f} %", f"{100 * middle('flops_saved'):.1f} %", f"{middle('ratio'):.2f}"
+            ]),
+        ])  # fmt: skip
+    header = ["schedule", "phases, epochs:reduction", "top-1", "of the average", "seconds", "time saved", "FLOPs saved"]
+    return markdown([*header, "time / FLOPs"], lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {"networks": networks, "ops": ops, "trainings": trainings}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", choices=[*TABLES, []], help="default: all")
+    for name in parser.parse_args().tables or TABLES:
+        print(f"{TABLES[name]()}\n")
+
+
+if __name__ == "__main__":
+    main()

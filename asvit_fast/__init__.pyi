@@ -3,7 +3,7 @@
 
 from . import models, nn, ops, scoring, taylor, training
 from ._version import __version__
-from .accelerate import accelerate, restore
+from .acceleration import accelerate, restore, verify
 from .backends import use_backend
 from .environment import show_config
 from .errors import InputError
@@ -21,7 +21,6 @@ from .search import Budget, scale, search
 from .taylor import jet, jvp
 from .topology import SearchSpace, StageSpec, Topology
 from .training import RetokenizationSchedule, Retokenizer, TrainResult, set_token_reduction, train
-from .verification import verify
 
 __all__ = [
     "AsViT",

@@ -2,7 +2,7 @@
 
 An op declares its implementations once, best first for each kind of device (``ops.fused_op``), with what each can run:
 
-    backends.declare("patch_merge", triton=_triton, cpu=_compiled, reference=_reference, can_run={"triton": _why_not})
+    backends.declare("patch_merge", {"triton": _triton, "cpu": _compiled, "reference": ...}, can_run={"triton": ...})
 
 and asks `choose(op, device, operands, config)` at every call. `use_backend("reference")` forces one for everything
 inside. torch.compile traces the same graph whatever is forced, as the op asks again when it runs; what has to be known
@@ -48,7 +48,11 @@ _of_torch: set[str] = set()  # ops whose "cpu" implementation is in torch: it ne
 
 
 def declare(
-    op: str, *, extension: bool = True, can_run: Mapping[str, CanRun] | None = None, **implementations: Implementation
+    op: str,
+    implementations: Mapping[str, Implementation],
+    *,
+    extension: bool = True,
+    can_run: Mapping[str, CanRun] | None = None,
 ) -> None:
     """Declare the implementations of `op` by backend, best first; each takes and returns the same as the reference.
 
@@ -60,7 +64,7 @@ def declare(
         raise InputError(
             f"{op}: backends are {', '.join(BACKENDS)} and reference is required, got {sorted(implementations)}"
         )
-    _implementations[op], _can_run[op] = implementations, can_run or {}
+    _implementations[op], _can_run[op] = dict(implementations), can_run or {}
     (_of_torch.discard if extension else _of_torch.add)(op)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import ops
 from .nn.patch_embed import embed_patches
 from .ops.patch_embed import MAXIMUM_CHANNELS
-from .ops.window_attention import WHOLE_HEAD_DIM, WHOLE_TOKENS
+from .ops.window_attention import SINGLE_TILE_HEAD_DIM, SINGLE_TILE_TOKENS
 from .topology import EMBED_STRIDE, Topology
 
 Tiles = dict[str, int]  # options of a launch, or features of a shape, by the names of a table's row
@@ -101,7 +101,7 @@ class AttentionWorkload(Workload):
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        if self.tokens <= WHOLE_TOKENS and self.head_dim <= WHOLE_HEAD_DIM and self.bits == 16:
+        if self.tokens <= SINGLE_TILE_TOKENS and self.head_dim <= SINGLE_TILE_HEAD_DIM and self.bits == 16:
             return "whole", "whole_backward"
         return "blocked", "q_gradient", "kv_gradient", *(("bias_gradient",) if self.biased else ())
 

@@ -68,7 +68,7 @@ def test_saved_whole_and_loaded_elsewhere():
     file = io.BytesIO()
     torch.save(model, file)
     program = (
-        "import sys, io, torch, asvit_fast; assert 'asvit_fast.nn.swin' not in sys.modules; "
+        "import sys, io, torch, asvit_fast; assert 'asvit_fast.acceleration.timm_swin' not in sys.modules; "
         "model = torch.load(io.BytesIO(sys.stdin.buffer.read()), weights_only=False); "
         "print(type(model.layers[0].blocks[0]).__name__)"
     )
@@ -394,6 +394,6 @@ def test_attention_dropout_is_torchs_with_the_same_mask_and_said_once(monkeypatc
 
 
 def test_package_of_another_version_is_left_with_the_error(monkeypatch):
-    monkeypatch.setitem(sys.modules, "asvit_fast.nn.swin", None)
+    monkeypatch.setitem(sys.modules, "asvit_fast.acceleration.timm_swin", None)
     found = reasons(swin())
     assert "this version of its package is not known" in found["layers.0.blocks.0"]

@@ -14,7 +14,7 @@ from tiny_swin import needs_kernels
 from torch import Tensor, nn
 
 import asvit_fast as af
-from asvit_fast.nn.replacement import Replacement
+from asvit_fast.acceleration.replacement import Replacement
 
 pytestmark = [needs_kernels, pytest.mark.filterwarnings("ignore::asvit_fast.backends.FallbackWarning")]
 

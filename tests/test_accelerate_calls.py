@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import asvit_fast as af
-from asvit_fast.nn.replacement import Replacement
+from asvit_fast.acceleration.replacement import Replacement
 
 NAMES = (  # one of each family, with windows that do not divide the map where it allows that
     *("swin padded", "swinv2 padded", "swinv2 separate bias", "swinv2_cr", "maxvit tf", "maxvit parallel"),

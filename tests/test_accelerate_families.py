@@ -20,8 +20,8 @@ from tiny_swin import needs_kernels
 from torch import Tensor, nn
 
 import asvit_fast as af
-from asvit_fast.accelerate import FAMILIES, families_table
-from asvit_fast.nn.replacement import Replacement
+from asvit_fast.acceleration import FAMILIES, families_table
+from asvit_fast.acceleration.replacement import Replacement
 
 pytestmark = needs_kernels
 SWIN = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 3}
@@ -212,7 +212,7 @@ def test_patches_of_other_sizes_are_refused_as_before():
 
 @pytest.mark.parametrize("name", ["swin", "tiny_vit", "torchvision"])
 def test_mlp_in_parts(name, monkeypatch):
-    mlp = importlib.import_module("asvit_fast.nn.mlp")
+    mlp = importlib.import_module("asvit_fast.acceleration.in_parts")
     monkeypatch.setattr(mlp, "LARGE", 0)
     monkeypatch.setattr(mlp, "PART", 5000)
     make, size, _ = MODELS[name]
@@ -229,7 +229,7 @@ def test_mlp_in_parts(name, monkeypatch):
 
 
 def test_mlp_stays_whole_where_parts_would_change_or_cost_something(monkeypatch):
-    mlp = importlib.import_module("asvit_fast.nn.mlp")
+    mlp = importlib.import_module("asvit_fast.acceleration.in_parts")
     monkeypatch.setattr(mlp, "LARGE", 0)
     module = timm.layers.Mlp(8, 16, drop=0.5)
     x = torch.randn(3, 5, 8)

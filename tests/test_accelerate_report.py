@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import asvit_fast as af
 from asvit_fast import _extension, backends
-from asvit_fast.acceleration_report import OpRun, Report
+from asvit_fast.acceleration.report import OpRun, Report
 
 pytestmark = needs_kernels
 WHY = "built without compiled kernels: no C++ compiler; build them with `pip install --no-build-isolation .`"

@@ -111,7 +111,7 @@ def test_a_wrong_gradient_of_the_bias_would_show(monkeypatch: pytest.MonkeyPatch
 
     def wrong(model: nn.Module) -> None:
         af.accelerate(model, strict=True)
-        module = sys.modules["asvit_fast.nn.swin"]
+        module = sys.modules["asvit_fast.acceleration.timm_swin"]
         right = module.window_attention
 
         def halved(qkv: Tensor, heads: int, window: tuple, shift: tuple, bias: Tensor, *rest: object) -> Tensor:

@@ -22,7 +22,7 @@ def op(monkeypatch):
     """An op with a CPU and a reference implementation, each returning its name."""
     monkeypatch.setattr(backends, "_implementations", dict(backends._implementations))
     monkeypatch.setattr(backends, "_notified", set())
-    backends.declare("example", triton=lambda: "triton", cpu=lambda: "cpu", reference=lambda: "reference")
+    backends.declare("example", {"triton": lambda: "triton", "cpu": lambda: "cpu", "reference": lambda: "reference"})
     yield "example"
     backends._reason.cache_clear()
 
@@ -76,7 +76,7 @@ def test_unknown_names(op):
     with pytest.raises(InputError, match="unknown backend 'gpu'"):
         available(op, "gpu", "cpu")
     with pytest.raises(InputError, match="reference is required"):
-        backends.declare("other", cpu=lambda: None)
+        backends.declare("other", {"cpu": lambda: None})
 
 
 def test_fallback_is_said_once(op, no_extension):

@@ -50,10 +50,8 @@ LAYERS: dict[str, set[str]] = {
     "processes": {"errors"},
     "recipe": {"errors"},
     "search": {"scoring", "models", "cost", "run_directory", "processes"},
-    "training": {"models", "cost", "images", "run_directory", "processes", "recipe"},
-    "acceleration_report": {"errors"},
-    "accelerate": {"nn", "acceleration_report"},
-    "verification": {"accelerate"},
+    "training": {"models", "acceleration", "cost", "images", "run_directory", "processes", "recipe"},
+    "acceleration": {"ops"},
     "graph": {"models"},
     "what": {"models", "report", "training"},
     "export": {"what", "models", "report", "training", "graph"},
@@ -61,7 +59,7 @@ LAYERS: dict[str, set[str]] = {
     "tuning": {"workloads", "files"},
     "report": {"run_directory", "search", "cost", "files"},
     "environment": {"ops", "machine"},
-    "cli": {"search", "training", "verification", "export", "report", "environment", "tuning"},
+    "cli": {"search", "training", "acceleration", "export", "report", "environment", "tuning"},
     "timm": {"training"},
     "demo": {"cli"},
     "__main__": {"cli"},
@@ -225,7 +223,7 @@ def test_ops_and_networks_are_registered_in_any_order_of_imports(order: tuple[st
 
 def test_functions_keep_their_names_when_modules_of_the_same_name_are_imported():
     program = (
-        "import asvit_fast; from asvit_fast.search import Policy; import asvit_fast.accelerate;"
+        "import asvit_fast; from asvit_fast.search import Policy; import asvit_fast.acceleration;"
         " print('torch' in sys.modules, callable(asvit_fast.search), callable(asvit_fast.accelerate))"
     )
     program = "import sys, asvit_fast; print('torch' in sys.modules);" + program

@@ -9,7 +9,7 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
 from asvit_fast import _extension
-from asvit_fast.nn.replacement import Replacement
+from asvit_fast.acceleration.replacement import Replacement
 
 needs_kernels = pytest.mark.skipif(_extension.extension() is None, reason="accelerate takes little without kernels")
 

@@ -80,8 +80,8 @@ class FusedOp:
         self.operands = tuple(part.rstrip("?") for part in declared)
         self.backward = {**backward, "reference": self._reference_backward}
         self.composite = {**(composite or {}), "reference": reference}
-        backends.declare(name, **forward, **(composite or {}), reference=self._reference_forward, can_run=can_run or {})
-        fields = [f"{_SCHEMA[field.type]} {field.name}" for field in dataclasses.fields(config)]
+        backends.declare(name, {**forward, **(composite or {}), "reference": self._reference_forward}, can_run=can_run)
+        fields = [f"{_SCHEMA[str(field.type)]} {field.name}" for field in dataclasses.fields(config)]
         tensors = [f"Tensor{'?' if part.endswith('?') else ''} {part.rstrip('?')}" for part in declared]
         self._fields = tuple(field.name for field in dataclasses.fields(config))
         self._op = self._custom_op(", ".join([*tensors, *fields]))._opoverload
@@ -226,14 +226,14 @@ class _Eager(torch.autograd.Function):
     """The op outside of torch.library. Forward and backward run on the backend that was chosen for the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, op: FusedOp, backend: str, config: Any, *operands: Any) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, op: FusedOp, backend: str, config: Any, *operands: Any) -> Tensor:
         output, kept = backends.implementation(op.name, backend)(operands, config)
         ctx.op, ctx.backend, ctx.config = op, backend, config
         ctx.save_for_backward(output if op.needs_output else None, kept, *operands)
         return output
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         output, kept, *operands = ctx.saved_tensors
         op, wanted = ctx.op, list(ctx.needs_input_grad[3:])
         if torch.is_grad_enabled():  # the gradient will be differentiated

@@ -37,9 +37,9 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: s
 
 
 if torch.backends.mkldnn.is_available():
-    backends.declare("linear", extension=False, cpu=_onednn, reference=linear_reference)
+    backends.declare("linear", {"cpu": _onednn, "reference": linear_reference}, extension=False)
 else:
-    backends.declare("linear", reference=linear_reference)
+    backends.declare("linear", {"reference": linear_reference})
 
 # --------------------------------------------------------------------------- fused op
 

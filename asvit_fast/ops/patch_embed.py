@@ -128,7 +128,8 @@ def _working_type(image: Tensor) -> torch.dtype:
 def _reference(operands: Operands, config: PatchEmbedConfig) -> Tensor:
     """The reference in the widest of the operands' types."""
     wide = functools.reduce(torch.promote_types, (x.dtype for x in operands if x is not None))
-    image, weight, bias, norm_weight, norm_bias = (None if x is None else x.to(wide) for x in operands)
+    image, weight = operands[0].to(wide), operands[1].to(wide)
+    bias, norm_weight, norm_bias = (None if x is None else x.to(wide) for x in operands[2:])
     left, right, top, bottom = config.padding
     tokens = patch_embed_reference(
         image, weight, bias, config.stride, config.dilation, (left, right, top, bottom), norm_weight, norm_bias,

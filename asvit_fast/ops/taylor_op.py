@@ -48,7 +48,7 @@ def taylor_op(
     names, defaults = tuple(signature), tuple(parameter.default for parameter in signature.values())
     others = {} if triton is None else {"triton": triton}
     run_compiled = compiled or _compiled(name)
-    backends.declare(name, **others, cuda=run_compiled, cpu=run_compiled, reference=reference)
+    backends.declare(name, {**others, "cuda": run_compiled, "cpu": run_compiled, "reference": reference})
 
     def run(*arguments: Any) -> Tensor:
         return backends.select(name, arguments[0].device)(*arguments, *defaults[len(arguments) :]).contiguous()

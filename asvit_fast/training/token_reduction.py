@@ -20,9 +20,9 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ..acceleration.timm_layers import FastPatchEmbed
 from ..errors import InputError
 from ..models import AsViT
-from ..nn.embedding import FastPatchEmbed
 from ..nn.patch_embed import check_token_reduction, dilation_of
 
 KEPT = "_with_full_tokens"

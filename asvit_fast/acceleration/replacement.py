@@ -49,17 +49,21 @@ Parts = Mapping[str, tuple[type, ...]]
 
 
 class Replacement:
-    """Mixin, first of the bases; the second is `source`."""
+    """Mixin, first of the bases; the second is the class that is replaced."""
 
-    source: ClassVar[type[nn.Module]]
+    source: ClassVar[type[nn.Module]]  # the class that is replaced
     ops: ClassVar[tuple[str, ...]] = ()  # that do the work; empty where it is done by torch's own
     parts: ClassVar[Parts] = {}  # submodules that are not called, by path: the classes that they must have exactly
     bypassed: ClassVar[tuple[str, ...]] = ()  # methods of the source that only its own version of a method calls
     __jit_unused_properties__: ClassVar[list[str]] = ["qconfig"]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """timm's feature extraction by torch.fx takes a replacement as it is: its Python branches on sizes."""
+        """`source` is the base that is a module of another package. timm's feature extraction by torch.fx takes a
+        replacement as it is: its Python branches on sizes."""
         super().__init_subclass__(**kwargs)
+        sources = [base for base in cls.__bases__ if issubclass(base, nn.Module) and not issubclass(base, Replacement)]
+        if sources:
+            cls.source = sources[0]
         register_notrace_module(cls)  # type: ignore[arg-type]
 
     def __prepare_scriptable__(self) -> nn.Module:

@@ -14,7 +14,6 @@ from .replacement import LINEAR, SOFTMAX, Parts, Replacement, bypass_reason, pad
 class FastSpatialBlock(Replacement, SpatialBlock):
     """Computes the attention of whole maps with the weights of its `attn`."""
 
-    source = SpatialBlock
     ops = ("window_attention",)
     parts: ClassVar[Parts] = {
         "attn": (WindowAttention,),

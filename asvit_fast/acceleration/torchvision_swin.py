@@ -1,4 +1,4 @@
-"""Replacements for the attention of torchvision's Swin Transformers, which pad a map before they roll it."""
+"""Replacements for the modules of torchvision's Swin Transformers, which pad a map before they roll it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
-from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
+from torch import Tensor, nn
+from torchvision.models.swin_transformer import PatchMerging, ShiftedWindowAttention, ShiftedWindowAttentionV2
+from torchvision.ops.misc import MLP
 
 from ..ops.linear import linear
 from ..ops.window_attention import window_attention
 from ..ops.windows import window_padding
+from .in_parts import InParts
+from .merging import Merging
 from .replacement import (
     LINEAR,
     Parts,
@@ -60,8 +63,6 @@ class MapAttention(Replacement):
 class FastShiftedWindowAttention(MapAttention, ShiftedWindowAttention):
     """[B, H, W, C] -> [B, H, W, C]. Of its Linear layers it uses the weights, as its source does."""
 
-    source = ShiftedWindowAttention
-
     def forward(self, x: Tensor) -> Tensor:
         if not self.can_run() or drops(self.attention_dropout, self.training):
             return super().forward(x)
@@ -72,8 +73,6 @@ class FastShiftedWindowAttention(MapAttention, ShiftedWindowAttention):
 
 class FastShiftedWindowAttentionV2(MapAttention, ShiftedWindowAttentionV2):
     """The same with cosine attention; keys have no bias."""
-
-    source = ShiftedWindowAttentionV2
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.can_run() or drops(self.attention_dropout, self.training):
@@ -89,3 +88,16 @@ class FastShiftedWindowAttentionV2(MapAttention, ShiftedWindowAttentionV2):
         if padding is not None:
             padding = cosine_attention(padding.to(qkv.dtype), self.num_heads, logit_scale)
         return _attend(self, cosine_attention(qkv, self.num_heads, logit_scale), padding, position_bias, 1.0)
+
+
+class FastTorchvisionPatchMerging(Merging, PatchMerging):
+    """[..., H, W, C] -> [..., ceil(H/2), ceil(W/2), 2*C]."""
+
+    parts: ClassVar[Parts] = {"norm": (nn.LayerNorm,), "reduction": LINEAR}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._merge(x) if x.dim() == 4 and self.can_run() else super().forward(x)
+
+
+class FastTorchvisionMLP(InParts, MLP):
+    """Its feed-forward network."""

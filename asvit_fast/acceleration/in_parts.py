@@ -1,4 +1,5 @@
-"""Replacements for feed-forward networks: on a CPU, in inference, tokens go through in parts that stay in the cache.
+"""What replacements for feed-forward networks have in common: on a CPU, in inference, tokens go through in parts that
+stay in the cache.
 
 A large hidden activation is written to and read from memory that the system has to provide anew every time: the first
 blocks of Swin-T spend half of their feed-forward network on that. Every token is on its own, so the network may as well
@@ -10,9 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import timm.layers
-import timm.models.tiny_vit
 import torch
-import torchvision.ops.misc
 from torch import Tensor, nn
 from torch.overrides import has_torch_function_unary
 
@@ -75,26 +74,8 @@ class InParts(Replacement):
         return None
 
     def forward(self, x: Tensor) -> Tensor:
-        source = super().forward  # type: ignore[misc]
+        run = super().forward  # type: ignore[misc]
         tokens = tokens_at_a_time(self, x)  # type: ignore[arg-type]
         if tokens is None or not self.can_run():
-            return source(x)
-        return torch.cat([source(part) for part in x.flatten(0, -2).split(tokens)]).unflatten(0, x.shape[:-1])
-
-
-class FastMlp(InParts, timm.layers.Mlp):
-    """timm's."""
-
-    source = timm.layers.Mlp
-
-
-class FastNormMlp(InParts, timm.models.tiny_vit.NormMlp):
-    """TinyViT's."""
-
-    source = timm.models.tiny_vit.NormMlp
-
-
-class FastTorchvisionMLP(InParts, torchvision.ops.misc.MLP):
-    """torchvision's."""
-
-    source = torchvision.ops.misc.MLP
+            return run(x)
+        return torch.cat([run(part) for part in x.flatten(0, -2).split(tokens)]).unflatten(0, x.shape[:-1])

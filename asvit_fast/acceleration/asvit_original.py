@@ -15,7 +15,7 @@ from ..ops.patch_embed import patch_embed
 from ..ops.patch_merge import patch_merge
 from ..ops.window_attention import window_attention
 from .embedding import convolution_reason
-from .mlp import InParts
+from .in_parts import InParts
 from .replacement import (
     DROP,
     LINEAR,

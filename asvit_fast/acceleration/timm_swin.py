@@ -1,16 +1,18 @@
-"""Replacement for the block of timm's Swin Transformer (arXiv 2103.14030): windows are cut, rolled and padded by the
-kernel."""
+"""Replacements for block and patch merging of timm's Swin Transformer (arXiv 2103.14030): windows are cut, rolled and
+padded by the kernel."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
-from torch import Tensor
+from timm.layers import LayerNorm
+from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, WindowAttention
+from torch import Tensor, nn
 
 from ..ops.window_attention import window_attention
 from ..ops.windows import window_padding
+from .merging import Merging
 from .replacement import (
     DROP,
     LINEAR,
@@ -70,7 +72,6 @@ class ShiftedWindows(Replacement):
 class FastSwinTransformerBlock(ShiftedWindows, SwinTransformerBlock):
     """Computes the attention of whole maps with the weights of its `attn`."""
 
-    source = SwinTransformerBlock
     parts: ClassVar[Parts] = {
         "attn": (WindowAttention,),
         "attn.qkv": LINEAR,
@@ -93,3 +94,12 @@ class FastSwinTransformerBlock(ShiftedWindows, SwinTransformerBlock):
             qkv, attn.num_heads, window, shift, bias, scale, 0.0, "timm", padding
         )  # [B, H, W, heads*d]
         return window_dropout(project(attn.proj, x), drop_probability(attn.proj_drop), window, shift)
+
+
+class FastPatchMerging(Merging, PatchMerging):
+    """[B, H, W, C] -> [B, ceil(H/2), ceil(W/2), out_dim]."""
+
+    parts: ClassVar[Parts] = {"norm": (nn.LayerNorm, LayerNorm), "reduction": LINEAR}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._merge(x) if self.can_run() else super().forward(x)

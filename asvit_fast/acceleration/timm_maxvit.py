@@ -51,7 +51,6 @@ class FastPartitionAttentionCl(Replacement, PartitionAttentionCl):
     """Computes the attention of whole maps, which the source refuses unless windows divide them, with the weights of
     its `attn`."""
 
-    source = PartitionAttentionCl
     ops = ("window_attention",)
     parts: ClassVar[Parts] = _parts("attn")
 
@@ -64,7 +63,6 @@ class FastPartitionAttentionCl(Replacement, PartitionAttentionCl):
 class FastParallelPartitionAttention(Replacement, ParallelPartitionAttention):
     """The same with both of its attentions."""
 
-    source = ParallelPartitionAttention
     ops = ("window_attention",)
     parts: ClassVar[Parts] = {**_parts("attn_block"), **_parts("attn_grid")}
 

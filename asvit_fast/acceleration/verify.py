@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .accelerate import accelerate, restore
-from .errors import InputError
+from ..errors import InputError
+from .swap import accelerate, restore
 
 SLACK = 2.0  # how many times the source's own error is still rounding
 

@@ -1,8 +1,8 @@
 """Swap slow modules of other packages' vision transformers for fused ones, in place and reversibly.
 
 An instance changes its class and nothing else: state_dict, parameters, hooks, training mode, deepcopy and pickle stay
-as they were, and ``restore`` gives the class back. ``FAMILIES`` lists what is known, with what runs instead, or why it
-is left alone.
+as they were, and ``restore`` gives the class back. ``registry.FAMILIES`` lists what is known, with what runs instead,
+or why it is left alone.
 """
 
 from __future__ import annotations
@@ -10,139 +10,18 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from . import backends
-from .acceleration_report import Decision, OpRun, Report
-from .errors import InputError
-from .nn.replacement import (
-    Replacement,
-    bound,
-    parts_of,
-    patch_reason,
-    source_type,
-    unknown_reason,
-)
-
-
-@dataclass(frozen=True)
-class Family:
-    """A class of another package: what it becomes and what that brings, or why it is left alone."""
-
-    source: str  # package.module.Class, or the end of it for code that is not a package
-    replacement: str | None  # module.Class below asvit_fast.nn, or None
-    notes: str
-
-    def table_row(self) -> str:
-        """A row of the Markdown table that ``families_table`` makes."""
-        becomes = "left alone" if self.replacement is None else f"`{self.replacement.rpartition('.')[2]}`"
-        return f"| `{self.source}` | {becomes} | {self.notes} |"
-
-
-def _timm(module: str, *rows: tuple[Any, ...]) -> tuple[Family, ...]:
-    return tuple(Family(f"timm.models.{module}.{row[0]}", *row[1:]) for row in rows)
-
-
-def _torchvision(*rows: tuple[Any, ...]) -> tuple[Family, ...]:
-    return tuple(Family(f"torchvision.{row[0]}", *row[1:]) for row in rows)
-
-
-ATTENTION = "window attention without copies of windows"
-PARTS = "inference on a CPU: tokens in parts that stay in the cache"
-MERGE = "neighbourhoods normalised and projected in one op"
-PRODUCT = "float32 on a CPU: products by oneDNN"
-EMBED = "convolution and LayerNorm in one op"
-POST_NORM = "it normalises after the projection: nothing to fuse"
-FAMILIES: tuple[Family, ...] = (
-    *_timm(
-        "swin_transformer",
-        ("SwinTransformerBlock", "swin.FastSwinTransformerBlock", ATTENTION),
-        ("PatchMerging", "merging.FastPatchMerging", MERGE),
-    ),
-    *_timm(
-        "swin_transformer_v2",
-        ("SwinTransformerV2Block", "swin_v2.FastSwinTransformerV2Block", ATTENTION),
-        ("PatchMerging", None, POST_NORM),
-    ),
-    *_timm(
-        "swin_transformer_v2_cr",
-        ("SwinTransformerV2CrBlock", "swin_v2.FastSwinTransformerV2CrBlock", ATTENTION),
-    ),
-    *_timm(
-        "maxxvit",
-        ("PartitionAttentionCl", "maxvit.FastPartitionAttentionCl", ATTENTION),
-        ("ParallelPartitionAttention", "maxvit.FastParallelPartitionAttention", ATTENTION),
-        ("Attention2d", None, "channels first: layout copies would cost what the kernel gains"),
-    ),
-    *_timm(
-        "tiny_vit",
-        ("TinyVitBlock", "tiny_vit.FastTinyVitBlock", ATTENTION),
-        ("NormMlp", "mlp.FastNormMlp", PARTS),
-    ),
-    *_timm(
-        "davit",
-        ("SpatialBlock", "davit.FastSpatialBlock", ATTENTION),
-        ("Stem", None, "below 1 percent of the network's time"),
-    ),
-    *_timm("twins", ("LocallyGroupedAttn", "local_attention.FastLocallyGroupedAttn", ATTENTION)),
-    *_timm("nest", ("Attention", "local_attention.FastNestAttention", ATTENTION)),
-    *_timm("pvt_v2", ("OverlapPatchEmbed", "embedding.FastOverlapPatchEmbed", EMBED)),
-    *_timm("convnext", ("ConvNeXt", None, "its stem: below 1 percent of the network's time")),
-    Family("timm.layers.patch_embed.PatchEmbed", "embedding.FastPatchEmbed", EMBED),
-    Family("timm.layers.mlp.Mlp", "mlp.FastMlp", PARTS),
-    Family("torch.nn.modules.linear.Linear", "fast_linear.FastLinear", PRODUCT),
-    *_torchvision(
-        ("models.swin_transformer.ShiftedWindowAttention", "torchvision_swin.FastShiftedWindowAttention", ATTENTION),
-        (
-            "models.swin_transformer.ShiftedWindowAttentionV2",
-            "torchvision_swin.FastShiftedWindowAttentionV2",
-            ATTENTION,
-        ),
-        ("models.swin_transformer.PatchMerging", "merging.FastTorchvisionPatchMerging", MERGE),
-        ("models.swin_transformer.PatchMergingV2", None, POST_NORM),
-        ("ops.misc.MLP", "mlp.FastTorchvisionMLP", PARTS),
-    ),
-    Family("cell_operations.TransformerBlock", "authors.FastAuthorsTransformerBlock", ATTENTION),
-    Family("cell_operations.PatchMerging", "authors.FastAuthorsPatchMerging", MERGE),
-    Family("cell_operations.Mlp", "authors.FastAuthorsMlp", PARTS),
-    Family("cell_infers.transformer.PatchEmbed", "authors.FastAuthorsPatchEmbed", EMBED),
-)
-
-
-def families_table() -> str:
-    """``FAMILIES`` as a Markdown table."""
-    head = ["| module | becomes | what it brings |", "|---|---|---|"]
-    return "\n".join([*head, *(family.table_row() for family in FAMILIES)])
-
+from .. import backends
+from ..errors import InputError
+from .registry import Family, family_of, qualified_name, replacement_of
+from .replacement import Replacement, parts_of, patch_reason, source_type, unknown_reason
+from .report import Decision, OpRun, Report
 
 # --------------------------------------------------------------------------- which class becomes which
-
-
-def _qualified_name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _family_of(module: nn.Module) -> tuple[Family, type[nn.Module]] | None:
-    """The family of the class of a module or of the nearest known base, and that class."""
-    for kind in type(module).__mro__:
-        name = _qualified_name(kind)
-        for family in FAMILIES:
-            if name == family.source or name.endswith(f".{family.source}"):
-                return family, kind
-    return None
-
-
-def _replacement_of(family: Family, source: type[nn.Module]) -> type[Replacement] | None:
-    """The class that instances of a known class may become; ImportError or AttributeError if its package is of another
-    version."""
-    if family.replacement is None:
-        return None
-    file, _, name = family.replacement.rpartition(".")
-    return bound(getattr(importlib.import_module(f"asvit_fast.nn.{file}"), name), source)
 
 
 def _is_another_class(module: nn.Module, source: type[nn.Module]) -> bool:
@@ -160,7 +39,7 @@ def _why_left(module: nn.Module, replacement: type[Replacement]) -> str | None:
     if parametrize.is_parametrized(module):
         return f"its {', '.join(module.parametrizations)} is parametrized"  # type: ignore[arg-type]
     if kind is not source:
-        return f"its class {_qualified_name(kind)} is not exactly {_qualified_name(source)}"
+        return f"its class {qualified_name(kind)} is not exactly {qualified_name(source)}"
     parts = [("", module), *parts_of(module, replacement.parts)]
     unknown = (
         f"{f'its {path}: ' if path else ''}{why}" for path, part in parts if part and (why := unknown_reason(part))
@@ -181,6 +60,8 @@ def _whereabouts(module: nn.Module) -> tuple[torch.device, torch.dtype]:
 def _op_run(op: str, device: torch.device, dtype: torch.dtype) -> OpRun:
     """What runs an op there now, and what would have to be installed for more."""
     backend, missing = backends.best(op, device)
+    if backend == "sdpa":
+        backend = "reference"
     if backend == "triton" and dtype == torch.float64:
         backend, missing = "reference", "the Triton kernels compute in float32"
     elif backend == "reference" and missing is None:
@@ -212,9 +93,9 @@ class _Plan:
 def _plan(name: str, module: nn.Module, family: Family, source: type[nn.Module]) -> _Plan | None:
     """None for a module that is not worth a line."""
     kind = source_type(module)
-    title = _qualified_name(source if kind is source else type(module))
+    title = qualified_name(source if kind is source else type(module))
     try:
-        replacement = _replacement_of(family, source)
+        replacement = replacement_of(family, source)
     except (ImportError, AttributeError) as error:
         reason = f"this version of its package is not known: {error}"
         return _Plan(module, kind, Decision(name, title, None, reason), [])
@@ -238,7 +119,7 @@ def _plan(name: str, module: nn.Module, family: Family, source: type[nn.Module])
 def _plans(model: nn.Module) -> Iterator[_Plan]:
     """Every module of a known class, with the class that it gets."""
     for name, module in model.named_modules():
-        found = _family_of(module)
+        found = family_of(module)
         plan = None if found is None else _plan(name, module, *found)
         if plan is not None:
             yield plan

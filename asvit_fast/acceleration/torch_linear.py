@@ -17,7 +17,6 @@ torch.fx.wrap("linear")  # a graph of torch.fx calls it, too, and gets the same 
 class FastLinear(Replacement, nn.Linear):
     """The same numbers, sooner, in float32 on a CPU; torch's own product otherwise."""
 
-    source = nn.Linear
     ops = ("linear",)
 
     @classmethod

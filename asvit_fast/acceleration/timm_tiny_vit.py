@@ -5,17 +5,17 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from timm.models.tiny_vit import Attention, TinyVitBlock
+from timm.models.tiny_vit import Attention, NormMlp, TinyVitBlock
 from torch import Tensor, nn
 
 from ..ops.window_attention import window_attention
+from .in_parts import InParts
 from .replacement import LINEAR, Parts, Replacement, by_projection, bypass_reason, divides, project
 
 
 class FastTinyVitBlock(Replacement, TinyVitBlock):
     """Computes the attention of whole maps with the weights of its `attn`."""
 
-    source = TinyVitBlock
     ops = ("window_attention",)
     parts: ClassVar[Parts] = {
         "attn": (Attention,),
@@ -53,3 +53,7 @@ class FastTinyVitBlock(Replacement, TinyVitBlock):
         x = self.local_conv(x.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)  # [B, H*W, C]
         x = x + self.drop_path2(self.mlp(x))
         return x.unflatten(1, size)
+
+
+class FastNormMlp(InParts, NormMlp):
+    """Its feed-forward network."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .errors import InputError
+from ..errors import InputError
 
 SHOWN_NAMES = 2  # modules named per row
 SHOWN_ROWS = 8  # rows per part of the report

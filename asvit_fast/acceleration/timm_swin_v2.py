@@ -23,7 +23,7 @@ from .replacement import (
     project,
     window_dropout,
 )
-from .swin import ShiftedWindows
+from .timm_swin import ShiftedWindows
 
 ATTENTION = {"attn.qkv": LINEAR, "attn.attn_drop": DROP, "attn.proj": LINEAR, "attn.proj_drop": DROP}
 
@@ -48,7 +48,6 @@ def _attend(block: Any, qkv: Tensor, qkv_bias: Tensor | None, position_bias: Cal
 class FastSwinTransformerV2Block(ShiftedWindows, SwinTransformerV2Block):
     """Computes the attention of whole maps with the weights of its `attn`."""
 
-    source = SwinTransformerV2Block
     parts: ClassVar[Parts] = {"attn": (WindowAttention,), "attn.softmax": SOFTMAX, **ATTENTION}
 
     def _position_bias(self) -> Tensor:
@@ -73,7 +72,6 @@ class FastSwinTransformerV2Block(ShiftedWindows, SwinTransformerV2Block):
 class FastSwinTransformerV2CrBlock(ShiftedWindows, SwinTransformerV2CrBlock):
     """Computes the attention of whole maps with the weights of its `attn`."""
 
-    source = SwinTransformerV2CrBlock
     parts: ClassVar[Parts] = {"attn": (WindowMultiHeadAttention,), **ATTENTION}
 
     def _shifted_window_attn(self, x: Tensor) -> Tensor:

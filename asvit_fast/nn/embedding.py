@@ -13,6 +13,9 @@ from ..ops.windows import window_padding
 from .replacement import Parts, Replacement, bypass_reason, made_by_package
 
 
+FEW = 16  # channels of an image up to which the op is faster; from 64 on torch's convolution is
+
+
 def convolution_reason(proj: Any, pads: bool) -> str | None:
     """Why the op cannot be a convolution, which pads its input or does not."""
     square = all(pair[0] == pair[1] for pair in (proj.stride, proj.kernel_size, proj.dilation))
@@ -81,6 +84,11 @@ class FastOverlapPatchEmbed(Embedding, OverlapPatchEmbed):
 
     source = OverlapPatchEmbed
     pads = True
+
+    @classmethod
+    def skip_reason(cls, module: Any) -> str | None:
+        channels = getattr(module._modules.get("proj"), "in_channels", 0)
+        return None if channels <= FEW else f"of {channels} channels torch's convolution is as fast or faster"
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.can_run():

@@ -138,6 +138,8 @@ def open_network(
     target = resolve(what)
     if target.weights is not None:
         return _as_it_is(target.load(use_ema), repr(str(what)), num_classes, img_size)
+    if use_ema:
+        raise InputError(f"{what} has no trained weights, and no average of them: leave out use_ema")
     run = target.run
     if run is not None:
         config = checked(run.config, run.directory / CONFIG_FILE, ("img_size",))

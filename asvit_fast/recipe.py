@@ -124,6 +124,8 @@ class Recipe:
         for name in ("lr", "lr_base", "clip_grad", "layer_decay"):
             self._check(name, getattr(self, name) is None or getattr(self, name) > 0, "above 0")
         self._check("crop_pct", 0 < self.crop_pct <= 1, "above 0 and at most 1")
+        self._check("scale", 0 < self.scale[0] <= self.scale[1] <= 1, "a smaller and a larger part of 0 to 1, above 0")
+        self._check("ratio", 0 < self.ratio[0] <= self.ratio[1], "a smaller and a larger number above 0")
         for name in ("mean", "std"):
             if isinstance(getattr(self, name), (int, float)):
                 object.__setattr__(self, name, (getattr(self, name),))

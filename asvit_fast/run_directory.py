@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
 import tempfile
 import warnings
 from collections.abc import Collection
@@ -157,8 +156,10 @@ class RunDirectory:
     def _check_apart_from_images(self, path: Path) -> None:
         for name in ("data", "images"):
             source = self.config.get(name)
-            if isinstance(source, str) and os.path.realpath(source) == os.path.realpath(path):
-                raise InputError(f"run directory {path} is the folder of the images; choose one of its own with out")
+            if isinstance(source, str) and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(source)):
+                raise InputError(
+                    f"run directory {path} is in the folder of the images, {source}; choose another with out"
+                )
 
     def _acquire(self, path: Path) -> FolderLock:
         try:
@@ -174,6 +175,9 @@ class RunDirectory:
         files = [name for name in (TRACE, self.state_file, RESULT) if name is not None]
         for name in (CONFIG, *files):
             remove_leftovers(path / name)
+        nothing_done = self.state_file is not None and not any((path / name).exists() for name in files)
+        if nothing_done and self._is_of_this_kind(path / CONFIG):
+            (path / CONFIG).unlink()  # of a start that was refused, or ended before its first step
         if not (path / CONFIG).exists():
             for name in files:
                 if (path / name).exists():
@@ -182,8 +186,12 @@ class RunDirectory:
             return
         self._compare(path, _read_json(path / CONFIG))
         if (path / RESULT).exists():
-            self.result = _read_json(path / RESULT)
+            self.result = _read_json(path / RESULT, "delete it, and the same command makes it again")
         self.trace = self._read_trace(path / TRACE)
+
+    def _is_of_this_kind(self, path: Path) -> bool:
+        stored = _read_json(path) if path.exists() else None
+        return isinstance(stored, dict) and stored.get("kind") == self.config["kind"]
 
     def _compare(self, path: Path, stored: Any) -> None:
         if not isinstance(stored, dict) or not isinstance(stored.get("kind"), str):
@@ -264,11 +272,8 @@ def load_state(path: Path) -> dict[str, Any]:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # whose text advises to load it unsafely
-        foreign = isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error)
-        reason = "no state of a run, or cut short" if foreign else " ".join(str(error).split()) or type(error).__name__
-        raise DamagedState(f"{path} is damaged ({reason[:200]})") from error
+    except Exception as error:  # anything, in words about pickles and archives
+        raise DamagedState(f"{path} is damaged: no state of a run, or cut short") from error
     lines = state.get(_LINES) if isinstance(state, dict) else None
     if type(lines) is not int or lines < 0:
         raise InputError(
@@ -284,11 +289,11 @@ def _version() -> str:
     return __version__
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path, advice: str = "restore it, or choose another run directory") -> Any:
     try:
         return from_json(path.read_bytes())
     except InputError as error:
-        raise InputError(f"{path}: {error}; choose another run directory") from None
+        raise InputError(f"{path}: {error}; {advice}") from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
 

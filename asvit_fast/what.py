@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
+from .files import from_json
 from .models.library import check_known, is_known
 from .report.runs import DESIGNS, Run, find_runs, has_run
+from .run_directory import CONFIG
 from .topology import NAMED_TOPOLOGIES, Topology
 from .training.checkpoint import BEST, LAST
 from .training.checkpoint_model import CheckpointModel, build_from_checkpoint, is_export
@@ -85,6 +87,10 @@ def resolve(what: str | Path | Topology, *, to_train: bool = False) -> Target:
             if not any(has_run(path / kind) for kind in DESIGNS):
                 return Target(None, weights=path / "train")
             raise InputError(f"{str(path)!r} holds a training and other runs; give {path / 'train'} or another of them")
+        if not to_train and _was_training(path):
+            raise InputError(
+                f"{str(path)!r} holds a training without its checkpoints, {BEST} and {LAST}: restore one of them"
+            )
         return _of_run(_finished(path))
     if "/" in str(what) or path.suffix:
         raise InputError(f"{str(what)!r} does not exist; give {FORMS}")
@@ -99,6 +105,14 @@ def resolve_topology(what: str | Path | Topology) -> Topology:
 
 def _is_training(path: Path) -> bool:
     return any((path / name).is_file() for name in (BEST, LAST))
+
+
+def _was_training(path: Path) -> bool:
+    try:
+        config = from_json((path / CONFIG).read_bytes())
+    except (OSError, InputError):
+        return False
+    return isinstance(config, dict) and config.get("kind") == "train"
 
 
 def _of_run(run: Run) -> Target:

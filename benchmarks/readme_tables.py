@@ -1,8 +1,9 @@
 """README's tables of speeds, made from the rows in benchmarks/results: no figure is copied by hand.
 
-    python benchmarks/readme_tables.py [networks|ops|trainings]
+    python benchmarks/readme_tables.py [--write]
 
-Of rows that were measured again the last count. A test compares README with this.
+prints them, or puts them between README's comments. Of rows that were measured again the last count. A test compares
+README with this.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from statistics import median
 
 RESULTS = Path(__file__).parent / "results"
+README = RESULTS.parent.parent / "README.md"
 ZEN4, ZEN5 = "zen4", "zen5"  # folders there, by the processor that measured
 OURS = "asvit_fast"
 EAGER = ("eager", "unfold + LN + Linear", "conv NCHW + permute + LN")  # whose memory ours is compared with
@@ -180,11 +182,25 @@ def trainings() -> str:
 TABLES: dict[str, Callable[[], str]] = {"networks": networks, "ops": ops, "trainings": trainings}
 
 
+def filled(text: str) -> str:
+    """The text with every table between its comments, <!-- NAME --> and <!-- end of NAME -->."""
+    for name, table in TABLES.items():
+        start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        before, _, rest = text.partition(start)
+        _, found, after = rest.partition(end)
+        if not found:
+            raise SystemExit(f"{README} has no {start.strip()} and {end}")
+        text = f"{before}{start}\n{table()}\n\n{end}{after}"
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", choices=[*TABLES, []], help="default: all")
-    for name in parser.parse_args().tables or TABLES:
-        print(f"{TABLES[name]()}\n")
+    parser.add_argument("--write", action="store_true", help="into README.md")
+    if parser.parse_args().write:
+        README.write_text(filled(README.read_text()))
+    else:
+        print("\n\n".join(table() for table in TABLES.values()))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ from cuda_tracing_program import make
 from triton.runtime.jit import JITFunction
 
 import asvit_fast as af
+from asvit_fast import backends
 from asvit_fast.backends import FallbackWarning
+from asvit_fast.ops.fused_op import FusedOp
 
 attention, embedding, merging = (
     importlib.import_module(f"asvit_fast.ops.{name}") for name in ("window_attention", "patch_embed", "patch_merge")
@@ -25,10 +27,16 @@ def tensor(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(shape, dtype=dtype, device="cuda")
 
 
+def launch(op: FusedOp, operands: tuple[torch.Tensor, ...], config: tuple[object, ...]) -> None:
+    settings, everything = op.config(*config), [True] * len(operands)
+    result = backends.implementation(op.name, "triton")(operands, settings)
+    found = op.gradients("triton", result[0], operands, settings, result, everything)
+    assert [x.shape for x in found if x is not None] == [x.shape for x in operands]
+
+
 def launch_all(dtype: torch.dtype) -> None:
     """Each op's Triton implementation, forward and backward."""
     from asvit_fast.kernels import gelu_taylor
-    from asvit_fast.kernels import window_attention as attention_kernels
 
     def new(*shape: int) -> torch.Tensor:
         return tensor(*shape, dtype=dtype)
@@ -36,21 +44,14 @@ def launch_all(dtype: torch.dtype) -> None:
     for side, head_dim in ((7, 8), (12, 45)):
         qkv, channels = new(2, 2 * side - 1, 2 * side, 6 * head_dim), 6 * head_dim
         others = (new(2, side**2, side**2), new(channels), new(2))
-        settings = attention.Settings(2, [side, side], [2, 3], 0.5, "timm")
-        output, statistics = attention._triton((qkv, *others), settings)
-        kept = None if attention._whole(qkv, 2, [side, side]) else statistics
-        found = attention_kernels.window_attention_backward(output, qkv, output, kept, *settings, *others, [True] * 3)
-        assert [x.shape for x in found] == [x.shape for x in (qkv, *others)]
-    operands = (new(2, 3, 40, 40), new(32, 3, 7, 7), new(32), new(32), new(32))
-    settings = embedding.Settings(4, 1, [2, 1, 2, 1], 1e-5, dtype, dtype)
-    output, values = embedding._triton(operands, settings, False)
-    found = embedding._fused_backward(embedding._triton, output, operands, settings, values, True, True)
-    assert [x.shape for x in found] == [output.shape, *(x.shape for x in operands[1:])]
-    operands = (new(2, 9, 8, 16), new(32, 144), new(144), new(144), new(32))
-    settings = merging.Settings(3, 2, 1e-5, False)
-    output, statistics = merging._triton(operands, settings)
-    found = merging._fused_backward(merging._triton, output, operands, settings, statistics, True, True)
-    assert [x.shape for x in found if x is not None] == [x.shape for x in operands]
+        launch(attention.WINDOW_ATTENTION, (qkv, *others), (2, [side, side], [2, 3], 0.5, "timm"))
+    vectors = (new(32), new(32), new(32))
+    launch(
+        embedding.PATCH_EMBED,
+        (new(2, 3, 40, 40), new(32, 3, 7, 7), *vectors),
+        (4, 1, [2, 1, 2, 1], 1e-5, dtype, dtype, False),
+    )
+    launch(merging.PATCH_MERGE, (new(2, 9, 8, 16), new(32, 144), new(144), new(144), new(32)), (3, 2, 1e-5, False))
     gelu_taylor.gelu_taylor(new(3, 4, 16), "none", new(16))
 
 

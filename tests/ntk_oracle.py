@@ -41,6 +41,9 @@ def grams_one_by_one(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """Of the weights and of all parameters, [B, B] each; ``model`` is left in evaluation mode, without caches."""
     model.train().eval()
     chosen = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for parameter in chosen.values():
+        if not parameter.is_leaf:  # of a scripted module that was copied
+            parameter.retain_grad()
     grams = {which: torch.zeros(len(images), len(images), dtype=torch.float64) for which in ("weights", "all")}
     rows: dict[str, list[Tensor]] = {name: [] for name in chosen}
     for sample in score_features(model)(images):

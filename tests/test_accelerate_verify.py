@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import sys
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_verify_leaves_the_model_as_it_is(capsys):
 
 @pytest.mark.parametrize("error", ["padding", "bias", "gradient", "slight"])
 def test_verify_finds_errors(error, monkeypatch):
-    swin_module = sys.modules["asvit_fast.acceleration.timm_swin"]
+    swin_module = importlib.import_module("asvit_fast.acceleration.timm_swin")
     right = swin_module.window_attention
 
     def wrong(qkv, heads, window, shift, bias, scale, dropout, layout, padding):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,7 +74,15 @@ def test_it_is_the_function(command: list[str], images: str, tmp_path: Path) -> 
         (["--data", "nowhere"], ["nowhere"]),
         (["--crop-pct", "2"], ["error: --crop-pct must be above 0"]),
         (["--mixup-prob", "3"], ["error: --mixup-prob must be from 0 to 1"]),
-        (["--val-split", "tests"], ["did you mean --val-split 'val'?", "--val-split '' trains without"]),
+        (["--val-split", "tests"], ["did you mean --val-split 'val'?", "it holds 'train', 'val'"]),
+        (["--train-split", "tests"], ["did you mean --train-split 'train'?"]),
+        (["--lr", "-1"], ["--lr: expected a number that is finite and not negative, got '-1'"]),
+        (["--lr", "0"], ["error: --lr must be above 0"]),
+        (["--scale", "1,0.5"], ["error: --scale must be a smaller and a larger part"]),
+        (["--ratio", "2,1"], ["error: --ratio must be a smaller and a larger number"]),
+        (["--phase-batch-sizes", "3:8"], ["no phase of reduction 3, it has 4, 2, 1"]),
+        (["--model-kwargs", f"topology={TOPOLOGY}"], ["the topology is given twice"]),
+        (["--config", "nowhere.yaml"], ["--config: 'nowhere.yaml' cannot be read: No such file"]),
         (["--model-kwargs", "attnscale=true"], ["did you mean attn_scale?"]),
     ],
     ids=lambda value: " ".join(value),
@@ -92,11 +101,44 @@ def test_mistakes(
 def test_the_folder_of_the_images_is_no_run_directory(
     command: list[str], images: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = sorted(Path(images).iterdir())
-    command[command.index("--out") + 1] = images
-    assert main([*command, "--quiet"]) == 2
-    assert "is the folder of the images" in capsys.readouterr().err
-    assert sorted(Path(images).iterdir()) == before
+    before = sorted(Path(images).rglob("*"))
+    for folder in (images, f"{images}/train", f"{images}/run"):
+        command[command.index("--out") + 1] = folder
+        assert main([*command, "--quiet"]) == 2
+        assert "is in the folder of the images" in capsys.readouterr().err
+    assert sorted(Path(images).rglob("*")) == before
+
+
+@pytest.mark.parametrize("interpolation", ["lanczos", "box", "hamming", "random"])
+def test_every_interpolation_goes_with_randaugment(command: list[str], interpolation: str, tmp_path: Path) -> None:
+    aug = ["--aa", "rand-m9-mstd0.5-inc1", "--interpolation", interpolation, "--epochs", "1", "--schedule", "1"]
+    assert main([*command, *aug, "--quiet"]) == 0
+
+
+def test_a_start_that_did_nothing_is_forgotten(command: list[str], tmp_path: Path) -> None:
+    nowhere = tmp_path / "run" / "config.json"
+    nowhere.parent.mkdir()
+    assert main([*command, "--quiet", "--epochs", "1", "--schedule", "1"]) == 0
+    config = nowhere.read_text()
+    for file in (tmp_path / "run").glob("*"):
+        if file.is_file() and file.name != "config.json":
+            file.unlink()
+    nowhere.write_text(config.replace('"bicubic"', '"box"'))
+    assert main([*command, "--quiet", "--epochs", "1", "--schedule", "1"]) == 0
+    assert nowhere.read_text() == config
+
+
+def test_more_outputs_than_classes(command: list[str], images: str, tmp_path: Path, capsys: Any) -> None:
+    """eval agrees with the training also where some outputs have no images."""
+    assert main([*command, "--quiet", "--num-classes", "20"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "trace.jsonl").read_text().splitlines()]
+    assert main(["eval", str(tmp_path / "run" / LAST), "--data", images, "--device", "cpu", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["top1"] == pytest.approx(rows[-1]["top1"])
+
+
+def test_a_closed_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", None)
+    assert main(["report", "nowhere"]) == 2
 
 
 def test_a_class_without_images_stops_before_any_work(

@@ -247,6 +247,18 @@ def test_the_classifier_says_how_many_classes(tmp_path: Path, name: str) -> None
     assert timm.create_model(f"local-dir:{export(path, tmp_path / 'export')}", pretrained=True).num_classes == CLASSES
 
 
+def test_bare_weights_of_another_size(tmp_path: Path, images: Path, capsys: Any) -> None:
+    weights = tmp_path / "weights.pth"
+    torch.save(network().state_dict(), weights)
+    options = ("--model", "asvit", "--model-kwargs", f"topology={TOPOLOGY}", "--img-size", SIZE)
+    assert evaluated(capsys, weights, "--data", images, *options)["img_size"] == [SIZE, SIZE]
+
+
+def test_a_training_without_its_checkpoints(tmp_path: Path, images: Path, capsys: Any) -> None:
+    (tmp_path / "config.json").write_text('{"kind": "train"}')
+    assert "without its checkpoints" in refused(capsys, tmp_path, "--data", images)
+
+
 def test_warnings_and_logs_are_plain(
     checkpoint: Path, images: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

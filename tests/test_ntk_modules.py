@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 
@@ -43,6 +44,13 @@ class Doubled(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         return 2 * gradient @ weight, 2 * gradient.flatten(0, -2).T @ x.flatten(0, -2)
+
+
+def gradient_of_energy(m: nn.Module, x: Tensor) -> Tensor:
+    """A network that differentiates itself."""
+    with torch.enable_grad():
+        x = tokens(x).detach().requires_grad_()
+        return torch.autograd.grad(m.a(x).tanh().square().sum(), x, create_graph=True)[0].mean(1)
 
 
 def tied() -> nn.Module:
@@ -320,6 +328,11 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
         lambda m, x: m.a(Doubled.apply(torch.tanh(m.a(tokens(x))), m.a.weight)).mean(1), **linears(a=8)
     ),
     "scripted": lambda: before_and_after(torch.jit.script(nn.Conv2d(3, 4, 3))),
+    "scripted and copied": lambda: copy.deepcopy(before_and_after(torch.jit.script(nn.Conv2d(3, 4, 3)))),
+    "all of it scripted and copied": lambda: copy.deepcopy(
+        copy.deepcopy(torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.Flatten(), nn.Linear(144, 5))))
+    ),
+    "a gradient inside": lambda: Of(gradient_of_energy, a=nn.Linear(8, 5)),
     "views": lambda: Of(
         lambda m, x: m.a(tokens(x)).transpose(1, 2)[:, 1:, ::2].unsqueeze(1).expand(-1, 2, -1, -1), **linears(a=8)
     ),

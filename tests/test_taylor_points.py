@@ -180,6 +180,51 @@ def test_broadcasting_and_promotion() -> None:
 # ------------------------------------------------------------------ random numbers, buffers, and what cannot move
 
 
+CONSTANT = torch.tensor([5j], dtype=torch.complex128)
+FIRST = torch.tensor([0])
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda z: z.index_add(0, FIRST, CONSTANT) ** 2,
+        lambda z: z.index_copy(0, FIRST, CONSTANT) ** 2,
+        lambda z: z.index_fill(0, FIRST, CONSTANT[0]) ** 2,
+        lambda z: z.select_scatter(CONSTANT[0], 0, 1) ** 2,
+        lambda z: z.slice_scatter(CONSTANT, 0, 1, 2) ** 2,
+        lambda z: z.scatter(0, FIRST, CONSTANT) ** 2,
+        lambda z: z.put(FIRST, CONSTANT) ** 2,
+        lambda z: z.index_put((FIRST,), CONSTANT) ** 2,
+        lambda z: z.masked_scatter(torch.tensor([True, False]), CONSTANT) ** 2,
+        lambda z: CONSTANT.expand(2).index_add(0, torch.arange(2), z) ** 2,
+        lambda z: torch.fft.irfft(torch.fft.rfft(z.real).index_copy(0, FIRST, CONSTANT + 1), n=2) ** 2,
+        lambda z: torch.where(torch.tensor([True, False]), z.real, 2.5 + 1j) ** 2,
+        lambda z: torch.cat([z.real, CONSTANT]) ** 2,
+        lambda z: torch.stack([z.real[0], CONSTANT[0]]) ** 2,
+        lambda z: torch.hstack([z.real, CONSTANT]) ** 2,
+    ],
+)
+def test_complex_constants(f: Callable[[Any], Any]) -> None:
+    """Their derivatives are zero, and what they are joined to becomes complex."""
+    z, dz, ddz = (torch.complex(draw(seed, 2), draw(seed + 10, 2)) for seed in (1, 2, 3))
+    assert af.jet(f, z, dz, ddz)[0].dtype == f(z).dtype
+    check(f, z, dz, ddz)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: torch.einsum(x, [0, 1], x, [0, 1], [0]),
+        lambda x: torch.einsum(x, [0, 1], x.sin(), [2, 1], [0, 2]),
+        lambda x: torch.einsum(W[:3, :4].double(), [0, 1], x, [2, 1]),
+        lambda x: torch.einsum(x, [..., 1], x.cos(), [..., 1], [...]),
+        lambda x: F.scaled_dot_product_attention(*torch.ones(3, 1, 3, 4, dtype=x.dtype).cumsum(2), attn_mask=x[:, :3]),
+    ],
+)
+def test_other_ways_to_call(f: Callable[[Any], Any]) -> None:
+    check(f, *(draw(seed, 3, 4) for seed in (1, 2, 3)))
+
+
 def test_a_function_without_a_rule_draws_once() -> None:
     x, dx, ddx = directions()
     torch.manual_seed(3)

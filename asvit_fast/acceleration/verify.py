@@ -98,7 +98,8 @@ def verify(
 
     Works on copies, one at a time: the model, accelerated already or not, stays as it is. Both copies are held against
     a third one in higher precision, so that a difference can be told from rounding: an error counts as rounding up to
-    twice that of the restored model on the same tensor, or on the worst tenth of tensors where that is larger.
+    twice that of the restored model on the same tensor, or what the last digit of the sample changes there, or on the
+    worst tenth of tensors where that is larger.
     Dropout (not stochastic depth) is off, as its masks may differ by precision. Prints the largest differences.
     Inside ``torch.autocast`` it compares what autocast makes of both.
 
@@ -135,7 +136,8 @@ def verify(
             for fast, dtype in ((True, None), (False, None), (False, reference or torch.float32))
             if reference is not None or dtype is None
         ]
-        found += _compare(mode, runs[0], runs[1], runs[-1])
+        nudged = _run(_prepared(model, mode, False, None), _nudged(sample), gradients, loss, seed)
+        found += _compare(mode, runs[0], runs[1], nudged, runs[-1])
     found.sort(key=lambda d: (d.rounding, -d.difference / max(d.size, 1e-30)))
     result = Verification(tuple(found))
     if rows > 0:
@@ -174,6 +176,17 @@ def _converted(sample: Any, dtype: torch.dtype | None) -> Any:
     if isinstance(sample, (tuple, list)):
         return tuple(_converted(value, dtype) for value in sample)
     return sample
+
+
+def _nudged(sample: Any) -> Any:
+    """A copy whose floating point numbers have another last digit, half of them a larger one."""
+    if isinstance(sample, Tensor) and sample.is_floating_point():
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.randint(2, sample.shape, generator=generator).to(sample.device) * 2 - 1
+        return sample.detach() * (1 + torch.finfo(sample.dtype).eps * signs.to(sample.dtype))
+    if isinstance(sample, Mapping):
+        return {key: _nudged(value) for key, value in sample.items()}
+    return tuple(map(_nudged, sample)) if isinstance(sample, (tuple, list)) else sample
 
 
 def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
@@ -256,13 +269,14 @@ def _middle(sizes: Iterable[float]) -> float:
     return finite[len(finite) // 2] if finite else 0.0
 
 
-def _compare(mode: str, fast: Run, source: Run, exact: Run) -> Iterator[Difference]:
+def _compare(mode: str, fast: Run, source: Run, nudged: Run, exact: Run) -> Iterator[Difference]:
     """Tensor by tensor, outputs and gradients apart.
 
     The error of one tensor is a matter of luck, and gradients that vanish in theory are nothing but rounding. What is
-    allowed therefore also follows from how precise the source is on all tensors: `common` is its relative error on the
-    worst tenth of them, and a tenth of that, relative to a tensor of middle size, may come on top, as may one step of
-    the tensor's own precision.
+    allowed therefore also follows from what the source makes of a sample that is `nudged` by one digit: a network that
+    amplifies rounding amplifies that. And it follows from how precise the source is on all tensors: `common` is its
+    relative error on the worst tenth of them, and a tenth of that, relative to a tensor of middle size, may come on
+    top, as may one step of the tensor's own precision.
     """
     for kind in ("output", "gradient"):
         names = [name for name in source if name.startswith(kind)]
@@ -276,6 +290,7 @@ def _compare(mode: str, fast: Run, source: Run, exact: Run) -> Iterator[Differen
             value, precision = fast.get(name, (torch.full((), float("inf")), 0.0))
             error, difference = _distance(value, exact[name][0]), _distance(value, source[name][0])
             finite = math.isfinite(sizes[name]) and math.isfinite(errors[name])
-            allowed = SLACK * max(errors[name], common * sizes[name]) + 0.1 * common * middle + precision * sizes[name]
-            rounding = finite and error <= allowed
+            moved = _distance(nudged[name][0], source[name][0]) if finite else 0.0
+            usual = max(errors[name], moved if math.isfinite(moved) else 0.0, common * sizes[name])
+            rounding = finite and error <= SLACK * usual + 0.1 * common * middle + precision * sizes[name]
             yield Difference(mode, name, difference, sizes[name], error, errors[name], rounding, finite)

@@ -44,6 +44,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 (``env --require`` not met), 2 (bad input), 130 (interrupted)."""
     command: Command | None = None
+    if sys.stdout is None:  # closed by whoever called
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (as long as the process)
     try:
         arguments = _parse(argv)
         command = COMMANDS[arguments.pop("command")]
@@ -142,12 +144,15 @@ def _fail(message: str) -> int:
 def _in_options(message: str, command: Command) -> str:
     """The message with options as they are typed here: --crop-pct for crop_pct, as Python's functions call it.
 
-    Names of a single word are left: they may be words of the sentence. So is what stands in a path or in quotes.
+    Names of a single word are left but at the beginning: they may be words of the sentence. So is what stands in a
+    path, in quotes, or behind the name of a file, whose field it is.
     """
     for option in command.options:
         name = option.parameter or option.name
         if "_" in name:
-            message = re.sub(rf"(?<![\w/.'\"-]){name}(?![\w/.'\"-])=?", f"{option.label} ", message)
+            message = re.sub(rf"(?<![\w/.'\"-])(?<!': ){name}(?![\w/.'\"-])=?", f"{option.label} ", message)
+        elif not option.positional:
+            message = re.sub(rf"^{name}(?= (must|is|cannot|[0-9]))", option.label, message)
     return re.sub(r" +(?=[ ,;:.)]|$)", "", message)
 
 

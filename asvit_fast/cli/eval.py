@@ -14,12 +14,16 @@ from .options import Command, Option, choice, flag, image_size, integer, keyword
 def run(values: SimpleNamespace) -> int:
     from .. import processes
     from ..backends import rank_device
+    from ..models.library import takes_size
     from ..training.checkpoint_model import build_from_checkpoint
     from ..what import resolve
 
     device = rank_device(values.device)
     where = values.checkpoint if values.model else resolve(values.checkpoint).trained
-    built = build_from_checkpoint(where, values.model, values.model_kwargs, values.num_classes, values.use_ema)
+    kwargs = dict(values.model_kwargs)
+    if values.model and values.img_size is not None and takes_size(values.model):
+        kwargs.setdefault("img_size", values.img_size)
+    built = build_from_checkpoint(where, values.model, kwargs, values.num_classes, values.use_ema)
     config = built.data_config(
         values.img_size, values.crop_pct, values.interpolation, values.crop_mode, values.mean, values.std
     )
@@ -96,12 +100,14 @@ def check_classes(built: Any, images: Any, mapped: bool) -> None:
 
     classes = images.num_classes
     outputs = getattr(built.model, "num_classes", classes)
-    if classes > outputs or (classes < outputs and not mapped):
+    known, found = built.label_names, images.class_names
+    named = [name for name in known if name] if isinstance(known, (list, tuple)) else []
+    trained_on_fewer = found is not None and named == list(found)  # the other outputs have no images at all
+    if classes > outputs or (classes < outputs and not mapped and not trained_on_fewer):
         raise InputError(
             f"the images have {classes} classes, the network {outputs}; give the images of all its classes, "
             "or --class-map with its class of each folder"
         )
-    known, found = built.label_names, images.class_names
     if mapped or not isinstance(known, (list, tuple)) or found is None or list(known) == list(found):
         return
     number = next((n for n, pair in enumerate(zip(known, found, strict=False)) if pair[0] != pair[1]), None)

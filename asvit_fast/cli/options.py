@@ -118,7 +118,10 @@ def _signed(value: Any) -> float | int:
 
 
 def real(value: Any) -> float:
-    return float(number(value))
+    try:
+        return float(number(value))
+    except InputError:
+        raise InputError(f"expected a number that is finite and not negative, got {value!r}") from None
 
 
 def positive(value: Any) -> float:
@@ -249,7 +252,7 @@ def choices_per_dimension(value: Any) -> dict[str, tuple[int, ...]]:
 
 def settings(command: Command, given: Mapping[str, Any], config: str | None) -> SimpleNamespace:
     """Defaults, then the YAML file, then what was given on the command line; every value read and checked."""
-    from_file = _read_config(command, config) if config else {}
+    from_file = {} if config is None else _read_config(command, config)
     values: dict[str, Any] = {}
     for option in command.options:
         values[option.name] = option.default
@@ -279,7 +282,10 @@ def _read_config(command: Command, path: str) -> dict[str, Any]:
 
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # a NUL in the name is a ValueError, as is text that is not UTF-8
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise InputError(f"--config: {path!r} cannot be read: {reason}") from None
+    except yaml.YAMLError as error:
         raise InputError(f"config file {path!r} is not YAML: {' '.join(str(error).split())}") from None
     if content is None:
         return {}

@@ -107,7 +107,7 @@ COMMAND = Command(
             "TEXT",
         ),
         Option("epochs", integer(1), 300, "epochs of the whole training; a run may go on with more", "N"),
-        Option("img_size", image_size, 224, "image size in pixels, a side", "PIXELS"),
+        Option("img_size", image_size, 224, "image size in pixels: a side, or HEIGHTxWIDTH", "PIXELS"),
         Option("num_classes", integer(1), None, "number of classes; without it, as many as the data has", "N"),
         Option(
             "model_kwargs",

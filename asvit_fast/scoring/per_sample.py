@@ -184,11 +184,14 @@ class _Recorder(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.names = {id(parameter): name for name, parameter in parameters.items()}
+        # of scripted modules that were copied: torch makes them functions of the module's that was there first
+        self.copied = {name: parameter for name, parameter in parameters.items() if not parameter.is_leaf}
         self.samples = samples
         self.slow = slow
         self.expected_rows = expected_rows  # of a sample in the inputs of known functions, by parameter
         self.rows: dict[str, set[int]] = defaultdict(set)  # those seen
         self.general: dict[str, str] = {}  # parameter -> a function without a rule that takes it
+        self.differentiated: set[str] = set()  # parameters of functions that the network itself differentiates
         self.mixing: dict[str, str] = {}  # parameter -> a function whose rows of one sample reach another
         self.reshaped: dict[int, nn.Parameter] = {}  # other views of parameters, kept alive as their ids are names
         self.known: dict[str, int] = defaultdict(int)  # uses not yet seen by the backward pass
@@ -206,13 +209,15 @@ class _Recorder(TorchFunctionMode):
 
     def in_graph(self, output: Tensor) -> list[str]:
         """Parameters that reach ``output`` other than through a known function, in the order of the model."""
-        reached = _leaves_of(output)
-        return list(dict.fromkeys(name for i, name in self.names.items() if i in reached))
+        leaves, nodes = _graph_of(output)
+        copied = {name for name, parameter in self.copied.items() if parameter.grad_fn in nodes}
+        return list(dict.fromkeys(name for i, name in self.names.items() if i in leaves or name in copied))
 
     def conflicts(self, output: Tensor) -> dict[str, str]:
         """Parameters that need the slow path but were detached somewhere -> why."""
         detached = {*self.known, *(self.names[i] for i in self.reshaped)}
-        conflicting = [*self.in_graph(output), *(name for name, order in self.order_of.items() if order == _MIXED)]
+        mixed = (name for name, order in self.order_of.items() if order == _MIXED)
+        conflicting = [*self.in_graph(output), *mixed, *self.differentiated]
         return {name: self.reason(name) for name in conflicting if name in detached and name not in self.slow}
 
     def reason(self, name: str) -> str:
@@ -322,6 +327,10 @@ class _Recorder(TorchFunctionMode):
         return _Tap.apply(out, self.anchor, partial(self._reached, self.calls, function_name(func), contractions))
 
     def _reached(self, call: int, function: str, contractions: dict[str, Contraction], gradient: Tensor) -> None:
+        if not self.replaying:  # the network differentiates itself: of that gradient, no rule knows
+            self.general |= dict.fromkeys(contractions, "a backward pass inside of forward")
+            self.differentiated |= contractions.keys()
+            return
         if self.weights is not None or call in self.norms:
             self._check(call, function, contractions, gradient)
         if self.probed is not None:
@@ -367,8 +376,8 @@ def _detach(values: Any) -> Any:
     return pytree.tree_map(lambda value: value.detach() if isinstance(value, nn.Parameter) else value, values)
 
 
-def _leaves_of(output: Tensor) -> set[int]:
-    """Ids of the leaves of the autograd graph that ends in ``output``."""
+def _graph_of(output: Tensor) -> tuple[set[int], set[Any]]:
+    """Ids of the leaves of the autograd graph that ends in ``output``, and its nodes."""
     found, nodes, seen = set(), [output.grad_fn], set()
     while nodes:
         node = nodes.pop()
@@ -378,4 +387,4 @@ def _leaves_of(output: Tensor) -> set[int]:
         if hasattr(node, "variable"):  # of a leaf, the node that accumulates its gradient
             found.add(id(node.variable))
         nodes.extend(before for before, _ in node.next_functions)
-    return found
+    return found, seen

@@ -31,7 +31,7 @@ def scaled_dot_product_attention(func: Callable[..., Any], args: tuple[Any, ...]
         q, scale = q * scale, 1.0
     if dropout > 0.0:
         raise TaylorError("attention with dropout has no derivative to propagate; call model.eval() first")
-    like = next(x for x in (q, k, v) if isinstance(x, Taylor))
+    like = next(x for x in (q, k, v, mask) if isinstance(x, Taylor))
     q, k, v = (x if isinstance(x, Taylor) else constant(x, like) for x in (q, k, v))
     if grouped:
         k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], dim=-3) for x in (k, v))

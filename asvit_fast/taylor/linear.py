@@ -162,7 +162,8 @@ def jointly_linear(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
         def part(value: Any) -> Any:
             if isinstance(value, Taylor):
                 return value.coefficients[k]
-            return torch.zeros_like(value) if k and isinstance(value, Tensor) and value.is_floating_point() else value
+            numbers = isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+            return torch.zeros_like(value) if k and numbers else value
 
         leaves = pytree.tree_map(part, (args, kwargs), is_leaf=lambda leaf: isinstance(leaf, Taylor))
         given, named = list(leaves[0]), dict(leaves[1])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import string
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -50,11 +51,27 @@ def _by_position(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     raise NotCovered
 
 
+_LETTERS = string.ascii_uppercase + string.ascii_lowercase  # of dimensions that are numbers, as torch has them
+
+
+def _equation(args: tuple[Any, ...]) -> tuple[str, list[Any]]:
+    """Equation and operands, which may also come in a list, or each with the list of its dimensions behind it."""
+    if isinstance(args[0], str):
+        operands = args[1] if len(args) == 2 and isinstance(args[1], (list, tuple)) else args[1:]
+        return args[0], list(operands)
+
+    def letters(dimensions: Sequence[Any]) -> str:
+        return "".join("..." if one is Ellipsis else _LETTERS[one] for one in dimensions)
+
+    pairs = len(args) // 2
+    equation = ",".join(letters(args[2 * i + 1]) for i in range(pairs))
+    output = f"->{letters(args[-1])}" if len(args) % 2 else ""
+    return equation + output, [args[2 * i] for i in range(pairs)]
+
+
 @register_rule("einsum")
 def einsum(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
-    equation, operands = args[0], list(args[1:])
-    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
-        operands = list(operands[0])
+    equation, operands = _equation(args)
     where = [i for i, operand in enumerate(operands) if isinstance(operand, Taylor)]
     if len(where) == 1:
         return mapped(torch.einsum, (equation, *operands), {})

@@ -435,10 +435,10 @@ def moving(coefficients: Tensor) -> Any:
 
 def constant(value: Any, like: Taylor) -> Taylor:
     """A value that does not move."""
-    if isinstance(value, (bool, int, float)):  # filled where it is needed: a copy to a GPU would wait for it
-        tensor = like.coefficients.new_full((), value)
+    if isinstance(value, (bool, int, float, complex)):  # filled where it is needed: a copy to a GPU would wait for it
+        tensor = like.coefficients.new_full((), value, dtype=torch.result_type(like.primal, value))
     else:
         tensor = torch.as_tensor(value, device=like.coefficients.device)
-    if not tensor.is_floating_point() or tensor.dim() == 0:
-        tensor = tensor.to(like.coefficients.dtype)
+    if tensor.dim() == 0 or not (tensor.is_floating_point() or tensor.is_complex()):
+        tensor = tensor.to(torch.result_type(like.primal, tensor))
     return Taylor(torch.cat([tensor.unsqueeze(0), tensor.new_zeros(like.order, *tensor.shape)]))

@@ -37,7 +37,14 @@ def phase_batch_sizes(
             for reduction in reductions
         }
     else:
-        sizes = dict.fromkeys(reductions, recipe.batch_size) | _parse(recipe.phase_batch_sizes)
+        given = _parse(recipe.phase_batch_sizes)
+        if not given.keys() <= set(reductions):
+            unknown = next(one for one in given if one not in reductions)
+            raise InputError(
+                f"phase_batch_sizes: the schedule has no phase of reduction {unknown}, it has "
+                f"{', '.join(map(str, reductions))}"
+            )
+        sizes = dict.fromkeys(reductions, recipe.batch_size) | given
     for reduction, images in sizes.items():
         if images < 1 or per_update % images:
             raise InputError(

@@ -136,3 +136,4 @@ def keep_as(source: Path, target: Path) -> None:
                 shutil.copyfile(source, scratch)
                 cleanup.pop_all()
         os.replace(scratch, target)
+        scratch.unlink(missing_ok=True)  # which stays where both were names of one file already

@@ -34,7 +34,7 @@ def open_split(
     """
     prefix = dataset.partition("/")[0].lower()
     if prefix in FOLDERS:
-        return _open_folder(Path(data), split, class_map, mode)
+        return _open_folder(Path(data), split, class_map, mode, training)
     if prefix not in (*PACKAGES, "torch"):
         raise InputError(
             f"dataset {dataset!r} is not known; use {', '.join(map(repr, FOLDERS))}, "
@@ -57,8 +57,8 @@ def open_split(
 # --------------------------------------------------------------------------- folders and tar files
 
 
-def _open_folder(data: Path, split: str, class_map: str, mode: str) -> Any:
-    root = _find_split(data, split)
+def _open_folder(data: Path, split: str, class_map: str, mode: str, training: bool) -> Any:
+    root = _find_split(data, split, training)
     if class_map and not Path(class_map).is_file() and not (root / class_map).is_file():
         raise InputError(f"class_map {class_map!r} is no file, neither here nor in {str(root)!r}; give its path")
     try:
@@ -79,7 +79,7 @@ def _open_folder(data: Path, split: str, class_map: str, mode: str) -> Any:
     return dataset
 
 
-def _find_split(data: Path, split: str) -> Path:
+def _find_split(data: Path, split: str, training: bool) -> Path:
     """The folder or tar file of a split. Raises InputError, saying what there is."""
     if not data.exists():
         raise InputError(f"data folder {str(data)!r} does not exist; give the folder that holds the splits")
@@ -95,20 +95,16 @@ def _find_split(data: Path, split: str) -> Path:
         for candidate in (data / name, data / f"{name}.tar"):
             if candidate.exists():
                 return candidate
-    raise InputError(f"data folder {str(data)!r} has no {split!r}; {_what_there_is(data, split)}")
+    raise InputError(f"data folder {str(data)!r} has no {split!r}; {_what_there_is(data, split, training)}")
 
 
-def _what_there_is(data: Path, split: str) -> str:
+def _what_there_is(data: Path, split: str, training: bool) -> str:
     found = sorted(entry.name for entry in data.iterdir() if entry.is_dir() or entry.suffix == ".tar")
-    option = "train_split" if split in SYNONYMS[0] else "val_split"
-    likely = [name for name in ("val", "valid", "validation", "test", "train") if name in found and name != split]
-    if option == "val_split":
-        likely = [name for name in likely if name != "train"]
-        otherwise = "val_split='' trains without validation"
-    else:
-        otherwise = "train_split='' takes the classes of the folder itself"
-    hint = f"did you mean {option}={likely[0]!r}? " if likely else ""
-    return f"it holds {some(found) if found else 'no folder'}; {hint}{otherwise}"
+    option, usual = ("train_split", ("train",)) if training else ("val_split", ("val", "valid", "validation", "test"))
+    likely = [name for name in usual if name in found]
+    hint = f"; did you mean {option}={likely[0]!r}?" if likely else ""
+    otherwise = "; train_split='' takes the classes of the folder itself" if training else ""
+    return f"it holds {some(found) if found else 'no folder'}{hint}{otherwise}"
 
 
 def _check_class_folders(root: Path, files: list[str]) -> None:

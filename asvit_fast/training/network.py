@@ -53,6 +53,10 @@ def create_network(
         return what, _description(name, num_classes, img_size, options)
     options = dict(model_kwargs or {})
     if isinstance(what, Topology) or "|" in what:
+        if "topology" in options:
+            raise InputError(
+                f"the topology is given twice: {what}, and as an argument {options['topology']}; leave one out"
+            )
         options["topology"] = str(Topology.parse(what))
         what = "asvit"
     if takes_size(what):

@@ -16,6 +16,8 @@ from .folders import first_line
 
 Transform = Callable[[Image.Image], Tensor]
 Channels = tuple[float, ...]
+# what Pillow turns and shears images with; the others only resize
+TURNING = (Image.Resampling.NEAREST, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
 
 
 def training_transform(recipe: Recipe, shape: tuple[int, int, int], mean: Channels, std: Channels) -> Transform:
@@ -34,6 +36,8 @@ def training_transform(recipe: Recipe, shape: tuple[int, int, int], mean: Channe
     }
     transform = _create(recipe, shape, is_training=True, mean=mean, std=std, **options)
     for operation in _operations(transform):
+        if isinstance(operation.kwargs["resample"], Image.Resampling) and operation.kwargs["resample"] not in TURNING:
+            operation.kwargs["resample"] = Image.Resampling.BICUBIC
         if operation.name.startswith("Posterize"):
             operation.aug_fn = _Posterize(operation.aug_fn)
     return transform

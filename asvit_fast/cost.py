@@ -5,11 +5,10 @@ FLOPs are multiply-adds (MACs) of one image, as in the tables of the paper (As-V
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .backends import resolve_device
 from .errors import InputError
+from .modes import evaluation_mode
 from .ops.flops import window_pairs
 from .topology import EMBED_STRIDE, Topology
 
@@ -52,7 +52,7 @@ def flops(model: nn.Module, img_size: ImageSize = 224) -> int:
     dtype = torch.get_default_dtype() if reference is None else reference.dtype
     image = torch.empty(1, _channels(model), height, width, device="meta", dtype=dtype)  # [1, C, H, W]
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), _evaluation(model), counter:
+    with torch.no_grad(), evaluation_mode(model), counter:
         torch.func.functional_call(model, on_meta, (image,))
     return counter.get_total_flops() // 2  # the counter takes a multiply-add as two operations
 
@@ -106,7 +106,7 @@ def measure_latency(
     In evaluation mode, after three passes that do not count; on a GPU every pass is waited for.
     """
     forward, device = _forward_pass(model, img_size, batch, device)
-    with torch.inference_mode(), _evaluation(model):
+    with torch.inference_mode(), evaluation_mode(model):
         for _ in range(3):
             forward()
         milliseconds = []
@@ -128,7 +128,7 @@ def measure_memory(
     Read from the GPU's allocator, or on a CPU from torch's profiler of allocations.
     """
     forward, device = _forward_pass(model, img_size, batch, device)
-    with torch.inference_mode(), _evaluation(model):
+    with torch.inference_mode(), evaluation_mode(model):
         forward()  # what is only made once (workspaces, caches) does not count
         return peak_allocation(forward, device)
 
@@ -172,18 +172,6 @@ def _peak_of_allocations(profile: Any) -> int:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-@contextlib.contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every module gets its own flag back."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 def _channels(model: nn.Module) -> int:

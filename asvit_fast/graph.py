@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch._decomp import decomposition_table
 
 from . import models  # noqa: F401  whose ops have decompositions from then on
 from .errors import InputError
+from .modes import evaluation_mode
 
 TOLERANCE = 1e-5  # of the largest output, between what was exported and the network
 METADATA = "asvit_fast.json"  # beside the program, inside its file
@@ -36,7 +36,7 @@ def to_program(model: nn.Module, shape: tuple[int, int, int]) -> torch.export.Ex
     images = torch.zeros(2, *shape)  # [2, C, H, W]
     batch = torch.export.Dim("batch", min=1)
     try:
-        with torch.no_grad(), _evaluating(model):
+        with torch.no_grad(), evaluation_mode(model):
             program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},), strict=False)
         ours = {op: function for op, function in decomposition_table.items() if str(op).startswith("asvit_fast")}
         program = program.run_decompositions(ours)
@@ -111,17 +111,6 @@ def _check(model: nn.Module, exported: Callable[[Tensor], Tensor], shape: tuple[
         error = (found - expected).abs().max().item() / max(1.0, expected.abs().max().item())
         if not error <= TOLERANCE:
             raise InputError(f"{name} computes something else: outputs differ by {error:.1e} of the largest")
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _first_line(error: Exception) -> str:

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from ..errors import InputError
+from ..modes import evaluation_mode
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -60,7 +61,7 @@ def evaluate(
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # images, right among one, right among five, loss
     together = ranks > 1 and isinstance(model, FSDPModule)
     counted = _in_step(batches, device) if together else ((batch, True) for batch in batches)
-    with _evaluating(model), torch.no_grad():  # inference_mode would leave FSDP2 with tensors that cannot train
+    with evaluation_mode(model), torch.no_grad():  # inference_mode would leave FSDP2 with tensors that cannot train
         for (images, targets), counts in tqdm(
             counted, desc="evaluating", unit=" batches", leave=False, disable=None if progress else True
         ):
@@ -83,17 +84,6 @@ def _sums(logits: Tensor, targets: Tensor, mean_loss: Tensor) -> Tensor:
     right = [(percent * images / 100).round() for percent in accuracy(logits, targets, topk=(1, 5))]
     counts = torch.stack([torch.tensor(images, device=logits.device), *right]).double()  # [3]
     return torch.cat([counts, mean_loss.double().view(1) * images])
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _in_step(batches: Batches, device: torch.device) -> Iterator[tuple[tuple[Tensor, Tensor], bool]]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..modes import restored_modes
 from .schedule import RetokenizationSchedule
 from .token_reduction import set_token_reduction, token_reduction, why_not_reduce
 
@@ -136,16 +137,14 @@ def _entered(context: Context | None) -> AbstractContextManager[Any]:
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Gradients, buffers and training flags are what they were afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     for parameter, _ in gradients:
         parameter.grad = None
     try:
-        yield
+        with restored_modes(model):
+            yield
     finally:
-        for module, training in flags:
-            module.training = training
         for parameter, gradient in gradients:
             parameter.grad = gradient
         with torch.no_grad():

@@ -105,7 +105,7 @@ def _check(model: nn.Module, exported: Callable[[Tensor], Tensor], shape: tuple[
     generator = torch.Generator().manual_seed(0)
     for batch in (1, 3):
         images = torch.randn(batch, *shape, generator=generator)  # [B, C, H, W]
-        with torch.no_grad(), _evaluating(model):
+        with torch.no_grad(), evaluation_mode(model):
             expected = model(images)  # [B, classes]
             found = exported(images)  # [B, classes]
         error = (found - expected).abs().max().item() / max(1.0, expected.abs().max().item())

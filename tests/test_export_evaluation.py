@@ -185,7 +185,7 @@ def test_statistics_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFi
         (["--mean", "0.5", "0.4"], "mean must be one number or 3, one for each channel, got 2"),
         (["--std", "0", "0.2", "0.2"], "std must be numbers above 0"),
         (["--mean", "grey"], "--mean: expected a number"),
-        (["--crop-mode", "diagonal"], "crop_mode must be one of 'center', 'squash', 'border'"),
+        (["--crop-mode", "diagonal"], "--crop-mode must be one of 'center', 'squash', 'border'"),
     ):
         assert main([*command, *wrong]) == 2
         error = capsys.readouterr().err

@@ -212,7 +212,7 @@ def test_opcheck(kinds: str, wanted: tuple[bool, bool]) -> None:
     dynamic = ("test_aot_dispatch_dynamic",) if kinds == "bwo" else ()
     torch.library.opcheck(torch.ops.asvit_fast.patch_embed.default, (*forward, keep), test_utils=checks + dynamic)
     dynamic = DYNAMIC_DOUBLE_BACKWARD if kinds == "bwo" else ()
-    torch.library.opcheck(torch.ops.asvit_fast.patch_embed_backward.default, backward, test_utils=checks + dynamic)
+    torch.library.opcheck(torch.ops.asvit_fast.patch_embed_gradients.default, backward, test_utils=checks + dynamic)
 
 
 def test_gradients_of_gradients() -> None:

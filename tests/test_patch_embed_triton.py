@@ -96,7 +96,7 @@ def check_autocast(device: torch.device) -> None:
     settings = (4, 1, [0, 0, 0, 0], 1e-5, *types)
     with use_backend("triton"):
         out, values = torch.ops.asvit_fast.patch_embed(*forward, *settings, False)
-        found = torch.ops.asvit_fast.patch_embed_backward(out, None, values, *forward, *settings, False, [True] * 5)
+        found = torch.ops.asvit_fast.patch_embed_gradients(out, None, values, *forward, *settings, False, [True] * 5)
     with use_backend("reference"):
         exact, _ = torch.ops.asvit_fast.patch_embed(*forward, *settings, False)
     assert out.dtype == torch.float32 and {x.dtype for x in found} == {torch.float32}

@@ -232,7 +232,7 @@ def test_opcheck(order: str) -> None:
         wanted = [complete, True, True, complete, complete]
         arguments = (torch.randn_like(out), None, statistics.detach(), x, weight, *rest, wanted)
         checks = ("test_schema", "test_autograd_registration", "test_faketensor", *DYNAMIC_DOUBLE_BACKWARD)
-        torch.library.opcheck(torch.ops.asvit_fast.patch_merge_backward.default, arguments, test_utils=checks)
+        torch.library.opcheck(torch.ops.asvit_fast.patch_merge_gradients.default, arguments, test_utils=checks)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

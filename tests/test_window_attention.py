@@ -307,7 +307,7 @@ def test_opcheck(device: torch.device) -> None:
             *settings,
             [True, requires_grad, False, False],
         )
-        torch.library.opcheck(torch.ops.asvit_fast.window_attention_backward.default, arguments)
+        torch.library.opcheck(torch.ops.asvit_fast.window_attention_gradients.default, arguments)
 
 
 @needs_extension

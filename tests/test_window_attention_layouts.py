@@ -240,7 +240,7 @@ def test_opcheck(layout: str) -> None:
     out, statistics = torch.ops.asvit_fast.window_attention(tensors["qkv"], *settings)
     arguments = (torch.randn_like(out), out.detach(), statistics.detach(), tensors["qkv"], *settings)
     wanted = [True, *(parameter is not None for parameter in parameters)]
-    operation = torch.ops.asvit_fast.window_attention_backward.default
+    operation = torch.ops.asvit_fast.window_attention_gradients.default
     torch.library.opcheck(operation, (*arguments, wanted), test_utils=utilities)
     torch.library.opcheck(operation, (*arguments, [False, wanted[1], False, False]), test_utils=utilities)
 

@@ -207,7 +207,7 @@ def check_fake(device: torch.device) -> None:
         torch.library.opcheck(torch.ops.asvit_fast.window_attention, (qkv, *settings), test_utils=tests)
         out, statistics = torch.ops.asvit_fast.window_attention(qkv, *settings)
         backward = (out, out, statistics, qkv, *settings, [True, False, True, False])
-        torch.library.opcheck(torch.ops.asvit_fast.window_attention_backward, backward, test_utils=tests)
+        torch.library.opcheck(torch.ops.asvit_fast.window_attention_gradients, backward, test_utils=tests)
 
 
 def check_many_windows(device: torch.device) -> None:

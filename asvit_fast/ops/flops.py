@@ -103,11 +103,11 @@ _TAYLOR: dict[str, Callable[..., int]] = {
 }
 FORMULAS = _TAYLOR | {
     "window_attention": _window_attention_op,
-    "window_attention_backward": _window_attention_backward_op,
+    "window_attention_gradients": _window_attention_backward_op,
     "patch_embed": _patch_embed,
-    "patch_embed_backward": _patch_backward_op,
+    "patch_embed_gradients": _patch_backward_op,
     "patch_merge": _patch_merge,
-    "patch_merge_backward": _patch_backward_op,
+    "patch_merge_gradients": _patch_backward_op,
     "linear": _linear,
 }
 COMPILED_FORMULAS = _TAYLOR | {

@@ -6,7 +6,7 @@
     )
     output = PATCH_MERGE((x, weight, norm_weight, None, None), PatchMergeConfig(...))
 
-From this come the custom ops ``asvit_fast::patch_merge`` and ``asvit_fast::patch_merge_backward``, their meta functions
+From this come the custom ops ``asvit_fast::patch_merge`` and ``asvit_fast::patch_merge_gradients``, their meta functions
 and decompositions for torch.compile, torch.export and dispatch modes such as FlopCounterMode, and derivatives of any
 order, the second and higher ones through the reference. Eager calls outside of all modes skip torch.library, whose
 dispatch takes longer than a small kernel.
@@ -33,7 +33,7 @@ Reference = Callable[[Operands, Any], Tensor]  # (operands, config) -> output
 Forward = Callable[[Operands, Any], Result]
 Gradients = Sequence[Tensor | None]  # of the operands
 Saved = tuple[Any, Tensor]  # Result, the output only where the op's backward pass reads it
-# (gradient of the output, operands, config, Saved, which gradients are wanted) -> Gradients; others may be anything
+# (gradient of the output, operands, config, Saved, needs_grad of each operand) -> Gradients; the others may be anything
 Backward = Callable[[Tensor, Operands, Any, Saved, list[bool]], Gradients]
 
 _SCHEMA = {
@@ -55,7 +55,7 @@ class FusedOp:
         fake: shapes and dtypes of the result, for tensors without data.
         composite: further implementations in operations of torch, which differentiate themselves.
         can_run: by backend, why it cannot run on these operands with this config; None if it can.
-        kept: what the reference's forward pass hands on, so that any backend can run the backward pass.
+        saved: what the reference's forward pass hands on, so that any backend can run the backward pass.
         needs_output: whether a backward pass reads the output.
     """
 
@@ -71,11 +71,11 @@ class FusedOp:
         fake: Forward,
         composite: Mapping[str, Reference] | None = None,
         can_run: Mapping[str, backends.CanRun] | None = None,
-        kept: Callable[[Operands, Any], Tensor] | None = None,
+        saved: Callable[[Operands, Any], Tensor] | None = None,
         needs_output: bool = False,
     ) -> None:
         self.name, self.config, self.reference, self.fake = name, config, reference, fake
-        self.kept, self.needs_output = kept, needs_output
+        self.saved, self.needs_output = saved, needs_output
         declared = [part.strip() for part in operands.split(",")]
         self.operands = tuple(part.rstrip("?") for part in declared)
         self.backward = {**backward, "reference": self._reference_backward}
@@ -107,10 +107,10 @@ class FusedOp:
 
     def _reference_forward(self, operands: Operands, config: Any) -> Result:
         output = self.reference(operands, config).contiguous()
-        return output, output.new_empty(0) if self.kept is None else self.kept(operands, config)
+        return output, output.new_empty(0) if self.saved is None else self.saved(operands, config)
 
     def _reference_backward(
-        self, gradient: Tensor, operands: Operands, config: Any, result: Any, wanted: list[bool]
+        self, gradient: Tensor, operands: Operands, config: Any, result: Any, needs_grad: list[bool]
     ) -> Gradients:
         return gradients(lambda given: self.reference(given, config), gradient, operands)
 
@@ -165,34 +165,36 @@ class FusedOp:
         nothing = (None,) * len(self._fields)
         if gradient is None:
             return (*(None for _ in self.operands), *nothing)
-        *output, kept, operands = self._saved(ctx)
-        wanted = list(ctx.needs_input_grad[: len(self.operands)])
-        found = self._backward_op(gradient, *(output or (None,)), kept, *operands, *self._values(ctx.config), wanted)
-        return (*(new if want else None for new, want in zip(found, wanted, strict=True)), *nothing)
+        *output, saved, operands = self._saved(ctx)
+        needs_grad = list(ctx.needs_input_grad[: len(self.operands)])
+        found = self._backward_op(
+            gradient, *(output or (None,)), saved, *operands, *self._values(ctx.config), needs_grad
+        )
+        return (*(new if want else None for new, want in zip(found, needs_grad, strict=True)), *nothing)
 
     def _saved(self, ctx: Any) -> Sequence[Any]:
         count = 2 if self.needs_output else 1
         return (*ctx.saved_tensors[:count], restored(ctx.saved_tensors[count:], ctx.there))
 
     def _custom_backward_op(self, schema: str) -> Any:
-        def run(gradient: Tensor, output: Tensor | None, kept: Tensor, *arguments: Any) -> list[Tensor]:
+        def run(gradient: Tensor, output: Tensor | None, saved: Tensor, *arguments: Any) -> list[Tensor]:
             operands, config = self._split(arguments)
             found = self.gradients(
-                self._backend(operands, config), gradient, operands, config, (output, kept), arguments[-1]
+                self._backend(operands, config), gradient, operands, config, (output, saved), arguments[-1]
             )
             return [gradient.new_empty(0) if new is None else new for new in found]
 
-        def fake(gradient: Tensor, output: Tensor | None, kept: Tensor, *arguments: Any) -> list[Tensor]:
+        def fake(gradient: Tensor, output: Tensor | None, saved: Tensor, *arguments: Any) -> list[Tensor]:
             operands, _ = self._split(arguments)
-            self._check_devices(operands, gradient=gradient, output=output, kept=kept)
+            self._check_devices(operands, gradient=gradient, output=output, saved=saved)
             return [
                 gradient.new_empty(0) if not want else old.new_empty(old.shape)
                 for old, want in zip(operands, arguments[-1], strict=True)
             ]
 
         op = torch.library.custom_op(
-            f"asvit_fast::{self.name}_backward", run, mutates_args=(),
-            schema=f"(Tensor grad_output, Tensor? output, Tensor kept, {schema}, bool[] wanted) -> Tensor[]",
+            f"asvit_fast::{self.name}_gradients", run, mutates_args=(),
+            schema=f"(Tensor grad_output, Tensor? output, Tensor saved, {schema}, bool[] needs_grad) -> Tensor[]",
         )  # fmt: skip
         op.register_fake(fake)
         op.register_autograd(self._differentiate_twice, setup_context=self._save_twice)
@@ -200,24 +202,24 @@ class FusedOp:
 
     def gradients(
         self, backend: str, gradient: Tensor, operands: Operands, config: Any, result: Saved,
-        wanted: list[bool],
+        needs_grad: list[bool],
     ) -> list[Tensor | None]:  # fmt: skip
-        """Those that are wanted, contiguous, in their operands' dtypes; None for the others."""
-        found = self.backward[backend](gradient, operands, config, result, wanted)
+        """Gradients of the operands that need one, contiguous and in their dtypes; None for the others."""
+        found = self.backward[backend](gradient, operands, config, result, needs_grad)
         return [
             new.to(old.dtype).contiguous() if want and new is not None else None
-            for new, old, want in zip(found, operands, wanted, strict=True)
+            for new, old, want in zip(found, operands, needs_grad, strict=True)
         ]
 
     def _save_twice(self, ctx: Any, inputs: Sequence[Any], output: list[Tensor]) -> None:
         operands, ctx.config = self._split(inputs[3:])
-        ctx.there, ctx.wanted = [x is not None for x in operands], inputs[-1]
+        ctx.there, ctx.needs_grad = [x is not None for x in operands], inputs[-1]
         ctx.save_for_backward(inputs[0], *present(operands))
 
     def _differentiate_twice(self, ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """In operations of torch, so that it can be differentiated again."""
         to_gradient, to_operands = double_backward(
-            lambda given: self.reference(given, ctx.config), ctx.there, ctx.wanted, ctx.saved_tensors, cotangents
+            lambda given: self.reference(given, ctx.config), ctx.there, ctx.needs_grad, ctx.saved_tensors, cotangents
         )
         return (to_gradient, None, None, *to_operands, *(None for _ in self._fields), None)
 
@@ -227,20 +229,20 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, op: FusedOp, backend: str, config: Any, *operands: Any) -> Tensor:
-        output, kept = backends.implementation(op.name, backend)(operands, config)
+        output, saved = backends.implementation(op.name, backend)(operands, config)
         ctx.op, ctx.backend, ctx.config = op, backend, config
-        ctx.save_for_backward(output if op.needs_output else None, kept, *operands)
+        ctx.save_for_backward(output if op.needs_output else None, saved, *operands)
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        output, kept, *operands = ctx.saved_tensors
-        op, wanted = ctx.op, list(ctx.needs_input_grad[3:])
+        output, saved, *operands = ctx.saved_tensors
+        op, needs_grad = ctx.op, list(ctx.needs_input_grad[3:])
         if torch.is_grad_enabled():  # the gradient will be differentiated
-            found = op._backward_op(gradient, output, kept, *operands, *op._values(ctx.config), wanted)
-            found = [new if want else None for new, want in zip(found, wanted, strict=True)]
+            found = op._backward_op(gradient, output, saved, *operands, *op._values(ctx.config), needs_grad)
+            found = [new if want else None for new, want in zip(found, needs_grad, strict=True)]
         else:
-            found = op.gradients(ctx.backend, gradient, operands, ctx.config, (output, kept), wanted)
+            found = op.gradients(ctx.backend, gradient, operands, ctx.config, (output, saved), needs_grad)
         return (None, None, None, *found)
 
 

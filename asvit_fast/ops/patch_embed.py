@@ -98,7 +98,7 @@ def _check(
 # --------------------------------------------------------------------------- fused op
 
 MAXIMUM_CHANNELS = 512  # that a Triton program normalises in its registers
-KEPT_FROM = 96  # pixels of a patch in all channels, from which a CPU keeps the convolution's values
+SAVED_FROM = 96  # pixels of a patch in all channels, from which a CPU keeps the convolution's values
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class PatchEmbedConfig:
         padding: zeros at left, right, top and bottom.
         products: what a GPU rounds pixels and weights to before it multiplies them; sums are float32.
         dtype: of the output.
-        keep: whether the convolution's values are kept for the backward pass, on a CPU.
+        save_conv_output: whether the convolution's values are saved for the backward pass, on a CPU.
     """
 
     stride: int
@@ -118,7 +118,7 @@ class PatchEmbedConfig:
     eps: float
     products: torch.dtype
     dtype: torch.dtype
-    keep: bool
+    save_conv_output: bool
 
 
 def _working_type(image: Tensor) -> torch.dtype:
@@ -139,9 +139,9 @@ def _reference(operands: Operands, config: PatchEmbedConfig) -> Tensor:
 
 
 def _values(operands: Operands, config: PatchEmbedConfig) -> Tensor:
-    """[B, Ho, Wo, C]: what the convolution gives, if it is to be kept."""
+    """[B, Ho, Wo, C]: what the convolution gives, if it is to be saved."""
     image = operands[0]
-    if not config.keep:
+    if not config.save_conv_output:
         return image.new_empty(0, dtype=_working_type(image))
     unrounded = dataclasses.replace(config, dtype=_working_type(image))
     return _reference((*operands[:3], None, None), unrounded).contiguous()
@@ -154,27 +154,27 @@ def _fake(operands: Operands, config: PatchEmbedConfig) -> Result:
     rows = (image.shape[2] + top + bottom - span) // config.stride + 1
     columns = (image.shape[3] + left + right - span) // config.stride + 1
     shape = [image.shape[0], rows, columns, weight.shape[0]]
-    kept = image.new_empty(shape if config.keep else [0], dtype=_working_type(image))
-    return image.new_empty(shape, dtype=config.dtype), kept
+    saved = image.new_empty(shape if config.save_conv_output else [0], dtype=_working_type(image))
+    return image.new_empty(shape, dtype=config.dtype), saved
 
 
 def _compiled(operands: Operands, config: PatchEmbedConfig) -> Result:
     """C++: csrc/patch_embed.cpp."""
     _extension.extension()
     return torch.ops.asvit_fast_C.patch_embed(
-        *operands, config.stride, config.dilation, config.padding, config.eps, config.dtype, config.keep
+        *operands, config.stride, config.dilation, config.padding, config.eps, config.dtype, config.save_conv_output
     )
 
 
 def _compiled_backward(
-    gradient: Tensor, operands: Operands, config: PatchEmbedConfig, result: Saved, wanted: list[bool]
+    gradient: Tensor, operands: Operands, config: PatchEmbedConfig, result: Saved, needs_grad: list[bool]
 ) -> Gradients:
     _extension.extension()
     to_values, *parameters = torch.ops.asvit_fast_C.patch_embed_backward(
-        gradient, *operands, config.stride, config.dilation, config.padding, config.eps, result[1], wanted[0],
-        any(wanted[1:]),
+        gradient, *operands, config.stride, config.dilation, config.padding, config.eps, result[1], needs_grad[0],
+        any(needs_grad[1:]),
     )  # fmt: skip
-    return _image_gradient(to_values, operands, config) if wanted[0] else None, *parameters
+    return _image_gradient(to_values, operands, config) if needs_grad[0] else None, *parameters
 
 
 def _triton(operands: Operands, config: PatchEmbedConfig) -> Result:
@@ -188,15 +188,15 @@ def _triton(operands: Operands, config: PatchEmbedConfig) -> Result:
 
 
 def _triton_backward(
-    gradient: Tensor, operands: Operands, config: PatchEmbedConfig, result: Saved, wanted: list[bool]
+    gradient: Tensor, operands: Operands, config: PatchEmbedConfig, result: Saved, needs_grad: list[bool]
 ) -> Gradients:
     from asvit_fast.kernels.patch_embed import patch_embed_backward
 
     to_values, *parameters = patch_embed_backward(
-        gradient, *operands, config.stride, config.dilation, config.padding, config.eps, config.products, wanted[0],
-        any(wanted[1:]),
+        gradient, *operands, config.stride, config.dilation, config.padding, config.eps, config.products, needs_grad[0],
+        any(needs_grad[1:]),
     )  # fmt: skip
-    return _image_gradient(to_values, operands, config) if wanted[0] else None, *parameters
+    return _image_gradient(to_values, operands, config) if needs_grad[0] else None, *parameters
 
 
 def _image_gradient(to_values: Tensor, operands: Operands, config: PatchEmbedConfig) -> Tensor:
@@ -228,7 +228,7 @@ PATCH_EMBED = FusedOp(
     PatchEmbedConfig,
     reference=_reference,
     fake=_fake,
-    kept=_values,
+    saved=_values,
     forward={"triton": _triton, "cpu": _compiled},
     backward={"triton": _triton_backward, "cpu": _compiled_backward},
     can_run={"triton": _triton_cannot},
@@ -247,12 +247,12 @@ def _types(image: Tensor, weight: Tensor, normalised: bool) -> tuple[torch.dtype
     return image.dtype, image.dtype
 
 
-def _keeps(operands: Operands) -> bool:
+def _saves_conv_output(operands: Operands) -> bool:
     """Whether a backward pass on a CPU will want the convolution's values."""
     weight, norm_weight = operands[1], operands[3]
     differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
     differentiated = differentiated and not torch.jit.is_tracing()  # a trace is of no one mode
-    large = weight.device.type == "cpu" and weight[0].numel() >= KEPT_FROM
+    large = weight.device.type == "cpu" and weight[0].numel() >= SAVED_FROM
     return norm_weight is not None and differentiated and large
 
 
@@ -296,5 +296,5 @@ def patch_embed(
         zeros = sizes(padding)
         stride, dilation = _check(image, weight, bias, stride, dilation, zeros, norm_weight, norm_bias, eps)
         products, dtype = _types(image, weight, norm_weight is not None)
-        config = PatchEmbedConfig(stride, dilation, zeros, eps, products, dtype, _keeps(operands))
+        config = PatchEmbedConfig(stride, dilation, zeros, eps, products, dtype, _saves_conv_output(operands))
         return PATCH_EMBED(operands, config)

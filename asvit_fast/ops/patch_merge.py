@@ -133,13 +133,13 @@ def _compiled(operands: Operands, config: PatchMergeConfig) -> Result:
 
 
 def _compiled_backward(
-    gradient: Tensor, operands: Operands, config: PatchMergeConfig, result: Saved, wanted: list[bool]
+    gradient: Tensor, operands: Operands, config: PatchMergeConfig, result: Saved, needs_grad: list[bool]
 ) -> Gradients:
     _extension.extension()
     x, weight, norm_weight, norm_bias, _ = operands
     return torch.ops.asvit_fast_C.patch_merge_backward(
         gradient, x, weight, result[1], config.kernel, config.stride, norm_weight, norm_bias, config.eps,
-        config.channels_last, _padding(x, config), wanted[0], any(wanted[1:]),
+        config.channels_last, _padding(x, config), needs_grad[0], any(needs_grad[1:]),
     )  # fmt: skip
 
 
@@ -154,14 +154,14 @@ def _triton(operands: Operands, config: PatchMergeConfig) -> Result:
 
 
 def _triton_backward(
-    gradient: Tensor, operands: Operands, config: PatchMergeConfig, result: Saved, wanted: list[bool]
+    gradient: Tensor, operands: Operands, config: PatchMergeConfig, result: Saved, needs_grad: list[bool]
 ) -> Gradients:
     from asvit_fast.kernels.patch_merge_backward import patch_merge_backward
 
     x, weight, *vectors = operands
     return patch_merge_backward(
         gradient, x, result[1], weight, config.kernel, config.stride, *vectors, config.channels_last,
-        _padding(x, config), wanted[0], any(wanted[1:]),
+        _padding(x, config), needs_grad[0], any(needs_grad[1:]),
     )  # fmt: skip
 
 
@@ -171,7 +171,7 @@ PATCH_MERGE = FusedOp(
     PatchMergeConfig,
     reference=_reference,
     fake=_fake,
-    kept=_statistics,
+    saved=_statistics,
     forward={"triton": _triton, "cpu": _compiled},
     backward={"triton": _triton_backward, "cpu": _compiled_backward},
     can_run={"triton": lambda operands, config: no_float64(*operands[:2])},

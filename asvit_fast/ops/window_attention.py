@@ -250,13 +250,13 @@ def _compiled(operands: Operands, config: WindowAttentionConfig) -> Result:
 
 
 def _compiled_backward(
-    gradient: Tensor, operands: Operands, config: WindowAttentionConfig, result: Saved, wanted: list[bool]
+    gradient: Tensor, operands: Operands, config: WindowAttentionConfig, result: Saved, needs_grad: list[bool]
 ) -> Gradients:
     """Sums over windows in an order that only shapes decide."""
     _extension.extension()
     qkv, *others = operands
     return torch.ops.asvit_fast_C.window_attention_backward(
-        gradient, qkv, *result, *config.compiled, *others, wanted[1:]
+        gradient, qkv, *result, *config.compiled, *others, needs_grad[1:]
     )
 
 
@@ -272,14 +272,14 @@ def _triton(operands: Operands, config: WindowAttentionConfig) -> Result:
 
 
 def _triton_backward(
-    gradient: Tensor, operands: Operands, config: WindowAttentionConfig, result: Saved, wanted: list[bool]
+    gradient: Tensor, operands: Operands, config: WindowAttentionConfig, result: Saved, needs_grad: list[bool]
 ) -> Gradients:
     """Sums over windows in an order that only shapes decide."""
     from asvit_fast.kernels.window_attention import window_attention_backward
 
     (qkv, *others), (output, statistics) = operands, result
-    kept = None if _is_single_tile(qkv, config) else statistics
-    return window_attention_backward(gradient, qkv, output, kept, *config.compiled, *others, wanted[1:])
+    saved = None if _is_single_tile(qkv, config) else statistics
+    return window_attention_backward(gradient, qkv, output, saved, *config.compiled, *others, needs_grad[1:])
 
 
 def _no_dropout(operands: Operands, config: WindowAttentionConfig) -> str | None:
@@ -307,7 +307,7 @@ WINDOW_ATTENTION = FusedOp(
     WindowAttentionConfig,
     reference=_reference,
     fake=_fake,
-    kept=_statistics,
+    saved=_statistics,
     needs_output=True,
     forward={"triton": _triton, "cpu": _compiled},
     backward={"triton": _triton_backward, "cpu": _compiled_backward},

@@ -6,10 +6,10 @@
     )
     output = PATCH_MERGE((x, weight, norm_weight, None, None), PatchMergeConfig(...))
 
-From this come the custom ops ``asvit_fast::patch_merge`` and ``asvit_fast::patch_merge_gradients``, their meta functions
-and decompositions for torch.compile, torch.export and dispatch modes such as FlopCounterMode, and derivatives of any
-order, the second and higher ones through the reference. Eager calls outside of all modes skip torch.library, whose
-dispatch takes longer than a small kernel.
+From this come the custom ops ``asvit_fast::patch_merge`` and ``asvit_fast::patch_merge_gradients``, their meta
+functions and decompositions for torch.compile, torch.export and dispatch modes such as FlopCounterMode, and derivatives
+of any order, the second and higher ones through the reference. Eager calls outside of all modes skip torch.library,
+whose dispatch takes longer than a small kernel.
 """
 
 from __future__ import annotations

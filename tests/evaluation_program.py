@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from asvit_fast.training.evaluation import evaluate
+from asvit_fast.training.evaluate import evaluate
 
 CPU = torch.device("cpu")
 

@@ -26,7 +26,7 @@ from asvit_fast.cli import main
 from asvit_fast.errors import InputError
 from asvit_fast.export import export
 from asvit_fast.training.checkpoint_model import build_from_checkpoint
-from asvit_fast.training.evaluation import Evaluation, evaluate
+from asvit_fast.training.evaluate import Evaluation, evaluate
 
 TESTS = Path(__file__).parent
 CPU = torch.device("cpu")

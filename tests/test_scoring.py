@@ -20,7 +20,7 @@ import asvit_fast as af
 from asvit_fast.scoring import Curve, ScoreSettings, circle, score_repeat, theta_grid
 from asvit_fast.scoring.memory import in_pieces
 from asvit_fast.scoring.score import score_networks, stream, without_norms
-from asvit_fast.scoring.workers import side_by_side
+from asvit_fast.scoring.parallel import map_in_threads
 
 SEED = "8,2,3|4,1,2|4,1,4|4,1,6|32"
 FAST = {"img_size": 32, "thetas": 4, "repeats": 2, "batch": 4}
@@ -378,11 +378,11 @@ def test_work_side_by_side() -> None:
     cpu, threads = torch.device("cpu"), torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        seen = side_by_side(lambda i: (i, torch.get_num_threads()), range(5), cpu)
+        seen = map_in_threads(lambda i: (i, torch.get_num_threads()), range(5), cpu)
         assert seen == [(i, 1) for i in range(5)]  # in order, each with its share of the threads
         assert torch.get_num_threads() == 2
         with pytest.raises(af.InputError, match="task 3"):
-            side_by_side(_fail_at_three, range(5), cpu)
+            map_in_threads(_fail_at_three, range(5), cpu)
         assert side_by_side(str, [7], cpu) == ["7"]
         assert side_by_side(str, [], cpu) == []
     finally:

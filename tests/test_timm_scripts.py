@@ -15,7 +15,7 @@ import timm.utils
 import torch
 from PIL import Image
 
-from asvit_fast.timm import AVERAGES, main
+from asvit_fast.training.timm_scripts import AVERAGES, main
 
 TESTS = Path(__file__).parent
 SCRIPT = str(TESTS / "timm_script.py")

@@ -16,7 +16,7 @@ from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.utils import AverageMeter, accuracy
 from torch import nn
 
-from asvit_fast.training.evaluation import Evaluation
+from asvit_fast.training.evaluate import Evaluation
 
 ROOT = Path(__file__).parent.parent
 CHECKOUT = os.environ.get("ASVIT_FAST_TIMM")

@@ -59,7 +59,7 @@ def measure(values: SimpleNamespace, built: Any, config: dict[str, Any], device:
     from .. import processes
     from ..recipe import Recipe
     from ..training.data import load_validation
-    from ..training.evaluation import evaluate
+    from ..training.evaluate import evaluate
 
     recipe = Recipe.of(
         dataset=values.dataset,

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .. import backends
 from .checks import check_devices
 from .decomposition import register_decomposition
-from .optional import double_backward, gradients, present, restored
+from .reference_gradients import double_backward, gradients, present, restored
 from .transforms import transform_active
 
 Operands = Sequence[Any]  # tensors; None for those that are optional and missing

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_eps
-from .stacked import add_to_value, check_channels, check_rows, compute_dtype
+from .taylor_utils import add_to_value, check_channels, check_rows, compute_dtype
 from .taylor_op import taylor_op
 
 

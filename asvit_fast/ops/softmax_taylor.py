@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .stacked import check_rows, compute_dtype
+from .taylor_utils import check_rows, compute_dtype
 from .taylor_op import taylor_op
 
 

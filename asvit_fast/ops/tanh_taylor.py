@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .stacked import chain_rule, check_stack, compute_dtype
+from .taylor_utils import chain_rule, check_stack, compute_dtype
 from .taylor_op import taylor_op
 
 

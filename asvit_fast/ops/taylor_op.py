@@ -19,7 +19,7 @@ from .. import _extension, backends
 from .checks import check_devices
 from .decomposition import register_decomposition
 from .fused_op import outside_of_modes
-from .optional import gradients
+from .reference_gradients import gradients
 from .transforms import transform_active
 
 Function = Callable[..., Tensor]

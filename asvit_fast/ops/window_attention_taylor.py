@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import _extension, backends
 from ..errors import InputError
 from .checks import check_floats, check_length, check_scale
-from .stacked import compute_dtype
+from .taylor_utils import compute_dtype
 from .taylor_op import taylor_op
 from .windows import check_windows, merge_windows, padding_tokens, partition_windows, window_mask
 

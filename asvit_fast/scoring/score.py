@@ -30,7 +30,7 @@ from .curve import circle, curve, theta_grid
 from .ntk import ntk_condition, ntk_gram_of, score_features
 from .replica import replica
 from .result import CURVE_METRICS, Measure, Score, ScoreSettings
-from .workers import side_by_side, worker_count
+from .parallel import map_in_threads, worker_count
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
 
@@ -145,11 +145,11 @@ def _score_tasks(
 
     together = worker_count(len(tasks), device) > 1
     before = torch.get_rng_state()
-    done = side_by_side(partial(work, own_generator=not together), tasks, device)
+    done = map_in_threads(partial(work, own_generator=not together), tasks, device)
     if torch.equal(torch.get_rng_state(), before):
         return done
     torch.set_rng_state(before)
-    return side_by_side(partial(work, own_generator=True), tasks, device, most_workers=1)
+    return map_in_threads(partial(work, own_generator=True), tasks, device, most_workers=1)
 
 
 def score_repeat(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..ops.layer_norm_taylor import layer_norm_taylor, unit_scale
 from ..ops.softmax_taylor import centred, softmax_taylor
-from ..ops.stacked import compute_dtype
+from ..ops.taylor_utils import compute_dtype
 from .linear import _bind
 from .value import NotCovered, Taylor, TaylorError, function_name, laid_out, primals, register_rule, taylors
 

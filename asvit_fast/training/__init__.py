@@ -4,8 +4,8 @@ from ..recipe import Recipe
 from .loop import train
 from .result import TrainResult
 from .retokenizer import Retokenizer
-from .saving import ScheduleCost, schedule_cost
 from .schedule import Phase, RetokenizationSchedule
+from .schedule_cost import ScheduleCost, schedule_cost
 from .token_reduction import set_token_reduction, token_reduction
 
 __all__ = [

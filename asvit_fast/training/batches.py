@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from ..backends import notify_once
 from ..errors import InputError
-from . import sampling
+from . import rng
 from .samples import Batch, Request, Samples, StreamSamples
 
 PARENT_CHECK_SECONDS = 0.5  # between a worker's looks at the process that it reads for
@@ -81,7 +81,7 @@ class Stream:
 
     def __call__(self, epoch: int, start: int, stop: int, batch_size: int) -> Iterator[Batch]:
         """Images ``start`` to ``stop`` in batches, the last one smaller."""
-        generator = torch.Generator().manual_seed(sampling.one_number(sampling.words(self.samples.seed, epoch)))
+        generator = torch.Generator().manual_seed(rng.one_number(rng.words(self.samples.seed, epoch)))
         self.samples.epoch = epoch
         for setting, value in (("set_epoch", epoch), ("set_loader_cfg", self.workers)):
             if hasattr(self.samples.dataset, setting):
@@ -211,10 +211,10 @@ class Transfer:
         if not chosen:
             return
         gpus = [self.device] if self.stream is not None else []
-        with sampling.unchanged_randomness(), torch.random.fork_rng(gpus):
+        with rng.unchanged_randomness(), torch.random.fork_rng(gpus):
             for place in chosen:
                 seeds = erase[place].tolist()
-                sampling.seed_all(seeds)
+                rng.seed_all(seeds)
                 if self.stream is not None:
-                    torch.cuda.default_generators[images.get_device()].manual_seed(sampling.one_number(seeds))
+                    torch.cuda.default_generators[images.get_device()].manual_seed(rng.one_number(seeds))
                 self.erasing(images[place])

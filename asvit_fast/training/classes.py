@@ -10,7 +10,7 @@ from torch.utils.data import IterableDataset, Subset, TensorDataset
 
 from ..errors import InputError
 from .folders import some
-from .sampling import unchanged_randomness
+from .rng import unchanged_randomness
 
 
 def class_names(dataset: Any) -> list[str] | None:

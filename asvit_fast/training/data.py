@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset
 
 from ..errors import InputError
 from ..recipe import Recipe
-from . import sampling
+from . import rng
 from .batches import Reading, Stream, Transfer
 from .classes import check_same_classes, class_names, count_classes, targets_of
 from .folders import open_split
@@ -87,7 +87,7 @@ class Validation:
             self.images = -(-_stream_length(dataset) // reader.ranks)
         else:
             samples = reader.samples(dataset, classes, training=False)
-            self._indices = sampling.share(torch.arange(len(samples)), reader.rank, reader.ranks)  # [images]
+            self._indices = rng.share(torch.arange(len(samples)), reader.rank, reader.ranks)  # [images]
             self._read = Reading(samples, reader.recipe.workers, reader.device)
             self.images = len(self._indices)
 
@@ -165,8 +165,8 @@ class TrainingData:
         if self._stream is not None:
             return self._transfer(self._stream(epoch, start, stop, batch_size))
         reader = self._reader
-        order = sampling.epoch_order(len(self._samples), reader.recipe.seed, epoch)  # [images]
-        pieces = sampling.share(order, reader.rank, reader.ranks)[start:stop].view(whole, batch_size)
+        order = rng.epoch_order(len(self._samples), reader.recipe.seed, epoch)  # [images]
+        pieces = rng.share(order, reader.rank, reader.ranks)[start:stop].view(whole, batch_size)
         return self._transfer(self._read(lambda: ((epoch, piece.tolist()) for piece in pieces)))
 
     def eval_batches(self, batch_size: int) -> Batches:
@@ -285,7 +285,7 @@ def _check_data_set(dataset: Any, name: str, shape: tuple[int, int, int]) -> Non
     if not len(dataset):
         raise InputError(f"the {name} set holds no images; give another data set")
     try:
-        with sampling.unchanged_randomness():
+        with rng.unchanged_randomness():
             sample = dataset[0]
     except OSError:
         return  # a file that cannot be read is named when its turn comes

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from .saving import ScheduleCost
 from .schedule import RetokenizationSchedule
+from .schedule_cost import ScheduleCost
 
 
 @dataclass(frozen=True, repr=False)

@@ -15,7 +15,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from ..errors import InputError
 from ..images import UnreadableImage, decode
-from . import sampling
+from . import rng
 from .transforms import Transform
 
 MOST_UNREADABLE = 100  # in a row; more is a broken disk, not a broken image
@@ -60,7 +60,7 @@ class Samples(Dataset):
         if self.tensors is not None:
             return self._select(self.tensors, request[1])
         main_process = get_worker_info() is None
-        with sampling.unchanged_randomness() if main_process else contextlib.nullcontext():
+        with rng.unchanged_randomness() if main_process else contextlib.nullcontext():
             try:
                 return self._read_all(*request)
             except InputError as error:
@@ -74,7 +74,7 @@ class Samples(Dataset):
         skipped: list[str] = []
         samples = []
         for index in indices:
-            sampling.seed_all(sampling.words(self.seed, epoch, index))
+            rng.seed_all(rng.words(self.seed, epoch, index))
             image, target = self._readable(index, skipped)
             samples.append(finish(image, target, self))
         return stack(samples, skipped)
@@ -106,7 +106,7 @@ class StreamSamples(IterableDataset):
         samples: list[tuple[Tensor, int, list[int]]] = []
         try:
             for position, (image, target) in enumerate(self.dataset):
-                sampling.seed_all(sampling.words(self.seed, self.epoch, worker.id if worker else 0, position))
+                rng.seed_all(rng.words(self.seed, self.epoch, worker.id if worker else 0, position))
                 samples.append(finish(image, target, self))
                 if len(samples) == CHUNK:
                     yield stack(samples, [])

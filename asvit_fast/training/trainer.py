@@ -43,16 +43,16 @@ from .continuation import (
     what_changes,
 )
 from .data import DataSets, load_data
-from .evaluation import Evaluation, evaluate
+from .evaluate import Evaluation, evaluate
 from .interruption import Interruption, Terminated, Unreadable
 from .log import TrainingLog, tokens
 from .network import What, channels_of, create_network, pixel_statistics
 from .optimization import make_scheduler
 from .result import TrainResult, best_row, metric
 from .retokenizer import Retokenizer
-from .sampling import one_number, words
-from .saving import schedule_cost
+from .rng import one_number, words
 from .schedule import RetokenizationSchedule
+from .schedule_cost import schedule_cost
 from .state import Begun, Position, collect, restore
 from .step import Batches, LossGuard, autocast, make_step, many_graphs, prepare, weights_are_finite
 

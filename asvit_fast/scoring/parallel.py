@@ -16,11 +16,11 @@ MOST_WORKERS = 8  # each holds the activations of a network of its own
 
 
 def worker_count(tasks: int, device: torch.device) -> int:
-    """How many of ``tasks`` independent tasks ``side_by_side`` does at a time."""
+    """How many of ``tasks`` independent tasks ``map_in_threads`` does at a time."""
     return max(1, min(tasks, torch.get_num_threads(), MOST_WORKERS)) if device.type == "cpu" else 1
 
 
-def side_by_side(
+def map_in_threads(
     work: Callable[[Task], Result], tasks: Sequence[Task], device: torch.device, most_workers: int = MOST_WORKERS
 ) -> list[Result]:
     """``[work(task) for task in tasks]``, on a CPU in several threads, each of which computes with one thread.

@@ -383,8 +383,8 @@ def test_work_side_by_side() -> None:
         assert torch.get_num_threads() == 2
         with pytest.raises(af.InputError, match="task 3"):
             map_in_threads(_fail_at_three, range(5), cpu)
-        assert side_by_side(str, [7], cpu) == ["7"]
-        assert side_by_side(str, [], cpu) == []
+        assert map_in_threads(str, [7], cpu) == ["7"]
+        assert map_in_threads(str, [], cpu) == []
     finally:
         torch.set_num_threads(threads)
 

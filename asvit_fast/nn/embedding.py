@@ -12,7 +12,6 @@ from ..ops.patch_embed import patch_embed
 from ..ops.windows import window_padding
 from .replacement import Parts, Replacement, bypass_reason, made_by_package
 
-
 FEW = 16  # channels of an image up to which the op is faster; from 64 on torch's convolution is
 
 

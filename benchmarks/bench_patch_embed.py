@@ -1,7 +1,7 @@
 """Patch embedding against what torch offers for it: convolution, then LayerNorm over the channels, channels last.
 
     python benchmarks/bench_patch_embed.py [--device cpu|cuda] [--threads 2] [--dtype float32] [--mode forward]
-        [--batch 1 8] [--rounds 10] [--csv benchmarks/results/patch_embed.csv]
+        [--batch 1 8] [--rounds 10] [--csv FILE]
 
 Images of 224 x 224; kernels, strides and dilations of As-ViT's topologies and of their re-tokenization. Every provider
 is checked against float64, forward and backward, before anything is timed; if one is wrong, the program ends with exit

@@ -1,6 +1,6 @@
 """Whole trainings with progressive re-tokenization: accuracy, and whether saved multiply-adds become saved time.
 
-    python benchmarks/bench_retokenization.py [--csv benchmarks/results/retokenization.csv] [--seeds 0 1 2]
+    python benchmarks/bench_retokenization.py [--csv FILE] [--seeds 0 1 2]
 
 The paper's seed topology (As-ViT, arXiv 2202.11921) learns scikit-learn's digits at 64 x 64 pixels: with full tokens,
 and with each schedule of Table 6, stretched to the length of the training. The trainings of a seed take turns, epoch by

@@ -1,6 +1,6 @@
 """Scores of whole networks: ours against torch.func, JAX and the authors' public code.
 
-    python benchmarks/bench_scores.py [--only order1 order2 ...] [--csv benchmarks/results/scores.csv]
+    python benchmarks/bench_scores.py [--only order1 order2 ...] [--csv FILE]
     pip install jax                                                  # for the rows of JAX
     git clone https://github.com/VITA-Group/AsViT                    # for those of the authors: --reference AsViT
 

@@ -39,8 +39,9 @@ OPS: dict[str, tuple[str, Callable[[str], bool]]] = {  # title: file, which case
     "windows of 196 tokens": ("window_attention", lambda case: case.startswith("N=196")),
     "windows of 49 tokens": ("window_attention", lambda case: case.startswith("N=49") and "bias" not in case),
     "windows of 49 and 144 tokens with Swin's bias": ("window_attention", lambda case: "bias" in case),
-    "patch merging, As-ViT's shapes": ("patch_merge", lambda case: True),
-    "patch embedding with LayerNorm, 1 and 8 images": ("patch_embed", lambda case: True),
+    "patch merging, As-ViT's shapes": ("patch_merge", lambda case: "Swin" not in case),
+    "patch merging, Swin-T's shapes": ("patch_merge", lambda case: "Swin" in case),
+    "patch embedding with LayerNorm": ("patch_embed", lambda case: True),
 }
 
 
@@ -64,6 +65,8 @@ def times(factor: float) -> str:
 
 
 def span(factors: Sequence[float]) -> str:
+    if not factors:
+        return ""
     low, high = times(min(factors)), times(max(factors))
     return low if low == high else f"{low} to {high}"
 
@@ -158,7 +161,7 @@ def _memory(rows: Sequence[Row]) -> float:
 def trainings() -> str:
     """Whole trainings: medians over seeds."""
     found: dict[str, list[Row]] = {}
-    for row in read(ZEN4, "retokenization"):
+    for row in read(ZEN5, "retokenization"):
         found.setdefault(row["schedule"], []).append(row)
     lines = []
     for schedule, rows in found.items():

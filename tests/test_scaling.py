@@ -173,7 +173,7 @@ def test_run_directory(tmp_path: Path) -> None:
 
     assert scale(SEED, out=tmp_path, **{**options, "scorer": never}) == steps
     with pytest.raises(
-        InputError, match=r"step 0 would have had 13 .* are on record.*max_params is .*8000000.* there and .*4000000"
+        InputError, match=r"step 0 would have had 13 .* are on record.*max_params is .*8000000.*4000000"
     ):
         scale(SEED, out=tmp_path, **{**options, "max_params": 4e6})
 

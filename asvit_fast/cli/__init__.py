@@ -150,8 +150,9 @@ def _in_options(message: str, command: Command) -> str:
     for option in command.options:
         name, label = option.parameter or option.name, option.label
         if "_" in name:
-            typed = re.compile(rf"(?<![\w/.'\"-])(?<!': ){name}(?![\w/.'\"-])(=?)")
-            message = typed.sub(lambda found, label=label: f"{label} " if found[1] else label, message)
+            typed = rf"(?<![\w/.'\"-])(?<!': ){name}"
+            message = re.sub(f"{typed}=", f"{label} ", message)
+            message = re.sub(rf"{typed}(?![\w/.'\"-])", label, message)
         elif not option.positional:
             message = re.sub(rf"^{name}(?= (must|is|cannot) )", label, message)
     return message

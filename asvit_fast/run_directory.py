@@ -272,6 +272,8 @@ def load_state(path: Path) -> dict[str, Any]:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise DamagedState(f"{path} cannot be read ({error.strerror or error})") from error
     except Exception as error:  # anything, in words about pickles and archives
         raise DamagedState(f"{path} is damaged: no state of a run, or cut short") from error
     lines = state.get(_LINES) if isinstance(state, dict) else None

@@ -182,7 +182,29 @@ def trainings() -> str:
     return markdown([*header, "time / FLOPs"], lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"networks": networks, "ops": ops, "trainings": trainings}
+SCORES = {  # work: case, the peers of each column
+    "value and first derivative, 10 points: length distortion": "order 1, 10 thetas, 224 px",
+    "and the second: curvature": "order 2, 10 thetas, 224 px",
+    "NTK Gram, 16 images": "NTK Gram, batch 16, 224 px",
+}
+
+
+def scores() -> str:
+    """Passes behind the scores, against the fastest of torch.func eager and compiled, and of JAX."""
+    lines = []
+    for work, case in SCORES.items():
+        found = {row["provider"]: _milliseconds(row) for row in read(ZEN4, "scores") if row["case"] == case}
+        ours = found.pop("ours")
+        del found["reference"]
+        line = [work, f"{ours / 1e3:.3f} s"]
+        for belongs in ("eager", "compiled", "jax"):
+            peer = min(time for name, time in found.items() if belongs in name)
+            line.append(f"{peer / 1e3:.2f} s: {times(peer / ours)}")
+        lines.append(line)
+    return markdown(["work", "ours", "torch.func, eager", "compiled", "JAX"], lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {"networks": networks, "ops": ops, "trainings": trainings, "scores": scores}
 
 
 def filled(text: str) -> str:

@@ -150,3 +150,12 @@ def test_a_class_without_images_stops_before_any_work(
     assert main([*command, "--quiet"]) == 2
     assert "class7" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_paths_in_messages_stay_as_they_are(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nowhere = tmp_path / "a .b" / "img_size"
+    command[command.index("--data") + 1] = str(nowhere)
+    assert main([*command, "--quiet"]) == 2
+    assert repr(str(nowhere)) in capsys.readouterr().err

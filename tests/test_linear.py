@@ -95,6 +95,20 @@ def test_compile_and_export() -> None:
     torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), layer(x))
 
 
+@needs_extension
+def test_compile_where_ci_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor refuses there to call ops with decompositions that it was not told to keep."""
+    from torch._inductor import config, lowering
+
+    monkeypatch.setenv("CI", "true")
+    monkeypatch.delitem(lowering.lowerings, torch.ops.asvit_fast.linear.default, raising=False)
+    torch._dynamo.reset()
+    layer = nn.Linear(48, 16)
+    x = torch.randn(8, 4, 48)
+    with config.patch(force_disable_caches=True):
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), F.linear(x, layer.weight, layer.bias))
+
+
 def test_transforms_take_torchs_own() -> None:
     x, weight, bias = operands((6, 4), 5)
     want = torch.func.jvp(F.linear, (x, weight, bias), (x, weight, bias))

@@ -148,12 +148,14 @@ def _in_options(message: str, command: Command) -> str:
     path, in quotes, or behind the name of a file, whose field it is.
     """
     for option in command.options:
-        name = option.parameter or option.name
+        name, label = option.parameter or option.name, option.label
         if "_" in name:
-            message = re.sub(rf"(?<![\w/.'\"-])(?<!': ){name}(?![\w/.'\"-])=?", f"{option.label} ", message)
+            typed = rf"(?<![\w/.'\"-])(?<!': ){name}"
+            message = re.sub(f"{typed}=", f"{label} ", message)
+            message = re.sub(rf"{typed}(?![\w/.'\"-])", label, message)
         elif not option.positional:
-            message = re.sub(rf"^{name}(?= (must|is|cannot|[0-9]))", option.label, message)
-    return re.sub(r" +(?=[ ,;:.)]|$)", "", message)
+            message = re.sub(rf"^{name}(?= (must|is|cannot) )", label, message)
+    return message
 
 
 def _describe(error: OSError) -> str:

@@ -41,7 +41,7 @@ _implementations: dict[str, dict[str, Implementation]] = {}
 _can_run: dict[str, Mapping[str, CanRun]] = {}
 _forced: ContextVar[str | None] = ContextVar("asvit_fast_backend", default=None)
 _notified: set[object] = set()
-_of_torch: set[str] = set()  # ops whose "cpu" implementation is in torch: it needs no extension
+_of_torch: set[str] = set()  # ops whose implementations are all torch's
 
 
 # --------------------------------------------------------------------------- declaring and choosing
@@ -51,13 +51,14 @@ def declare(
     op: str,
     implementations: Mapping[str, Implementation],
     *,
-    extension: bool = True,
     can_run: Mapping[str, CanRun] | None = None,
+    of_torch: bool = False,
 ) -> None:
     """Declare the implementations of `op` by backend, best first; each takes and returns the same as the reference.
 
-    `extension`: whether the one for "cpu" is compiled in ours; torch's own is always there. `can_run`: by backend, why
-    it cannot run on operands with a config; None if it can. A backend that is not in it runs on all.
+    `can_run`: by backend, why it cannot run on operands with a config; None if it can. A backend that is not in it runs
+    on all. `of_torch`: all are functions of torch: they need no extension, and what only the reference runs, it runs
+    without a word, whatever is forced.
     """
     unknown = set(implementations) - set(BACKENDS)
     if unknown or "reference" not in implementations:
@@ -65,7 +66,7 @@ def declare(
             f"{op}: backends are {', '.join(BACKENDS)} and reference is required, got {sorted(implementations)}"
         )
     _implementations[op], _can_run[op] = dict(implementations), can_run or {}
-    (_of_torch.discard if extension else _of_torch.add)(op)
+    (_of_torch.add if of_torch else _of_torch.discard)(op)
 
 
 def declared() -> dict[str, tuple[str, ...]]:
@@ -89,14 +90,15 @@ def choose(op: str, device: torch.device, operands: Sequence[Any] = (), config: 
     Raises InputError if a forced backend can't run. When something slower runs than was declared, says so once; that
     torch's own fused operation takes what no kernel of ours can is no reason to.
     """
+    backend, missed = best(op, device, operands, config)
     forced = forced_backend()
-    if forced is not None:
+    if forced is not None and not (op in _of_torch and backend == "reference"):
         why = available(op, forced, device) or _refusal(op, forced, operands, config)
         if why is not None:
             raise InputError(f"backend {forced!r} cannot run {op} on {device}: {why}")
         return forced
-    backend, missed = best(op, device, operands, config)
-    if missed is not None and (backend == "reference" or best(op, device)[1] is not None):
+    is_loss = backend == "reference" and op not in _of_torch
+    if missed is not None and (is_loss or best(op, device)[1] is not None):
         _say_slower(op, backend, device.type, missed)
     return backend
 

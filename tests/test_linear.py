@@ -124,7 +124,7 @@ def test_what_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("oneDNN was called")
 
     x, weight, bias = (tensor.detach() for tensor in operands((6, 4), 5))
-    monkeypatch.setattr(module, "_linear", refuse)
+    monkeypatch.setattr(module, "_product", refuse)
     assert ops.linear(x.double(), weight.double(), bias.double()).dtype == torch.float64
     assert ops.linear(x.bfloat16(), weight.bfloat16(), bias.bfloat16()).dtype == torch.bfloat16
     with torch.autocast("cpu", dtype=torch.bfloat16):

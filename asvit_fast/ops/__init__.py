@@ -1,6 +1,6 @@
 """Operations: each has a pure-torch reference and the implementations that ``backends`` chooses from."""
 
-from . import flops
+from . import flops, torchscript
 from .gelu_taylor import gelu_taylor
 from .layer_norm_taylor import layer_norm_taylor
 from .linear import linear
@@ -24,3 +24,4 @@ __all__ = [
 ]
 
 flops.register()
+torchscript.register()

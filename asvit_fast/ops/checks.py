@@ -1,7 +1,4 @@
-"""What ops ask of their arguments: the same whichever implementation runs, and one line where it is not so.
-
-TorchScript compiles these as well.
-"""
+"""What ops ask of their arguments: the same whichever implementation runs, and one line where it is not so."""
 
 from __future__ import annotations
 
@@ -20,9 +17,8 @@ def _is_integer(value: object) -> bool:
 
 def check_integer(op: str, name: str, value: int, least: int) -> None:
     """InputError unless ``value`` is an integer (True is none), and at least ``least``."""
-    if not torch.jit.is_scripting():  # noqa: SIM102 (this condition alone keeps what it guards from TorchScript)
-        if not _is_integer(value):
-            raise InputError(f"{op}: {name} must be an integer, got {value}")
+    if not _is_integer(value):
+        raise InputError(f"{op}: {name} must be an integer, got {value}")
     if value < least:
         wanted = "positive" if least == 1 else f"at least {least}"
         raise InputError(f"{op}: {name} must be {wanted}, got {value}")
@@ -39,24 +35,22 @@ def _is_real(value: object) -> bool:
 def check_scale(op: str, value: float | None) -> None:
     """InputError unless ``value`` is None or a finite number."""
     if value is not None:
-        if not torch.jit.is_scripting():  # noqa: SIM102 (this condition alone keeps what it guards from TorchScript)
-            if not _is_real(value):
-                raise InputError(f"{op}: scale must be a number, got {value}")
+        if not _is_real(value):
+            raise InputError(f"{op}: scale must be a number, got {value}")
         if not -float("inf") < value < float("inf"):
             raise InputError(f"{op}: scale must be finite, got {value}")
 
 
 def check_eps(op: str, value: float) -> None:
     """InputError unless ``value`` is a finite number and not negative; 0 is one, as for torch's LayerNorm."""
-    if not torch.jit.is_scripting():  # noqa: SIM102 (this condition alone keeps what it guards from TorchScript)
-        if not _is_real(value):
-            raise InputError(f"{op}: eps must be a number, got {value}")
+    if not _is_real(value):
+        raise InputError(f"{op}: eps must be a number, got {value}")
     if not 0.0 <= value < float("inf"):
         raise InputError(f"{op}: eps must be finite and not negative, got {value}")
 
 
 def check_length(op: str, name: str, values: object, count: int) -> None:
-    """InputError unless ``values`` is a sequence of this length, which TorchScript checks by itself."""
+    """InputError unless ``values`` is a sequence of this length."""
     if not isinstance(values, (tuple, list)) or len(values) != count:
         raise InputError(f"{op}: {name} must be {count} integers, got {values}")
 

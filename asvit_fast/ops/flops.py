@@ -85,8 +85,14 @@ def _patch_backward_op(gradient: Shape, output: Any, kept: Shape, x: Shape, weig
 
 
 def _linear(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
-    """x [rows, K], weight [N, K]."""
+    """x [*, K], weight [N, K]."""
     return 2 * prod(x) * weight[0]
+
+
+def _linear_gradients(gradient: Shape, output: Any, saved: Any, x: Shape, *arguments: Any, **__: Any) -> int:
+    """Gradients of x and weight, where they are asked for."""
+    of_x, of_weight, _ = arguments[-1]
+    return 2 * prod(gradient) * x[-1] * (of_x + of_weight)
 
 
 def _none(*_: Any, **__: Any) -> int:
@@ -109,6 +115,7 @@ FORMULAS = _TAYLOR | {
     "patch_merge": _patch_merge,
     "patch_merge_gradients": _patch_backward_op,
     "linear": _linear,
+    "linear_gradients": _linear_gradients,
 }
 COMPILED_FORMULAS = _TAYLOR | {
     "window_attention": _window_attention,

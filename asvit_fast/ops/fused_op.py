@@ -57,6 +57,7 @@ class FusedOp:
         can_run: by backend, why it cannot run on these operands with this config; None if it can.
         saved: what the reference's forward pass hands on, so that any backend can run the backward pass.
         needs_output: whether a backward pass reads the output.
+        of_torch: whether all implementations are functions of torch, see ``backends.declare``.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class FusedOp:
         can_run: Mapping[str, backends.CanRun] | None = None,
         saved: Callable[[Operands, Any], Tensor] | None = None,
         needs_output: bool = False,
+        of_torch: bool = False,
     ) -> None:
         self.name, self.config, self.reference, self.fake = name, config, reference, fake
         self.saved, self.needs_output = saved, needs_output
@@ -80,7 +82,8 @@ class FusedOp:
         self.operands = tuple(part.rstrip("?") for part in declared)
         self.backward = {**backward, "reference": self._reference_backward}
         self.composite = {**(composite or {}), "reference": reference}
-        backends.declare(name, {**forward, **(composite or {}), "reference": self._reference_forward}, can_run=can_run)
+        implementations = {**forward, **(composite or {}), "reference": self._reference_forward}
+        backends.declare(name, implementations, can_run=can_run, of_torch=of_torch)
         fields = [f"{_SCHEMA[str(field.type)]} {field.name}" for field in dataclasses.fields(config)]
         tensors = [f"Tensor{'?' if part.endswith('?') else ''} {part.rstrip('?')}" for part in declared]
         self._fields = tuple(field.name for field in dataclasses.fields(config))

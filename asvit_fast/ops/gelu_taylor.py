@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
-from .taylor_utils import add_to_value, chain_rule, check_channels, check_stack, compute_dtype
 from .taylor_op import taylor_op
+from .taylor_utils import add_to_value, chain_rule, check_channels, check_stack, compute_dtype
 
 SATURATION = 40.0  # beyond, P is 0 or 1 and its derivatives are 0, in single and double precision
 

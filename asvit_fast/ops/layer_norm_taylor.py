@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .checks import check_eps
-from .taylor_utils import add_to_value, check_channels, check_rows, compute_dtype
 from .taylor_op import taylor_op
+from .taylor_utils import add_to_value, check_channels, check_rows, compute_dtype
 
 
 def unit_scale(c: Tensor, dims: tuple[int, ...], eps: float, total: bool = False) -> Tensor:

@@ -7,17 +7,18 @@ which every x86 build of torch contains, does not.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import has_torch_function
 
-from .. import backends
 from ..errors import InputError
-from .checks import check_device, check_devices
-from .decomposition import register_decomposition
-from .transforms import autocast_active, transform_active
+from .checks import check_device
+from .fused_op import FusedOp, Gradients, Operands, Result, Saved
+from .reference_gradients import gradients
+from .transforms import autocast_active
 
 SMALL = 10**7  # multiply-adds below which calling an op of our own costs more than it gains
 
@@ -28,64 +29,82 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, acti
     return F.gelu(y) if activation == "gelu" else y
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
-    """x [*, K], weight [N, K], both of any strides -> [*, N]."""
-    if bias is not None and bias.shape != weight.shape[:1]:  # oneDNN ignores it
-        raise InputError(f"linear: bias must be {list(weight.shape[:1])}, got {list(bias.shape)}")
+# --------------------------------------------------------------------------- fused op
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """What is not a tensor."""
+
+    activation: str
+
+
+NO_ACTIVATION, GELU = LinearConfig("none"), LinearConfig("gelu")
+
+
+def _reference(operands: Operands, config: LinearConfig) -> Tensor:
+    x, weight, bias = operands
+    return linear_reference(x, weight, bias, config.activation)
+
+
+def _fake(operands: Operands, config: LinearConfig) -> Result:
+    x, weight, _ = operands
+    return x.new_empty(*x.shape[:-1], *weight.shape[:-1]), x.new_empty(0)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
+    """x [rows, K], weight [N, K], both of any strides -> [rows, N]."""
     bias = None if bias is None else bias.contiguous()  # whose stride oneDNN does not look at
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none" if activation == "gelu" else "")
 
 
-if torch.backends.mkldnn.is_available():
-    backends.declare("linear", {"cpu": _onednn, "reference": linear_reference}, extension=False)
-else:
-    backends.declare("linear", {"reference": linear_reference})
-
-# --------------------------------------------------------------------------- fused op
+def _onednn(operands: Operands, config: LinearConfig) -> Result:
+    x, weight, bias = operands
+    rows = _product(x.reshape(-1, x.shape[-1]), weight, bias, config.activation)  # [rows, N]
+    return rows.reshape(*x.shape[:-1], weight.shape[0]), x.new_empty(0)
 
 
-@torch.library.custom_op("asvit_fast::linear", mutates_args=())
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """x [rows, K], weight [N, K] -> [rows, N]."""
-    return backends.select("linear", x.device)(x, weight, bias, activation).contiguous()
-
-
-@_linear.register_fake
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    check_devices("linear", x, weight=weight, bias=bias)
-    return x.new_empty(x.shape[0], weight.shape[0])
-
-
-register_decomposition(_linear, linear_reference)
-
-
-def _setup_context(ctx, inputs, output: Tensor) -> None:
-    x, weight, bias, activation = inputs
-    if activation != "none":
-        raise RuntimeError("asvit_fast::linear: an activation has no gradient here, linear() applies it by itself")
-    ctx.has_bias = bias is not None
-    ctx.save_for_backward(x, weight)
-
-
-def _backward(ctx, gradient: Tensor):
-    """Products again, so that they can be differentiated again."""
-    x, weight = ctx.saved_tensors
-    to_x = _linear(gradient, weight.t(), None, "none") if ctx.needs_input_grad[0] else None
-    to_weight = _weight_gradient(gradient, x) if ctx.needs_input_grad[1] else None
-    to_bias = gradient.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
-    return to_x, to_weight, to_bias, None
+def _onednn_backward(
+    gradient: Tensor, operands: Operands, config: LinearConfig, result: Saved, needs_grad: list[bool]
+) -> Gradients:
+    x, weight, _ = operands
+    if config.activation != "none":  # never from `linear`, which applies it apart from the product then
+        return gradients(lambda given: _reference(given, config), gradient, operands)
+    rows, grad_rows = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, weight.shape[0])  # [rows, K], [rows, N]
+    grad_x = _product(grad_rows, weight.t()).reshape(x.shape) if needs_grad[0] else None
+    grad_weight = _weight_gradient(grad_rows, rows) if needs_grad[1] else None
+    return grad_x, grad_weight, grad_rows.sum(0) if needs_grad[2] else None
 
 
 def _weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     """gradient^T x [N, K]. oneDNN is up to three times faster when the shorter side of the result comes first; with few
-    rows that is less than what turning the result around costs."""
+    rows that is less than what transposing the result costs."""
     rows, outputs = gradient.shape
     if outputs <= x.shape[1] or rows < 4 * outputs:
-        return _linear(gradient.t(), x.t(), None, "none")
-    return _linear(x.t(), gradient.t(), None, "none").t()
+        return _product(gradient.t(), x.t())
+    return _product(x.t(), gradient.t()).t()
 
 
-_linear.register_autograd(_backward, setup_context=_setup_context)
+def _onednn_cannot(operands: Operands, config: LinearConfig) -> str | None:
+    x, weight, bias = operands
+    if x.dtype != torch.float32 or autocast_active("cpu"):
+        return "it is for float32; in other types torch chooses the library itself"
+    if weight.dim() != 2 or x.dim() < 2 or (bias is not None and bias.shape != weight.shape[:1]):
+        return "it takes x [*, K], weight [N, K] and bias [N]"
+    return "the product is small" if x.numel() * weight.shape[0] < SMALL else None
+
+
+LINEAR = FusedOp(
+    "linear",
+    "x, weight, bias?",
+    LinearConfig,
+    reference=_reference,
+    fake=_fake,
+    forward={"cpu": _onednn} if torch.backends.mkldnn.is_available() else {},
+    backward={"cpu": _onednn_backward},
+    can_run={"cpu": _onednn_cannot},
+    of_torch=True,
+)
 
 # --------------------------------------------------------------------------- public
 
@@ -114,27 +133,6 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> N
             raise InputError(f"linear: {name} must be {x.dtype} as x is, got {operand.dtype}")
 
 
-def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether oneDNN's float32 product is what F.linear would compute, and worth a call."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or autocast_active("cpu"):
-        return False
-    if weight.dim() != 2 or x.dim() < 2 or (bias is not None and bias.shape != weight.shape[:1]):
-        return False
-    return x.numel() > 0 and x.numel() * weight.shape[0] >= SMALL
-
-
-def _elementary(x: Tensor) -> bool:
-    return backends.forced_backend() is not None and backends.select("linear", x.device) is linear_reference
-
-
-def _through_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """The activation is part of the product unless a gradient is recorded."""
-    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    rows = x.reshape(-1, x.shape[-1])  # [rows, K]
-    y = _linear(rows, weight, bias, "none" if recorded else activation).reshape(*x.shape[:-1], weight.shape[0])
-    return F.gelu(y) if activation == "gelu" and recorded else y
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
     """x @ weight.T + bias, then GELU if asked for: x [*, K], weight [N, K], bias [N] -> [*, N].
 
@@ -149,10 +147,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
     Raises:
         InputError: shapes, dtypes or devices that do not fit, or an unknown activation, naming the value.
     """
-    if not torch.jit.is_scripting():
-        plain = has_torch_function((x, weight, bias))
-        if not plain:
-            _check(x, weight, bias, activation)
-        if not plain and not transform_active() and _fits(x, weight, bias) and not _elementary(x):
-            return _through_onednn(x, weight, bias, activation)
-    return linear_reference(x, weight, bias, activation)
+    operands = (x, weight, bias)
+    if has_torch_function(operands):
+        return linear_reference(x, weight, bias, activation)
+    _check(x, weight, bias, activation)
+    if activation == "none":
+        return LINEAR(operands, NO_ACTIVATION)
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+    return F.gelu(LINEAR(operands, NO_ACTIVATION)) if recorded else LINEAR(operands, GELU)

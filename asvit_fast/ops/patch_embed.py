@@ -284,17 +284,14 @@ def patch_embed(
     On a CPU one compiled kernel each for forward and backward, on a GPU Triton kernels (elementary operations in
     float64 and beyond 512 channels). The gradient of the image, where it is needed, is torch's transposed convolution.
     """
-    if torch.jit.is_scripting():
-        return patch_embed_reference(image, weight, bias, stride, dilation, padding, norm_weight, norm_bias, eps)
-    else:
-        operands = (image, weight, bias, norm_weight, norm_bias)
-        if has_torch_function(operands):
-            return handle_torch_function(
-                patch_embed, operands, image, weight, bias, stride, dilation, padding, norm_weight, norm_bias, eps
-            )
-        check_length("patch_embed", "padding", padding, 4)
-        zeros = sizes(padding)
-        stride, dilation = _check(image, weight, bias, stride, dilation, zeros, norm_weight, norm_bias, eps)
-        products, dtype = _types(image, weight, norm_weight is not None)
-        config = PatchEmbedConfig(stride, dilation, zeros, eps, products, dtype, _saves_conv_output(operands))
-        return PATCH_EMBED(operands, config)
+    operands = (image, weight, bias, norm_weight, norm_bias)
+    if has_torch_function(operands):
+        return handle_torch_function(
+            patch_embed, operands, image, weight, bias, stride, dilation, padding, norm_weight, norm_bias, eps
+        )
+    check_length("patch_embed", "padding", padding, 4)
+    zeros = sizes(padding)
+    stride, dilation = _check(image, weight, bias, stride, dilation, zeros, norm_weight, norm_bias, eps)
+    products, dtype = _types(image, weight, norm_weight is not None)
+    config = PatchEmbedConfig(stride, dilation, zeros, eps, products, dtype, _saves_conv_output(operands))
+    return PATCH_EMBED(operands, config)

@@ -249,19 +249,16 @@ def patch_merge(
     On a CPU one compiled kernel each for forward and backward, on a GPU Triton kernels (elementary operations in
     float64), none of which holds all neighbourhoods. Without LayerNorm it is torch's convolution.
     """
-    if torch.jit.is_scripting():
-        return patch_merge_reference(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, order)
-    else:
-        operands = (x, weight, norm_weight, norm_bias, bias)
-        if has_torch_function(operands):
-            return handle_torch_function(
-                patch_merge, operands, x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, order
-            )
-        stride = _check(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, order)
-        low = autocast_dtype(x.device.type)
-        if low is not None and weight.dtype != torch.float64:
-            weight = weight.to(low)
-        if norm_weight is None:
-            return patch_merge_reference(x, weight, kernel, stride, None, None, bias, eps, order)
-        config = PatchMergeConfig(kernel, stride, eps, order == "timm")
-        return PATCH_MERGE((x, weight, norm_weight, norm_bias, bias), config)
+    operands = (x, weight, norm_weight, norm_bias, bias)
+    if has_torch_function(operands):
+        return handle_torch_function(
+            patch_merge, operands, x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, order
+        )
+    stride = _check(x, weight, kernel, stride, norm_weight, norm_bias, bias, eps, order)
+    low = autocast_dtype(x.device.type)
+    if low is not None and weight.dtype != torch.float64:
+        weight = weight.to(low)
+    if norm_weight is None:
+        return patch_merge_reference(x, weight, kernel, stride, None, None, bias, eps, order)
+    config = PatchMergeConfig(kernel, stride, eps, order == "timm")
+    return PATCH_MERGE((x, weight, norm_weight, norm_bias, bias), config)

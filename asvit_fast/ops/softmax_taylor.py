@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .taylor_utils import check_rows, compute_dtype
 from .taylor_op import taylor_op
+from .taylor_utils import check_rows, compute_dtype
 
 
 def centred(s: Tensor, p: Tensor) -> Tensor:

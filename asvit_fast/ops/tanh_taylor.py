@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .taylor_utils import chain_rule, check_stack, compute_dtype
 from .taylor_op import taylor_op
+from .taylor_utils import chain_rule, check_stack, compute_dtype
 
 
 def tanh_taylor_reference(x: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ from .fused_op import FusedOp, Gradients, Operands, Result, Saved, no_float64
 from .transforms import sizes
 from .windows import (
     check_windows,
-    fit_windows,
     lowest_scores,
     merge_windows,
     padding_tokens,
@@ -364,27 +363,18 @@ def window_attention(
     most two numbers per row. With dropout, in float64 on a GPU, and where Triton is missing, torch's fused attention,
     which has no double backward. With dropout and attn_scale elementary operations, which is said once.
     """
-    if torch.jit.is_scripting():
-        windows, shifts = [window[0], window[1]], [shift[0], shift[1]]
-        if layout == "masked":
-            windows, shifts, bias = fit_windows([qkv.shape[1], qkv.shape[2]], windows, shifts, bias)
-        bias = None if bias is None else lowest_scores(bias, qkv)
-        return window_attention_reference(
-            qkv, num_heads, windows, shifts, bias, scale, dropout, layout, padding, attn_scale
-        )
-    else:
-        if has_torch_function_unary(qkv):
-            options = (bias, scale, dropout, layout, padding, attn_scale)
-            return handle_torch_function(window_attention, (qkv,), qkv, num_heads, window, shift, *options)
-        check_length("window_attention", "window", window, 2)
-        check_length("window_attention", "shift", shift, 2)
-        windows, shifts, bias = _check(
-            qkv, num_heads, sizes(window), sizes(shift), bias, scale, dropout, layout, padding, attn_scale
-        )
-        parameters = bias is not None or padding is not None or attn_scale is not None  # which would have gradients
-        computed = qkv.device.type != "meta"  # there the op is called for its shape and what it counts
-        if windows == [1, 1] and dropout == 0.0 and not parameters and computed and backends.forced_backend() is None:
-            return qkv[..., qkv.shape[3] // 3 * 2 :].contiguous()  # a token that is alone attends itself
-        factor = float(qkv.shape[3] // (3 * num_heads)) ** -0.5 if scale is None else scale
-        config = WindowAttentionConfig(num_heads, windows, shifts, factor, layout, dropout)
-        return WINDOW_ATTENTION((qkv, bias, padding, attn_scale), config)
+    if has_torch_function_unary(qkv):
+        options = (bias, scale, dropout, layout, padding, attn_scale)
+        return handle_torch_function(window_attention, (qkv,), qkv, num_heads, window, shift, *options)
+    check_length("window_attention", "window", window, 2)
+    check_length("window_attention", "shift", shift, 2)
+    windows, shifts, bias = _check(
+        qkv, num_heads, sizes(window), sizes(shift), bias, scale, dropout, layout, padding, attn_scale
+    )
+    parameters = bias is not None or padding is not None or attn_scale is not None  # which would have gradients
+    computed = qkv.device.type != "meta"  # there the op is called for its shape and what it counts
+    if windows == [1, 1] and dropout == 0.0 and not parameters and computed and backends.forced_backend() is None:
+        return qkv[..., qkv.shape[3] // 3 * 2 :].contiguous()  # a token that is alone attends itself
+    factor = float(qkv.shape[3] // (3 * num_heads)) ** -0.5 if scale is None else scale
+    config = WindowAttentionConfig(num_heads, windows, shifts, factor, layout, dropout)
+    return WINDOW_ATTENTION((qkv, bias, padding, attn_scale), config)

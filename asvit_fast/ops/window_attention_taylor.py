@@ -15,8 +15,8 @@ from torch import Tensor
 from .. import _extension, backends
 from ..errors import InputError
 from .checks import check_floats, check_length, check_scale
-from .taylor_utils import compute_dtype
 from .taylor_op import taylor_op
+from .taylor_utils import compute_dtype
 from .windows import check_windows, merge_windows, padding_tokens, partition_windows, window_mask
 
 # Bytes of one piece of attention map and its derivatives: a core's L2 on a CPU; on a GPU enough to fill it.

@@ -28,9 +28,9 @@ from ..nn import OverlapPatchEmbed, PatchMerging
 from ..topology import Topology
 from .curve import circle, curve, theta_grid
 from .ntk import ntk_condition, ntk_gram_of, score_features
+from .parallel import map_in_threads, worker_count
 from .replica import replica
 from .result import CURVE_METRICS, Measure, Score, ScoreSettings
-from .parallel import map_in_threads, worker_count
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
 

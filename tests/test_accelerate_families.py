@@ -214,7 +214,7 @@ def test_patches_of_other_sizes_are_refused_as_before():
 
 @pytest.mark.parametrize("name", ["swin", "tiny_vit", "torchvision"])
 def test_mlp_in_parts(name, monkeypatch):
-    mlp = importlib.import_module("asvit_fast.acceleration.in_parts")
+    mlp = importlib.import_module("asvit_fast.acceleration.chunked_mlp")
     monkeypatch.setattr(mlp, "LARGE", 0)
     monkeypatch.setattr(mlp, "PART", 5000)
     make, size, _ = MODELS[name]
@@ -231,7 +231,7 @@ def test_mlp_in_parts(name, monkeypatch):
 
 
 def test_mlp_stays_whole_where_parts_would_change_or_cost_something(monkeypatch):
-    mlp = importlib.import_module("asvit_fast.acceleration.in_parts")
+    mlp = importlib.import_module("asvit_fast.acceleration.chunked_mlp")
     monkeypatch.setattr(mlp, "LARGE", 0)
     module = timm.layers.Mlp(8, 16, drop=0.5)
     x = torch.randn(3, 5, 8)

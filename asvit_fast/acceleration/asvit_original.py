@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ..ops.patch_embed import patch_embed
 from ..ops.patch_merge import patch_merge
 from ..ops.window_attention import window_attention
+from .chunked_mlp import ChunkedMlp
 from .embedding import convolution_reason
-from .in_parts import InParts
 from .replacement import (
     DROP,
     LINEAR,
@@ -140,5 +140,5 @@ class FastAuthorsPatchEmbed(FromAuthors):
         return tokens.flatten(1, 2)
 
 
-class FastAuthorsMlp(FromAuthors, InParts):
+class FastAuthorsMlp(FromAuthors, ChunkedMlp):
     """Their feed-forward network."""

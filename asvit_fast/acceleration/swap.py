@@ -33,7 +33,7 @@ def _is_another_class(module: nn.Module, source: type[nn.Module]) -> bool:
     return source is nn.Linear or kind.__module__.partition(".")[0] == source.__module__.partition(".")[0]
 
 
-def _why_left(module: nn.Module, replacement: type[Replacement]) -> str | None:
+def _unsupported_reason(module: nn.Module, replacement: type[Replacement]) -> str | None:
     """Why an instance of a known class keeps it; None if it can be swapped. Nothing is called, no property read."""
     kind, source = source_type(module), replacement.source
     if parametrize.is_parametrized(module):
@@ -101,12 +101,12 @@ def _plan(name: str, module: nn.Module, family: Family, source: type[nn.Module])
         return _Plan(module, kind, Decision(name, title, None, reason), [])
     if _is_another_class(module, source):
         return None
-    gainless = family.notes if replacement is None else replacement.skip_reason(module)
-    if replacement is None or gainless is not None:
-        return _Plan(module, kind, Decision(name, title, None, gainless, nothing_to_gain=True), [])
+    skip_reason = family.notes if replacement is None else replacement.skip_reason(module)
+    if replacement is None or skip_reason is not None:
+        return _Plan(module, kind, Decision(name, title, None, skip_reason, nothing_to_gain=True), [])
     runs = _op_runs(module, replacement)
     derived = issubclass(type(module), Replacement) and kind is type(module)  # by sharding or a parametrization
-    why = replacement.unsupported_reason(module) if derived else _why_left(module, replacement)
+    why = replacement.unsupported_reason(module) if derived else _unsupported_reason(module, replacement)
     slow = next((run for run in runs if run.backend == "reference"), None)
     if why is None and slow is not None:
         why = f"no kernel of {slow.op} runs on {slow.device}: {slow.missing}"

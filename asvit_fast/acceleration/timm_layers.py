@@ -8,8 +8,8 @@ from timm.layers import Format, Mlp, PatchEmbed
 from torch import Tensor, nn
 
 from ..ops.windows import window_padding
+from .chunked_mlp import ChunkedMlp
 from .embedding import Embedding
-from .in_parts import InParts
 from .replacement import made_by_package
 
 
@@ -46,5 +46,5 @@ class FastPatchEmbed(Embedding, PatchEmbed):
         return x.flatten(1, 2) if self.flatten or self.output_fmt == Format.NLC else x
 
 
-class FastMlp(InParts, Mlp):
+class FastMlp(ChunkedMlp, Mlp):
     """The feed-forward network of most transformers."""

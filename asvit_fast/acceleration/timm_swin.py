@@ -64,7 +64,7 @@ class ShiftedWindows(Replacement):
         sizes = zip(x.shape[1:3], _map_size(self), self.window_size, strict=True)
         return all(n + window_padding(n, w) == m + window_padding(m, w) for n, m, w in sizes)
 
-    def _fuses(self: Any, x: Tensor) -> bool:
+    def can_run_on(self: Any, x: Tensor) -> bool:
         """Whether attention of the map x [B, H, W, C] may run in one op."""
         return self.can_run() and not attention_drops(self.attn) and self._masks_fit(x)
 
@@ -82,7 +82,7 @@ class FastSwinTransformerBlock(ShiftedWindows, SwinTransformerBlock):
     }
 
     def _attn(self, x: Tensor) -> Tensor:
-        if not self._fuses(x):
+        if not self.can_run_on(x):
             return super()._attn(x)
         attn: Any = self.attn
         window, shift = self.window_size, self.shift_size

@@ -56,7 +56,7 @@ class FastSwinTransformerV2Block(ShiftedWindows, SwinTransformerV2Block):
         return table[attn.relative_position_index].permute(2, 0, 1)  # of an index [N, N]
 
     def _attn(self, x: Tensor) -> Tensor:
-        if not self._fuses(x):
+        if not self.can_run_on(x):
             return super()._attn(x)
         attn: Any = self.attn
         bias = attn.qkv.bias
@@ -75,7 +75,7 @@ class FastSwinTransformerV2CrBlock(ShiftedWindows, SwinTransformerV2CrBlock):
     parts: ClassVar[Parts] = {"attn": (WindowMultiHeadAttention,), **ATTENTION}
 
     def _shifted_window_attn(self, x: Tensor) -> Tensor:
-        if not self._fuses(x):
+        if not self.can_run_on(x):
             return super()._shifted_window_attn(x)
         attn: Any = self.attn
         qkv = project(attn.qkv, x)  # [B, H, W, 3*heads*d]

@@ -9,7 +9,7 @@ from timm.models.tiny_vit import Attention, NormMlp, TinyVitBlock
 from torch import Tensor, nn
 
 from ..ops.window_attention import window_attention
-from .in_parts import InParts
+from .chunked_mlp import ChunkedMlp
 from .replacement import LINEAR, Parts, Replacement, by_projection, bypass_reason, divides, project
 
 
@@ -55,5 +55,5 @@ class FastTinyVitBlock(Replacement, TinyVitBlock):
         return x.unflatten(1, size)
 
 
-class FastNormMlp(InParts, NormMlp):
+class FastNormMlp(ChunkedMlp, NormMlp):
     """Its feed-forward network."""

@@ -13,7 +13,7 @@ from torchvision.ops.misc import MLP
 from ..ops.linear import linear
 from ..ops.window_attention import window_attention
 from ..ops.windows import window_padding
-from .in_parts import InParts
+from .chunked_mlp import ChunkedMlp
 from .merging import Merging
 from .replacement import (
     LINEAR,
@@ -99,5 +99,5 @@ class FastTorchvisionPatchMerging(Merging, PatchMerging):
         return self._merge(x) if x.dim() == 4 and self.can_run() else super().forward(x)
 
 
-class FastTorchvisionMLP(InParts, MLP):
+class FastTorchvisionMLP(ChunkedMlp, MLP):
     """Its feed-forward network."""

@@ -33,7 +33,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Verification:
-    """What ``verify`` found, the largest differences first, relative to the size of the tensor."""
+    """The result of ``verify``: the largest differences first, relative to the size of the tensor."""
 
     differences: tuple[Difference, ...]
 
@@ -129,7 +129,7 @@ def verify(
             "verify: sample must be a tensor, a tuple of arguments or a dict of keyword arguments with tensors, "
             f"got {type(sample).__name__}"
         )
-    found: list[Difference] = []
+    differences: list[Difference] = []
     for mode in modes:
         runs = [
             _run(_prepared(model, mode, fast, dtype), _converted(sample, dtype), gradients, loss, seed)
@@ -137,9 +137,9 @@ def verify(
             if reference is not None or dtype is None
         ]
         nudged = _run(_prepared(model, mode, False, None), _nudged(sample), gradients, loss, seed)
-        found += _compare(mode, runs[0], runs[1], nudged, runs[-1])
-    found.sort(key=lambda d: (d.rounding, -d.difference / max(d.size, 1e-30)))
-    result = Verification(tuple(found))
+        differences += _compare(mode, runs[0], runs[1], nudged, runs[-1])
+    differences.sort(key=lambda d: (d.rounding, -d.difference / max(d.size, 1e-30)))
+    result = Verification(tuple(differences))
     if rows > 0:
         print(result.table(rows))
     return result
@@ -225,8 +225,8 @@ def _run(model: nn.Module, sample: Any, gradients: bool, loss: Callable[[Any], T
             output = model(**sample)
         else:
             output = model(*sample) if isinstance(sample, tuple) else model(sample)
-        found = dict(_tensors("output", output))
-        if not found:
+        tensors = dict(_tensors("output", output))
+        if not tensors:
             raise InputError(
                 f"verify: the model gives a {type(output).__name__}, in which there are no tensors to compare"
             )
@@ -238,13 +238,13 @@ def _run(model: nn.Module, sample: Any, gradients: bool, loss: Callable[[Any], T
                 )
             total.backward()
             named = [*((f"gradient of {name}", p) for name, p in [*model.named_parameters(), *inputs])]
-            found |= {name: p.grad for name, p in named if p.grad is not None}
+            tensors |= {name: p.grad for name, p in named if p.grad is not None}
     return {
         name: (
             x.detach().to("cpu", torch.float64, copy=True),
             torch.finfo(x.dtype).eps if x.is_floating_point() else 0.0,
         )
-        for name, x in found.items()
+        for name, x in tensors.items()
     }
 
 
@@ -283,8 +283,8 @@ def _compare(mode: str, fast: Run, source: Run, nudged: Run, exact: Run) -> Iter
         sizes = {name: _size(exact[name][0]) for name in names}
         errors = {name: _distance(source[name][0], exact[name][0]) for name in names}
         middle = _middle(sizes.values())
-        known = [name for name in names if math.isfinite(sizes[name]) and math.isfinite(errors[name])]
-        relative = sorted(errors[name] / sizes[name] for name in known if sizes[name] > 1e-3 * middle)
+        finite_names = [name for name in names if math.isfinite(sizes[name]) and math.isfinite(errors[name])]
+        relative = sorted(errors[name] / sizes[name] for name in finite_names if sizes[name] > 1e-3 * middle)
         common = max(relative[len(relative) * 9 // 10] if relative else 0.0, 1e-6)
         for name in names:
             value, precision = fast.get(name, (torch.full((), float("inf")), 0.0))

@@ -77,7 +77,7 @@ def _patch_merge_backward(gradient: Shape, x: Shape, weight: Shape, *arguments: 
     return 2 * prod(gradient[:3]) * prod(weight) * sum(arguments[-2:])
 
 
-def _patch_backward_op(gradient: Shape, output: Any, kept: Shape, x: Shape, weight: Shape, *arguments: Any,
+def _patch_backward_op(gradient: Shape, output: Any, saved: Shape, x: Shape, weight: Shape, *arguments: Any,
                        **__: Any) -> int:  # fmt: skip
     """Gradients of x and of the parameters, where they are wanted."""
     of_x, *of_parameters = arguments[-1]

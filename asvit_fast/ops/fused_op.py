@@ -115,7 +115,7 @@ class FusedOp:
     def _reference_backward(
         self, gradient: Tensor, operands: Operands, config: Any, result: Any, needs_grad: list[bool]
     ) -> Gradients:
-        return gradients(lambda given: self.reference(given, config), gradient, operands)
+        return gradients(lambda tensors: self.reference(tensors, config), gradient, operands)
 
     # ------------------------------------------------------------------ for torch.library
 
@@ -160,7 +160,7 @@ class FusedOp:
 
     def _save(self, ctx: Any, inputs: Sequence[Any], output: Result) -> None:
         operands, ctx.config = self._split(inputs)
-        ctx.there = [x is not None for x in operands]
+        ctx.is_present = [x is not None for x in operands]
         ctx.save_for_backward(*(output if self.needs_output else output[1:]), *present(operands))
         ctx.set_materialize_grads(False)
 
@@ -170,22 +170,22 @@ class FusedOp:
             return (*(None for _ in self.operands), *nothing)
         *output, saved, operands = self._saved(ctx)
         needs_grad = list(ctx.needs_input_grad[: len(self.operands)])
-        found = self._backward_op(
+        grads = self._backward_op(
             gradient, *(output or (None,)), saved, *operands, *self._values(ctx.config), needs_grad
         )
-        return (*(new if want else None for new, want in zip(found, needs_grad, strict=True)), *nothing)
+        return (*(new if want else None for new, want in zip(grads, needs_grad, strict=True)), *nothing)
 
     def _saved(self, ctx: Any) -> Sequence[Any]:
         count = 2 if self.needs_output else 1
-        return (*ctx.saved_tensors[:count], restored(ctx.saved_tensors[count:], ctx.there))
+        return (*ctx.saved_tensors[:count], restored(ctx.saved_tensors[count:], ctx.is_present))
 
     def _custom_backward_op(self, schema: str) -> Any:
         def run(gradient: Tensor, output: Tensor | None, saved: Tensor, *arguments: Any) -> list[Tensor]:
             operands, config = self._split(arguments)
-            found = self.gradients(
+            grads = self.gradients(
                 self._backend(operands, config), gradient, operands, config, (output, saved), arguments[-1]
             )
-            return [gradient.new_empty(0) if new is None else new for new in found]
+            return [gradient.new_empty(0) if new is None else new for new in grads]
 
         def fake(gradient: Tensor, output: Tensor | None, saved: Tensor, *arguments: Any) -> list[Tensor]:
             operands, _ = self._split(arguments)
@@ -208,23 +208,27 @@ class FusedOp:
         needs_grad: list[bool],
     ) -> list[Tensor | None]:  # fmt: skip
         """Gradients of the operands that need one, contiguous and in their dtypes; None for the others."""
-        found = self.backward[backend](gradient, operands, config, result, needs_grad)
+        grads = self.backward[backend](gradient, operands, config, result, needs_grad)
         return [
             new.to(old.dtype).contiguous() if want and new is not None else None
-            for new, old, want in zip(found, operands, needs_grad, strict=True)
+            for new, old, want in zip(grads, operands, needs_grad, strict=True)
         ]
 
     def _save_twice(self, ctx: Any, inputs: Sequence[Any], output: list[Tensor]) -> None:
         operands, ctx.config = self._split(inputs[3:])
-        ctx.there, ctx.needs_grad = [x is not None for x in operands], inputs[-1]
+        ctx.is_present, ctx.needs_grad = [x is not None for x in operands], inputs[-1]
         ctx.save_for_backward(inputs[0], *present(operands))
 
     def _differentiate_twice(self, ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """In operations of torch, so that it can be differentiated again."""
-        to_gradient, to_operands = double_backward(
-            lambda given: self.reference(given, ctx.config), ctx.there, ctx.needs_grad, ctx.saved_tensors, cotangents
+        grad_gradient, grad_operands = double_backward(
+            lambda tensors: self.reference(tensors, ctx.config),
+            ctx.is_present,
+            ctx.needs_grad,
+            ctx.saved_tensors,
+            cotangents,
         )
-        return (to_gradient, None, None, *to_operands, *(None for _ in self._fields), None)
+        return (grad_gradient, None, None, *grad_operands, *(None for _ in self._fields), None)
 
 
 class _Eager(torch.autograd.Function):
@@ -242,11 +246,11 @@ class _Eager(torch.autograd.Function):
         output, saved, *operands = ctx.saved_tensors
         op, needs_grad = ctx.op, list(ctx.needs_input_grad[3:])
         if torch.is_grad_enabled():  # the gradient will be differentiated
-            found = op._backward_op(gradient, output, saved, *operands, *op._values(ctx.config), needs_grad)
-            found = [new if want else None for new, want in zip(found, needs_grad, strict=True)]
+            grads = op._backward_op(gradient, output, saved, *operands, *op._values(ctx.config), needs_grad)
+            grads = [new if want else None for new, want in zip(grads, needs_grad, strict=True)]
         else:
-            found = op.gradients(ctx.backend, gradient, operands, ctx.config, (output, saved), needs_grad)
-        return (None, None, None, *found)
+            grads = op.gradients(ctx.backend, gradient, operands, ctx.config, (output, saved), needs_grad)
+        return (None, None, None, *grads)
 
 
 def outside_of_modes(operands: Operands) -> bool:

@@ -81,16 +81,16 @@ def _adjoint(gradient: Tensor, x: Tensor, approximate: str, bias: Tensor | None)
     rows = x.to(dtype) if bias is None else add_to_value(x.to(dtype), bias.to(dtype))
     g = gradient.to(dtype).unbind(0)
     derivatives = _derivatives(rows[0], approximate, len(rows))
-    to_value = g[0] * derivatives[0]
-    to_rows = []
+    grad_value = g[0] * derivatives[0]
+    grad_rows = []
     if len(rows) >= 2:
-        to_value = to_value + g[1] * derivatives[1] * rows[1]
-        to_rows.append(g[1] * derivatives[0])
+        grad_value = grad_value + g[1] * derivatives[1] * rows[1]
+        grad_rows.append(g[1] * derivatives[0])
     if len(rows) == 3:
-        to_value = to_value + g[2] * (derivatives[1] * rows[2] + derivatives[2] * rows[1] * rows[1])
-        to_rows = [to_rows[0] + 2 * g[2] * derivatives[1] * rows[1], g[2] * derivatives[0]]
-    to_x = torch.stack([to_value, *to_rows]).to(x.dtype)
-    return [to_x] if bias is None else [to_x, to_value.reshape(-1, len(bias)).sum(0).to(bias.dtype)]
+        grad_value = grad_value + g[2] * (derivatives[1] * rows[2] + derivatives[2] * rows[1] * rows[1])
+        grad_rows = [grad_rows[0] + 2 * g[2] * derivatives[1] * rows[1], g[2] * derivatives[0]]
+    grad_x = torch.stack([grad_value, *grad_rows]).to(x.dtype)
+    return [grad_x] if bias is None else [grad_x, grad_value.reshape(-1, len(bias)).sum(0).to(bias.dtype)]
 
 
 GELU_TAYLOR = taylor_op("gelu_taylor", gelu_taylor_reference, triton=_triton, adjoint=_adjoint)

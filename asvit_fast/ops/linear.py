@@ -69,7 +69,7 @@ def _onednn_backward(
 ) -> Gradients:
     x, weight, _ = operands
     if config.activation != "none":  # never from `linear`, which applies it apart from the product then
-        return gradients(lambda given: _reference(given, config), gradient, operands)
+        return gradients(lambda tensors: _reference(tensors, config), gradient, operands)
     rows, grad_rows = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, weight.shape[0])  # [rows, K], [rows, N]
     grad_x = _product(grad_rows, weight.t()).reshape(x.shape) if needs_grad[0] else None
     grad_weight = _weight_gradient(grad_rows, rows) if needs_grad[1] else None

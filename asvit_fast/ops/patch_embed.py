@@ -107,7 +107,7 @@ class PatchEmbedConfig:
 
     Attributes:
         padding: zeros at left, right, top and bottom.
-        products: what a GPU rounds pixels and weights to before it multiplies them; sums are float32.
+        compute_dtype: what a GPU rounds pixels and weights to before it multiplies them; sums are float32.
         dtype: of the output.
         save_conv_output: whether the convolution's values are saved for the backward pass, on a CPU.
     """
@@ -116,7 +116,7 @@ class PatchEmbedConfig:
     dilation: int
     padding: list[int]
     eps: float
-    products: torch.dtype
+    compute_dtype: torch.dtype
     dtype: torch.dtype
     save_conv_output: bool
 
@@ -170,11 +170,11 @@ def _compiled_backward(
     gradient: Tensor, operands: Operands, config: PatchEmbedConfig, result: Saved, needs_grad: list[bool]
 ) -> Gradients:
     _extension.extension()
-    to_values, *parameters = torch.ops.asvit_fast_C.patch_embed_backward(
+    grad_conv, *parameters = torch.ops.asvit_fast_C.patch_embed_backward(
         gradient, *operands, config.stride, config.dilation, config.padding, config.eps, result[1], needs_grad[0],
         any(needs_grad[1:]),
     )  # fmt: skip
-    return _image_gradient(to_values, operands, config) if needs_grad[0] else None, *parameters
+    return _image_gradient(grad_conv, operands, config) if needs_grad[0] else None, *parameters
 
 
 def _triton(operands: Operands, config: PatchEmbedConfig) -> Result:
@@ -182,7 +182,7 @@ def _triton(operands: Operands, config: PatchEmbedConfig) -> Result:
     from asvit_fast.kernels.patch_embed import patch_embed
 
     tokens = patch_embed(
-        *operands, config.stride, config.dilation, config.padding, config.eps, config.products, config.dtype
+        *operands, config.stride, config.dilation, config.padding, config.eps, config.compute_dtype, config.dtype
     )
     return tokens, operands[0].new_empty(0, dtype=_working_type(operands[0]))
 
@@ -192,27 +192,27 @@ def _triton_backward(
 ) -> Gradients:
     from asvit_fast.kernels.patch_embed import patch_embed_backward
 
-    to_values, *parameters = patch_embed_backward(
-        gradient, *operands, config.stride, config.dilation, config.padding, config.eps, config.products, needs_grad[0],
-        any(needs_grad[1:]),
+    grad_conv, *parameters = patch_embed_backward(
+        gradient, *operands, config.stride, config.dilation, config.padding, config.eps, config.compute_dtype,
+        needs_grad[0], any(needs_grad[1:]),
     )  # fmt: skip
-    return _image_gradient(to_values, operands, config) if needs_grad[0] else None, *parameters
+    return _image_gradient(grad_conv, operands, config) if needs_grad[0] else None, *parameters
 
 
-def _image_gradient(to_values: Tensor, operands: Operands, config: PatchEmbedConfig) -> Tensor:
+def _image_gradient(grad_conv: Tensor, operands: Operands, config: PatchEmbedConfig) -> Tensor:
     """From gradients [B, Ho, Wo, C] of the convolution's values by torch's transposed convolution, whose result loses
     its padding: [B, Cin, H, W]."""
     image, weight = operands[:2]
     batch, channels, height, width = image.shape
     left, right, top, bottom = config.padding
-    to_image = torch.nn.grad.conv2d_input(
+    grad_image = torch.nn.grad.conv2d_input(
         [batch, channels, height + top + bottom, width + left + right],
-        weight.to(to_values.dtype),
-        to_values.permute(0, 3, 1, 2),
+        weight.to(grad_conv.dtype),
+        grad_conv.permute(0, 3, 1, 2),
         stride=config.stride,
         dilation=config.dilation,
     )
-    return to_image[:, :, top : top + height, left : left + width].to(image.dtype, copy=True)
+    return grad_image[:, :, top : top + height, left : left + width].to(image.dtype, copy=True)
 
 
 def _triton_cannot(operands: Operands, config: PatchEmbedConfig) -> str | None:
@@ -292,6 +292,6 @@ def patch_embed(
     check_length("patch_embed", "padding", padding, 4)
     zeros = sizes(padding)
     stride, dilation = _check(image, weight, bias, stride, dilation, zeros, norm_weight, norm_bias, eps)
-    products, dtype = _types(image, weight, norm_weight is not None)
-    config = PatchEmbedConfig(stride, dilation, zeros, eps, products, dtype, _saves_conv_output(operands))
+    compute_dtype, dtype = _types(image, weight, norm_weight is not None)
+    config = PatchEmbedConfig(stride, dilation, zeros, eps, compute_dtype, dtype, _saves_conv_output(operands))
     return PATCH_EMBED(operands, config)

@@ -17,31 +17,31 @@ def present(operands: Sequence[Tensor | None]) -> list[Tensor]:
     return [x for x in operands if x is not None]
 
 
-def restored(tensors: Sequence[Any], there: Sequence[bool]) -> list[Any]:
-    """The reverse: None where nothing is ``there``."""
+def restored(tensors: Sequence[Any], is_present: Sequence[bool]) -> list[Any]:
+    """Inverse of ``present``: None for operands that are missing."""
     rest = iter(tensors)
-    return [next(rest) if one else None for one in there]
+    return [next(rest) if one else None for one in is_present]
 
 
-def _vector_jacobian_product(reference: Reference, there: Sequence[bool]) -> Callable[..., tuple[Tensor, ...]]:
+def _vector_jacobian_product(reference: Reference, is_present: Sequence[bool]) -> Callable[..., tuple[Tensor, ...]]:
     """(gradient of the output, the operands that are there) -> their gradients, differentiable in all of them."""
 
     def product(gradient: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
-        return torch.func.vjp(lambda *given: reference(restored(given, there)), *operands)[1](gradient)
+        return torch.func.vjp(lambda *tensors: reference(restored(tensors, is_present)), *operands)[1](gradient)
 
     return product
 
 
 def gradients(reference: Reference, gradient: Tensor, operands: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Of each operand from that of the output; None for what is missing."""
-    there = [x is not None for x in operands]
-    return restored(_vector_jacobian_product(reference, there)(gradient, *present(operands)), there)
+    is_present = [x is not None for x in operands]
+    return restored(_vector_jacobian_product(reference, is_present)(gradient, *present(operands)), is_present)
 
 
 def double_backward(
     reference: Reference,
-    there: Sequence[bool],
-    asked: Sequence[bool],
+    is_present: Sequence[bool],
+    needs_grad: Sequence[bool],
     saved: Sequence[Tensor],
     cotangents: Sequence[Tensor | None],
 ) -> tuple[Tensor, list[Tensor | None]]:
@@ -49,15 +49,16 @@ def double_backward(
     differentiable again.
 
     Args:
-        there: which operands there are.
-        asked: which gradients the op returned; the cotangents of others mean nothing.
+        is_present: which operands there are.
+        needs_grad: which gradients the op returned; the cotangents of others mean nothing.
         saved: the gradient of the output, then the operands that are there.
     """
     gradient, *operands = saved
-    given = [one if want else None for one, want in zip(cotangents, asked, strict=True)]
-    known = tuple(
+    cotangents = [one if want else None for one, want in zip(cotangents, needs_grad, strict=True)]
+    of_present = tuple(
         torch.zeros_like(operand) if cotangent is None else cotangent
-        for cotangent, operand in zip(itertools.compress(given, there), operands, strict=True)
+        for cotangent, operand in zip(itertools.compress(cotangents, is_present), operands, strict=True)
     )
-    to_gradient, *found = torch.func.vjp(_vector_jacobian_product(reference, there), gradient, *operands)[1](known)
-    return to_gradient, restored(found, there)
+    product = _vector_jacobian_product(reference, is_present)
+    grad_gradient, *grad_operands = torch.func.vjp(product, gradient, *operands)[1](of_present)
+    return grad_gradient, restored(grad_operands, is_present)

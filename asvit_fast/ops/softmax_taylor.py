@@ -14,7 +14,7 @@ from .taylor_op import taylor_op
 from .taylor_utils import check_rows, compute_dtype
 
 
-def centred(s: Tensor, p: Tensor) -> Tensor:
+def subtract_weighted_mean(s: Tensor, p: Tensor) -> Tensor:
     """s - <s>, <> the mean under p over the last dimension; s, p: [..., N].
 
     In two steps: what all of a row have in common is gone after the first, and with it its rounding errors.
@@ -31,10 +31,10 @@ def softmax_taylor_reference(s: Tensor) -> Tensor:
     derivatives = [row.masked_fill(p == 0, 0.0) for row in rows[1:]]
     orders = [p]
     if derivatives:
-        d = centred(derivatives[0], p)
+        d = subtract_weighted_mean(derivatives[0], p)
         orders.append(p * d)
         if len(derivatives) == 2:
-            orders.append(p * centred(centred(derivatives[1], p) + d * d, p))
+            orders.append(p * subtract_weighted_mean(subtract_weighted_mean(derivatives[1], p) + d * d, p))
     return torch.stack(orders).to(s.dtype)
 
 

@@ -67,17 +67,17 @@ def taylor_op(
 
     def differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """In operations of torch, so that it can be differentiated again."""
-        found: list[Tensor | None] = [None] * len(ctx.others)
+        grads: list[Tensor | None] = [None] * len(ctx.others)
         if adjoint is not None:
             arguments = _filled(ctx.others, ctx.places, ctx.saved_tensors)
             new = adjoint(gradient, *arguments, *defaults[len(arguments) :])
         else:
             new = gradients(
-                lambda given: reference(*_filled(ctx.others, ctx.places, given)), gradient, ctx.saved_tensors
+                lambda tensors: reference(*_filled(ctx.others, ctx.places, tensors)), gradient, ctx.saved_tensors
             )
         for place, one in zip(ctx.places, new, strict=True):
-            found[place] = one
-        return tuple(found)
+            grads[place] = one
+        return tuple(grads)
 
     schema = torch.library.infer_schema(reference, mutates_args=())
     op = torch.library.custom_op(f"asvit_fast::{name}", run, mutates_args=(), schema=schema)

@@ -114,12 +114,12 @@ def window_mask(
     columns = _regions(size[1], window[1], shift[1], device)  # [W']
     region = 3 * rows.unsqueeze(1) + columns.unsqueeze(0)  # [H', W']
     region = partition_windows(region[None, :, :, None], window, [0, 0])[0, :, :, 0]  # [windows, tokens]
-    apart = region.unsqueeze(2) != region.unsqueeze(1)  # [windows, query, key]
+    separated = region.unsqueeze(2) != region.unsqueeze(1)  # [windows, query, key]
     if padding is not None:
-        apart = (apart | padding.unsqueeze(1)) & ~padding.unsqueeze(2)
+        separated = (separated | padding.unsqueeze(1)) & ~padding.unsqueeze(2)
     # -100 is what Swin's public implementations add; nothing is lower than -inf, whatever the bias
     score = float("-inf") if layout == "masked" else -100.0
-    return torch.zeros(apart.shape, dtype=dtype, device=device).masked_fill(apart, score)
+    return torch.zeros(separated.shape, dtype=dtype, device=device).masked_fill(separated, score)
 
 
 # --------------------------------------------------------------------------- windows larger than the map
@@ -130,8 +130,8 @@ def _places(size: int, window: int, shift: int, device: torch.device) -> Tensor:
     position = torch.arange(min(size, window), device=device)
     if window <= size:
         return position
-    kept = max(size - shift, 0)  # the others went around
-    return torch.where(position < kept, position, position - kept + (window - shift))
+    unmoved = max(size - shift, 0)  # the others went around
+    return torch.where(position < unmoved, position, position - unmoved + (window - shift))
 
 
 def fit_windows(

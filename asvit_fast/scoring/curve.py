@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..taylor.propagate import along
-from ..taylor.value import Combination
+from ..taylor.propagate import propagate_taylor
+from ..taylor.value import LinearCombination
 from .memory import in_pieces
 
 CONVENTIONS = ("paper", "reference")
@@ -87,7 +87,7 @@ def curve(
             for mix in ((angle.cos(), angle.sin()), (-angle.sin(), angle.cos()))
         )
         mix = torch.stack([position, velocity, -position][: order + 1])  # [order + 1, n, 2]
-        return [value.flatten(1) for value in along(fn, Combination(mix, torch.stack([u0, u1])))]
+        return [value.flatten(1) for value in propagate_taylor(fn, LinearCombination(mix, torch.stack([u0, u1])))]
 
     pieces = in_pieces(run, len(theta), "the curve")
     return Curve(theta, *(torch.cat(parts) for parts in zip(*pieces, strict=True)))

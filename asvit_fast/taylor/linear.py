@@ -28,7 +28,7 @@ from .value import (
 )
 
 # what comes out does not move: sizes and the like, truth values, indices, and steps between which nothing changes
-QUESTIONS = """
+METADATA_FUNCTIONS = """
     shape size dim ndim ndimension dtype device layout numel nelement stride is_contiguous storage_offset element_size
     get_device is_floating_point is_complex is_cuda is_cpu is_meta is_mps is_xpu is_sparse is_quantized is_nested
     is_leaf requires_grad grad_fn grad is_same_size is_signed is_inference data_ptr names has_names is_mkldnn
@@ -55,7 +55,7 @@ JOINTLY_LINEAR = """
 """
 
 
-@register_rule(*QUESTIONS.split())
+@register_rule(*METADATA_FUNCTIONS.split())
 def question(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Answered for x(0); what comes out does not move."""
     return func(*primals(args), **primals(kwargs))
@@ -166,12 +166,12 @@ def jointly_linear(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
             return torch.zeros_like(value) if k and numbers else value
 
         leaves = pytree.tree_map(part, (args, kwargs), is_leaf=lambda leaf: isinstance(leaf, Taylor))
-        given, named = list(leaves[0]), dict(leaves[1])
-        if k and "value" in named:
-            named["value"] = 0.0 if not isinstance(named["value"], Tensor) else named["value"]
-        if k and number is not None and len(given) > number and not isinstance(given[number], Tensor):
-            given[number] = 0.0
-        return func(*given, **named)
+        positional, keywords = list(leaves[0]), dict(leaves[1])
+        if k and "value" in keywords:
+            keywords["value"] = 0.0 if not isinstance(keywords["value"], Tensor) else keywords["value"]
+        if k and number is not None and len(positional) > number and not isinstance(positional[number], Tensor):
+            positional[number] = 0.0
+        return func(*positional, **keywords)
 
     order = taylors(args, kwargs)[0].order
     return stacked([of_order(k) for k in range(order + 1)])
@@ -197,7 +197,7 @@ def heaviside(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 @register_rule("broadcast_tensors", "meshgrid", "block_diag")
 def side_by_side(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Linear in all tensors together, given one by one or in a list."""
+    """Linear in all tensors together, positional one by one or in a list."""
     like = taylors(args)[0]
     parts = args[0] if isinstance(args[0], (list, tuple)) else args
     parts = [part if isinstance(part, Taylor) else _promoted(part, like) for part in parts]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.layer_norm_taylor import layer_norm_taylor, unit_scale
-from ..ops.softmax_taylor import centred, softmax_taylor
+from ..ops.softmax_taylor import softmax_taylor, subtract_weighted_mean
 from ..ops.taylor_utils import compute_dtype
 from .linear import _bind
 from .value import NotCovered, Taylor, TaylorError, function_name, laid_out, primals, register_rule, taylors
@@ -107,18 +107,18 @@ def batch_norm(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
         cudnn_enabled=True,
     )
     x, training, eps = bound[0], bound[5], bound[7]
-    given = dict(zip(names, bound[1:5], strict=True))
-    _unmoved(given, eps)
-    if training and given["running_mean"] is not None:
+    arguments = dict(zip(names, bound[1:5], strict=True))
+    _unmoved(arguments, eps)
+    if training and arguments["running_mean"] is not None:
         raise TaylorError("batch_norm would change its running statistics; call model.eval() first")
-    if training or given["running_mean"] is None:  # one group per channel, all samples in it
+    if training or arguments["running_mean"] is None:  # one group per channel, all samples in it
         func(x.primal, *primals(args[1:]), **kwargs)  # torch's own word on shapes
         c = x.coefficients.transpose(1, 2)  # [orders, C, B, *space]
         y = layer_norm_taylor(c.flatten(2), eps=eps).reshape(c.shape).transpose(1, 2)
         channels = (-1, *[1] * (x.dim() - 2))
-        weight, bias = (None if p is None else p.reshape(channels) for p in (given["weight"], given["bias"]))
+        weight, bias = (None if p is None else p.reshape(channels) for p in (arguments["weight"], arguments["bias"]))
         return _affine(_image_layout(y, x), weight, bias)
-    return _with_statistics(x, eps=eps, **given)
+    return _with_statistics(x, eps=eps, **arguments)
 
 
 def _with_statistics(
@@ -148,14 +148,14 @@ def instance_norm(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
         cudnn_enabled=True,
     )
     x, own_statistics, eps = bound[0], bound[5], bound[7]
-    given = dict(zip(names, bound[1:5], strict=True))
-    _unmoved(given, eps)
+    arguments = dict(zip(names, bound[1:5], strict=True))
+    _unmoved(arguments, eps)
     if not own_statistics:
-        return _with_statistics(x, eps=eps, **given)
-    if given["running_mean"] is not None:
+        return _with_statistics(x, eps=eps, **arguments)
+    if arguments["running_mean"] is not None:
         raise TaylorError("instance_norm would change its running statistics; call model.eval() first")
     func(x.primal, *primals(args[1:]), **kwargs)  # torch's own word on shapes
-    y = group_norm(F.group_norm, (x, x.shape[1], given["weight"], given["bias"], eps), {})
+    y = group_norm(F.group_norm, (x, x.shape[1], arguments["weight"], arguments["bias"], eps), {})
     return Taylor(y.coefficients.contiguous())
 
 
@@ -184,10 +184,10 @@ def log_softmax(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     """(log p)' = s' - <s'>, (log p)'' = s'' - <s''> - <(s' - <s'>)^2>, <> the mean under p."""
     s, dim = _logits(func, args, kwargs)
     p = torch.softmax(s[0], -1)
-    first = centred(s[1], p)
+    first = subtract_weighted_mean(s[1], p)
     orders = [torch.log_softmax(s[0], -1), first]
     if len(s) == 3:
-        orders.append(centred(s[2], p) - (p * first * first).sum(-1, keepdim=True))
+        orders.append(subtract_weighted_mean(s[2], p) - (p * first * first).sum(-1, keepdim=True))
     return Taylor(torch.stack(orders).movedim(-1, dim).contiguous())
 
 
@@ -255,8 +255,8 @@ def _logits(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     """Logits [orders, ..., N] in the requested dtype, what is summed over moved last, and where that was (negative)."""
     x, *rest = args
     names = ("dim", "_stacklevel", "dtype") if func in (F.softmax, F.log_softmax) else ("dim", "dtype")
-    given = {**dict(zip(names, rest, strict=False)), **kwargs}
-    dim, dtype = given.get("dim"), given.get("dtype")
+    arguments = {**dict(zip(names, rest, strict=False)), **kwargs}
+    dim, dtype = arguments.get("dim"), arguments.get("dtype")
     if not isinstance(dim, int) or x.dim() == 0 or not x.coefficients.numel() or not -x.dim() <= dim < x.dim():
         raise NotCovered
     s = x.coefficients if dtype is None else x.coefficients.to(dtype)

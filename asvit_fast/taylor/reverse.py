@@ -142,14 +142,14 @@ def _derivatives(
             filled[i] = c[0] + time * c[1] if order == 1 else c[0] + time * (c[1] + 0.5 * time * c[2])
         new_args, new_kwargs = pytree.tree_unflatten(filled, tree)
         outputs = pytree.tree_leaves(func(*new_args, **new_kwargs))
-        found = tuple(outputs[place] for place in places)
-        for place, output in zip(places, found, strict=True):
+        result = tuple(outputs[place] for place in places)
+        for place, output in zip(places, result, strict=True):
             if not output.requires_grad and output.numel() and place not in STEADY.get(name, ()):
                 raise TaylorError(
                     f"no Taylor rule for {name}, whose output torch does not differentiate; "
                     "add one with asvit_fast.taylor.register_rule"
                 )
-        return found
+        return result
 
     def pulled_back(cotangents: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """((s,) or (s, ds/dt), y) at t = 0."""
@@ -202,12 +202,14 @@ def _cholesky_inverse(input: Tensor, upper: bool = False) -> Tensor:
 
 def _lstsq(A: Tensor, B: Tensor, rcond: float | None = None, *, driver: str | None = None) -> Any:
     """The residuals as well, which torch does not differentiate."""
-    found = torch.linalg.lstsq(A, B, rcond, driver=driver)
-    residuals = found.residuals
+    result = torch.linalg.lstsq(A, B, rcond, driver=driver)
+    residuals = result.residuals
     if residuals.numel():
-        difference = (A @ found.solution.unsqueeze(-1)).squeeze(-1) - B if B.dim() < A.dim() else A @ found.solution - B
-        residuals = difference.abs().square().sum(-1 if B.dim() < A.dim() else -2)
-    return type(found)((found.solution, residuals, found.rank, found.singular_values))
+        is_vector = B.dim() < A.dim()
+        fitted = A @ (result.solution.unsqueeze(-1) if is_vector else result.solution)
+        difference = (fitted.squeeze(-1) if is_vector else fitted) - B
+        residuals = difference.abs().square().sum(-1 if is_vector else -2)
+    return type(result)((result.solution, residuals, result.rank, result.singular_values))
 
 
 def _svd(A: Tensor, full_matrices: bool = True, *, driver: str | None = None) -> Any:
@@ -224,8 +226,8 @@ def _old_svd(input: Tensor, some: bool = True, compute_uv: bool = True) -> Any:
 
 def _qr(A: Tensor, mode: str = "reduced") -> Any:
     """R alone needs Q for its derivatives."""
-    found = torch.linalg.qr(A, "reduced" if mode == "r" else mode)
-    return type(found)((A.new_empty(0), found.R)) if mode == "r" else found
+    result = torch.linalg.qr(A, "reduced" if mode == "r" else mode)
+    return type(result)((A.new_empty(0), result.R)) if mode == "r" else result
 
 
 def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:

@@ -44,7 +44,7 @@ def tokens_at_a_time(module: nn.Module, x: Tensor) -> int | None:
     return max(PART * torch.get_num_threads() // token, 1)
 
 
-class InParts(Replacement):
+class ChunkedMlp(Replacement):
     """``forward`` of the source on parts of the tokens."""
 
     @classmethod

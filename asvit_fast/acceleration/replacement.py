@@ -45,6 +45,7 @@ DROPOUT = "attention dropout has no kernel"
 LINEAR, DROP, SOFTMAX = (nn.Linear,), (nn.Dropout,), (nn.Softmax,)
 PLAIN = (nn.Parameter, Tensor, FakeTensor)
 WEIGHTED = (nn.Linear, nn.Conv2d, nn.LayerNorm)
+Names = tuple[str, ...]
 Parts = Mapping[str, tuple[type, ...]]
 
 
@@ -52,9 +53,10 @@ class Replacement:
     """Mixin, first of the bases; the second is the class that is replaced."""
 
     source: ClassVar[type[nn.Module]]  # the class that is replaced
-    ops: ClassVar[tuple[str, ...]] = ()  # that do the work; empty where it is done by torch's own
+    ops: ClassVar[Names] = ()  # that do the work; empty where it is done by torch's own
     parts: ClassVar[Parts] = {}  # submodules that are not called, by path: the classes that they must have exactly
-    bypassed: ClassVar[tuple[str, ...]] = ()  # methods of the source that only its own version of a method calls
+    reads: ClassVar[Names] = ()  # attributes, by path, that another version of the package may not have
+    bypassed: ClassVar[Names] = ()  # methods of the source that only its own version of a method calls
     __jit_unused_properties__: ClassVar[list[str]] = ["qconfig"]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -96,9 +98,7 @@ class Replacement:
 
     @torch.compiler.assume_constant_result  # while tracing; what is guarded makes torch.compile ask again
     def _can_run(self) -> bool:
-        if (
-            counts_modules()
-        ):  # FlopCounterMode, whose table is of the source's modules: no speed is lost, nothing to say
+        if counts_modules():  # FlopCounterMode, whose table is of the source's modules: nothing to warn of
             return False
         why = global_hook_reason() or patch_reason(type(self), self) or self.unsupported_reason(self)
         if why is not None:
@@ -233,6 +233,19 @@ def unknown_reason(module: nn.Module) -> str | None:
                 return f"it has a {what} {name!r} that its class does not know"
     if isinstance(module, WEIGHTED) and "weight" not in module._parameters:
         return "its weight is not one of its parameters"
+    return None
+
+
+def version_reason(replacement: type[Replacement], module: nn.Module) -> str | None:
+    """Why the version of the package is not the known one: an attribute that the replacement reads is not there."""
+    for path in replacement.reads:
+        owner, _, name = path.rpartition(".")
+        _, part = next(parts_of(module, [owner])) if owner else ("", module)
+        if part is None or (owner and source_type(part) not in replacement.bypassed_parts()[owner]):
+            continue  # for another reason
+        places = (part.__dict__, part._parameters, part._buffers, part._modules)
+        if not any(name in place for place in places) and not hasattr(type(part), name):
+            return f"this version of its package is not known: its {path} is missing"
     return None
 
 

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from .. import backends
 from ..errors import InputError
 from .registry import Family, family_of, qualified_name, replacement_of
-from .replacement import Replacement, parts_of, patch_reason, source_type, unknown_reason
+from .replacement import Replacement, parts_of, patch_reason, source_type, unknown_reason, version_reason
 from .report import Decision, OpRun, Report
 
 # --------------------------------------------------------------------------- which class becomes which
@@ -101,6 +101,9 @@ def _plan(name: str, module: nn.Module, family: Family, source: type[nn.Module])
         return _Plan(module, kind, Decision(name, title, None, reason), [])
     if _is_another_class(module, source):
         return None
+    unknown_version = None if replacement is None else version_reason(replacement, module)
+    if unknown_version is not None:
+        return _Plan(module, kind, Decision(name, title, None, unknown_version), [])
     skip_reason = family.notes if replacement is None else replacement.skip_reason(module)
     if replacement is None or skip_reason is not None:
         return _Plan(module, kind, Decision(name, title, None, skip_reason, nothing_to_gain=True), [])

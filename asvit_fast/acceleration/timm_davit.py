@@ -8,13 +8,17 @@ from timm.models.davit import SpatialBlock, WindowAttention
 from torch import Tensor
 
 from ..ops.window_attention import window_attention
-from .replacement import LINEAR, SOFTMAX, Parts, Replacement, bypass_reason, padding_token, project
+from .replacement import LINEAR, SOFTMAX, Names, Parts, Replacement, bypass_reason, padding_token, project
 
 
 class FastSpatialBlock(Replacement, SpatialBlock):
     """Computes the attention of whole maps with the weights of its `attn`."""
 
     ops = ("window_attention",)
+    reads: ClassVar[Names] = (
+        *("window_size", "ffn", "cpe1", "norm1", "drop_path1", "cpe2", "norm2", "mlp", "drop_path2"),
+        *("attn.num_heads", "attn.fused_attn", "attn.scale"),
+    )
     parts: ClassVar[Parts] = {
         "attn": (WindowAttention,),
         "attn.qkv": LINEAR,

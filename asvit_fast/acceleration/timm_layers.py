@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from timm.layers import Format, Mlp, PatchEmbed
 from torch import Tensor, nn
@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from ..ops.windows import window_padding
 from .chunked_mlp import ChunkedMlp
 from .embedding import Embedding
-from .replacement import made_by_package
+from .replacement import Names, made_by_package
 
 
 class FastPatchEmbed(Embedding, PatchEmbed):
     """Patches that do not overlap, for tokens [B, N, C] or maps [B, H, W, C]."""
+
+    reads: ClassVar[Names] = ("patch_size", "img_size", "strict_img_size", "dynamic_img_pad", "flatten", "output_fmt")
 
     @classmethod
     def skip_reason(cls, module: Any) -> str | None:

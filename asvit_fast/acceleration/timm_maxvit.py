@@ -13,6 +13,7 @@ from ..ops.window_attention import window_attention
 from .replacement import (
     DROP,
     LINEAR,
+    Names,
     Parts,
     Replacement,
     attention_drops,
@@ -36,6 +37,11 @@ def _parts(name: str) -> Parts:
     }
 
 
+def _reads(name: str) -> tuple[str, ...]:
+    """Attributes of the same."""
+    return tuple(f"{name}.{attribute}" for attribute in ("head_first", "num_heads", "fused_attn", "scale"))
+
+
 def _attend(attn: Any, x: Tensor, window: tuple[int, int], layout: str) -> Tensor:
     """A map [B, H, W, C] -> [B, H, W, Cout]."""
     qkv = project(attn.qkv, x)  # [B, H, W, 3*heads*d]
@@ -52,6 +58,7 @@ class FastPartitionAttentionCl(Replacement, PartitionAttentionCl):
     its `attn`."""
 
     ops = ("window_attention",)
+    reads: ClassVar[Names] = ("partition_size", "partition_block", *_reads("attn"))
     parts: ClassVar[Parts] = _parts("attn")
 
     def _partition_attn(self, x: Tensor) -> Tensor:
@@ -64,6 +71,7 @@ class FastParallelPartitionAttention(Replacement, ParallelPartitionAttention):
     """The same with both of its attentions."""
 
     ops = ("window_attention",)
+    reads: ClassVar[Names] = ("partition_size", *_reads("attn_block"), *_reads("attn_grid"))
     parts: ClassVar[Parts] = {**_parts("attn_block"), **_parts("attn_grid")}
 
     def _partition_attn(self, x: Tensor) -> Tensor:

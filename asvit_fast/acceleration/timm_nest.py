@@ -8,13 +8,14 @@ from timm.models.nest import Attention
 from torch import Tensor
 
 from ..ops.window_attention import window_attention
-from .replacement import DROP, Parts, Replacement, attention_drops
+from .replacement import DROP, Names, Parts, Replacement, attention_drops
 
 
 class FastNestAttention(Replacement, Attention):
     """Blocks of tokens [B, T, N, C] as a map of T rows, each row a window."""
 
     ops = ("window_attention",)
+    reads: ClassVar[Names] = ("num_heads", "fused_attn", "scale", "qkv", "proj", "proj_drop")
     parts: ClassVar[Parts] = {"attn_drop": DROP}
 
     def forward(self, x: Tensor) -> Tensor:

@@ -3,7 +3,6 @@ padded by the kernel."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from timm.layers import LayerNorm
@@ -17,6 +16,7 @@ from .replacement import (
     DROP,
     LINEAR,
     SOFTMAX,
+    Names,
     Parts,
     Replacement,
     attention_drops,
@@ -29,17 +29,21 @@ from .replacement import (
 from .shifts import mask_reason, window_reason
 
 
-def _map_size(block: Any) -> Sequence[int]:
-    """(rows, columns) of the maps that a block made its mask for."""
-    return block.feat_size if hasattr(block, "feat_size") else block.input_resolution
-
-
 class ShiftedWindows(Replacement):
     """What timm's three Swin Transformers have in common: a block that cuts windows for `attn` and masks by
     `attn_mask`."""
 
     ops = ("window_attention",)
+    reads: ClassVar[Names] = (
+        "window_size",
+        "shift_size",
+        "window_area",
+        "attn_mask",
+        "attn.window_size",
+        "attn.num_heads",
+    )
     bypassed = ("get_attn_mask",)
+    map_size: ClassVar[str] = "input_resolution"  # attribute: (rows, columns) of the maps that a mask is made for
 
     @classmethod
     def unsupported_reason(cls, module: Any) -> str | None:
@@ -53,7 +57,7 @@ class ShiftedWindows(Replacement):
             return f"its windows {window} do not have {module.window_area} tokens"
         if getattr(module, "dynamic_mask", False):
             return None
-        return mask_reason(module.attn_mask, _map_size(module), window, shift)
+        return mask_reason(module.attn_mask, getattr(module, cls.map_size), window, shift)
 
     def _masks_fit(self: Any, x: Tensor) -> bool:
         """Whether the mask that is kept is for a map like x [B, H, W, C]: the source would use it all the same."""
@@ -61,7 +65,7 @@ class ShiftedWindows(Replacement):
             return True
         if self.attn_mask is None:
             return not any(self.shift_size)
-        sizes = zip(x.shape[1:3], _map_size(self), self.window_size, strict=True)
+        sizes = zip(x.shape[1:3], getattr(self, self.map_size), self.window_size, strict=True)
         return all(n + window_padding(n, w) == m + window_padding(m, w) for n, m, w in sizes)
 
     def can_run_on(self: Any, x: Tensor) -> bool:
@@ -72,6 +76,13 @@ class ShiftedWindows(Replacement):
 class FastSwinTransformerBlock(ShiftedWindows, SwinTransformerBlock):
     """Computes the attention of whole maps with the weights of its `attn`."""
 
+    reads: ClassVar[Names] = (
+        *ShiftedWindows.reads,
+        "input_resolution",
+        "attn.fused_attn",
+        "attn.scale",
+        "attn._get_rel_pos_bias",
+    )
     parts: ClassVar[Parts] = {
         "attn": (WindowAttention,),
         "attn.qkv": LINEAR,

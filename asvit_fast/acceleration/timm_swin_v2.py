@@ -16,6 +16,7 @@ from .replacement import (
     DROP,
     LINEAR,
     SOFTMAX,
+    Names,
     Parts,
     cosine_attention,
     drop_probability,
@@ -48,6 +49,11 @@ def _attend(block: Any, qkv: Tensor, qkv_bias: Tensor | None, position_bias: Cal
 class FastSwinTransformerV2Block(ShiftedWindows, SwinTransformerV2Block):
     """Computes the attention of whole maps with the weights of its `attn`."""
 
+    reads: ClassVar[Names] = (
+        *(*ShiftedWindows.reads, "input_resolution"),
+        *(f"attn.{name}" for name in ("logit_scale", "q_bias", "k_bias", "v_bias", "qkv_bias_separate", "cpb_mlp")),
+        *(f"attn.{name}" for name in ("relative_coords_table", "relative_position_index")),
+    )
     parts: ClassVar[Parts] = {"attn": (WindowAttention,), "attn.softmax": SOFTMAX, **ATTENTION}
 
     def _position_bias(self) -> Tensor:
@@ -72,6 +78,13 @@ class FastSwinTransformerV2Block(ShiftedWindows, SwinTransformerV2Block):
 class FastSwinTransformerV2CrBlock(ShiftedWindows, SwinTransformerV2CrBlock):
     """Computes the attention of whole maps with the weights of its `attn`."""
 
+    reads: ClassVar[Names] = (
+        *ShiftedWindows.reads,
+        "feat_size",
+        "attn.logit_scale",
+        "attn._relative_positional_encodings",
+    )
+    map_size = "feat_size"
     parts: ClassVar[Parts] = {"attn": (WindowMultiHeadAttention,), **ATTENTION}
 
     def _shifted_window_attn(self, x: Tensor) -> Tensor:

@@ -10,13 +10,17 @@ from torch import Tensor, nn
 
 from ..ops.window_attention import window_attention
 from .chunked_mlp import ChunkedMlp
-from .replacement import LINEAR, Parts, Replacement, by_projection, bypass_reason, divides, project
+from .replacement import LINEAR, Names, Parts, Replacement, by_projection, bypass_reason, divides, project
 
 
 class FastTinyVitBlock(Replacement, TinyVitBlock):
     """Computes the attention of whole maps with the weights of its `attn`."""
 
     ops = ("window_attention",)
+    reads: ClassVar[Names] = (
+        *("window_size", "drop_path1", "local_conv", "mlp", "drop_path2", "attn.num_heads", "attn.key_dim"),
+        *("attn.val_dim", "attn.fused_attn", "attn.scale", "attn.get_attention_biases"),
+    )
     parts: ClassVar[Parts] = {
         "attn": (Attention,),
         "attn.norm": (nn.LayerNorm,),

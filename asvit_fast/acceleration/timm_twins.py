@@ -8,13 +8,14 @@ from timm.models.twins import LocallyGroupedAttn
 from torch import Tensor
 
 from ..ops.window_attention import window_attention
-from .replacement import DROP, LINEAR, Parts, Replacement, attention_drops, padding_token, project
+from .replacement import DROP, LINEAR, Names, Parts, Replacement, attention_drops, padding_token, project
 
 
 class FastLocallyGroupedAttn(Replacement, LocallyGroupedAttn):
     """Tokens [B, H*W, C] as one map."""
 
     ops = ("window_attention",)
+    reads: ClassVar[Names] = ("ws", "num_heads", "fused_attn", "scale", "proj", "proj_drop")
     parts: ClassVar[Parts] = {"qkv": LINEAR, "attn_drop": DROP}
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:

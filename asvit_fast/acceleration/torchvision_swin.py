@@ -17,6 +17,7 @@ from .chunked_mlp import ChunkedMlp
 from .merging import Merging
 from .replacement import (
     LINEAR,
+    Names,
     Parts,
     Replacement,
     bypass_reason,
@@ -53,6 +54,9 @@ class MapAttention(Replacement):
     """What both versions have in common."""
 
     ops = ("window_attention",)
+    reads: ClassVar[Names] = (
+        "window_size", "shift_size", "num_heads", "attention_dropout", "dropout", "get_relative_position_bias",
+    )  # fmt: skip
     parts: ClassVar[Parts] = {"qkv": LINEAR, "proj": LINEAR}
 
     @classmethod
@@ -73,6 +77,8 @@ class FastShiftedWindowAttention(MapAttention, ShiftedWindowAttention):
 
 class FastShiftedWindowAttentionV2(MapAttention, ShiftedWindowAttentionV2):
     """The same with cosine attention; keys have no bias."""
+
+    reads: ClassVar[Names] = (*MapAttention.reads, "logit_scale")
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.can_run() or drops(self.attention_dropout, self.training):

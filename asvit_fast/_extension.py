@@ -24,7 +24,7 @@ _waiting: list[Callable[[], None]] = []  # to be called when the extension is lo
 
 @functools.cache
 def build_report() -> dict[str, Any]:
-    """What the build wrote down: torch, CUDA, archs, compiler, flags, or why nothing was compiled; {} if not built."""
+    """The record of the build: torch, CUDA, archs, compiler, flags, or why nothing was compiled; {} if not built."""
     path = Path(__file__).with_name("_build.json")
     return json.loads(path.read_text()) if path.is_file() else {}
 

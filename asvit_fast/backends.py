@@ -87,7 +87,7 @@ def available(op: str, backend: str, device: str | torch.device | None = None) -
 def choose(op: str, device: torch.device, operands: Sequence[Any] = (), config: Any = None) -> str:
     """The backend to run `op` on `device`: the forced one, or the best that can run on these operands.
 
-    Raises InputError if a forced backend can't run. When something slower runs than was declared, says so once; that
+    Raises InputError if a forced backend can't run. Warns once when something slower runs than was declared; that
     torch's own fused operation takes what no kernel of ours can is no reason to.
     """
     backend, missed = best(op, device, operands, config)
@@ -99,7 +99,7 @@ def choose(op: str, device: torch.device, operands: Sequence[Any] = (), config: 
         return forced
     is_loss = backend == "reference" and op not in _of_torch
     if missed is not None and (is_loss or best(op, device)[1] is not None):
-        _say_slower(op, backend, device.type, missed)
+        _warn_slower(op, backend, device.type, missed)
     return backend
 
 
@@ -130,8 +130,8 @@ def _refusal(op: str, backend: str, operands: Sequence[Any], config: Any) -> str
     return None if can_run is None else can_run(operands, config)
 
 
-@torch.compiler.assume_constant_result  # said while tracing
-def _say_slower(op: str, backend: str, device_type: str, why: str) -> None:
+@torch.compiler.assume_constant_result  # a warning would break the graph
+def _warn_slower(op: str, backend: str, device_type: str, why: str) -> None:
     notify_once((op, device_type, why), f"asvit_fast runs the {backend} implementation of {op} on {device_type}: {why}")
 
 

@@ -259,7 +259,7 @@ def test_dropout_keeps_the_layout() -> None:
         ({"layout": "swin"}, "layout must be masked, timm, torchvision or grid, got swin"),
         ({"layout": "grid", "shift": (1, 0)}, "no shift"),
         ({"layout": "grid", "window": (4, 3)}, "divide"),
-        ({"padding": torch.zeros(24)}, "nobody attends padding"),
+        ({"padding": torch.zeros(24)}, "padding is masked out"),
         ({"layout": "timm", "padding": torch.zeros(8)}, r"\[24\]"),
         ({"attn_scale": torch.zeros(3)}, r"attn_scale must be \[2\], got \[3\]"),
     ],

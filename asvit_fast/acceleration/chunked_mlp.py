@@ -1,4 +1,4 @@
-"""What replacements for feed-forward networks have in common: on a CPU, in inference, tokens go through in parts that
+"""Base class of replacements for feed-forward networks: on a CPU, in inference, tokens go through in parts that
 stay in the cache.
 
 A large hidden activation is written to and read from memory that the system has to provide anew every time: the first

@@ -1,5 +1,4 @@
-"""What replacements for patch embeddings that normalise their tokens have in common: convolution and LayerNorm in one
-op."""
+"""Base class of replacements for patch embeddings that normalise their tokens: convolution and LayerNorm in one op."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What replacements for Swin's patch merging (arXiv 2103.14030, section 3.1) have in common."""
+"""Base class of replacements for Swin's patch merging (arXiv 2103.14030, section 3.1)."""
 
 from __future__ import annotations
 

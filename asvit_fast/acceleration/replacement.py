@@ -1,10 +1,10 @@
-"""What the classes have in common that ``accelerate`` gives to modules of other packages.
+"""Base of the classes that ``accelerate`` gives to modules of other packages.
 
 A replacement is a subclass of the class that it replaces, `source`, and changes methods only: state, parameters, hooks
 and training mode stay those of the instance, whose ``__class__`` alone is set. Modules inside are called exactly as the
 source calls them, or not at all: a fused op computes with the weights of its `parts`. Nobody can tell the difference
 as long as calling a part runs the known ``forward`` on plain weights and nothing else, so this is asked before the
-swap and again at every call. Where the answer is no, the source's method runs, which is said once.
+swap and again at every call. Where the answer is no, the source's method runs, with one warning.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Replacement:
         return bypass_reason(module, cls.bypassed_parts())
 
     def can_run(self) -> bool:
-        """Whether the fused path may run at this call; where not, says so once."""
+        """Whether the fused path may run at this call; warns once where not."""
         if torch.compiler.is_compiling():
             self._guard()
         return self._can_run()
@@ -121,7 +121,7 @@ class Replacement:
 
     @property
     def qconfig(self) -> Any:
-        """What torch.ao's quantisation writes into every module before it replaces layers by their exact type."""
+        """The attribute that torch.ao's quantisation sets on modules before it replaces layers by their exact type."""
         raise AttributeError("qconfig")
 
     @qconfig.setter
@@ -333,7 +333,7 @@ def bypass_reason(module: nn.Module, parts: Parts) -> str | None:
 
 
 def project(layer: Any, x: Tensor) -> Tensor:
-    """What a Linear layer makes of x [*, K]: [*, N]."""
+    """Apply a Linear layer to x [*, K]: [*, N]."""
     return linear(x, layer.weight, layer.bias)
 
 
@@ -343,13 +343,13 @@ def divides(window: tuple[int, int], x: Tensor) -> bool:
 
 
 def padding_token(bias: Tensor | None, x: Tensor, window: tuple[int, int]) -> Tensor | None:
-    """What a projection with that bias makes of a token of zeros: [channels], or None if it is zeros or windows divide
+    """Projection of a token of zeros by a layer with that bias: [channels], or None if it is zeros or windows divide
     the map x [B, H, W, C]."""
     return None if divides(window, x) else bias
 
 
 def drops(probability: float, training: bool) -> bool:
-    """Whether attention dropout is on, which only the source has; says so once."""
+    """Whether attention dropout is on, which only the source has; warns once."""
     if not training or probability == 0.0:
         return False
     _warn_dropout()
@@ -382,7 +382,7 @@ def window_dropout(
 
 
 def drop_probability(dropout: nn.Dropout) -> float:
-    """That of a Dropout layer in its present mode."""
+    """The probability of a Dropout layer in its present mode."""
     return dropout.p if dropout.training else 0.0
 
 

@@ -1,4 +1,4 @@
-"""What ``accelerate`` did: every module that it considered, and what runs the ops."""
+"""The report of ``accelerate``: every module that it considered, and what runs the ops."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BACKENDS = {
 
 @dataclass(frozen=True)
 class Decision:
-    """What happens to one module."""
+    """The decision on one module."""
 
     name: str  # in the model
     source: str  # its class
@@ -34,7 +34,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class OpRun:
-    """What runs an op for the modules on one device in one precision."""
+    """The backend that runs an op for the modules on one device in one precision."""
 
     op: str
     device: str

@@ -58,7 +58,7 @@ def _whereabouts(module: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 
 def _op_run(op: str, device: torch.device, dtype: torch.dtype) -> OpRun:
-    """What runs an op there now, and what would have to be installed for more."""
+    """The backend of an op there now, and what would have to be installed for a faster one."""
     backend, missing = backends.best(op, device)
     if backend == "sdpa":
         backend = "reference"
@@ -82,7 +82,7 @@ def _op_runs(module: nn.Module, replacement: type[Replacement]) -> list[OpRun]:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is to happen to one module."""
+    """The plan for one module."""
 
     module: nn.Module
     kind: type  # the class that it gets
@@ -144,7 +144,7 @@ def accelerate(model: nn.Module, strict: bool = False) -> Report:
     when anybody could see that a submodule is not called any more, or called with something else: it has hooks, a
     parametrization, another class than expected (adapters, quantised layers), a method of its own; and where no kernel
     runs here. What turns up later, such as a hook, another mask or shift, or attention dropout in training, makes the
-    module run as its package does at that call, which is said once (``FallbackWarning``); torch.compile looks at the
+    module run as its package does at that call, with one warning (``FallbackWarning``); torch.compile looks at the
     numbers of a mask when it compiles. No module is called here and no property read.
 
     Args:

@@ -26,7 +26,7 @@ from .replacement import (
 
 
 def _parts(name: str) -> Parts:
-    """Of the attention of that name."""
+    """Parts of the attention of that name."""
     return {
         name: (AttentionCl,),
         f"{name}.qkv": LINEAR,
@@ -38,7 +38,7 @@ def _parts(name: str) -> Parts:
 
 
 def _reads(name: str) -> tuple[str, ...]:
-    """Attributes of the same."""
+    """Attributes of the attention of that name."""
     return tuple(f"{name}.{attribute}" for attribute in ("head_first", "num_heads", "fused_attn", "scale"))
 
 

@@ -30,7 +30,7 @@ from .shifts import mask_reason, window_reason
 
 
 class ShiftedWindows(Replacement):
-    """What timm's three Swin Transformers have in common: a block that cuts windows for `attn` and masks by
+    """Base class for timm's three Swin Transformers: a block that cuts windows for `attn` and masks by
     `attn_mask`."""
 
     ops = ("window_attention",)

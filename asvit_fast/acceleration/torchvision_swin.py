@@ -51,7 +51,7 @@ def _attend(attention: Any, qkv: Tensor, padding: Tensor | None, bias: Tensor, s
 
 
 class MapAttention(Replacement):
-    """What both versions have in common."""
+    """Base class of both versions."""
 
     ops = ("window_attention",)
     reads: ClassVar[Names] = (

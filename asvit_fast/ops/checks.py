@@ -1,4 +1,4 @@
-"""What ops ask of their arguments: the same whichever implementation runs, and one line where it is not so."""
+"""Checks of arguments: the same whichever implementation runs, with an error of one line."""
 
 from __future__ import annotations
 

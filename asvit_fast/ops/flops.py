@@ -1,8 +1,8 @@
-"""What FlopCounterMode counts for our ops: two operations for a multiply-add of a matrix product or a convolution.
+"""FLOPs of our ops, for FlopCounterMode: two operations for a multiply-add of a matrix product or a convolution.
 
 As torch counts its own ops: nothing for what is elementwise or a normalisation, nothing for what a backward pass
 computes again, whichever implementation runs. Windowed attention counts all pairs of tokens that share a window; in the
-layout "masked" padding is nobody's token, in the others it is attended and counts, as in the networks that do so.
+layout "masked" padding does not count, in the others it takes part and does, as in the networks that do so.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ class FusedOp:
     # ------------------------------------------------------------------ for torch.library
 
     def _backend(self, operands: Operands, config: Any) -> str:
-        """That runs when a custom op runs: traced with one that is not there, it is the reference."""
+        """The backend that a custom op runs on: the reference where the one that was traced does not exist."""
         backend = backends.choose(self.name, operands[0].device, operands, config)
         return backend if backend in self.backward else "reference"
 

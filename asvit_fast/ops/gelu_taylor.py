@@ -57,7 +57,7 @@ def _derivatives(x: Tensor, approximate: str, order: int) -> list[Tensor]:
 
 
 def gelu_taylor_reference(x: Tensor, approximate: str = "none", bias: Tensor | None = None) -> Tensor:
-    """`gelu_taylor` in elementary torch operations: any device, any transform, differentiable any number of times."""
+    """`gelu_taylor` in plain PyTorch operations: any device, any transform, differentiable any number of times."""
     rows = x.to(compute_dtype(x))  # [orders + 1, ...]
     if bias is not None:
         rows = add_to_value(rows, bias.to(rows.dtype))

@@ -41,7 +41,7 @@ def unit_scale(c: Tensor, dims: tuple[int, ...], eps: float, total: bool = False
 def layer_norm_taylor_reference(
     x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
-    """`layer_norm_taylor` in elementary torch operations: any device, any transform, differentiable any number of
+    """`layer_norm_taylor` in plain PyTorch operations: any device, any transform, differentiable any number of
     times."""
     dtype = compute_dtype(x)
     rows = x.to(dtype)  # [orders + 1, ..., C]

@@ -34,7 +34,7 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, acti
 
 @dataclass(frozen=True)
 class LinearConfig:
-    """What is not a tensor."""
+    """Arguments that are not tensors."""
 
     activation: str
 

@@ -33,7 +33,7 @@ def patch_embed_reference(
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """``patch_embed`` in elementary operations."""
+    """``patch_embed`` in plain PyTorch operations."""
     image = F.pad(image, (padding[0], padding[1], padding[2], padding[3]))
     bias = None if bias is None else bias.to(weight.dtype)
     tokens = F.conv2d(image, weight, bias, stride=stride, dilation=dilation).permute(0, 2, 3, 1)  # [B, Ho, Wo, C]
@@ -103,7 +103,7 @@ SAVED_FROM = 96  # pixels of a patch in all channels, from which a CPU keeps the
 
 @dataclass(frozen=True)
 class PatchEmbedConfig:
-    """What is not a tensor.
+    """Arguments that are not tensors.
 
     Attributes:
         padding: zeros at left, right, top and bottom.
@@ -200,8 +200,8 @@ def _triton_backward(
 
 
 def _image_gradient(grad_conv: Tensor, operands: Operands, config: PatchEmbedConfig) -> Tensor:
-    """From gradients [B, Ho, Wo, C] of the convolution's values by torch's transposed convolution, whose result loses
-    its padding: [B, Cin, H, W]."""
+    """Gradient of the image [B, Cin, H, W] from that of the convolution's output [B, Ho, Wo, C]: torch's transposed
+    convolution, its padding cut off."""
     image, weight = operands[:2]
     batch, channels, height, width = image.shape
     left, right, top, bottom = config.padding
@@ -238,7 +238,7 @@ PATCH_EMBED = FusedOp(
 
 
 def _types(image: Tensor, weight: Tensor, normalised: bool) -> tuple[torch.dtype, torch.dtype]:
-    """Of products and output, as autocast chooses them for a convolution and a LayerNorm (float32 on a GPU)."""
+    """Dtypes of products and output, as autocast chooses them for a convolution and a LayerNorm (float32 on a GPU)."""
     low = autocast_dtype(image.device.type)
     if image.dtype != torch.float64 and low is not None:
         return low, torch.float32 if normalised and image.device.type == "cuda" else low
@@ -281,7 +281,7 @@ def patch_embed(
     Raises:
         InputError: shapes, dtypes, devices or numbers that do not fit, naming the value.
 
-    On a CPU one compiled kernel each for forward and backward, on a GPU Triton kernels (elementary operations in
+    On a CPU one compiled kernel each for forward and backward, on a GPU Triton kernels (plain PyTorch operations in
     float64 and beyond 512 channels). The gradient of the image, where it is needed, is torch's transposed convolution.
     """
     operands = (image, weight, bias, norm_weight, norm_bias)

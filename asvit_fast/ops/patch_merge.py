@@ -54,7 +54,7 @@ def patch_merge_reference(
     eps: float = 1e-5,
     order: str = "unfold",
 ) -> Tensor:
-    """``patch_merge`` in elementary operations, the neighbourhoods materialised when they are normalised."""
+    """``patch_merge`` in plain PyTorch operations, the neighbourhoods materialised when they are normalised."""
     channels = x.shape[3]
     size = [-(-x.shape[1] // stride), -(-x.shape[2] // stride)]
     if order == "timm":
@@ -78,7 +78,7 @@ def patch_merge_reference(
 
 @dataclass(frozen=True)
 class PatchMergeConfig:
-    """What is not a tensor. ``channels_last``: features ordered (column, row, channel)."""
+    """Arguments that are not tensors. ``channels_last``: features ordered (column, row, channel)."""
 
     kernel: int
     stride: int
@@ -246,7 +246,7 @@ def patch_merge(
     Raises:
         InputError: shapes, dtypes, devices or numbers that do not fit, naming the value.
 
-    On a CPU one compiled kernel each for forward and backward, on a GPU Triton kernels (elementary operations in
+    On a CPU one compiled kernel each for forward and backward, on a GPU Triton kernels (plain PyTorch operations in
     float64), none of which holds all neighbourhoods. Without LayerNorm it is torch's convolution.
     """
     operands = (x, weight, norm_weight, norm_bias, bias)

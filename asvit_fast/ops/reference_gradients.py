@@ -33,7 +33,7 @@ def _vector_jacobian_product(reference: Reference, is_present: Sequence[bool]) -
 
 
 def gradients(reference: Reference, gradient: Tensor, operands: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Of each operand from that of the output; None for what is missing."""
+    """Gradients of the operands from that of the output; None for operands that are missing."""
     is_present = [x is not None for x in operands]
     return restored(_vector_jacobian_product(reference, is_present)(gradient, *present(operands)), is_present)
 
@@ -45,10 +45,11 @@ def double_backward(
     saved: Sequence[Tensor],
     cotangents: Sequence[Tensor | None],
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """From ``cotangents`` of an op's ``gradients`` those of the gradient of the output and of each operand;
-    differentiable again.
+    """Backward pass of ``gradients``: cotangents of the gradient of the output and of each operand, differentiable
+    again.
 
     Args:
+        cotangents: those of the results of ``gradients``.
         is_present: which operands there are.
         needs_grad: which gradients the op returned; the cotangents of others mean nothing.
         saved: the gradient of the output, then the operands that are there.

@@ -24,7 +24,7 @@ def subtract_weighted_mean(s: Tensor, p: Tensor) -> Tensor:
 
 
 def softmax_taylor_reference(s: Tensor) -> Tensor:
-    """`softmax_taylor` in elementary torch operations: any device, any transform, differentiable any number of
+    """`softmax_taylor` in plain PyTorch operations: any device, any transform, differentiable any number of
     times."""
     rows = s.to(compute_dtype(s)).unbind(0)  # (s, s', s''), as many as there are
     p = torch.softmax(rows[0], -1)

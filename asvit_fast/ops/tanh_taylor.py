@@ -13,7 +13,7 @@ from .taylor_utils import chain_rule, check_stack, compute_dtype
 
 
 def tanh_taylor_reference(x: Tensor) -> Tensor:
-    """`tanh_taylor` in elementary torch operations: any device, any transform, differentiable any number of times."""
+    """`tanh_taylor` in plain PyTorch operations: any device, any transform, differentiable any number of times."""
     rows = x.to(compute_dtype(x))  # [orders + 1, ...]
     y = torch.tanh(rows[0])
     first = 1 - y * y

@@ -1,4 +1,4 @@
-"""What the Taylor ops share: they map a stack x [orders + 1, ...] of a value and its derivatives along a curve."""
+"""Helpers of the Taylor ops, which map a stack x [orders + 1, ...] of a value and its derivatives along a curve."""
 
 from __future__ import annotations
 

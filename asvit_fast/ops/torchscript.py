@@ -1,4 +1,4 @@
-"""What torch.jit.script compiles where a network calls our ops: their references.
+"""References that torch.jit.script compiles in place of our ops.
 
 torch deprecates TorchScript; timm's tests of models still ask for it.
 """

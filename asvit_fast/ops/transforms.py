@@ -1,4 +1,4 @@
-"""What of torch's state an op has to know: transforms that a fused op would not survive, autocast, and tracing."""
+"""The state of torch that an op has to know: transforms that a fused op would not survive, autocast, and tracing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _has_autocast(device_type: str) -> bool:
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """What autocast computes in on such a device; None where it is off, or unknown as on the meta device."""
+    """The dtype that autocast computes in on a device; None where it is off, or unknown as on the meta device."""
     if not _has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)

@@ -1,6 +1,6 @@
 """Attention inside (shifted) windows of a channels-last feature map, straight from the fused qkv projection.
 
-The reference is made of elementary torch operations: any device and dtype, double backward, functorch, forward mode,
+The reference is made of plain PyTorch operations: any device and dtype, double backward, functorch, forward mode,
 export.
 """
 
@@ -63,7 +63,7 @@ def _check(
         if window_padding(size[0], window[0]) != 0 or window_padding(size[1], window[1]) != 0:
             raise InputError(f"window_attention: in the layout grid windows divide the map, got {window} for {size}")
     if padding is not None and (layout == "masked" or layout == "grid"):
-        raise InputError(f"window_attention: nobody attends padding in the layout {layout}, so it has no values")
+        raise InputError(f"window_attention: padding is masked out in the layout {layout}, so it has no values")
     check_operand(op, "padding", padding, [qkv.shape[3]], qkv)
     check_operand(op, "attn_scale", attn_scale, [num_heads], qkv)
     return window, shift, bias
@@ -121,11 +121,11 @@ def window_attention_reference(
     padding: Tensor | None = None,
     attn_scale: Tensor | None = None,
 ) -> Tensor:
-    """``window_attention`` in elementary operations, the attention matrix materialised."""
+    """``window_attention`` in plain PyTorch operations, the attention matrix materialised."""
     size = [qkv.shape[1], qkv.shape[2]]
     scores, v, mask = _scores(qkv, num_heads, window, shift, bias, scale, layout, padding)
     attention = torch.softmax(scores, dim=-1)
-    if mask is not None and layout == "masked":  # again: a row of NaN stays among those who attend each other
+    if mask is not None and layout == "masked":  # again: a row of NaN stays among tokens that attend to each other
         attention = attention.masked_fill(mask.unsqueeze(1) < 0.0, 0.0)
     if attn_scale is not None:
         attention = _high_pass(attention, mask, attn_scale)
@@ -172,7 +172,7 @@ SINGLE_TILE_TOKENS, SINGLE_TILE_HEAD_DIM = 64, 32  # up to which, in 16 bits, Tr
 
 @dataclass(frozen=True)
 class WindowAttentionConfig:
-    """What is not a tensor."""
+    """Arguments that are not tensors."""
 
     num_heads: int
     window: list[int]
@@ -341,13 +341,13 @@ def window_attention(
         window: (height, width) in tokens. Windows need not divide the map: it is padded at the end. In the layout
             "masked" a window larger than the map is the map.
         shift: (rows, columns) of the cyclic shift, below ``window``; tokens that only the shift brings together do not
-            attend each other (Swin, arXiv 2103.14030, section 3.2).
+            attend to each other (Swin, arXiv 2103.14030, section 3.2).
         bias: [heads, tokens, tokens], added to the scaled scores of every window (tokens = height * width; where a
             window is larger than the map, those of either). A query all of whose keys have the lowest number of the
             bias' dtype attends them alike; one whose keys have -inf is NaN, as with torch.softmax.
         scale: factor on q @ k; head_dim ** -0.5 by default.
         dropout: probability of dropping an attention weight (pass 0 in evaluation).
-        layout: "masked": padding is attended by nobody. "timm" or "torchvision": padding is attended, the mask of the
+        layout: "masked": padding is masked out. "timm" or "torchvision": padding is attended to, the mask of the
             shift is -100, and the map is rolled before it is padded ("timm") or after ("torchvision"). "grid": the
             tokens of a window are spread evenly over a map that windows divide (MaxViT, arXiv 2204.01697, section 3.2).
         padding: [3*heads*head_dim], a token of padding in the layouts "timm" and "torchvision": the projection of
@@ -361,7 +361,7 @@ def window_attention(
 
     On a CPU one compiled kernel each for forward and backward, on a GPU Triton kernels: they copy nothing and keep at
     most two numbers per row. With dropout, in float64 on a GPU, and where Triton is missing, torch's fused attention,
-    which has no double backward. With dropout and attn_scale elementary operations, which is said once.
+    which has no double backward. With dropout and attn_scale plain PyTorch operations, with one warning.
     """
     if has_torch_function_unary(qkv):
         options = (bias, scale, dropout, layout, padding, attn_scale)
@@ -371,10 +371,10 @@ def window_attention(
     windows, shifts, bias = _check(
         qkv, num_heads, sizes(window), sizes(shift), bias, scale, dropout, layout, padding, attn_scale
     )
-    parameters = bias is not None or padding is not None or attn_scale is not None  # which would have gradients
+    parameters = bias is not None or padding is not None or attn_scale is not None  # so gradients are needed
     computed = qkv.device.type != "meta"  # there the op is called for its shape and what it counts
     if windows == [1, 1] and dropout == 0.0 and not parameters and computed and backends.forced_backend() is None:
-        return qkv[..., qkv.shape[3] // 3 * 2 :].contiguous()  # a token that is alone attends itself
+        return qkv[..., qkv.shape[3] // 3 * 2 :].contiguous()  # a 1 x 1 window attends only to itself
     factor = float(qkv.shape[3] // (3 * num_heads)) ** -0.5 if scale is None else scale
     config = WindowAttentionConfig(num_heads, windows, shifts, factor, layout, dropout)
     return WINDOW_ATTENTION((qkv, bias, padding, attn_scale), config)

@@ -91,7 +91,7 @@ def _piece(left: list[Tensor], right: list[Tensor], v: Tensor, mask: Tensor | No
 def window_attention_taylor_reference(
     q: Tensor, k: Tensor, v: Tensor, window: list[int], shift: list[int], bias: Tensor | None, scale: float
 ) -> Tensor:
-    """The op in elementary torch operations: any device, any transform, differentiable any number of times.
+    """The op in plain PyTorch operations: any device, any transform, differentiable any number of times.
 
     q, k, v [orders + 1, B, H, W, heads, d] -> [orders + 1, B, H, W, heads*d].
     """

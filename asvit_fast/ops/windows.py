@@ -1,7 +1,7 @@
 """Cutting a channels-last map into windows, and which tokens of a window attend each other, by layout.
 
-- "masked": zeros are appended until windows cover the map, which is then rolled. Padding is attended by nobody, tokens
-  that only the roll brings together do not attend each other.
+- "masked": zeros are appended until windows cover the map, which is then rolled. Padding is masked out, and tokens
+  that only the roll brings together do not attend to each other.
 - "timm", "torchvision": as Swin's public implementations do it. Padding is attended like any token, and its projection
   is a vector of its own; tokens that only the roll brings together get -100 on their score. timm rolls the map and pads
   it then, torchvision pads first: on a map that windows divide they are the same.
@@ -102,9 +102,9 @@ def window_mask(
     device: torch.device,
     layout: str = "masked",
 ) -> Tensor | None:
-    """Additive mask [windows, query, key] of who attends whom; None when everybody does, otherwise 0 where they do.
+    """Additive mask [windows, query, key] of attention scores: 0 where a query attends to a key. None if all do.
 
-    A query that is padding attends everybody, as it is dropped afterwards: no row is without keys.
+    A padding query attends to everything, as it is dropped afterwards: no row is without keys.
     """
     padding = padding_tokens(size, window, shift, device, layout) if layout == "masked" else None
     shifted = shift[0] > 0 or shift[1] > 0
@@ -157,7 +157,7 @@ def check_windows(
     op: str, size: list[int], num_heads: int, channels: int, window: list[int], shift: list[int], bias: Tensor | None,
     x: Tensor, layout: str = "masked",
 ) -> tuple[list[int], list[int], Tensor | None]:  # fmt: skip
-    """What windowed attention on maps x of ``size`` [H, W] and ``channels`` asks of its arguments (InputError).
+    """Check the arguments of windowed attention on maps x of ``size`` [H, W] and ``channels`` (InputError).
 
     Returns window, shift and bias: in the layout "masked" a window larger than the map is the map.
     """

@@ -194,7 +194,7 @@ def clamp(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
 
 @register_rule("nan_to_num")
 def nan_to_num(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
-    """What is replaced stands still, even where its derivatives are not numbers."""
+    """Derivatives of replaced elements are zero, even where they were not finite."""
     x, *rest = args
     if x.is_complex() or taylors(rest, kwargs):
         raise NotCovered

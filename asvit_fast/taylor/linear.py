@@ -197,7 +197,7 @@ def heaviside(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 @register_rule("broadcast_tensors", "meshgrid", "block_diag")
 def side_by_side(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Linear in all tensors together, positional one by one or in a list."""
+    """Linear in all tensors together, given one by one or in a list."""
     like = taylors(args)[0]
     parts = args[0] if isinstance(args[0], (list, tuple)) else args
     parts = [part if isinstance(part, Taylor) else _promoted(part, like) for part in parts]

@@ -177,7 +177,7 @@ def _derivatives(
 
 
 def _hermitian(matrix: Tensor, upper: bool = False) -> Tensor:
-    """What a routine that reads one triangle of matrix [..., n, n] takes it for."""
+    """The symmetric matrix [..., n, n] that a routine reads from one triangle."""
     half = matrix.triu(1) if upper else matrix.tril(-1)
     return half + half.mH + torch.diag_embed(matrix.diagonal(dim1=-2, dim2=-1).real)
 

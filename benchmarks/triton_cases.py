@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import triton
 from rooflines import Work
 
 from asvit_fast import backends, ops
@@ -135,6 +136,17 @@ OPS = (
 
 
 # --------------------------------------------------------------------------- launches
+
+
+@contextmanager
+def triton_not_started() -> Iterator[None]:
+    """Ops do for tensors of the CPU all that the host does for a Triton kernel, but do not launch it."""
+    run, triton.JITFunction.run = triton.JITFunction.run, lambda *_, **__: None
+    try:
+        with _triton_on_cpu():
+            yield
+    finally:
+        triton.JITFunction.run = run
 
 
 @contextmanager

@@ -91,7 +91,8 @@ def main() -> None:
 
             stack.enter_context(triton_not_started())
         names = TRITON if arguments.triton else CASES
-        runs = {f"{case}, {mode}": make(case) for case in names for mode, make in (("forward", forward), ("both", both))}
+        modes = {"forward": forward, "both": both}
+        runs = {f"{case}, {mode}": make(case) for case in names for mode, make in modes.items()}
         counts = {name: calls(run) for name, run in runs.items()}
         for name, timing in compare(runs, device, arguments.rounds).items():
             low, middle, high = (1e6 * x for x in (timing.lower_quartile, timing.median, timing.upper_quartile))

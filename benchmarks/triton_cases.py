@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import torch
 import triton
+from kernel_inspection import Launch, recorded_launches
 from rooflines import Work
 
 from asvit_fast import backends, ops
 from asvit_fast.kernels import tiles
-from asvit_fast.kernels.inspection import Launch, recorded_launches
 from asvit_fast.workloads import DTYPES, AttentionWorkload
 
 Shape = Mapping[str, int]

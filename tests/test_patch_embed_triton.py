@@ -182,8 +182,9 @@ def arguments_of(name: str, channels: int, kernel: int, dtype: torch.dtype, capa
 )
 def test_compiled(channels, kernel, dtype, capability):
     """For GPUs that need not be there; on Ampere and Hopper no register is spilled."""
+    from kernel_inspection import compile_kernel
+
     from asvit_fast.kernels import patch_embed
-    from asvit_fast.kernels.inspection import compile_kernel
 
     for name in KERNELS:
         signature, constants, options = arguments_of(name, channels, kernel, dtype, capability)

@@ -303,7 +303,7 @@ def launches(monkeypatch, capability, side, head_dim, dtype, shift=False, size=0
 
 def report_of(kernel, named, capability):
     """What the kernel compiled for these arguments uses."""
-    from asvit_fast.kernels.inspection import compile_kernel
+    from kernel_inspection import compile_kernel
 
     constants = {parameter.name: named[parameter.name] for parameter in kernel.params if parameter.is_constexpr}
     options = {name: value for name, value in named.items() if name not in kernel.arg_names}

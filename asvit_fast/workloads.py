@@ -114,7 +114,7 @@ class AttentionWorkload(Workload):
         return self.size
 
     def features(self, kernel: str) -> Tiles:
-        from asvit_fast.kernels.tiles import block
+        from asvit_fast.kernels.tile_table import block
 
         return {"bits": self.bits, "tokens": self.tokens, "block_d": block(self.head_dim)}
 

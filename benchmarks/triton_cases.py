@@ -17,7 +17,7 @@ from kernel_inspection import Launch, recorded_launches
 from rooflines import Work
 
 from asvit_fast import backends, ops
-from asvit_fast.kernels import tiles
+from asvit_fast.kernels import tile_table
 from asvit_fast.workloads import DTYPES, AttentionWorkload
 
 Shape = Mapping[str, int]
@@ -168,7 +168,7 @@ def cases(archs: list[int], dtypes: list[str], shapes: Callable[[str], bool] = l
         for shape in op.shapes:
             if "triton" not in backends.declared().get(op.name, ()) or not shapes(label_of(shape)):
                 continue
-            with _triton_on_cpu(), tiles.assuming(tiles.FAMILIES[str(arch)]), recorded_launches() as launches:
+            with _triton_on_cpu(), tile_table.assuming(tile_table.FAMILIES[str(arch)]), recorded_launches() as launches:
                 op.call(shape, dtype)
             different = [launch for number, launch in enumerate(launches) if launch not in launches[:number]]
             yield from (Case(launch, shape, dtype, arch) for launch in different)

@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .products import dot, precision
-from .tiles import block, choose, family_of
+from .dot import dot, precision
+from .tile_table import block, choose, family_of
 
 PROGRAMS = 1024  # that a sum over tokens is cut into: a few for every multiprocessor
 MAXIMUM_CHANNEL_BLOCK = 128  # of the weight's gradient

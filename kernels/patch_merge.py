@@ -16,8 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .products import dot, precision
-from .tiles import family_of, launch_options, nearest
+from .dot import dot, precision
+from .tile_table import family_of, launch_options, nearest
 
 STATISTICS_ROWS = 32  # that a program finds the statistics of
 # integers whose value or divisibility must not compile another kernel

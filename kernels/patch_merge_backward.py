@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .dot import dot
 from .patch_merge import (
     SIZES,
     constant_arguments,
@@ -22,7 +23,6 @@ from .patch_merge import (
     normalised_product,
     tile_arguments,
 )
-from .products import dot
 
 PROGRAMS = 1024  # that sums over all tokens are cut into: a few for every multiprocessor
 

@@ -3,7 +3,7 @@ written. Window, shift and padding are index arithmetic.
 
 A window that fits a tile: a program goes through several windows of one head, keeps the bias and the sum of its
 gradients in registers, and the backward pass finds everything again from q, k and v. Larger windows:
-window_attention_large.py. No float atomics: sums have an order that only shapes decide.
+window_attention_tiled.py. No float atomics: sums have an order that only shapes decide.
 """
 
 from __future__ import annotations
@@ -15,15 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .tiles import block, choose, family_of
-from .window_attention_large import window_attention_blocked_kernel
-from .window_attention_large_backward import (
-    window_attention_bias_gradient_kernel,
-    window_attention_kv_gradient_kernel,
-    window_attention_q_gradient_kernel,
-)
-from .window_geometry import SIZES, Shape, inputs_of, locate, place, shape_of
-from .window_tiles import (
+from .tile_table import block, choose, family_of
+from .window_attention_geometry import SIZES, Shape, inputs_of, locate, place, shape_of
+from .window_attention_tile_ops import (
     allowed,
     combine,
     combine_transposed,
@@ -37,6 +31,12 @@ from .window_tiles import (
     store,
     store_padding_sums,
     times,
+)
+from .window_attention_tiled import window_attention_blocked_kernel
+from .window_attention_tiled_backward import (
+    window_attention_bias_gradient_kernel,
+    window_attention_kv_gradient_kernel,
+    window_attention_q_gradient_kernel,
 )
 
 PROGRAMS = 1024  # that work is cut into where each goes through several windows: a few for every multiprocessor

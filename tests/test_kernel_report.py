@@ -21,7 +21,7 @@ import triton_cases
 from kernel_inspection import Loop, class_of, inner_loop, parse_sass
 
 from asvit_fast import ops
-from asvit_fast.kernels import tiles
+from asvit_fast.kernels import tile_table
 
 # the words of ptxas -v; the second kernel spills
 PTXAS = """\
@@ -185,7 +185,7 @@ def test_cases_are_what_ops_start():
     assert [(case.arch, case.kernel.removeprefix("window_attention_")) for case in found] == [
         (arch, name) for arch in (80, 90) for name in ("blocked", "q_gradient", "kv_gradient")
     ]
-    launch, expected = found[0].launch, tiles.choose("blocked", "ampere", 49, 8, 32)
+    launch, expected = found[0].launch, tile_table.choose("blocked", "ampere", 49, 8, 32)
     assert launch.constants | launch.options == launch.constants | launch.options | expected
     assert launch.signature["qkv_pointer"] == "*fp32" and launch.signature["scale"] == "fp32"
     assert "qkv_pointer" in launch.divisible and "height" not in launch.divisible  # sizes are not specialised

@@ -173,7 +173,7 @@ def test_on_a_gpu(name):
 def arguments_of(name: str, channels: int, outputs: int, kernel: int, dtype: str, capability: int) -> tuple:
     """Signature, constants and options of a kernel."""
     from asvit_fast.kernels.patch_merge import SIZES, channel_block
-    from asvit_fast.kernels.tiles import FAMILIES, launch_options, nearest
+    from asvit_fast.kernels.tile_table import FAMILIES, launch_options, nearest
 
     bits = {"*fp32": 32, "*bf16": 16}[dtype]
     options, constants = {"num_warps": 4}, {"BLOCK_M": 32}

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from kernel_inspection import Launch, recorded_launches
 
 from asvit_fast import backends, ops
-from asvit_fast.kernels import tiles
+from asvit_fast.kernels import tile_table
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # float32 products go through TF32 instructions of their own; those of the 16-bit types are the same
@@ -92,7 +92,11 @@ def _triton_on_cpu(monkeypatch) -> Iterator[None]:
 
 def launches(monkeypatch, call: Callable[[torch.dtype], None], dtype: torch.dtype, architecture: int) -> list[Launch]:
     """What a call would start on such a GPU, each once."""
-    with _triton_on_cpu(monkeypatch), tiles.assuming(tiles.FAMILIES[str(architecture)]), recorded_launches() as found:
+    with (
+        _triton_on_cpu(monkeypatch),
+        tile_table.assuming(tile_table.FAMILIES[str(architecture)]),
+        recorded_launches() as found,
+    ):
         call(dtype)
     return [launch for number, launch in enumerate(found) if launch not in found[:number]]
 

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from asvit_fast import tuning
 from asvit_fast.cli import main
 from asvit_fast.errors import InputError
-from asvit_fast.kernels import tiles
+from asvit_fast.kernels import tile_table
 from asvit_fast.topology import Topology
 from asvit_fast.tuning import Comparison, Task, UserTable, neighbours, refine, tasks_of, tune
 from asvit_fast.workloads import (
@@ -35,9 +35,9 @@ FEATURES = (("bits", 16), ("tokens", 784), ("block_d", 16))
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ASVIT_FAST_TILES", str(tmp_path))
-    tiles.forget()
+    tile_table.forget()
     yield tmp_path
-    tiles.forget()
+    tile_table.forget()
 
 
 def seconds(options: dict[str, int]) -> float:
@@ -109,7 +109,7 @@ def test_default_workloads():
 def test_every_kernel_with_tiles_is_tuned():
     tasks = tasks_of(default_workloads(), ("bf16", "fp16", "fp32"))
     check_tasks(tasks)
-    shipped = tiles.read_table(Path(tiles.__file__).with_name("tiles") / "hopper.json")
+    shipped = tile_table.read_table(Path(tile_table.__file__).with_name("tiles") / "hopper.json")
     assert {task.kernel for task in tasks} == set(shipped)
     for task in tasks:  # rows are told apart by what the shipped ones are
         features = {name for name in shipped[task.kernel][0] if not name.startswith(("block_m", "block_n", "num_"))}
@@ -140,7 +140,7 @@ class Fake:
 
     def prepare(self, kernel, batch, device):
         def run():
-            self.ran = tiles.nearest(kernel, "hopper", **dict(FEATURES))
+            self.ran = tile_table.nearest(kernel, "hopper", **dict(FEATURES))
             if self.ran["num_warps"] == 8:
                 raise type("OutOfResources", (Exception,), {"__module__": "triton.runtime.errors"})
             if self.ran["num_stages"] == 4:
@@ -206,7 +206,7 @@ def test_tune_writes_rows_that_lookups_find(folder, monkeypatch):
     row = json.loads(table.path.read_text())["kernels"]["blocked"][0]
     assert row == dict(todo[0].features) | best.tiles | {"tuned": row["tuned"]}
     assert row["tuned"]["speed"] == pytest.approx(best.speed, abs=1e-3)
-    assert tiles.nearest("blocked", "hopper/My GPU", bits=16, tokens=784, block_d=16) == best.tiles
+    assert tile_table.nearest("blocked", "hopper/My GPU", bits=16, tokens=784, block_d=16) == best.tiles
     assert tune_with(todo, table) == {}
     assert set(tune_with(todo, table, again=True)) == set(todo)
     assert len(table.read()["blocked"]) == 1
@@ -272,7 +272,7 @@ def test_in_the_interpreter(op, dtypes, rows, folder, root):
     result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
-    assert len(found) == len(tiles.read_table(folder / "interpreter.json")) == rows
+    assert len(found) == len(tile_table.read_table(folder / "interpreter.json")) == rows
     assert {refused for refused, _ in found.values()} == {0}
     assert sum(tried for _, tried in found.values()) >= 2 * rows
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .products import dot
+from .dot import dot
 
 LOG2E = tl.constexpr(1.4426950408889634)
 REGION_SCORE = tl.constexpr(-100.0)  # where padding is attended, this on scores of tokens of different regions

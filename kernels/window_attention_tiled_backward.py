@@ -12,9 +12,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .window_attention_large import job_of, mean_values
-from .window_geometry import SIZES, inputs_of, locate, place
-from .window_tiles import (
+from .window_attention_geometry import SIZES, inputs_of, locate, place
+from .window_attention_tile_ops import (
     add,
     allowed,
     combine,
@@ -30,6 +29,7 @@ from .window_tiles import (
     times,
     zeros,
 )
+from .window_attention_tiled import job_of, mean_values
 
 
 class _Kept(NamedTuple):

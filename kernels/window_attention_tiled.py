@@ -1,5 +1,5 @@
 """Triton kernels of attention in windows that do not fit a tile: blocks of keys with an online softmax (Milakov and
-Gimelshein, arXiv 1805.02867). The backward pass: window_attention_large_backward.py.
+Gimelshein, arXiv 1805.02867). The backward pass: window_attention_tiled_backward.py.
 
 AttnScale's output is (1 + w) Y - w M, Y the attention's and M the mean of the values that a query may attend.
 """
@@ -11,8 +11,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .window_geometry import SIZES, inputs_of, locate, place
-from .window_tiles import (
+from .window_attention_geometry import SIZES, inputs_of, locate, place
+from .window_attention_tile_ops import (
     add,
     allowed,
     combine,

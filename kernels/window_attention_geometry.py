@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .products import LEAST_CHANNELS, precision
+from .dot import LEAST_CHANNELS, precision
 
 # integers whose value or divisibility must not compile another kernel: maps and batches change during training
 SIZES = ("windows", "per_program", "height", "width", "shift_rows", "shift_columns")

@@ -102,8 +102,8 @@ class AttentionWorkload(Workload):
     @property
     def kernels(self) -> tuple[str, ...]:
         if self.tokens <= SINGLE_TILE_TOKENS and self.head_dim <= SINGLE_TILE_HEAD_DIM and self.bits == 16:
-            return "whole", "whole_backward"
-        return "blocked", "q_gradient", "kv_gradient", *(("bias_gradient",) if self.biased else ())
+            return "single_tile", "single_tile_backward"
+        return "tiled", "q_gradient", "kv_gradient", *(("bias_gradient",) if self.biased else ())
 
     @property
     def kind(self) -> Hashable:
@@ -129,7 +129,7 @@ class AttentionWorkload(Workload):
         def attention(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
             return ops.window_attention(qkv, self.heads, self.window, shift, bias)
 
-        return _run(attention, inputs, (), kernel not in ("whole", "blocked"))
+        return _run(attention, inputs, (), kernel not in ("single_tile", "tiled"))
 
     def __str__(self) -> str:
         words = f"{self.window[0]}x{self.window[1]}x{self.head_dim} {self.dtype}"

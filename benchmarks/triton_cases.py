@@ -74,9 +74,9 @@ class Case:
 
 # kernels of windowed attention: matrix products per score, and tensors [tokens, head_dim] that are read and written
 ATTENTION = {
-    "window_attention_whole": (2, 4),
-    "window_attention_whole_backward": (5, 7),
-    "window_attention_blocked": (2, 4),
+    "window_attention_single_tile": (2, 4),
+    "window_attention_single_tile_backward": (5, 7),
+    "window_attention_tiled": (2, 4),
     "window_attention_q_gradient": (3, 6),
     "window_attention_kv_gradient": (4, 6),
     "window_attention_bias_gradient": (2, 4),

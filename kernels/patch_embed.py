@@ -96,7 +96,7 @@ def convolve(
     BLOCK_K: tl.constexpr,
     BIASED: tl.constexpr,
     PADDED: tl.constexpr,
-    PRODUCTS: tl.constexpr,
+    COMPUTE_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """float32 [M, BLOCK_C] of tokens [M]: convolution and bias, zeros behind the channels."""
@@ -120,7 +120,7 @@ def convolve(
             mask=there[:, None] & (channel < CHANNELS)[None, :],
             other=0.0,
         )  # [BLOCK_K, BLOCK_C]
-        values += dot(pixels.to(PRODUCTS), weight.to(PRODUCTS), PRECISION)
+        values += dot(pixels.to(COMPUTE_DTYPE), weight.to(COMPUTE_DTYPE), PRECISION)
     if BIASED:
         values += tl.load(bias_pointer + channel, mask=channel < CHANNELS, other=0.0).to(tl.float32)[None, :]
     return values
@@ -171,7 +171,7 @@ def patch_embed_kernel(
     NORM: tl.constexpr,
     NORM_BIASED: tl.constexpr,
     PADDED: tl.constexpr,
-    PRODUCTS: tl.constexpr,
+    COMPUTE_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Each program: BLOCK_M tokens with all their channels."""
@@ -180,7 +180,7 @@ def patch_embed_kernel(
     values = convolve(
         image_pointer, weight_pointer, bias_pointer, token, tokens, rows, columns, height, width, batch_stride,
         channel_stride, row_stride, column_stride, left, top, IN_CHANNELS, KERNEL, WIDE_KERNEL, STRIDE, DILATION,
-        CHANNELS, BLOCK_C, BLOCK_K, BIASED, PADDED, PRODUCTS, PRECISION,
+        CHANNELS, BLOCK_C, BLOCK_K, BIASED, PADDED, COMPUTE_DTYPE, PRECISION,
     )  # fmt: skip
     if NORM:
         centered, scale = standardise(values, channel, eps, CHANNELS)
@@ -201,9 +201,9 @@ def patch_embed_norm_gradient_kernel(
     weight_pointer,  # [CHANNELS, IN_CHANNELS, KERNEL, KERNEL]
     bias_pointer,  # [CHANNELS]; read only if BIASED
     norm_weight_pointer,  # [CHANNELS]
-    gradient_pointer,  # of the output, [B, rows, columns, CHANNELS]
-    to_values_pointer,  # of the convolution's values, same shape
-    to_vectors_pointer,  # [programs, 3, CHANNELS]: of the bias, the norm's weight and bias
+    grad_output_pointer,  # of the output, [B, rows, columns, CHANNELS]
+    grad_conv_pointer,  # of the convolution's values, same shape
+    grad_vectors_pointer,  # [programs, 3, CHANNELS]: of the bias, the norm's weight and bias
     tokens,
     rows,
     columns,
@@ -228,46 +228,46 @@ def patch_embed_norm_gradient_kernel(
     BLOCK_K: tl.constexpr,
     BIASED: tl.constexpr,
     PADDED: tl.constexpr,
-    PRODUCTS: tl.constexpr,
+    COMPUTE_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Each program: `per_program` blocks of BLOCK_M tokens, through LayerNorm, and their sums."""
     channel = tl.arange(0, BLOCK_C)
     weight = tl.load(norm_weight_pointer + channel, mask=channel < CHANNELS, other=0.0).to(tl.float32)[None, :]
-    to_bias = tl.zeros([BLOCK_C], dtype=tl.float32)
-    to_norm_weight = tl.zeros([BLOCK_C], dtype=tl.float32)
-    to_norm_bias = tl.zeros([BLOCK_C], dtype=tl.float32)
+    grad_bias = tl.zeros([BLOCK_C], dtype=tl.float32)
+    grad_norm_weight = tl.zeros([BLOCK_C], dtype=tl.float32)
+    grad_norm_bias = tl.zeros([BLOCK_C], dtype=tl.float32)
     for number in range(per_program):
         token = (tl.program_id(0) * per_program + number) * BLOCK_M + tl.arange(0, BLOCK_M)
         values = convolve(
             image_pointer, weight_pointer, bias_pointer, token, tokens, rows, columns, height, width, batch_stride,
             channel_stride, row_stride, column_stride, left, top, IN_CHANNELS, KERNEL, WIDE_KERNEL, STRIDE, DILATION,
-            CHANNELS, BLOCK_C, BLOCK_K, BIASED, PADDED, PRODUCTS, PRECISION,
+            CHANNELS, BLOCK_C, BLOCK_K, BIASED, PADDED, COMPUTE_DTYPE, PRECISION,
         )  # fmt: skip
         centered, scale = standardise(values, channel, eps, CHANNELS)
         mask = (token < tokens)[:, None] & (channel < CHANNELS)[None, :]
         place = tl.cast(token, tl.int64)[:, None] * CHANNELS + channel[None, :]
-        gradient = tl.load(gradient_pointer + place, mask=mask, other=0.0).to(tl.float32)
+        grad_output = tl.load(grad_output_pointer + place, mask=mask, other=0.0).to(tl.float32)
         normal = tl.where(mask, centered * scale[:, None], 0.0)  # infinite behind the last token where eps is 0
-        weighted = gradient * weight
+        weighted = grad_output * weight
         mean = tl.sum(weighted, 1) / CHANNELS
         slope = tl.sum(weighted * normal, 1) / CHANNELS
-        to_values = tl.where(mask, (weighted - mean[:, None] - normal * slope[:, None]) * scale[:, None], 0.0)
-        tl.store(to_values_pointer + place, to_values, mask=mask)
-        to_bias += tl.sum(to_values, 0)
-        to_norm_weight += tl.sum(gradient * normal, 0)
-        to_norm_bias += tl.sum(gradient, 0)
-    place = to_vectors_pointer + tl.cast(tl.program_id(0), tl.int64) * (3 * CHANNELS) + channel
-    tl.store(place, to_bias, mask=channel < CHANNELS)
-    tl.store(place + CHANNELS, to_norm_weight, mask=channel < CHANNELS)
-    tl.store(place + 2 * CHANNELS, to_norm_bias, mask=channel < CHANNELS)
+        grad_conv = tl.where(mask, (weighted - mean[:, None] - normal * slope[:, None]) * scale[:, None], 0.0)
+        tl.store(grad_conv_pointer + place, grad_conv, mask=mask)
+        grad_bias += tl.sum(grad_conv, 0)
+        grad_norm_weight += tl.sum(grad_output * normal, 0)
+        grad_norm_bias += tl.sum(grad_output, 0)
+    place = grad_vectors_pointer + tl.cast(tl.program_id(0), tl.int64) * (3 * CHANNELS) + channel
+    tl.store(place, grad_bias, mask=channel < CHANNELS)
+    tl.store(place + CHANNELS, grad_norm_weight, mask=channel < CHANNELS)
+    tl.store(place + 2 * CHANNELS, grad_norm_bias, mask=channel < CHANNELS)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def patch_embed_weight_gradient_kernel(
     image_pointer,  # [B, IN_CHANNELS, height, width], of any strides
-    to_values_pointer,  # gradients of the convolution's values, [B, rows, columns, CHANNELS]
-    to_weight_pointer,  # [groups, IN_CHANNELS, KERNEL, KERNEL, CHANNELS]
+    grad_conv_pointer,  # gradients of the convolution's values, [B, rows, columns, CHANNELS]
+    grad_weight_pointer,  # [groups, IN_CHANNELS, KERNEL, KERNEL, CHANNELS]
     tokens,
     rows,
     columns,
@@ -290,7 +290,7 @@ def patch_embed_weight_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PADDED: tl.constexpr,
-    PRODUCTS: tl.constexpr,
+    COMPUTE_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Each program: BLOCK_K pixels of a patch and BLOCK_C channels, summed over `per_program` blocks of tokens."""
@@ -300,7 +300,7 @@ def patch_embed_weight_gradient_kernel(
     group = tl.program_id(0) // (PIXEL_BLOCKS * CHANNEL_BLOCKS)
     k = part % PIXEL_BLOCKS * BLOCK_K + tl.arange(0, BLOCK_K)
     channel = part // PIXEL_BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
-    to_weight = tl.zeros([BLOCK_K, BLOCK_C], dtype=tl.float32)
+    grad_weight = tl.zeros([BLOCK_K, BLOCK_C], dtype=tl.float32)
     for number in range(per_program):
         token = (group * per_program + number) * BLOCK_M + tl.arange(0, BLOCK_M)
         real = token < tokens
@@ -312,12 +312,12 @@ def patch_embed_weight_gradient_kernel(
             image_pointer, start, y, x, real, k, height, width, channel_stride, row_stride, column_stride,
             IN_CHANNELS, KERNEL, WIDE_KERNEL, DILATION, PADDED,
         )  # fmt: skip
-        to_values = tl.load(
-            to_values_pointer + tl.cast(token, tl.int64)[:, None] * CHANNELS + channel[None, :],
+        grad_conv = tl.load(
+            grad_conv_pointer + tl.cast(token, tl.int64)[:, None] * CHANNELS + channel[None, :],
             mask=real[:, None] & (channel < CHANNELS)[None, :],
             other=0.0,
         )  # [BLOCK_M, BLOCK_C]
-        to_weight += dot(tl.trans(pixels.to(PRODUCTS)), to_values.to(PRODUCTS), PRECISION)
+        grad_weight += dot(tl.trans(pixels.to(COMPUTE_DTYPE)), grad_conv.to(COMPUTE_DTYPE), PRECISION)
     index = k // WIDE_KERNEL * KERNEL + k % WIDE_KERNEL
     there = (k // WIDE_KERNEL < IN_CHANNELS * KERNEL) & (k % WIDE_KERNEL < KERNEL)
     place = (
@@ -325,14 +325,19 @@ def patch_embed_weight_gradient_kernel(
         + index[:, None] * CHANNELS
         + channel[None, :]
     )
-    tl.store(to_weight_pointer + place, to_weight, mask=there[:, None] & (channel < CHANNELS)[None, :])
+    tl.store(grad_weight_pointer + place, grad_weight, mask=there[:, None] & (channel < CHANNELS)[None, :])
 
 
 # --------------------------------------------------------------------------- launches
 
 
 def _shared_arguments(
-    image: torch.Tensor, weight: torch.Tensor, stride: int, dilation: int, padding: list[int], products: torch.dtype
+    image: torch.Tensor,
+    weight: torch.Tensor,
+    stride: int,
+    dilation: int,
+    padding: list[int],
+    compute_dtype: torch.dtype,
 ) -> dict[str, Any]:
     """What all kernels take, by name."""
     batch, in_channels, height, width = image.shape
@@ -356,7 +361,7 @@ def _shared_arguments(
         "DILATION": dilation,
         "CHANNELS": channels,
         "PADDED": any(padding),
-        "PRODUCTS": TRITON_TYPES[products],
+        "COMPUTE_DTYPE": TRITON_TYPES[compute_dtype],
         "PRECISION": precision(),
     }
 
@@ -374,7 +379,7 @@ def pixel_count(in_channels: int, kernel: int) -> int:
 def tiles_of(kernel: str, family: str, shared: dict[str, Any], block_c: int) -> dict[str, Any]:
     """BLOCK_M tokens, BLOCK_K pixels of a patch, BLOCK_C channels and a launch's options."""
     pixels = pixel_count(shared["IN_CHANNELS"], shared["KERNEL"])
-    options = dict(choose(kernel, family, pixels, block_c, shared["PRODUCTS"].primitive_bitwidth))
+    options = dict(choose(kernel, family, pixels, block_c, shared["COMPUTE_DTYPE"].primitive_bitwidth))
     block_k = min(options.pop("BLOCK_N"), block(pixels))
     options = {key: value for key, value in options.items() if not key.startswith("TAIL")}
     return options | {"BLOCK_C": block_c, "BLOCK_K": block_k}
@@ -394,14 +399,14 @@ def patch_embed(
     dilation: int,
     padding: list[int],
     eps: float,
-    products: torch.dtype,
+    compute_dtype: torch.dtype,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Patch embedding on a GPU: image [B, Cin, H, W] of any layout -> [B, Ho, Wo, C] of type `dtype`.
 
     Pixels and weights are rounded to `products` (float32, float16 or bfloat16), sums are float32.
     """
-    shared = _shared_arguments(image, weight, stride, dilation, padding, products)
+    shared = _shared_arguments(image, weight, stride, dilation, padding, compute_dtype)
     shape = (image.shape[0], shared["rows"], shared["columns"], weight.shape[0])
     output = image.new_empty(shape, dtype=dtype)
     if output.numel() == 0:
@@ -418,14 +423,14 @@ def patch_embed(
 
 
 def _norm_backward(
-    gradient: torch.Tensor,
+    grad_output: torch.Tensor,
     image: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     norm_weight: torch.Tensor,
     eps: float,
     shared: dict[str, Any],
-    to_values: torch.Tensor,
+    grad_conv: torch.Tensor,
 ) -> torch.Tensor:
     """Fills gradients of the convolution's values; returns those of bias, norm_weight and norm_bias: [3, C]."""
     channels = weight.shape[0]
@@ -433,17 +438,17 @@ def _norm_backward(
     blocks = triton.cdiv(shared["tokens"], tiles["BLOCK_M"])
     per_program = triton.cdiv(blocks, PROGRAMS)
     programs = triton.cdiv(blocks, per_program)
-    to_vectors = image.new_empty(programs, 3, channels, dtype=torch.float32)
+    grad_vectors = image.new_empty(programs, 3, channels, dtype=torch.float32)
     with torch.cuda.device_of(image):
         patch_embed_norm_gradient_kernel[(programs,)](
-            image, weight, weight if bias is None else bias.contiguous(), norm_weight.contiguous(), gradient,
-            to_values, to_vectors, eps=eps, per_program=per_program,
+            image, weight, weight if bias is None else bias.contiguous(), norm_weight.contiguous(), grad_output,
+            grad_conv, grad_vectors, eps=eps, per_program=per_program,
             BIASED=bias is not None, **shared, **tiles,
         )  # fmt: skip
-    return to_vectors.sum(0)
+    return grad_vectors.sum(0)
 
 
-def _weight_gradient(image: torch.Tensor, to_values: torch.Tensor, shared: dict[str, Any]) -> torch.Tensor:
+def _weight_gradient(image: torch.Tensor, grad_conv: torch.Tensor, shared: dict[str, Any]) -> torch.Tensor:
     """[Cin * K * K, C]."""
     channels = shared["CHANNELS"]
     tiles = _tiles("patch_embed_weight_gradient", image, shared)
@@ -453,16 +458,16 @@ def _weight_gradient(image: torch.Tensor, to_values: torch.Tensor, shared: dict[
     per_program = triton.cdiv(blocks * parts, PROGRAMS)
     groups = triton.cdiv(blocks, per_program)
     patch = shared["IN_CHANNELS"] * shared["KERNEL"] ** 2
-    to_weight = image.new_empty(groups, patch, channels, dtype=torch.float32)
+    grad_weight = image.new_empty(groups, patch, channels, dtype=torch.float32)
     with torch.cuda.device_of(image):
         patch_embed_weight_gradient_kernel[(groups * parts,)](
-            image, to_values, to_weight, per_program=per_program, **shared, **tiles
+            image, grad_conv, grad_weight, per_program=per_program, **shared, **tiles
         )
-    return to_weight.sum(0)
+    return grad_weight.sum(0)
 
 
 def patch_embed_backward(
-    gradient: torch.Tensor,
+    grad_output: torch.Tensor,
     image: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -472,28 +477,28 @@ def patch_embed_backward(
     dilation: int,
     padding: list[int],
     eps: float,
-    products: torch.dtype,
+    compute_dtype: torch.dtype,
     values_wanted: bool,
     parameters_wanted: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of the convolution's values [B, Ho, Wo, C], the weight, the bias, the norm's weight and bias; each is
     empty if it is not wanted or has no operand."""
-    shared = _shared_arguments(image, weight, stride, dilation, padding, products)
-    gradient, weight = gradient.contiguous(), weight.contiguous()
+    shared = _shared_arguments(image, weight, stride, dilation, padding, compute_dtype)
+    grad_output, weight = grad_output.contiguous(), weight.contiguous()
     nothing = [image.new_empty(0) for _ in range(5)]
-    to_values, vectors = gradient, None
+    grad_conv, vectors = grad_output, None
     if norm_weight is not None:
-        to_values = torch.empty_like(gradient, dtype=products)
-        vectors = _norm_backward(gradient, image, weight, bias, norm_weight, eps, shared, to_values)
-    kept = to_values if values_wanted else nothing[0]
+        grad_conv = torch.empty_like(grad_output, dtype=compute_dtype)
+        vectors = _norm_backward(grad_output, image, weight, bias, norm_weight, eps, shared, grad_conv)
+    wanted_grad_conv = grad_conv if values_wanted else nothing[0]
     if not parameters_wanted:
-        return kept, nothing[1], nothing[2], nothing[3], nothing[4]
-    to_weight = torch.empty_like(weight)
-    to_weight.flatten(1).t().copy_(_weight_gradient(image, to_values, shared))
+        return wanted_grad_conv, nothing[1], nothing[2], nothing[3], nothing[4]
+    grad_weight = torch.empty_like(weight)
+    grad_weight.flatten(1).t().copy_(_weight_gradient(image, grad_conv, shared))
     if vectors is None:
-        vectors = gradient.sum((0, 1, 2), dtype=torch.float32).expand(3, -1)
-    to_bias, to_norm_weight, to_norm_bias = (
+        vectors = grad_output.sum((0, 1, 2), dtype=torch.float32).expand(3, -1)
+    grad_bias, grad_norm_weight, grad_norm_bias = (
         empty if x is None else row.to(x.dtype, copy=True)
         for x, row, empty in zip((bias, norm_weight, norm_bias), vectors, nothing[2:], strict=True)
     )
-    return kept, to_weight, to_bias, to_norm_weight, to_norm_bias
+    return wanted_grad_conv, grad_weight, grad_bias, grad_norm_weight, grad_norm_bias

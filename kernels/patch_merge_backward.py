@@ -31,7 +31,7 @@ PROGRAMS = 1024  # that sums over all tokens are cut into: a few for every multi
 def patch_merge_row_sums_kernel(
     x_pointer,  # [B, H, W, CHANNELS]
     folded_pointer,  # [OUTPUTS, KERNEL * KERNEL, CHANNELS]
-    gradient_pointer,  # [B, Ho, Wo, OUTPUTS]
+    grad_output_pointer,  # [B, Ho, Wo, OUTPUTS]
     sums_pointer,  # [2, OUTPUTS]
     statistics_pointer,  # [2, B, Ho, Wo]
     rows_pointer,  # [blocks of outputs, 2, B, Ho, Wo]: means over features of g W' and of g W' x, x normalised
@@ -67,21 +67,21 @@ def patch_merge_row_sums_kernel(
     )  # fmt: skip
     output = block * BLOCK_N + tl.arange(0, BLOCK_N)
     index = tl.cast(token, tl.int64)
-    gradient = load_rows(gradient_pointer, index, real, block * BLOCK_N, OUTPUTS, BLOCK_N).to(tl.float32)
+    grad_output = load_rows(grad_output_pointer, index, real, block * BLOCK_N, OUTPUTS, BLOCK_N).to(tl.float32)
     sums = tl.load(sums_pointer + output, mask=output < OUTPUTS, other=0.0)
     to = rows_pointer + tl.cast(block, tl.int64) * 2 * tokens + token
-    tl.store(to, tl.sum(gradient * sums[None, :], 1) * (1.0 / FEATURES), mask=real)
-    tl.store(to + tokens, tl.sum(gradient * value, 1) * (1.0 / FEATURES), mask=real)
+    tl.store(to, tl.sum(grad_output * sums[None, :], 1) * (1.0 / FEATURES), mask=real)
+    tl.store(to + tokens, tl.sum(grad_output * value, 1) * (1.0 / FEATURES), mask=real)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def patch_merge_input_kernel(
     x_pointer,  # [B, H, W, CHANNELS]
     folded_pointer,  # [OUTPUTS, KERNEL * KERNEL, CHANNELS]
-    gradient_pointer,  # [B, Ho, Wo, OUTPUTS]
+    grad_output_pointer,  # [B, Ho, Wo, OUTPUTS]
     statistics_pointer,  # [2, B, Ho, Wo]
     rows_pointer,  # [2, B, Ho, Wo]
-    to_x_pointer,  # [B, H, W, CHANNELS]
+    grad_x_pointer,  # [B, H, W, CHANNELS]
     tokens,  # of the output
     height,
     width,
@@ -119,7 +119,7 @@ def patch_merge_input_kernel(
     x = load_rows(x_pointer, index, real, start, CHANNELS, BLOCK_C).to(tl.float32)
     steps_down = (KERNEL - phase // STRIDE + STRIDE - 1) // STRIDE  # positions of a neighbourhood in this phase
     steps_across = (KERNEL - phase % STRIDE + STRIDE - 1) // STRIDE
-    to_x = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.float32)
+    grad_x = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.float32)
     for step in range(steps_down * steps_across):
         down_step = step // steps_across
         across_step = step % steps_across
@@ -131,24 +131,26 @@ def patch_merge_input_kernel(
         rstd = tl.load(statistics_pointer + tokens + token, mask=inside, other=0.0)
         level = tl.load(rows_pointer + token, mask=inside, other=0.0)
         along = tl.load(rows_pointer + tokens + token, mask=inside, other=0.0)
-        to_x -= rstd[:, None] * (level[:, None] + (x - mean[:, None]) * (rstd * along)[:, None])
+        grad_x -= rstd[:, None] * (level[:, None] + (x - mean[:, None]) * (rstd * along)[:, None])
         tap = (phase // STRIDE + down_step * STRIDE) * KERNEL + phase % STRIDE + across_step * STRIDE
         for part in range(PARTS):
             weights = load_weights(
                 folded_pointer, part * BLOCK_N, tap, start, OUTPUTS, CHANNELS, KERNEL, BLOCK_N, BLOCK_C
             )
-            gradient = load_rows(gradient_pointer, tl.cast(token, tl.int64), inside, part * BLOCK_N, OUTPUTS, BLOCK_N)
-            scaled = (gradient.to(tl.float32) * rstd[:, None]).to(weights.dtype)
-            to_x += dot(scaled, weights, PRECISION)
+            grad_output = load_rows(
+                grad_output_pointer, tl.cast(token, tl.int64), inside, part * BLOCK_N, OUTPUTS, BLOCK_N
+            )
+            scaled = (grad_output.to(tl.float32) * rstd[:, None]).to(weights.dtype)
+            grad_x += dot(scaled, weights, PRECISION)
     channel = start + tl.arange(0, BLOCK_C)
-    to = to_x_pointer + index[:, None] * CHANNELS + channel[None, :]
-    tl.store(to, to_x.to(to_x_pointer.dtype.element_ty), mask=real[:, None] & (channel < CHANNELS)[None, :])
+    to = grad_x_pointer + index[:, None] * CHANNELS + channel[None, :]
+    tl.store(to, grad_x.to(grad_x_pointer.dtype.element_ty), mask=real[:, None] & (channel < CHANNELS)[None, :])
 
 
 @triton.jit(do_not_specialize=SIZES)
 def patch_merge_products_kernel(
     x_pointer,  # [B, H, W, CHANNELS]
-    gradient_pointer,  # [B, Ho, Wo, OUTPUTS]
+    grad_output_pointer,  # [B, Ho, Wo, OUTPUTS]
     statistics_pointer,  # [2, B, Ho, Wo]
     parts_pointer,  # [pieces, OUTPUTS, KERNEL * KERNEL, CHANNELS]
     tokens,
@@ -189,8 +191,8 @@ def patch_merge_products_kernel(
         rstd = tl.load(statistics_pointer + tokens + token, mask=real, other=0.0)
         x = load_rows(x_pointer, index, inside, start, CHANNELS, BLOCK_C).to(tl.float32)
         x = (x - mean[:, None]) * rstd[:, None]
-        gradient = load_rows(gradient_pointer, tl.cast(token, tl.int64), real, first, OUTPUTS, BLOCK_N)
-        product += dot(tl.trans(gradient), x.to(gradient.dtype), PRECISION)
+        grad_output = load_rows(grad_output_pointer, tl.cast(token, tl.int64), real, first, OUTPUTS, BLOCK_N)
+        product += dot(tl.trans(grad_output), x.to(grad_output.dtype), PRECISION)
     output = first + tl.arange(0, BLOCK_N)
     channel = start + tl.arange(0, BLOCK_C)
     index = (tl.cast(piece, tl.int64) * OUTPUTS + output) * TAPS + tap
@@ -202,7 +204,7 @@ def patch_merge_products_kernel(
 
 
 def patch_merge_backward(
-    gradient: torch.Tensor,
+    grad_output: torch.Tensor,
     x: torch.Tensor,
     statistics: torch.Tensor,
     weight: torch.Tensor,
@@ -213,21 +215,21 @@ def patch_merge_backward(
     bias: torch.Tensor | None,
     channels_last: bool,
     padding: list[int],
-    to_input: bool,
-    to_parameters: bool,
+    needs_input_grad: bool,
+    needs_parameter_grads: bool,
 ) -> list[torch.Tensor | None]:
     """Gradients of x, weight, norm_weight, norm_bias and bias, the last four in float32; None unless asked for."""
-    x, gradient = x.contiguous(), gradient.to(weight.dtype).contiguous()
+    x, grad_output = x.contiguous(), grad_output.to(weight.dtype).contiguous()
     found: list[torch.Tensor | None] = [None] * 5
     with torch.cuda.device_of(x):
-        if to_input:
+        if needs_input_grad:
             folded, sums = fold_weights(weight, kernel, norm_weight, norm_bias, bias, channels_last)
-            found[0] = _input_gradient(gradient, x, statistics, folded, sums, kernel, stride, padding)
-        if to_parameters:
-            product = _products(gradient, x, statistics, weight, kernel, stride, padding)
+            found[0] = _input_gradient(grad_output, x, statistics, folded, sums, kernel, stride, padding)
+        if needs_parameter_grads:
+            product = _products(grad_output, x, statistics, weight, kernel, stride, padding)
             axes = (0, 2, 1, 3) if channels_last else (0, 3, 1, 2)
             product = product.view(-1, kernel, kernel, x.shape[3]).permute(axes).reshape(weight.shape)
-            total = gradient.flatten(0, 2).sum(0, dtype=torch.float32)  # [Cout]
+            total = grad_output.flatten(0, 2).sum(0, dtype=torch.float32)  # [Cout]
             wide = weight.to(torch.float32)
             found[2], found[3], found[4] = (wide * product).sum(0), (wide * total[:, None]).sum(0), total
             found[1] = product * norm_weight
@@ -237,7 +239,7 @@ def patch_merge_backward(
 
 
 def _input_gradient(
-    gradient: torch.Tensor,
+    grad_output: torch.Tensor,
     x: torch.Tensor,
     statistics: torch.Tensor,
     folded: torch.Tensor,
@@ -247,24 +249,24 @@ def _input_gradient(
     padding: list[int],
 ) -> torch.Tensor:
     """[B, H, W, C]."""
-    to_x, sizes = torch.empty_like(x), map_arguments(x, kernel, stride, padding)
+    grad_x, sizes = torch.empty_like(x), map_arguments(x, kernel, stride, padding)
     constants = constant_arguments(x, folded, kernel, stride)
     tiles = tile_arguments("patch_merge", x, folded)
     blocks = triton.cdiv(folded.shape[0], tiles["BLOCK_N"])
     parts = statistics.new_empty(blocks, *statistics.shape)
     patch_merge_row_sums_kernel[(triton.cdiv(sizes["tokens"], tiles["BLOCK_M"]) * blocks,)](
-        x, folded, gradient, sums, statistics, parts, **sizes, **constants, **tiles
+        x, folded, grad_output, sums, statistics, parts, **sizes, **constants, **tiles
     )
     rows = parts.sum(0) if blocks > 1 else parts[0]  # [2, B, Ho, Wo]
     tiles = tile_arguments("patch_merge_input", x, folded)
     places = x.shape[0] * triton.cdiv(x.shape[1] + padding[0], stride) * triton.cdiv(x.shape[2] + padding[2], stride)
     blocks = triton.cdiv(places, tiles["BLOCK_M"]) * stride**2 * triton.cdiv(x.shape[3], tiles["BLOCK_C"])
-    patch_merge_input_kernel[(blocks,)](x, folded, gradient, statistics, rows, to_x, **sizes, **constants, **tiles)
-    return to_x
+    patch_merge_input_kernel[(blocks,)](x, folded, grad_output, statistics, rows, grad_x, **sizes, **constants, **tiles)
+    return grad_x
 
 
 def _products(
-    gradient: torch.Tensor,
+    grad_output: torch.Tensor,
     x: torch.Tensor,
     statistics: torch.Tensor,
     weight: torch.Tensor,
@@ -280,7 +282,7 @@ def _products(
     pieces = triton.cdiv(sizes["tokens"], per_piece)
     parts = x.new_empty(pieces, *weight.shape, dtype=torch.float32)
     patch_merge_products_kernel[(pieces * blocks,)](
-        x, gradient, statistics, parts, per_piece=per_piece, **sizes, **constant_arguments(x, weight, kernel, stride),
+        x, grad_output, statistics, parts, per_piece=per_piece, **sizes, **constant_arguments(x, weight, kernel, stride),
         **tiles,
     )  # fmt: skip
     return parts.sum(0) if pieces > 1 else parts[0]

@@ -25,14 +25,14 @@ class Shape(NamedTuple):
     columns: int
     tokens: int  # rows * columns
     layout: str  # "masked", "timm", "torchvision" or "grid"
-    attended: bool  # whether padding is, as in timm and torchvision
-    masked: bool  # scores between regions are -inf
-    shifted: bool
-    padded: bool  # whether windows do not divide the map
-    filled: bool  # padding has values other than 0
-    biased: bool
-    scaled: bool  # AttnScale
-    wide: bool  # an image has 2^31 elements
+    ATTEND_PADDING: bool  # whether padding is, as in timm and torchvision
+    MASKED: bool  # scores between regions are -inf
+    SHIFTED: bool
+    PADDED: bool  # whether windows do not divide the map
+    HAS_PAD_VALUE: bool  # padding has values other than 0
+    HAS_BIAS: bool
+    HAS_ATTN_SCALE: bool  # AttnScale
+    INDEX64: bool  # an image has 2^31 elements
     precision: str  # of float32 products
 
 
@@ -51,7 +51,7 @@ def shape_of(
     shift: list[int],
     layout: str,
     bias: torch.Tensor | None,
-    padding: torch.Tensor | None,
+    pad_token: torch.Tensor | None,
     attn_scale: torch.Tensor | None,
 ) -> Shape:
     """Of window_attention's arguments, qkv [B, H, W, 3*heads*head_dim]; layouts that are the same on this map get the
@@ -72,14 +72,14 @@ def shape_of(
         columns=window[1],
         tokens=window[0] * window[1],
         layout=layout,
-        attended=attended,
-        masked=(padded or shifted) and not attended,
-        shifted=shifted,
-        padded=padded,
-        filled=padding is not None and padded and attended,
-        biased=bias is not None,
-        scaled=attn_scale is not None,
-        wide=height * width * channels >= 2**31,
+        ATTEND_PADDING=attended,
+        MASKED=(padded or shifted) and not attended,
+        SHIFTED=shifted,
+        PADDED=padded,
+        HAS_PAD_VALUE=pad_token is not None and padded and attended,
+        HAS_BIAS=bias is not None,
+        HAS_ATTN_SCALE=attn_scale is not None,
+        INDEX64=height * width * channels >= 2**31,
         precision=precision(),
     )
 
@@ -88,9 +88,9 @@ class Inputs(NamedTuple):
     """Of one head, what its attention is computed from."""
 
     qkv: tl.tensor  # pointer to [B, H, W, 3, HEADS, HEAD_DIM], at the head
-    padding: tl.tensor  # pointer to [3, HEADS, HEAD_DIM], at the head; read only if SHAPE.filled
-    table: tl.tensor  # pointer to [TOKENS, TOKENS], added to scores; read only if SHAPE.biased
-    factor: tl.tensor  # w of AttnScale, 0 if not SHAPE.scaled
+    pad_token: tl.tensor  # pointer to [3, HEADS, HEAD_DIM], at the head; read only if SHAPE.HAS_PAD_VALUE
+    bias_table: tl.tensor  # pointer to [TOKENS, TOKENS], added to scores; read only if SHAPE.HAS_BIAS
+    factor: tl.tensor  # w of AttnScale, 0 if not SHAPE.HAS_ATTN_SCALE
     scale: tl.tensor
     height: tl.tensor
     width: tl.tensor
@@ -114,7 +114,7 @@ class Tokens(NamedTuple):
     start: tl.tensor  # index of the image's first token, 64 bits
     index: tl.tensor  # in the image
     real: tl.tensor  # on the map
-    there: tl.tensor  # attended by somebody: on the map, or padding that is attended
+    is_key: tl.tensor  # attended by somebody: on the map, or padding that is attended
     region: tl.tensor  # only tokens of one region attend each other; -1 where there is none
 
 
@@ -123,17 +123,25 @@ class Tokens(NamedTuple):
 
 @triton.jit
 def inputs_of(
-    head, qkv_pointer, padding_pointer, bias_pointer, attn_scale_pointer,
+    head, qkv_pointer, pad_token_pointer, bias_pointer, attn_scale_pointer,
     height, width, shift_rows, shift_columns, scale, SHAPE: tl.constexpr,
 ):  # fmt: skip
     """Arguments of a kernel -> Inputs of one head."""
     factor = 0.0
-    if SHAPE.scaled:
+    if SHAPE.HAS_ATTN_SCALE:
         factor = tl.load(attn_scale_pointer + head).to(tl.float32)
     offset = head * SHAPE.head_dim
-    table = bias_pointer + tl.cast(head, tl.int64) * (SHAPE.tokens * SHAPE.tokens)
+    bias_table = bias_pointer + tl.cast(head, tl.int64) * (SHAPE.tokens * SHAPE.tokens)
     return Inputs(
-        qkv_pointer + offset, padding_pointer + offset, table, factor, scale, height, width, shift_rows, shift_columns
+        qkv_pointer + offset,
+        pad_token_pointer + offset,
+        bias_table,
+        factor,
+        scale,
+        height,
+        width,
+        shift_rows,
+        shift_columns,
     )
 
 
@@ -160,7 +168,7 @@ def _unroll(position, size, shift, WINDOW: tl.constexpr, SHAPE: tl.constexpr):
         source, real = (position + shift) % size, position < size
     else:
         padded = size
-        if SHAPE.padded:
+        if SHAPE.PADDED:
             padded = tl.cdiv(size, WINDOW) * WINDOW
         source = position + shift
         source = tl.where(source >= padded, source - padded, source)
@@ -172,14 +180,14 @@ def _unroll(position, size, shift, WINDOW: tl.constexpr, SHAPE: tl.constexpr):
 def place(number, window, inputs, SHAPE: tl.constexpr):
     """Tokens of these numbers in a window."""
     row, column = number // SHAPE.columns, number % SHAPE.columns
-    there = number < SHAPE.tokens
+    is_key = number < SHAPE.tokens
     region = tl.zeros_like(number)
     if SHAPE.layout == "grid":
         row = row * (inputs.height // SHAPE.rows) + window.row
         column = column * (inputs.width // SHAPE.columns) + window.column
-        real = there
+        real = is_key
     else:
-        if SHAPE.shifted:
+        if SHAPE.SHIFTED:
             below = row >= SHAPE.rows - inputs.shift_rows  # from the other side of the map, in the last windows
             beyond = column >= SHAPE.columns - inputs.shift_columns
             region = (2 * below.to(tl.int32) + beyond.to(tl.int32)) & window.last
@@ -190,11 +198,11 @@ def place(number, window, inputs, SHAPE: tl.constexpr):
         else:
             row, column = row + window.row, column + window.column
             on_rows, on_columns = row < inputs.height, column < inputs.width
-        real = there
-        if SHAPE.padded:
-            real = there & on_rows & on_columns
-        if not SHAPE.attended:
-            there = real
-    if SHAPE.wide:
+        real = is_key
+        if SHAPE.PADDED:
+            real = is_key & on_rows & on_columns
+        if not SHAPE.ATTEND_PADDING:
+            is_key = real
+    if SHAPE.INDEX64:
         row = row.to(tl.int64)
-    return Tokens(number, window.start, row * inputs.width + column, real, there, tl.where(there, region, -1))
+    return Tokens(number, window.start, row * inputs.width + column, real, is_key, tl.where(is_key, region, -1))

@@ -20,8 +20,8 @@ from .window_attention_tile_ops import (
     exp,
     inner,
     load,
+    load_bias_table,
     load_projection,
-    load_table,
     row_sums,
     scores_of,
     store,
@@ -32,33 +32,33 @@ from .window_attention_tile_ops import (
 from .window_attention_tiled import job_of, mean_values
 
 
-class _Kept(NamedTuple):
+class _QueryStatistics(NamedTuple):
     """Pointers to numbers [B, H, W, HEADS] about queries, at a head."""
 
     largest: tl.tensor
     inverse: tl.tensor
     delta: tl.tensor  # sum of attention * its gradient, times 1 + w
-    share: tl.tensor  # w / number of keys; used only if SHAPE.scaled
+    share: tl.tensor  # w / number of keys; used only if SHAPE.HAS_ATTN_SCALE
 
 
 @triton.jit
-def _load_kept(pointer, queries, OTHER: tl.constexpr, SHAPE: tl.constexpr):
+def _load_statistic(pointer, queries, OTHER: tl.constexpr, SHAPE: tl.constexpr):
     # [M]
     row = (queries.start + queries.index) * SHAPE.heads
     return tl.load(pointer + row, mask=queries.real, other=OTHER)
 
 
 @triton.jit
-def _statistics(kept, queries, SHAPE: tl.constexpr):
+def _statistics(saved, queries, SHAPE: tl.constexpr):
     # largest score and 1 / sum of weights; where no query is, values that make every weight 0
-    largest = _load_kept(kept.largest, queries, float("inf"), SHAPE)
-    return largest, _load_kept(kept.inverse, queries, 0.0, SHAPE)
+    largest = _load_statistic(saved.largest, queries, float("inf"), SHAPE)
+    return largest, _load_statistic(saved.inverse, queries, 0.0, SHAPE)
 
 
 @triton.jit
 def _score_gradient(weights, products, delta, factor, SHAPE: tl.constexpr):
     # of gradient @ v
-    if SHAPE.scaled:
+    if SHAPE.HAS_ATTN_SCALE:
         products *= 1.0 + factor
     return weights * (products - delta)
 
@@ -68,7 +68,7 @@ class _Queries(NamedTuple):
 
     tokens: tl.tensor
     q: tl.tensor  # a tile, as the next
-    gradient: tl.tensor
+    grad_output: tl.tensor
     largest: tl.tensor  # [M], as the next two
     inverse: tl.tensor
     delta: tl.tensor
@@ -76,68 +76,68 @@ class _Queries(NamedTuple):
 
 @triton.jit
 def _add_q_gradient(
-    to_q, products, queries, start, window, inputs, BLOCK: tl.constexpr, TAIL: tl.constexpr, SHAPE: tl.constexpr
+    grad_q, products, queries, start, window, inputs, BLOCK: tl.constexpr, TAIL: tl.constexpr, SHAPE: tl.constexpr
 ):
-    # to_q, a tile, and (if scaled) sum of attention * its gradient [M] after BLOCK more keys
+    # grad_q, a tile, and (if scaled) sum of attention * its gradient [M] after BLOCK more keys
     keys = place(start + tl.arange(0, BLOCK), window, inputs, SHAPE)
     k = load_projection(inputs, keys, 1, SHAPE)
     v = load_projection(inputs, keys, 2, SHAPE)
-    table = load_table(inputs.table, queries.tokens.number, keys.number, SHAPE.tokens, 1, SHAPE)
-    scores = scores_of(queries.q, k, queries.tokens, keys, table, inputs.scale, TAIL, SHAPE)
+    bias_table = load_bias_table(inputs.bias_table, queries.tokens.number, keys.number, SHAPE.tokens, 1, SHAPE)
+    scores = scores_of(queries.q, k, queries.tokens, keys, bias_table, inputs.scale, TAIL, SHAPE)
     weights = exp(scores - queries.largest[:, None]) * queries.inverse[:, None]  # [M, BLOCK]
-    to_weights = inner(queries.gradient, v, SHAPE)
-    if SHAPE.scaled:
-        products += tl.sum(weights * to_weights, 1)
-    to_scores = _score_gradient(weights, to_weights, queries.delta[:, None], inputs.factor, SHAPE)
-    return add(to_q, combine(to_scores, k, SHAPE), SHAPE), products
+    grad_weights = inner(queries.grad_output, v, SHAPE)
+    if SHAPE.HAS_ATTN_SCALE:
+        products += tl.sum(weights * grad_weights, 1)
+    grad_scores = _score_gradient(weights, grad_weights, queries.delta[:, None], inputs.factor, SHAPE)
+    return add(grad_q, combine(grad_scores, k, SHAPE), SHAPE), products
 
 
 @triton.jit
 def _q_gradient(
-    inputs, kept, output_pointer, gradient_pointer, to_q_pointer, to_attn_scale_pointer, start, window,
+    inputs, saved, output_pointer, grad_output_pointer, grad_q_pointer, grad_attn_scale_pointer, start, window,
     QUERIES: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
     # of QUERIES queries from `start` on, through all keys
     FULL: tl.constexpr = SHAPE.tokens if TAIL_N == BLOCK_N else SHAPE.tokens // BLOCK_N * BLOCK_N  # keys in blocks
     tokens = place(start + tl.arange(0, QUERIES), window, inputs, SHAPE)
     row = (tokens.start + tokens.index) * SHAPE.heads
-    gradient = load(gradient_pointer, tokens, SHAPE.channels, SHAPE)
-    delta = row_sums(load(output_pointer, tokens, SHAPE.channels, SHAPE), gradient, SHAPE)
+    grad_output = load(grad_output_pointer, tokens, SHAPE.channels, SHAPE)
+    delta = row_sums(load(output_pointer, tokens, SHAPE.channels, SHAPE), grad_output, SHAPE)
     of_means = tl.zeros([QUERIES], dtype=tl.float32)  # gradient * mean of values, summed over the channels
-    if SHAPE.scaled:
+    if SHAPE.HAS_ATTN_SCALE:
         means, inverse_counts = mean_values(tokens, window, inputs, QUERIES, BLOCK_N, TAIL_N, SHAPE)
-        of_means = row_sums(means, gradient, SHAPE)
+        of_means = row_sums(means, grad_output, SHAPE)
         delta += inputs.factor * of_means
-        tl.store(kept.share + row, inputs.factor * inverse_counts, mask=tokens.real)
-    tl.store(kept.delta + row, delta, mask=tokens.real)
-    largest, inverse = _statistics(kept, tokens, SHAPE)
-    queries = _Queries(tokens, load_projection(inputs, tokens, 0, SHAPE), gradient, largest, inverse, delta)
-    to_q, products = zeros(QUERIES, SHAPE), tl.zeros([QUERIES], dtype=tl.float32)
+        tl.store(saved.share + row, inputs.factor * inverse_counts, mask=tokens.real)
+    tl.store(saved.delta + row, delta, mask=tokens.real)
+    largest, inverse = _statistics(saved, tokens, SHAPE)
+    queries = _Queries(tokens, load_projection(inputs, tokens, 0, SHAPE), grad_output, largest, inverse, delta)
+    grad_q, products = zeros(QUERIES, SHAPE), tl.zeros([QUERIES], dtype=tl.float32)
     for key in range(0, FULL, BLOCK_N):
-        to_q, products = _add_q_gradient(
-            to_q, products, queries, key, window, inputs, BLOCK_N, FULL % BLOCK_N != 0, SHAPE
+        grad_q, products = _add_q_gradient(
+            grad_q, products, queries, key, window, inputs, BLOCK_N, FULL % BLOCK_N != 0, SHAPE
         )
     if SHAPE.tokens > FULL:
-        to_q, products = _add_q_gradient(to_q, products, queries, FULL, window, inputs, TAIL_N, True, SHAPE)
-    store(to_q_pointer, times(to_q, inputs.scale, SHAPE), tokens, 3 * SHAPE.channels, SHAPE)
-    if SHAPE.scaled:
-        tl.store(to_attn_scale_pointer + tl.program_id(0), tl.sum(products - of_means, 0))
+        grad_q, products = _add_q_gradient(grad_q, products, queries, FULL, window, inputs, TAIL_N, True, SHAPE)
+    store(grad_q_pointer, times(grad_q, inputs.scale, SHAPE), tokens, 3 * SHAPE.channels, SHAPE)
+    if SHAPE.HAS_ATTN_SCALE:
+        tl.store(grad_attn_scale_pointer + tl.program_id(0), tl.sum(products - of_means, 0))
 
 
 @triton.jit(do_not_specialize=SIZES)
 def window_attention_q_gradient_kernel(
     qkv_pointer,  # [B, H, W, 3, HEADS, HEAD_DIM]
-    padding_pointer,  # [3, HEADS, HEAD_DIM]; read only if SHAPE.filled
-    bias_pointer,  # [HEADS, TOKENS, TOKENS]; read only if SHAPE.biased
-    attn_scale_pointer,  # [HEADS]; read only if SHAPE.scaled
+    pad_token_pointer,  # [3, HEADS, HEAD_DIM]; read only if SHAPE.HAS_PAD_VALUE
+    bias_pointer,  # [HEADS, TOKENS, TOKENS]; read only if SHAPE.HAS_BIAS
+    attn_scale_pointer,  # [HEADS]; read only if SHAPE.HAS_ATTN_SCALE
     output_pointer,  # [B, H, W, HEADS, HEAD_DIM]
-    gradient_pointer,  # of the output, as it
+    grad_output_pointer,  # of the output, as it
     largest_pointer,  # [B, H, W, HEADS]
     inverse_pointer,  # [B, H, W, HEADS]
     delta_pointer,  # [B, H, W, HEADS], as the next: written, for the other kernels
     share_pointer,
-    to_qkv_pointer,  # as qkv; q's part is written
-    to_attn_scale_pointer,  # [windows, HEADS, blocks of queries]; written only if SHAPE.scaled
+    grad_qkv_pointer,  # as qkv; q's part is written
+    grad_attn_scale_pointer,  # [windows, HEADS, blocks of queries]; written only if SHAPE.HAS_ATTN_SCALE
     height,
     width,
     shift_rows,
@@ -154,21 +154,21 @@ def window_attention_q_gradient_kernel(
     FULL: tl.constexpr = BLOCKS if TAIL_M == BLOCK_M else SHAPE.tokens // BLOCK_M
     block, head, number = job_of(BLOCKS, SHAPE)
     inputs = inputs_of(
-        head, qkv_pointer, padding_pointer, bias_pointer, attn_scale_pointer,
+        head, qkv_pointer, pad_token_pointer, bias_pointer, attn_scale_pointer,
         height, width, shift_rows, shift_columns, scale, SHAPE,
     )  # fmt: skip
-    kept = _Kept(largest_pointer + head, inverse_pointer + head, delta_pointer + head, share_pointer + head)
+    saved = _QueryStatistics(largest_pointer + head, inverse_pointer + head, delta_pointer + head, share_pointer + head)
     window = locate(number, inputs, SHAPE)
     offset = head * SHAPE.head_dim
     if block < FULL:
         _q_gradient(
-            inputs, kept, output_pointer + offset, gradient_pointer + offset, to_qkv_pointer + offset,
-            to_attn_scale_pointer, block * BLOCK_M, window, BLOCK_M, BLOCK_N, TAIL_N, SHAPE,
+            inputs, saved, output_pointer + offset, grad_output_pointer + offset, grad_qkv_pointer + offset,
+            grad_attn_scale_pointer, block * BLOCK_M, window, BLOCK_M, BLOCK_N, TAIL_N, SHAPE,
         )  # fmt: skip
     elif FULL < BLOCKS:
         _q_gradient(
-            inputs, kept, output_pointer + offset, gradient_pointer + offset, to_qkv_pointer + offset,
-            to_attn_scale_pointer, FULL * BLOCK_M, window, TAIL_M, BLOCK_N, TAIL_N, SHAPE,
+            inputs, saved, output_pointer + offset, grad_output_pointer + offset, grad_qkv_pointer + offset,
+            grad_attn_scale_pointer, FULL * BLOCK_M, window, TAIL_M, BLOCK_N, TAIL_N, SHAPE,
         )  # fmt: skip
 
 
@@ -182,61 +182,65 @@ class _Keys(NamedTuple):
 
 @triton.jit
 def _add_kv_gradient(
-    to_k, to_v, keys, gradient_pointer, kept, start, window, inputs, BLOCK: tl.constexpr, SHAPE: tl.constexpr
+    grad_k, grad_v, keys, grad_output_pointer, saved, start, window, inputs, BLOCK: tl.constexpr, SHAPE: tl.constexpr
 ):
-    # to_k, to_v, tiles of N keys, after BLOCK more queries; scores and weights are transposed, [N, BLOCK]
+    # grad_k, grad_v, tiles of N keys, after BLOCK more queries; scores and weights are transposed, [N, BLOCK]
     queries = place(start + tl.arange(0, BLOCK), window, inputs, SHAPE)
     q = load_projection(inputs, queries, 0, SHAPE)
-    gradient = load(gradient_pointer, queries, SHAPE.channels, SHAPE)
-    largest, inverse = _statistics(kept, queries, SHAPE)
-    delta = _load_kept(kept.delta, queries, 0.0, SHAPE)
-    table = load_table(inputs.table, keys.tokens.number, queries.number, 1, SHAPE.tokens, SHAPE)
-    scores = scores_of(keys.k, q, keys.tokens, queries, table, inputs.scale, False, SHAPE)
+    grad_output = load(grad_output_pointer, queries, SHAPE.channels, SHAPE)
+    largest, inverse = _statistics(saved, queries, SHAPE)
+    delta = _load_statistic(saved.delta, queries, 0.0, SHAPE)
+    bias_table = load_bias_table(inputs.bias_table, keys.tokens.number, queries.number, 1, SHAPE.tokens, SHAPE)
+    scores = scores_of(keys.k, q, keys.tokens, queries, bias_table, inputs.scale, False, SHAPE)
     weights = exp(scores - largest[None, :]) * inverse[None, :]
     applied = weights
-    if SHAPE.scaled:
-        share = _load_kept(kept.share, queries, 0.0, SHAPE)
+    if SHAPE.HAS_ATTN_SCALE:
+        share = _load_statistic(saved.share, queries, 0.0, SHAPE)
         applied = (1.0 + inputs.factor) * weights - allowed(keys.tokens, queries) * share[None, :]
-    to_v = add(to_v, combine(applied, gradient, SHAPE), SHAPE)
-    to_scores = _score_gradient(weights, inner(keys.v, gradient, SHAPE), delta[None, :], inputs.factor, SHAPE)
-    return add(to_k, combine(to_scores, q, SHAPE), SHAPE), to_v
+    grad_v = add(grad_v, combine(applied, grad_output, SHAPE), SHAPE)
+    grad_scores = _score_gradient(weights, inner(keys.v, grad_output, SHAPE), delta[None, :], inputs.factor, SHAPE)
+    return add(grad_k, combine(grad_scores, q, SHAPE), SHAPE), grad_v
 
 
 @triton.jit
 def _kv_gradient(
-    inputs, kept, gradient_pointer, to_q_pointer, to_padding_pointer, start, window,
+    inputs, saved, grad_output_pointer, grad_q_pointer, grad_pad_token_pointer, start, window,
     KEYS: tl.constexpr, BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
     # of KEYS keys and values from `start` on, through all queries
     FULL: tl.constexpr = SHAPE.tokens if TAIL_M == BLOCK_M else SHAPE.tokens // BLOCK_M * BLOCK_M  # queries in blocks
     tokens = place(start + tl.arange(0, KEYS), window, inputs, SHAPE)
     keys = _Keys(tokens, load_projection(inputs, tokens, 1, SHAPE), load_projection(inputs, tokens, 2, SHAPE))
-    to_k, to_v = zeros(KEYS, SHAPE), zeros(KEYS, SHAPE)
+    grad_k, grad_v = zeros(KEYS, SHAPE), zeros(KEYS, SHAPE)
     for query in range(0, FULL, BLOCK_M):
-        to_k, to_v = _add_kv_gradient(to_k, to_v, keys, gradient_pointer, kept, query, window, inputs, BLOCK_M, SHAPE)
+        grad_k, grad_v = _add_kv_gradient(
+            grad_k, grad_v, keys, grad_output_pointer, saved, query, window, inputs, BLOCK_M, SHAPE
+        )
     if SHAPE.tokens > FULL:
-        to_k, to_v = _add_kv_gradient(to_k, to_v, keys, gradient_pointer, kept, FULL, window, inputs, TAIL_M, SHAPE)
-    to_k = times(to_k, inputs.scale, SHAPE)
-    store(to_q_pointer + SHAPE.channels, to_k, tokens, 3 * SHAPE.channels, SHAPE)
-    store(to_q_pointer + 2 * SHAPE.channels, to_v, tokens, 3 * SHAPE.channels, SHAPE)
-    if SHAPE.filled:
-        store_padding_sums(to_padding_pointer, to_k, tl.program_id(0), 0, tokens, SHAPE)
-        store_padding_sums(to_padding_pointer, to_v, tl.program_id(0), 1, tokens, SHAPE)
+        grad_k, grad_v = _add_kv_gradient(
+            grad_k, grad_v, keys, grad_output_pointer, saved, FULL, window, inputs, TAIL_M, SHAPE
+        )
+    grad_k = times(grad_k, inputs.scale, SHAPE)
+    store(grad_q_pointer + SHAPE.channels, grad_k, tokens, 3 * SHAPE.channels, SHAPE)
+    store(grad_q_pointer + 2 * SHAPE.channels, grad_v, tokens, 3 * SHAPE.channels, SHAPE)
+    if SHAPE.HAS_PAD_VALUE:
+        store_padding_sums(grad_pad_token_pointer, grad_k, tl.program_id(0), 0, tokens, SHAPE)
+        store_padding_sums(grad_pad_token_pointer, grad_v, tl.program_id(0), 1, tokens, SHAPE)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def window_attention_kv_gradient_kernel(
     qkv_pointer,  # [B, H, W, 3, HEADS, HEAD_DIM]
-    padding_pointer,  # [3, HEADS, HEAD_DIM]; read only if SHAPE.filled
-    bias_pointer,  # [HEADS, TOKENS, TOKENS]; read only if SHAPE.biased
-    attn_scale_pointer,  # [HEADS]; read only if SHAPE.scaled
-    gradient_pointer,  # [B, H, W, HEADS, HEAD_DIM]
+    pad_token_pointer,  # [3, HEADS, HEAD_DIM]; read only if SHAPE.HAS_PAD_VALUE
+    bias_pointer,  # [HEADS, TOKENS, TOKENS]; read only if SHAPE.HAS_BIAS
+    attn_scale_pointer,  # [HEADS]; read only if SHAPE.HAS_ATTN_SCALE
+    grad_output_pointer,  # [B, H, W, HEADS, HEAD_DIM]
     largest_pointer,  # [B, H, W, HEADS], as the next three
     inverse_pointer,
     delta_pointer,
     share_pointer,
-    to_qkv_pointer,  # as qkv; the parts of k and v are written
-    to_padding_pointer,  # [windows, HEADS, blocks of keys, 2, HEAD_DIM], of k and v: as in the kernel of whole windows
+    grad_qkv_pointer,  # as qkv; the parts of k and v are written
+    grad_pad_token_pointer,  # [windows, HEADS, blocks of keys, 2, HEAD_DIM], of k and v: as in the kernel of whole windows
     height,
     width,
     shift_rows,
@@ -253,20 +257,20 @@ def window_attention_kv_gradient_kernel(
     FULL: tl.constexpr = BLOCKS if TAIL_N == BLOCK_N else SHAPE.tokens // BLOCK_N
     block, head, number = job_of(BLOCKS, SHAPE)
     inputs = inputs_of(
-        head, qkv_pointer, padding_pointer, bias_pointer, attn_scale_pointer,
+        head, qkv_pointer, pad_token_pointer, bias_pointer, attn_scale_pointer,
         height, width, shift_rows, shift_columns, scale, SHAPE,
     )  # fmt: skip
-    kept = _Kept(largest_pointer + head, inverse_pointer + head, delta_pointer + head, share_pointer + head)
+    saved = _QueryStatistics(largest_pointer + head, inverse_pointer + head, delta_pointer + head, share_pointer + head)
     window = locate(number, inputs, SHAPE)
     offset = head * SHAPE.head_dim
     if block < FULL:
         _kv_gradient(
-            inputs, kept, gradient_pointer + offset, to_qkv_pointer + offset, to_padding_pointer,
+            inputs, saved, grad_output_pointer + offset, grad_qkv_pointer + offset, grad_pad_token_pointer,
             block * BLOCK_N, window, BLOCK_N, BLOCK_M, TAIL_M, SHAPE,
         )  # fmt: skip
     elif FULL < BLOCKS:
         _kv_gradient(
-            inputs, kept, gradient_pointer + offset, to_qkv_pointer + offset, to_padding_pointer,
+            inputs, saved, grad_output_pointer + offset, grad_qkv_pointer + offset, grad_pad_token_pointer,
             FULL * BLOCK_N, window, TAIL_N, BLOCK_M, TAIL_M, SHAPE,
         )  # fmt: skip
 
@@ -274,15 +278,15 @@ def window_attention_kv_gradient_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def window_attention_bias_gradient_kernel(
     qkv_pointer,  # [B, H, W, 3, HEADS, HEAD_DIM]
-    padding_pointer,  # [3, HEADS, HEAD_DIM]; read only if SHAPE.filled
+    pad_token_pointer,  # [3, HEADS, HEAD_DIM]; read only if SHAPE.HAS_PAD_VALUE
     bias_pointer,  # [HEADS, TOKENS, TOKENS]
-    attn_scale_pointer,  # [HEADS]; read only if SHAPE.scaled
-    gradient_pointer,  # [B, H, W, HEADS, HEAD_DIM]
+    attn_scale_pointer,  # [HEADS]; read only if SHAPE.HAS_ATTN_SCALE
+    grad_output_pointer,  # [B, H, W, HEADS, HEAD_DIM]
     largest_pointer,  # [B, H, W, HEADS], as the next three
     inverse_pointer,
     delta_pointer,
     share_pointer,
-    to_bias_pointer,  # [groups of windows, HEADS, TOKENS, TOKENS]
+    grad_bias_pointer,  # [groups of windows, HEADS, TOKENS, TOKENS]
     windows,
     per_program,
     height,
@@ -296,20 +300,20 @@ def window_attention_bias_gradient_kernel(
     BLOCK_N: tl.constexpr,
     TAIL_N: tl.constexpr,
 ):
-    """Each program: one tile of one head's table, summed over `per_program` windows. (TAIL_M, TAIL_N: not used.)"""
+    """Each program: one tile of one head's bias_table, summed over `per_program` windows. (TAIL_M, TAIL_N: not used.)"""
     DOWN: tl.constexpr = (SHAPE.tokens + BLOCK_M - 1) // BLOCK_M
     ACROSS: tl.constexpr = (SHAPE.tokens + BLOCK_N - 1) // BLOCK_N
     tile, head, group = job_of(DOWN * ACROSS, SHAPE)
     inputs = inputs_of(
-        head, qkv_pointer, padding_pointer, bias_pointer, attn_scale_pointer,
+        head, qkv_pointer, pad_token_pointer, bias_pointer, attn_scale_pointer,
         height, width, shift_rows, shift_columns, scale, SHAPE,
     )  # fmt: skip
-    kept = _Kept(largest_pointer + head, inverse_pointer + head, delta_pointer + head, share_pointer + head)
+    saved = _QueryStatistics(largest_pointer + head, inverse_pointer + head, delta_pointer + head, share_pointer + head)
     query = tile // ACROSS * BLOCK_M + tl.arange(0, BLOCK_M)
     key = tile % ACROSS * BLOCK_N + tl.arange(0, BLOCK_N)
-    gradient_pointer += head * SHAPE.head_dim
-    table = load_table(inputs.table, query, key, SHAPE.tokens, 1, SHAPE)
-    to_table = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    grad_output_pointer += head * SHAPE.head_dim
+    bias_table = load_bias_table(inputs.bias_table, query, key, SHAPE.tokens, 1, SHAPE)
+    grad_bias = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     first = group * per_program
     for number in range(first, tl.minimum(first + per_program, windows)):
         window = locate(number, inputs, SHAPE)
@@ -317,12 +321,12 @@ def window_attention_bias_gradient_kernel(
         q = load_projection(inputs, queries, 0, SHAPE)
         k = load_projection(inputs, keys, 1, SHAPE)
         v = load_projection(inputs, keys, 2, SHAPE)
-        gradient = load(gradient_pointer, queries, SHAPE.channels, SHAPE)
-        largest, inverse = _statistics(kept, queries, SHAPE)
-        delta = _load_kept(kept.delta, queries, 0.0, SHAPE)
-        scores = scores_of(q, k, queries, keys, table, scale, False, SHAPE)
+        grad_output = load(grad_output_pointer, queries, SHAPE.channels, SHAPE)
+        largest, inverse = _statistics(saved, queries, SHAPE)
+        delta = _load_statistic(saved.delta, queries, 0.0, SHAPE)
+        scores = scores_of(q, k, queries, keys, bias_table, scale, False, SHAPE)
         weights = exp(scores - largest[:, None]) * inverse[:, None]  # [BLOCK_M, BLOCK_N]
-        to_table += _score_gradient(weights, inner(gradient, v, SHAPE), delta[:, None], inputs.factor, SHAPE)
-    start = to_bias_pointer + (tl.cast(group, tl.int64) * SHAPE.heads + head) * (SHAPE.tokens * SHAPE.tokens)
+        grad_bias += _score_gradient(weights, inner(grad_output, v, SHAPE), delta[:, None], inputs.factor, SHAPE)
+    start = grad_bias_pointer + (tl.cast(group, tl.int64) * SHAPE.heads + head) * (SHAPE.tokens * SHAPE.tokens)
     mask = (query < SHAPE.tokens)[:, None] & (key < SHAPE.tokens)[None, :]
-    tl.store(start + query[:, None] * SHAPE.tokens + key[None, :], to_table, mask=mask)
+    tl.store(start + query[:, None] * SHAPE.tokens + key[None, :], grad_bias, mask=mask)

@@ -183,9 +183,9 @@ def test_cases_are_what_ops_start():
     """Forward and backward, with the tiles of the GPU's family, and as a launch specialises."""
     found = list(triton_cases.cases([80, 90], ["fp32"], lambda label: label == "N=49 d=8 bias=0"))
     assert [(case.arch, case.kernel.removeprefix("window_attention_")) for case in found] == [
-        (arch, name) for arch in (80, 90) for name in ("blocked", "q_gradient", "kv_gradient")
+        (arch, name) for arch in (80, 90) for name in ("tiled", "q_gradient", "kv_gradient")
     ]
-    launch, expected = found[0].launch, tile_table.choose("blocked", "ampere", 49, 8, 32)
+    launch, expected = found[0].launch, tile_table.choose("tiled", "ampere", 49, 8, 32)
     assert launch.constants | launch.options == launch.constants | launch.options | expected
     assert launch.signature["qkv_pointer"] == "*fp32" and launch.signature["scale"] == "fp32"
     assert "qkv_pointer" in launch.divisible and "height" not in launch.divisible  # sizes are not specialised
@@ -210,18 +210,18 @@ def test_triton_kernels(tmp_path, capsys):
     """From the compiler to the table: one tile, and a loop over blocks whose exponentials are known."""
     out = tmp_path / "report.csv"
     arguments = ["--out", str(out), "--jobs", "1", "--arch", "90"]
-    assert kernel_report.main([*arguments, "--kernel", "window_attention_whole", "--shape", "N=49 d=8"]) == 0
-    assert kernel_report.main([*arguments, "--kernel", "window_attention_blocked", "--shape", "N=784 d=8"]) == 0
-    assert kernel_report.main([*arguments, "--kernel", "window_attention_blocked", "--shape", "N=784 d=8"]) == 0
+    assert kernel_report.main([*arguments, "--kernel", "window_attention_single_tile", "--shape", "N=49 d=8"]) == 0
+    assert kernel_report.main([*arguments, "--kernel", "window_attention_tiled", "--shape", "N=784 d=8"]) == 0
+    assert kernel_report.main([*arguments, "--kernel", "window_attention_tiled", "--shape", "N=784 d=8"]) == 0
     shown = capsys.readouterr().out
     assert "H200" in shown and "SPILLS" not in shown
     rows = {row["kernel"].removeprefix("window_attention_"): row for row in rows_of(out)}
-    assert list(rows) == ["blocked", "whole", "whole_backward"]
+    assert list(rows) == ["tiled", "single_tile", "single_tile_backward"]
     for row in rows.values():
         assert row["spilled"] == "0" and int(row["tensor"]) > 0 and "back to" in row["loop"]
         assert float(row["issue_ps"]) > float(row["exp_ps"]) > 0.2
         assert 0 < float(row["occupancy"]) <= 1
-    blocked = rows["blocked"]
+    blocked = rows["tiled"]
     lanes = 32 * int(blocked["warps"]) * int(blocked["mufu"])
     assert 1.0 <= lanes / float(blocked["units"]) <= 1.2  # an exponential per score, and some to rescale
 
@@ -244,12 +244,12 @@ def test_spills_fail(monkeypatch, capsys):
     work = rooflines.Work("score", 1.0, exponentials=1.0)
     for arch, code in ((90, 1), (80, 0)):
         compiled = kernel_inspection.KernelReport("k", arch, 255, 24, 0, 4, b"")
-        row = kernel_report.row_of("window_attention_blocked", "N=784 d=8 bias=0", "bf16", compiled, body, work)
+        row = kernel_report.row_of("window_attention_tiled", "N=784 d=8 bias=0", "bf16", compiled, body, work)
         monkeypatch.setattr(kernel_report, "collect", lambda *_, row=row: [row])
-        options = ["--arch", str(arch), "--kernel", "window_attention_blocked", "--out", ""]
+        options = ["--arch", str(arch), "--kernel", "window_attention_tiled", "--out", ""]
         assert kernel_report.main(options) == code
         shown = capsys.readouterr().out
-        assert "SPILLS" in shown and "window_attention_blocked N=784 d=8 bias=0 bf16: 24 bytes per thread" in shown
+        assert "SPILLS" in shown and "window_attention_tiled N=784 d=8 bias=0 bf16: 24 bytes per thread" in shown
 
 
 def test_nothing_to_do(capsys):

@@ -161,7 +161,7 @@ def arguments_of(name: str, channels: int, kernel: int, dtype: torch.dtype, capa
     signature = {}
     for argument in getattr(patch_embed, f"{name}_kernel").arg_names:
         if argument.endswith("_pointer"):
-            partial_sums = argument in ("to_vectors_pointer", "to_weight_pointer")
+            partial_sums = argument in ("grad_vectors_pointer", "grad_weight_pointer")
             signature[argument] = "*fp32" if partial_sums else pointer
         elif not argument.isupper():
             signature[argument] = "fp32" if argument == "eps" else "i32"

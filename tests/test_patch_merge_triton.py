@@ -184,7 +184,7 @@ def arguments_of(name: str, channels: int, outputs: int, kernel: int, dtype: str
     constants |= {"CHANNELS": channels, "OUTPUTS": outputs, "KERNEL": kernel, "STRIDE": 2, "PRECISION": "tf32x3"}
     constants |= {"BLOCK_C": channel_block(channels, bits), "BLOCK": 512}
     constants |= {"CHANNELS_LAST": False, "SHIFTED": True, "BIASED": True}
-    low = ("x", "weight", "norm_weight", "norm_bias", "bias", "folded", "output", "gradient", "to_x")
+    low = ("x", "weight", "norm_weight", "norm_bias", "bias", "folded", "output", "grad_output", "grad_x")
     wide = ("sums", "rows", "statistics", "parts")
     signature = {f"{key}_pointer": dtype for key in low} | {f"{key}_pointer": "*fp32" for key in wide}
     signature |= dict.fromkeys(SIZES, "i32") | {"eps": "fp32"}

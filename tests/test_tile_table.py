@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 from asvit_fast.kernels import tile_table
 
-ATTENTION = ("whole", "whole_backward", "blocked", "q_gradient", "kv_gradient", "bias_gradient")
+ATTENTION = ("single_tile", "single_tile_backward", "tiled", "q_gradient", "kv_gradient", "bias_gradient")
 GPU = "NVIDIA H200 (141 GB)"
 FAMILY = f"hopper/{GPU}"
 
@@ -91,10 +91,10 @@ def test_nearest_shape(folder):
 
 
 def test_wider_tiles_get_smaller_blocks():
-    narrow = tile_table.nearest("blocked", "hopper", bits=16, tokens=784, block_d=128)
-    wide = tile_table.nearest("blocked", "hopper", bits=16, tokens=784, block_d=512)
+    narrow = tile_table.nearest("tiled", "hopper", bits=16, tokens=784, block_d=128)
+    wide = tile_table.nearest("tiled", "hopper", bits=16, tokens=784, block_d=512)
     assert wide["block_m"] * wide["block_n"] * 4 == narrow["block_m"] * narrow["block_n"]
-    huge = tile_table.nearest("blocked", "hopper", bits=64, tokens=784, block_d=4096)
+    huge = tile_table.nearest("tiled", "hopper", bits=64, tokens=784, block_d=4096)
     assert (huge["block_m"], huge["block_n"], huge["num_warps"]) == (16, 16, 8)
 
 
@@ -111,7 +111,7 @@ def test_other_families_and_kernels(monkeypatch):
     known = tile_table.read_table
     monkeypatch.setattr(tile_table, "read_table", lambda path: only if path.stem == "blackwell" else known(path))
     assert tile_table.nearest("new", "hopper", bits=16) == {"num_warps": 2, "num_stages": 3}
-    assert tile_table.nearest("blocked", "blackwell", bits=16, tokens=784, block_d=16)["block_m"] > 0
+    assert tile_table.nearest("tiled", "blackwell", bits=16, tokens=784, block_d=16)["block_m"] > 0
     with pytest.raises(tile_table.TileTableError, match="nonsense"):
         tile_table.nearest("nonsense", "hopper", bits=16)
 
@@ -136,20 +136,20 @@ def test_assuming_a_family():
 
 def test_a_users_rows_go_first(folder):
     shape = {"bits": 16, "tokens": 784, "block_d": 16}
-    shipped = tile_table.choose("blocked", FAMILY, 784, 8, 16)
-    other = tile_table.choose("blocked", FAMILY, 784, 45, 16)
+    shipped = tile_table.choose("tiled", FAMILY, 784, 8, 16)
+    other = tile_table.choose("tiled", FAMILY, 784, 45, 16)
     row = shape | {"block_m": 32, "block_n": 128, "num_warps": 2, "num_stages": 4, "tuned": {"triton": "3.9.0"}}
-    path = write({"blocked": [row]})
+    path = write({"tiled": [row]})
     assert path.parent == folder and path.name == "nvidia-h200-141-gb.json"
-    chosen = tile_table.choose("blocked", FAMILY, 784, 8, 16)
+    chosen = tile_table.choose("tiled", FAMILY, 784, 8, 16)
     assert chosen == {
         "BLOCK_M": 32, "TAIL_M": 16, "BLOCK_N": 128, "TAIL_N": 16, "num_warps": 2, "num_stages": 4,
         "enable_fp_fusion": True,
     }  # fmt: skip
     assert chosen != shipped
-    assert tile_table.choose("blocked", FAMILY, 784, 45, 16) == other
-    assert tile_table.choose("blocked", "hopper/Another GPU", 784, 8, 16) == shipped
-    assert tile_table.choose("blocked", "90", 784, 8, 16) == shipped
+    assert tile_table.choose("tiled", FAMILY, 784, 45, 16) == other
+    assert tile_table.choose("tiled", "hopper/Another GPU", 784, 8, 16) == shipped
+    assert tile_table.choose("tiled", "90", 784, 8, 16) == shipped
 
 
 @pytest.mark.parametrize(
@@ -158,11 +158,11 @@ def test_a_users_rows_go_first(folder):
         "{",
         "[]",
         '{"kernels": 3}',
-        '{"kernels": {"blocked": [3]}}',
-        '{"kernels": {"blocked": [{"bits": 16}]}}',
-        '{"kernels": {"blocked": [{"bits": 16, "num_warps": "4", "num_stages": 2}]}}',
-        '{"kernels": {"blocked": [{"bits": 16, "num_warps": 0, "num_stages": 2}]}}',
-        '{"kernels": {"blocked": [{"bits": 16, "num_warps": true, "num_stages": 2}]}}',
+        '{"kernels": {"tiled": [3]}}',
+        '{"kernels": {"tiled": [{"bits": 16}]}}',
+        '{"kernels": {"tiled": [{"bits": 16, "num_warps": "4", "num_stages": 2}]}}',
+        '{"kernels": {"tiled": [{"bits": 16, "num_warps": 0, "num_stages": 2}]}}',
+        '{"kernels": {"tiled": [{"bits": 16, "num_warps": true, "num_stages": 2}]}}',
         b"\xff\xfe",
     ],
 )
@@ -170,7 +170,7 @@ def test_a_bad_file_names_itself(content):
     path = tile_table.user_table(GPU)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(tile_table.TileTableError) as caught:
-        tile_table.choose("blocked", FAMILY, 784, 8, 16)
+        tile_table.choose("tiled", FAMILY, 784, 8, 16)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -192,14 +192,14 @@ def test_where_a_users_tables_are(monkeypatch, tmp_path):
 
 
 def test_trying():
-    before = tile_table.choose("blocked", "90", 784, 8, 16)
+    before = tile_table.choose("tiled", "90", 784, 8, 16)
     trial = {"block_m": 128, "block_n": 16, "num_warps": 8, "num_stages": 1}
-    with contextlib.suppress(RuntimeError), tile_table.trying("blocked", trial):
-        assert tile_table.nearest("blocked", "hopper", bits=16, tokens=1, block_d=16) == trial
-        assert tile_table.choose("blocked", "90", 784, 8, 16)["BLOCK_M"] == 128
+    with contextlib.suppress(RuntimeError), tile_table.trying("tiled", trial):
+        assert tile_table.nearest("tiled", "hopper", bits=16, tokens=1, block_d=16) == trial
+        assert tile_table.choose("tiled", "90", 784, 8, 16)["BLOCK_M"] == 128
         assert tile_table.choose("q_gradient", "90", 784, 8, 16)["BLOCK_M"] != 128
         raise RuntimeError
-    assert tile_table.choose("blocked", "90", 784, 8, 16) == before
+    assert tile_table.choose("tiled", "90", 784, 8, 16) == before
 
 
 def test_tables_are_installed(root, tmp_path):

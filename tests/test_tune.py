@@ -102,7 +102,7 @@ def test_default_workloads():
     tasks = tasks_of(attention(), ("bf16", "fp16", "fp32"))
     check_tasks(tasks)
     assert {task.kernel for task in tasks} == {
-        "whole", "whole_backward", "blocked", "q_gradient", "kv_gradient", "bias_gradient"
+        "single_tile", "single_tile_backward", "tiled", "q_gradient", "kv_gradient", "bias_gradient"
     }  # fmt: skip
 
 
@@ -164,7 +164,7 @@ def timer_of(*workloads):
 
 def test_candidates_are_checked():
     fake = Fake()
-    task = Task("blocked", FEATURES, (fake,))
+    task = Task("tiled", FEATURES, (fake,))
     measure = Comparison(task, START, 1, torch.device("cpu"), timer_of(fake))
     assert measure(START, START | {"block_m": 128}) == pytest.approx(seconds(START | {"block_m": 128}) / seconds(START))
     assert measure(START, START | {"num_warps": 2}) is None  # another result
@@ -179,7 +179,7 @@ def test_candidates_are_checked():
 
 
 def tasks(*tokens: int) -> list[Task]:
-    return [Task("blocked", (("bits", 16), ("tokens", n), ("block_d", 16)), (Fake(),)) for n in tokens]
+    return [Task("tiled", (("bits", 16), ("tokens", n), ("block_d", 16)), (Fake(),)) for n in tokens]
 
 
 def tune_with(todo: list[Task], table: UserTable, **options):
@@ -203,13 +203,13 @@ def test_tune_writes_rows_that_lookups_find(folder, monkeypatch):
     found = tune_with(todo, table)
     best = found[todo[0]]
     assert best.speed > 1.0 and best.refused > 0
-    row = json.loads(table.path.read_text())["kernels"]["blocked"][0]
+    row = json.loads(table.path.read_text())["kernels"]["tiled"][0]
     assert row == dict(todo[0].features) | best.tiles | {"tuned": row["tuned"]}
     assert row["tuned"]["speed"] == pytest.approx(best.speed, abs=1e-3)
-    assert tile_table.nearest("blocked", "hopper/My GPU", bits=16, tokens=784, block_d=16) == best.tiles
+    assert tile_table.nearest("tiled", "hopper/My GPU", bits=16, tokens=784, block_d=16) == best.tiles
     assert tune_with(todo, table) == {}
     assert set(tune_with(todo, table, again=True)) == set(todo)
-    assert len(table.read()["blocked"]) == 1
+    assert len(table.read()["tiled"]) == 1
 
 
 def test_killed_and_resumed(folder, monkeypatch):
@@ -222,12 +222,12 @@ def test_killed_and_resumed(folder, monkeypatch):
     )  # fmt: skip
     with pytest.raises(KeyboardInterrupt):
         tune_with(todo, table)
-    assert [row["tokens"] for row in table.read()["blocked"]] == [49]
+    assert [row["tokens"] for row in table.read()["tiled"]] == [49]
     monkeypatch.undo()
     monkeypatch.setenv("ASVIT_FAST_TILES", str(folder))
     monkeypatch.setattr(tuning, "use_backend", lambda name: pytest.MonkeyPatch.context())
     assert list(tune_with(todo, table)) == todo[1:]
-    assert [row["tokens"] for row in table.read()["blocked"]] == [49, 196, 784]
+    assert [row["tokens"] for row in table.read()["tiled"]] == [49, 196, 784]
     monkeypatch.setattr(tuning, "_triton_version", lambda: "another")
     assert list(tune_with(todo, table)) == todo
 
@@ -295,7 +295,7 @@ def test_dry_run(capsys):
     assert "8x8x16" in shown and "4x4 pixels to 32" in shown and "2x2x32 to 64" in shown
     assert main(["tune", "--dry-run", "--ops", "patch_merge"]) == 0
     shown = capsys.readouterr().out
-    assert "patch_merge_products" in shown and "whole" not in shown and "patch_embed" not in shown
+    assert "patch_merge_products" in shown and "single_tile" not in shown and "patch_embed" not in shown
 
 
 def test_without_a_gpu(capsys, folder, monkeypatch):
@@ -330,5 +330,5 @@ def test_on_a_gpu(folder):
         pytest.skip("torch sees no CUDA GPU")
     assert main(["tune", "--shapes", "7x7x32b", "--dtypes", "bf16", "--batch", "4", "--quiet"]) == 0
     table = UserTable.of(torch.cuda.get_device_name())
-    assert set(table.read()) == {"whole", "whole_backward"}
+    assert set(table.read()) == {"single_tile", "single_tile_backward"}
     assert all(AttentionWorkload((7, 7), 32).tokens == row["tokens"] for rows in table.read().values() for row in rows)

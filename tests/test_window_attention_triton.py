@@ -26,7 +26,7 @@ print("checked")
 """
 
 # H, W, heads, head_dim, window, shift; a window is one tile in 16 bits up to 64 tokens and head_dim 32
-WHOLE = [
+SINGLE_TILE = [
     (7, 7, 3, 32, (7, 7), (0, 0)),
     (9, 14, 2, 5, (7, 7), (3, 3)),
     (16, 8, 2, 8, (8, 8), (0, 0)),  # exact tiles: nothing is masked
@@ -37,7 +37,7 @@ WHOLE = [
     (4, 5, 1, 45, (4, 5), (0, 0)),
     (9, 3, 1, 70, (9, 3), (0, 2)),
 ]
-LARGE = [
+TILED = [
     (17, 5, 1, 13, (17, 5), (4, 2)),  # a tail of 32
     (10, 13, 1, 45, (10, 10), (0, 0)),
     (8, 16, 1, 8, (8, 16), (0, 0)),  # exact blocks
@@ -231,15 +231,15 @@ def check(name: str, device: torch.device) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     {
-        "whole": lambda: check_shapes(WHOLE, device),
-        "large": lambda: check_shapes(LARGE, device),
+        "single_tile": lambda: check_shapes(SINGLE_TILE, device),
+        "tiled": lambda: check_shapes(TILED, device),
         "layouts": lambda: check_layouts(device),
         "details": lambda: check_details(device),
         "many": lambda: check_many_windows(device),
     }[name]()
 
 
-CHECKS = pytest.mark.parametrize("name", ["whole", "large", "layouts", "details", "many"])
+CHECKS = pytest.mark.parametrize("name", ["single_tile", "tiled", "layouts", "details", "many"])
 
 
 @triton_versions.interpreter
@@ -272,7 +272,7 @@ def test_on_a_gpu(name):
 
 # --------------------------------------------------------------------------- compiled
 
-FORWARD = ("window_attention_whole_kernel", "window_attention_blocked_kernel")
+FORWARD = ("window_attention_single_tile_kernel", "window_attention_tiled_kernel")
 SHIFTED = {"shift": True}
 PADDED = {"shift": True, "size": 30, "layout": "timm", "padding": True}
 LEAN = {"bias": False}
@@ -290,13 +290,13 @@ def launches(monkeypatch, capability, side, head_dim, dtype, shift=False, size=0
     size, channels, tokens = size or 4 * side, 12 * head_dim, side * side
     qkv = torch.empty(2, size, size, channels, dtype=dtype, device="meta")
     out, statistics = qkv.new_empty(*qkv.shape[:3], channels // 3), qkv.new_empty(2, *qkv.shape[:3], 4).float()
-    whole = tokens <= 64 and head_dim <= 32 and dtype != torch.float32
+    single = tokens <= 64 and head_dim <= 32 and dtype != torch.float32
     arguments = (4, [side, side], [side // 2] * 2 if shift else [0, 0], 1.0, more.get("layout", "masked"))
     arguments += (torch.empty(4, tokens, tokens, device="meta") if bias else None,)
     arguments += (qkv.new_empty(channels) if padding else None, qkv.new_empty(4) if more.get("attn_scale") else None)
-    kernels.window_attention(qkv, *arguments, None if whole else statistics)
+    kernels.window_attention(qkv, *arguments, None if single else statistics)
     wanted = [bias, padding, more.get("attn_scale", False)]
-    kernels.window_attention_backward(out, qkv, out, None if whole else statistics, *arguments, wanted)
+    kernels.window_attention_backward(out, qkv, out, None if single else statistics, *arguments, wanted)
     assert [kernel.__name__ in FORWARD for kernel, _ in found] == [True] + [False] * (len(found) - 1)
     return found
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import ops
 from .nn.patch_embed import embed_patches
 from .ops.patch_embed import MAXIMUM_CHANNELS
-from .ops.window_attention import SINGLE_TILE_HEAD_DIM, SINGLE_TILE_TOKENS
+from .ops.window_attention import is_single_tile
 from .topology import EMBED_STRIDE, Topology
 
 Tiles = dict[str, int]  # options of a launch, or features of a shape, by the names of a table's row
@@ -101,7 +101,7 @@ class AttentionWorkload(Workload):
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        if self.tokens <= SINGLE_TILE_TOKENS and self.head_dim <= SINGLE_TILE_HEAD_DIM and self.bits == 16:
+        if is_single_tile(self.tokens, self.head_dim, self.bits):
             return "single_tile", "single_tile_backward"
         return "tiled", "q_gradient", "kv_gradient", *(("bias_gradient",) if self.biased else ())
 
@@ -162,7 +162,7 @@ class EmbedWorkload(Workload):
         from asvit_fast.kernels.patch_embed import channel_block, pixel_count
 
         pixels = pixel_count(3, self.patch)
-        return {"bits": self.bits, "tokens": pixels, "block_d": channel_block(kernel, self.channels)}
+        return {"bits": self.bits, "pixels": pixels, "block_d": channel_block(kernel, self.channels)}
 
     def prepare(self, kernel: str, batch: int, device: torch.device) -> Run:
         draw = self._draw(device)

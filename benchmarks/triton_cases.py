@@ -6,6 +6,7 @@ kernels it starts, and with what, is recorded from the launches themselves.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -162,13 +163,19 @@ def _triton_on_cpu() -> Iterator[None]:
         backends._reason.cache_clear()
 
 
+def launches_of(call: Callable[[], object], arch: int) -> list[Launch]:
+    """What a call of ops would start on a GPU of that architecture, different launches only."""
+    family = tile_table.FAMILIES[str(arch)]
+    with _triton_on_cpu(), tile_table.assuming(family), recorded_launches() as launches:
+        call()
+    return [launch for number, launch in enumerate(launches) if launch not in launches[:number]]
+
+
 def cases(archs: list[int], dtypes: list[str], shapes: Callable[[str], bool] = lambda label: True) -> Iterator[Case]:
     """Every kernel that an op starts on a shape; `shapes` chooses by label. Ops without Triton kernels start none."""
     for op, dtype, arch in itertools.product(OPS, dtypes, archs):
         for shape in op.shapes:
             if "triton" not in backends.declared().get(op.name, ()) or not shapes(label_of(shape)):
                 continue
-            with _triton_on_cpu(), tile_table.assuming(tile_table.FAMILIES[str(arch)]), recorded_launches() as launches:
-                op.call(shape, dtype)
-            different = [launch for number, launch in enumerate(launches) if launch not in launches[:number]]
-            yield from (Case(launch, shape, dtype, arch) for launch in different)
+            launches = launches_of(functools.partial(op.call, shape, dtype), arch)
+            yield from (Case(launch, shape, dtype, arch) for launch in launches)

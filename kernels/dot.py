@@ -20,6 +20,6 @@ def dot(a, b, PRECISION: tl.constexpr):
     return tl.dot(a, b, input_precision=PRECISION)
 
 
-def precision() -> str:
-    """Of float32 products: three TF32 products have float32's accuracy; one, if torch's own matmul may use TF32."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+def precision(dtype: torch.dtype) -> str:
+    """How float32 is multiplied: three TF32 products have its accuracy; one, if torch's own matmul may use TF32."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"

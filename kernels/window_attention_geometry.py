@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .dot import LEAST_CHANNELS, precision
+from .dot import LEAST_CHANNELS
+from .tile_table import block
 
 # integers whose value or divisibility must not compile another kernel: maps and batches change during training
 SIZES = ("windows", "per_program", "height", "width", "shift_rows", "shift_columns")
@@ -39,53 +40,76 @@ class Shape(NamedTuple):
 def _parts(head_dim: int, bits: int) -> tuple[int, ...]:
     """Powers of two that hold head_dim: one, or 3/4 of it or less in two; each at least what tensor cores take."""
     least = 16 if bits == 16 else LEAST_CHANNELS
-    whole = max(least, triton.next_power_of_2(head_dim))
-    rest = max(least, triton.next_power_of_2(max(1, head_dim - whole // 2)))
-    return (whole // 2, rest) if rest < whole // 2 else (whole,)
+    power = max(least, triton.next_power_of_2(head_dim))
+    rest = max(least, triton.next_power_of_2(max(1, head_dim - power // 2)))
+    return (power // 2, rest) if rest < power // 2 else (power,)
 
 
-def shape_of(
-    qkv: torch.Tensor,
-    num_heads: int,
-    window: list[int],
-    shift: list[int],
-    layout: str,
-    bias: torch.Tensor | None,
-    pad_token: torch.Tensor | None,
-    attn_scale: torch.Tensor | None,
-) -> Shape:
-    """Of window_attention's arguments, qkv [B, H, W, 3*heads*head_dim]; layouts that are the same on this map get the
-    same kernels."""
-    height, width, channels = qkv.shape[1:]
-    padded, shifted = height % window[0] != 0 or width % window[1] != 0, any(shift)
-    if layout == "timm" and not (padded and shifted):
-        layout = "torchvision"
-    if layout == "torchvision" and not padded and not shifted:
-        layout = "masked"
-    attended = layout in ("timm", "torchvision")
-    return Shape(
-        heads=num_heads,
-        head_dim=channels // (3 * num_heads),
-        channels=channels // 3,
-        parts=_parts(channels // (3 * num_heads), 8 * qkv.element_size()),
-        rows=window[0],
-        columns=window[1],
-        tokens=window[0] * window[1],
-        layout=layout,
-        ATTEND_PADDING=attended,
-        MASKED=(padded or shifted) and not attended,
-        SHIFTED=shifted,
-        PADDED=padded,
-        HAS_PAD_VALUE=pad_token is not None and padded and attended,
-        HAS_BIAS=bias is not None,
-        HAS_ATTN_SCALE=attn_scale is not None,
-        INDEX64=height * width * channels >= 2**31,
-        precision=precision(),
-    )
+def tails_of(tokens: int, tiles: dict[str, Any]) -> dict[str, int]:
+    """The blocks that hold what is left of a window's tokens behind BLOCK_M queries and BLOCK_N keys."""
+    return {f"TAIL_{axis}": block(tokens % tiles[f"BLOCK_{axis}"]) for axis in "MN"}
+
+
+class Problem(NamedTuple):
+    """What decides how an attention is launched."""
+
+    size: tuple[int, ...]  # of qkv, [B, H, W, 3*heads*head_dim]
+    dtype: torch.dtype
+    device: torch.device
+    heads: int
+    window: tuple[int, ...]
+    shift: tuple[int, ...]
+    layout: str
+    has_bias: bool
+    has_pad_token: bool
+    has_attn_scale: bool
+    precision: str
+
+    @property
+    def windows(self) -> int:
+        """In the whole batch."""
+        batch, height, width, _ = self.size
+        return batch * triton.cdiv(height, self.window[0]) * triton.cdiv(width, self.window[1])
+
+    def arguments(self) -> dict[str, Any]:
+        """What all kernels take besides tensors, by name."""
+        names = ("height", "width", "shift_rows", "shift_columns")
+        return dict(zip(names, (*self.size[1:3], *self.shift), strict=True)) | {"SHAPE": self.shape()}
+
+    def shape(self) -> Shape:
+        """What the kernels are compiled for; layouts that are the same on this map get the same ones."""
+        _, height, width, channels = self.size
+        rows, columns = self.window
+        padded, shifted, layout = height % rows != 0 or width % columns != 0, any(self.shift), self.layout
+        if layout == "timm" and not (padded and shifted):
+            layout = "torchvision"
+        if layout == "torchvision" and not padded and not shifted:
+            layout = "masked"
+        attended = layout in ("timm", "torchvision")
+        head_dim = channels // (3 * self.heads)
+        return Shape(
+            heads=self.heads,
+            head_dim=head_dim,
+            channels=channels // 3,
+            parts=_parts(head_dim, 8 * self.dtype.itemsize),
+            rows=rows,
+            columns=columns,
+            tokens=rows * columns,
+            layout=layout,
+            ATTEND_PADDING=attended,
+            MASKED=(padded or shifted) and not attended,
+            SHIFTED=shifted,
+            PADDED=padded,
+            HAS_PAD_VALUE=self.has_pad_token and padded and attended,
+            HAS_BIAS=self.has_bias,
+            HAS_ATTN_SCALE=self.has_attn_scale,
+            INDEX64=height * width * channels >= 2**31,
+            precision=self.precision,
+        )
 
 
 class Inputs(NamedTuple):
-    """Of one head, what its attention is computed from."""
+    """What the attention of one head is computed from."""
 
     qkv: tl.tensor  # pointer to [B, H, W, 3, HEADS, HEAD_DIM], at the head
     pad_token: tl.tensor  # pointer to [3, HEADS, HEAD_DIM], at the head; read only if SHAPE.HAS_PAD_VALUE

@@ -130,12 +130,12 @@ def window_attention_q_gradient_kernel(
     pad_token_pointer,  # [3, HEADS, HEAD_DIM]; read only if SHAPE.HAS_PAD_VALUE
     bias_pointer,  # [HEADS, TOKENS, TOKENS]; read only if SHAPE.HAS_BIAS
     attn_scale_pointer,  # [HEADS]; read only if SHAPE.HAS_ATTN_SCALE
-    output_pointer,  # [B, H, W, HEADS, HEAD_DIM]
-    grad_output_pointer,  # of the output, as it
+    grad_output_pointer,  # [B, H, W, HEADS, HEAD_DIM]
     largest_pointer,  # [B, H, W, HEADS]
     inverse_pointer,  # [B, H, W, HEADS]
     delta_pointer,  # [B, H, W, HEADS], as the next: written, for the other kernels
     share_pointer,
+    output_pointer,  # [B, H, W, HEADS, HEAD_DIM]
     grad_qkv_pointer,  # as qkv; q's part is written
     grad_attn_scale_pointer,  # [windows, HEADS, blocks of queries]; written only if SHAPE.HAS_ATTN_SCALE
     height,
@@ -240,7 +240,7 @@ def window_attention_kv_gradient_kernel(
     delta_pointer,
     share_pointer,
     grad_qkv_pointer,  # as qkv; the parts of k and v are written
-    grad_pad_token_pointer,  # [windows, HEADS, blocks of keys, 2, HEAD_DIM], of k and v: as in the kernel of whole windows
+    grad_pad_token_pointer,  # [windows, HEADS, blocks of keys, 2, HEAD_DIM]: as in the kernel of single tiles
     height,
     width,
     shift_rows,
@@ -296,11 +296,9 @@ def window_attention_bias_gradient_kernel(
     scale,
     SHAPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    TAIL_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    TAIL_N: tl.constexpr,
 ):
-    """Each program: one tile of one head's bias_table, summed over `per_program` windows. (TAIL_M, TAIL_N: not used.)"""
+    """Each program: one tile of one head's bias_table, summed over `per_program` windows."""
     DOWN: tl.constexpr = (SHAPE.tokens + BLOCK_M - 1) // BLOCK_M
     ACROSS: tl.constexpr = (SHAPE.tokens + BLOCK_N - 1) // BLOCK_N
     tile, head, group = job_of(DOWN * ACROSS, SHAPE)

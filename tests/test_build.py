@@ -253,7 +253,7 @@ def test_triton_kernel_compiles(capability, dtype):
         report = compile_kernel(
             gelu_taylor_kernel,
             pointers | {"count": "i64", "channels": "i64"},
-            {"ORDERS": 2, "TANH": tanh, "BIASED": biased, "BLOCK": BLOCK},
+            {"ORDERS": 2, "TANH": tanh, "HAS_BIAS": biased, "BLOCK": BLOCK},
             capability,
             **OPTIONS,
         )

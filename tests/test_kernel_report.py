@@ -185,7 +185,7 @@ def test_cases_are_what_ops_start():
     assert [(case.arch, case.kernel.removeprefix("window_attention_")) for case in found] == [
         (arch, name) for arch in (80, 90) for name in ("tiled", "q_gradient", "kv_gradient")
     ]
-    launch, expected = found[0].launch, tile_table.choose("tiled", "ampere", 49, 8, 32)
+    launch, expected = found[0].launch, tile_table.choose("tiled", "ampere", bits=32, tokens=49, block_d=16)
     assert launch.constants | launch.options == launch.constants | launch.options | expected
     assert launch.signature["qkv_pointer"] == "*fp32" and launch.signature["scale"] == "fp32"
     assert "qkv_pointer" in launch.divisible and "height" not in launch.divisible  # sizes are not specialised

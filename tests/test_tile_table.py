@@ -16,6 +16,7 @@ import torch
 pytest.importorskip("triton")
 
 from asvit_fast.kernels import tile_table
+from asvit_fast.kernels.window_attention_geometry import tails_of
 
 ATTENTION = ("single_tile", "single_tile_backward", "tiled", "q_gradient", "kv_gradient", "bias_gradient")
 GPU = "NVIDIA H200 (141 GB)"
@@ -38,7 +39,12 @@ def write(kernels: dict) -> Path:
     return path
 
 
-FEATURES = ("bits", "tokens", "block_d", "outputs")
+FEATURES = ("bits", "tokens", "pixels", "block_d", "outputs")
+
+
+def choose(kernel: str, family: str, tokens: int, head_dim: int, bits: int) -> dict:
+    """What attention looks up."""
+    return tile_table.choose(kernel, family, bits=bits, tokens=tokens, block_d=tile_table.block(head_dim))
 
 
 @pytest.mark.parametrize("family", tile_table.FAMILIES.values())
@@ -63,13 +69,13 @@ def test_every_shape_has_tiles(kernel, capability):
     for tokens in (1, 9, 49, 50, 144, 196, 784, 3136):
         for head_dim in (1, 4, 22, 45, 96, 300):
             for bits in (16, 32):
-                options = tile_table.choose(kernel, capability, tokens, head_dim, bits)
+                options = choose(kernel, capability, tokens, head_dim, bits)
                 assert {"num_warps", "num_stages", "enable_fp_fusion"} <= set(options)
-                for name in ("M", "N"):
-                    if f"BLOCK_{name}" in options:
-                        size, tail = options[f"BLOCK_{name}"], options[f"TAIL_{name}"]
-                        assert 16 <= tail <= size
-                        assert tail >= tokens % size
+                tails = tails_of(tokens, options) if "BLOCK_M" in options else {}
+                for name, tail in tails.items():
+                    size = options[name.replace("TAIL", "BLOCK")]
+                    assert 16 <= tail <= size
+                    assert tail >= tokens % size
 
 
 def test_nearest_shape(folder):
@@ -103,7 +109,7 @@ def test_what_tiles_do_not_depend_on(folder):
     row = {"bits": 16, "block_d": 64, "block_m": 64, "num_warps": 4, "num_stages": 1}
     write({"new": [row | {"tokens": 64}, row | {"tokens": 256}]})
     assert tile_table.nearest("new", FAMILY, bits=16, tokens=64, block_d=1024)["block_m"] == 64
-    assert tile_table.choose("new", FAMILY, 64, 1024, 16)["BLOCK_M"] == 64
+    assert choose("new", FAMILY, 64, 1024, 16)["BLOCK_M"] == 64
 
 
 def test_other_families_and_kernels(monkeypatch):
@@ -136,20 +142,18 @@ def test_assuming_a_family():
 
 def test_a_users_rows_go_first(folder):
     shape = {"bits": 16, "tokens": 784, "block_d": 16}
-    shipped = tile_table.choose("tiled", FAMILY, 784, 8, 16)
-    other = tile_table.choose("tiled", FAMILY, 784, 45, 16)
+    shipped = choose("tiled", FAMILY, 784, 8, 16)
+    other = choose("tiled", FAMILY, 784, 45, 16)
     row = shape | {"block_m": 32, "block_n": 128, "num_warps": 2, "num_stages": 4, "tuned": {"triton": "3.9.0"}}
     path = write({"tiled": [row]})
     assert path.parent == folder and path.name == "nvidia-h200-141-gb.json"
-    chosen = tile_table.choose("tiled", FAMILY, 784, 8, 16)
-    assert chosen == {
-        "BLOCK_M": 32, "TAIL_M": 16, "BLOCK_N": 128, "TAIL_N": 16, "num_warps": 2, "num_stages": 4,
-        "enable_fp_fusion": True,
-    }  # fmt: skip
+    chosen = choose("tiled", FAMILY, 784, 8, 16)
+    assert chosen == {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 2, "num_stages": 4, "enable_fp_fusion": True}
+    assert tails_of(784, chosen) == {"TAIL_M": 16, "TAIL_N": 16}
     assert chosen != shipped
-    assert tile_table.choose("tiled", FAMILY, 784, 45, 16) == other
-    assert tile_table.choose("tiled", "hopper/Another GPU", 784, 8, 16) == shipped
-    assert tile_table.choose("tiled", "90", 784, 8, 16) == shipped
+    assert choose("tiled", FAMILY, 784, 45, 16) == other
+    assert choose("tiled", "hopper/Another GPU", 784, 8, 16) == shipped
+    assert choose("tiled", "90", 784, 8, 16) == shipped
 
 
 @pytest.mark.parametrize(
@@ -170,7 +174,7 @@ def test_a_bad_file_names_itself(content):
     path = tile_table.user_table(GPU)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(tile_table.TileTableError) as caught:
-        tile_table.choose("tiled", FAMILY, 784, 8, 16)
+        choose("tiled", FAMILY, 784, 8, 16)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -192,14 +196,14 @@ def test_where_a_users_tables_are(monkeypatch, tmp_path):
 
 
 def test_trying():
-    before = tile_table.choose("tiled", "90", 784, 8, 16)
+    before = choose("tiled", "90", 784, 8, 16)
     trial = {"block_m": 128, "block_n": 16, "num_warps": 8, "num_stages": 1}
     with contextlib.suppress(RuntimeError), tile_table.trying("tiled", trial):
         assert tile_table.nearest("tiled", "hopper", bits=16, tokens=1, block_d=16) == trial
-        assert tile_table.choose("tiled", "90", 784, 8, 16)["BLOCK_M"] == 128
-        assert tile_table.choose("q_gradient", "90", 784, 8, 16)["BLOCK_M"] != 128
+        assert choose("tiled", "90", 784, 8, 16)["BLOCK_M"] == 128
+        assert choose("q_gradient", "90", 784, 8, 16)["BLOCK_M"] != 128
         raise RuntimeError
-    assert tile_table.choose("tiled", "90", 784, 8, 16) == before
+    assert choose("tiled", "90", 784, 8, 16) == before
 
 
 def test_tables_are_installed(root, tmp_path):

@@ -1,4 +1,4 @@
-"""What a call of an op costs besides its kernel: tiny inputs, eager, forward and forward with backward.
+"""The cost of a call of an op besides its kernel: tiny inputs, eager, forward and forward with backward.
 
     python benchmarks/bench_host_time.py [--triton] [--csv FILE]
 

@@ -1,4 +1,4 @@
-"""What every CUDA and Triton kernel uses and what its inner loop does, compiled for GPUs that need not be there.
+"""Resources and inner loop of every CUDA and Triton kernel, compiled for GPUs that need not be there.
 
     python benchmarks/kernel_report.py [--arch 80,90,100] [--dtype bf16,fp32] [--kernel NAME ...] [--shape TEXT ...]
 

@@ -1,4 +1,4 @@
-"""What the Triton kernels are compiled with: the launches of ops on the shapes of real networks.
+"""Compilations of the Triton kernels: the launches of ops on the shapes of real networks.
 
 An op that gets Triton kernels is an entry of OPS: its shapes, and a function that calls it, forward and backward. Which
 kernels it starts, and with what, is recorded from the launches themselves.
@@ -56,7 +56,7 @@ class Case:
         return label_of(self.shape)
 
     def work(self) -> Work:
-        """Of a round of its loop: scores for attention, else bytes, as many as the loop's instructions move."""
+        """The work of a round of its loop: scores for attention, else bytes, as many as the loop's instructions move."""
         if self.kernel not in ATTENTION:
             return Work("byte", 0.0)
         products, tensors = ATTENTION[self.kernel]
@@ -164,7 +164,7 @@ def _triton_on_cpu() -> Iterator[None]:
 
 
 def launches_of(call: Callable[[], object], arch: int) -> list[Launch]:
-    """What a call of ops would start on a GPU of that architecture, different launches only."""
+    """Launches of a call of ops on a GPU of that architecture, each once."""
     family = tile_table.FAMILIES[str(arch)]
     with _triton_on_cpu(), tile_table.assuming(family), recorded_launches() as launches:
         call()

@@ -8,11 +8,11 @@ import triton.language as tl
 
 # Channels that a product of 32-bit elements sums over, at least; of 16-bit elements they are 16 in all versions.
 LEAST_CHANNELS = 8 if tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8) else 16
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
+# Constants stand inside of functions or as defaults: Triton compares global ones in every launch, which takes time.
 @triton.jit
-def dot(a, b, PRECISION: tl.constexpr):
+def dot(a, b, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr = triton.knobs.runtime.interpret):
     """a [M, K] @ b [K, N] -> float32. The interpreter's product does not know bfloat16."""
     if INTERPRETED:
         a = a.to(tl.float32)

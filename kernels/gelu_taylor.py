@@ -41,13 +41,9 @@ def gelu_taylor_kernel(
     input_pointer,  # [ORDERS + 1, count]
     output_pointer,  # [ORDERS + 1, count]
     bias_pointer,  # [channels], added to the value; read only if HAS_BIAS
-    count,
-    channels,
-    ORDERS: tl.constexpr,
-    TANH: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    count, channels,
+    ORDERS: tl.constexpr, TANH: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Each program maps BLOCK columns of all rows."""
     columns = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < count

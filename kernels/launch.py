@@ -1,4 +1,4 @@
-"""What launches of all kernels share: the GPU of their tensors, and how sums are cut into programs."""
+"""Shared by the launches of all kernels: the GPU of their tensors, and how sums are cut into programs."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bflo
 
 
 class Shape(NamedTuple):
-    """What a kernel is compiled for."""
+    """Constants that a kernel is compiled for."""
 
     in_channels: int
     kernel: int  # pixels along each side of a patch
@@ -140,23 +140,9 @@ def patch_embed_kernel(
     norm_weight_pointer,  # [channels]; read only if SHAPE.HAS_NORM
     norm_bias_pointer,  # [channels]; read only if SHAPE.HAS_NORM and SHAPE.HAS_NORM_BIAS
     output_pointer,  # [B, rows, columns, channels]
-    tokens,
-    rows,
-    columns,
-    height,
-    width,
-    batch_stride,
-    channel_stride,
-    row_stride,
-    column_stride,
-    left,
-    top,
-    eps,
-    SHAPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    tokens, rows, columns, height, width, batch_stride, channel_stride, row_stride, column_stride, left, top, eps,
+    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """Each program: BLOCK_M tokens with all their channels."""
     images = Images(
         image_pointer, batch_stride, channel_stride, row_stride, column_stride,
@@ -180,7 +166,7 @@ def patch_embed_kernel(
 
 
 class Problem(NamedTuple):
-    """What decides how an embedding is launched."""
+    """Everything that decides how an embedding is launched."""
 
     image_size: tuple[int, ...]  # [B, in_channels, H, W]
     image_strides: tuple[int, ...]
@@ -206,11 +192,11 @@ class Problem(NamedTuple):
 
     @property
     def pixels(self) -> int:
-        """Of a patch."""
+        """The pixels of a patch that kernels walk through."""
         return pixel_count(*self.weight_size[1:3])
 
     def arguments(self) -> dict[str, Any]:
-        """What all kernels take besides tensors, by name."""
+        """Arguments of all kernels besides tensors, by name."""
         batch, rows, columns, channels = self.output_size
         names = ("batch_stride", "channel_stride", "row_stride", "column_stride", "height", "width")
         kernel = self.weight_size[2]

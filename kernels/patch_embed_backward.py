@@ -26,24 +26,10 @@ def patch_embed_norm_gradient_kernel(
     grad_output_pointer,  # [B, rows, columns, channels]
     grad_conv_pointer,  # same shape: of the convolution's values
     grad_vectors_pointer,  # [programs, 3, channels]: of the bias, the norm's weight and bias
-    tokens,
-    rows,
-    columns,
-    height,
-    width,
-    batch_stride,
-    channel_stride,
-    row_stride,
-    column_stride,
-    left,
-    top,
-    eps,
+    tokens, rows, columns, height, width, batch_stride, channel_stride, row_stride, column_stride, left, top, eps,
     per_program,
-    SHAPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """Each program: `per_program` blocks of BLOCK_M tokens, through LayerNorm, and their sums."""
     images = Images(
         image_pointer, batch_stride, channel_stride, row_stride, column_stride,
@@ -81,23 +67,10 @@ def patch_embed_weight_gradient_kernel(
     image_pointer,  # [B, in_channels, height, width], of any strides
     grad_conv_pointer,  # [B, rows, columns, channels]
     grad_weight_pointer,  # [groups, in_channels, kernel, kernel, channels]
-    tokens,
-    rows,
-    columns,
-    height,
-    width,
-    batch_stride,
-    channel_stride,
-    row_stride,
-    column_stride,
-    left,
-    top,
+    tokens, rows, columns, height, width, batch_stride, channel_stride, row_stride, column_stride, left, top,
     per_program,
-    SHAPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """Each program: BLOCK_K pixels of a patch and BLOCK_C channels, summed over `per_program` blocks of tokens."""
     PIXEL_BLOCKS: tl.constexpr = (SHAPE.in_channels * SHAPE.kernel * SHAPE.row + BLOCK_K - 1) // BLOCK_K
     CHANNEL_BLOCKS: tl.constexpr = (SHAPE.channels + BLOCK_C - 1) // BLOCK_C

@@ -26,7 +26,7 @@ SIZES = ("tokens", "per_piece", "height", "width", "out_height", "out_width", "t
 
 
 class Shape(NamedTuple):
-    """What a kernel is compiled for."""
+    """Constants that a kernel is compiled for."""
 
     channels: int
     outputs: int
@@ -36,7 +36,7 @@ class Shape(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Of the map and the output, in tokens."""
+    """Sizes of the map and of the output, in tokens."""
 
     tokens: tl.tensor  # B * out_height * out_width
     height: tl.tensor
@@ -94,12 +94,9 @@ def patch_merge_fold_kernel(
     bias_pointer,  # [OUTPUTS]; read only if HAS_BIAS
     folded_pointer,  # [OUTPUTS, TAPS, CHANNELS]: weight * norm_weight
     sums_pointer,  # [2, OUTPUTS]: sums of folded over its features; weight @ norm_bias + bias
-    SHAPE: tl.constexpr,
-    FEATURE_ORDER: tl.constexpr,
-    HAS_NORM_BIAS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    SHAPE: tl.constexpr, FEATURE_ORDER: tl.constexpr, HAS_NORM_BIAS: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """Each program: one output."""
     TAPS: tl.constexpr = SHAPE.kernel * SHAPE.kernel
     output = tl.cast(tl.program_id(0), tl.int64)
@@ -131,18 +128,9 @@ def patch_merge_fold_kernel(
 def patch_merge_statistics_kernel(
     x_pointer,  # [B, H, W, CHANNELS]
     statistics_pointer,  # [2, B, Ho, Wo]: mean, rstd
-    tokens,
-    height,
-    width,
-    out_height,
-    out_width,
-    top,
-    left,
-    eps,
-    SHAPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    tokens, height, width, out_height, out_width, top, left, eps,
+    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """Each program: BLOCK_M tokens."""
     sizes = Sizes(tokens, height, width, out_height, out_width, top, left)
     PARTS: tl.constexpr = (SHAPE.channels + BLOCK_C - 1) // BLOCK_C
@@ -200,18 +188,9 @@ def patch_merge_kernel(
     sums_pointer,  # [2, OUTPUTS]
     statistics_pointer,  # [2, B, Ho, Wo]
     output_pointer,  # [B, Ho, Wo, OUTPUTS]
-    tokens,
-    height,
-    width,
-    out_height,
-    out_width,
-    top,
-    left,
-    SHAPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    tokens, height, width, out_height, out_width, top, left,
+    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """Each program: BLOCK_N outputs of BLOCK_M tokens."""
     sizes = Sizes(tokens, height, width, out_height, out_width, top, left)
     BLOCKS: tl.constexpr = (SHAPE.outputs + BLOCK_N - 1) // BLOCK_N
@@ -239,7 +218,7 @@ def channel_block(channels: int, bits: int) -> int:
 
 
 class Problem(NamedTuple):
-    """What decides how a merging is launched."""
+    """Everything that decides how a merging is launched."""
 
     size: tuple[int, ...]  # of x, [B, H, W, C]
     outputs: int
@@ -264,17 +243,11 @@ class Problem(NamedTuple):
         return Shape(self.size[3], self.outputs, self.kernel, self.stride, self.precision)
 
     def arguments(self) -> dict[str, Any]:
-        """What all kernels but that of the weights take besides tensors, by name."""
-        batch, out_height, out_width = self.output_size
-        return {
-            "tokens": batch * out_height * out_width,
-            "height": self.size[1],
-            "width": self.size[2],
-            "out_height": out_height,
-            "out_width": out_width,
-            "top": self.padding[0],
-            "left": self.padding[2],
-            "SHAPE": self.shape,
+        """Arguments of all kernels but that of the weights, besides tensors, by name."""
+        batch, rows, columns = self.output_size
+        top, _, left, _ = self.padding
+        return Sizes(batch * rows * columns, *self.size[1:3], rows, columns, top, left)._asdict() | {
+            "SHAPE": self.shape
         }
 
     def tiles(self, kernel: str) -> dict[str, Any]:

@@ -37,18 +37,9 @@ def patch_merge_row_sums_kernel(
     sums_pointer,  # [2, OUTPUTS]
     statistics_pointer,  # [2, B, Ho, Wo]
     rows_pointer,  # [blocks of outputs, 2, B, Ho, Wo]: means over features of g W' and of g W' x, x normalised
-    tokens,
-    height,
-    width,
-    out_height,
-    out_width,
-    top,
-    left,
-    SHAPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    tokens, height, width, out_height, out_width, top, left,
+    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """Each program: BLOCK_N outputs of BLOCK_M tokens. W' x is computed again: the output is rounded, and what it has
     for x = 0 may be far larger."""
     sizes = Sizes(tokens, height, width, out_height, out_width, top, left)
@@ -80,17 +71,9 @@ def patch_merge_input_kernel(
     rows_pointer,  # [2, B, Ho, Wo]
     grad_x_pointer,  # [B, H, W, CHANNELS]
     tokens,  # of the output
-    height,
-    width,
-    out_height,
-    out_width,
-    top,
-    left,
-    SHAPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    height, width, out_height, out_width, top, left,
+    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """Each program: BLOCK_C channels of BLOCK_M input tokens of one phase, those that the same positions of
     neighbourhoods fall on. With g the gradient of the output, of all of these neighbourhoods the sum of
     rstd (g W' - <g W'> - x <g W' x>)."""
@@ -145,19 +128,9 @@ def patch_merge_products_kernel(
     grad_output_pointer,  # [B, Ho, Wo, OUTPUTS]
     statistics_pointer,  # [2, B, Ho, Wo]
     parts_pointer,  # [pieces, OUTPUTS, TAPS, CHANNELS]
-    tokens,
-    per_piece,
-    height,
-    width,
-    out_height,
-    out_width,
-    top,
-    left,
-    SHAPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    tokens, per_piece, height, width, out_height, out_width, top, left,
+    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """Each program: g^T x, x the normalised neighbourhoods, of `per_piece` tokens, BLOCK_N outputs and BLOCK_C
     features."""
     sizes = Sizes(tokens, height, width, out_height, out_width, top, left)

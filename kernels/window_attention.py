@@ -83,7 +83,7 @@ class _Backward(NamedTuple):
         cls, problem: Problem, bias_gradient: bool, launches: tuple[Launch, ...],
         bias_groups: int, key_blocks: int, groups: int, query_blocks: int,
     ) -> _Backward:  # fmt: skip
-        """From the numbers of programs that share the work."""
+        """Shapes that follow from the numbers of programs."""
         shape, heads = problem.shape(), problem.heads
         return cls(
             launches,
@@ -102,17 +102,13 @@ def _single_tile_backward(problem: Problem, bias_gradient: bool) -> _Backward:
 
 @once_per_shape
 def _tiled_backward(problem: Problem, bias_gradient: bool) -> _Backward:
-    tokens, windows, heads = problem.shape().tokens, problem.windows, problem.heads
-    tiles = _tiles("bias_gradient", problem)
-    pieces = heads * triton.cdiv(tokens, tiles["BLOCK_M"]) * triton.cdiv(tokens, tiles["BLOCK_N"])
+    tokens, windows, tiles = problem.shape().tokens, problem.windows, _tiles("bias_gradient", problem)
+    pieces = problem.heads * triton.cdiv(tokens, tiles["BLOCK_M"]) * triton.cdiv(tokens, tiles["BLOCK_N"])
     per_program, groups = grouped(windows, pieces)
-    launches = (
-        _tiled_launch("q_gradient", "M", problem),
-        _tiled_launch("kv_gradient", "N", problem),
-        ((groups * pieces,), problem.arguments() | tiles | {"windows": windows, "per_program": per_program}),
-    )
-    query_blocks, key_blocks = (triton.cdiv(tokens, launches[i][1][f"BLOCK_{axis}"]) for i, axis in enumerate("MN"))
-    return _Backward.of(problem, bias_gradient, launches, groups, key_blocks, windows, query_blocks)
+    bias = (groups * pieces,), problem.arguments() | tiles | {"windows": windows, "per_program": per_program}
+    q, kv = _tiled_launch("q_gradient", "M", problem), _tiled_launch("kv_gradient", "N", problem)
+    query_blocks, key_blocks = triton.cdiv(tokens, q[1]["BLOCK_M"]), triton.cdiv(tokens, kv[1]["BLOCK_N"])
+    return _Backward.of(problem, bias_gradient, (q, kv, bias), groups, key_blocks, windows, query_blocks)
 
 
 # --------------------------------------------------------------------------- launches

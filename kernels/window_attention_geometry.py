@@ -1,4 +1,4 @@
-"""What the Triton kernels of windowed attention are compiled for, and where a window's tokens are."""
+"""The geometry of windowed attention in Triton: what kernels are compiled for, and where a window's tokens are."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SIZES = ("windows", "per_program", "height", "width", "shift_rows", "shift_colum
 
 
 class Shape(NamedTuple):
-    """What a kernel is compiled for."""
+    """Constants that a kernel is compiled for."""
 
     heads: int
     head_dim: int
@@ -51,7 +51,7 @@ def tails_of(tokens: int, tiles: dict[str, Any]) -> dict[str, int]:
 
 
 class Problem(NamedTuple):
-    """What decides how an attention is launched."""
+    """Everything that decides how an attention is launched."""
 
     size: tuple[int, ...]  # of qkv, [B, H, W, 3*heads*head_dim]
     dtype: torch.dtype
@@ -72,12 +72,12 @@ class Problem(NamedTuple):
         return batch * triton.cdiv(height, self.window[0]) * triton.cdiv(width, self.window[1])
 
     def arguments(self) -> dict[str, Any]:
-        """What all kernels take besides tensors, by name."""
+        """Arguments of all kernels besides tensors, by name."""
         names = ("height", "width", "shift_rows", "shift_columns")
         return dict(zip(names, (*self.size[1:3], *self.shift), strict=True)) | {"SHAPE": self.shape()}
 
     def shape(self) -> Shape:
-        """What the kernels are compiled for; layouts that are the same on this map get the same ones."""
+        """Constants of the kernels; layouts that are the same on this map get the same ones."""
         _, height, width, channels = self.size
         rows, columns = self.window
         padded, shifted, layout = height % rows != 0 or width % columns != 0, any(self.shift), self.layout
@@ -109,7 +109,7 @@ class Problem(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What the attention of one head is computed from."""
+    """The operands of one head's attention."""
 
     qkv: tl.tensor  # pointer to [B, H, W, 3, HEADS, HEAD_DIM], at the head
     pad_token: tl.tensor  # pointer to [3, HEADS, HEAD_DIM], at the head; read only if SHAPE.HAS_PAD_VALUE

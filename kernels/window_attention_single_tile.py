@@ -40,16 +40,9 @@ def window_attention_single_tile_kernel(
     bias_pointer,  # [HEADS, TOKENS, TOKENS]; read only if SHAPE.HAS_BIAS
     attn_scale_pointer,  # [HEADS]; read only if SHAPE.HAS_ATTN_SCALE
     output_pointer,  # [B, H, W, HEADS, HEAD_DIM]
-    windows,
-    per_program,
-    height,
-    width,
-    shift_rows,
-    shift_columns,
-    scale,
-    SHAPE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    windows, per_program, height, width, shift_rows, shift_columns, scale,
+    SHAPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Each program: `per_program` windows of one head."""
     head = tl.program_id(0) % SHAPE.heads
     inputs = inputs_of(
@@ -88,17 +81,9 @@ def window_attention_single_tile_backward_kernel(
     grad_bias_pointer,  # [programs per head, HEADS, TOKENS, TOKENS]; written only if BIAS_GRADIENT
     grad_pad_token_pointer,  # [windows, HEADS, 2, HEAD_DIM], of k and v: zeros, written where padding has values
     grad_attn_scale_pointer,  # [programs per head, HEADS]; written only if SHAPE.HAS_ATTN_SCALE
-    windows,
-    per_program,
-    height,
-    width,
-    shift_rows,
-    shift_columns,
-    scale,
-    SHAPE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BIAS_GRADIENT: tl.constexpr,
-):
+    windows, per_program, height, width, shift_rows, shift_columns, scale,
+    SHAPE: tl.constexpr, BLOCK: tl.constexpr, BIAS_GRADIENT: tl.constexpr,
+):  # fmt: skip
     """Each program: `per_program` windows of one head, and the sums of their gradients of what windows share."""
     head = tl.program_id(0) % SHAPE.heads
     inputs = inputs_of(

@@ -1,4 +1,4 @@
-"""What the Triton kernels of windowed attention share: tiles in and out, arithmetic of tiles, scores.
+"""Shared by the Triton kernels of windowed attention: tiles in and out, arithmetic of tiles, scores.
 
 A tile of tokens is a tuple of one or two tensors [T, channels]: head_dim 45 is 32 + 16 channels, not 64.
 """
@@ -9,9 +9,6 @@ import triton
 import triton.language as tl
 
 from .dot import dot
-
-LOG2E = tl.constexpr(1.4426950408889634)
-REGION_SCORE = tl.constexpr(-100.0)  # where padding is attended, this on scores of tokens of different regions
 
 # --------------------------------------------------------------------------- tiles in and out
 
@@ -72,7 +69,7 @@ def store_padding_sums(pointer, tile, place, WHICH: tl.constexpr, tokens, SHAPE:
 
 @triton.jit
 def load_bias_table(pointer, rows, columns, ROW: tl.constexpr, COLUMN: tl.constexpr, SHAPE: tl.constexpr):
-    """Of one head's bias [TOKENS, TOKENS], as float32: entries row * ROW + column * COLUMN; 0.0 without a bias."""
+    """Entries row * ROW + column * COLUMN of one head's bias [TOKENS, TOKENS], as float32; 0.0 without a bias."""
     bias_table = 0.0
     if SHAPE.HAS_BIAS:
         mask = (rows < SHAPE.tokens)[:, None] & (columns < SHAPE.tokens)[None, :]
@@ -86,7 +83,8 @@ def load_bias_table(pointer, rows, columns, ROW: tl.constexpr, COLUMN: tl.conste
 
 @triton.jit
 def exp(x):
-    """Of scores less a maximum: scaled after the subtraction, so that the maximum's own weight is exactly 1."""
+    """exp of scores less a maximum: scaled after the subtraction, so that the maximum's own weight is exactly 1."""
+    LOG2E: tl.constexpr = 1.4426950408889634
     return tl.exp2(x * LOG2E)
 
 
@@ -171,6 +169,7 @@ def allowed(a, b):
 def scores_of(a, b, rows, columns, bias_table, scale, TAIL: tl.constexpr, SHAPE: tl.constexpr):
     """Tiles a of `rows` and b of `columns`, queries and keys or the reverse -> scores [M, N]. With TAIL some columns
     are keys that are not there; such rows may have any score, as nobody sums over rows."""
+    REGION_SCORE: tl.constexpr = -100.0  # where padding is attended, this on scores of tokens of different regions
     scores = inner(a, b, SHAPE) * scale
     if SHAPE.HAS_BIAS:
         scores += bias_table
@@ -186,5 +185,5 @@ def scores_of(a, b, rows, columns, bias_table, scale, TAIL: tl.constexpr, SHAPE:
 
 @triton.jit
 def finite(largest):
-    """Of a row without keys the largest score is -inf: subtracting 0 instead leaves weights of 0, not NaN."""
+    """Largest scores that can be subtracted: a row without keys has -inf; 0 instead leaves weights of 0, not NaN."""
     return tl.where(largest == float("-inf"), 0.0, largest)

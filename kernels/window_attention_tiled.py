@@ -122,17 +122,9 @@ def window_attention_tiled_kernel(
     output_pointer,  # [B, H, W, HEADS, HEAD_DIM]
     largest_pointer,  # [B, H, W, HEADS], largest score of each query
     inverse_pointer,  # [B, H, W, HEADS], 1 / sum of exp(score - largest)
-    height,
-    width,
-    shift_rows,
-    shift_columns,
-    scale,
-    SHAPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    TAIL_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TAIL_N: tl.constexpr,
-):
+    height, width, shift_rows, shift_columns, scale,
+    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
+):  # fmt: skip
     """Each program: BLOCK_M queries, or the last TAIL_M, of one window and head."""
     BLOCKS: tl.constexpr = (SHAPE.tokens + BLOCK_M - 1) // BLOCK_M
     FULL: tl.constexpr = BLOCKS if TAIL_M == BLOCK_M else SHAPE.tokens // BLOCK_M

@@ -57,14 +57,14 @@ def _statistics(saved, queries, SHAPE: tl.constexpr):
 
 @triton.jit
 def _score_gradient(weights, products, delta, factor, SHAPE: tl.constexpr):
-    # of gradient @ v
+    # the gradient of scores from products, gradient @ v
     if SHAPE.HAS_ATTN_SCALE:
         products *= 1.0 + factor
     return weights * (products - delta)
 
 
 class _Queries(NamedTuple):
-    """Of M queries, what their gradient is made of."""
+    """M queries, with all that their gradient is made of."""
 
     tokens: tl.tensor
     q: tl.tensor  # a tile, as the next
@@ -97,7 +97,7 @@ def _q_gradient(
     inputs, saved, output_pointer, grad_output_pointer, grad_q_pointer, grad_attn_scale_pointer, start, window,
     QUERIES: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
-    # of QUERIES queries from `start` on, through all keys
+    # the gradient of QUERIES queries from `start` on, through all keys
     FULL: tl.constexpr = SHAPE.tokens if TAIL_N == BLOCK_N else SHAPE.tokens // BLOCK_N * BLOCK_N  # keys in blocks
     tokens = place(start + tl.arange(0, QUERIES), window, inputs, SHAPE)
     row = (tokens.start + tokens.index) * SHAPE.heads
@@ -138,17 +138,9 @@ def window_attention_q_gradient_kernel(
     output_pointer,  # [B, H, W, HEADS, HEAD_DIM]
     grad_qkv_pointer,  # as qkv; q's part is written
     grad_attn_scale_pointer,  # [windows, HEADS, blocks of queries]; written only if SHAPE.HAS_ATTN_SCALE
-    height,
-    width,
-    shift_rows,
-    shift_columns,
-    scale,
-    SHAPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    TAIL_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TAIL_N: tl.constexpr,
-):
+    height, width, shift_rows, shift_columns, scale,
+    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
+):  # fmt: skip
     """Each program: BLOCK_M queries, or the last TAIL_M, of one window and head."""
     BLOCKS: tl.constexpr = (SHAPE.tokens + BLOCK_M - 1) // BLOCK_M
     FULL: tl.constexpr = BLOCKS if TAIL_M == BLOCK_M else SHAPE.tokens // BLOCK_M
@@ -173,7 +165,7 @@ def window_attention_q_gradient_kernel(
 
 
 class _Keys(NamedTuple):
-    """Of N keys, what their gradient is made of."""
+    """N keys, with all that their gradient is made of."""
 
     tokens: tl.tensor
     k: tl.tensor  # a tile, as the next
@@ -207,7 +199,7 @@ def _kv_gradient(
     inputs, saved, grad_output_pointer, grad_q_pointer, grad_pad_token_pointer, start, window,
     KEYS: tl.constexpr, BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
-    # of KEYS keys and values from `start` on, through all queries
+    # the gradients of KEYS keys and values from `start` on, through all queries
     FULL: tl.constexpr = SHAPE.tokens if TAIL_M == BLOCK_M else SHAPE.tokens // BLOCK_M * BLOCK_M  # queries in blocks
     tokens = place(start + tl.arange(0, KEYS), window, inputs, SHAPE)
     keys = _Keys(tokens, load_projection(inputs, tokens, 1, SHAPE), load_projection(inputs, tokens, 2, SHAPE))
@@ -241,17 +233,9 @@ def window_attention_kv_gradient_kernel(
     share_pointer,
     grad_qkv_pointer,  # as qkv; the parts of k and v are written
     grad_pad_token_pointer,  # [windows, HEADS, blocks of keys, 2, HEAD_DIM]: as in the kernel of single tiles
-    height,
-    width,
-    shift_rows,
-    shift_columns,
-    scale,
-    SHAPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    TAIL_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TAIL_N: tl.constexpr,
-):
+    height, width, shift_rows, shift_columns, scale,
+    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
+):  # fmt: skip
     """Each program: BLOCK_N keys, or the last TAIL_N, of one window and head."""
     BLOCKS: tl.constexpr = (SHAPE.tokens + BLOCK_N - 1) // BLOCK_N
     FULL: tl.constexpr = BLOCKS if TAIL_N == BLOCK_N else SHAPE.tokens // BLOCK_N
@@ -287,17 +271,9 @@ def window_attention_bias_gradient_kernel(
     delta_pointer,
     share_pointer,
     grad_bias_pointer,  # [groups of windows, HEADS, TOKENS, TOKENS]
-    windows,
-    per_program,
-    height,
-    width,
-    shift_rows,
-    shift_columns,
-    scale,
-    SHAPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    windows, per_program, height, width, shift_rows, shift_columns, scale,
+    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Each program: one tile of one head's bias_table, summed over `per_program` windows."""
     DOWN: tl.constexpr = (SHAPE.tokens + BLOCK_M - 1) // BLOCK_M
     ACROSS: tl.constexpr = (SHAPE.tokens + BLOCK_N - 1) // BLOCK_N

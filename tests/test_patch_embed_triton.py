@@ -54,7 +54,7 @@ def check_shapes(device: torch.device) -> None:
 
 
 def check_details(device: torch.device) -> None:
-    """What shapes do not show: layouts, frozen operands, a mean far from zero, no epsilon, determinism."""
+    """Details that shapes do not show: layouts, frozen operands, a mean far from zero, no epsilon, determinism."""
     operands = on(device, 2, 3, (8, 12), 24, 4)
     settings, gradient = (4, 1, (1, 1, 0, 2)), torch.randn(2, 24, 2, 3, device=device).permute(0, 2, 3, 1)
     layouts = [

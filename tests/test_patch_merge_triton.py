@@ -85,7 +85,7 @@ def check_shapes(device: torch.device) -> None:
 
 
 def check_details(device: torch.device) -> None:
-    """What shapes do not show: layouts, mixed types, a large mean, single gradients, determinism."""
+    """Details that shapes do not show: layouts, mixed types, a large mean, single gradients, determinism."""
     case = CASES[0]
     given = operands(case, torch.float32, device)
     given[0] = given[0].permute(0, 2, 1, 3).contiguous().permute(0, 2, 1, 3)

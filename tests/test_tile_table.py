@@ -43,7 +43,7 @@ FEATURES = ("bits", "tokens", "pixels", "block_d", "outputs")
 
 
 def choose(kernel: str, family: str, tokens: int, head_dim: int, bits: int) -> dict:
-    """What attention looks up."""
+    """Tiles as attention looks them up."""
     return tile_table.choose(kernel, family, bits=bits, tokens=tokens, block_d=tile_table.block(head_dim))
 
 

@@ -78,7 +78,7 @@ CALLS: dict[str, Callable[[torch.dtype], None]] = {
 
 
 def launches(name: str, dtype: torch.dtype, architecture: int) -> list[Launch]:
-    """What a call would start on such a GPU."""
+    """Launches of a call on such a GPU."""
     return launches_of(functools.partial(CALLS[name], dtype), architecture)
 
 

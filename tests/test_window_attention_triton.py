@@ -139,7 +139,7 @@ def check_layouts(device: torch.device) -> None:
 
 
 def check_details(device: torch.device) -> None:
-    """What shapes do not show: layouts, empty maps, other bias types, large scores, infinite bias, determinism."""
+    """Details that shapes do not show: layouts, empty maps, bias types, large scores, infinite bias, determinism."""
     qkv = torch.randn(2, 24, 6, 8, device=device).permute(0, 2, 3, 1)  # channels far apart
     compare(qkv, 2, (3, 4), (1, 2), torch.randn(2, 12, 12, device=device).to(torch.bfloat16))
     with use_backend("triton"):

@@ -46,7 +46,7 @@ class _SoftmaxState(NamedTuple):
 def online_softmax_step(
     state, q, queries, start, window, inputs, BLOCK: tl.constexpr, TAIL: tl.constexpr, SHAPE: tl.constexpr
 ):
-    # the state after BLOCK more keys
+    """The state after BLOCK more keys."""
     keys = place(start + tl.arange(0, BLOCK), window, inputs, SHAPE)
     k = load_projection(inputs, keys, 1, SHAPE)
     v = load_projection(inputs, keys, 2, SHAPE)

@@ -254,7 +254,7 @@ workloads = {
     "patch_embed": EmbedWorkload(3, 5, 9),
     "patch_merge": MergeWorkload(3, 4, 6, 5),
 }
-tuning.CHOICES = {"block_m": (16, 32, 64), "block_n": (16, 32, 64)}  # the others mean nothing here
+tuning.CHOICES = {f"block_{name}": (16, 32, 64) for name in "mnk"}  # the others mean nothing here
 todo = tasks_of([workloads[sys.argv[1]]], sys.argv[2:])
 ratios = iter([[1.0, 0.9]] * 3 + [[1.0, 1.1]] * 10000)
 found = tune(todo, UserTable.of("interpreter"), torch.device("cpu"), 1, progress=False, timer=lambda runs: next(ratios))
@@ -285,7 +285,7 @@ def test_in_the_interpreter(op, dtypes, rows, folder, root):
 def test_dry_run(capsys):
     assert main(["tune", "--dry-run", "--dtypes", "bf16,fp32"]) == 0
     shown = capsys.readouterr().out
-    assert "whole bits=16 tokens=49 block_d=32" in shown
+    assert "single_tile bits=16 tokens=49 block_d=32" in shown
     assert "28x28x45 fp32" in shown
     assert "fp16" not in shown
     assert "minutes" in shown

@@ -1,6 +1,6 @@
 """Refining the tiles of Triton kernels for a GPU: what is tuned, the search, the table that it writes.
 
-Only `asvit-fast tune` does this. Models look tiles up (kernels/tiles.py) and never tune.
+Only `asvit-fast tune` does this. Models look tiles up (kernels/tile_table.py) and never tune.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ TOLERANCES = {"bf16": 2e-2, "fp16": 2e-3, "fp32": 1e-5}  # of the norm of a diff
 CHOICES = {
     "block_m": (16, 32, 64, 128),
     "block_n": (16, 32, 64, 128),
+    "block_k": (16, 32, 64, 128),
     "num_warps": (1, 2, 4, 8),
     "num_stages": (1, 2, 3, 4),
 }
@@ -155,7 +156,7 @@ class Comparison:
 
     def _with(self, tiles: Tiles, run: Run) -> Run:
         def call() -> list[Tensor]:
-            from asvit_fast.kernels.tiles import trying
+            from asvit_fast.kernels.tile_table import trying
 
             with trying(self.task.kernel, tiles):
                 return run()
@@ -222,13 +223,13 @@ class UserTable:
     @classmethod
     def of(cls, gpu: str) -> UserTable:
         """Where look-ups on that GPU find it."""
-        from asvit_fast.kernels.tiles import user_table
+        from asvit_fast.kernels.tile_table import user_table
 
         return cls(gpu, user_table(gpu))
 
     def read(self) -> dict[str, list[dict[str, Any]]]:
         """Rows of each kernel. InputError, which names the file, if it cannot be used."""
-        from asvit_fast.kernels.tiles import TileTableError, read_table
+        from asvit_fast.kernels.tile_table import TileTableError, read_table
 
         try:
             return read_table(self.path) if self.path.exists() else {}
@@ -242,7 +243,7 @@ class UserTable:
 
     def put(self, task: Task, found: Found) -> None:
         """Write the row, in place of the one with the same features."""
-        from asvit_fast.kernels.tiles import forget
+        from asvit_fast.kernels.tile_table import forget
 
         kernels = self.read()
         tuned = {"triton": _triton_version(), "speed": round(found.speed, 3), "tried": found.tried}
@@ -300,7 +301,7 @@ def tune(
 
     Killed at any moment, the table holds all rows found so far, and the same call goes on with the others.
     """
-    from asvit_fast.kernels.tiles import family_of, nearest
+    from asvit_fast.kernels.tile_table import family_of, nearest
 
     todo = [task for task in tasks if again or not table.has(task)]
     found: dict[Task, Found] = {}

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import ops
 from .nn.patch_embed import embed_patches
 from .ops.patch_embed import MAXIMUM_CHANNELS
-from .ops.window_attention import SINGLE_TILE_HEAD_DIM, SINGLE_TILE_TOKENS
+from .ops.window_attention import is_single_tile
 from .topology import EMBED_STRIDE, Topology
 
 Tiles = dict[str, int]  # options of a launch, or features of a shape, by the names of a table's row
@@ -101,9 +101,9 @@ class AttentionWorkload(Workload):
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        if self.tokens <= SINGLE_TILE_TOKENS and self.head_dim <= SINGLE_TILE_HEAD_DIM and self.bits == 16:
-            return "whole", "whole_backward"
-        return "blocked", "q_gradient", "kv_gradient", *(("bias_gradient",) if self.biased else ())
+        if is_single_tile(self.tokens, self.head_dim, self.bits):
+            return "single_tile", "single_tile_backward"
+        return "tiled", "q_gradient", "kv_gradient", *(("bias_gradient",) if self.biased else ())
 
     @property
     def kind(self) -> Hashable:
@@ -114,7 +114,7 @@ class AttentionWorkload(Workload):
         return self.size
 
     def features(self, kernel: str) -> Tiles:
-        from asvit_fast.kernels.tiles import block
+        from asvit_fast.kernels.tile_table import block
 
         return {"bits": self.bits, "tokens": self.tokens, "block_d": block(self.head_dim)}
 
@@ -129,7 +129,7 @@ class AttentionWorkload(Workload):
         def attention(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
             return ops.window_attention(qkv, self.heads, self.window, shift, bias)
 
-        return _run(attention, inputs, (), kernel not in ("whole", "blocked"))
+        return _run(attention, inputs, (), kernel not in ("single_tile", "tiled"))
 
     def __str__(self) -> str:
         words = f"{self.window[0]}x{self.window[1]}x{self.head_dim} {self.dtype}"
@@ -162,7 +162,7 @@ class EmbedWorkload(Workload):
         from asvit_fast.kernels.patch_embed import channel_block, pixel_count
 
         pixels = pixel_count(3, self.patch)
-        return {"bits": self.bits, "tokens": pixels, "block_d": channel_block(kernel, self.channels)}
+        return {"bits": self.bits, "pixels": pixels, "block_d": channel_block(kernel, self.channels)}
 
     def prepare(self, kernel: str, batch: int, device: torch.device) -> Run:
         draw = self._draw(device)

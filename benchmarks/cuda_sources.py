@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from asvit_fast.kernels.inspection import Instruction, KernelReport, block_threads, disassemble
+from kernel_inspection import Instruction, KernelReport, block_threads, disassemble
 
 ROOT = Path(__file__).resolve().parent.parent
 PTXAS = re.compile(

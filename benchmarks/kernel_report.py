@@ -1,4 +1,4 @@
-"""What every CUDA and Triton kernel uses and what its inner loop does, compiled for GPUs that need not be there.
+"""Resources and inner loop of every CUDA and Triton kernel, compiled for GPUs that need not be there.
 
     python benchmarks/kernel_report.py [--arch 80,90,100] [--dtype bf16,fp32] [--kernel NAME ...] [--shape TEXT ...]
 
@@ -29,9 +29,8 @@ from pathlib import Path
 
 import cuda_sources
 import triton_cases
+from kernel_inspection import CLASSES, Instruction, KernelReport, disassemble, inner_loop
 from rooflines import GPUS, Work, bounds, occupancy
-
-from asvit_fast.kernels.inspection import CLASSES, Instruction, KernelReport, disassemble, inner_loop
 
 RESULTS = Path(__file__).parent / "results" / "kernel_report.csv"
 GATED = 90  # sm_90: where a spill is a failure

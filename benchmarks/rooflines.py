@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from asvit_fast.kernels.inspection import Loop
+from kernel_inspection import Loop
 
 SCHEDULERS = 4  # of a multiprocessor, each issues one instruction of one warp per clock
 MUFU_LANES = 16  # results per clock and multiprocessor

@@ -1,4 +1,4 @@
-"""What the Triton kernels are compiled with: the launches of ops on the shapes of real networks.
+"""Compilations of the Triton kernels: the launches of ops on the shapes of real networks.
 
 An op that gets Triton kernels is an entry of OPS: its shapes, and a function that calls it, forward and backward. Which
 kernels it starts, and with what, is recorded from the launches themselves.
@@ -6,17 +6,19 @@ kernels it starts, and with what, is recorded from the launches themselves.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import triton
+from kernel_inspection import Launch, recorded_launches
 from rooflines import Work
 
 from asvit_fast import backends, ops
-from asvit_fast.kernels import tiles
-from asvit_fast.kernels.inspection import Launch, recorded_launches
+from asvit_fast.kernels import tile_table
 from asvit_fast.workloads import DTYPES, AttentionWorkload
 
 Shape = Mapping[str, int]
@@ -54,7 +56,7 @@ class Case:
         return label_of(self.shape)
 
     def work(self) -> Work:
-        """Of a round of its loop: scores for attention, else bytes, as many as the loop's instructions move."""
+        """The work of a round of its loop: scores for attention, else bytes, as many as the loop's instructions move."""
         if self.kernel not in ATTENTION:
             return Work("byte", 0.0)
         products, tensors = ATTENTION[self.kernel]
@@ -73,9 +75,9 @@ class Case:
 
 # kernels of windowed attention: matrix products per score, and tensors [tokens, head_dim] that are read and written
 ATTENTION = {
-    "window_attention_whole": (2, 4),
-    "window_attention_whole_backward": (5, 7),
-    "window_attention_blocked": (2, 4),
+    "window_attention_single_tile": (2, 4),
+    "window_attention_single_tile_backward": (5, 7),
+    "window_attention_tiled": (2, 4),
     "window_attention_q_gradient": (3, 6),
     "window_attention_kv_gradient": (4, 6),
     "window_attention_bias_gradient": (2, 4),
@@ -138,6 +140,17 @@ OPS = (
 
 
 @contextmanager
+def triton_not_started() -> Iterator[None]:
+    """Ops do for tensors of the CPU all that the host does for a Triton kernel, but do not launch it."""
+    run, triton.JITFunction.run = triton.JITFunction.run, lambda *_, **__: None
+    try:
+        with _triton_on_cpu():
+            yield
+    finally:
+        triton.JITFunction.run = run
+
+
+@contextmanager
 def _triton_on_cpu() -> Iterator[None]:
     """Ops take their Triton kernels for tensors of the CPU, as they do in Triton's interpreter."""
     interpreted, backends._interpreted = backends._interpreted, lambda: True
@@ -150,13 +163,19 @@ def _triton_on_cpu() -> Iterator[None]:
         backends._reason.cache_clear()
 
 
+def launches_of(call: Callable[[], object], arch: int) -> list[Launch]:
+    """Launches of a call of ops on a GPU of that architecture, each once."""
+    family = tile_table.FAMILIES[str(arch)]
+    with _triton_on_cpu(), tile_table.assuming(family), recorded_launches() as launches:
+        call()
+    return [launch for number, launch in enumerate(launches) if launch not in launches[:number]]
+
+
 def cases(archs: list[int], dtypes: list[str], shapes: Callable[[str], bool] = lambda label: True) -> Iterator[Case]:
     """Every kernel that an op starts on a shape; `shapes` chooses by label. Ops without Triton kernels start none."""
     for op, dtype, arch in itertools.product(OPS, dtypes, archs):
         for shape in op.shapes:
             if "triton" not in backends.declared().get(op.name, ()) or not shapes(label_of(shape)):
                 continue
-            with _triton_on_cpu(), tiles.assuming(tiles.FAMILIES[str(arch)]), recorded_launches() as launches:
-                op.call(shape, dtype)
-            different = [launch for number, launch in enumerate(launches) if launch not in launches[:number]]
-            yield from (Case(launch, shape, dtype, arch) for launch in different)
+            launches = launches_of(functools.partial(op.call, shape, dtype), arch)
+            yield from (Case(launch, shape, dtype, arch) for launch in launches)

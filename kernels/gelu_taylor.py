@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import device_guard
+
 BLOCK = 1024
 # fusing multiplications and additions is wanted, and said: Triton's default changes between versions
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
@@ -21,9 +23,11 @@ def _normal_gate(x):
 @triton.jit
 def _logistic_gate(x):
     # P, P', P'' of the logistic function of u = 2 sqrt(2 / pi) (x + 0.044715 x^3)
-    u = 1.5957691216057308 * x * (1.0 + 0.044715 * x * x)
-    u1 = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
-    u2 = 0.42812889763560147 * x
+    SLOPE: tl.constexpr = 1.5957691216057308
+    CUBIC: tl.constexpr = 0.044715
+    u = SLOPE * x * (1.0 + CUBIC * x * x)
+    u1 = SLOPE * (1.0 + 3.0 * CUBIC * x * x)
+    u2 = 6.0 * SLOPE * CUBIC * x
     e = tl.exp(-tl.abs(u))
     inverse = 1.0 / (1.0 + e)
     small = e * inverse
@@ -36,14 +40,10 @@ def _logistic_gate(x):
 def gelu_taylor_kernel(
     input_pointer,  # [ORDERS + 1, count]
     output_pointer,  # [ORDERS + 1, count]
-    bias_pointer,  # [channels], added to the value; read only if BIASED
-    count,
-    channels,
-    ORDERS: tl.constexpr,
-    TANH: tl.constexpr,
-    BIASED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    bias_pointer,  # [channels], added to the value; read only if HAS_BIAS
+    count, channels,
+    ORDERS: tl.constexpr, TANH: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Each program maps BLOCK columns of all rows."""
     columns = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < count
@@ -51,7 +51,7 @@ def gelu_taylor_kernel(
     x = tl.load(input_pointer + columns, mask=mask, other=0.0)
     if x.dtype != tl.float64:
         x = x.to(tl.float32)
-    if BIASED:
+    if HAS_BIAS:
         # columns % channels by one 64-bit division for the block: a GPU has none, and the call that it takes is slow
         channels = tl.cast(channels, tl.int64)
         step = tl.cast(tl.minimum(channels, BLOCK), tl.int32)
@@ -84,19 +84,17 @@ def gelu_taylor(x: torch.Tensor, approximate: str = "none", bias: torch.Tensor |
     y = torch.empty_like(x)  # [orders + 1, ...]
     if x.numel() == 0:
         return y
-    orders = x.shape[0] - 1
-    count = x.numel() // (orders + 1)
-    grid = (triton.cdiv(count, BLOCK),)
-    with torch.cuda.device_of(x):
-        gelu_taylor_kernel[grid](
+    count = x.numel() // x.shape[0]
+    with device_guard(x):
+        gelu_taylor_kernel[(-(-count // BLOCK),)](
             x,
             y,
             x if bias is None else bias.contiguous(),
             count,
-            1 if bias is None else bias.numel(),
-            ORDERS=orders,
+            1 if bias is None else bias.shape[0],
+            ORDERS=x.shape[0] - 1,
             TANH=approximate == "tanh",
-            BIASED=bias is not None,
+            HAS_BIAS=bias is not None,
             BLOCK=BLOCK,
             **OPTIONS,
         )

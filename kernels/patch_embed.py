@@ -1,137 +1,131 @@
-"""Triton kernels of patch embedding: implicit matrix products whose pixels are gathered from the image, LayerNorm in
+"""Triton kernel of patch embedding: an implicit matrix product whose pixels are gathered from the image, LayerNorm in
 the registers that have the sums, channels last.
 
-The backward pass computes the convolution again: its operands are small beside its values, which are therefore never
-stored. No float atomics: each program sums over its own tokens, in an order that only shapes decide.
+The backward pass: patch_embed_backward.py.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .products import dot, precision
-from .tiles import block, choose, family_of
+from .dot import dot, precision
+from .launch import Launch, device_guard
+from .tile_table import block, choose, family_of, once_per_shape
 
-PROGRAMS = 1024  # that a sum over tokens is cut into: a few for every multiprocessor
 MAXIMUM_CHANNEL_BLOCK = 128  # of the weight's gradient
 # integers whose value or divisibility must not compile another kernel
 SIZES = ("tokens", "rows", "columns", "height", "width", "left", "top", "per_program")
 TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
+
+class Shape(NamedTuple):
+    """Constants that a kernel is compiled for."""
+
+    in_channels: int
+    kernel: int  # pixels along each side of a patch
+    row: int  # the same, filled up to a power of two
+    stride: int
+    dilation: int
+    channels: int
+    PADDED: bool
+    HAS_BIAS: bool
+    HAS_NORM: bool
+    HAS_NORM_BIAS: bool
+    compute_dtype: tl.dtype  # of products
+    precision: str  # of float32 products
+
+
+class Images(NamedTuple):
+    """Where pixels are, and what tokens they become."""
+
+    pointer: tl.tensor  # to [B, in_channels, height, width], of any strides
+    batch_stride: tl.tensor
+    channel_stride: tl.tensor
+    row_stride: tl.tensor
+    column_stride: tl.tensor
+    height: tl.tensor
+    width: tl.tensor
+    left: tl.tensor  # zeros
+    top: tl.tensor
+    tokens: tl.tensor  # B * rows * columns
+    rows: tl.tensor
+    columns: tl.tensor
+
+
 # --------------------------------------------------------------------------- shared by the kernels
 
 
 @triton.jit
-def locate(token, rows, columns, batch_stride, STRIDE: tl.constexpr):
-    """Of tokens [M]: where their images begin, and the row and column of their first pixels without padding."""
-    image = token // (rows * columns)
-    y = token // columns % rows * STRIDE
-    x = token % columns * STRIDE
-    return tl.cast(image, tl.int64) * batch_stride, y, x
+def locate(token, images, SHAPE: tl.constexpr):
+    """Where the images of tokens [M] begin, and the row and column of the tokens' first pixels."""
+    image = token // (images.rows * images.columns)
+    y = token // images.columns % images.rows * SHAPE.stride
+    x = token % images.columns * SHAPE.stride
+    if SHAPE.PADDED:
+        y -= images.top
+        x -= images.left
+    return tl.cast(image, tl.int64) * images.batch_stride, y, x
 
 
 @triton.jit
-def load_pixels(
-    image_pointer,
-    start,
-    y,
-    x,
-    real,
-    k,
-    height,
-    width,
-    channel_stride,
-    row_stride,
-    column_stride,
-    IN_CHANNELS: tl.constexpr,
-    KERNEL: tl.constexpr,
-    WIDE_KERNEL: tl.constexpr,
-    DILATION: tl.constexpr,
-    PADDED: tl.constexpr,
-):
-    """[M, K]: of tokens with first pixel (y, x) the pixels k, ordered [IN_CHANNELS, KERNEL, WIDE_KERNEL]; 0 where there
-    is none."""
-    patch_row = k // WIDE_KERNEL
-    down = patch_row % KERNEL * DILATION  # [K]
-    right = k % WIDE_KERNEL * DILATION
-    token_offset = start + tl.cast(y, tl.int64) * row_stride + tl.cast(x, tl.int64) * column_stride  # [M]
-    pixel_offset = tl.cast(patch_row // KERNEL, tl.int64) * channel_stride + tl.cast(down, tl.int64) * row_stride
-    pixel_offset += tl.cast(right, tl.int64) * column_stride
-    mask = real[:, None] & ((patch_row < IN_CHANNELS * KERNEL) & (k % WIDE_KERNEL < KERNEL))[None, :]
-    if PADDED:
+def load_pixels(images, start, y, x, real, k, SHAPE: tl.constexpr):
+    """[M, K]: of patches with first pixel (y, x) the pixels k, ordered [in_channels, kernel, row]; 0 where there is
+    none."""
+    patch_row = k // SHAPE.row
+    down = patch_row % SHAPE.kernel * SHAPE.dilation  # [K]
+    right = k % SHAPE.row * SHAPE.dilation
+    patch_offset = start + tl.cast(y, tl.int64) * images.row_stride + tl.cast(x, tl.int64) * images.column_stride  # [M]
+    pixel_offset = tl.cast(patch_row // SHAPE.kernel, tl.int64) * images.channel_stride
+    pixel_offset += tl.cast(down, tl.int64) * images.row_stride
+    pixel_offset += tl.cast(right, tl.int64) * images.column_stride
+    mask = real[:, None] & ((patch_row < SHAPE.in_channels * SHAPE.kernel) & (k % SHAPE.row < SHAPE.kernel))[None, :]
+    if SHAPE.PADDED:
         pixel_y = y[:, None] + down[None, :]
         pixel_x = x[:, None] + right[None, :]
-        mask = mask & (pixel_y >= 0) & (pixel_y < height) & (pixel_x >= 0) & (pixel_x < width)
-    return tl.load(image_pointer + token_offset[:, None] + pixel_offset[None, :], mask=mask, other=0.0)
+        mask = mask & (pixel_y >= 0) & (pixel_y < images.height) & (pixel_x >= 0) & (pixel_x < images.width)
+    return tl.load(images.pointer + patch_offset[:, None] + pixel_offset[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def convolve(
-    image_pointer,
-    weight_pointer,
-    bias_pointer,
-    token,
-    tokens,
-    rows,
-    columns,
-    height,
-    width,
-    batch_stride,
-    channel_stride,
-    row_stride,
-    column_stride,
-    left,
-    top,
-    IN_CHANNELS: tl.constexpr,
-    KERNEL: tl.constexpr,
-    WIDE_KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    DILATION: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BIASED: tl.constexpr,
-    PADDED: tl.constexpr,
-    PRODUCTS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def weight_index(k, SHAPE: tl.constexpr):
+    """Indices in [in_channels, kernel, kernel] of the pixels k [K] of a patch, and which of them are there."""
+    index = k // SHAPE.row * SHAPE.kernel + k % SHAPE.row
+    return index, (k // SHAPE.row < SHAPE.in_channels * SHAPE.kernel) & (k % SHAPE.row < SHAPE.kernel)
+
+
+@triton.jit
+def convolve(images, weight_pointer, bias_pointer, token, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+             SHAPE: tl.constexpr):  # fmt: skip
     """float32 [M, BLOCK_C] of tokens [M]: convolution and bias, zeros behind the channels."""
-    real = token < tokens
-    start, y, x = locate(token, rows, columns, batch_stride, STRIDE)
-    if PADDED:
-        y -= top
-        x -= left
+    real = token < images.tokens
+    start, y, x = locate(token, images, SHAPE)
     channel = tl.arange(0, BLOCK_C)
     values = tl.zeros([token.shape[0], BLOCK_C], dtype=tl.float32)
-    for first in range(0, IN_CHANNELS * KERNEL * WIDE_KERNEL, BLOCK_K):
+    for first in range(0, SHAPE.in_channels * SHAPE.kernel * SHAPE.row, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
-        pixels = load_pixels(
-            image_pointer, start, y, x, real, k, height, width, channel_stride, row_stride, column_stride,
-            IN_CHANNELS, KERNEL, WIDE_KERNEL, DILATION, PADDED,
-        )  # fmt: skip
-        index = k // WIDE_KERNEL * KERNEL + k % WIDE_KERNEL  # of the pixel in a weight [IN_CHANNELS, KERNEL, KERNEL]
-        there = (k // WIDE_KERNEL < IN_CHANNELS * KERNEL) & (k % WIDE_KERNEL < KERNEL)
+        pixels = load_pixels(images, start, y, x, real, k, SHAPE)
+        index, is_pixel = weight_index(k, SHAPE)
         weight = tl.load(
-            weight_pointer + channel[None, :] * (IN_CHANNELS * KERNEL * KERNEL) + index[:, None],
-            mask=there[:, None] & (channel < CHANNELS)[None, :],
+            weight_pointer + channel[None, :] * (SHAPE.in_channels * SHAPE.kernel * SHAPE.kernel) + index[:, None],
+            mask=is_pixel[:, None] & (channel < SHAPE.channels)[None, :],
             other=0.0,
         )  # [BLOCK_K, BLOCK_C]
-        values += dot(pixels.to(PRODUCTS), weight.to(PRODUCTS), PRECISION)
-    if BIASED:
-        values += tl.load(bias_pointer + channel, mask=channel < CHANNELS, other=0.0).to(tl.float32)[None, :]
+        values += dot(pixels.to(SHAPE.compute_dtype), weight.to(SHAPE.compute_dtype), tl.constexpr(SHAPE.precision))
+    if SHAPE.HAS_BIAS:
+        values += tl.load(bias_pointer + channel, mask=channel < SHAPE.channels, other=0.0).to(tl.float32)[None, :]
     return values
 
 
 @triton.jit
-def standardise(values, channel, eps, CHANNELS: tl.constexpr):
+def standardise(values, channel, eps, SHAPE: tl.constexpr):
     """values [M, BLOCK_C] minus their mean over the channels, zeros behind them, and 1 / sqrt(variance + eps) [M]."""
-    mean = tl.sum(values, 1) / CHANNELS
-    centered = tl.where((channel < CHANNELS)[None, :], values - mean[:, None], 0.0)
-    variance = tl.sum(centered * centered, 1) / CHANNELS
+    mean = tl.sum(values, 1) / SHAPE.channels
+    centered = tl.where((channel < SHAPE.channels)[None, :], values - mean[:, None], 0.0)
+    variance = tl.sum(centered * centered, 1) / SHAPE.channels
     return centered, 1.0 / tl.sqrt(variance + eps)
 
 
@@ -140,229 +134,95 @@ def standardise(values, channel, eps, CHANNELS: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def patch_embed_kernel(
-    image_pointer,  # [B, IN_CHANNELS, height, width], of any strides
-    weight_pointer,  # [CHANNELS, IN_CHANNELS, KERNEL, KERNEL]
-    bias_pointer,  # [CHANNELS]; read only if BIASED
-    norm_weight_pointer,  # [CHANNELS]; read only if NORM
-    norm_bias_pointer,  # [CHANNELS]; read only if NORM and NORM_BIASED
-    output_pointer,  # [B, rows, columns, CHANNELS]
-    tokens,
-    rows,
-    columns,
-    height,
-    width,
-    batch_stride,
-    channel_stride,
-    row_stride,
-    column_stride,
-    left,
-    top,
-    eps,
-    IN_CHANNELS: tl.constexpr,
-    KERNEL: tl.constexpr,
-    WIDE_KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    DILATION: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BIASED: tl.constexpr,
-    NORM: tl.constexpr,
-    NORM_BIASED: tl.constexpr,
-    PADDED: tl.constexpr,
-    PRODUCTS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    image_pointer,  # [B, in_channels, height, width], of any strides
+    weight_pointer,  # [channels, in_channels, kernel, kernel]
+    bias_pointer,  # [channels]; read only if SHAPE.HAS_BIAS
+    norm_weight_pointer,  # [channels]; read only if SHAPE.HAS_NORM
+    norm_bias_pointer,  # [channels]; read only if SHAPE.HAS_NORM and SHAPE.HAS_NORM_BIAS
+    output_pointer,  # [B, rows, columns, channels]
+    tokens, rows, columns, height, width, batch_stride, channel_stride, row_stride, column_stride, left, top, eps,
+    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """Each program: BLOCK_M tokens with all their channels."""
+    images = Images(
+        image_pointer, batch_stride, channel_stride, row_stride, column_stride,
+        height, width, left, top, tokens, rows, columns,
+    )  # fmt: skip
     token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     channel = tl.arange(0, BLOCK_C)
-    values = convolve(
-        image_pointer, weight_pointer, bias_pointer, token, tokens, rows, columns, height, width, batch_stride,
-        channel_stride, row_stride, column_stride, left, top, IN_CHANNELS, KERNEL, WIDE_KERNEL, STRIDE, DILATION,
-        CHANNELS, BLOCK_C, BLOCK_K, BIASED, PADDED, PRODUCTS, PRECISION,
-    )  # fmt: skip
-    if NORM:
-        centered, scale = standardise(values, channel, eps, CHANNELS)
-        weight = tl.load(norm_weight_pointer + channel, mask=channel < CHANNELS, other=0.0).to(tl.float32)
+    values = convolve(images, weight_pointer, bias_pointer, token, BLOCK_C, BLOCK_K, SHAPE)
+    if SHAPE.HAS_NORM:
+        centered, scale = standardise(values, channel, eps, SHAPE)
+        weight = tl.load(norm_weight_pointer + channel, mask=channel < SHAPE.channels, other=0.0).to(tl.float32)
         values = centered * scale[:, None] * weight[None, :]
-        if NORM_BIASED:
-            values += tl.load(norm_bias_pointer + channel, mask=channel < CHANNELS, other=0.0).to(tl.float32)[None, :]
-    mask = (token < tokens)[:, None] & (channel < CHANNELS)[None, :]
-    tl.store(output_pointer + tl.cast(token, tl.int64)[:, None] * CHANNELS + channel[None, :], values, mask=mask)
+        if SHAPE.HAS_NORM_BIAS:
+            bias = tl.load(norm_bias_pointer + channel, mask=channel < SHAPE.channels, other=0.0)
+            values += bias.to(tl.float32)[None, :]
+    mask = (token < tokens)[:, None] & (channel < SHAPE.channels)[None, :]
+    tl.store(output_pointer + tl.cast(token, tl.int64)[:, None] * SHAPE.channels + channel[None, :], values, mask=mask)
 
 
-# --------------------------------------------------------------------------- backward
+# --------------------------------------------------------------------------- decided once for a shape
 
 
-@triton.jit(do_not_specialize=SIZES)
-def patch_embed_norm_gradient_kernel(
-    image_pointer,  # [B, IN_CHANNELS, height, width], of any strides
-    weight_pointer,  # [CHANNELS, IN_CHANNELS, KERNEL, KERNEL]
-    bias_pointer,  # [CHANNELS]; read only if BIASED
-    norm_weight_pointer,  # [CHANNELS]
-    gradient_pointer,  # of the output, [B, rows, columns, CHANNELS]
-    to_values_pointer,  # of the convolution's values, same shape
-    to_vectors_pointer,  # [programs, 3, CHANNELS]: of the bias, the norm's weight and bias
-    tokens,
-    rows,
-    columns,
-    height,
-    width,
-    batch_stride,
-    channel_stride,
-    row_stride,
-    column_stride,
-    left,
-    top,
-    eps,
-    per_program,
-    IN_CHANNELS: tl.constexpr,
-    KERNEL: tl.constexpr,
-    WIDE_KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    DILATION: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BIASED: tl.constexpr,
-    PADDED: tl.constexpr,
-    PRODUCTS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Each program: `per_program` blocks of BLOCK_M tokens, through LayerNorm, and their sums."""
-    channel = tl.arange(0, BLOCK_C)
-    weight = tl.load(norm_weight_pointer + channel, mask=channel < CHANNELS, other=0.0).to(tl.float32)[None, :]
-    to_bias = tl.zeros([BLOCK_C], dtype=tl.float32)
-    to_norm_weight = tl.zeros([BLOCK_C], dtype=tl.float32)
-    to_norm_bias = tl.zeros([BLOCK_C], dtype=tl.float32)
-    for number in range(per_program):
-        token = (tl.program_id(0) * per_program + number) * BLOCK_M + tl.arange(0, BLOCK_M)
-        values = convolve(
-            image_pointer, weight_pointer, bias_pointer, token, tokens, rows, columns, height, width, batch_stride,
-            channel_stride, row_stride, column_stride, left, top, IN_CHANNELS, KERNEL, WIDE_KERNEL, STRIDE, DILATION,
-            CHANNELS, BLOCK_C, BLOCK_K, BIASED, PADDED, PRODUCTS, PRECISION,
+class Problem(NamedTuple):
+    """Everything that decides how an embedding is launched."""
+
+    image_size: tuple[int, ...]  # [B, in_channels, H, W]
+    image_strides: tuple[int, ...]
+    weight_size: tuple[int, ...]  # [C, in_channels, K, K]
+    stride: int
+    dilation: int
+    padding: tuple[int, ...]  # zeros at left, right, top and bottom
+    compute_dtype: torch.dtype
+    device: torch.device
+    has_bias: bool
+    has_norm: bool
+    has_norm_bias: bool
+    precision: str
+
+    @property
+    def output_size(self) -> tuple[int, int, int, int]:
+        """[B, rows, columns, C]"""
+        batch, _, height, width = self.image_size
+        left, right, top, bottom = self.padding
+        span = self.dilation * (self.weight_size[2] - 1) + 1
+        rows = (height + top + bottom - span) // self.stride + 1
+        return batch, rows, (width + left + right - span) // self.stride + 1, self.weight_size[0]
+
+    @property
+    def pixels(self) -> int:
+        """The pixels of a patch that kernels walk through."""
+        return pixel_count(*self.weight_size[1:3])
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of all kernels besides tensors, by name."""
+        batch, rows, columns, channels = self.output_size
+        names = ("batch_stride", "channel_stride", "row_stride", "column_stride", "height", "width")
+        kernel = self.weight_size[2]
+        shape = Shape(
+            self.image_size[1], kernel, triton.next_power_of_2(kernel), self.stride, self.dilation, channels,
+            any(self.padding), self.has_bias, self.has_norm, self.has_norm_bias, TRITON_TYPES[self.compute_dtype],
+            self.precision,
         )  # fmt: skip
-        centered, scale = standardise(values, channel, eps, CHANNELS)
-        mask = (token < tokens)[:, None] & (channel < CHANNELS)[None, :]
-        place = tl.cast(token, tl.int64)[:, None] * CHANNELS + channel[None, :]
-        gradient = tl.load(gradient_pointer + place, mask=mask, other=0.0).to(tl.float32)
-        normal = tl.where(mask, centered * scale[:, None], 0.0)  # infinite behind the last token where eps is 0
-        weighted = gradient * weight
-        mean = tl.sum(weighted, 1) / CHANNELS
-        slope = tl.sum(weighted * normal, 1) / CHANNELS
-        to_values = tl.where(mask, (weighted - mean[:, None] - normal * slope[:, None]) * scale[:, None], 0.0)
-        tl.store(to_values_pointer + place, to_values, mask=mask)
-        to_bias += tl.sum(to_values, 0)
-        to_norm_weight += tl.sum(gradient * normal, 0)
-        to_norm_bias += tl.sum(gradient, 0)
-    place = to_vectors_pointer + tl.cast(tl.program_id(0), tl.int64) * (3 * CHANNELS) + channel
-    tl.store(place, to_bias, mask=channel < CHANNELS)
-    tl.store(place + CHANNELS, to_norm_weight, mask=channel < CHANNELS)
-    tl.store(place + 2 * CHANNELS, to_norm_bias, mask=channel < CHANNELS)
+        return dict(zip(names, (*self.image_strides, *self.image_size[2:]), strict=True)) | {
+            "left": self.padding[0],
+            "top": self.padding[2],
+            "tokens": batch * rows * columns,
+            "rows": rows,
+            "columns": columns,
+            "SHAPE": shape,
+        }
 
-
-@triton.jit(do_not_specialize=SIZES)
-def patch_embed_weight_gradient_kernel(
-    image_pointer,  # [B, IN_CHANNELS, height, width], of any strides
-    to_values_pointer,  # gradients of the convolution's values, [B, rows, columns, CHANNELS]
-    to_weight_pointer,  # [groups, IN_CHANNELS, KERNEL, KERNEL, CHANNELS]
-    tokens,
-    rows,
-    columns,
-    height,
-    width,
-    batch_stride,
-    channel_stride,
-    row_stride,
-    column_stride,
-    left,
-    top,
-    per_program,
-    IN_CHANNELS: tl.constexpr,
-    KERNEL: tl.constexpr,
-    WIDE_KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    DILATION: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PADDED: tl.constexpr,
-    PRODUCTS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Each program: BLOCK_K pixels of a patch and BLOCK_C channels, summed over `per_program` blocks of tokens."""
-    PIXEL_BLOCKS: tl.constexpr = (IN_CHANNELS * KERNEL * WIDE_KERNEL + BLOCK_K - 1) // BLOCK_K
-    CHANNEL_BLOCKS: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
-    part = tl.program_id(0) % (PIXEL_BLOCKS * CHANNEL_BLOCKS)
-    group = tl.program_id(0) // (PIXEL_BLOCKS * CHANNEL_BLOCKS)
-    k = part % PIXEL_BLOCKS * BLOCK_K + tl.arange(0, BLOCK_K)
-    channel = part // PIXEL_BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
-    to_weight = tl.zeros([BLOCK_K, BLOCK_C], dtype=tl.float32)
-    for number in range(per_program):
-        token = (group * per_program + number) * BLOCK_M + tl.arange(0, BLOCK_M)
-        real = token < tokens
-        start, y, x = locate(token, rows, columns, batch_stride, STRIDE)
-        if PADDED:
-            y -= top
-            x -= left
-        pixels = load_pixels(
-            image_pointer, start, y, x, real, k, height, width, channel_stride, row_stride, column_stride,
-            IN_CHANNELS, KERNEL, WIDE_KERNEL, DILATION, PADDED,
-        )  # fmt: skip
-        to_values = tl.load(
-            to_values_pointer + tl.cast(token, tl.int64)[:, None] * CHANNELS + channel[None, :],
-            mask=real[:, None] & (channel < CHANNELS)[None, :],
-            other=0.0,
-        )  # [BLOCK_M, BLOCK_C]
-        to_weight += dot(tl.trans(pixels.to(PRODUCTS)), to_values.to(PRODUCTS), PRECISION)
-    index = k // WIDE_KERNEL * KERNEL + k % WIDE_KERNEL
-    there = (k // WIDE_KERNEL < IN_CHANNELS * KERNEL) & (k % WIDE_KERNEL < KERNEL)
-    place = (
-        tl.cast(group, tl.int64) * (IN_CHANNELS * KERNEL * KERNEL * CHANNELS)
-        + index[:, None] * CHANNELS
-        + channel[None, :]
-    )
-    tl.store(to_weight_pointer + place, to_weight, mask=there[:, None] & (channel < CHANNELS)[None, :])
-
-
-# --------------------------------------------------------------------------- launches
-
-
-def _shared_arguments(
-    image: torch.Tensor, weight: torch.Tensor, stride: int, dilation: int, padding: list[int], products: torch.dtype
-) -> dict[str, Any]:
-    """What all kernels take, by name."""
-    batch, in_channels, height, width = image.shape
-    channels, _, kernel, _ = weight.shape
-    span = dilation * (kernel - 1) + 1
-    rows = (height + padding[2] + padding[3] - span) // stride + 1
-    columns = (width + padding[0] + padding[1] - span) // stride + 1
-    names = ("batch_stride", "channel_stride", "row_stride", "column_stride")
-    return dict(zip(names, image.stride(), strict=True)) | {
-        "tokens": batch * rows * columns,
-        "rows": rows,
-        "columns": columns,
-        "height": height,
-        "width": width,
-        "left": padding[0],
-        "top": padding[2],
-        "IN_CHANNELS": in_channels,
-        "KERNEL": kernel,
-        "WIDE_KERNEL": triton.next_power_of_2(kernel),
-        "STRIDE": stride,
-        "DILATION": dilation,
-        "CHANNELS": channels,
-        "PADDED": any(padding),
-        "PRODUCTS": TRITON_TYPES[products],
-        "PRECISION": precision(),
-    }
+    def tiles(self, kernel: str) -> dict[str, Any]:
+        """BLOCK_M tokens, BLOCK_K pixels of a patch, BLOCK_C channels and Triton's options."""
+        block_c, bits = channel_block(kernel, self.weight_size[0]), 8 * self.compute_dtype.itemsize
+        options = choose(kernel, family_of(self.device), bits=bits, pixels=self.pixels, block_d=block_c)
+        return options | {"BLOCK_C": block_c, "BLOCK_K": min(options["BLOCK_K"], block(self.pixels))}
 
 
 def channel_block(kernel: str, channels: int) -> int:
-    """BLOCK_C of a kernel: whole tokens, where they are normalised."""
+    """BLOCK_C of a kernel: all channels, where they are normalised."""
     return min(block(channels), MAXIMUM_CHANNEL_BLOCK) if kernel == "patch_embed_weight_gradient" else block(channels)
 
 
@@ -371,17 +231,11 @@ def pixel_count(in_channels: int, kernel: int) -> int:
     return in_channels * kernel * triton.next_power_of_2(kernel)
 
 
-def tiles_of(kernel: str, family: str, shared: dict[str, Any], block_c: int) -> dict[str, Any]:
-    """BLOCK_M tokens, BLOCK_K pixels of a patch, BLOCK_C channels and a launch's options."""
-    pixels = pixel_count(shared["IN_CHANNELS"], shared["KERNEL"])
-    options = dict(choose(kernel, family, pixels, block_c, shared["PRODUCTS"].primitive_bitwidth))
-    block_k = min(options.pop("BLOCK_N"), block(pixels))
-    options = {key: value for key, value in options.items() if not key.startswith("TAIL")}
-    return options | {"BLOCK_C": block_c, "BLOCK_K": block_k}
-
-
-def _tiles(kernel: str, image: torch.Tensor, shared: dict[str, Any]) -> dict[str, Any]:
-    return tiles_of(kernel, family_of(image.device), shared, channel_block(kernel, shared["CHANNELS"]))
+@once_per_shape
+def _launch(problem: Problem) -> tuple[tuple[int, int, int, int], Launch]:
+    """The output's size, and how it is computed."""
+    arguments = problem.arguments() | problem.tiles("patch_embed")
+    return problem.output_size, ((triton.cdiv(arguments["tokens"], arguments["BLOCK_M"]),), arguments)
 
 
 def patch_embed(
@@ -394,106 +248,30 @@ def patch_embed(
     dilation: int,
     padding: list[int],
     eps: float,
-    products: torch.dtype,
+    compute_dtype: torch.dtype,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Patch embedding on a GPU: image [B, Cin, H, W] of any layout -> [B, Ho, Wo, C] of type `dtype`.
 
-    Pixels and weights are rounded to `products` (float32, float16 or bfloat16), sums are float32.
+    Pixels and weights are rounded to `compute_dtype` (float32, float16 or bfloat16), sums are float32.
     """
-    shared = _shared_arguments(image, weight, stride, dilation, padding, products)
-    shape = (image.shape[0], shared["rows"], shared["columns"], weight.shape[0])
-    output = image.new_empty(shape, dtype=dtype)
+    problem = Problem(
+        image.shape, image.stride(), weight.shape, stride, dilation, (*padding,), compute_dtype, image.device,
+        bias is not None, norm_weight is not None, norm_bias is not None, precision(compute_dtype),
+    )  # fmt: skip
+    size, (grid, arguments) = _launch(problem)
+    output = image.new_empty(size, dtype=dtype)
     if output.numel() == 0:
         return output
-    tiles = _tiles("patch_embed", image, shared)
-    vectors = [image if x is None else x.contiguous() for x in (bias, norm_weight, norm_bias)]
-    with torch.cuda.device_of(image):
-        patch_embed_kernel[(triton.cdiv(shared["tokens"], tiles["BLOCK_M"]),)](
-            image, weight.contiguous(), *vectors, output, eps=eps,
-            BIASED=bias is not None, NORM=norm_weight is not None, NORM_BIASED=norm_bias is not None,
-            **shared, **tiles,
-        )  # fmt: skip
-    return output
-
-
-def _norm_backward(
-    gradient: torch.Tensor,
-    image: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    norm_weight: torch.Tensor,
-    eps: float,
-    shared: dict[str, Any],
-    to_values: torch.Tensor,
-) -> torch.Tensor:
-    """Fills gradients of the convolution's values; returns those of bias, norm_weight and norm_bias: [3, C]."""
-    channels = weight.shape[0]
-    tiles = _tiles("patch_embed_norm_gradient", image, shared)
-    blocks = triton.cdiv(shared["tokens"], tiles["BLOCK_M"])
-    per_program = triton.cdiv(blocks, PROGRAMS)
-    programs = triton.cdiv(blocks, per_program)
-    to_vectors = image.new_empty(programs, 3, channels, dtype=torch.float32)
-    with torch.cuda.device_of(image):
-        patch_embed_norm_gradient_kernel[(programs,)](
-            image, weight, weight if bias is None else bias.contiguous(), norm_weight.contiguous(), gradient,
-            to_values, to_vectors, eps=eps, per_program=per_program,
-            BIASED=bias is not None, **shared, **tiles,
-        )  # fmt: skip
-    return to_vectors.sum(0)
-
-
-def _weight_gradient(image: torch.Tensor, to_values: torch.Tensor, shared: dict[str, Any]) -> torch.Tensor:
-    """[Cin * K * K, C]."""
-    channels = shared["CHANNELS"]
-    tiles = _tiles("patch_embed_weight_gradient", image, shared)
-    pixels = pixel_count(shared["IN_CHANNELS"], shared["KERNEL"])
-    parts = triton.cdiv(pixels, tiles["BLOCK_K"]) * triton.cdiv(channels, tiles["BLOCK_C"])
-    blocks = triton.cdiv(shared["tokens"], tiles["BLOCK_M"])
-    per_program = triton.cdiv(blocks * parts, PROGRAMS)
-    groups = triton.cdiv(blocks, per_program)
-    patch = shared["IN_CHANNELS"] * shared["KERNEL"] ** 2
-    to_weight = image.new_empty(groups, patch, channels, dtype=torch.float32)
-    with torch.cuda.device_of(image):
-        patch_embed_weight_gradient_kernel[(groups * parts,)](
-            image, to_values, to_weight, per_program=per_program, **shared, **tiles
+    with device_guard(image):  # any tensor stands for one that is not read
+        patch_embed_kernel[grid](
+            image,
+            weight.contiguous(),
+            image if bias is None else bias.contiguous(),
+            image if norm_weight is None else norm_weight.contiguous(),
+            image if norm_bias is None else norm_bias.contiguous(),
+            output,
+            eps=eps,
+            **arguments,
         )
-    return to_weight.sum(0)
-
-
-def patch_embed_backward(
-    gradient: torch.Tensor,
-    image: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None,
-    stride: int,
-    dilation: int,
-    padding: list[int],
-    eps: float,
-    products: torch.dtype,
-    values_wanted: bool,
-    parameters_wanted: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of the convolution's values [B, Ho, Wo, C], the weight, the bias, the norm's weight and bias; each is
-    empty if it is not wanted or has no operand."""
-    shared = _shared_arguments(image, weight, stride, dilation, padding, products)
-    gradient, weight = gradient.contiguous(), weight.contiguous()
-    nothing = [image.new_empty(0) for _ in range(5)]
-    to_values, vectors = gradient, None
-    if norm_weight is not None:
-        to_values = torch.empty_like(gradient, dtype=products)
-        vectors = _norm_backward(gradient, image, weight, bias, norm_weight, eps, shared, to_values)
-    kept = to_values if values_wanted else nothing[0]
-    if not parameters_wanted:
-        return kept, nothing[1], nothing[2], nothing[3], nothing[4]
-    to_weight = torch.empty_like(weight)
-    to_weight.flatten(1).t().copy_(_weight_gradient(image, to_values, shared))
-    if vectors is None:
-        vectors = gradient.sum((0, 1, 2), dtype=torch.float32).expand(3, -1)
-    to_bias, to_norm_weight, to_norm_bias = (
-        empty if x is None else row.to(x.dtype, copy=True)
-        for x, row, empty in zip((bias, norm_weight, norm_bias), vectors, nothing[2:], strict=True)
-    )
-    return kept, to_weight, to_bias, to_norm_weight, to_norm_bias
+    return output

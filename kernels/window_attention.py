@@ -1,217 +1,137 @@
-"""Triton kernels of windowed attention: q, k, v are read where the fused projection left them, and so are gradients
-written. Window, shift and padding are index arithmetic.
+"""Windowed attention on a GPU: q, k, v are read where the fused projection left them, and so are gradients written.
+Window, shift and padding are index arithmetic.
 
-A window that fits a tile: a program goes through several windows of one head, keeps the bias and the sum of its
-gradients in registers, and the backward pass finds everything again from q, k and v. Larger windows:
-window_attention_large.py. No float atomics: sums have an order that only shapes decide.
+Kernels: window_attention_single_tile.py for windows that fit a tile, window_attention_tiled.py and its backward for
+larger ones. No float atomics: sums have an order that only shapes decide.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 
-from .tiles import block, choose, family_of
-from .window_attention_large import window_attention_blocked_kernel
-from .window_attention_large_backward import (
+from .dot import precision
+from .launch import Launch, device_guard, grouped
+from .tile_table import block, choose, family_of, once_per_shape
+from .window_attention_geometry import Problem, tails_of
+from .window_attention_single_tile import (
+    window_attention_single_tile_backward_kernel,
+    window_attention_single_tile_kernel,
+)
+from .window_attention_tiled import window_attention_tiled_kernel
+from .window_attention_tiled_backward import (
     window_attention_bias_gradient_kernel,
     window_attention_kv_gradient_kernel,
     window_attention_q_gradient_kernel,
 )
-from .window_geometry import SIZES, Shape, inputs_of, locate, place, shape_of
-from .window_tiles import (
-    allowed,
-    combine,
-    combine_transposed,
-    exp,
-    finite,
-    inner,
-    load,
-    load_projection,
-    load_table,
-    scores_of,
-    store,
-    store_padding_sums,
-    times,
-)
 
-PROGRAMS = 1024  # that work is cut into where each goes through several windows: a few for every multiprocessor
+Size = tuple[int, ...]
+Optional = torch.Tensor | None
 
-# --------------------------------------------------------------------------- windows that fit a tile
+# --------------------------------------------------------------------------- decided once for a shape
 
 
-@triton.jit
-def _high_pass(weights, tokens, factor):
-    # (1 + w) A - w U, and U, of A [BLOCK, BLOCK]; U is uniform on the keys that a query may attend
-    uniform = allowed(tokens, tokens)
-    uniform *= (1.0 / tl.maximum(tl.sum(uniform, 1), 1.0))[:, None]
-    return (1.0 + factor) * weights - factor * uniform, uniform
+def _tiles(kernel: str, problem: Problem) -> dict[str, Any]:
+    shape, family = problem.shape(), family_of(problem.device)
+    bits = 8 * problem.dtype.itemsize
+    return choose(kernel, family, bits=bits, tokens=shape.tokens, block_d=block(shape.head_dim))
 
 
-@triton.jit(do_not_specialize=SIZES)
-def window_attention_whole_kernel(
-    qkv_pointer,  # [B, H, W, 3, HEADS, HEAD_DIM]
-    padding_pointer,  # [3, HEADS, HEAD_DIM]; read only if SHAPE.filled
-    bias_pointer,  # [HEADS, TOKENS, TOKENS]; read only if SHAPE.biased
-    attn_scale_pointer,  # [HEADS]; read only if SHAPE.scaled
-    output_pointer,  # [B, H, W, HEADS, HEAD_DIM]
-    windows,
-    per_program,
-    height,
-    width,
-    shift_rows,
-    shift_columns,
-    scale,
-    SHAPE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Each program: `per_program` windows of one head."""
-    head = tl.program_id(0) % SHAPE.heads
-    inputs = inputs_of(
-        head, qkv_pointer, padding_pointer, bias_pointer, attn_scale_pointer,
-        height, width, shift_rows, shift_columns, scale, SHAPE,
-    )  # fmt: skip
-    output_pointer += head * SHAPE.head_dim
-    token = tl.arange(0, BLOCK)
-    table = load_table(inputs.table, token, token, SHAPE.tokens, 1, SHAPE)
-    first = tl.program_id(0) // SHAPE.heads * per_program
-    for number in range(first, tl.minimum(first + per_program, windows)):
-        tokens = place(token, locate(number, inputs, SHAPE), inputs, SHAPE)
-        q = load_projection(inputs, tokens, 0, SHAPE)
-        k = load_projection(inputs, tokens, 1, SHAPE)
-        v = load_projection(inputs, tokens, 2, SHAPE)
-        scores = scores_of(q, k, tokens, tokens, table, scale, SHAPE.tokens < BLOCK, SHAPE)
-        largest = finite(tl.max(scores, 1))
-        weights = exp(scores - largest[:, None])  # [BLOCK, BLOCK]
-        inverse = (1.0 / tl.sum(weights, 1))[:, None]
-        if SHAPE.scaled:
-            weights, _ = _high_pass(weights * inverse, tokens, inputs.factor)
-            out = combine(weights, v, SHAPE)
-        else:
-            out = times(combine(weights, v, SHAPE), inverse, SHAPE)
-        store(output_pointer, out, tokens, SHAPE.channels, SHAPE)
+def _single_tile_arguments(kernel: str, problem: Problem, waves: int) -> tuple[int, dict[str, Any]]:
+    """Groups of windows that go through one program each, and arguments."""
+    windows = problem.windows
+    per_program, groups = grouped(windows, problem.heads, waves)
+    arguments = {"windows": windows, "per_program": per_program, "BLOCK": block(problem.shape().tokens)}
+    return groups, problem.arguments() | arguments | _tiles(kernel, problem)
 
 
-@triton.jit(do_not_specialize=SIZES)
-def window_attention_whole_backward_kernel(
-    qkv_pointer,  # [B, H, W, 3, HEADS, HEAD_DIM]
-    padding_pointer,  # [3, HEADS, HEAD_DIM]; read only if SHAPE.filled
-    bias_pointer,  # [HEADS, TOKENS, TOKENS]; read only if SHAPE.biased
-    attn_scale_pointer,  # [HEADS]; read only if SHAPE.scaled
-    gradient_pointer,  # [B, H, W, HEADS, HEAD_DIM]
-    to_qkv_pointer,  # as qkv
-    to_bias_pointer,  # [programs per head, HEADS, TOKENS, TOKENS]; written only if BIAS_GRADIENT
-    to_padding_pointer,  # [windows, HEADS, 2, HEAD_DIM], of k and v: zeros, written where there is padding with values
-    to_attn_scale_pointer,  # [programs per head, HEADS]; written only if SHAPE.scaled
-    windows,
-    per_program,
-    height,
-    width,
-    shift_rows,
-    shift_columns,
-    scale,
-    SHAPE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BIAS_GRADIENT: tl.constexpr,
-):
-    """Each program: `per_program` windows of one head, and the sums of their gradients of what windows share."""
-    head = tl.program_id(0) % SHAPE.heads
-    inputs = inputs_of(
-        head, qkv_pointer, padding_pointer, bias_pointer, attn_scale_pointer,
-        height, width, shift_rows, shift_columns, scale, SHAPE,
-    )  # fmt: skip
-    gradient_pointer += head * SHAPE.head_dim
-    to_q_pointer = to_qkv_pointer + head * SHAPE.head_dim
-    token = tl.arange(0, BLOCK)
-    to_table = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
-    to_factor = tl.zeros([BLOCK], dtype=tl.float32)
-    first = tl.program_id(0) // SHAPE.heads * per_program
-    for number in range(first, tl.minimum(first + per_program, windows)):
-        tokens = place(token, locate(number, inputs, SHAPE), inputs, SHAPE)
-        q = load_projection(inputs, tokens, 0, SHAPE)
-        k = load_projection(inputs, tokens, 1, SHAPE)
-        v = load_projection(inputs, tokens, 2, SHAPE)
-        gradient = load(gradient_pointer, tokens, SHAPE.channels, SHAPE)
-        # again for every window: registers are what limits this kernel
-        table = load_table(inputs.table, token, token, SHAPE.tokens, 1, SHAPE)
-        scores = scores_of(q, k, tokens, tokens, table, scale, SHAPE.tokens < BLOCK, SHAPE)
-        largest = finite(tl.max(scores, 1))
-        weights = exp(scores - largest[:, None])  # [BLOCK, BLOCK]
-        weights *= tl.where(tokens.real, 1.0 / tl.sum(weights, 1), 0.0)[:, None]
-        to_scores = inner(gradient, v, SHAPE)  # of the weights, so far
-        means = tl.sum(weights * to_scores, 1)
-        applied = weights
-        if SHAPE.scaled:
-            applied, uniform = _high_pass(weights, tokens, inputs.factor)
-            to_factor += means - tl.sum(uniform * to_scores, 1)
-        to_v = combine_transposed(applied, gradient, SHAPE)
-        store(to_q_pointer + 2 * SHAPE.channels, to_v, tokens, 3 * SHAPE.channels, SHAPE)
-        if SHAPE.filled:
-            store_padding_sums(to_padding_pointer, to_v, number * SHAPE.heads + head, 1, tokens, SHAPE)
-        to_scores = weights * (to_scores - means[:, None])
-        if SHAPE.scaled:
-            to_scores *= 1.0 + inputs.factor
-        if BIAS_GRADIENT:
-            to_table += to_scores
-        to_q = times(combine(to_scores, k, SHAPE), scale, SHAPE)
-        store(to_q_pointer, to_q, tokens, 3 * SHAPE.channels, SHAPE)
-        to_k = times(combine_transposed(to_scores, q, SHAPE), scale, SHAPE)
-        store(to_q_pointer + SHAPE.channels, to_k, tokens, 3 * SHAPE.channels, SHAPE)
-        if SHAPE.filled:
-            store_padding_sums(to_padding_pointer, to_k, number * SHAPE.heads + head, 0, tokens, SHAPE)
-    if BIAS_GRADIENT:
-        start = to_bias_pointer + tl.cast(tl.program_id(0), tl.int64) * (SHAPE.tokens * SHAPE.tokens)
-        mask = (token < SHAPE.tokens)[:, None] & (token < SHAPE.tokens)[None, :]
-        tl.store(start + token[:, None] * SHAPE.tokens + token[None, :], to_table, mask=mask)
-    if SHAPE.scaled:
-        tl.store(to_attn_scale_pointer + tl.program_id(0), tl.sum(to_factor, 0))
+def _tiled_launch(kernel: str, axis: str, problem: Problem) -> Launch:
+    """A program for each block of queries (M) or keys (N) of each window and head."""
+    tokens, tiles = problem.shape().tokens, _tiles(kernel, problem)
+    blocks = triton.cdiv(tokens, tiles[f"BLOCK_{axis}"])
+    return (problem.windows * problem.heads * blocks,), problem.arguments() | tiles | tails_of(tokens, tiles)
+
+
+@once_per_shape
+def _forward_launch(problem: Problem, single_tile: bool) -> Launch:
+    if not single_tile:
+        return _tiled_launch("tiled", "M", problem)
+    groups, arguments = _single_tile_arguments("single_tile", problem, 4)
+    return (groups * problem.heads,), arguments
+
+
+class _Backward(NamedTuple):
+    """Launches of a backward pass, and the shapes of its sums over some windows; None for those that nobody needs."""
+
+    launches: tuple[Launch, ...]
+    bias: Size | None  # [groups of windows, heads, tokens, tokens]
+    pad_token: Size | None  # [windows, heads, blocks of keys, 2, d], of k and v
+    attn_scale: Size | None  # [groups of windows, heads, blocks of queries]
+
+    def new_sums(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Float32; any tensor stands for one that is not written."""
+        return (
+            qkv if self.bias is None else qkv.new_empty(self.bias, dtype=torch.float32),
+            qkv if self.pad_token is None else qkv.new_zeros(self.pad_token, dtype=torch.float32),
+            qkv if self.attn_scale is None else qkv.new_empty(self.attn_scale, dtype=torch.float32),
+        )
+
+    @classmethod
+    def of(
+        cls, problem: Problem, bias_gradient: bool, launches: tuple[Launch, ...],
+        bias_groups: int, key_blocks: int, groups: int, query_blocks: int,
+    ) -> _Backward:  # fmt: skip
+        """Shapes that follow from the numbers of programs."""
+        shape, heads = problem.shape(), problem.heads
+        return cls(
+            launches,
+            (bias_groups, heads, shape.tokens, shape.tokens) if bias_gradient else None,
+            (problem.windows, heads, key_blocks, 2, shape.head_dim) if shape.HAS_PAD_VALUE else None,
+            (groups, heads, query_blocks) if shape.HAS_ATTN_SCALE else None,
+        )
+
+
+@once_per_shape
+def _single_tile_backward(problem: Problem, bias_gradient: bool) -> _Backward:
+    groups, arguments = _single_tile_arguments("single_tile_backward", problem, 1)
+    launch = (groups * problem.heads,), arguments | {"BIAS_GRADIENT": bias_gradient}
+    return _Backward.of(problem, bias_gradient, (launch,), groups, 1, groups, 1)
+
+
+@once_per_shape
+def _tiled_backward(problem: Problem, bias_gradient: bool) -> _Backward:
+    tokens, windows, tiles = problem.shape().tokens, problem.windows, _tiles("bias_gradient", problem)
+    pieces = problem.heads * triton.cdiv(tokens, tiles["BLOCK_M"]) * triton.cdiv(tokens, tiles["BLOCK_N"])
+    per_program, groups = grouped(windows, pieces)
+    bias = (groups * pieces,), problem.arguments() | tiles | {"windows": windows, "per_program": per_program}
+    q, kv = _tiled_launch("q_gradient", "M", problem), _tiled_launch("kv_gradient", "N", problem)
+    query_blocks, key_blocks = triton.cdiv(tokens, q[1]["BLOCK_M"]), triton.cdiv(tokens, kv[1]["BLOCK_N"])
+    return _Backward.of(problem, bias_gradient, (q, kv, bias), groups, key_blocks, windows, query_blocks)
 
 
 # --------------------------------------------------------------------------- launches
 
 
-def _arguments(
-    qkv: torch.Tensor,
-    num_heads: int,
-    window: list[int],
-    shift: list[int],
-    scale: float,
-    layout: str,
-    bias: torch.Tensor | None,
-    padding: torch.Tensor | None,
-    attn_scale: torch.Tensor | None,
-) -> dict[str, Any]:
-    """What all kernels take, by name; any tensor stands for one that is not read."""
-    return {
-        "qkv_pointer": qkv,
-        "padding_pointer": qkv if padding is None else padding.to(qkv.dtype).contiguous(),
-        "bias_pointer": qkv if bias is None else bias.contiguous(),
-        "attn_scale_pointer": qkv if attn_scale is None else attn_scale.contiguous(),
-        "height": qkv.shape[1],
-        "width": qkv.shape[2],
-        "shift_rows": shift[0],
-        "shift_columns": shift[1],
-        "scale": scale,
-        "SHAPE": shape_of(qkv, num_heads, window, shift, layout, bias, padding, attn_scale),
-    }
+def _tensors(qkv: torch.Tensor, bias: Optional, pad_token: Optional, attn_scale: Optional) -> tuple[torch.Tensor, ...]:
+    """The first arguments of all kernels; any tensor stands for one that is not read."""
+    return (
+        qkv,
+        qkv if pad_token is None else pad_token.to(qkv.dtype).contiguous(),
+        qkv if bias is None else bias.contiguous(),
+        qkv if attn_scale is None else attn_scale.contiguous(),
+    )
 
 
-def _windows(qkv: torch.Tensor, shape: Shape) -> int:
-    return qkv.shape[0] * triton.cdiv(qkv.shape[1], shape.rows) * triton.cdiv(qkv.shape[2], shape.columns)
-
-
-def _tiles(kernel: str, qkv: torch.Tensor, shape: Shape) -> dict[str, Any]:
-    return choose(kernel, family_of(qkv.device), shape.tokens, shape.head_dim, 8 * qkv.element_size())
-
-
-def _grouped(windows: int, pieces: int, programs: int) -> tuple[int, int]:
-    """Windows per program, and programs per piece of work in each window, for about `programs` programs."""
-    per_program = max(1, triton.cdiv(windows * pieces, programs))
-    return per_program, triton.cdiv(windows, per_program)
+def _problem(
+    qkv: torch.Tensor, heads: int, window: list[int], shift: list[int], layout: str, bias: Optional,
+    pad_token: Optional, attn_scale: Optional,
+) -> Problem:  # fmt: skip
+    return Problem(
+        qkv.shape, qkv.dtype, qkv.device, heads, (*window,), (*shift,), layout,
+        bias is not None, pad_token is not None, attn_scale is not None, precision(qkv.dtype),
+    )  # fmt: skip
 
 
 def window_attention(
@@ -221,14 +141,14 @@ def window_attention(
     shift: list[int],
     scale: float,
     layout: str,
-    bias: torch.Tensor | None,
-    padding: torch.Tensor | None,
-    attn_scale: torch.Tensor | None,
-    statistics: torch.Tensor | None,
+    bias: Optional,
+    pad_token: Optional,
+    attn_scale: Optional,
+    statistics: Optional,
 ) -> torch.Tensor:
     """Attention inside windows on a GPU: qkv [B, H, W, 3*heads*head_dim], float32, float16 or bfloat16.
 
-    bias [heads, tokens, tokens], padding [3*heads*head_dim] and attn_scale [heads] are of any floating dtype.
+    bias [heads, tokens, tokens], pad_token [3*heads*head_dim] and attn_scale [heads] are of any floating dtype.
     statistics [2, B, H, W, heads], float32, is filled with the largest score of each query and 1 / sum of its weights;
     without it each window is one tile.
     """
@@ -236,131 +156,75 @@ def window_attention(
     output = qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)  # [B, H, W, heads*d]
     if qkv.numel() == 0:
         return output
-    arguments = _arguments(qkv, num_heads, window, shift, scale, layout, bias, padding, attn_scale)
-    shape = arguments["SHAPE"]
-    windows = _windows(qkv, shape)
-    with torch.cuda.device_of(qkv):
+    problem = _problem(qkv, num_heads, window, shift, layout, bias, pad_token, attn_scale)
+    grid, arguments = _forward_launch(problem, statistics is None)
+    tensors = (*_tensors(qkv, bias, pad_token, attn_scale), output)
+    with device_guard(qkv):
         if statistics is None:
-            per_program, groups = _grouped(windows, num_heads, 4 * PROGRAMS)
-            window_attention_whole_kernel[(groups * num_heads,)](
-                **arguments, output_pointer=output, windows=windows, per_program=per_program,
-                BLOCK=block(shape.tokens), **_tiles("whole", qkv, shape),
-            )  # fmt: skip
+            window_attention_single_tile_kernel[grid](*tensors, scale=scale, **arguments)
         else:
-            tiles = _tiles("blocked", qkv, shape)
-            window_attention_blocked_kernel[(windows * num_heads * triton.cdiv(shape.tokens, tiles["BLOCK_M"]),)](
-                **arguments, output_pointer=output, largest_pointer=statistics[0], inverse_pointer=statistics[1],
-                **tiles,
-            )  # fmt: skip
+            window_attention_tiled_kernel[grid](*tensors, *statistics.unbind(), scale=scale, **arguments)
     return output
 
 
-Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # of qkv, bias, padding, attn_scale
-# to_bias [groups of windows, heads, tokens, tokens], to_padding [groups, heads, blocks, 2, d] of k and v, to_attn_scale
-# [groups, heads, blocks]: sums over some windows each, float32, empty where nobody asks for them
-Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def _whole_backward(arguments: dict[str, Any], qkv: torch.Tensor, shape: Shape, bias_gradient: bool) -> Sums:
-    windows = _windows(qkv, shape)
-    per_program, groups = _grouped(windows, shape.heads, PROGRAMS)
-    new = functools.partial(torch.empty, dtype=torch.float32, device=qkv.device)
-    sums = (
-        new((groups * bias_gradient, shape.heads, shape.tokens, shape.tokens)),
-        new((windows * shape.filled, shape.heads, 1, 2, shape.head_dim)).zero_(),
-        new((groups * shape.scaled, shape.heads, 1)),
-    )
-    window_attention_whole_backward_kernel[(groups * shape.heads,)](
-        **arguments, to_bias_pointer=sums[0], to_padding_pointer=sums[1], to_attn_scale_pointer=sums[2],
-        windows=windows, per_program=per_program, BLOCK=block(shape.tokens), BIAS_GRADIENT=bias_gradient,
-        **_tiles("whole_backward", qkv, shape),
-    )  # fmt: skip
-    return sums
-
-
-def _large_backward(
-    arguments: dict[str, Any],
-    qkv: torch.Tensor,
-    shape: Shape,
+def _start_tiled_backward(
+    plan: _Backward,
+    tensors: tuple[torch.Tensor, ...],
     output: torch.Tensor,
     statistics: torch.Tensor,
-    bias_gradient: bool,
-) -> Sums:
-    tiles = {name: _tiles(name, qkv, shape) for name in ("q_gradient", "kv_gradient", "bias_gradient")}
-    windows, tokens = _windows(qkv, shape), shape.tokens
-    query_blocks = triton.cdiv(tokens, tiles["q_gradient"]["BLOCK_M"])
-    key_blocks = triton.cdiv(tokens, tiles["kv_gradient"]["BLOCK_N"])
-    pieces = triton.cdiv(tokens, tiles["bias_gradient"]["BLOCK_M"]) * shape.heads
-    pieces *= triton.cdiv(tokens, tiles["bias_gradient"]["BLOCK_N"])
-    per_program, groups = _grouped(windows, pieces, PROGRAMS)
-    new = functools.partial(torch.empty, dtype=torch.float32, device=qkv.device)
-    to_bias = new((groups * bias_gradient, shape.heads, tokens, tokens))
-    to_padding = new((windows * shape.filled, shape.heads, key_blocks, 2, shape.head_dim)).zero_()
-    to_attn_scale = new((windows * shape.scaled, shape.heads, query_blocks))
-    delta = torch.empty_like(statistics[0])  # [B, H, W, heads], as the next
-    share = torch.empty_like(delta) if shape.scaled else delta
-    to_qkv, arguments = arguments["to_qkv_pointer"], {k: v for k, v in arguments.items() if k != "to_qkv_pointer"}
-    arguments |= {"largest_pointer": statistics[0], "inverse_pointer": statistics[1]}
-    arguments |= {"delta_pointer": delta, "share_pointer": share}
-    window_attention_q_gradient_kernel[(windows * shape.heads * query_blocks,)](
-        **arguments, output_pointer=output, to_qkv_pointer=to_qkv, to_attn_scale_pointer=to_attn_scale,
-        **tiles["q_gradient"],
-    )  # fmt: skip
-    window_attention_kv_gradient_kernel[(windows * shape.heads * key_blocks,)](
-        **arguments, to_qkv_pointer=to_qkv, to_padding_pointer=to_padding, **tiles["kv_gradient"]
-    )
-    if bias_gradient:
-        window_attention_bias_gradient_kernel[(groups * pieces,)](
-            **arguments, to_bias_pointer=to_bias, windows=windows, per_program=per_program, **tiles["bias_gradient"]
-        )
-    return to_bias, to_padding, to_attn_scale
-
-
-def _totals(
-    sums: Sums,
-    nothing: torch.Tensor,
-    bias: torch.Tensor | None,
-    padding: torch.Tensor | None,
-    attn_scale: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of bias, padding and attn_scale; copies of `nothing` for those that are None."""
-    to_bias, to_padding, to_attn_scale = nothing, nothing.clone(), nothing.clone()
-    if bias is not None:
-        to_bias = sums[0].sum(0).to(bias.dtype)
-    if padding is not None:
-        of_kv = sums[1].sum((0, 2)).transpose(0, 1)  # [2, heads, d]; nobody looks at q
-        to_padding = torch.cat((torch.zeros_like(of_kv[:1]), of_kv)).flatten().to(padding.dtype)
-    if attn_scale is not None:
-        to_attn_scale = sums[2].sum((0, 2)).to(attn_scale.dtype)
-    return to_bias, to_padding, to_attn_scale
+    grad_qkv: torch.Tensor,
+    sums: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    scale: float,
+) -> None:
+    largest, inverse = statistics.unbind()
+    delta = torch.empty_like(largest)  # [B, H, W, heads], as the next
+    share = delta if plan.attn_scale is None else torch.empty_like(largest)
+    tensors = (*tensors, largest, inverse, delta, share)
+    (q_grid, q_arguments), (kv_grid, kv_arguments), (bias_grid, bias_arguments) = plan.launches
+    window_attention_q_gradient_kernel[q_grid](*tensors, output, grad_qkv, sums[2], scale=scale, **q_arguments)
+    window_attention_kv_gradient_kernel[kv_grid](*tensors, grad_qkv, sums[1], scale=scale, **kv_arguments)
+    if plan.bias is not None:
+        window_attention_bias_gradient_kernel[bias_grid](*tensors, sums[0], scale=scale, **bias_arguments)
 
 
 def window_attention_backward(
-    gradient: torch.Tensor,
+    grad_output: torch.Tensor,
     qkv: torch.Tensor,
     output: torch.Tensor,
-    statistics: torch.Tensor | None,
+    statistics: Optional,
     num_heads: int,
     window: list[int],
     shift: list[int],
     scale: float,
     layout: str,
-    bias: torch.Tensor | None,
-    padding: torch.Tensor | None,
-    attn_scale: torch.Tensor | None,
+    bias: Optional,
+    pad_token: Optional,
+    attn_scale: Optional,
     wanted: list[bool],
-) -> Gradients:
-    """Gradients of qkv and, where `wanted`, of bias, padding and attn_scale; empty elsewhere."""
-    qkv, gradient = qkv.contiguous(), gradient.contiguous()
-    to_qkv = torch.empty_like(qkv)
-    arguments = _arguments(qkv, num_heads, window, shift, scale, layout, bias, padding, attn_scale)
-    arguments |= {"gradient_pointer": gradient, "to_qkv_pointer": to_qkv}
-    shape = arguments["SHAPE"]
-    with torch.cuda.device_of(qkv):
+) -> tuple[torch.Tensor, Optional, Optional, Optional]:
+    """Gradients of qkv and, where `wanted`, of bias, pad_token and attn_scale; None elsewhere."""
+    qkv, grad_output = qkv.contiguous(), grad_output.contiguous()
+    grad_qkv = torch.empty_like(qkv)
+    problem = _problem(qkv, num_heads, window, shift, layout, bias, pad_token, attn_scale)
+    bias_gradient = wanted[0] and bias is not None
+    tensors = (*_tensors(qkv, bias, pad_token, attn_scale), grad_output)
+    with device_guard(qkv):
         if statistics is None:
-            sums = _whole_backward(arguments, qkv, shape, wanted[0])
+            plan = _single_tile_backward(problem, bias_gradient)
+            sums, ((grid, arguments),) = plan.new_sums(qkv), plan.launches
+            window_attention_single_tile_backward_kernel[grid](*tensors, grad_qkv, *sums, scale=scale, **arguments)
         else:
-            sums = _large_backward(arguments, qkv, shape, output.contiguous(), statistics, wanted[0])
-    present = zip((bias, padding, attn_scale), wanted, strict=True)
-    nothing = qkv.new_empty(0)
-    return to_qkv, *_totals(sums, nothing, *(tensor if want else None for tensor, want in present))
+            plan = _tiled_backward(problem, bias_gradient)
+            sums = plan.new_sums(qkv)
+            _start_tiled_backward(plan, tensors, output.contiguous(), statistics, grad_qkv, sums, scale)
+    grad_bias = grad_pad_token = grad_attn_scale = None
+    if bias is not None and wanted[0]:
+        grad_bias = sums[0].sum(0).to(bias.dtype)
+    if pad_token is not None and wanted[1]:
+        grad_pad_token = torch.zeros_like(pad_token)  # nobody looks at q
+        if plan.pad_token is not None:
+            grad_kv = sums[1].sum((0, 2)).transpose(0, 1)  # [2, heads, d]
+            grad_pad_token.view(3, num_heads, -1)[1:].copy_(grad_kv)
+    if attn_scale is not None and wanted[2]:
+        grad_attn_scale = sums[2].sum((0, 2)).to(attn_scale.dtype)
+    return grad_qkv, grad_bias, grad_pad_token, grad_attn_scale

@@ -244,15 +244,16 @@ def test_archs_of_the_installed_build(build):
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_triton_kernel_compiles(capability, dtype):
     pytest.importorskip("triton")
+    from kernel_inspection import compile_kernel
+
     from asvit_fast.kernels.gelu_taylor import BLOCK, OPTIONS, gelu_taylor_kernel
-    from asvit_fast.kernels.inspection import compile_kernel
 
     pointers = {f"{name}_pointer": f"*{dtype}" for name in ("input", "output", "bias")}
     for tanh, biased in itertools.product((False, True), repeat=2):
         report = compile_kernel(
             gelu_taylor_kernel,
             pointers | {"count": "i64", "channels": "i64"},
-            {"ORDERS": 2, "TANH": tanh, "BIASED": biased, "BLOCK": BLOCK},
+            {"ORDERS": 2, "TANH": tanh, "HAS_BIAS": biased, "BLOCK": BLOCK},
             capability,
             **OPTIONS,
         )

@@ -1,24 +1,27 @@
-"""benchmarks/kernel_report.py and kernels/inspection.py: what they read from compilers and machine code, the bounds
+"""benchmarks/kernel_report.py and kernel_inspection.py: what they read from compilers and machine code, the bounds
 that follow from it, and real kernels from the compiler to the table."""
 
 from __future__ import annotations
 
 import csv
-import importlib
 import itertools
 import re
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+import cuda_sources
+import kernel_inspection
+import kernel_report
+import rooflines
+import triton_cases
+from kernel_inspection import Loop, class_of, inner_loop, parse_sass
+
 from asvit_fast import ops
-from asvit_fast.kernels import inspection, tiles
-from asvit_fast.kernels.inspection import Loop, class_of, inner_loop, parse_sass
+from asvit_fast.kernels import tile_table
 
 # the words of ptxas -v; the second kernel spills
 PTXAS = """\
@@ -53,17 +56,6 @@ SASS = """\
         /*0000*/                   LDL.LU R2, [R1] ;                 /* 0x00000a00ff017b82 */
         /*0010*/                   EXIT ;                            /* 0x00000a00ff017b82 */
 """
-
-
-@pytest.fixture(scope="module")
-def report(root: Path):
-    """The scripts of benchmarks/, imported as they import each other."""
-    sys.path.insert(0, str(root / "benchmarks"))
-    try:
-        names = ("kernel_report", "cuda_sources", "rooflines", "triton_cases")
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
-    finally:
-        sys.path.remove(str(root / "benchmarks"))
 
 
 # --------------------------------------------------------------------------- machine code
@@ -121,50 +113,50 @@ def test_bytes_of_a_warp():
         "LDG.E.U8": 1,
         "LDS.128": 0,
     }
-    assert {name: inspection._bytes(name) // 32 for name in widths} == widths
+    assert {name: kernel_inspection._bytes(name) // 32 for name in widths} == widths
 
 
 # --------------------------------------------------------------------------- bounds
 
 
-def test_occupancy(report):
-    gpu, occupancy = report.rooflines.GPUS[90], report.rooflines.occupancy
+def test_occupancy():
+    gpu, occupancy = rooflines.GPUS[90], rooflines.occupancy
     assert occupancy(gpu, 32, 0, 8) == 1.0
     assert occupancy(gpu, 255, 0, 8) == 8 / 64  # 256 x 32 x 8 registers: one block
     assert occupancy(gpu, 128, 0, 4) == 16 / 64
     assert occupancy(gpu, 32, 100 * 1024, 4) == 8 / 64  # two blocks of shared memory
     assert occupancy(gpu, 16, 0, 1) == 32 / 64  # 32 blocks
-    assert report.rooflines.GPUS[80].shared < gpu.shared
+    assert rooflines.GPUS[80].shared < gpu.shared
 
 
-def test_rates(report):
+def test_rates():
     """The clock is the one of the data sheet's tensor rate: operations per clock and multiprocessor are powers of 2."""
-    for gpu in report.rooflines.GPUS.values():
+    for gpu in rooflines.GPUS.values():
         per_clock = gpu.tensor_16 / (gpu.multiprocessors * gpu.clock)
         assert min(abs(per_clock / power - 1) for power in (2048, 4096, 8192)) < 0.01
         assert gpu.tensor_32 == gpu.tensor_16 / 2 or gpu.tensor_32 == pytest.approx(gpu.tensor_16 / 2, rel=0.01)
         assert len(gpu.source) > 20
-    assert report.rooflines.GPUS[90].exponentials == pytest.approx(3.9e12, rel=0.01)
+    assert rooflines.GPUS[90].exponentials == pytest.approx(3.9e12, rel=0.01)
 
 
-def test_bounds(report):
-    gpu = report.rooflines.GPUS[90]
+def test_bounds():
+    gpu = rooflines.GPUS[90]
     mix = {"mufu": 32, "fp32": 100, "other": 268}
-    loop = Loop(0, 16, inspection.Counter(mix), 0)
-    work = report.rooflines.Work("score", 64 * 64, exponentials=1.0, operations=64.0, bytes=0.5)
-    bounds = report.rooflines.bounds(gpu, loop, 4, work, half=True)
+    loop = Loop(0, 16, kernel_inspection.Counter(mix), 0)
+    work = rooflines.Work("score", 64 * 64, exponentials=1.0, operations=64.0, bytes=0.5)
+    bounds = rooflines.bounds(gpu, loop, 4, work, half=True)
     per_score = 400 * 4 / 4 / (64 * 64)  # instructions of all warps, four a clock
     assert bounds.issue == pytest.approx(1e12 * per_score / (132 * 1.83e9))
     assert bounds.pipes == pytest.approx(1e12 * 32 * 2 * 4 / 4096 / (132 * 1.83e9))
     assert bounds.roofline == bounds.exponential == pytest.approx(0.2587, rel=1e-3)
-    assert report.rooflines.bounds(gpu, loop, 4, work, half=False).tensor == pytest.approx(64e12 / 494e12)
+    assert rooflines.bounds(gpu, loop, 4, work, half=False).tensor == pytest.approx(64e12 / 494e12)
 
 
 # --------------------------------------------------------------------------- compilers
 
 
-def test_what_ptxas_says(report):
-    found = report.cuda_sources.parse(PTXAS, 90, {"plain": 96})
+def test_what_ptxas_says():
+    found = cuda_sources.parse(PTXAS, 90, {"plain": 96})
     template, plain = found.values()
     assert list(found)[1] == "plain"
     assert template.name in ("kernel<float, 2>", "_ZN10asvit_fast12_GLOBAL__N_16kernelIfLi2EEEvPT_l")
@@ -172,40 +164,40 @@ def test_what_ptxas_says(report):
     assert (plain.registers, plain.spilled_bytes, plain.warps) == (255, 20, 3)
 
 
-def test_every_kernel_is_reported(report, root):
+def test_every_kernel_is_reported(root):
     """A new Triton kernel is started by one of the ops of the table, too."""
     text = "\n".join(path.read_text() for path in (root / "kernels").glob("*.py"))
     kernels = set(re.findall(r"^def (\w+)_kernel\(\n    \w+_pointer", text, re.MULTILINE))
     shapes = ("N=49 d=8 bias=0", "N=144 d=32 bias=1", "orders=1 tanh=0 bias=1", "K=8 C=88", "K=4 C=88")
-    launched = {case.kernel for case in report.triton_cases.cases([90], ["bf16"], lambda label: label in shapes)}
+    launched = {case.kernel for case in triton_cases.cases([90], ["bf16"], lambda label: label in shapes)}
     assert kernels == launched
 
 
-def test_cases(report):
-    labels = {report.triton_cases.label_of(shape) for op in report.triton_cases.OPS for shape in op.shapes}
+def test_cases():
+    labels = {triton_cases.label_of(shape) for op in triton_cases.OPS for shape in op.shapes}
     assert {f"N={n} d={d} bias=0" for n, d in itertools.product((49, 196, 784), (4, 8, 16, 22, 29, 32, 45))} <= labels
     assert {f"N={n} d=32 bias=1" for n in (49, 64, 144)} <= labels
 
 
-def test_cases_are_what_ops_start(report):
+def test_cases_are_what_ops_start():
     """Forward and backward, with the tiles of the GPU's family, and as a launch specialises."""
-    found = list(report.triton_cases.cases([80, 90], ["fp32"], lambda label: label == "N=49 d=8 bias=0"))
+    found = list(triton_cases.cases([80, 90], ["fp32"], lambda label: label == "N=49 d=8 bias=0"))
     assert [(case.arch, case.kernel.removeprefix("window_attention_")) for case in found] == [
-        (arch, name) for arch in (80, 90) for name in ("blocked", "q_gradient", "kv_gradient")
+        (arch, name) for arch in (80, 90) for name in ("tiled", "q_gradient", "kv_gradient")
     ]
-    launch, expected = found[0].launch, tiles.choose("blocked", "ampere", 49, 8, 32)
+    launch, expected = found[0].launch, tile_table.choose("tiled", "ampere", bits=32, tokens=49, block_d=16)
     assert launch.constants | launch.options == launch.constants | launch.options | expected
     assert launch.signature["qkv_pointer"] == "*fp32" and launch.signature["scale"] == "fp32"
     assert "qkv_pointer" in launch.divisible and "height" not in launch.divisible  # sizes are not specialised
     assert found[0].work().units == min(expected["BLOCK_M"], 49) * min(expected["BLOCK_N"], 49)
-    (gelu,) = report.triton_cases.cases([90], ["bf16"], lambda label: label == "orders=1 tanh=0 bias=0")
+    (gelu,) = triton_cases.cases([90], ["bf16"], lambda label: label == "orders=1 tanh=0 bias=0")
     assert gelu.launch.signature["count"] == "i32" and "count" in gelu.launch.divisible
     assert gelu.launch.constants["channels"] == 1  # as Triton makes every 1 a constant
     assert ops.gelu_taylor(torch.zeros(1, 3)).tolist() == [[0.0] * 3]  # ops are themselves again
 
 
-def test_same_architectures_as_the_build(report, root):
-    archs = ", ".join(f'"{arch / 10:.1f}"' for arch in report.rooflines.GPUS)
+def test_same_architectures_as_the_build(root):
+    archs = ", ".join(f'"{arch / 10:.1f}"' for arch in rooflines.GPUS)
     assert f"DEFAULT_ARCHS = ({archs})" in (root / "setup.py").read_text()
 
 
@@ -214,52 +206,52 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_triton_kernels(report, tmp_path, capsys):
+def test_triton_kernels(tmp_path, capsys):
     """From the compiler to the table: one tile, and a loop over blocks whose exponentials are known."""
     out = tmp_path / "report.csv"
     arguments = ["--out", str(out), "--jobs", "1", "--arch", "90"]
-    assert report.kernel_report.main([*arguments, "--kernel", "window_attention_whole", "--shape", "N=49 d=8"]) == 0
-    assert report.kernel_report.main([*arguments, "--kernel", "window_attention_blocked", "--shape", "N=784 d=8"]) == 0
-    assert report.kernel_report.main([*arguments, "--kernel", "window_attention_blocked", "--shape", "N=784 d=8"]) == 0
+    assert kernel_report.main([*arguments, "--kernel", "window_attention_single_tile", "--shape", "N=49 d=8"]) == 0
+    assert kernel_report.main([*arguments, "--kernel", "window_attention_tiled", "--shape", "N=784 d=8"]) == 0
+    assert kernel_report.main([*arguments, "--kernel", "window_attention_tiled", "--shape", "N=784 d=8"]) == 0
     shown = capsys.readouterr().out
     assert "H200" in shown and "SPILLS" not in shown
     rows = {row["kernel"].removeprefix("window_attention_"): row for row in rows_of(out)}
-    assert list(rows) == ["blocked", "whole", "whole_backward"]
+    assert list(rows) == ["tiled", "single_tile", "single_tile_backward"]
     for row in rows.values():
         assert row["spilled"] == "0" and int(row["tensor"]) > 0 and "back to" in row["loop"]
         assert float(row["issue_ps"]) > float(row["exp_ps"]) > 0.2
         assert 0 < float(row["occupancy"]) <= 1
-    blocked = rows["blocked"]
+    blocked = rows["tiled"]
     lanes = 32 * int(blocked["warps"]) * int(blocked["mufu"])
     assert 1.0 <= lanes / float(blocked["units"]) <= 1.2  # an exponential per score, and some to rescale
 
 
-def test_a_cuda_source(report, tmp_path, capsys):
-    if report.cuda_sources.find_nvcc() is None:
+def test_a_cuda_source(tmp_path, capsys):
+    if cuda_sources.find_nvcc() is None:
         pytest.skip("no nvcc: set CUDA_HOME or PATH")
     out = tmp_path / "report.csv"
     arguments = ["--arch", "90", "--kernel", "layer_norm_taylor.cu", "--jobs", "1", "--out", str(out)]
-    assert report.kernel_report.main(arguments) == 0
+    assert kernel_report.main(arguments) == 0
     assert "24 kernels compiled" in capsys.readouterr().out
     rows = rows_of(out)
     assert len(rows) == 24 and all(row["kernel"].startswith("layer_norm_taylor_kernel<") for row in rows)
     assert all(row["spilled"] == "0" and row["warps"] == "8" for row in rows)
 
 
-def test_spills_fail(report, monkeypatch, capsys):
+def test_spills_fail(monkeypatch, capsys):
     """Only on Hopper; the message says which."""
     body = parse_sass(SASS)["busy"]
-    work = report.rooflines.Work("score", 1.0, exponentials=1.0)
+    work = rooflines.Work("score", 1.0, exponentials=1.0)
     for arch, code in ((90, 1), (80, 0)):
-        compiled = inspection.KernelReport("k", arch, 255, 24, 0, 4, b"")
-        row = report.kernel_report.row_of("window_attention_blocked", "N=784 d=8 bias=0", "bf16", compiled, body, work)
-        monkeypatch.setattr(report.kernel_report, "collect", lambda *_, row=row: [row])
-        options = ["--arch", str(arch), "--kernel", "window_attention_blocked", "--out", ""]
-        assert report.kernel_report.main(options) == code
+        compiled = kernel_inspection.KernelReport("k", arch, 255, 24, 0, 4, b"")
+        row = kernel_report.row_of("window_attention_tiled", "N=784 d=8 bias=0", "bf16", compiled, body, work)
+        monkeypatch.setattr(kernel_report, "collect", lambda *_, row=row: [row])
+        options = ["--arch", str(arch), "--kernel", "window_attention_tiled", "--out", ""]
+        assert kernel_report.main(options) == code
         shown = capsys.readouterr().out
-        assert "SPILLS" in shown and "window_attention_blocked N=784 d=8 bias=0 bf16: 24 bytes per thread" in shown
+        assert "SPILLS" in shown and "window_attention_tiled N=784 d=8 bias=0 bf16: 24 bytes per thread" in shown
 
 
-def test_nothing_to_do(report, capsys):
-    assert report.kernel_report.main(["--kernel", "nonsense"]) == 2
+def test_nothing_to_do(capsys):
+    assert kernel_report.main(["--kernel", "nonsense"]) == 2
     assert "triton_cases.py" in capsys.readouterr().err

@@ -54,7 +54,7 @@ def check_shapes(device: torch.device) -> None:
 
 
 def check_details(device: torch.device) -> None:
-    """What shapes do not show: layouts, frozen operands, a mean far from zero, no epsilon, determinism."""
+    """Details that shapes do not show: layouts, frozen operands, a mean far from zero, no epsilon, determinism."""
     operands = on(device, 2, 3, (8, 12), 24, 4)
     settings, gradient = (4, 1, (1, 1, 0, 2)), torch.randn(2, 24, 2, 3, device=device).permute(0, 2, 3, 1)
     layouts = [
@@ -81,10 +81,10 @@ def check_details(device: torch.device) -> None:
 
 def check_many_tokens(device: torch.device) -> None:
     """Several blocks of tokens per program, the last of them with fewer."""
-    from asvit_fast.kernels import patch_embed as kernels
+    from asvit_fast.kernels import launch
 
     if device.type == "cpu":
-        kernels.PROGRAMS = 3
+        launch.PROGRAMS = 3
     assert_as_exact(on(device, 3, 1, (26, 40), 16, 2), 2, 1, (0, 0, 0, 0), backend="triton", tiny=1e-5)
 
 
@@ -144,30 +144,6 @@ def test_on_a_gpu(name):
 
 # --------------------------------------------------------------------------- compiled
 
-KERNELS = ("patch_embed", "patch_embed_norm_gradient", "patch_embed_weight_gradient")
-
-
-def arguments_of(name: str, channels: int, kernel: int, dtype: torch.dtype, capability: int) -> tuple:
-    """Signature, constants and options of a kernel with all vectors, for images of three channels."""
-    from asvit_fast.kernels import patch_embed
-
-    shared = patch_embed._shared_arguments(
-        torch.empty(2, 3, 64, 64), torch.empty(channels, 3, kernel, kernel), 4, 1, [0, kernel % 4] * 2, dtype
-    )
-    block_c = patch_embed.channel_block(name, channels)
-    tiles = patch_embed.tiles_of(name, f"{capability}", shared, block_c)
-    constants = shared | tiles | dict.fromkeys(("BIASED", "NORM", "NORM_BIASED"), True)
-    pointer = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[dtype]
-    signature = {}
-    for argument in getattr(patch_embed, f"{name}_kernel").arg_names:
-        if argument.endswith("_pointer"):
-            partial_sums = argument in ("to_vectors_pointer", "to_weight_pointer")
-            signature[argument] = "*fp32" if partial_sums else pointer
-        elif not argument.isupper():
-            signature[argument] = "fp32" if argument == "eps" else "i32"
-    options = {key: value for key, value in tiles.items() if not key.isupper()}
-    return signature, {key: value for key, value in constants.items() if key.isupper()}, options
-
 
 @pytest.mark.parametrize(
     ("channels", "kernel", "dtype", "capability"),
@@ -182,14 +158,16 @@ def arguments_of(name: str, channels: int, kernel: int, dtype: torch.dtype, capa
 )
 def test_compiled(channels, kernel, dtype, capability):
     """For GPUs that need not be there; on Ampere and Hopper no register is spilled."""
-    from asvit_fast.kernels import patch_embed
-    from asvit_fast.kernels.inspection import compile_kernel
+    from triton_cases import launches_of
 
-    for name in KERNELS:
-        signature, constants, options = arguments_of(name, channels, kernel, dtype, capability)
-        function = getattr(patch_embed, f"{name}_kernel")
-        constants = {key: value for key, value in constants.items() if key in function.arg_names}
-        report = compile_kernel(function, signature, constants, capability, **options)
-        assert report.shared_bytes <= 99 * 1024, name  # of the smallest GPUs
+    operands = on(torch.device("cpu"), 2, 3, (64, 64), channels, kernel, dtype=dtype)
+    padding = (0, kernel % 4, 0, kernel % 4)
+    size = [(64 + kernel % 4 - kernel) // 4 + 1] * 2
+    gradient = torch.zeros(2, *size, channels, dtype=dtype)
+    launches = launches_of(lambda: both_ways(operands, gradient, 4, 1, padding), capability)
+    assert len(launches) == 3
+    for launch in launches:
+        report = launch.compile(capability)
+        assert report.shared_bytes <= 99 * 1024, report  # of the smallest GPUs
         if capability < 100:
             triton_versions.assert_no_spills(report)

@@ -85,7 +85,7 @@ def check_shapes(device: torch.device) -> None:
 
 
 def check_details(device: torch.device) -> None:
-    """What shapes do not show: layouts, mixed types, a large mean, single gradients, determinism."""
+    """Details that shapes do not show: layouts, mixed types, a large mean, single gradients, determinism."""
     case = CASES[0]
     given = operands(case, torch.float32, device)
     given[0] = given[0].permute(0, 2, 1, 3).contiguous().permute(0, 2, 1, 3)
@@ -170,54 +170,27 @@ def test_on_a_gpu(name):
 # --------------------------------------------------------------------------- compiled
 
 
-def arguments_of(name: str, channels: int, outputs: int, kernel: int, dtype: str, capability: int) -> tuple:
-    """Signature, constants and options of a kernel."""
-    from asvit_fast.kernels.patch_merge import SIZES, channel_block
-    from asvit_fast.kernels.tiles import FAMILIES, launch_options, nearest
-
-    bits = {"*fp32": 32, "*bf16": 16}[dtype]
-    options, constants = {"num_warps": 4}, {"BLOCK_M": 32}
-    if name not in ("patch_merge_fold", "patch_merge_statistics"):
-        tile = name.removesuffix("_row_sums")  # that of the product which it repeats
-        options = launch_options(nearest(tile, FAMILIES[f"{capability}"], bits=bits, outputs=outputs))
-        constants = {key: value for key, value in options.items() if key.isupper()}
-    constants |= {"CHANNELS": channels, "OUTPUTS": outputs, "KERNEL": kernel, "STRIDE": 2, "PRECISION": "tf32x3"}
-    constants |= {"BLOCK_C": channel_block(channels, bits), "BLOCK": 512}
-    constants |= {"CHANNELS_LAST": False, "SHIFTED": True, "BIASED": True}
-    low = ("x", "weight", "norm_weight", "norm_bias", "bias", "folded", "output", "gradient", "to_x")
-    wide = ("sums", "rows", "statistics", "parts")
-    signature = {f"{key}_pointer": dtype for key in low} | {f"{key}_pointer": "*fp32" for key in wide}
-    signature |= dict.fromkeys(SIZES, "i32") | {"eps": "fp32"}
-    return signature, constants, {key: value for key, value in options.items() if not key.isupper()}
-
-
 @pytest.mark.parametrize(
     ("channels", "outputs", "kernel", "dtype", "capability"),
     [
-        (32, 64, 4, "*bf16", 90),
-        (88, 176, 4, "*bf16", 90),
-        (384, 768, 2, "*bf16", 90),
-        (96, 192, 2, "*fp32", 90),
-        (128, 256, 3, "*bf16", 80),
-        (96, 192, 2, "*fp32", 80),
-        (192, 384, 2, "*bf16", 100),
+        (32, 64, 4, torch.bfloat16, 90),
+        (88, 176, 4, torch.bfloat16, 90),
+        (384, 768, 2, torch.bfloat16, 90),
+        (96, 192, 2, torch.float32, 90),
+        (128, 256, 3, torch.bfloat16, 80),
+        (96, 192, 2, torch.float32, 80),
+        (192, 384, 2, torch.bfloat16, 100),
     ],
 )
 def test_compiled(channels, outputs, kernel, dtype, capability):
     """For GPUs that need not be there; no register is spilled."""
-    from asvit_fast.kernels import patch_merge, patch_merge_backward
-    from asvit_fast.kernels.inspection import compile_kernel
+    from triton_cases import launches_of
 
-    for name in ("_fold", "_statistics", "", "_row_sums", "_input", "_products"):
-        module = patch_merge if name in ("_fold", "_statistics", "") else patch_merge_backward
-        compiled = getattr(module, f"patch_merge{name}_kernel")
-        signature, constants, options = arguments_of(f"patch_merge{name}", channels, outputs, kernel, dtype, capability)
-        report = compile_kernel(
-            compiled,
-            {key: value for key, value in signature.items() if key in compiled.arg_names},
-            {key: value for key, value in constants.items() if key in compiled.arg_names},
-            capability,
-            **options,
-        )
+    case = (16, 16, channels, outputs, kernel, 2, "unfold", True, True)
+    given, gradient = operands(case, dtype, torch.device("cpu")), torch.zeros(2, 8, 8, outputs, dtype=dtype)
+    launches = launches_of(lambda: both_ways(given, case, None, gradient), capability)
+    assert len(launches) == 6
+    for launch in launches:
+        report = launch.compile(capability)
         assert report.shared_bytes <= (99 if capability == 80 else 227) * 1024, report  # of the smallest GPUs
         triton_versions.assert_no_spills(report)

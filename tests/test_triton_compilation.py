@@ -4,8 +4,7 @@ supported in `make test-oldest`. Kernels and arguments are what ops start, forwa
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,9 +12,10 @@ import triton_versions
 
 pytest.importorskip("triton")
 
-from asvit_fast import backends, ops
-from asvit_fast.kernels import tiles
-from asvit_fast.kernels.inspection import Launch, recorded_launches
+from kernel_inspection import Launch
+from triton_cases import launches_of
+
+from asvit_fast import ops
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # float32 products go through TF32 instructions of their own; those of the 16-bit types are the same
@@ -77,23 +77,9 @@ CALLS: dict[str, Callable[[torch.dtype], None]] = {
 }
 
 
-@contextmanager
-def _triton_on_cpu(monkeypatch) -> Iterator[None]:
-    """Ops start their Triton kernels for tensors of the CPU, as in Triton's interpreter."""
-    monkeypatch.setattr(backends, "_interpreted", lambda: True)
-    backends._reason.cache_clear()
-    try:
-        with backends.use_backend("triton"):
-            yield
-    finally:
-        backends._reason.cache_clear()
-
-
-def launches(monkeypatch, call: Callable[[torch.dtype], None], dtype: torch.dtype, architecture: int) -> list[Launch]:
-    """What a call would start on such a GPU, each once."""
-    with _triton_on_cpu(monkeypatch), tiles.assuming(tiles.FAMILIES[str(architecture)]), recorded_launches() as found:
-        call(dtype)
-    return [launch for number, launch in enumerate(found) if launch not in found[:number]]
+def launches(name: str, dtype: torch.dtype, architecture: int) -> list[Launch]:
+    """Launches of a call on such a GPU."""
+    return launches_of(functools.partial(CALLS[name], dtype), architecture)
 
 
 def compile_each(found: list[Launch], architecture: int) -> None:
@@ -102,32 +88,31 @@ def compile_each(found: list[Launch], architecture: int) -> None:
         assert report.shared_bytes <= (99 if architecture == 80 else 227) * 1024, report
 
 
-def test_every_kernel_compiles_in_float32(monkeypatch):
+def test_every_kernel_compiles_in_float32():
     """Narrow heads, whose products sum over the fewest channels, and one case of each other kernel."""
     names = ("attention 12 x 12, d 4, plain", "embed 4, 32 channels, dilated", "merge 3, 16 channels", "gelu tanh")
-    compile_each([launch for name in names for launch in launches(monkeypatch, CALLS[name], torch.float32, 90)], 90)
+    compile_each([launch for name in names for launch in launches(name, torch.float32, 90)], 90)
 
 
-def test_attention_compiles_in_bfloat16(monkeypatch):
+def test_attention_compiles_in_bfloat16():
     """Windows that are one tile, with everything that their kernels may be asked for."""
-    compile_each(launches(monkeypatch, CALLS["attention 7 x 7, d 32, timm"], torch.bfloat16, 90), 90)
+    compile_each(launches("attention 7 x 7, d 32, timm", torch.bfloat16, 90), 90)
 
 
-def test_calls_start_every_kernel(monkeypatch, root):
+def test_calls_start_every_kernel(root):
     """A new kernel is compiled here, too."""
     text = "\n".join(path.read_text() for path in (root / "kernels").glob("*.py"))
     kernels = {
         line[4:].partition("(")[0] for line in text.splitlines() if line.startswith("def ") and "_kernel(" in line
     }
-    kernels -= {"compile_kernel"}
-    started = {launch.name for call in CALLS.values() for launch in launches(monkeypatch, call, torch.bfloat16, 90)}
+    started = {launch.name for name in CALLS for launch in launches(name, torch.bfloat16, 90)}
     assert started == kernels
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "dtype"), TARGETS)
 @pytest.mark.parametrize("name", CALLS)
-def test_every_kernel_compiles(monkeypatch, name, dtype, architecture):
+def test_every_kernel_compiles(name, dtype, architecture):
     if triton_versions.OLD and architecture == 100:
         pytest.skip("the compiler of Triton 3.6 crashes on attention for Blackwell: the backend is not available there")
-    compile_each(launches(monkeypatch, CALLS[name], DTYPES[dtype], architecture), architecture)
+    compile_each(launches(name, DTYPES[dtype], architecture), architecture)

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from asvit_fast import tuning
 from asvit_fast.cli import main
 from asvit_fast.errors import InputError
-from asvit_fast.kernels import tiles
+from asvit_fast.kernels import tile_table
 from asvit_fast.topology import Topology
 from asvit_fast.tuning import Comparison, Task, UserTable, neighbours, refine, tasks_of, tune
 from asvit_fast.workloads import (
@@ -35,9 +35,9 @@ FEATURES = (("bits", 16), ("tokens", 784), ("block_d", 16))
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ASVIT_FAST_TILES", str(tmp_path))
-    tiles.forget()
+    tile_table.forget()
     yield tmp_path
-    tiles.forget()
+    tile_table.forget()
 
 
 def seconds(options: dict[str, int]) -> float:
@@ -102,17 +102,19 @@ def test_default_workloads():
     tasks = tasks_of(attention(), ("bf16", "fp16", "fp32"))
     check_tasks(tasks)
     assert {task.kernel for task in tasks} == {
-        "whole", "whole_backward", "blocked", "q_gradient", "kv_gradient", "bias_gradient"
+        "single_tile", "single_tile_backward", "tiled", "q_gradient", "kv_gradient", "bias_gradient"
     }  # fmt: skip
 
 
 def test_every_kernel_with_tiles_is_tuned():
     tasks = tasks_of(default_workloads(), ("bf16", "fp16", "fp32"))
     check_tasks(tasks)
-    shipped = tiles.read_table(Path(tiles.__file__).with_name("tiles") / "hopper.json")
+    shipped = tile_table.read_table(Path(tile_table.__file__).with_name("tiles") / "hopper.json")
     assert {task.kernel for task in tasks} == set(shipped)
     for task in tasks:  # rows are told apart by what the shipped ones are
-        features = {name for name in shipped[task.kernel][0] if not name.startswith(("block_m", "block_n", "num_"))}
+        features = {
+            name for name in shipped[task.kernel][0] if not name.startswith(("block_m", "block_n", "block_k", "num_"))
+        }
         assert {name for name, _ in task.features} == features
 
 
@@ -140,7 +142,7 @@ class Fake:
 
     def prepare(self, kernel, batch, device):
         def run():
-            self.ran = tiles.nearest(kernel, "hopper", **dict(FEATURES))
+            self.ran = tile_table.nearest(kernel, "hopper", **dict(FEATURES))
             if self.ran["num_warps"] == 8:
                 raise type("OutOfResources", (Exception,), {"__module__": "triton.runtime.errors"})
             if self.ran["num_stages"] == 4:
@@ -164,7 +166,7 @@ def timer_of(*workloads):
 
 def test_candidates_are_checked():
     fake = Fake()
-    task = Task("blocked", FEATURES, (fake,))
+    task = Task("tiled", FEATURES, (fake,))
     measure = Comparison(task, START, 1, torch.device("cpu"), timer_of(fake))
     assert measure(START, START | {"block_m": 128}) == pytest.approx(seconds(START | {"block_m": 128}) / seconds(START))
     assert measure(START, START | {"num_warps": 2}) is None  # another result
@@ -179,7 +181,7 @@ def test_candidates_are_checked():
 
 
 def tasks(*tokens: int) -> list[Task]:
-    return [Task("blocked", (("bits", 16), ("tokens", n), ("block_d", 16)), (Fake(),)) for n in tokens]
+    return [Task("tiled", (("bits", 16), ("tokens", n), ("block_d", 16)), (Fake(),)) for n in tokens]
 
 
 def tune_with(todo: list[Task], table: UserTable, **options):
@@ -203,13 +205,13 @@ def test_tune_writes_rows_that_lookups_find(folder, monkeypatch):
     found = tune_with(todo, table)
     best = found[todo[0]]
     assert best.speed > 1.0 and best.refused > 0
-    row = json.loads(table.path.read_text())["kernels"]["blocked"][0]
+    row = json.loads(table.path.read_text())["kernels"]["tiled"][0]
     assert row == dict(todo[0].features) | best.tiles | {"tuned": row["tuned"]}
     assert row["tuned"]["speed"] == pytest.approx(best.speed, abs=1e-3)
-    assert tiles.nearest("blocked", "hopper/My GPU", bits=16, tokens=784, block_d=16) == best.tiles
+    assert tile_table.nearest("tiled", "hopper/My GPU", bits=16, tokens=784, block_d=16) == best.tiles
     assert tune_with(todo, table) == {}
     assert set(tune_with(todo, table, again=True)) == set(todo)
-    assert len(table.read()["blocked"]) == 1
+    assert len(table.read()["tiled"]) == 1
 
 
 def test_killed_and_resumed(folder, monkeypatch):
@@ -222,12 +224,12 @@ def test_killed_and_resumed(folder, monkeypatch):
     )  # fmt: skip
     with pytest.raises(KeyboardInterrupt):
         tune_with(todo, table)
-    assert [row["tokens"] for row in table.read()["blocked"]] == [49]
+    assert [row["tokens"] for row in table.read()["tiled"]] == [49]
     monkeypatch.undo()
     monkeypatch.setenv("ASVIT_FAST_TILES", str(folder))
     monkeypatch.setattr(tuning, "use_backend", lambda name: pytest.MonkeyPatch.context())
     assert list(tune_with(todo, table)) == todo[1:]
-    assert [row["tokens"] for row in table.read()["blocked"]] == [49, 196, 784]
+    assert [row["tokens"] for row in table.read()["tiled"]] == [49, 196, 784]
     monkeypatch.setattr(tuning, "_triton_version", lambda: "another")
     assert list(tune_with(todo, table)) == todo
 
@@ -252,7 +254,7 @@ workloads = {
     "patch_embed": EmbedWorkload(3, 5, 9),
     "patch_merge": MergeWorkload(3, 4, 6, 5),
 }
-tuning.CHOICES = {"block_m": (16, 32, 64), "block_n": (16, 32, 64)}  # the others mean nothing here
+tuning.CHOICES = {f"block_{name}": (16, 32, 64) for name in "mnk"}  # the others mean nothing here
 todo = tasks_of([workloads[sys.argv[1]]], sys.argv[2:])
 ratios = iter([[1.0, 0.9]] * 3 + [[1.0, 1.1]] * 10000)
 found = tune(todo, UserTable.of("interpreter"), torch.device("cpu"), 1, progress=False, timer=lambda runs: next(ratios))
@@ -272,7 +274,7 @@ def test_in_the_interpreter(op, dtypes, rows, folder, root):
     result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
-    assert len(found) == len(tiles.read_table(folder / "interpreter.json")) == rows
+    assert len(found) == len(tile_table.read_table(folder / "interpreter.json")) == rows
     assert {refused for refused, _ in found.values()} == {0}
     assert sum(tried for _, tried in found.values()) >= 2 * rows
 
@@ -283,7 +285,7 @@ def test_in_the_interpreter(op, dtypes, rows, folder, root):
 def test_dry_run(capsys):
     assert main(["tune", "--dry-run", "--dtypes", "bf16,fp32"]) == 0
     shown = capsys.readouterr().out
-    assert "whole bits=16 tokens=49 block_d=32" in shown
+    assert "single_tile bits=16 tokens=49 block_d=32" in shown
     assert "28x28x45 fp32" in shown
     assert "fp16" not in shown
     assert "minutes" in shown
@@ -295,7 +297,7 @@ def test_dry_run(capsys):
     assert "8x8x16" in shown and "4x4 pixels to 32" in shown and "2x2x32 to 64" in shown
     assert main(["tune", "--dry-run", "--ops", "patch_merge"]) == 0
     shown = capsys.readouterr().out
-    assert "patch_merge_products" in shown and "whole" not in shown and "patch_embed" not in shown
+    assert "patch_merge_products" in shown and "single_tile" not in shown and "patch_embed" not in shown
 
 
 def test_without_a_gpu(capsys, folder, monkeypatch):
@@ -330,5 +332,5 @@ def test_on_a_gpu(folder):
         pytest.skip("torch sees no CUDA GPU")
     assert main(["tune", "--shapes", "7x7x32b", "--dtypes", "bf16", "--batch", "4", "--quiet"]) == 0
     table = UserTable.of(torch.cuda.get_device_name())
-    assert set(table.read()) == {"whole", "whole_backward"}
+    assert set(table.read()) == {"single_tile", "single_tile_backward"}
     assert all(AttentionWorkload((7, 7), 32).tokens == row["tokens"] for rows in table.read().values() for row in rows)

@@ -26,7 +26,7 @@ print("checked")
 """
 
 # H, W, heads, head_dim, window, shift; a window is one tile in 16 bits up to 64 tokens and head_dim 32
-WHOLE = [
+SINGLE_TILE = [
     (7, 7, 3, 32, (7, 7), (0, 0)),
     (9, 14, 2, 5, (7, 7), (3, 3)),
     (16, 8, 2, 8, (8, 8), (0, 0)),  # exact tiles: nothing is masked
@@ -37,7 +37,7 @@ WHOLE = [
     (4, 5, 1, 45, (4, 5), (0, 0)),
     (9, 3, 1, 70, (9, 3), (0, 2)),
 ]
-LARGE = [
+TILED = [
     (17, 5, 1, 13, (17, 5), (4, 2)),  # a tail of 32
     (10, 13, 1, 45, (10, 10), (0, 0)),
     (8, 16, 1, 8, (8, 16), (0, 0)),  # exact blocks
@@ -139,7 +139,7 @@ def check_layouts(device: torch.device) -> None:
 
 
 def check_details(device: torch.device) -> None:
-    """What shapes do not show: layouts, empty maps, other bias types, large scores, infinite bias, determinism."""
+    """Details that shapes do not show: layouts, empty maps, bias types, large scores, infinite bias, determinism."""
     qkv = torch.randn(2, 24, 6, 8, device=device).permute(0, 2, 3, 1)  # channels far apart
     compare(qkv, 2, (3, 4), (1, 2), torch.randn(2, 12, 12, device=device).to(torch.bfloat16))
     with use_backend("triton"):
@@ -212,10 +212,10 @@ def check_fake(device: torch.device) -> None:
 
 def check_many_windows(device: torch.device) -> None:
     """Several windows per program, the last of them with fewer; more than 65,535 on a GPU."""
-    from asvit_fast.kernels import window_attention as kernels
+    from asvit_fast.kernels import launch
 
     if device.type == "cpu":
-        kernels.PROGRAMS = 3
+        launch.PROGRAMS = 3
     compare(torch.randn(3, 10, 8, 24, device=device), 2, (4, 4), (1, 2), torch.randn(2, 16, 16, device=device))
     compare(torch.randn(3, 5, 26, 12, device=device), 2, (5, 13), (2, 0), torch.randn(2, 65, 65, device=device))
     more = {"padding": torch.randn(12, device=device), "attn_scale": torch.randn(1, device=device)}
@@ -231,15 +231,15 @@ def check(name: str, device: torch.device) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     {
-        "whole": lambda: check_shapes(WHOLE, device),
-        "large": lambda: check_shapes(LARGE, device),
+        "single_tile": lambda: check_shapes(SINGLE_TILE, device),
+        "tiled": lambda: check_shapes(TILED, device),
         "layouts": lambda: check_layouts(device),
         "details": lambda: check_details(device),
         "many": lambda: check_many_windows(device),
     }[name]()
 
 
-CHECKS = pytest.mark.parametrize("name", ["whole", "large", "layouts", "details", "many"])
+CHECKS = pytest.mark.parametrize("name", ["single_tile", "tiled", "layouts", "details", "many"])
 
 
 @triton_versions.interpreter
@@ -272,49 +272,24 @@ def test_on_a_gpu(name):
 
 # --------------------------------------------------------------------------- compiled
 
-FORWARD = ("window_attention_whole_kernel", "window_attention_blocked_kernel")
 SHIFTED = {"shift": True}
 PADDED = {"shift": True, "size": 30, "layout": "timm", "padding": True}
 LEAN = {"bias": False}
 
 
-def launches(monkeypatch, capability, side, head_dim, dtype, shift=False, size=0, bias=True, padding=False, **more):
-    """(kernel, arguments by name) of what a forward and a backward pass with 4 heads would start on such a GPU."""
-    from triton.runtime.jit import JITFunction
-
-    from asvit_fast.kernels import window_attention as kernels
-
-    found = []
-    monkeypatch.setattr(JITFunction, "__getitem__", lambda kernel, grid: lambda **named: found.append((kernel, named)))
-    monkeypatch.setattr(kernels, "family_of", lambda device: str(capability))
+def run(side, head_dim, dtype, shift=False, size=0, layout="masked", bias=True, padding=False, attn_scale=False):
+    """A forward and a backward pass with 4 heads."""
     size, channels, tokens = size or 4 * side, 12 * head_dim, side * side
-    qkv = torch.empty(2, size, size, channels, dtype=dtype, device="meta")
-    out, statistics = qkv.new_empty(*qkv.shape[:3], channels // 3), qkv.new_empty(2, *qkv.shape[:3], 4).float()
-    whole = tokens <= 64 and head_dim <= 32 and dtype != torch.float32
-    arguments = (4, [side, side], [side // 2] * 2 if shift else [0, 0], 1.0, more.get("layout", "masked"))
-    arguments += (torch.empty(4, tokens, tokens, device="meta") if bias else None,)
-    arguments += (qkv.new_empty(channels) if padding else None, qkv.new_empty(4) if more.get("attn_scale") else None)
-    kernels.window_attention(qkv, *arguments, None if whole else statistics)
-    wanted = [bias, padding, more.get("attn_scale", False)]
-    kernels.window_attention_backward(out, qkv, out, None if whole else statistics, *arguments, wanted)
-    assert [kernel.__name__ in FORWARD for kernel, _ in found] == [True] + [False] * (len(found) - 1)
-    return found
-
-
-def report_of(kernel, named, capability):
-    """What the kernel compiled for these arguments uses."""
-    from asvit_fast.kernels.inspection import compile_kernel
-
-    constants = {parameter.name: named[parameter.name] for parameter in kernel.params if parameter.is_constexpr}
-    options = {name: value for name, value in named.items() if name not in kernel.arg_names}
-    types = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-    signature = {}
-    for name in (name for name in kernel.arg_names if name not in constants):
-        value = named[name]
-        signature[name] = (
-            types[value.dtype] if isinstance(value, torch.Tensor) else {int: "i32", float: "fp32"}[type(value)]
-        )
-    return compile_kernel(kernel, signature, constants, capability, **options)
+    sizes = {"bias": (4, tokens, tokens), "padding": (channels,), "attn_scale": (4,)}
+    wanted = {"bias": bias, "padding": padding, "attn_scale": attn_scale}
+    qkv = torch.empty(2, size, size, channels, dtype=dtype)
+    tensors = {
+        name: torch.empty(sizes[name], dtype=torch.float32 if name == "bias" else dtype)
+        for name, want in wanted.items()
+        if want
+    }
+    shift = (side // 2, side // 2) if shift else (0, 0)
+    both_ways(qkv, 4, (side, side), shift, qkv.new_empty(2, size, size, channels // 3), layout, **tensors)
 
 
 @pytest.mark.parametrize(
@@ -334,9 +309,13 @@ def report_of(kernel, named, capability):
         (28, 8, torch.bfloat16, 100, LEAN),
     ],
 )
-def test_compiled(monkeypatch, side, head_dim, dtype, capability, settings):
+def test_compiled(side, head_dim, dtype, capability, settings):
     """For GPUs that need not be there: everything fits, and no register is spilled."""
-    for kernel, named in launches(monkeypatch, capability, side, head_dim, dtype, **settings):
-        report = report_of(kernel, named, capability)
+    from triton_cases import launches_of
+
+    launches = launches_of(lambda: run(side, head_dim, dtype, **settings), capability)
+    assert len(launches) >= 2
+    for launch in launches:
+        report = launch.compile(capability)
         assert report.shared_bytes <= 99 * 1024, report  # of the smallest GPUs
         triton_versions.assert_no_spills(report)

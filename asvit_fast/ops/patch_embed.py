@@ -190,11 +190,11 @@ def _triton(operands: Operands, config: PatchEmbedConfig) -> Result:
 def _triton_backward(
     gradient: Tensor, operands: Operands, config: PatchEmbedConfig, result: Saved, needs_grad: list[bool]
 ) -> Gradients:
-    from asvit_fast.kernels.patch_embed import patch_embed_backward
+    from asvit_fast.kernels.patch_embed_backward import patch_embed_backward
 
     grad_conv, *parameters = patch_embed_backward(
         gradient, *operands, config.stride, config.dilation, config.padding, config.eps, config.compute_dtype,
-        needs_grad[0], any(needs_grad[1:]),
+        any(needs_grad[1:]),
     )  # fmt: skip
     return _image_gradient(grad_conv, operands, config) if needs_grad[0] else None, *parameters
 

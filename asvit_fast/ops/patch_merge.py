@@ -88,10 +88,13 @@ class PatchMergeConfig:
 
 def _reference(operands: Operands, config: PatchMergeConfig) -> Tensor:
     x, weight, norm_weight, norm_bias, bias = operands
-    order = "timm" if config.channels_last else "unfold"
     return patch_merge_reference(
-        x, weight, config.kernel, config.stride, norm_weight, norm_bias, bias, config.eps, order
+        x, weight, config.kernel, config.stride, norm_weight, norm_bias, bias, config.eps, _order(config)
     )
+
+
+def _order(config: PatchMergeConfig) -> str:
+    return "timm" if config.channels_last else "unfold"
 
 
 def _padding(x: Tensor, config: PatchMergeConfig) -> list[int]:
@@ -149,7 +152,7 @@ def _triton(operands: Operands, config: PatchMergeConfig) -> Result:
 
     x, weight, *vectors = operands
     return patch_merge(
-        x, weight, config.kernel, config.stride, *vectors, config.eps, config.channels_last, _padding(x, config)
+        x, weight, config.kernel, config.stride, *vectors, config.eps, _order(config), _padding(x, config)
     )
 
 
@@ -160,7 +163,7 @@ def _triton_backward(
 
     x, weight, *vectors = operands
     return patch_merge_backward(
-        gradient, x, result[1], weight, config.kernel, config.stride, *vectors, config.channels_last,
+        gradient, x, result[1], weight, config.kernel, config.stride, *vectors, _order(config),
         _padding(x, config), needs_grad[0], any(needs_grad[1:]),
     )  # fmt: skip
 

@@ -167,7 +167,10 @@ def _window_attention_sdpa(
 
 # --------------------------------------------------------------------------- fused op
 
-SINGLE_TILE_TOKENS, SINGLE_TILE_HEAD_DIM = 64, 32  # up to which, in 16 bits, Triton keeps a whole window in registers
+
+def is_single_tile(tokens: int, head_dim: int, bits: int) -> bool:
+    """Whether Triton has all scores of a window in registers: its backward pass needs no statistics then."""
+    return tokens <= 64 and head_dim <= 32 and bits == 16
 
 
 @dataclass(frozen=True)
@@ -203,9 +206,8 @@ def _sdpa(operands: Operands, config: WindowAttentionConfig) -> Tensor:
 
 
 def _is_single_tile(qkv: Tensor, config: WindowAttentionConfig) -> bool:
-    """Whether the backward kernel on a GPU has all scores of a window at once: it needs no statistics then."""
-    fits = config.window[0] * config.window[1] <= SINGLE_TILE_TOKENS
-    return fits and qkv.shape[3] <= 3 * config.num_heads * SINGLE_TILE_HEAD_DIM and qkv.element_size() == 2
+    head_dim = qkv.shape[3] // (3 * config.num_heads)
+    return is_single_tile(config.window[0] * config.window[1], head_dim, 8 * qkv.element_size())
 
 
 def _statistics_shape(qkv: Tensor, config: WindowAttentionConfig) -> list[int]:

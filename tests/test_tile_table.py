@@ -1,4 +1,4 @@
-"""kernels/tiles.py: tables, look-ups, what happens where a table lacks something, a user's table."""
+"""kernels/tile_table.py: tables, look-ups, what happens where a table lacks something, a user's table."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from asvit_fast.kernels import tiles
+from asvit_fast.kernels import tile_table
+from asvit_fast.kernels.window_attention_geometry import tails_of
 
-ATTENTION = ("whole", "whole_backward", "blocked", "q_gradient", "kv_gradient", "bias_gradient")
+ATTENTION = ("single_tile", "single_tile_backward", "tiled", "q_gradient", "kv_gradient", "bias_gradient")
 GPU = "NVIDIA H200 (141 GB)"
 FAMILY = f"hopper/{GPU}"
 
@@ -26,24 +27,29 @@ FAMILY = f"hopper/{GPU}"
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Nobody's own tables."""
     monkeypatch.setenv("ASVIT_FAST_TILES", str(tmp_path))
-    tiles.forget()
+    tile_table.forget()
     yield tmp_path
-    tiles.forget()
+    tile_table.forget()
 
 
 def write(kernels: dict) -> Path:
-    path = tiles.user_table(GPU)
+    path = tile_table.user_table(GPU)
     path.write_text(json.dumps({"gpu": GPU, "kernels": kernels}))
-    tiles.forget()
+    tile_table.forget()
     return path
 
 
-FEATURES = ("bits", "tokens", "block_d", "outputs")
+FEATURES = ("bits", "tokens", "pixels", "block_d", "outputs")
 
 
-@pytest.mark.parametrize("family", tiles.FAMILIES.values())
+def choose(kernel: str, family: str, tokens: int, head_dim: int, bits: int) -> dict:
+    """Tiles as attention looks them up."""
+    return tile_table.choose(kernel, family, bits=bits, tokens=tokens, block_d=tile_table.block(head_dim))
+
+
+@pytest.mark.parametrize("family", tile_table.FAMILIES.values())
 def test_shipped_tables(family, root):
-    table = tiles.read_table(root / "kernels" / "tiles" / f"{family}.json")
+    table = tile_table.read_table(root / "kernels" / "tiles" / f"{family}.json")
     assert set(ATTENTION) <= set(table)
     for kernel, rows in table.items():
         keys = [tuple(sorted((k, v) for k, v in row.items() if k in FEATURES)) for row in rows]
@@ -52,24 +58,24 @@ def test_shipped_tables(family, root):
             assert all(value & (value - 1) == 0 for name, value in row.items() if name.startswith("block_"))
             assert row["num_warps"] in (1, 2, 4, 8)
             own = {name: value for name, value in row.items() if name in FEATURES}
-            found = tiles.nearest(kernel, family, **own)
+            found = tile_table.nearest(kernel, family, **own)
             assert found == {name: value for name, value in row.items() if name not in own}
 
 
 @pytest.mark.parametrize("kernel", ATTENTION)
-@pytest.mark.parametrize("capability", tiles.FAMILIES)
+@pytest.mark.parametrize("capability", tile_table.FAMILIES)
 def test_every_shape_has_tiles(kernel, capability):
     """Token counts that change during training look up the same rows: nothing depends on them but tails."""
     for tokens in (1, 9, 49, 50, 144, 196, 784, 3136):
         for head_dim in (1, 4, 22, 45, 96, 300):
             for bits in (16, 32):
-                options = tiles.choose(kernel, capability, tokens, head_dim, bits)
+                options = choose(kernel, capability, tokens, head_dim, bits)
                 assert {"num_warps", "num_stages", "enable_fp_fusion"} <= set(options)
-                for name in ("M", "N"):
-                    if f"BLOCK_{name}" in options:
-                        size, tail = options[f"BLOCK_{name}"], options[f"TAIL_{name}"]
-                        assert 16 <= tail <= size
-                        assert tail >= tokens % size
+                tails = tails_of(tokens, options) if "BLOCK_M" in options else {}
+                for name, tail in tails.items():
+                    size = options[name.replace("TAIL", "BLOCK")]
+                    assert 16 <= tail <= size
+                    assert tail >= tokens % size
 
 
 def test_nearest_shape(folder):
@@ -82,19 +88,19 @@ def test_nearest_shape(folder):
     write({"new": rows})
 
     def warps(**features):
-        return tiles.nearest("new", FAMILY, **features)["num_warps"]
+        return tile_table.nearest("new", FAMILY, **features)["num_warps"]
 
     assert [warps(bits=16, tokens=tokens, block_d=32) for tokens in (1, 49, 190, 200, 9999)] == [1, 1, 1, 2, 2]
     assert warps(bits=16, tokens=400, block_d=16) == 4  # another width is farther than another number of tokens
     assert warps(bits=32, tokens=400, block_d=32) == 8  # another type is farther still
-    assert tiles.nearest("new", FAMILY, bits=16, channels=96)["block_m"] == 64  # a feature that no row has
+    assert tile_table.nearest("new", FAMILY, bits=16, channels=96)["block_m"] == 64  # a feature that no row has
 
 
 def test_wider_tiles_get_smaller_blocks():
-    narrow = tiles.nearest("blocked", "hopper", bits=16, tokens=784, block_d=128)
-    wide = tiles.nearest("blocked", "hopper", bits=16, tokens=784, block_d=512)
+    narrow = tile_table.nearest("tiled", "hopper", bits=16, tokens=784, block_d=128)
+    wide = tile_table.nearest("tiled", "hopper", bits=16, tokens=784, block_d=512)
     assert wide["block_m"] * wide["block_n"] * 4 == narrow["block_m"] * narrow["block_n"]
-    huge = tiles.nearest("blocked", "hopper", bits=64, tokens=784, block_d=4096)
+    huge = tile_table.nearest("tiled", "hopper", bits=64, tokens=784, block_d=4096)
     assert (huge["block_m"], huge["block_n"], huge["num_warps"]) == (16, 16, 8)
 
 
@@ -102,33 +108,33 @@ def test_what_tiles_do_not_depend_on(folder):
     """A width that all rows share says nothing."""
     row = {"bits": 16, "block_d": 64, "block_m": 64, "num_warps": 4, "num_stages": 1}
     write({"new": [row | {"tokens": 64}, row | {"tokens": 256}]})
-    assert tiles.nearest("new", FAMILY, bits=16, tokens=64, block_d=1024)["block_m"] == 64
-    assert tiles.choose("new", FAMILY, 64, 1024, 16)["BLOCK_M"] == 64
+    assert tile_table.nearest("new", FAMILY, bits=16, tokens=64, block_d=1024)["block_m"] == 64
+    assert choose("new", FAMILY, 64, 1024, 16)["BLOCK_M"] == 64
 
 
 def test_other_families_and_kernels(monkeypatch):
     only = {"new": [{"bits": 16, "num_warps": 2, "num_stages": 3}]}
-    known = tiles.read_table
-    monkeypatch.setattr(tiles, "read_table", lambda path: only if path.stem == "blackwell" else known(path))
-    assert tiles.nearest("new", "hopper", bits=16) == {"num_warps": 2, "num_stages": 3}
-    assert tiles.nearest("blocked", "blackwell", bits=16, tokens=784, block_d=16)["block_m"] > 0
-    with pytest.raises(tiles.TileTableError, match="nonsense"):
-        tiles.nearest("nonsense", "hopper", bits=16)
+    known = tile_table.read_table
+    monkeypatch.setattr(tile_table, "read_table", lambda path: only if path.stem == "blackwell" else known(path))
+    assert tile_table.nearest("new", "hopper", bits=16) == {"num_warps": 2, "num_stages": 3}
+    assert tile_table.nearest("tiled", "blackwell", bits=16, tokens=784, block_d=16)["block_m"] > 0
+    with pytest.raises(tile_table.TileTableError, match="nonsense"):
+        tile_table.nearest("nonsense", "hopper", bits=16)
 
 
 def test_family_of_a_device(monkeypatch):
-    assert tiles.family_of(torch.device("cpu")) == "hopper"
+    assert tile_table.family_of(torch.device("cpu")) == "hopper"
     for number, (capability, family) in enumerate({8: "ampere", 9: "hopper", 10: "blackwell", 12: "ampere"}.items()):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, major=capability: (major, 0))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
-        assert tiles.family_of(torch.device("cuda", 90 + number)) == f"{family}/A GPU"
-    tiles.family_of.cache_clear()
+        assert tile_table.family_of(torch.device("cuda", 90 + number)) == f"{family}/A GPU"
+    tile_table.family_of.cache_clear()
 
 
 def test_assuming_a_family():
-    with tiles.assuming("blackwell"):
-        assert tiles.family_of(torch.device("cpu")) == "blackwell"
-    assert tiles.family_of(torch.device("cpu")) == "hopper"
+    with tile_table.assuming("blackwell"):
+        assert tile_table.family_of(torch.device("cpu")) == "blackwell"
+    assert tile_table.family_of(torch.device("cpu")) == "hopper"
 
 
 # --------------------------------------------------------------------------- a user's table
@@ -136,20 +142,18 @@ def test_assuming_a_family():
 
 def test_a_users_rows_go_first(folder):
     shape = {"bits": 16, "tokens": 784, "block_d": 16}
-    shipped = tiles.choose("blocked", FAMILY, 784, 8, 16)
-    other = tiles.choose("blocked", FAMILY, 784, 45, 16)
+    shipped = choose("tiled", FAMILY, 784, 8, 16)
+    other = choose("tiled", FAMILY, 784, 45, 16)
     row = shape | {"block_m": 32, "block_n": 128, "num_warps": 2, "num_stages": 4, "tuned": {"triton": "3.9.0"}}
-    path = write({"blocked": [row]})
+    path = write({"tiled": [row]})
     assert path.parent == folder and path.name == "nvidia-h200-141-gb.json"
-    chosen = tiles.choose("blocked", FAMILY, 784, 8, 16)
-    assert chosen == {
-        "BLOCK_M": 32, "TAIL_M": 16, "BLOCK_N": 128, "TAIL_N": 16, "num_warps": 2, "num_stages": 4,
-        "enable_fp_fusion": True,
-    }  # fmt: skip
+    chosen = choose("tiled", FAMILY, 784, 8, 16)
+    assert chosen == {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 2, "num_stages": 4, "enable_fp_fusion": True}
+    assert tails_of(784, chosen) == {"TAIL_M": 16, "TAIL_N": 16}
     assert chosen != shipped
-    assert tiles.choose("blocked", FAMILY, 784, 45, 16) == other
-    assert tiles.choose("blocked", "hopper/Another GPU", 784, 8, 16) == shipped
-    assert tiles.choose("blocked", "90", 784, 8, 16) == shipped
+    assert choose("tiled", FAMILY, 784, 45, 16) == other
+    assert choose("tiled", "hopper/Another GPU", 784, 8, 16) == shipped
+    assert choose("tiled", "90", 784, 8, 16) == shipped
 
 
 @pytest.mark.parametrize(
@@ -158,48 +162,48 @@ def test_a_users_rows_go_first(folder):
         "{",
         "[]",
         '{"kernels": 3}',
-        '{"kernels": {"blocked": [3]}}',
-        '{"kernels": {"blocked": [{"bits": 16}]}}',
-        '{"kernels": {"blocked": [{"bits": 16, "num_warps": "4", "num_stages": 2}]}}',
-        '{"kernels": {"blocked": [{"bits": 16, "num_warps": 0, "num_stages": 2}]}}',
-        '{"kernels": {"blocked": [{"bits": 16, "num_warps": true, "num_stages": 2}]}}',
+        '{"kernels": {"tiled": [3]}}',
+        '{"kernels": {"tiled": [{"bits": 16}]}}',
+        '{"kernels": {"tiled": [{"bits": 16, "num_warps": "4", "num_stages": 2}]}}',
+        '{"kernels": {"tiled": [{"bits": 16, "num_warps": 0, "num_stages": 2}]}}',
+        '{"kernels": {"tiled": [{"bits": 16, "num_warps": true, "num_stages": 2}]}}',
         b"\xff\xfe",
     ],
 )
 def test_a_bad_file_names_itself(content):
-    path = tiles.user_table(GPU)
+    path = tile_table.user_table(GPU)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(tiles.TileTableError) as caught:
-        tiles.choose("blocked", FAMILY, 784, 8, 16)
+    with pytest.raises(tile_table.TileTableError) as caught:
+        choose("tiled", FAMILY, 784, 8, 16)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_where_a_users_tables_are(monkeypatch, tmp_path):
     monkeypatch.setenv("ASVIT_FAST_TILES", "~/mine")
-    assert tiles.user_folder() == Path.home() / "mine"
+    assert tile_table.user_folder() == Path.home() / "mine"
     monkeypatch.delenv("ASVIT_FAST_TILES")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(sys, "platform", "linux")
-    assert tiles.user_folder() == tmp_path / "asvit_fast" / "tiles"
+    assert tile_table.user_folder() == tmp_path / "asvit_fast" / "tiles"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert tiles.user_folder() == Path.home() / ".cache" / "asvit_fast" / "tiles"
+    assert tile_table.user_folder() == Path.home() / ".cache" / "asvit_fast" / "tiles"
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert tiles.user_folder() == Path.home() / "Library" / "Caches" / "asvit_fast" / "tiles"
+    assert tile_table.user_folder() == Path.home() / "Library" / "Caches" / "asvit_fast" / "tiles"
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path))
-    assert tiles.user_folder() == tmp_path / "asvit_fast" / "tiles"
+    assert tile_table.user_folder() == tmp_path / "asvit_fast" / "tiles"
 
 
 def test_trying():
-    before = tiles.choose("blocked", "90", 784, 8, 16)
+    before = choose("tiled", "90", 784, 8, 16)
     trial = {"block_m": 128, "block_n": 16, "num_warps": 8, "num_stages": 1}
-    with contextlib.suppress(RuntimeError), tiles.trying("blocked", trial):
-        assert tiles.nearest("blocked", "hopper", bits=16, tokens=1, block_d=16) == trial
-        assert tiles.choose("blocked", "90", 784, 8, 16)["BLOCK_M"] == 128
-        assert tiles.choose("q_gradient", "90", 784, 8, 16)["BLOCK_M"] != 128
+    with contextlib.suppress(RuntimeError), tile_table.trying("tiled", trial):
+        assert tile_table.nearest("tiled", "hopper", bits=16, tokens=1, block_d=16) == trial
+        assert choose("tiled", "90", 784, 8, 16)["BLOCK_M"] == 128
+        assert choose("q_gradient", "90", 784, 8, 16)["BLOCK_M"] != 128
         raise RuntimeError
-    assert tiles.choose("blocked", "90", 784, 8, 16) == before
+    assert choose("tiled", "90", 784, 8, 16) == before
 
 
 def test_tables_are_installed(root, tmp_path):
@@ -207,4 +211,4 @@ def test_tables_are_installed(root, tmp_path):
     environment = os.environ | {"ASVIT_FAST_BUILD": "none"}
     subprocess.run(command, cwd=root, env=environment, check=True, capture_output=True)
     installed = {path.name for path in (tmp_path / "asvit_fast" / "kernels" / "tiles").iterdir()}
-    assert installed == {f"{family}.json" for family in tiles.FAMILIES.values()}
+    assert installed == {f"{family}.json" for family in tile_table.FAMILIES.values()}

@@ -1,8 +1,8 @@
 """Tile choices are data: tiles/<family>.json has rows per kernel, looked up by the nearest shape; a table that
 `asvit-fast tune` made for a GPU goes before it. Nothing is tuned while a model runs.
 
-A row's names are features of a shape ("bits" of an element, "tokens", "block_d", ...), which a look-up gives, and
-options of a launch: other "block_*", "num_warps", "num_stages". "tuned" says where a row comes from.
+A row's names are features of a shape ("bits" of an element, "tokens", "pixels", "block_d", ...), which a look-up gives,
+and options of a launch: other "block_*", "num_warps", "num_stages". "tuned" says where a row comes from.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ WEIGHTS = {"bits": 16.0, "block_d": 4.0}  # of a distance, else 1: how wide a ti
 _COMMENTS = ("tuned",)
 _trial: dict[str, Row] = {}  # by kernel, inside `trying`
 _assumed = "hopper"
+_decisions: list[Any] = []  # caches of `once_per_shape`
 
 
 class TileTableError(ValueError):
@@ -41,10 +42,22 @@ def block(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
+def once_per_shape(function: Callable[..., Any]) -> Any:
+    """Cache what depends on shapes, types, devices and tiles; the cache is emptied when the tiles change."""
+    cached = functools.lru_cache(maxsize=1024)(function)
+    _decisions.append(cached)
+    return cached
+
+
+def _forget_decisions() -> None:
+    for decision in _decisions:
+        decision.cache_clear()
+
+
 # --------------------------------------------------------------------------- tables
 
 
-@functools.cache
+@once_per_shape
 def family_of(device: torch.device) -> str:
     """Whose tables a device uses, "family/name of the GPU": hopper, blackwell (datacenter), else ampere, whose tensor
     core instructions all others have; without a GPU it is hopper, or the one of `assuming`."""
@@ -59,12 +72,12 @@ def assuming(family: str) -> Iterator[None]:
     """Devices other than GPUs are of `family` inside the block: for compiling what such a GPU would run."""
     global _assumed
     before, _assumed = _assumed, family
-    family_of.cache_clear()
+    _forget_decisions()
     try:
         yield
     finally:
         _assumed = before
-        family_of.cache_clear()
+        _forget_decisions()
 
 
 def user_folder() -> Path:
@@ -115,9 +128,10 @@ def _tables(family: str) -> tuple[Table, ...]:
 
 
 def forget() -> None:
-    """Of what was read and looked up: the next look-up reads the files again."""
-    for function in (_tables, _nearest, choose):
-        function.cache_clear()
+    """Forget what was read and looked up: the next look-up reads the files again."""
+    _tables.cache_clear()
+    _nearest.cache_clear()
+    _forget_decisions()
 
 
 # --------------------------------------------------------------------------- look-up
@@ -178,25 +192,17 @@ def _smaller(options: Row, factor: float) -> Row:
 def trying(kernel: str, options: Mapping[str, int]) -> Iterator[None]:
     """Every look-up of `kernel` finds `options` inside the block, as `nearest` returns them: for `asvit-fast tune`."""
     _trial[kernel] = dict(options)
-    choose.cache_clear()
+    _forget_decisions()
     try:
         yield
     finally:
         del _trial[kernel]
-        choose.cache_clear()
+        _forget_decisions()
 
 
-def launch_options(row: Row) -> dict[str, Any]:
-    """As a launch takes them: blocks are constants, in capitals."""
+def choose(kernel: str, family: str, **features: int) -> dict[str, Any]:
+    """Tiles as a launch takes them: blocks are constants, in capitals; the other options are Triton's."""
+    row = nearest(kernel, family, **features)
     options = {name.upper() if name.startswith("block_") else name: value for name, value in row.items()}
     # fusing multiplications and additions is wanted, and said: Triton's default changes between versions
     return options | {"enable_fp_fusion": True}
-
-
-@functools.cache
-def choose(kernel: str, family: str, tokens: int, head_dim: int, bits: int) -> dict[str, Any]:
-    """For windowed attention: BLOCK_M queries and BLOCK_N keys with the tails that `tokens` leave, num_warps and
-    num_stages of the nearest shape with elements of `bits`."""
-    options = launch_options(nearest(kernel, family, bits=bits, tokens=tokens, block_d=block(head_dim)))
-    tails = {f"TAIL_{n}": block(tokens % options[f"BLOCK_{n}"]) for n in ("M", "N") if f"BLOCK_{n}" in options}
-    return options | tails

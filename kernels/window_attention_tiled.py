@@ -1,5 +1,5 @@
 """Triton kernels of attention in windows that do not fit a tile: blocks of keys with an online softmax (Milakov and
-Gimelshein, arXiv 1805.02867). The backward pass: window_attention_large_backward.py.
+Gimelshein, arXiv 1805.02867). The backward pass: window_attention_tiled_backward.py.
 
 AttnScale's output is (1 + w) Y - w M, Y the attention's and M the mean of the values that a query may attend.
 """
@@ -11,15 +11,15 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .window_geometry import SIZES, inputs_of, locate, place
-from .window_tiles import (
+from .window_attention_geometry import SIZES, inputs_of, locate, place
+from .window_attention_tile_ops import (
     add,
     allowed,
     combine,
     exp,
     finite,
+    load_bias_table,
     load_projection,
-    load_table,
     scores_of,
     store,
     times,
@@ -34,7 +34,7 @@ def job_of(BLOCKS: tl.constexpr, SHAPE: tl.constexpr):
     return program % BLOCKS, program // BLOCKS % SHAPE.heads, program // (BLOCKS * SHAPE.heads)
 
 
-class _Online(NamedTuple):
+class _SoftmaxState(NamedTuple):
     """The state of an online softmax of M queries."""
 
     out: tl.tensor  # a tile, relative to `largest`
@@ -43,19 +43,21 @@ class _Online(NamedTuple):
 
 
 @triton.jit
-def _attend(state, q, queries, start, window, inputs, BLOCK: tl.constexpr, TAIL: tl.constexpr, SHAPE: tl.constexpr):
-    # the state after BLOCK more keys
+def online_softmax_step(
+    state, q, queries, start, window, inputs, BLOCK: tl.constexpr, TAIL: tl.constexpr, SHAPE: tl.constexpr
+):
+    """The state after BLOCK more keys."""
     keys = place(start + tl.arange(0, BLOCK), window, inputs, SHAPE)
     k = load_projection(inputs, keys, 1, SHAPE)
     v = load_projection(inputs, keys, 2, SHAPE)
-    table = load_table(inputs.table, queries.number, keys.number, SHAPE.tokens, 1, SHAPE)
-    scores = scores_of(q, k, queries, keys, table, inputs.scale, TAIL, SHAPE)
+    bias_table = load_bias_table(inputs.bias_table, queries.number, keys.number, SHAPE.tokens, 1, SHAPE)
+    scores = scores_of(q, k, queries, keys, bias_table, inputs.scale, TAIL, SHAPE)
     larger = tl.maximum(state.largest, tl.max(scores, 1))
     base = finite(larger)
     shrink = exp(state.largest - base)
     weights = exp(scores - base[:, None])  # [M, BLOCK]
     out = add(times(state.out, shrink[:, None], SHAPE), combine(weights, v, SHAPE), SHAPE)
-    return _Online(out, larger, state.total * shrink + tl.sum(weights, 1))
+    return _SoftmaxState(out, larger, state.total * shrink + tl.sum(weights, 1))
 
 
 @triton.jit
@@ -93,13 +95,13 @@ def _forward_queries(
     queries = place(start + tl.arange(0, QUERIES), window, inputs, SHAPE)
     q = load_projection(inputs, queries, 0, SHAPE)
     largest = tl.full([QUERIES], float("-inf"), dtype=tl.float32)
-    state = _Online(zeros(QUERIES, SHAPE), largest, tl.zeros([QUERIES], dtype=tl.float32))
+    state = _SoftmaxState(zeros(QUERIES, SHAPE), largest, tl.zeros([QUERIES], dtype=tl.float32))
     for key in range(0, FULL, BLOCK_N):
-        state = _attend(state, q, queries, key, window, inputs, BLOCK_N, FULL % BLOCK_N != 0, SHAPE)
+        state = online_softmax_step(state, q, queries, key, window, inputs, BLOCK_N, FULL % BLOCK_N != 0, SHAPE)
     if SHAPE.tokens > FULL:
-        state = _attend(state, q, queries, FULL, window, inputs, TAIL_N, True, SHAPE)
+        state = online_softmax_step(state, q, queries, FULL, window, inputs, TAIL_N, True, SHAPE)
     inverse = 1.0 / state.total
-    if SHAPE.scaled:
+    if SHAPE.HAS_ATTN_SCALE:
         means, _ = mean_values(queries, window, inputs, QUERIES, BLOCK_N, TAIL_N, SHAPE)
         out = times(state.out, ((1.0 + inputs.factor) * inverse)[:, None], SHAPE)
         out = add(out, times(means, -inputs.factor, SHAPE), SHAPE)
@@ -112,31 +114,23 @@ def _forward_queries(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def window_attention_blocked_kernel(
+def window_attention_tiled_kernel(
     qkv_pointer,  # [B, H, W, 3, HEADS, HEAD_DIM]
-    padding_pointer,  # [3, HEADS, HEAD_DIM]; read only if SHAPE.filled
-    bias_pointer,  # [HEADS, TOKENS, TOKENS]; read only if SHAPE.biased
-    attn_scale_pointer,  # [HEADS]; read only if SHAPE.scaled
+    pad_token_pointer,  # [3, HEADS, HEAD_DIM]; read only if SHAPE.HAS_PAD_VALUE
+    bias_pointer,  # [HEADS, TOKENS, TOKENS]; read only if SHAPE.HAS_BIAS
+    attn_scale_pointer,  # [HEADS]; read only if SHAPE.HAS_ATTN_SCALE
     output_pointer,  # [B, H, W, HEADS, HEAD_DIM]
     largest_pointer,  # [B, H, W, HEADS], largest score of each query
     inverse_pointer,  # [B, H, W, HEADS], 1 / sum of exp(score - largest)
-    height,
-    width,
-    shift_rows,
-    shift_columns,
-    scale,
-    SHAPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    TAIL_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TAIL_N: tl.constexpr,
-):
+    height, width, shift_rows, shift_columns, scale,
+    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
+):  # fmt: skip
     """Each program: BLOCK_M queries, or the last TAIL_M, of one window and head."""
     BLOCKS: tl.constexpr = (SHAPE.tokens + BLOCK_M - 1) // BLOCK_M
     FULL: tl.constexpr = BLOCKS if TAIL_M == BLOCK_M else SHAPE.tokens // BLOCK_M
     block, head, number = job_of(BLOCKS, SHAPE)
     inputs = inputs_of(
-        head, qkv_pointer, padding_pointer, bias_pointer, attn_scale_pointer,
+        head, qkv_pointer, pad_token_pointer, bias_pointer, attn_scale_pointer,
         height, width, shift_rows, shift_columns, scale, SHAPE,
     )  # fmt: skip
     window = locate(number, inputs, SHAPE)

@@ -30,7 +30,7 @@ from triton.runtime.jit import mangle_type
 
 @dataclass(frozen=True)
 class KernelReport:
-    """What one compiled kernel uses."""
+    """The resources of one compiled kernel."""
 
     name: str
     capability: int  # 90 for sm_90
@@ -82,7 +82,7 @@ def compile_kernel(
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launch would compile."""
+    """One launch of a kernel, as the compiler needs it."""
 
     module: str
     name: str
@@ -93,7 +93,7 @@ class Launch:
 
     @classmethod
     def of(cls, kernel: triton.JITFunction, values: tuple, named: dict[str, Any]) -> Launch:
-        """Of `kernel[grid](*values, **named)`: types, constants and divisibility as Triton finds them."""
+        """The launch `kernel[grid](*values, **named)`: types, constants and divisibility as Triton finds them."""
         given = dict(zip(kernel.arg_names, values, strict=False)) | named
         signature, constants, divisible = {}, {}, []
         for parameter in kernel.params:
@@ -164,7 +164,7 @@ def resource_usage(cubin: bytes) -> dict[str, dict[str, int]]:
 
 
 def block_threads(cubin: bytes) -> dict[str, int]:
-    """Of functions with __launch_bounds__: threads per block."""
+    """Threads per block of functions with __launch_bounds__."""
     pattern = r"\.nv\.info\.(\S+)|EIATTR_MAX_THREADS\s+Format:\s*\S+\s+Value:\s*(0x\w+) (0x\w+) (0x\w+)"
     threads, function = {}, ""
     for name, *sides in re.findall(pattern, _dump(cubin, "-elf")):
@@ -250,7 +250,7 @@ class Loop:
 
 
 def inner_loop(body: list[Instruction]) -> Loop:
-    """Of the innermost loops the one with the most MUFU (exponentials), then the most instructions of interest: all but
+    """The innermost loop with the most MUFU (exponentials), then the most instructions of interest: all but
     "other" and "local".
 
     A loop is a branch back to an instruction that every way to the branch passes, with all that lies on ways between
@@ -328,7 +328,7 @@ def _between(start: int, last: int, before: dict[int, list[int]]) -> frozenset[i
 
 
 def _bytes(name: str) -> int:
-    """That a full warp moves from or to global memory with one instruction."""
+    """Bytes that a full warp moves from or to global memory with one instruction."""
     if not name.startswith(("LDG", "STG")):
         return 0
     width = re.search(r"\.(?:[US]?(8|16)|(64|128|256))\b", name)

@@ -1,4 +1,4 @@
-"""What the Triton kernels of windowed attention share: tiles in and out, arithmetic of tiles, scores.
+"""Shared by the Triton kernels of windowed attention: tiles in and out, arithmetic of tiles, scores.
 
 A tile of tokens is a tuple of one or two tensors [T, channels]: head_dim 45 is 32 + 16 channels, not 64.
 """
@@ -8,10 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .products import dot
-
-LOG2E = tl.constexpr(1.4426950408889634)
-REGION_SCORE = tl.constexpr(-100.0)  # where padding is attended, this on scores of tokens of different regions
+from .dot import dot
 
 # --------------------------------------------------------------------------- tiles in and out
 
@@ -36,15 +33,15 @@ def load(pointer, tokens, STRIDE: tl.constexpr, SHAPE: tl.constexpr):
 
 @triton.jit
 def load_projection(inputs, tokens, WHICH: tl.constexpr, SHAPE: tl.constexpr):
-    """q (0), k (1) or v (2) of tokens. Padding has the k and v of `inputs.padding`; nobody looks at its q."""
+    """q (0), k (1) or v (2) of tokens. Padding has the k and v of `inputs.pad_token`; nobody looks at its q."""
     tile = load(inputs.qkv + WHICH * SHAPE.channels, tokens, 3 * SHAPE.channels, SHAPE)
-    if SHAPE.filled and WHICH > 0:
-        padding = tokens.there & ~tokens.real
+    if SHAPE.HAS_PAD_VALUE and WHICH > 0:
+        is_padding = tokens.is_key & ~tokens.real
         filled = ()
         for part in tl.static_range(len(SHAPE.parts)):
             channel = part * SHAPE.parts[0] + tl.arange(0, SHAPE.parts[part])
-            mask = padding[:, None] & (channel < SHAPE.head_dim)[None, :]
-            elements = inputs.padding + WHICH * SHAPE.channels + channel[None, :] + tl.zeros_like(mask).to(tl.int32)
+            mask = is_padding[:, None] & (channel < SHAPE.head_dim)[None, :]
+            elements = inputs.pad_token + WHICH * SHAPE.channels + channel[None, :] + tl.zeros_like(mask).to(tl.int32)
             filled += (tl.load(elements, mask=mask, other=tile[part]),)
         tile = filled
     return tile
@@ -61,24 +58,24 @@ def store(pointer, tile, tokens, STRIDE: tl.constexpr, SHAPE: tl.constexpr):
 @triton.jit
 def store_padding_sums(pointer, tile, place, WHICH: tl.constexpr, tokens, SHAPE: tl.constexpr):
     """Sums of a tile over the tokens that are padding, if there are some, to [.., 2, HEAD_DIM] at [place, WHICH]."""
-    padding = tokens.there & ~tokens.real
-    if tl.max(padding.to(tl.int32), 0) > 0:
+    is_padding = tokens.is_key & ~tokens.real
+    if tl.max(is_padding.to(tl.int32), 0) > 0:
         pointer += (tl.cast(place, tl.int64) * 2 + WHICH) * SHAPE.head_dim
         for part in tl.static_range(len(SHAPE.parts)):
             channel = part * SHAPE.parts[0] + tl.arange(0, SHAPE.parts[part])
-            sums = tl.sum(tl.where(padding[:, None], tile[part], 0.0), 0)
+            sums = tl.sum(tl.where(is_padding[:, None], tile[part], 0.0), 0)
             tl.store(pointer + channel, sums, mask=channel < SHAPE.head_dim)
 
 
 @triton.jit
-def load_table(pointer, rows, columns, ROW: tl.constexpr, COLUMN: tl.constexpr, SHAPE: tl.constexpr):
-    """Of one head's bias [TOKENS, TOKENS], as float32: entries row * ROW + column * COLUMN; 0.0 without a bias."""
-    table = 0.0
-    if SHAPE.biased:
+def load_bias_table(pointer, rows, columns, ROW: tl.constexpr, COLUMN: tl.constexpr, SHAPE: tl.constexpr):
+    """Entries row * ROW + column * COLUMN of one head's bias [TOKENS, TOKENS], as float32; 0.0 without a bias."""
+    bias_table = 0.0
+    if SHAPE.HAS_BIAS:
         mask = (rows < SHAPE.tokens)[:, None] & (columns < SHAPE.tokens)[None, :]
         elements = pointer + rows[:, None] * ROW + columns[None, :] * COLUMN
-        table = tl.load(elements, mask=mask, other=0.0).to(tl.float32)
-    return table
+        bias_table = tl.load(elements, mask=mask, other=0.0).to(tl.float32)
+    return bias_table
 
 
 # --------------------------------------------------------------------------- arithmetic of tiles
@@ -86,7 +83,8 @@ def load_table(pointer, rows, columns, ROW: tl.constexpr, COLUMN: tl.constexpr, 
 
 @triton.jit
 def exp(x):
-    """Of scores less a maximum: scaled after the subtraction, so that the maximum's own weight is exactly 1."""
+    """exp of scores less a maximum: scaled after the subtraction, so that the maximum's own weight is exactly 1."""
+    LOG2E: tl.constexpr = 1.4426950408889634
     return tl.exp2(x * LOG2E)
 
 
@@ -168,23 +166,24 @@ def allowed(a, b):
 
 
 @triton.jit
-def scores_of(a, b, rows, columns, table, scale, TAIL: tl.constexpr, SHAPE: tl.constexpr):
+def scores_of(a, b, rows, columns, bias_table, scale, TAIL: tl.constexpr, SHAPE: tl.constexpr):
     """Tiles a of `rows` and b of `columns`, queries and keys or the reverse -> scores [M, N]. With TAIL some columns
     are keys that are not there; such rows may have any score, as nobody sums over rows."""
+    REGION_SCORE: tl.constexpr = -100.0  # where padding is attended, this on scores of tokens of different regions
     scores = inner(a, b, SHAPE) * scale
-    if SHAPE.biased:
-        scores += table
-    if SHAPE.masked:
+    if SHAPE.HAS_BIAS:
+        scores += bias_table
+    if SHAPE.MASKED:
         scores = tl.where(rows.region[:, None] == columns.region[None, :], scores, float("-inf"))
     else:
-        if SHAPE.shifted:
+        if SHAPE.SHIFTED:
             scores = tl.where(rows.region[:, None] == columns.region[None, :], scores, scores + REGION_SCORE)
         if TAIL:
-            scores = tl.where(columns.there[None, :], scores, float("-inf"))
+            scores = tl.where(columns.is_key[None, :], scores, float("-inf"))
     return scores
 
 
 @triton.jit
 def finite(largest):
-    """Of a row without keys the largest score is -inf: subtracting 0 instead leaves weights of 0, not NaN."""
+    """Largest scores that can be subtracted: a row without keys has -inf; 0 instead leaves weights of 0, not NaN."""
     return tl.where(largest == float("-inf"), 0.0, largest)

@@ -1,0 +1,306 @@
+"""Triton kernels of the backward pass of attention in windows that do not fit a tile: for q, for k and v, and for the
+bias. Each finds the weights again, as in FlashAttention-2 (arXiv 2307.08691).
+
+With AttnScale, output = (1 + w) Y - w M, the attention's gradient is (1 + w) gradient @ v, and its mean under the
+attention is <gradient, output> + w <gradient, M>: nothing is divided by 1 + w.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .window_attention_geometry import SIZES, inputs_of, locate, place
+from .window_attention_tile_ops import (
+    add,
+    allowed,
+    combine,
+    exp,
+    inner,
+    load,
+    load_bias_table,
+    load_projection,
+    row_sums,
+    scores_of,
+    store,
+    store_padding_sums,
+    times,
+    zeros,
+)
+from .window_attention_tiled import job_of, mean_values
+
+
+class _QueryStatistics(NamedTuple):
+    """Pointers to numbers [B, H, W, HEADS] about queries, at a head."""
+
+    largest: tl.tensor
+    inverse: tl.tensor
+    delta: tl.tensor  # sum of attention * its gradient, times 1 + w
+    share: tl.tensor  # w / number of keys; used only if SHAPE.HAS_ATTN_SCALE
+
+
+@triton.jit
+def _load_statistic(pointer, queries, OTHER: tl.constexpr, SHAPE: tl.constexpr):
+    # [M]
+    row = (queries.start + queries.index) * SHAPE.heads
+    return tl.load(pointer + row, mask=queries.real, other=OTHER)
+
+
+@triton.jit
+def _statistics(saved, queries, SHAPE: tl.constexpr):
+    # largest score and 1 / sum of weights; where no query is, values that make every weight 0
+    largest = _load_statistic(saved.largest, queries, float("inf"), SHAPE)
+    return largest, _load_statistic(saved.inverse, queries, 0.0, SHAPE)
+
+
+@triton.jit
+def _score_gradient(weights, products, delta, factor, SHAPE: tl.constexpr):
+    # the gradient of scores from products, gradient @ v
+    if SHAPE.HAS_ATTN_SCALE:
+        products *= 1.0 + factor
+    return weights * (products - delta)
+
+
+class _Queries(NamedTuple):
+    """M queries, with all that their gradient is made of."""
+
+    tokens: tl.tensor
+    q: tl.tensor  # a tile, as the next
+    grad_output: tl.tensor
+    largest: tl.tensor  # [M], as the next two
+    inverse: tl.tensor
+    delta: tl.tensor
+
+
+@triton.jit
+def _add_q_gradient(
+    grad_q, products, queries, start, window, inputs, BLOCK: tl.constexpr, TAIL: tl.constexpr, SHAPE: tl.constexpr
+):
+    # grad_q, a tile, and (if scaled) sum of attention * its gradient [M] after BLOCK more keys
+    keys = place(start + tl.arange(0, BLOCK), window, inputs, SHAPE)
+    k = load_projection(inputs, keys, 1, SHAPE)
+    v = load_projection(inputs, keys, 2, SHAPE)
+    bias_table = load_bias_table(inputs.bias_table, queries.tokens.number, keys.number, SHAPE.tokens, 1, SHAPE)
+    scores = scores_of(queries.q, k, queries.tokens, keys, bias_table, inputs.scale, TAIL, SHAPE)
+    weights = exp(scores - queries.largest[:, None]) * queries.inverse[:, None]  # [M, BLOCK]
+    grad_weights = inner(queries.grad_output, v, SHAPE)
+    if SHAPE.HAS_ATTN_SCALE:
+        products += tl.sum(weights * grad_weights, 1)
+    grad_scores = _score_gradient(weights, grad_weights, queries.delta[:, None], inputs.factor, SHAPE)
+    return add(grad_q, combine(grad_scores, k, SHAPE), SHAPE), products
+
+
+@triton.jit
+def _q_gradient(
+    inputs, saved, output_pointer, grad_output_pointer, grad_q_pointer, grad_attn_scale_pointer, start, window,
+    QUERIES: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, SHAPE: tl.constexpr,
+):  # fmt: skip
+    # the gradient of QUERIES queries from `start` on, through all keys
+    FULL: tl.constexpr = SHAPE.tokens if TAIL_N == BLOCK_N else SHAPE.tokens // BLOCK_N * BLOCK_N  # keys in blocks
+    tokens = place(start + tl.arange(0, QUERIES), window, inputs, SHAPE)
+    row = (tokens.start + tokens.index) * SHAPE.heads
+    grad_output = load(grad_output_pointer, tokens, SHAPE.channels, SHAPE)
+    delta = row_sums(load(output_pointer, tokens, SHAPE.channels, SHAPE), grad_output, SHAPE)
+    of_means = tl.zeros([QUERIES], dtype=tl.float32)  # gradient * mean of values, summed over the channels
+    if SHAPE.HAS_ATTN_SCALE:
+        means, inverse_counts = mean_values(tokens, window, inputs, QUERIES, BLOCK_N, TAIL_N, SHAPE)
+        of_means = row_sums(means, grad_output, SHAPE)
+        delta += inputs.factor * of_means
+        tl.store(saved.share + row, inputs.factor * inverse_counts, mask=tokens.real)
+    tl.store(saved.delta + row, delta, mask=tokens.real)
+    largest, inverse = _statistics(saved, tokens, SHAPE)
+    queries = _Queries(tokens, load_projection(inputs, tokens, 0, SHAPE), grad_output, largest, inverse, delta)
+    grad_q, products = zeros(QUERIES, SHAPE), tl.zeros([QUERIES], dtype=tl.float32)
+    for key in range(0, FULL, BLOCK_N):
+        grad_q, products = _add_q_gradient(
+            grad_q, products, queries, key, window, inputs, BLOCK_N, FULL % BLOCK_N != 0, SHAPE
+        )
+    if SHAPE.tokens > FULL:
+        grad_q, products = _add_q_gradient(grad_q, products, queries, FULL, window, inputs, TAIL_N, True, SHAPE)
+    store(grad_q_pointer, times(grad_q, inputs.scale, SHAPE), tokens, 3 * SHAPE.channels, SHAPE)
+    if SHAPE.HAS_ATTN_SCALE:
+        tl.store(grad_attn_scale_pointer + tl.program_id(0), tl.sum(products - of_means, 0))
+
+
+@triton.jit(do_not_specialize=SIZES)
+def window_attention_q_gradient_kernel(
+    qkv_pointer,  # [B, H, W, 3, HEADS, HEAD_DIM]
+    pad_token_pointer,  # [3, HEADS, HEAD_DIM]; read only if SHAPE.HAS_PAD_VALUE
+    bias_pointer,  # [HEADS, TOKENS, TOKENS]; read only if SHAPE.HAS_BIAS
+    attn_scale_pointer,  # [HEADS]; read only if SHAPE.HAS_ATTN_SCALE
+    grad_output_pointer,  # [B, H, W, HEADS, HEAD_DIM]
+    largest_pointer,  # [B, H, W, HEADS]
+    inverse_pointer,  # [B, H, W, HEADS]
+    delta_pointer,  # [B, H, W, HEADS], as the next: written, for the other kernels
+    share_pointer,
+    output_pointer,  # [B, H, W, HEADS, HEAD_DIM]
+    grad_qkv_pointer,  # as qkv; q's part is written
+    grad_attn_scale_pointer,  # [windows, HEADS, blocks of queries]; written only if SHAPE.HAS_ATTN_SCALE
+    height, width, shift_rows, shift_columns, scale,
+    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
+):  # fmt: skip
+    """Each program: BLOCK_M queries, or the last TAIL_M, of one window and head."""
+    BLOCKS: tl.constexpr = (SHAPE.tokens + BLOCK_M - 1) // BLOCK_M
+    FULL: tl.constexpr = BLOCKS if TAIL_M == BLOCK_M else SHAPE.tokens // BLOCK_M
+    block, head, number = job_of(BLOCKS, SHAPE)
+    inputs = inputs_of(
+        head, qkv_pointer, pad_token_pointer, bias_pointer, attn_scale_pointer,
+        height, width, shift_rows, shift_columns, scale, SHAPE,
+    )  # fmt: skip
+    saved = _QueryStatistics(largest_pointer + head, inverse_pointer + head, delta_pointer + head, share_pointer + head)
+    window = locate(number, inputs, SHAPE)
+    offset = head * SHAPE.head_dim
+    if block < FULL:
+        _q_gradient(
+            inputs, saved, output_pointer + offset, grad_output_pointer + offset, grad_qkv_pointer + offset,
+            grad_attn_scale_pointer, block * BLOCK_M, window, BLOCK_M, BLOCK_N, TAIL_N, SHAPE,
+        )  # fmt: skip
+    elif FULL < BLOCKS:
+        _q_gradient(
+            inputs, saved, output_pointer + offset, grad_output_pointer + offset, grad_qkv_pointer + offset,
+            grad_attn_scale_pointer, FULL * BLOCK_M, window, TAIL_M, BLOCK_N, TAIL_N, SHAPE,
+        )  # fmt: skip
+
+
+class _Keys(NamedTuple):
+    """N keys, with all that their gradient is made of."""
+
+    tokens: tl.tensor
+    k: tl.tensor  # a tile, as the next
+    v: tl.tensor
+
+
+@triton.jit
+def _add_kv_gradient(
+    grad_k, grad_v, keys, grad_output_pointer, saved, start, window, inputs, BLOCK: tl.constexpr, SHAPE: tl.constexpr
+):
+    # grad_k, grad_v, tiles of N keys, after BLOCK more queries; scores and weights are transposed, [N, BLOCK]
+    queries = place(start + tl.arange(0, BLOCK), window, inputs, SHAPE)
+    q = load_projection(inputs, queries, 0, SHAPE)
+    grad_output = load(grad_output_pointer, queries, SHAPE.channels, SHAPE)
+    largest, inverse = _statistics(saved, queries, SHAPE)
+    delta = _load_statistic(saved.delta, queries, 0.0, SHAPE)
+    bias_table = load_bias_table(inputs.bias_table, keys.tokens.number, queries.number, 1, SHAPE.tokens, SHAPE)
+    scores = scores_of(keys.k, q, keys.tokens, queries, bias_table, inputs.scale, False, SHAPE)
+    weights = exp(scores - largest[None, :]) * inverse[None, :]
+    applied = weights
+    if SHAPE.HAS_ATTN_SCALE:
+        share = _load_statistic(saved.share, queries, 0.0, SHAPE)
+        applied = (1.0 + inputs.factor) * weights - allowed(keys.tokens, queries) * share[None, :]
+    grad_v = add(grad_v, combine(applied, grad_output, SHAPE), SHAPE)
+    grad_scores = _score_gradient(weights, inner(keys.v, grad_output, SHAPE), delta[None, :], inputs.factor, SHAPE)
+    return add(grad_k, combine(grad_scores, q, SHAPE), SHAPE), grad_v
+
+
+@triton.jit
+def _kv_gradient(
+    inputs, saved, grad_output_pointer, grad_q_pointer, grad_pad_token_pointer, start, window,
+    KEYS: tl.constexpr, BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, SHAPE: tl.constexpr,
+):  # fmt: skip
+    # the gradients of KEYS keys and values from `start` on, through all queries
+    FULL: tl.constexpr = SHAPE.tokens if TAIL_M == BLOCK_M else SHAPE.tokens // BLOCK_M * BLOCK_M  # queries in blocks
+    tokens = place(start + tl.arange(0, KEYS), window, inputs, SHAPE)
+    keys = _Keys(tokens, load_projection(inputs, tokens, 1, SHAPE), load_projection(inputs, tokens, 2, SHAPE))
+    grad_k, grad_v = zeros(KEYS, SHAPE), zeros(KEYS, SHAPE)
+    for query in range(0, FULL, BLOCK_M):
+        grad_k, grad_v = _add_kv_gradient(
+            grad_k, grad_v, keys, grad_output_pointer, saved, query, window, inputs, BLOCK_M, SHAPE
+        )
+    if SHAPE.tokens > FULL:
+        grad_k, grad_v = _add_kv_gradient(
+            grad_k, grad_v, keys, grad_output_pointer, saved, FULL, window, inputs, TAIL_M, SHAPE
+        )
+    grad_k = times(grad_k, inputs.scale, SHAPE)
+    store(grad_q_pointer + SHAPE.channels, grad_k, tokens, 3 * SHAPE.channels, SHAPE)
+    store(grad_q_pointer + 2 * SHAPE.channels, grad_v, tokens, 3 * SHAPE.channels, SHAPE)
+    if SHAPE.HAS_PAD_VALUE:
+        store_padding_sums(grad_pad_token_pointer, grad_k, tl.program_id(0), 0, tokens, SHAPE)
+        store_padding_sums(grad_pad_token_pointer, grad_v, tl.program_id(0), 1, tokens, SHAPE)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def window_attention_kv_gradient_kernel(
+    qkv_pointer,  # [B, H, W, 3, HEADS, HEAD_DIM]
+    pad_token_pointer,  # [3, HEADS, HEAD_DIM]; read only if SHAPE.HAS_PAD_VALUE
+    bias_pointer,  # [HEADS, TOKENS, TOKENS]; read only if SHAPE.HAS_BIAS
+    attn_scale_pointer,  # [HEADS]; read only if SHAPE.HAS_ATTN_SCALE
+    grad_output_pointer,  # [B, H, W, HEADS, HEAD_DIM]
+    largest_pointer,  # [B, H, W, HEADS], as the next three
+    inverse_pointer,
+    delta_pointer,
+    share_pointer,
+    grad_qkv_pointer,  # as qkv; the parts of k and v are written
+    grad_pad_token_pointer,  # [windows, HEADS, blocks of keys, 2, HEAD_DIM]: as in the kernel of single tiles
+    height, width, shift_rows, shift_columns, scale,
+    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
+):  # fmt: skip
+    """Each program: BLOCK_N keys, or the last TAIL_N, of one window and head."""
+    BLOCKS: tl.constexpr = (SHAPE.tokens + BLOCK_N - 1) // BLOCK_N
+    FULL: tl.constexpr = BLOCKS if TAIL_N == BLOCK_N else SHAPE.tokens // BLOCK_N
+    block, head, number = job_of(BLOCKS, SHAPE)
+    inputs = inputs_of(
+        head, qkv_pointer, pad_token_pointer, bias_pointer, attn_scale_pointer,
+        height, width, shift_rows, shift_columns, scale, SHAPE,
+    )  # fmt: skip
+    saved = _QueryStatistics(largest_pointer + head, inverse_pointer + head, delta_pointer + head, share_pointer + head)
+    window = locate(number, inputs, SHAPE)
+    offset = head * SHAPE.head_dim
+    if block < FULL:
+        _kv_gradient(
+            inputs, saved, grad_output_pointer + offset, grad_qkv_pointer + offset, grad_pad_token_pointer,
+            block * BLOCK_N, window, BLOCK_N, BLOCK_M, TAIL_M, SHAPE,
+        )  # fmt: skip
+    elif FULL < BLOCKS:
+        _kv_gradient(
+            inputs, saved, grad_output_pointer + offset, grad_qkv_pointer + offset, grad_pad_token_pointer,
+            FULL * BLOCK_N, window, TAIL_N, BLOCK_M, TAIL_M, SHAPE,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=SIZES)
+def window_attention_bias_gradient_kernel(
+    qkv_pointer,  # [B, H, W, 3, HEADS, HEAD_DIM]
+    pad_token_pointer,  # [3, HEADS, HEAD_DIM]; read only if SHAPE.HAS_PAD_VALUE
+    bias_pointer,  # [HEADS, TOKENS, TOKENS]
+    attn_scale_pointer,  # [HEADS]; read only if SHAPE.HAS_ATTN_SCALE
+    grad_output_pointer,  # [B, H, W, HEADS, HEAD_DIM]
+    largest_pointer,  # [B, H, W, HEADS], as the next three
+    inverse_pointer,
+    delta_pointer,
+    share_pointer,
+    grad_bias_pointer,  # [groups of windows, HEADS, TOKENS, TOKENS]
+    windows, per_program, height, width, shift_rows, shift_columns, scale,
+    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Each program: one tile of one head's bias_table, summed over `per_program` windows."""
+    DOWN: tl.constexpr = (SHAPE.tokens + BLOCK_M - 1) // BLOCK_M
+    ACROSS: tl.constexpr = (SHAPE.tokens + BLOCK_N - 1) // BLOCK_N
+    tile, head, group = job_of(DOWN * ACROSS, SHAPE)
+    inputs = inputs_of(
+        head, qkv_pointer, pad_token_pointer, bias_pointer, attn_scale_pointer,
+        height, width, shift_rows, shift_columns, scale, SHAPE,
+    )  # fmt: skip
+    saved = _QueryStatistics(largest_pointer + head, inverse_pointer + head, delta_pointer + head, share_pointer + head)
+    query = tile // ACROSS * BLOCK_M + tl.arange(0, BLOCK_M)
+    key = tile % ACROSS * BLOCK_N + tl.arange(0, BLOCK_N)
+    grad_output_pointer += head * SHAPE.head_dim
+    bias_table = load_bias_table(inputs.bias_table, query, key, SHAPE.tokens, 1, SHAPE)
+    grad_bias = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    first = group * per_program
+    for number in range(first, tl.minimum(first + per_program, windows)):
+        window = locate(number, inputs, SHAPE)
+        queries, keys = place(query, window, inputs, SHAPE), place(key, window, inputs, SHAPE)
+        q = load_projection(inputs, queries, 0, SHAPE)
+        k = load_projection(inputs, keys, 1, SHAPE)
+        v = load_projection(inputs, keys, 2, SHAPE)
+        grad_output = load(grad_output_pointer, queries, SHAPE.channels, SHAPE)
+        largest, inverse = _statistics(saved, queries, SHAPE)
+        delta = _load_statistic(saved.delta, queries, 0.0, SHAPE)
+        scores = scores_of(q, k, queries, keys, bias_table, scale, False, SHAPE)
+        weights = exp(scores - largest[:, None]) * inverse[:, None]  # [BLOCK_M, BLOCK_N]
+        grad_bias += _score_gradient(weights, inner(grad_output, v, SHAPE), delta[:, None], inputs.factor, SHAPE)
+    start = grad_bias_pointer + (tl.cast(group, tl.int64) * SHAPE.heads + head) * (SHAPE.tokens * SHAPE.tokens)
+    mask = (query < SHAPE.tokens)[:, None] & (key < SHAPE.tokens)[None, :]
+    tl.store(start + query[:, None] * SHAPE.tokens + key[None, :], grad_bias, mask=mask)

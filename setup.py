@@ -47,6 +47,7 @@ CXX_FLAGS = [
     "-Wno-unknown-pragmas",
 ]
 NVCC_FLAGS = ["-O3", "--threads=2"]
+ISAS = {"portable": 16, "avx2": 32, "avx512": 64}  # instruction sets of CPU kernels, and the bytes of their vectors
 SANITIZERS = os.environ.get("ASVIT_FAST_SANITIZE", "")
 if SANITIZERS:  # later flags win
     CXX_FLAGS += ["-O1", "-g1", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all"]
@@ -249,6 +250,25 @@ def remove_extension(folder: Path) -> None:
 # --------------------------------------------------------------------------- the extension
 
 
+def isa_sources() -> list[Path]:
+    """A source for each family of CPU kernels and instruction set: csrc/cpu/compile_for_isa.h with its settings."""
+    folder = ROOT / "build" / "isa"
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = []
+    for op in sorted(path.stem for path in ROOT.glob("csrc/*.h") if (ROOT / f"csrc/cpu/{path.stem}_kernel.h").exists()):
+        backward = (ROOT / f"csrc/cpu/{op}_backward_kernel.h").exists()  # it includes the forward kernels
+        kernels = f"cpu/{op}_backward_kernel.h" if backward else f"cpu/{op}_kernel.h"
+        for isa, vector_bytes in ISAS.items():
+            settings = {"ISA": isa, "VECTOR_BYTES": vector_bytes, "INTERFACE": f'"{op}.h"', "KERNELS": f'"{kernels}"'}
+            text = "".join(f"#define ASVIT_FAST_{name} {value}\n" for name, value in settings.items())
+            text += '#include "cpu/compile_for_isa.h"\n'
+            source = folder / f"{op}_{isa}.cpp"
+            if not source.exists() or source.read_text() != text:  # else its object is up to date
+                source.write_text(text)
+            sources.append(source)
+    return sources
+
+
 def make_extension(plan: Plan) -> tuple[Any, type]:
     """The extension and the command that builds it (torch's, with a report and a lasting folder for its objects)."""
     scripts = sysconfig.get_path("scripts")  # ninja installed by pip is found even if the environment is not activated
@@ -258,7 +278,7 @@ def make_extension(plan: Plan) -> tuple[Any, type]:
         os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(plan.report["archs"])
     from torch.utils import cpp_extension
 
-    sources = sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")])
+    sources = [*sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]), *isa_sources()]
     if plan.toolkit:
         cpp_extension.CUDA_HOME = str(plan.toolkit.root)
         sources += sorted(ROOT.glob("csrc/cuda/*.cu"))

@@ -2,46 +2,21 @@
 // is in cpu/.
 #include "patch_embed.h"
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <array>
-#include <optional>
 #include <tuple>
 
-#include "cpu/dispatch.h"
-#include "stacked.h"
+#include "tensor_utils.h"
 
 namespace asvit_fast {
 namespace {
 
-constexpr double kGrain = 1 << 18;      // multiply-adds a thread should have at least
+constexpr const char* kOp = "patch_embed";
 constexpr int64_t kPieceTokens = 1024;  // of a piece, at least: adding up its gradients is little beside finding them
 constexpr int64_t kMaximumPieces = 64;
 constexpr double kMaximumWorkspace = 1ll << 48;  // elements
-
-template <typename T>
-constexpr PerIsa<PatchEmbedCpu<T>> kForward;
-template <>
-constexpr PerIsa<PatchEmbedCpu<float>> kForward<float> = ASVIT_FAST_PER_ISA(patch_embed_f32);
-template <>
-constexpr PerIsa<PatchEmbedCpu<double>> kForward<double> = ASVIT_FAST_PER_ISA(patch_embed_f64);
-template <typename T>
-constexpr PerIsa<PatchEmbedBackwardCpu<T>> kBackward;
-template <>
-constexpr PerIsa<PatchEmbedBackwardCpu<float>> kBackward<float> = ASVIT_FAST_PER_ISA(patch_embed_backward_f32);
-template <>
-constexpr PerIsa<PatchEmbedBackwardCpu<double>> kBackward<double> = ASVIT_FAST_PER_ISA(patch_embed_backward_f64);
-
-using OptionalTensor = std::optional<at::Tensor>;
-
-int64_t tokens_along(int64_t size, int64_t zeros, int64_t kernel, int64_t stride, int64_t dilation) {
-  return (size + zeros - dilation * (kernel - 1) - 1) / stride + 1;
-}
 
 void check(const at::Tensor& image, const at::Tensor& weight, int64_t stride, int64_t dilation,
            at::IntArrayRef padding) {
@@ -49,9 +24,7 @@ void check(const at::Tensor& image, const at::Tensor& weight, int64_t stride, in
                         weight.size(2) == weight.size(3) && weight.numel() > 0,
                     "patch_embed: image must be [B, Cin, H, W] and weight [C, Cin, K, K], not ", image.sizes(), " and ",
                     weight.sizes());
-  const auto is_padding = [](int64_t zeros) { return is_count(zeros, 0); };
-  TORCH_CHECK_VALUE(is_count(stride, 1) && is_count(dilation, 1) && padding.size() == 4 &&
-                        std::all_of(padding.begin(), padding.end(), is_padding) && is_count(weight.size(2), 1),
+  TORCH_CHECK_VALUE(is_count(stride, 1) && is_count(dilation, 1) && is_padding(padding) && is_count(weight.size(2), 1),
                     "patch_embed: stride ", stride, " and dilation ", dilation, " must be positive, padding ", padding,
                     " four numbers of zeros, all below 2^31");
   const int64_t span = dilation * (weight.size(2) - 1) + 1;
@@ -62,8 +35,8 @@ void check(const at::Tensor& image, const at::Tensor& weight, int64_t stride, in
   TORCH_CHECK_VALUE(row * static_cast<double>(weight.size(1) * weight.size(2)) < kMaximumWorkspace,
                     "patch_embed: patches ", weight.sizes(), " at stride ", stride, " and padding ", padding,
                     " are too large");
-  scalar_type("patch_embed", image.scalar_type());
-  check_companion("patch_embed", "weight", weight, image);
+  scalar_type(kOp, image.scalar_type());
+  check_companion(kOp, "weight", weight, image);
 }
 
 // Operands in the type that is computed in, low precision widened once, and parameters as the kernels read them.
@@ -90,11 +63,8 @@ struct Inputs {
     image = picture.to(type);
     const int64_t patch = weight[0].numel(), padded = (channels + kChannelBlock - 1) / kChannelBlock * kChannelBlock;
     parameters = at::empty({patch + 3, padded}, image.options());
-    if (type == at::kDouble) {
-      pack<double>(weight, {bias, norm_weight, norm_bias}, patch, padded);
-    } else {
-      pack<float>(weight, {bias, norm_weight, norm_bias}, patch, padded);
-    }
+    with_compute_type(kOp, type,
+                      [&](auto zero) { pack<decltype(zero)>(weight, {bias, norm_weight, norm_bias}, patch, padded); });
   }
 
   template <typename T>
@@ -114,7 +84,7 @@ struct Inputs {
     for (const OptionalTensor& vector : vectors) {
       std::fill(to, to + padded, T(0));
       if (vector) {
-        check_operand("patch_embed", "a bias or norm parameter", vector, {channels}, weight);
+        check_operand(kOp, "a bias or norm parameter", vector, {channels}, weight);
         const at::Tensor one = vector->to(type).contiguous();
         std::copy_n(one.const_data_ptr<T>(), channels, to);
       }
@@ -125,7 +95,7 @@ struct Inputs {
   template <typename T>
   PatchEmbed<T> problem() const {
     const int64_t height = image.size(2), width = image.size(3);
-    const int64_t patch = parameters.size(0) - 3, padded = parameters.size(1);
+    const int64_t patch = parameters.size(0) - 3, padded = parameters.size(1), span = dilation * (kernel - 1) + 1;
     const T* weight = parameters.const_data_ptr<T>();
     const T* bias = weight + patch * padded;
     return {image.const_data_ptr<T>(),
@@ -139,24 +109,14 @@ struct Inputs {
             dilation,
             padding[0],
             padding[2],
-            tokens_along(height, padding[2] + padding[3], kernel, stride, dilation),
-            tokens_along(width, padding[0] + padding[1], kernel, stride, dilation),
+            patches_along(height, padding[2] + padding[3], span, stride),
+            patches_along(width, padding[0] + padding[1], span, stride),
             channels,
             weight,
             bias,
             norm ? bias + padded : nullptr,
             norm ? bias + 2 * padded : nullptr,
             static_cast<T>(eps)};
-  }
-
-  // `run` with the problem in the type that is computed in.
-  template <typename Run>
-  void in_working_type(Run run) const {
-    if (type == at::kDouble) {
-      run(problem<double>());
-    } else {
-      run(problem<float>());
-    }
   }
 };
 
@@ -166,14 +126,11 @@ double row_work(const PatchEmbed<T>& problem) {
   return static_cast<double>(problem.columns) * problem.patch() * problem.padded();
 }
 
-template <typename T, typename Kernel>
-void run_parallel(const PatchEmbedWorkspace& workspace, int64_t tasks, double work, const at::TensorOptions& options,
-                  Kernel kernel) {
-  const auto grain = static_cast<int64_t>(kGrain / (work + 1)) + 1;
-  at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-    const at::Tensor memory = at::empty({workspace.total()}, options);
-    kernel(begin, end, memory.mutable_data_ptr<T>());
-  });
+// run(begin, end, workspace) on parts of 0 <= i < count, each of `work` multiply-adds.
+template <typename T, typename Run>
+void parallel_with(const PatchEmbedWorkspace& workspace, int64_t count, double work, Run run) {
+  parallel_with_memory(count, work, workspace.total() * static_cast<int64_t>(sizeof(T)),
+                       [&](int64_t begin, int64_t end, void* memory) { run(begin, end, static_cast<T*>(memory)); });
 }
 
 // The tokens [B, Ho, Wo, C] and, to keep for the backward pass, the values of the convolution (else empty).
@@ -185,15 +142,16 @@ std::tuple<at::Tensor, at::Tensor> patch_embed_cpu(const at::Tensor& image, cons
   const Inputs inputs(image, weight, bias, stride, dilation, padding, norm_weight, norm_bias, eps);
   const auto options = inputs.image.options();
   at::Tensor output, values;
-  inputs.in_working_type([&](auto problem) {
-    using T = std::remove_cv_t<decltype(problem.eps)>;
+  with_compute_type(kOp, inputs.type, [&](auto zero) {
+    using T = decltype(zero);
+    const PatchEmbed<T> problem = inputs.problem<T>();
     output = at::empty({problem.batch, problem.rows, problem.columns, problem.channels}, options);
     values = at::empty(keep ? output.sizes() : at::IntArrayRef{0}, options);
     if (output.numel() == 0) return;
-    const auto kernel = select(kForward<T>);
+    const auto kernel = ASVIT_FAST_SELECT(patch_embed<T>);
     T *to = output.mutable_data_ptr<T>(), *kept = keep ? values.mutable_data_ptr<T>() : nullptr;
-    run_parallel<T>(PatchEmbedWorkspace(problem, false), problem.batch * problem.rows, row_work(problem), options,
-                    [&](int64_t begin, int64_t end, T* memory) { kernel(problem, to, kept, begin, end, memory); });
+    parallel_with<T>(PatchEmbedWorkspace(problem, false), problem.batch * problem.rows, row_work(problem),
+                     [&](int64_t begin, int64_t end, T* memory) { kernel(problem, to, kept, begin, end, memory); });
   });
   return {output.to(dtype), values};
 }
@@ -233,8 +191,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> patch_emb
   const auto nothing = [&] { return at::empty({0}, options); };  // each its own, as outputs must not share memory
   const at::Tensor to_tokens = tokens_wanted ? at::empty(wide.sizes(), options) : nothing();
   at::Tensor sums;
-  inputs.in_working_type([&](auto problem) {
-    using T = std::remove_cv_t<decltype(problem.eps)>;
+  with_compute_type(kOp, inputs.type, [&](auto zero) {
+    using T = decltype(zero);
+    const PatchEmbed<T> problem = inputs.problem<T>();
     TORCH_CHECK_VALUE(
         gradient.sizes() == at::IntArrayRef({problem.batch, problem.rows, problem.columns, problem.channels}) &&
             (values.numel() == 0 || values.sizes() == gradient.sizes()),
@@ -244,7 +203,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> patch_emb
     const int64_t pieces = gradient.numel() > 0 ? piece_count(problem) : 1;
     if (parameters_wanted) sums = at::zeros({pieces, problem.patch() + 3, problem.padded()}, options);
     if (gradient.numel() == 0) return;
-    const auto kernel = select(kBackward<T>);
+    const auto kernel = ASVIT_FAST_SELECT(patch_embed_backward<T>);
     const PatchEmbedBackward<T> backward = {problem,
                                             wide.const_data_ptr<T>(),
                                             kept.numel() > 0 ? kept.const_data_ptr<T>() : nullptr,
@@ -252,8 +211,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> patch_emb
                                             parameters_wanted ? sums.mutable_data_ptr<T>() : nullptr,
                                             pieces};
     const double work = 2 * row_work(problem) * problem.batch * problem.rows / pieces;
-    run_parallel<T>(PatchEmbedWorkspace(problem, true), pieces, work, options,
-                    [&](int64_t begin, int64_t end, T* memory) { kernel(backward, begin, end, memory); });
+    parallel_with<T>(PatchEmbedWorkspace(problem, true), pieces, work,
+                     [&](int64_t begin, int64_t end, T* memory) { kernel(backward, begin, end, memory); });
   });
   if (!parameters_wanted) return {to_tokens, nothing(), nothing(), nothing(), nothing()};
   return std::tuple_cat(std::make_tuple(to_tokens), unpack(sums, weight, {bias, norm_weight, norm_bias}));

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "cpu/for_each_isa.h"
+
 namespace asvit_fast {
 
 // Distances between neighbours along each dimension of the image [batch, in_channels, height, width], in elements.
@@ -44,28 +46,11 @@ struct PatchEmbedBackward {
 
 // Forward: output and, unless null, the convolution's values [batch, rows, columns, channels] of the tokens' rows begin
 // <= i < end of batch * rows. Backward: the pieces begin <= i < end. Both with PatchEmbedWorkspace::total() elements of
-// memory, aligned to 64 bytes, to themselves. One copy per instruction set.
-template <typename T>
-using PatchEmbedCpu = void(const PatchEmbed<T>& problem, T* output, T* values, int64_t begin, int64_t end,
-                           T* workspace);
-template <typename T>
-using PatchEmbedBackwardCpu = void(const PatchEmbedBackward<T>& problem, int64_t begin, int64_t end, T* workspace);
-
-#define ASVIT_FAST_DECLARE_PATCH_EMBED                   \
-  PatchEmbedCpu<float> patch_embed_f32;                  \
-  PatchEmbedCpu<double> patch_embed_f64;                 \
-  PatchEmbedBackwardCpu<float> patch_embed_backward_f32; \
-  PatchEmbedBackwardCpu<double> patch_embed_backward_f64;
-namespace portable {
-ASVIT_FAST_DECLARE_PATCH_EMBED
-}
-namespace avx2 {
-ASVIT_FAST_DECLARE_PATCH_EMBED
-}
-namespace avx512 {
-ASVIT_FAST_DECLARE_PATCH_EMBED
-}
-#undef ASVIT_FAST_DECLARE_PATCH_EMBED
+// memory, aligned to 64 bytes, to themselves.
+ASVIT_FAST_FOR_EACH_ISA(patch_embed, const PatchEmbed<T>& problem, T* output, T* values, int64_t begin, int64_t end,
+                        T* workspace)
+ASVIT_FAST_FOR_EACH_ISA(patch_embed_backward, const PatchEmbedBackward<T>& problem, int64_t begin, int64_t end,
+                        T* workspace)
 
 namespace {  // one copy per including file: nothing compiled for one instruction set may be linked into another
 

@@ -5,77 +5,28 @@
 // shapes only.
 #include "patch_merge.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/addmm_cpu_dispatch.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/mm_cpu_dispatch.h>
 #include <ATen/ops/sum_cpu_dispatch.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <optional>
-#include <string_view>
 #include <tuple>
 #include <vector>
 
-#include "cpu/dispatch.h"
-#include "stacked.h"
+#include "matmul.h"
+#include "tensor_utils.h"
 
 namespace asvit_fast {
 namespace {
 
-template <typename T>
-struct Kernels;
-template <>
-struct Kernels<float> {
-  static constexpr PerIsa<PatchMergeRowsCpu<float>> rows = ASVIT_FAST_PER_ISA(patch_merge_rows_f32);
-  static constexpr PerIsa<PatchMergeGradientCpu<float>> gradient = ASVIT_FAST_PER_ISA(patch_merge_gradient_f32);
-  static constexpr PerIsa<PatchMergeParametersCpu<float>> parameters = ASVIT_FAST_PER_ISA(patch_merge_parameters_f32);
-};
-template <>
-struct Kernels<double> {
-  static constexpr PerIsa<PatchMergeRowsCpu<double>> rows = ASVIT_FAST_PER_ISA(patch_merge_rows_f64);
-  static constexpr PerIsa<PatchMergeGradientCpu<double>> gradient = ASVIT_FAST_PER_ISA(patch_merge_gradient_f64);
-  static constexpr PerIsa<PatchMergeParametersCpu<double>> parameters = ASVIT_FAST_PER_ISA(patch_merge_parameters_f64);
-};
-
 constexpr const char* kOp = "patch_merge";
-constexpr int64_t kFewTokens = 96;          // below, the product of a block is slow
-constexpr int64_t kBlocks = 4;              // that maps are cut into at least, as far as blocks do not get that small
-constexpr int64_t kBufferBytes = 1 << 19;   // of a block, which the cache holds beside a part of the weight
-constexpr int64_t kPieces = 16;             // of the gradient of the weights, at most
-constexpr int64_t kWeightRows = 256;        // outputs whose gradients are found together, about
-constexpr int64_t kFeatures = 256;          // of the gradients of the parameters that are found together
-constexpr int64_t kSmallProduct = 1 << 19;  // multiply-adds below which oneDNN is not worth its call
-
-using LinearPointwise = at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
-                                   std::string_view, c10::List<std::optional<at::Scalar>>,
-                                   std::optional<std::string_view>);
-
-// oneDNN's matrix product, if this torch has one. In float32 torch's own is MKL's, which uses half of the vector units
-// of AMD's processors.
-const std::optional<c10::TypedOperatorHandle<LinearPointwise>>& onednn() {
-  static const auto handle = []() -> std::optional<c10::TypedOperatorHandle<LinearPointwise>> {
-    const auto schema = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
-    if (!schema) return std::nullopt;
-    return schema->typed<LinearPointwise>();
-  }();
-  return handle;
-}
-
-// a [M, K] times b^T, b [N, K], plus bias [N] if it is defined.
-at::Tensor product(const at::Tensor& a, const at::Tensor& b, const at::Tensor& bias = {}) {
-  const std::optional<at::Tensor> added = bias.defined() ? std::optional(bias) : std::nullopt;
-  if (a.scalar_type() == at::kFloat && onednn() && a.numel() * b.size(0) >= kSmallProduct) {
-    return onednn()->call(a, b, added, "none", c10::List<std::optional<at::Scalar>>(), "");
-  }
-  return added ? at::cpu::addmm(bias, a, b.t()) : at::cpu::mm(a, b.t());
-}
+constexpr int64_t kFewTokens = 96;         // below, the product of a block is slow
+constexpr int64_t kBlocks = 4;             // that maps are cut into at least, as far as blocks do not get that small
+constexpr int64_t kBufferBytes = 1 << 19;  // of a block, which the cache holds beside a part of the weight
+constexpr int64_t kPieces = 16;            // of the gradient of the weights, at most
+constexpr int64_t kWeightRows = 256;       // outputs whose gradients are found together, about
+constexpr int64_t kFeatures = 256;         // of the gradients of the parameters that are found together
 
 // A range of output rows, through all images.
 struct Block {
@@ -118,10 +69,9 @@ struct Merge {
 };
 
 void check(const at::Tensor& x, const at::Tensor& weight, int64_t kernel, int64_t stride, const at::Tensor& norm_weight,
-           const std::optional<at::Tensor>& norm_bias, at::IntArrayRef padding) {
-  TORCH_CHECK_VALUE(is_count(kernel, 1) && is_count(stride, 1) && padding.size() == 4 &&
-                        std::all_of(padding.begin(), padding.end(), [](int64_t zeros) { return is_count(zeros, 0); }),
-                    "patch_merge: kernel ", kernel, " and stride ", stride, " must be positive, padding ", padding,
+           const OptionalTensor& norm_bias, at::IntArrayRef padding) {
+  TORCH_CHECK_VALUE(is_count(kernel, 1) && is_count(stride, 1) && is_padding(padding), "patch_merge: kernel ", kernel,
+                    " and stride ", stride, " must be positive, padding ", padding,
                     " four numbers of zeros, all below 2^31");
   TORCH_CHECK_VALUE(x.dim() == 4 && weight.dim() == 2 && x.size(3) > 0 && weight.size(1) % x.size(3) == 0 &&
                         weight.size(1) / x.size(3) == kernel * kernel,
@@ -135,12 +85,9 @@ void check(const at::Tensor& x, const at::Tensor& weight, int64_t kernel, int64_
 }
 
 Merge make_merge(const at::Tensor& x, const at::Tensor& weight, int64_t kernel, int64_t stride,
-                 const at::Tensor& norm_weight, const std::optional<at::Tensor>& norm_bias, double eps,
-                 bool channels_last, at::IntArrayRef padding) {
+                 const at::Tensor& norm_weight, const OptionalTensor& norm_bias, double eps, bool channels_last,
+                 at::IntArrayRef padding) {
   check(x, weight, kernel, stride, norm_weight, norm_bias, padding);
-  const auto count = [&](int64_t size, int64_t zeros) {
-    return size + zeros < kernel ? 0 : (size + zeros - kernel) / stride + 1;
-  };
   Merge merge;
   merge.map = {x.size(1),
                x.size(2),
@@ -149,8 +96,8 @@ Merge make_merge(const at::Tensor& x, const at::Tensor& weight, int64_t kernel, 
                stride,
                padding[0],
                padding[2],
-               count(x.size(1), padding[0] + padding[1]),
-               count(x.size(2), padding[2] + padding[3]),
+               patches_along(x.size(1), padding[0] + padding[1], kernel, stride),
+               patches_along(x.size(2), padding[2] + padding[3], kernel, stride),
                channels_last};
   merge.images = x.size(0);
   merge.outputs = weight.size(0);
@@ -184,7 +131,8 @@ template <typename T>
 at::Tensor normalised_rows(const Merge& merge, const Block& block, PatchMerge<T> problem, const at::Tensor& buffer) {
   const int64_t columns = merge.map.out_width, tokens = (block.end - block.begin) * columns;
   const at::Tensor source = input_rows(merge, block, problem);
-  select(Kernels<T>::rows)(problem, block.begin * columns, block.end * columns, buffer.mutable_data_ptr<T>());
+  ASVIT_FAST_SELECT(patch_merge_rows<T>)(problem, block.begin * columns, block.end * columns,
+                                         buffer.mutable_data_ptr<T>());
   return buffer.narrow(0, 0, tokens * merge.map.features()).view({tokens, merge.map.features()});
 }
 
@@ -202,21 +150,10 @@ PatchMerge<T> make_problem(const Merge& merge, const at::Tensor& statistics, boo
           differentiate};
 }
 
-// `run` with a number of LayerNorm's type.
-template <typename Run>
-void in_wide_type(const Merge& merge, Run run) {
-  if (merge.wide == at::kDouble) {
-    run(0.);
-  } else {
-    run(0.f);
-  }
-}
-
 std::tuple<at::Tensor, at::Tensor> patch_merge_cpu(const at::Tensor& x, const at::Tensor& weight, int64_t kernel,
                                                    int64_t stride, const at::Tensor& norm_weight,
-                                                   const std::optional<at::Tensor>& norm_bias,
-                                                   const std::optional<at::Tensor>& bias, double eps,
-                                                   bool channels_last, at::IntArrayRef padding) {
+                                                   const OptionalTensor& norm_bias, const OptionalTensor& bias,
+                                                   double eps, bool channels_last, at::IntArrayRef padding) {
   const Merge merge = make_merge(x, weight, kernel, stride, norm_weight, norm_bias, eps, channels_last, padding);
   const auto& map = merge.map;
   const at::Tensor output = at::empty({merge.output_tokens(), merge.outputs}, weight.options());
@@ -225,7 +162,7 @@ std::tuple<at::Tensor, at::Tensor> patch_merge_cpu(const at::Tensor& x, const at
   at::Tensor offset;
   if (bias) offset = bias->detach().to(weight.scalar_type());
   if (output.numel() > 0)
-    in_wide_type(merge, [&](auto zero) {
+    with_compute_type(kOp, merge.wide, [&](auto zero) {
       using T = decltype(zero);
       const auto problem = make_problem<T>(merge, statistics, false);
       at::parallel_for(0, merge.blocks(), 1, [&](int64_t begin, int64_t end) {
@@ -234,7 +171,7 @@ std::tuple<at::Tensor, at::Tensor> patch_merge_cpu(const at::Tensor& x, const at
         for (int64_t i = begin; i < end; ++i) {
           const Block block = merge.block(i);
           const at::Tensor rows = normalised_rows<T>(merge, block, problem, buffer).to(weight.scalar_type());
-          merge.part(output, block).copy_(product(rows, merge.weight, offset));
+          merge.part(output, block).copy_(linear(rows, merge.weight, offset));
         }
       });
     });
@@ -255,10 +192,10 @@ at::Tensor input_gradient(const Merge& merge, const PatchMerge<T>& problem, cons
       for (int64_t i = begin; i < end; ++i) {
         const Block block = merge.block(2 * i + parity);
         const at::Tensor rows = normalised_rows<T>(merge, block, problem, buffer);
-        const at::Tensor to_rows = product(merge.part(gradient, block), transposed).to(merge.wide).contiguous();
-        select(Kernels<T>::gradient)(problem, block.begin * columns, block.end * columns, rows.const_data_ptr<T>(),
-                                     to_rows.const_data_ptr<T>(), workspace.mutable_data_ptr<T>(),
-                                     to_x.mutable_data_ptr<T>());
+        const at::Tensor to_rows = linear(merge.part(gradient, block), transposed).to(merge.wide).contiguous();
+        ASVIT_FAST_SELECT(patch_merge_gradient<T>)(problem, block.begin * columns, block.end * columns,
+                                                   rows.const_data_ptr<T>(), to_rows.const_data_ptr<T>(),
+                                                   workspace.mutable_data_ptr<T>(), to_x.mutable_data_ptr<T>());
       }
     });
   return to_x;
@@ -288,7 +225,7 @@ std::tuple<at::Tensor, at::Tensor> parameter_products(const Merge& merge, const 
       for (int64_t i = start; i < blocks * (piece + 1) / pieces; ++i) {
         const at::Tensor part = merge.part(gradient, merge.block(i)).narrow(1, first, count).to(merge.wide);
         const at::Tensor rows = normalised_rows<T>(merge, merge.block(i), problem, buffer);
-        const at::Tensor more = product(part.t(), rows.t());
+        const at::Tensor more = linear(part.t(), rows.t());
         if (i > start) {
           sum.add_(more);
         } else if (groups > 1) {
@@ -325,7 +262,7 @@ std::vector<at::Tensor> parameter_gradients(const Merge& merge, const PatchMerge
                                               sums.template mutable_data_ptr<T>(),
                                               to_norm_weight.mutable_data_ptr<T>(),
                                               to_norm_bias.mutable_data_ptr<T>()};
-  const auto kernel = select(Kernels<T>::parameters);
+  const auto kernel = ASVIT_FAST_SELECT(patch_merge_parameters<T>);
   const int64_t parts = (parameters.features + kFeatures - 1) / kFeatures;
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
@@ -337,9 +274,8 @@ std::vector<at::Tensor> parameter_gradients(const Merge& merge, const PatchMerge
 std::vector<at::Tensor> patch_merge_backward_cpu(const at::Tensor& gradient, const at::Tensor& x,
                                                  const at::Tensor& weight, const at::Tensor& statistics, int64_t kernel,
                                                  int64_t stride, const at::Tensor& norm_weight,
-                                                 const std::optional<at::Tensor>& norm_bias, double eps,
-                                                 bool channels_last, at::IntArrayRef padding, bool to_input,
-                                                 bool to_parameters) {
+                                                 const OptionalTensor& norm_bias, double eps, bool channels_last,
+                                                 at::IntArrayRef padding, bool to_input, bool to_parameters) {
   const Merge merge = make_merge(x, weight, kernel, stride, norm_weight, norm_bias, eps, channels_last, padding);
   const char* const op = "patch_merge_backward";
   const int64_t images = merge.images, rows = merge.map.out_height, columns = merge.map.out_width;
@@ -356,7 +292,7 @@ std::vector<at::Tensor> patch_merge_backward_cpu(const at::Tensor& gradient, con
     found[4] = at::zeros({weight.size(0)}, merge.options());
     return found;
   }
-  in_wide_type(merge, [&](auto zero) {
+  with_compute_type(kOp, merge.wide, [&](auto zero) {
     using T = decltype(zero);
     const auto problem = make_problem<T>(merge, statistics, true);
     const at::Tensor flat = gradient.to(weight.scalar_type()).reshape({merge.output_tokens(), merge.outputs});

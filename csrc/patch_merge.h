@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "cpu/for_each_isa.h"
+
 namespace asvit_fast {
 
 // Where K x K neighbourhoods lie on a zero-padded map, and the order of their features.
@@ -32,17 +34,6 @@ struct PatchMerge {
 // Elements behind the rows given to a kernel that it may overwrite.
 constexpr int64_t kRowSlack = 32;
 
-// Fills rows [end - begin, features] with the normalised neighbourhoods of output tokens. One copy per instruction set.
-template <typename T>
-using PatchMergeRowsCpu = void(const PatchMerge<T>& problem, int64_t begin, int64_t end, T* rows);
-
-// Turns gradients [end - begin, features] of the outputs of LayerNorm into those of neighbourhoods and adds them to
-// `to_tokens`, a gradient of all rows. `rows` are those of PatchMergeRowsCpu; `workspace` has twice features +
-// kRowSlack elements.
-template <typename T>
-using PatchMergeGradientCpu = void(const PatchMerge<T>& problem, int64_t begin, int64_t end, const T* rows,
-                                   const T* gradients, T* workspace, T* to_tokens);
-
 // What the gradients of the parameters are made of, and themselves.
 template <typename T>
 struct PatchMergeParameters {
@@ -54,26 +45,16 @@ struct PatchMergeParameters {
   T *to_norm_weight, *to_norm_bias;  // [features]
 };
 
-// Features begin <= i < end.
-template <typename T>
-using PatchMergeParametersCpu = void(const PatchMergeParameters<T>& problem, int64_t begin, int64_t end);
-
-#define ASVIT_FAST_DECLARE_PATCH_MERGE                       \
-  PatchMergeRowsCpu<float> patch_merge_rows_f32;             \
-  PatchMergeRowsCpu<double> patch_merge_rows_f64;            \
-  PatchMergeGradientCpu<float> patch_merge_gradient_f32;     \
-  PatchMergeGradientCpu<double> patch_merge_gradient_f64;    \
-  PatchMergeParametersCpu<float> patch_merge_parameters_f32; \
-  PatchMergeParametersCpu<double> patch_merge_parameters_f64;
-namespace portable {
-ASVIT_FAST_DECLARE_PATCH_MERGE
-}
-namespace avx2 {
-ASVIT_FAST_DECLARE_PATCH_MERGE
-}
-namespace avx512 {
-ASVIT_FAST_DECLARE_PATCH_MERGE
-}
-#undef ASVIT_FAST_DECLARE_PATCH_MERGE
+// patch_merge_rows: fills rows [end - begin, features] with the normalised neighbourhoods of output tokens.
+//
+// patch_merge_gradient: turns gradients [end - begin, features] of the outputs of LayerNorm into those of
+// neighbourhoods and adds them to `to_tokens`, a gradient of all rows. `rows` are those of patch_merge_rows;
+// `workspace` has twice features + kRowSlack elements.
+//
+// patch_merge_parameters: the features begin <= i < end.
+ASVIT_FAST_FOR_EACH_ISA(patch_merge_rows, const PatchMerge<T>& problem, int64_t begin, int64_t end, T* rows)
+ASVIT_FAST_FOR_EACH_ISA(patch_merge_gradient, const PatchMerge<T>& problem, int64_t begin, int64_t end, const T* rows,
+                        const T* gradients, T* workspace, T* to_tokens)
+ASVIT_FAST_FOR_EACH_ISA(patch_merge_parameters, const PatchMergeParameters<T>& problem, int64_t begin, int64_t end)
 
 }  // namespace asvit_fast

@@ -2,45 +2,22 @@
 // arithmetic is in cpu/.
 #include "window_attention.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/core/List.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <optional>
 #include <string_view>
 #include <tuple>
 
-#include "cpu/dispatch.h"
-#include "stacked.h"
+#include "tensor_utils.h"
 
 namespace asvit_fast {
 namespace {
 
-constexpr double kWork = 1 << 18;  // multiply-adds a thread should have at least
+constexpr const char* kOp = "window_attention";
 constexpr int64_t kPieces = 16;
 constexpr int64_t kPieceBytes = int64_t(1) << 26;  // that the pieces' gradients of the bias may take together
-constexpr double kMaximumWindowBytes = 1ll << 48;   // of one head's tokens; a few times that is below 2^63
-
-template <typename T>
-constexpr PerIsa<WindowAttentionCpu<T>> kForward;
-template <>
-constexpr PerIsa<WindowAttentionCpu<float>> kForward<float> = ASVIT_FAST_PER_ISA(window_attention_f32);
-template <>
-constexpr PerIsa<WindowAttentionCpu<double>> kForward<double> = ASVIT_FAST_PER_ISA(window_attention_f64);
-template <typename T>
-constexpr PerIsa<WindowAttentionBackwardCpu<T>> kBackward;
-template <>
-constexpr PerIsa<WindowAttentionBackwardCpu<float>> kBackward<float> =
-    ASVIT_FAST_PER_ISA(window_attention_backward_f32);
-template <>
-constexpr PerIsa<WindowAttentionBackwardCpu<double>> kBackward<double> =
-    ASVIT_FAST_PER_ISA(window_attention_backward_f64);
-
-using OptionalTensor = std::optional<at::Tensor>;
+constexpr double kMaximumWindowBytes = 1ll << 48;  // of one head's tokens; a few times that is below 2^63
 
 // The arguments that forward and backward pass have in common.
 struct Arguments {
@@ -64,24 +41,21 @@ WindowLayout parse_layout(std::string_view name) {
 }
 
 void check(const Arguments& a) {
-  TORCH_CHECK_VALUE(
-      a.qkv.dim() == 4 && is_count(a.heads, 1) && a.qkv.size(3) > 0 && a.qkv.size(3) % (3 * a.heads) == 0,
-      "window_attention: qkv must be [B, H, W, 3 * ", a.heads, " heads * head_dim], not ", a.qkv.sizes());
-  TORCH_CHECK_VALUE(a.window.size() == 2 && a.shift.size() == 2 && is_count(a.window[0], 1) &&
-                        is_count(a.window[1], 1) && is_count(a.tokens(), 1) && a.shift[0] >= 0 &&
-                        a.shift[0] < a.window[0] && a.shift[1] >= 0 && a.shift[1] < a.window[1],
-                    "window_attention: window ", a.window, " and shift ", a.shift,
+  TORCH_CHECK_VALUE(a.qkv.dim() == 4 && is_count(a.heads, 1) && a.qkv.size(3) > 0 && a.qkv.size(3) % (3 * a.heads) == 0,
+                    "window_attention: qkv must be [B, H, W, 3 * ", a.heads, " heads * head_dim], not ", a.qkv.sizes());
+  TORCH_CHECK_VALUE(is_window(a.window, a.shift) && is_count(a.tokens(), 1), "window_attention: window ", a.window,
+                    " and shift ", a.shift,
                     " must be two numbers each, 0 <= shift < window, of fewer than 2^31 tokens");
   const double row_bytes = 8. * static_cast<double>(a.qkv.size(3) / (3 * a.heads) + kMaximumLanes);
-  TORCH_CHECK_VALUE(row_bytes * static_cast<double>(a.tokens()) < kMaximumWindowBytes,
-                    "window_attention: a window of ", a.window, " tokens of ", a.qkv.size(3), " channels is too large");
+  TORCH_CHECK_VALUE(row_bytes * static_cast<double>(a.tokens()) < kMaximumWindowBytes, "window_attention: a window of ",
+                    a.window, " tokens of ", a.qkv.size(3), " channels is too large");
   const auto divides = [&](int side) { return a.shift[side] == 0 && a.qkv.size(side + 1) % a.window[side] == 0; };
   TORCH_CHECK_VALUE(a.layout != WindowLayout::grid || (divides(0) && divides(1)),
                     "window_attention: with the layout grid windows must divide the map, without a shift");
-  scalar_type("window_attention", a.qkv.scalar_type());
-  check_operand("window_attention", "bias", a.bias, {a.heads, a.tokens(), a.tokens()}, a.qkv);
-  check_operand("window_attention", "padding", a.padding, {a.qkv.size(3)}, a.qkv);
-  check_operand("window_attention", "attn_scale", a.attn_scale, {a.heads}, a.qkv);
+  scalar_type(kOp, a.qkv.scalar_type());
+  check_operand(kOp, "bias", a.bias, {a.heads, a.tokens(), a.tokens()}, a.qkv);
+  check_operand(kOp, "padding", a.padding, {a.qkv.size(3)}, a.qkv);
+  check_operand(kOp, "attn_scale", a.attn_scale, {a.heads}, a.qkv);
 }
 
 // In the type that is computed in (low precision is widened once), channels neighbours.
@@ -128,26 +102,13 @@ struct Operands {
   }
 };
 
-// `run` with a number of the type that is computed in.
-template <typename Run>
-void in_working_type(at::ScalarType type, Run run) {
-  if (type == at::kDouble) {
-    run(0.);
-  } else {
-    run(0.f);
-  }
-}
-
 // run(begin, end, memory) on parts of 0 <= i < count, each of `work` multiply-adds, with a Memory for each thread.
 template <typename Memory, typename T, typename Run>
-void in_parallel(const WindowAttention<T>& problem, int64_t count, double work, Run run) {
+void parallel_with(const WindowAttention<T>& problem, int64_t count, double work, Run run) {
   Arena arena(nullptr);
   const Memory memory(problem, arena);
-  const auto grain = static_cast<int64_t>(kWork / (work + 1)) + 1;
-  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    const at::Tensor bytes = at::empty({arena.used()}, at::kByte);
-    run(begin, end, reinterpret_cast<char*>(bytes.mutable_data_ptr<uint8_t>()));
-  });
+  parallel_with_memory(count, work, arena.used(),
+                       [&](int64_t begin, int64_t end, void* bytes) { run(begin, end, static_cast<char*>(bytes)); });
 }
 
 std::tuple<at::Tensor, at::Tensor> window_attention_cpu(const at::Tensor& qkv, int64_t heads, at::IntArrayRef window,
@@ -161,14 +122,15 @@ std::tuple<at::Tensor, at::Tensor> window_attention_cpu(const at::Tensor& qkv, i
   const at::Tensor output = at::empty({qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(3) / 3}, options);
   const at::Tensor statistics = at::empty({2, qkv.size(0), qkv.size(1), qkv.size(2), heads}, options);
   if (output.numel() > 0)
-    in_working_type(arguments.type(), [&](auto zero) {
+    with_compute_type(kOp, arguments.type(), [&](auto zero) {
       using T = decltype(zero);
       const auto problem = operands.problem<T>(arguments, output, statistics);
       const int64_t tokens = window_tokens(problem);
       const double work = 2. * std::min(tokens, kUnit) * tokens * problem.head_dim;
-      in_parallel<ForwardMemory<T>>(
+      const auto kernel = ASVIT_FAST_SELECT(window_attention<T>);
+      parallel_with<ForwardMemory<T>>(
           problem, window_count(problem) * heads * query_units(problem), work,
-          [&](int64_t begin, int64_t end, char* memory) { select(kForward<T>)(problem, begin, end, memory); });
+          [&](int64_t begin, int64_t end, char* memory) { kernel(problem, begin, end, memory); });
     });
   return {output.to(qkv.scalar_type()), statistics};
 }
@@ -176,7 +138,8 @@ std::tuple<at::Tensor, at::Tensor> window_attention_cpu(const at::Tensor& qkv, i
 // Fixed by the shapes alone, so that sums do not depend on the number of threads.
 int64_t piece_count(int64_t windows, bool parameters, int64_t bias_bytes) {
   if (!parameters) return windows;
-  return std::clamp<int64_t>(kPieceBytes / std::max<int64_t>(bias_bytes, 1), 1, std::clamp<int64_t>(windows, 1, kPieces));
+  return std::clamp<int64_t>(kPieceBytes / std::max<int64_t>(bias_bytes, 1), 1,
+                             std::clamp<int64_t>(windows, 1, kPieces));
 }
 
 // A parameter's gradient: the sum over pieces [pieces, ...] in its type; empty where it was not asked for.
@@ -201,17 +164,13 @@ struct Pieces {
 };
 
 template <typename T>
-T* mutable_or_null(const at::Tensor& tensor) {
-  return tensor.defined() ? tensor.mutable_data_ptr<T>() : nullptr;
-}
-
-template <typename T>
 void run_backward(const WindowAttentionBackward<T>& problem) {
   const WindowAttention<T>& forward = problem.forward;
   const double tokens = window_tokens(forward), windows = window_count(forward);
-  in_parallel<BackwardMemory<T>>(
+  const auto kernel = ASVIT_FAST_SELECT(window_attention_backward<T>);
+  parallel_with<BackwardMemory<T>>(
       forward, problem.pieces * forward.heads, 5 * tokens * tokens * forward.head_dim * windows / problem.pieces,
-      [&](int64_t begin, int64_t end, char* memory) { select(kBackward<T>)(problem, begin, end, memory); });
+      [&](int64_t begin, int64_t end, char* memory) { kernel(problem, begin, end, memory); });
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> window_attention_backward_cpu(
@@ -234,7 +193,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> window_attention_back
   const Operands operands(arguments);
   const at::Tensor to_qkv = at::empty(qkv.sizes(), operands.qkv.options());
   at::Tensor to_bias, to_padding, to_attn_scale;
-  in_working_type(arguments.type(), [&](auto zero) {
+  with_compute_type(kOp, arguments.type(), [&](auto zero) {
     using T = decltype(zero);
     const at::Tensor wide_output = output.to(arguments.type()).contiguous();
     const at::Tensor wide_gradient = map_operand(gradient, arguments.type()), rows = statistics.contiguous();

@@ -4,12 +4,10 @@
 
 #include <cstdint>
 
-#include "window_attention_taylor.h"
+#include "cpu/for_each_isa.h"
+#include "window_geometry.h"
 
 namespace asvit_fast {
-
-// As asvit_fast/ops/windows.py describes them.
-enum class WindowLayout { masked, timm, torchvision, grid };
 
 // The fused projection [batch, height, width, 3, heads, head_dim], the last three dimensions contiguous; or a map
 // [batch, height, width, heads, head_dim]. In elements.
@@ -47,25 +45,12 @@ struct WindowAttentionBackward {
   int64_t pieces;
 };
 
-// The units begin <= i < end of window_count() * heads * query_units(), with the memory of a ForwardMemory, aligned to
-// 64 bytes, to itself. One copy per instruction set.
-template <typename T>
-using WindowAttentionCpu = void(const WindowAttention<T>& problem, int64_t begin, int64_t end, char* memory);
-// The tasks begin <= i < end of pieces * heads, with the memory of a BackwardMemory, aligned to 64 bytes, to itself.
-template <typename T>
-using WindowAttentionBackwardCpu = void(const WindowAttentionBackward<T>& problem, int64_t begin, int64_t end,
-                                        char* memory);
-
-#define ASVIT_FAST_DECLARE_WINDOW_ATTENTION(isa)                    \
-  namespace isa {                                                   \
-  WindowAttentionCpu<float> window_attention_f32;                   \
-  WindowAttentionCpu<double> window_attention_f64;                  \
-  WindowAttentionBackwardCpu<float> window_attention_backward_f32;  \
-  WindowAttentionBackwardCpu<double> window_attention_backward_f64; \
-  }
-ASVIT_FAST_DECLARE_WINDOW_ATTENTION(portable)
-ASVIT_FAST_DECLARE_WINDOW_ATTENTION(avx2)
-ASVIT_FAST_DECLARE_WINDOW_ATTENTION(avx512)
+// The units begin <= i < end of window_count() * heads * query_units(), with the memory of a ForwardMemory; the tasks
+// begin <= i < end of pieces * heads, with the memory of a BackwardMemory. Memory is aligned to 64 bytes and no other
+// thread's.
+ASVIT_FAST_FOR_EACH_ISA(window_attention, const WindowAttention<T>& problem, int64_t begin, int64_t end, char* memory)
+ASVIT_FAST_FOR_EACH_ISA(window_attention_backward, const WindowAttentionBackward<T>& problem, int64_t begin,
+                        int64_t end, char* memory)
 
 namespace {  // one copy per including file, as in window_attention_taylor.h
 
@@ -81,48 +66,6 @@ constexpr double kRegionScore = -100.0;  // of a query and a key in different re
 inline bool is_small(int64_t tokens) { return tokens <= kTableTokens; }
 
 inline int64_t padded_to_vector(int64_t count) { return (count + kMaximumLanes - 1) / kMaximumLanes * kMaximumLanes; }
-
-// ----------------------------------------------------------------------------------------------- windows along one
-// side
-
-// In the layout "masked" a window that the shift brings together from two parts is two windows.
-inline int64_t axis_windows(const WindowAxis& axis, WindowLayout layout) {
-  return layout == WindowLayout::masked ? segment_count(axis) : (axis.size + axis.window - 1) / axis.window;
-}
-
-struct AxisToken {
-  int64_t position;  // on the map; -1: padding
-  int32_t offset;    // in the whole window, as the bias counts
-  int32_t region;    // 0 or 1
-};
-
-// One window along one side: token(i) for 0 <= i < length.
-struct AxisWindow {
-  WindowAxis axis;
-  WindowLayout layout;
-  int64_t index, length, windows;
-  WindowSegment segment;
-
-  AxisWindow(const WindowAxis& axis, WindowLayout layout, int64_t index)
-      : axis(axis), layout(layout), index(index), length(axis.window), windows(axis_windows(axis, layout)), segment{} {
-    if (layout != WindowLayout::masked) return;
-    segment = segment_at(axis, index);
-    length = segment.length;
-  }
-
-  AxisToken token(int64_t i) const {
-    const auto offset = static_cast<int32_t>(i);
-    if (layout == WindowLayout::masked) return {segment.start + i, offset + static_cast<int32_t>(segment.offset), 0};
-    if (layout == WindowLayout::grid) return {i * windows + index, offset, 0};
-    const int64_t padded = windows * axis.window;
-    const int64_t place = index * axis.window + i;  // on the map as it is rolled and padded
-    const int64_t around = layout == WindowLayout::timm ? axis.size : padded;
-    int64_t position = place < around ? place + axis.shift : padded;
-    if (place < around && position >= around) position %= around;
-    const bool moved = axis.shift > 0 && place >= padded - axis.shift;
-    return {position < axis.size ? position : -1, offset, moved ? 1 : 0};
-  }
-};
 
 // ----------------------------------------------------------------------------------------------------------- windows
 

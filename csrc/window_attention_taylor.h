@@ -4,18 +4,10 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define ASVIT_FAST_HOST_DEVICE __host__ __device__
-#else
-#define ASVIT_FAST_HOST_DEVICE
-#endif
+#include "cpu/for_each_isa.h"
+#include "window_geometry.h"
 
 namespace asvit_fast {
-
-// One side of the map, cut into windows after a cyclic shift by `shift` < window.
-struct WindowAxis {
-  int64_t size, window, shift;
-};
 
 // Distances between neighbours along each dimension of [orders + 1, batch, height, width, heads, head_dim], in
 // elements.
@@ -41,23 +33,9 @@ struct WindowAttentionTaylor {
 };
 
 // CPU: the units begin <= i < end of window_count() * units_per_window(), with AttentionWorkspace::total() elements of
-// memory, aligned to 64 bytes, to itself. One copy per instruction set.
-template <typename T>
-using WindowAttentionTaylorCpu = void(const WindowAttentionTaylor<T>& problem, int64_t begin, int64_t end,
-                                      T* workspace);
-
-namespace portable {
-WindowAttentionTaylorCpu<float> window_attention_taylor_f32;
-WindowAttentionTaylorCpu<double> window_attention_taylor_f64;
-}  // namespace portable
-namespace avx2 {
-WindowAttentionTaylorCpu<float> window_attention_taylor_f32;
-WindowAttentionTaylorCpu<double> window_attention_taylor_f64;
-}  // namespace avx2
-namespace avx512 {
-WindowAttentionTaylorCpu<float> window_attention_taylor_f32;
-WindowAttentionTaylorCpu<double> window_attention_taylor_f64;
-}  // namespace avx512
+// memory, aligned to 64 bytes, to itself.
+ASVIT_FAST_FOR_EACH_ISA(window_attention_taylor, const WindowAttentionTaylor<T>& problem, int64_t begin, int64_t end,
+                        T* workspace)
 
 // CUDA: launches on `stream` (a cudaStream_t) and returns; head_dim is at most kMaximumHeadDimCuda.
 constexpr int64_t kMaximumHeadDimCuda = 256;
@@ -65,31 +43,6 @@ void window_attention_taylor_cuda(const WindowAttentionTaylor<float>& problem, v
 void window_attention_taylor_cuda(const WindowAttentionTaylor<double>& problem, void* stream);
 
 namespace {  // one copy per including file: nothing compiled for one instruction set may be linked into another
-
-// Where running maxima begin: no score but -infinity is lower, a bias that masks with the lowest number is not.
-template <typename T>
-constexpr T kLowest = sizeof(T) == sizeof(float) ? T(-__FLT_MAX__) : T(-__DBL_MAX__);
-
-// A run of tokens along one side of the map that attend each other: a window, less what lies beyond the map, or one of
-// the two parts that only the shift brings together in the last window.
-struct WindowSegment {
-  int64_t start;   // on the map
-  int64_t length;  // >= 1
-  int64_t offset;  // of the first token in its window
-};
-
-ASVIT_FAST_HOST_DEVICE inline int64_t segment_count(const WindowAxis& axis) {
-  const int64_t rest = axis.size > axis.shift ? axis.size - axis.shift : 0;
-  return (axis.shift > 0 && axis.size > 0 ? 1 : 0) + (rest + axis.window - 1) / axis.window;
-}
-
-ASVIT_FAST_HOST_DEVICE inline WindowSegment segment_at(const WindowAxis& axis, int64_t index) {
-  if (axis.shift > 0 && index == 0)  // what the shift moved from the front to the end of the last window
-    return {0, axis.shift < axis.size ? axis.shift : axis.size, axis.window - axis.shift};
-  const int64_t start = axis.shift + (index - (axis.shift > 0 ? 1 : 0)) * axis.window;
-  const int64_t rest = axis.size - start;
-  return {start, rest < axis.window ? rest : axis.window, 0};
-}
 
 // The tokens of one attention: a rectangle of the map, one image, one head.
 struct AttentionWindow {

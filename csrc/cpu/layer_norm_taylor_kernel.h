@@ -67,29 +67,18 @@ void layer_norm_rows(const TaylorMatrix<T>& matrix, const T* weight, const T* bi
                        [&](const TaylorRow<T>& row) { layer_norm_row<orders>(row, weight, bias, eps); });
 }
 
-template <typename T>
-inline void layer_norm_taylor(const TaylorMatrix<T>& matrix, const T* weight, const T* bias, double eps, int64_t begin,
-                              int64_t end) {
-  switch (matrix.orders) {
-    case 0:
-      return layer_norm_rows<0>(matrix, weight, bias, static_cast<T>(eps), begin, end);
-    case 1:
-      return layer_norm_rows<1>(matrix, weight, bias, static_cast<T>(eps), begin, end);
-    default:
-      return layer_norm_rows<2>(matrix, weight, bias, static_cast<T>(eps), begin, end);
-  }
-}
-
 }  // namespace
-}  // namespace asvit_fast
 
-// The two entry points, for the namespace of the instruction set.
-#define ASVIT_FAST_LAYER_NORM_TAYLOR_KERNELS                                                                           \
-  void layer_norm_taylor_f32(const TaylorMatrix<float>& matrix, const float* weight, const float* bias, double eps,    \
-                             int64_t begin, int64_t end) {                                                             \
-    layer_norm_taylor(matrix, weight, bias, eps, begin, end);                                                          \
-  }                                                                                                                    \
-  void layer_norm_taylor_f64(const TaylorMatrix<double>& matrix, const double* weight, const double* bias, double eps, \
-                             int64_t begin, int64_t end) {                                                             \
-    layer_norm_taylor(matrix, weight, bias, eps, begin, end);                                                          \
-  }
+namespace ASVIT_FAST_ISA {
+
+template <typename T>
+void layer_norm_taylor(const TaylorMatrix<T>& matrix, const T* weight, const T* bias, double eps, int64_t begin,
+                       int64_t end) {
+  with_orders(matrix.orders,
+              [&](auto orders) { layer_norm_rows<orders()>(matrix, weight, bias, static_cast<T>(eps), begin, end); });
+}
+template void layer_norm_taylor(const TaylorMatrix<float>&, const float*, const float*, double, int64_t, int64_t);
+template void layer_norm_taylor(const TaylorMatrix<double>&, const double*, const double*, double, int64_t, int64_t);
+
+}  // namespace ASVIT_FAST_ISA
+}  // namespace asvit_fast

@@ -204,6 +204,10 @@ void differentiate_row(const PatchEmbedBackward<T>& problem, const TokenRow<T>& 
   if (problem.to_tokens) copy_tokens(forward, tokens, columns, problem.to_tokens + index * columns * channels);
 }
 
+}  // namespace
+
+namespace ASVIT_FAST_ISA {
+
 template <typename T>
 void patch_embed_backward(const PatchEmbedBackward<T>& problem, int64_t begin, int64_t end, T* workspace) {
   const PatchEmbed<T>& forward = problem.forward;
@@ -222,24 +226,8 @@ void patch_embed_backward(const PatchEmbedBackward<T>& problem, int64_t begin, i
   }
 }
 
-}  // namespace
-}  // namespace asvit_fast
+template void patch_embed_backward(const PatchEmbedBackward<float>&, int64_t, int64_t, float*);
+template void patch_embed_backward(const PatchEmbedBackward<double>&, int64_t, int64_t, double*);
 
-// The entry points, for the namespace of the instruction set.
-#define ASVIT_FAST_PATCH_EMBED_KERNELS                                                                                \
-  void patch_embed_f32(const PatchEmbed<float>& problem, float* output, float* values, int64_t begin, int64_t end,    \
-                       float* workspace) {                                                                            \
-    patch_embed(problem, output, values, begin, end, workspace);                                                      \
-  }                                                                                                                   \
-  void patch_embed_f64(const PatchEmbed<double>& problem, double* output, double* values, int64_t begin, int64_t end, \
-                       double* workspace) {                                                                           \
-    patch_embed(problem, output, values, begin, end, workspace);                                                      \
-  }                                                                                                                   \
-  void patch_embed_backward_f32(const PatchEmbedBackward<float>& problem, int64_t begin, int64_t end,                 \
-                                float* workspace) {                                                                   \
-    patch_embed_backward(problem, begin, end, workspace);                                                             \
-  }                                                                                                                   \
-  void patch_embed_backward_f64(const PatchEmbedBackward<double>& problem, int64_t begin, int64_t end,                \
-                                double* workspace) {                                                                  \
-    patch_embed_backward(problem, begin, end, workspace);                                                             \
-  }
+}  // namespace ASVIT_FAST_ISA
+}  // namespace asvit_fast

@@ -257,6 +257,10 @@ void normalise_tokens(const PatchEmbed<T>& problem, const T* block, int count, V
   });
 }
 
+}  // namespace
+
+namespace ASVIT_FAST_ISA {
+
 template <typename T>
 void patch_embed(const PatchEmbed<T>& problem, T* output, T* values, int64_t begin, int64_t end, T* workspace) {
   const PatchEmbedWorkspace sizes(problem, false);
@@ -280,5 +284,8 @@ void patch_embed(const PatchEmbed<T>& problem, T* output, T* values, int64_t beg
   }
 }
 
-}  // namespace
+template void patch_embed(const PatchEmbed<float>&, float*, float*, int64_t, int64_t, float*);
+template void patch_embed(const PatchEmbed<double>&, double*, double*, int64_t, int64_t, double*);
+
+}  // namespace ASVIT_FAST_ISA
 }  // namespace asvit_fast

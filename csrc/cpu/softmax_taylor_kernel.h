@@ -58,26 +58,19 @@ inline void softmax_row(const TaylorRow<T>& row) {
   });
 }
 
-template <typename T>
-inline void softmax_taylor(const TaylorMatrix<T>& matrix, int64_t begin, int64_t end) {
-  switch (matrix.orders) {
-    case 0:
-      return for_each_row<0>(matrix, begin, end, [](const TaylorRow<T>& row) { softmax_row<0>(row); });
-    case 1:
-      return for_each_row<1>(matrix, begin, end, [](const TaylorRow<T>& row) { softmax_row<1>(row); });
-    default:
-      return for_each_row<2>(matrix, begin, end, [](const TaylorRow<T>& row) { softmax_row<2>(row); });
-  }
-}
-
 }  // namespace
-}  // namespace asvit_fast
 
-// The two entry points, for the namespace of the instruction set.
-#define ASVIT_FAST_SOFTMAX_TAYLOR_KERNELS                                                   \
-  void softmax_taylor_f32(const TaylorMatrix<float>& matrix, int64_t begin, int64_t end) {  \
-    softmax_taylor(matrix, begin, end);                                                     \
-  }                                                                                         \
-  void softmax_taylor_f64(const TaylorMatrix<double>& matrix, int64_t begin, int64_t end) { \
-    softmax_taylor(matrix, begin, end);                                                     \
-  }
+namespace ASVIT_FAST_ISA {
+
+template <typename T>
+void softmax_taylor(const TaylorMatrix<T>& matrix, int64_t begin, int64_t end) {
+  with_orders(matrix.orders, [&](auto number) {
+    constexpr int orders = number();
+    for_each_row<orders>(matrix, begin, end, [](const TaylorRow<T>& row) { softmax_row<orders>(row); });
+  });
+}
+template void softmax_taylor(const TaylorMatrix<float>&, int64_t, int64_t);
+template void softmax_taylor(const TaylorMatrix<double>&, int64_t, int64_t);
+
+}  // namespace ASVIT_FAST_ISA
+}  // namespace asvit_fast

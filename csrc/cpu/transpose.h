@@ -1,24 +1,11 @@
 // Square blocks of vectors turned around in registers, and rows cut into vectors. Included as vector.h is.
 #pragma once
 
+#include "constant.h"
 #include "cpu/vector.h"
 
 namespace asvit_fast {
 namespace {
-
-// A number as a type, and the numbers 0 ... n - 1 as one (those of the standard library would bring its headers along).
-template <int value>
-struct Constant {
-  constexpr int operator()() const { return value; }
-};
-template <int... values>
-struct Integers {};
-template <int n, int... values>
-struct FirstIntegers : FirstIntegers<n - 1, n - 1, values...> {};
-template <int... values>
-struct FirstIntegers<0, values...> {
-  using Type = Integers<values...>;
-};
 
 // One of the log2(lanes) steps of a transposition: rows `stride` apart exchange a quarter of what they hold.
 template <typename T, int stride, int... lane>

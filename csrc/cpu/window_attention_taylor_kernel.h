@@ -363,28 +363,16 @@ void attend_units(const WindowAttentionTaylor<T>& problem, int64_t begin, int64_
   }
 }
 
+}  // namespace
+
+namespace ASVIT_FAST_ISA {
+
 template <typename T>
 void window_attention_taylor(const WindowAttentionTaylor<T>& problem, int64_t begin, int64_t end, T* workspace) {
-  switch (problem.orders) {
-    case 0:
-      return attend_units<T, 0>(problem, begin, end, workspace);
-    case 1:
-      return attend_units<T, 1>(problem, begin, end, workspace);
-    default:
-      return attend_units<T, 2>(problem, begin, end, workspace);
-  }
+  with_orders(problem.orders, [&](auto orders) { attend_units<T, orders()>(problem, begin, end, workspace); });
 }
+template void window_attention_taylor(const WindowAttentionTaylor<float>&, int64_t, int64_t, float*);
+template void window_attention_taylor(const WindowAttentionTaylor<double>&, int64_t, int64_t, double*);
 
-}  // namespace
+}  // namespace ASVIT_FAST_ISA
 }  // namespace asvit_fast
-
-// The two entry points, for the namespace of the instruction set.
-#define ASVIT_FAST_WINDOW_ATTENTION_TAYLOR_KERNELS                                                           \
-  void window_attention_taylor_f32(const WindowAttentionTaylor<float>& problem, int64_t begin, int64_t end,  \
-                                   float* workspace) {                                                       \
-    window_attention_taylor(problem, begin, end, workspace);                                                 \
-  }                                                                                                          \
-  void window_attention_taylor_f64(const WindowAttentionTaylor<double>& problem, int64_t begin, int64_t end, \
-                                   double* workspace) {                                                      \
-    window_attention_taylor(problem, begin, end, workspace);                                                 \
-  }

@@ -121,13 +121,13 @@ void launch(const TaylorMatrix<void>& matrix, cudaStream_t stream) {
 
 void softmax_taylor_cuda(const TaylorMatrix<void>& matrix, ScalarType type, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
-  with_type(type, [&](auto element) {
+  with_type<__half, __nv_bfloat16>(type, [&](auto element) {
     using T = decltype(element);
     with_orders(matrix.orders, [&](auto orders) {
       if (in_vectors<T>(matrix)) {
-        launch<T, decltype(orders)::value, kVectorBytes / sizeof(T)>(matrix, on);
+        launch<T, orders(), kVectorBytes / sizeof(T)>(matrix, on);
       } else {
-        launch<T, decltype(orders)::value, 1>(matrix, on);
+        launch<T, orders(), 1>(matrix, on);
       }
     });
   });

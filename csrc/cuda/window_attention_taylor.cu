@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include "attention_series.h"
+#include "constant.h"
 #include "cuda/launch.h"
 #include "window_attention_taylor.h"
 
@@ -216,14 +217,7 @@ void choose_layout(const WindowAttentionTaylor<T>& problem, cudaStream_t stream)
 
 template <typename T>
 void choose_orders(const WindowAttentionTaylor<T>& problem, cudaStream_t stream) {
-  switch (problem.orders) {
-    case 0:
-      return choose_layout<T, 0>(problem, stream);
-    case 1:
-      return choose_layout<T, 1>(problem, stream);
-    default:
-      return choose_layout<T, 2>(problem, stream);
-  }
+  with_orders(problem.orders, [&](auto orders) { choose_layout<T, orders()>(problem, stream); });
 }
 
 }  // namespace

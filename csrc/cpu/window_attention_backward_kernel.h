@@ -8,7 +8,7 @@
 // and every weight is computed once.
 #pragma once
 
-#include "cpu/window_attention_forward.h"
+#include "cpu/window_attention_kernel.h"
 
 namespace asvit_fast {
 namespace {
@@ -250,6 +250,10 @@ void differentiate_window(const WindowAttentionBackward<T>& problem, const Token
                     forward.attn_scale ? memory.means : nullptr, padded_dim, memory.to_values);
 }
 
+}  // namespace
+
+namespace ASVIT_FAST_ISA {
+
 template <typename T>
 void window_attention_backward(const WindowAttentionBackward<T>& problem, int64_t begin, int64_t end, char* bytes) {
   Arena arena(bytes);
@@ -270,5 +274,8 @@ void window_attention_backward(const WindowAttentionBackward<T>& problem, int64_
   }
 }
 
-}  // namespace
+template void window_attention_backward(const WindowAttentionBackward<float>&, int64_t, int64_t, char*);
+template void window_attention_backward(const WindowAttentionBackward<double>&, int64_t, int64_t, char*);
+
+}  // namespace ASVIT_FAST_ISA
 }  // namespace asvit_fast

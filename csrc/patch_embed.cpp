@@ -36,7 +36,7 @@ void check(const at::Tensor& image, const at::Tensor& weight, int64_t stride, in
                     "patch_embed: patches ", weight.sizes(), " at stride ", stride, " and padding ", padding,
                     " are too large");
   scalar_type(kOp, image.scalar_type());
-  check_companion(kOp, "weight", weight, image);
+  check_device_and_type(kOp, "weight", weight, image);
 }
 
 // Operands in the type that is computed in, low precision widened once, and parameters as the kernels read them.
@@ -49,20 +49,21 @@ struct Inputs {
   bool norm;
   double eps;
 
-  Inputs(const at::Tensor& picture, const at::Tensor& weight, const OptionalTensor& bias, int64_t step, int64_t spread,
-         at::IntArrayRef zeros, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double epsilon)
-      : type(picture.scalar_type() == at::kDouble ? at::kDouble : at::kFloat),
+  Inputs(const at::Tensor& image, const at::Tensor& weight, const OptionalTensor& bias, int64_t stride,
+         int64_t dilation, at::IntArrayRef padding, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
+         double eps)
+      : type(image.scalar_type() == at::kDouble ? at::kDouble : at::kFloat),
+        image(image.to(type)),
         kernel(weight.size(-1)),
-        stride(step),
-        dilation(spread),
+        stride(stride),
+        dilation(dilation),
         channels(weight.size(0)),
-        padding(zeros),
+        padding(padding),
         norm(norm_weight.has_value()),
-        eps(epsilon) {
-    check(picture, weight, step, spread, zeros);
-    image = picture.to(type);
+        eps(eps) {
+    check(image, weight, stride, dilation, padding);
     const int64_t patch = weight[0].numel(), padded = (channels + kChannelBlock - 1) / kChannelBlock * kChannelBlock;
-    parameters = at::empty({patch + 3, padded}, image.options());
+    parameters = at::empty({patch + 3, padded}, image.options().dtype(type));
     with_compute_type(kOp, type,
                       [&](auto zero) { pack<decltype(zero)>(weight, {bias, norm_weight, norm_bias}, patch, padded); });
   }
@@ -133,27 +134,29 @@ void parallel_with(const PatchEmbedWorkspace& workspace, int64_t count, double w
                        [&](int64_t begin, int64_t end, void* memory) { run(begin, end, static_cast<T*>(memory)); });
 }
 
-// The tokens [B, Ho, Wo, C] and, to keep for the backward pass, the values of the convolution (else empty).
+// The tokens [B, Ho, Wo, C] and, if it is to be saved for the backward pass, the output of the convolution (else
+// empty).
 std::tuple<at::Tensor, at::Tensor> patch_embed_cpu(const at::Tensor& image, const at::Tensor& weight,
                                                    const OptionalTensor& bias, const OptionalTensor& norm_weight,
                                                    const OptionalTensor& norm_bias, int64_t stride, int64_t dilation,
                                                    at::IntArrayRef padding, double eps, at::ScalarType dtype,
-                                                   bool keep) {
+                                                   bool save_conv_output) {
   const Inputs inputs(image, weight, bias, stride, dilation, padding, norm_weight, norm_bias, eps);
   const auto options = inputs.image.options();
-  at::Tensor output, values;
+  at::Tensor output, conv_output;
   with_compute_type(kOp, inputs.type, [&](auto zero) {
     using T = decltype(zero);
     const PatchEmbed<T> problem = inputs.problem<T>();
     output = at::empty({problem.batch, problem.rows, problem.columns, problem.channels}, options);
-    values = at::empty(keep ? output.sizes() : at::IntArrayRef{0}, options);
+    conv_output = at::empty(save_conv_output ? output.sizes() : at::IntArrayRef{0}, options);
     if (output.numel() == 0) return;
     const auto kernel = ASVIT_FAST_SELECT(patch_embed<T>);
-    T *to = output.mutable_data_ptr<T>(), *kept = keep ? values.mutable_data_ptr<T>() : nullptr;
+    T* to = output.mutable_data_ptr<T>();
+    T* conv_to = save_conv_output ? conv_output.mutable_data_ptr<T>() : nullptr;
     parallel_with<T>(PatchEmbedWorkspace(problem, false), problem.batch * problem.rows, row_work(problem),
-                     [&](int64_t begin, int64_t end, T* memory) { kernel(problem, to, kept, begin, end, memory); });
+                     [&](int64_t begin, int64_t end, T* memory) { kernel(problem, to, conv_to, begin, end, memory); });
   });
-  return {output.to(dtype), values};
+  return {output.to(dtype), conv_output};
 }
 
 // Fixed by the shapes alone, so that sums do not depend on the number of threads.
@@ -164,58 +167,59 @@ int64_t piece_count(const PatchEmbed<T>& problem) {
 }
 
 // Gradients of the pieces [pieces, Cin * K * K + 3, padded channels] added up, in the shapes and types of the
-// parameters; empty for those that are not there.
+// parameters; empty for those that are missing.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> unpack(const at::Tensor& sums, const at::Tensor& weight,
                                                                   std::array<OptionalTensor, 3> vectors) {
   const at::Tensor sum = sums.sum(0).narrow(1, 0, weight.size(0));
   const int64_t patch = sum.size(0) - 3;
-  const at::Tensor to_weight = at::empty(weight.sizes(), weight.options());
-  to_weight.flatten(1).t().copy_(sum.narrow(0, 0, patch));
+  const at::Tensor grad_weight = at::empty(weight.sizes(), weight.options());
+  grad_weight.flatten(1).t().copy_(sum.narrow(0, 0, patch));
   const auto row = [&](int64_t index) {
     const OptionalTensor& vector = vectors[index];
     return vector ? sum.select(0, patch + index).to(vector->scalar_type(), false, true) : at::empty({0}, sum.options());
   };
-  return {to_weight, row(0), row(1), row(2)};
+  return {grad_weight, row(0), row(1), row(2)};
 }
 
-// Gradients of the convolution's values [B, Ho, Wo, C], the weight, the bias, the norm's weight and bias: empty unless
-// asked for.
+// Gradients of the convolution's output [B, Ho, Wo, C], the weight, the bias, the norm's weight and bias: empty unless
+// needed.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> patch_embed_backward_cpu(
     const at::Tensor& gradient, const at::Tensor& image, const at::Tensor& weight, const OptionalTensor& bias,
     const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, int64_t stride, int64_t dilation,
-    at::IntArrayRef padding, double eps, const at::Tensor& values, bool tokens_wanted, bool parameters_wanted) {
+    at::IntArrayRef padding, double eps, const at::Tensor& conv_output, bool needs_conv_output_grad,
+    bool needs_parameter_grad) {
   const Inputs inputs(image, weight, bias, stride, dilation, padding, norm_weight, norm_bias, eps);
   const auto options = inputs.image.options();
   const at::Tensor wide = gradient.to(inputs.type).contiguous();
-  const at::Tensor kept = values.to(inputs.type).contiguous();
+  const at::Tensor conv_values = conv_output.to(inputs.type).contiguous();
   const auto nothing = [&] { return at::empty({0}, options); };  // each its own, as outputs must not share memory
-  const at::Tensor to_tokens = tokens_wanted ? at::empty(wide.sizes(), options) : nothing();
+  const at::Tensor grad_conv_output = needs_conv_output_grad ? at::empty(wide.sizes(), options) : nothing();
   at::Tensor sums;
   with_compute_type(kOp, inputs.type, [&](auto zero) {
     using T = decltype(zero);
     const PatchEmbed<T> problem = inputs.problem<T>();
     TORCH_CHECK_VALUE(
         gradient.sizes() == at::IntArrayRef({problem.batch, problem.rows, problem.columns, problem.channels}) &&
-            (values.numel() == 0 || values.sizes() == gradient.sizes()),
+            (conv_output.numel() == 0 || conv_output.sizes() == gradient.sizes()),
         "patch_embed_backward: gradient ", gradient.sizes(), " must have the output's shape");
-    check_companion("patch_embed_backward", "gradient", gradient, image);
-    check_companion("patch_embed_backward", "values", values, image);
+    check_device_and_type("patch_embed_backward", "gradient", gradient, image);
+    check_device_and_type("patch_embed_backward", "conv_output", conv_output, image);
     const int64_t pieces = gradient.numel() > 0 ? piece_count(problem) : 1;
-    if (parameters_wanted) sums = at::zeros({pieces, problem.patch() + 3, problem.padded()}, options);
+    if (needs_parameter_grad) sums = at::zeros({pieces, problem.patch() + 3, problem.padded()}, options);
     if (gradient.numel() == 0) return;
     const auto kernel = ASVIT_FAST_SELECT(patch_embed_backward<T>);
     const PatchEmbedBackward<T> backward = {problem,
                                             wide.const_data_ptr<T>(),
-                                            kept.numel() > 0 ? kept.const_data_ptr<T>() : nullptr,
-                                            tokens_wanted ? to_tokens.mutable_data_ptr<T>() : nullptr,
-                                            parameters_wanted ? sums.mutable_data_ptr<T>() : nullptr,
+                                            conv_values.numel() > 0 ? conv_values.const_data_ptr<T>() : nullptr,
+                                            needs_conv_output_grad ? grad_conv_output.mutable_data_ptr<T>() : nullptr,
+                                            needs_parameter_grad ? sums.mutable_data_ptr<T>() : nullptr,
                                             pieces};
     const double work = 2 * row_work(problem) * problem.batch * problem.rows / pieces;
     parallel_with<T>(PatchEmbedWorkspace(problem, true), pieces, work,
                      [&](int64_t begin, int64_t end, T* memory) { kernel(backward, begin, end, memory); });
   });
-  if (!parameters_wanted) return {to_tokens, nothing(), nothing(), nothing(), nothing()};
-  return std::tuple_cat(std::make_tuple(to_tokens), unpack(sums, weight, {bias, norm_weight, norm_bias}));
+  if (!needs_parameter_grad) return {grad_conv_output, nothing(), nothing(), nothing(), nothing()};
+  return std::tuple_cat(std::make_tuple(grad_conv_output), unpack(sums, weight, {bias, norm_weight, norm_bias}));
 }
 
 }  // namespace
@@ -223,11 +227,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> patch_emb
 TORCH_LIBRARY_FRAGMENT(asvit_fast_C, library) {
   library.def(
       "patch_embed(Tensor image, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, int stride, int "
-      "dilation, int[] padding, float eps, ScalarType dtype, bool keep) -> (Tensor, Tensor)");
+      "dilation, int[] padding, float eps, ScalarType dtype, bool save_conv_output) -> (Tensor, Tensor)");
   library.def(
       "patch_embed_backward(Tensor gradient, Tensor image, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? "
-      "norm_bias, int stride, int dilation, int[] padding, float eps, Tensor values, bool tokens_wanted, bool "
-      "parameters_wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "norm_bias, int stride, int dilation, int[] padding, float eps, Tensor conv_output, bool needs_conv_output_grad, "
+      "bool "
+      "needs_parameter_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(asvit_fast_C, CPU, library) {

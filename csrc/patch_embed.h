@@ -36,19 +36,19 @@ struct PatchEmbed {
 template <typename T>
 struct PatchEmbedBackward {
   PatchEmbed<T> forward;
-  const T* gradient;  // of the output, [batch, rows, columns, channels]
-  const T* values;    // of the convolution, same shape; or null: they are computed again, if they are needed
-  T* to_tokens;       // of the convolution, same shape; or null
+  const T* gradient;     // of the output, [batch, rows, columns, channels]
+  const T* conv_output;  // same shape; or null: it is computed again, if it is needed
+  T* grad_conv_output;   // same shape; or null
   T* sums;         // [pieces, patch + 3, padded channels], zeros: gradients of the weight, the bias, the norm's weight
                    // and bias; the gradient is the sum over pieces. Or null
   int64_t pieces;  // that the rows of tokens are cut into, whatever the number of threads: sums in a fixed order
 };
 
-// Forward: output and, unless null, the convolution's values [batch, rows, columns, channels] of the tokens' rows begin
+// Forward: output and, unless null, the convolution's output [batch, rows, columns, channels] of the tokens' rows begin
 // <= i < end of batch * rows. Backward: the pieces begin <= i < end. Both with PatchEmbedWorkspace::total() elements of
 // memory, aligned to 64 bytes, to themselves.
-ASVIT_FAST_FOR_EACH_ISA(patch_embed, const PatchEmbed<T>& problem, T* output, T* values, int64_t begin, int64_t end,
-                        T* workspace)
+ASVIT_FAST_FOR_EACH_ISA(patch_embed, const PatchEmbed<T>& problem, T* output, T* conv_output, int64_t begin,
+                        int64_t end, T* workspace)
 ASVIT_FAST_FOR_EACH_ISA(patch_embed_backward, const PatchEmbedBackward<T>& problem, int64_t begin, int64_t end,
                         T* workspace)
 

@@ -28,7 +28,7 @@ struct PatchMerge {
   const T *norm_weight, *norm_bias;  // [features] or null
   T eps;
   T *mean, *rstd;      // [output tokens]
-  bool differentiate;  // mean and rstd are there already, and rows stay without norm_weight and norm_bias
+  bool differentiate;  // mean and rstd are given, and rows stay without norm_weight and norm_bias
 };
 
 // Elements behind the rows given to a kernel that it may overwrite.
@@ -38,23 +38,23 @@ constexpr int64_t kRowSlack = 32;
 template <typename T>
 struct PatchMergeParameters {
   int64_t outputs, features;
-  const T* weight;                   // [outputs, features]
-  const T *norm_weight, *norm_bias;  // [features]; norm_bias or null
-  const T* total;                    // sum of the gradient of the output [outputs]
-  T* to_weight;                      // [outputs, features]; before, gradient^T x, x the normalised neighbourhoods
-  T *to_norm_weight, *to_norm_bias;  // [features]
+  const T* weight;                       // [outputs, features]
+  const T *norm_weight, *norm_bias;      // [features]; norm_bias or null
+  const T* total;                        // sum of the gradient of the output [outputs]
+  T* grad_weight;                        // [outputs, features]; before, gradient^T x, x the normalised neighbourhoods
+  T *grad_norm_weight, *grad_norm_bias;  // [features]
 };
 
 // patch_merge_rows: fills rows [end - begin, features] with the normalised neighbourhoods of output tokens.
 //
-// patch_merge_gradient: turns gradients [end - begin, features] of the outputs of LayerNorm into those of
-// neighbourhoods and adds them to `to_tokens`, a gradient of all rows. `rows` are those of patch_merge_rows;
+// patch_merge_gradient: maps gradients [end - begin, features] of the outputs of LayerNorm to those of
+// neighbourhoods and adds them to `grad_tokens`, a gradient of all rows. `rows` are those of patch_merge_rows;
 // `workspace` has twice features + kRowSlack elements.
 //
 // patch_merge_parameters: the features begin <= i < end.
 ASVIT_FAST_FOR_EACH_ISA(patch_merge_rows, const PatchMerge<T>& problem, int64_t begin, int64_t end, T* rows)
 ASVIT_FAST_FOR_EACH_ISA(patch_merge_gradient, const PatchMerge<T>& problem, int64_t begin, int64_t end, const T* rows,
-                        const T* gradients, T* workspace, T* to_tokens)
+                        const T* gradients, T* workspace, T* grad_tokens)
 ASVIT_FAST_FOR_EACH_ISA(patch_merge_parameters, const PatchMergeParameters<T>& problem, int64_t begin, int64_t end)
 
 }  // namespace asvit_fast

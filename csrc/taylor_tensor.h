@@ -31,7 +31,7 @@ inline void check_channels(const char* op, const char* name, const OptionalTenso
   if (!vector) return;
   TORCH_CHECK_VALUE(x.dim() >= 2 && vector->dim() == 1 && vector->size(0) == x.size(-1), op, ": ", name,
                     " must be [C] for x [orders + 1, ..., C] ", x.sizes(), ", not ", vector->sizes());
-  check_companion(op, name, *vector, x);
+  check_device_and_type(op, name, *vector, x);
 }
 
 // input, output: [orders + 1, ..., size], contiguous, of the type T or, for void, of any type

@@ -18,8 +18,8 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 // ------------------------------------------------------------------------------------------------------------ checks
 
-// What comes with x is read through pointers of x's device, after a conversion of its numbers.
-inline void check_companion(const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& x) {
+// `tensor` is read through pointers of x's device, after a conversion of its numbers.
+inline void check_device_and_type(const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& x) {
   TORCH_CHECK_VALUE(tensor.device() == x.device(), op, ": ", name, " must be on ", x.device(), ", not on ",
                     tensor.device());
   TORCH_CHECK_TYPE(at::isFloatingType(tensor.scalar_type()), op, ": ", name, " must be floating point, not ",
@@ -31,7 +31,7 @@ inline void check_operand(const char* op, const char* name, const OptionalTensor
                           const at::Tensor& x) {
   if (!tensor) return;
   TORCH_CHECK_VALUE(tensor->sizes() == sizes, op, ": ", name, " must be ", sizes, ", not ", tensor->sizes());
-  check_companion(op, name, *tensor, x);
+  check_device_and_type(op, name, *tensor, x);
 }
 
 // Sums and products of a few such numbers are below 2^63.

@@ -71,16 +71,16 @@ TokenMap<const T> token_map(const at::Tensor& map) {
 
 // Operands as the kernels want them.
 struct Operands {
-  at::Tensor qkv, bias, table, padding, attn_scale;
+  at::Tensor qkv, bias, bias_table, padding, attn_scale;
 
   explicit Operands(const Arguments& a)
       : qkv(map_operand(a.qkv, a.type())),
         bias(parameters(a.bias, a.type())),
         attn_scale(parameters(a.attn_scale, a.type())) {
     padding = a.padding ? parameters(a.padding, a.type()) : at::zeros({qkv.size(3)}, qkv.options());
-    if (!a.bias || !is_small(a.tokens())) return;
-    table = at::zeros({a.heads, a.tokens(), padded_to_vector(a.tokens())}, qkv.options());
-    table.narrow(2, 0, a.tokens()).copy_(bias.transpose(1, 2));
+    if (!a.bias || !uses_bias_table(a.tokens())) return;
+    bias_table = at::zeros({a.heads, a.tokens(), padded_to_vector(a.tokens())}, qkv.options());
+    bias_table.narrow(2, 0, a.tokens()).copy_(bias.transpose(1, 2));
   }
 
   template <typename T>
@@ -88,7 +88,7 @@ struct Operands {
     return {token_map<T>(qkv),
             padding.const_data_ptr<T>(),
             pointer_or_null<T>(bias),
-            pointer_or_null<T>(table),
+            pointer_or_null<T>(bias_table),
             pointer_or_null<T>(attn_scale),
             output.mutable_data_ptr<T>(),
             statistics.mutable_data_ptr<T>(),
@@ -142,24 +142,25 @@ int64_t piece_count(int64_t windows, bool parameters, int64_t bias_bytes) {
                              std::clamp<int64_t>(windows, 1, kPieces));
 }
 
-// A parameter's gradient: the sum over pieces [pieces, ...] in its type; empty where it was not asked for.
+// A parameter's gradient: the sum over pieces [pieces, ...] in its type; empty where it is not needed.
 at::Tensor sum_pieces(const at::Tensor& pieces, const OptionalTensor& parameter, const at::Tensor& qkv) {
   if (!pieces.defined()) return at::empty({0}, qkv.options());
   return (pieces.size(0) == 1 ? pieces.squeeze(0) : pieces.sum(0)).to(parameter->scalar_type());
 }
 
-// Gradients of parameters, a slice for each piece; undefined where they are not wanted.
+// Gradients of parameters, a slice for each piece; undefined where they are not needed.
 struct Pieces {
   int64_t count;
   at::Tensor bias, padding, attn_scale;
 
-  Pieces(const Arguments& a, const c10::List<bool>& wanted, int64_t windows, const at::TensorOptions& options) {
-    const int64_t row = is_small(a.tokens()) ? padded_to_vector(a.tokens()) : a.tokens();
-    const int64_t bytes = wanted[0] ? a.heads * a.tokens() * row * static_cast<int64_t>(options.dtype().itemsize()) : 0;
-    count = piece_count(windows, wanted[0] || wanted[1] || wanted[2], bytes);
-    if (wanted[0]) bias = at::zeros({count, a.heads, a.tokens(), row}, options);
-    if (wanted[1]) padding = at::zeros({count, a.qkv.size(3)}, options);
-    if (wanted[2]) attn_scale = at::zeros({count, a.heads}, options);
+  Pieces(const Arguments& a, const c10::List<bool>& needs_grad, int64_t windows, const at::TensorOptions& options) {
+    const int64_t row = uses_bias_table(a.tokens()) ? padded_to_vector(a.tokens()) : a.tokens();
+    const int64_t bytes =
+        needs_grad[0] ? a.heads * a.tokens() * row * static_cast<int64_t>(options.dtype().itemsize()) : 0;
+    count = piece_count(windows, needs_grad[0] || needs_grad[1] || needs_grad[2], bytes);
+    if (needs_grad[0]) bias = at::zeros({count, a.heads, a.tokens(), row}, options);
+    if (needs_grad[1]) padding = at::zeros({count, a.qkv.size(3)}, options);
+    if (needs_grad[2]) attn_scale = at::zeros({count, a.heads}, options);
   }
 };
 
@@ -177,7 +178,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> window_attention_back
     const at::Tensor& gradient, const at::Tensor& qkv, const at::Tensor& output, const at::Tensor& statistics,
     int64_t heads, at::IntArrayRef window, at::IntArrayRef shift, double scale, std::string_view layout,
     const OptionalTensor& bias, const OptionalTensor& padding, const OptionalTensor& attn_scale,
-    const c10::List<bool>& wanted) {
+    const c10::List<bool>& needs_grad) {
   const Arguments arguments{qkv, heads, window, shift, scale, parse_layout(layout), bias, padding, attn_scale};
   check(arguments);
   const char* const op = "window_attention_backward";
@@ -188,28 +189,29 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> window_attention_back
   check_operand(op, "statistics", statistics, {2, batch, height, width, heads}, qkv);
   TORCH_CHECK_TYPE(statistics.scalar_type() == arguments.type(), op, ": statistics must be ", arguments.type(),
                    ", not ", statistics.scalar_type());
-  TORCH_CHECK_VALUE(wanted.size() == 3 && (bias || !wanted[0]) && (padding || !wanted[1]) && (attn_scale || !wanted[2]),
+  TORCH_CHECK_VALUE(needs_grad.size() == 3 && (bias || !needs_grad[0]) && (padding || !needs_grad[1]) &&
+                        (attn_scale || !needs_grad[2]),
                     "window_attention_backward: no bias, padding or attn_scale to find the gradient of");
   const Operands operands(arguments);
-  const at::Tensor to_qkv = at::empty(qkv.sizes(), operands.qkv.options());
-  at::Tensor to_bias, to_padding, to_attn_scale;
+  const at::Tensor grad_qkv = at::empty(qkv.sizes(), operands.qkv.options());
+  at::Tensor grad_bias, grad_pad_token, grad_attn_scale;
   with_compute_type(kOp, arguments.type(), [&](auto zero) {
     using T = decltype(zero);
     const at::Tensor wide_output = output.to(arguments.type()).contiguous();
     const at::Tensor wide_gradient = map_operand(gradient, arguments.type()), rows = statistics.contiguous();
     const auto forward = operands.problem<T>(arguments, wide_output, rows);
-    const Pieces pieces(arguments, wanted, window_count(forward), to_qkv.options());
-    if (to_qkv.numel() > 0)
-      run_backward<T>({forward, token_map<T>(wide_gradient), to_qkv.mutable_data_ptr<T>(),
+    const Pieces pieces(arguments, needs_grad, window_count(forward), grad_qkv.options());
+    if (grad_qkv.numel() > 0)
+      run_backward<T>({forward, token_map<T>(wide_gradient), grad_qkv.mutable_data_ptr<T>(),
                        mutable_or_null<T>(pieces.bias), mutable_or_null<T>(pieces.padding),
                        mutable_or_null<T>(pieces.attn_scale), pieces.count});
-    to_bias = sum_pieces(pieces.bias, bias, qkv);
-    to_padding = sum_pieces(pieces.padding, padding, qkv);
-    to_attn_scale = sum_pieces(pieces.attn_scale, attn_scale, qkv);
+    grad_bias = sum_pieces(pieces.bias, bias, qkv);
+    grad_pad_token = sum_pieces(pieces.padding, padding, qkv);
+    grad_attn_scale = sum_pieces(pieces.attn_scale, attn_scale, qkv);
   });
-  if (wanted[0] && is_small(arguments.tokens()))
-    to_bias = to_bias.narrow(2, 0, arguments.tokens()).transpose(1, 2).contiguous();
-  return {to_qkv.to(qkv.scalar_type()), to_bias, to_padding, to_attn_scale};
+  if (needs_grad[0] && uses_bias_table(arguments.tokens()))
+    grad_bias = grad_bias.narrow(2, 0, arguments.tokens()).transpose(1, 2).contiguous();
+  return {grad_qkv.to(qkv.scalar_type()), grad_bias, grad_pad_token, grad_attn_scale};
 }
 
 }  // namespace
@@ -220,7 +222,8 @@ TORCH_LIBRARY_FRAGMENT(asvit_fast_C, library) {
       "Tensor? padding, Tensor? attn_scale) -> (Tensor, Tensor)");
   library.def(
       "window_attention_backward(Tensor gradient, Tensor qkv, Tensor output, Tensor statistics, int heads, int[] "
-      "window, int[] shift, float scale, str layout, Tensor? bias, Tensor? padding, Tensor? attn_scale, bool[] wanted) "
+      "window, int[] shift, float scale, str layout, Tensor? bias, Tensor? padding, Tensor? attn_scale, bool[] "
+      "needs_grad) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
 }
 

@@ -20,9 +20,9 @@ struct TokenMap {
 template <typename T>
 struct WindowAttention {
   TokenMap<const T> qkv;
-  const T* padding;     // [3, heads, head_dim], a token of padding; read where padding is attended only
+  const T* pad_token;   // [3, heads, head_dim], a token of padding; read where padding is attended only
   const T* bias;        // [heads, queries, keys] or null
-  const T* table;       // the same for small windows, [heads, keys, padded_to_vector(queries)]; or null
+  const T* bias_table;  // the same for small windows, [heads, keys, padded_to_vector(queries)]; or null
   const T* attn_scale;  // [heads] or null
   T* output;            // [batch, height, width, heads, head_dim]
   T* statistics;        // [2, batch, height, width, heads]: a query's largest score, 1 / sum of its weights
@@ -33,15 +33,15 @@ struct WindowAttention {
 };
 
 // Gradients of parameters are the sums over pieces, into which the windows of each head are cut whatever the number of
-// threads: sums in a fixed order. Zeros at first; null where not asked for.
+// threads: sums in a fixed order. Zeros at first; null where not needed.
 template <typename T>
 struct WindowAttentionBackward {
   WindowAttention<T> forward;
   TokenMap<const T> gradient;  // of the output
-  T* to_qkv;                   // [batch, height, width, 3, heads, head_dim], written whole
-  T* to_bias;                  // [pieces, heads, queries, keys]; of small windows as the table
-  T* to_padding;               // [pieces, 3, heads, head_dim]
-  T* to_attn_scale;            // [pieces, heads]
+  T* grad_qkv;                 // [batch, height, width, 3, heads, head_dim], written whole
+  T* grad_bias;                // [pieces, heads, queries, keys]; or as the bias table
+  T* grad_pad_token;           // [pieces, 3, heads, head_dim]
+  T* grad_attn_scale;          // [pieces, heads]
   int64_t pieces;
 };
 
@@ -56,14 +56,14 @@ namespace {  // one copy per including file, as in window_attention_taylor.h
 
 constexpr int64_t kMaximumLanes = 16;
 constexpr int64_t kGroup = 64;           // queries that go through the keys together
-constexpr int64_t kKeyTile = 64;         // keys whose scores are there at a time
+constexpr int64_t kKeyTile = 64;         // keys whose scores are in memory at a time
 constexpr int64_t kUnit = 2 * kGroup;    // queries of one window that work is handed out in
-constexpr int64_t kTableTokens = 256;    // up to which the bias is turned around for all windows at once
+constexpr int64_t kTableTokens = 256;    // up to which the bias is transposed for all windows at once
 constexpr int64_t kRegions = 4;          // parts of a window that a shift along both sides brings together
-constexpr double kRegionScore = -100.0;  // of a query and a key in different regions, where regions attend each other
+constexpr double kRegionScore = -100.0;  // added to that of a query and a key in different regions
 
-// Whether the bias of windows of so many tokens is turned around once: their queries and keys change places then.
-inline bool is_small(int64_t tokens) { return tokens <= kTableTokens; }
+// Whether the bias of windows of so many tokens is transposed once, to [heads, keys, queries].
+inline bool uses_bias_table(int64_t tokens) { return tokens <= kTableTokens; }
 
 inline int64_t padded_to_vector(int64_t count) { return (count + kMaximumLanes - 1) / kMaximumLanes * kMaximumLanes; }
 
@@ -101,9 +101,9 @@ struct Token {
 struct TokenWindow {
   int64_t batch, count;
   Token* tokens;
-  bool whole;    // places are 0, 1, ...
-  bool regions;  // there is more than one
-  bool padded;   // there is padding
+  bool complete;  // places are 0, 1, ...
+  bool regions;   // there is more than one
+  bool padded;    // there is padding
 };
 
 template <typename T>
@@ -113,7 +113,7 @@ inline TokenWindow window_at(const WindowAttention<T>& problem, int64_t index, T
   const AxisWindow columns(problem.columns, problem.layout, index % across);
   const AxisWindow rows(problem.rows, problem.layout, index / across % down);
   TokenWindow window = {index / across / down, rows.length * columns.length, tokens, true, false, false};
-  window.whole = window.count == window_tokens(problem);
+  window.complete = window.count == window_tokens(problem);
   for (int64_t i = 0; i < rows.length; ++i) {
     const AxisToken row = rows.token(i);
     for (int64_t j = 0; j < columns.length; ++j) {
@@ -198,11 +198,11 @@ template <typename T>
 struct BackwardMemory {
   Token* tokens;                            // of two windows
   T *queries, *keys, *values, *gradients;   // [token][component]
-  T *to_keys, *to_values;                   // [key][padded_dim]
+  T *grad_keys, *grad_values;               // [key][padded_dim]
   T *query_columns, *gradient_columns;      // of a group, [component][query]
   T *weights, *scores;                      // of a group and a tile, [key][query]; scores: the gradients of
   T* base;                                  // [key][query]
-  T* to_queries;                            // [query][padded_dim]
+  T* grad_queries;                          // [query][padded_dim]
   T* column_sums;                           // [component][query]
   T *maximum, *inverse, *delta, *products;  // [query]
   T* means;                                 // [region][padded_dim]
@@ -216,14 +216,14 @@ struct BackwardMemory {
     keys = rows.take(arena);
     values = rows.take(arena);
     gradients = rows.take(arena);
-    to_keys = rows.take(arena);
-    to_values = rows.take(arena);
+    grad_keys = rows.take(arena);
+    grad_values = rows.take(arena);
     query_columns = arena.take<T>(padded_dim * kGroup);
     gradient_columns = arena.take<T>(padded_dim * kGroup);
     weights = arena.take<T>(kKeyTile * kGroup);
     scores = arena.take<T>(kKeyTile * kGroup);
     base = arena.take<T>(kKeyTile * kGroup);
-    to_queries = arena.take<T>(kGroup * padded_dim);
+    grad_queries = arena.take<T>(kGroup * padded_dim);
     column_sums = arena.take<T>(padded_dim * kGroup);
     maximum = arena.take<T>(kGroup);
     inverse = arena.take<T>(kGroup);

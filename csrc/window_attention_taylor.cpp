@@ -56,8 +56,8 @@ void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::In
   TORCH_CHECK_TYPE(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type() &&
                        (!bias || bias->scalar_type() == q.scalar_type()),
                    kOp, ": q, k, v and bias must have one dtype");
-  check_companion(kOp, "k", k, q);
-  check_companion(kOp, "v", v, q);
+  check_device_and_type(kOp, "k", k, q);
+  check_device_and_type(kOp, "v", v, q);
   const int64_t tokens = window[0] * window[1];
   check_operand(kOp, "bias", bias, {q.size(4), tokens, tokens}, q);
 }

@@ -55,7 +55,8 @@ inline void add(const T* from, int64_t count, T* to) {
 
 // The adjoint of copy_neighbourhood.
 template <typename T>
-void add_neighbourhood(const Neighbourhoods& map, const OutputToken& token, const T* from, T* workspace, T* to_tokens) {
+void add_neighbourhood(const Neighbourhoods& map, const OutputToken& token, const T* from, T* workspace,
+                       T* grad_tokens) {
   const int64_t kernel = map.kernel, taps = kernel * kernel, channels = map.channels;
   const T* by_token = from;  // [taps][channels]
   if (!map.channels_last) {
@@ -73,7 +74,7 @@ void add_neighbourhood(const Neighbourhoods& map, const OutputToken& token, cons
     const int64_t row = map.channels_last ? i % kernel : i / kernel,
                   column = map.channels_last ? i / kernel : i % kernel;
     const int64_t offset = offset_of(map, 0, token, row, column);
-    if (offset >= 0) add(by_token + i * channels, channels, to_tokens + offset);
+    if (offset >= 0) add(by_token + i * channels, channels, grad_tokens + offset);
   }
 }
 
@@ -110,12 +111,12 @@ namespace ASVIT_FAST_ISA {
 
 template <typename T>
 void patch_merge_gradient(const PatchMerge<T>& problem, int64_t begin, int64_t end, const T* rows, const T* gradients,
-                          T* workspace, T* to_tokens) {
+                          T* workspace, T* grad_tokens) {
   const int64_t features = problem.map.features();
   T* by_token = workspace + features + kRowSlack;
   for (int64_t token = begin; token < end; ++token, rows += features, gradients += features) {
     differentiate_row(problem, problem.rstd[token], rows, gradients, workspace);
-    add_neighbourhood(problem.map, output_token(problem.map, token), workspace, by_token, to_tokens);
+    add_neighbourhood(problem.map, output_token(problem.map, token), workspace, by_token, grad_tokens);
   }
 }
 template void patch_merge_gradient(const PatchMerge<float>&, int64_t, int64_t, const float*, const float*, float*,
@@ -126,15 +127,15 @@ template void patch_merge_gradient(const PatchMerge<double>&, int64_t, int64_t, 
 // One pass over the weight.
 template <typename T>
 void patch_merge_parameters(const PatchMergeParameters<T>& problem, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) problem.to_norm_weight[i] = problem.to_norm_bias[i] = T(0);
+  for (int64_t i = begin; i < end; ++i) problem.grad_norm_weight[i] = problem.grad_norm_bias[i] = T(0);
   for (int64_t output = 0; output < problem.outputs; ++output) {
     const T* weight = problem.weight + output * problem.features;
-    T* product = problem.to_weight + output * problem.features;
+    T* product = problem.grad_weight + output * problem.features;
     const T total = problem.total[output];
     const auto step = [&](int64_t i, auto kind, auto put) {
       const auto w = like<T>(kind, weight + i), p = like<T>(kind, product + i);
-      put(problem.to_norm_weight + i, like<T>(kind, problem.to_norm_weight + i) + w * p);
-      put(problem.to_norm_bias + i, like<T>(kind, problem.to_norm_bias + i) + w * total);
+      put(problem.grad_norm_weight + i, like<T>(kind, problem.grad_norm_weight + i) + w * p);
+      put(problem.grad_norm_bias + i, like<T>(kind, problem.grad_norm_bias + i) + w * total);
       const auto scaled = p * like<T>(kind, problem.norm_weight + i);
       put(product + i, problem.norm_bias ? scaled + like<T>(kind, problem.norm_bias + i) * total : scaled);
     };

@@ -1,4 +1,4 @@
-// Patch merging for one instruction set: neighbourhoods copied into rows and normalised there, and the way back.
+// Patch merging for one instruction set: neighbourhoods copied into rows and normalised there.
 //
 // Where a channel's numbers of the whole neighbourhood stand together, the copy is a transposition: vectors of
 // channels, one for each token, are interleaved in registers, with empty vectors up to a power of two. What those leave

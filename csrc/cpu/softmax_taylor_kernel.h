@@ -32,16 +32,16 @@ inline void softmax_row(const TaylorRow<T>& row) {
   for (int k = 1; k <= orders; ++k) means[k] = total<T>(sums[k]) * inverse;
 
   // The derivative of order k less its mean where the weight is not 0.
-  const auto centred = [&](int k, int64_t i, Vector<T> weight) __attribute__((always_inline)) {
+  const auto subtract_weighted_mean = [&](int k, int64_t i, Vector<T> weight) __attribute__((always_inline)) {
     return weight == T(0) ? Vector<T>{} : row.load_from(k, i) - means[k];
   };
   Vector<T> rest = {}, bend = {};
   if constexpr (orders >= 1)
     for_each_vector<T>(row.size, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
       const Vector<T> weight = lanes.only(load<T>(row.out(0, i)));
-      const Vector<T> d = centred(1, i, weight);
+      const Vector<T> d = subtract_weighted_mean(1, i, weight);
       rest += weight * d;
-      if constexpr (orders >= 2) bend += weight * (centred(2, i, weight) + d * d);
+      if constexpr (orders >= 2) bend += weight * (subtract_weighted_mean(2, i, weight) + d * d);
     });
   const T left = total<T>(rest) * inverse;                // what <s'> lacked
   const T bent = total<T>(bend) * inverse - left * left;  // <e + d^2>
@@ -51,9 +51,10 @@ inline void softmax_row(const TaylorRow<T>& row) {
     const Vector<T> p = weight * inverse;
     lanes.store_to(row.out(0, i), p);
     if constexpr (orders >= 1) {
-      const Vector<T> d = centred(1, i, weight) - left;
+      const Vector<T> d = subtract_weighted_mean(1, i, weight) - left;
       lanes.store_to(row.out(1, i), p * d);
-      if constexpr (orders >= 2) lanes.store_to(row.out(2, i), p * (centred(2, i, weight) + d * d - bent));
+      if constexpr (orders >= 2)
+        lanes.store_to(row.out(2, i), p * (subtract_weighted_mean(2, i, weight) + d * d - bent));
     }
   });
 }

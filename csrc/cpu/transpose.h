@@ -1,4 +1,4 @@
-// Square blocks of vectors turned around in registers, and rows cut into vectors. Included as vector.h is.
+// Square blocks of vectors transposed in registers, and rows cut into vectors. Included as vector.h is.
 #pragma once
 
 #include "constant.h"
@@ -30,7 +30,7 @@ inline void transpose(Vector<T> (&rows)[kLanes<T>]) {
 // Calls run(begin, width) for widths that cover `size` elements from the front: a vector of them, 8, 4, then single
 // ones.
 template <typename T, typename Run>
-inline void in_widths(int64_t size, Run run) {
+inline void for_each_width(int64_t size, Run run) {
   int64_t begin = 0;
   const auto all = [&](auto width) {
     for (; size - begin >= width(); begin += width()) run(begin, width);

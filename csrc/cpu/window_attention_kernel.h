@@ -43,10 +43,10 @@ struct Base {
 
 // to [key][kGroup queries] = the bias of `count` queries from `query` on and `keys` keys from `key` on.
 template <typename T>
-void turn_bias(const T* bias, int64_t tokens, int64_t query, int64_t count, int64_t key, int64_t keys, T* to) {
+void transpose_bias(const T* bias, int64_t tokens, int64_t query, int64_t count, int64_t key, int64_t keys, T* to) {
   for (int64_t i = 0; i < count; i += kLanes<T>) {
     const int64_t lanes = count - i < kLanes<T> ? count - i : kLanes<T>;
-    in_widths<T>(keys, [&](int64_t j, auto width) {
+    for_each_width<T>(keys, [&](int64_t j, auto width) {
       Vector<T> block[kLanes<T>] = {};  // of keys, then of queries
       for (int64_t lane = 0; lane < lanes; ++lane) {
         const T* from = bias + (query + i + lane) * tokens + key + j;
@@ -69,15 +69,15 @@ Base<T> score_base(const WindowAttention<T>& problem, const TokenWindow& window,
   const int64_t tokens = window_tokens(problem), row = padded_to_vector(tokens);
   const T* bias = problem.bias ? problem.bias + head * tokens * tokens : nullptr;
   if (!bias && !window.regions) return {nullptr, 0};
-  if (window.whole && !window.regions && problem.table)
-    return {problem.table + (head * tokens + key) * row + first, row};
+  if (window.complete && !window.regions && problem.bias_table)
+    return {problem.bias_table + (head * tokens + key) * row + first, row};
   const Token* queries = window.tokens + first;
-  if (bias && window.whole) turn_bias(bias, tokens, first, count, key, keys, to);
+  if (bias && window.complete) transpose_bias(bias, tokens, first, count, key, keys, to);
   for (int64_t i = 0; i < keys; ++i) {
     const Token& token = window.tokens[key + i];
     T* at = to + i * kGroup;
     for (int64_t j = 0; j < count && !bias; ++j) at[j] = T(0);
-    for (int64_t j = 0; j < count && !window.whole; ++j) at[j] = bias[queries[j].place * tokens + token.place];
+    for (int64_t j = 0; j < count && !window.complete; ++j) at[j] = bias[queries[j].place * tokens + token.place];
     for (int64_t j = 0; j < count && window.regions; ++j)
       at[j] += queries[j].region == token.region ? T(0) : T(kRegionScore);
   }
@@ -93,7 +93,7 @@ void score_tile(const T* keys, const T* columns, int64_t head_dim, int64_t count
 
 // Scores of a tile to weights; `factor` is what sums over earlier tiles are to be multiplied with.
 template <typename T>
-void weigh(T* scores, int64_t count, int64_t keys, T* maximum, T* total, T* factor) {
+void online_softmax_step(T* scores, int64_t count, int64_t keys, T* maximum, T* total, T* factor) {
   for (int64_t i = 0; i < count; i += kLanes<T>) {
     const Vector<T> before = load<T>(maximum + i);
     Vector<T> largest[4] = {before, before, before, before};  // independent of each other
@@ -117,7 +117,7 @@ void weigh(T* scores, int64_t count, int64_t keys, T* maximum, T* total, T* fact
 }
 
 // Whether components are the lanes of sums over keys: fewer lanes are empty then, or hardly more (and no result has to
-// be turned around).
+// be transposed).
 template <typename T>
 inline bool lanes_are_components(int64_t tokens, int64_t head_dim) {
   const auto padded = [](int64_t size) { return (size + kLanes<T> - 1) / kLanes<T> * kLanes<T>; };
@@ -190,40 +190,40 @@ void write_group(const WindowAttention<T>& problem, const TokenWindow& window, i
   }
 }
 
-// The window that comes next: its operands are asked for while there is something to compute, every head's turn another
-// part of them.
+// The next window: its operands are prefetched during the computation, another part of them with every head.
 template <typename T>
-struct Upcoming {
+struct NextWindow {
   const WindowAttention<T>& problem;
   const TokenWindow& window;
   int64_t head;
 
-  [[gnu::always_inline]] void fetch_part(int64_t part, int64_t parts) const {
+  [[gnu::always_inline]] void prefetch_part(int64_t part, int64_t parts) const {
     const int64_t channels = problem.heads * problem.head_dim, all = parts * problem.heads;
     const int64_t begin = window.count * (head * parts + part) / all,
                   end = window.count * (head * parts + part + 1) / all;
-    fetch<0>(problem.qkv, window, begin, end, 0, 3 * channels);
-    fetch<1>(contiguous_map(problem.rows, problem.columns, channels, problem.output), window, begin, end, 0, channels);
+    prefetch<0>(problem.qkv, window, begin, end, 0, 3 * channels);
+    prefetch<1>(contiguous_map(problem.rows, problem.columns, channels, problem.output), window, begin, end, 0,
+                channels);
   }
 };
 
 // A group of queries against all keys of its window.
 template <typename T>
 void attend_group(const WindowAttention<T>& problem, const TokenWindow& window, int64_t head, int64_t first,
-                  int64_t count, const Upcoming<T>& next, const ForwardMemory<T>& memory) {
+                  int64_t count, const NextWindow<T>& next, const ForwardMemory<T>& memory) {
   const int64_t size = problem.head_dim, padded_dim = memory.padded_dim;
   const bool components = lanes_are_components<T>(window_tokens(problem), size);
-  turn_to_columns(memory.queries + first * size, count, size, problem.scale, memory.columns);
+  transpose_to_columns(memory.queries + first * size, count, size, problem.scale, memory.columns);
   fill(memory.maximum, kGroup, kLowest<T>);
   fill(memory.total, kGroup, T(0));
-  if (first == 0) next.fetch_part(0, 3);
+  if (first == 0) next.prefetch_part(0, 3);
   for (int64_t key = 0; key < window.count; key += kKeyTile) {
     const int64_t keys = window.count - key < kKeyTile ? window.count - key : kKeyTile;
     const Base<T> base = score_base(problem, window, head, first, count, key, keys, memory.base);
     score_tile(memory.keys + key * size, memory.columns, size, count, keys, base, memory.scores);
-    if (first + key == 0) next.fetch_part(1, 3);
-    weigh(memory.scores, count, keys, memory.maximum, memory.total, memory.factor);
-    if (first + key == 0) next.fetch_part(2, 3);
+    if (first + key == 0) next.prefetch_part(1, 3);
+    online_softmax_step(memory.scores, count, keys, memory.maximum, memory.total, memory.factor);
+    if (first + key == 0) next.prefetch_part(2, 3);
     const T* values = memory.values + key * size;
     if (components) {
       if (key > 0) scale_rows(memory.factor, count, size, padded_dim, memory.sums);
@@ -237,7 +237,7 @@ void attend_group(const WindowAttention<T>& problem, const TokenWindow& window, 
                   size, count, keys);
     }
   }
-  if (!components) turn_to_rows(memory.column_sums, count, size, padded_dim, memory.sums);
+  if (!components) transpose_to_rows(memory.column_sums, count, size, padded_dim, memory.sums);
   write_group(problem, window, head, first, count, memory);
 }
 
@@ -263,8 +263,8 @@ void window_attention(const WindowAttention<T>& problem, int64_t begin, int64_t 
         mean_regions(window, memory.values, problem.head_dim, memory.padded_dim, T(1), memory.means);
     }
     const int64_t following = task / problem.heads + 1;
-    const Upcoming<T> next = {problem, windows.next(task / problem.heads, following < count ? following : count - 1),
-                              head};
+    const NextWindow<T> next = {problem, windows.next(task / problem.heads, following < count ? following : count - 1),
+                                head};
     const int64_t last = first + kUnit < window.count ? first + kUnit : window.count;
     for (int64_t query = first; query < last; query += kGroup)
       attend_group(problem, window, head, query, last - query < kGroup ? last - query : kGroup, next, memory);

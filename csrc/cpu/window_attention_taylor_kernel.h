@@ -59,7 +59,8 @@ void pack_keys(const WindowAttentionTaylor<T>& problem, const AttentionWindow& w
   for (int64_t token = 0; token < tokens; ++token) {
     const T* from = problem.k.data + token_offset(window, strides, token);
     if (orders == 0 && strides.component == 1) {
-      in_widths<T>(head_dim, [&](int64_t i, auto width) { std::memcpy(packed + i, from + i, width() * sizeof(T)); });
+      for_each_width<T>(head_dim,
+                        [&](int64_t i, auto width) { std::memcpy(packed + i, from + i, width() * sizeof(T)); });
       packed += head_dim;
       continue;
     }
@@ -122,7 +123,7 @@ void pack_queries(const WindowAttentionTaylor<T>& problem, const AttentionWindow
       for (int64_t i = 0; i < problem.head_dim; ++i) single(i);
       continue;
     }
-    in_widths<T>(problem.head_dim, [&](int64_t i, auto width) {
+    for_each_width<T>(problem.head_dim, [&](int64_t i, auto width) {
       if constexpr (width() == 1) {
         single(i);
       } else {
@@ -159,7 +160,7 @@ inline void score_block(const T* queries, const T* keys, int64_t head_dim, T (*s
 
 // Whether the tokens of a window count as those of the bias do.
 template <typename T>
-inline bool is_whole(const WindowAttentionTaylor<T>& problem, const AttentionWindow& window) {
+inline bool is_complete(const WindowAttentionTaylor<T>& problem, const AttentionWindow& window) {
   return window.rows.length == problem.rows.window && window.columns.length == problem.columns.window;
 }
 
@@ -170,14 +171,14 @@ void add_bias(const WindowAttentionTaylor<T>& problem, const AttentionWindow& wi
   const T* rows[kLanes<T>];
   for (int64_t lane = 0; lane < queries; ++lane)
     rows[lane] = problem.bias + (window.head * tokens + token_in_window(window, columns, query + lane)) * tokens;
-  if (!is_whole(problem, window)) {
+  if (!is_complete(problem, window)) {
     for (int64_t i = 0; i < keys; ++i) {
       const int64_t place = token_in_window(window, columns, key + i);
       for (int64_t lane = 0; lane < queries; ++lane) tile.rows[i][0][lane] += rows[lane][place];
     }
     return;
   }
-  in_widths<T>(keys, [&](int64_t i, auto width) {
+  for_each_width<T>(keys, [&](int64_t i, auto width) {
     Vector<T> lanes[kLanes<T>] = {};  // of keys, then of queries
     for (int64_t lane = 0; lane < queries; ++lane) {
       if constexpr (width() > 1) {
@@ -194,7 +195,8 @@ void add_bias(const WindowAttentionTaylor<T>& problem, const AttentionWindow& wi
 
 // Scores of a tile to weights; `factor` is what sums over earlier tiles are to be multiplied with.
 template <typename T, int orders>
-inline void weigh(ScoreTile<T, orders>& tile, int64_t keys, SoftmaxState<orders, Vector<T>>& state, Vector<T>* factor) {
+inline void online_softmax_step(ScoreTile<T, orders>& tile, int64_t keys, SoftmaxState<orders, Vector<T>>& state,
+                                Vector<T>* factor) {
   const Vector<T> before = state.reference[0];
   Vector<T> maximum = before;
   for (int64_t key = 0; key < keys; ++key) {
@@ -210,7 +212,7 @@ inline void weigh(ScoreTile<T, orders>& tile, int64_t keys, SoftmaxState<orders,
     if constexpr (orders >= 1) first += p * load<T>(tile.rows[key][1]);
     if constexpr (orders >= 2) second += p * load<T>(tile.rows[key][2]);
   }
-  move_reference<T, orders>(state, exp_negative<T>(before - maximum), weights, first, second, factor);
+  rescale_state<T, orders>(state, exp_negative<T>(before - maximum), weights, first, second, factor);
   state.total[0] += weights;
   if constexpr (orders >= 1) {
     Vector<T> sum[orders + 1] = {};
@@ -285,7 +287,7 @@ void write_lanes(const AttentionWindow& window, const AttentionStrides& strides,
                  int64_t head_dim, const T* sums, int64_t step, T* to) {
   T* rows[kLanes<T>];
   for (int64_t lane = 0; lane < count; ++lane) rows[lane] = to + token_offset(window, strides, first + lane);
-  in_widths<T>(head_dim, [&](int64_t i, auto width) {
+  for_each_width<T>(head_dim, [&](int64_t i, auto width) {
     Vector<T> lanes[kLanes<T>] = {};
 #pragma GCC unroll 16
     for (int j = 0; j < width(); ++j) lanes[j] = load<T>(sums + (i + j) * step * kLanes<T>);
@@ -336,7 +338,7 @@ void attend(const WindowAttentionTaylor<T>& problem, const AttentionWindow& wind
                              problem.head_dim, tile.rows + block);
     if (problem.bias) add_bias(problem, window, query, queries, key, keys, tile);
     Vector<T> factor[orders + 1];
-    weigh(tile, keys, state, factor);
+    online_softmax_step(tile, keys, state, factor);
     accumulate_rows<T, orders>(tile.rows, keys, packed.values, tokens, key, packed.padded_dim, factor, packed.sums);
   }
   write_rows(problem, window, query, queries, state, packed.sums);

@@ -20,7 +20,7 @@ struct Logits {
   }
   __device__ inline C weight(T s) const { return exp(widen(s) - top); }
   // Where the weight is 0 so are the derivatives, whatever they are.
-  __device__ inline C centred(int order, C weight, T s) const {
+  __device__ inline C subtract_weighted_mean(int order, C weight, T s) const {
     return weight == C(0) ? C(0) : widen(s) - means[order];
   }
 };
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kBlock)
       weights += weight;
 #pragma unroll
       for (int order = 1; order <= orders; ++order)
-        sums[order] += weight * logits.centred(order, weight, s[order].values[j]);
+        sums[order] += weight * logits.subtract_weighted_mean(order, weight, s[order].values[j]);
     }
   }
   const C inverse = C(1) / team.sum(weights);
@@ -78,9 +78,9 @@ __global__ void __launch_bounds__(kBlock)
 #pragma unroll
       for (int j = 0; j < width; ++j) {
         const C weight = logits.weight(s[0].values[j]);
-        const C d = logits.centred(1, weight, s[1].values[j]);
+        const C d = logits.subtract_weighted_mean(1, weight, s[1].values[j]);
         left += weight * d;
-        if constexpr (orders >= 2) bent += weight * (logits.centred(2, weight, s[2].values[j]) + d * d);
+        if constexpr (orders >= 2) bent += weight * (logits.subtract_weighted_mean(2, weight, s[2].values[j]) + d * d);
       }
     }
     left = team.sum(left) * inverse;
@@ -98,10 +98,10 @@ __global__ void __launch_bounds__(kBlock)
       const C p = weight * inverse;
       s[0].values[j] = narrow<T>(p);
       if constexpr (orders >= 1) {
-        const C d = logits.centred(1, weight, s[1].values[j]) - left;
+        const C d = logits.subtract_weighted_mean(1, weight, s[1].values[j]) - left;
         s[1].values[j] = narrow<T>(p * d);
         if constexpr (orders >= 2)
-          s[2].values[j] = narrow<T>(p * (logits.centred(2, weight, s[2].values[j]) + d * d - bent));
+          s[2].values[j] = narrow<T>(p * (logits.subtract_weighted_mean(2, weight, s[2].values[j]) + d * d - bent));
       }
     }
 #pragma unroll

@@ -250,22 +250,21 @@ def remove_extension(folder: Path) -> None:
 # --------------------------------------------------------------------------- the extension
 
 
-def isa_sources() -> list[Path]:
-    """A source for each family of CPU kernels and instruction set: csrc/cpu/compile_for_isa.h with its settings."""
-    folder = ROOT / "build" / "isa"
-    folder.mkdir(parents=True, exist_ok=True)
-    sources = []
-    for op in sorted(path.stem for path in ROOT.glob("csrc/*.h") if (ROOT / f"csrc/cpu/{path.stem}_kernel.h").exists()):
-        backward = (ROOT / f"csrc/cpu/{op}_backward_kernel.h").exists()  # it includes the forward kernels
-        kernels = f"cpu/{op}_backward_kernel.h" if backward else f"cpu/{op}_kernel.h"
-        for isa, vector_bytes in ISAS.items():
-            settings = {"ISA": isa, "VECTOR_BYTES": vector_bytes, "INTERFACE": f'"{op}.h"', "KERNELS": f'"{kernels}"'}
-            text = "".join(f"#define ASVIT_FAST_{name} {value}\n" for name, value in settings.items())
-            text += '#include "cpu/compile_for_isa.h"\n'
-            source = folder / f"{op}_{isa}.cpp"
-            if not source.exists() or source.read_text() != text:  # else its object is up to date
-                source.write_text(text)
-            sources.append(source)
+def isa_sources() -> dict[Path, str]:
+    """A source in build/ for each family of CPU kernels and instruction set: csrc/cpu/compile_for_isa.h, configured."""
+    sources = {}
+    for interface in sorted(ROOT.glob("csrc/*.h")):
+        headers = [f"cpu/{interface.stem}{part}_kernel.h" for part in ("_backward", "")]  # the first includes the other
+        kernels = next((header for header in headers if (ROOT / "csrc" / header).exists()), None)
+        for isa, vector_bytes in ISAS.items() if kernels else ():
+            source = ROOT / "build" / "isa" / f"{interface.stem}_{isa}.cpp"
+            sources[source] = (
+                f"#define ASVIT_FAST_ISA {isa}\n"
+                f"#define ASVIT_FAST_VECTOR_BYTES {vector_bytes}\n"
+                f'#define ASVIT_FAST_INTERFACE "{interface.name}"\n'
+                f'#define ASVIT_FAST_KERNELS "{kernels}"\n'
+                '#include "cpu/compile_for_isa.h"\n'
+            )
     return sources
 
 
@@ -278,7 +277,8 @@ def make_extension(plan: Plan) -> tuple[Any, type]:
         os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(plan.report["archs"])
     from torch.utils import cpp_extension
 
-    sources = [*sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]), *isa_sources()]
+    kernels = isa_sources()
+    sources = [*sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]), *kernels]
     if plan.toolkit:
         cpp_extension.CUDA_HOME = str(plan.toolkit.root)
         sources += sorted(ROOT.glob("csrc/cuda/*.cu"))
@@ -303,6 +303,10 @@ def make_extension(plan: Plan) -> tuple[Any, type]:
             )
 
         def run(self) -> None:
+            for source, text in kernels.items():
+                if not source.exists() or source.read_text() != text:  # else its object is up to date
+                    source.parent.mkdir(parents=True, exist_ok=True)
+                    source.write_text(text)
             try:
                 super().run()
             except Exception as error:

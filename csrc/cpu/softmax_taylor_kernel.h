@@ -13,48 +13,48 @@ namespace {
 template <int orders, typename T>
 inline void softmax_row(const TaylorRow<T>& row) {
   constexpr T infinity = T(__builtin_inf());
-  Vector<T> highest = broadcast<T>(-infinity);
+  Vector<T> maxima = broadcast<T>(-infinity);
   for_each_vector<T>(row.size, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
     const Vector<T> s = lanes.only(row.load_from(0, i), -infinity);
-    highest = s > highest ? s : highest;
+    maxima = s > maxima ? s : maxima;
   });
-  const T top = largest<T>(highest);
+  const T maximum = largest<T>(maxima);
 
-  Vector<T> weights = {}, sums[orders + 1] = {};  // exp(s - top), and the derivatives of s under it
+  Vector<T> weights = {}, sums[orders + 1] = {};  // exp(s - maximum), and the derivatives of s under it
   for_each_vector<T>(row.size, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-    const Vector<T> weight = lanes.only(exp_negative<T>(row.load_from(0, i) - top));
+    const Vector<T> weight = lanes.only(exp_negative<T>(row.load_from(0, i) - maximum));
     lanes.store_to(row.out(0, i), weight);
     weights += weight;
     for (int k = 1; k <= orders; ++k) sums[k] += weight * (weight == T(0) ? Vector<T>{} : row.load_from(k, i));
   });
   const T inverse = T(1) / total<T>(weights);
-  T means[orders + 1];  // <s'>, <s''>, up to what is left below
+  T means[orders + 1];  // <s'>, <s''>, up to the correction below
   for (int k = 1; k <= orders; ++k) means[k] = total<T>(sums[k]) * inverse;
 
   // The derivative of order k less its mean where the weight is not 0.
   const auto subtract_weighted_mean = [&](int k, int64_t i, Vector<T> weight) __attribute__((always_inline)) {
     return weight == T(0) ? Vector<T>{} : row.load_from(k, i) - means[k];
   };
-  Vector<T> rest = {}, bend = {};
+  Vector<T> first_sum = {}, second_sum = {};
   if constexpr (orders >= 1)
     for_each_vector<T>(row.size, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
       const Vector<T> weight = lanes.only(load<T>(row.out(0, i)));
       const Vector<T> d = subtract_weighted_mean(1, i, weight);
-      rest += weight * d;
-      if constexpr (orders >= 2) bend += weight * (subtract_weighted_mean(2, i, weight) + d * d);
+      first_sum += weight * d;
+      if constexpr (orders >= 2) second_sum += weight * (subtract_weighted_mean(2, i, weight) + d * d);
     });
-  const T left = total<T>(rest) * inverse;                // what <s'> lacked
-  const T bent = total<T>(bend) * inverse - left * left;  // <e + d^2>
+  const T first_mean = total<T>(first_sum) * inverse;                              // what <s'> lacked
+  const T second_mean = total<T>(second_sum) * inverse - first_mean * first_mean;  // <e + d^2>
 
   for_each_vector<T>(row.size, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
     const Vector<T> weight = load<T>(row.out(0, i));
     const Vector<T> p = weight * inverse;
     lanes.store_to(row.out(0, i), p);
     if constexpr (orders >= 1) {
-      const Vector<T> d = subtract_weighted_mean(1, i, weight) - left;
+      const Vector<T> d = subtract_weighted_mean(1, i, weight) - first_mean;
       lanes.store_to(row.out(1, i), p * d);
       if constexpr (orders >= 2)
-        lanes.store_to(row.out(2, i), p * (subtract_weighted_mean(2, i, weight) + d * d - bent));
+        lanes.store_to(row.out(2, i), p * (subtract_weighted_mean(2, i, weight) + d * d - second_mean));
     }
   });
 }

@@ -12,13 +12,13 @@ struct Logits {
   using C = Compute<T>;
   const T* input;  // the row's first value
   int64_t stride;  // between orders
-  C top;
+  C maximum;
   C means[orders + 1];
 
   __device__ inline Pack<T, width> load(int order, int64_t i) const {
     return *reinterpret_cast<const Pack<T, width>*>(input + order * stride + i);
   }
-  __device__ inline C weight(T s) const { return exp(widen(s) - top); }
+  __device__ inline C weight(T s) const { return exp(widen(s) - maximum); }
   // Where the weight is 0 so are the derivatives, whatever they are.
   __device__ inline C subtract_weighted_mean(int order, C weight, T s) const {
     return weight == C(0) ? C(0) : widen(s) - means[order];
@@ -45,9 +45,10 @@ __global__ void __launch_bounds__(kBlock)
   for (int64_t i = first; i < end; i += step) {
     const Values s = logits.load(0, i);
 #pragma unroll
-    for (int j = 0; j < width; ++j) logits.top = widen(s.values[j]) > logits.top ? widen(s.values[j]) : logits.top;
+    for (int j = 0; j < width; ++j)
+      logits.maximum = widen(s.values[j]) > logits.maximum ? widen(s.values[j]) : logits.maximum;
   }
-  logits.top = team.largest(logits.top);
+  logits.maximum = team.largest(logits.maximum);
 
   C weights = 0, sums[orders + 1] = {};
 #pragma unroll 1
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(kBlock)
 #pragma unroll
   for (int order = 1; order <= orders; ++order) logits.means[order] = team.sum(sums[order]) * inverse;
 
-  C left = 0, bent = 0;  // what <s'> lacked, <e + d^2>
+  C first_mean = 0, second_mean = 0;  // what <s'> lacked, <e + d^2>
   if constexpr (orders >= 1) {
 #pragma unroll 1
     for (int64_t i = first; i < end; i += step) {
@@ -79,12 +80,13 @@ __global__ void __launch_bounds__(kBlock)
       for (int j = 0; j < width; ++j) {
         const C weight = logits.weight(s[0].values[j]);
         const C d = logits.subtract_weighted_mean(1, weight, s[1].values[j]);
-        left += weight * d;
-        if constexpr (orders >= 2) bent += weight * (logits.subtract_weighted_mean(2, weight, s[2].values[j]) + d * d);
+        first_mean += weight * d;
+        if constexpr (orders >= 2)
+          second_mean += weight * (logits.subtract_weighted_mean(2, weight, s[2].values[j]) + d * d);
       }
     }
-    left = team.sum(left) * inverse;
-    if constexpr (orders >= 2) bent = team.sum(bent) * inverse - left * left;
+    first_mean = team.sum(first_mean) * inverse;
+    if constexpr (orders >= 2) second_mean = team.sum(second_mean) * inverse - first_mean * first_mean;
   }
 
 #pragma unroll 1
@@ -98,10 +100,11 @@ __global__ void __launch_bounds__(kBlock)
       const C p = weight * inverse;
       s[0].values[j] = narrow<T>(p);
       if constexpr (orders >= 1) {
-        const C d = logits.subtract_weighted_mean(1, weight, s[1].values[j]) - left;
+        const C d = logits.subtract_weighted_mean(1, weight, s[1].values[j]) - first_mean;
         s[1].values[j] = narrow<T>(p * d);
         if constexpr (orders >= 2)
-          s[2].values[j] = narrow<T>(p * (logits.subtract_weighted_mean(2, weight, s[2].values[j]) + d * d - bent));
+          s[2].values[j] =
+              narrow<T>(p * (logits.subtract_weighted_mean(2, weight, s[2].values[j]) + d * d - second_mean));
       }
     }
 #pragma unroll

@@ -127,13 +127,6 @@ double row_work(const PatchEmbed<T>& problem) {
   return static_cast<double>(problem.columns) * problem.patch() * problem.padded();
 }
 
-// run(begin, end, workspace) on parts of 0 <= i < count, each of `work` multiply-adds.
-template <typename T, typename Run>
-void parallel_with(const PatchEmbedWorkspace& workspace, int64_t count, double work, Run run) {
-  parallel_with_memory(count, work, workspace.total() * static_cast<int64_t>(sizeof(T)),
-                       [&](int64_t begin, int64_t end, void* memory) { run(begin, end, static_cast<T*>(memory)); });
-}
-
 // The tokens [B, Ho, Wo, C] and, if it is to be saved for the backward pass, the output of the convolution (else
 // empty).
 std::tuple<at::Tensor, at::Tensor> patch_embed_cpu(const at::Tensor& image, const at::Tensor& weight,
@@ -153,8 +146,9 @@ std::tuple<at::Tensor, at::Tensor> patch_embed_cpu(const at::Tensor& image, cons
     const auto kernel = ASVIT_FAST_SELECT(patch_embed<T>);
     T* to = output.mutable_data_ptr<T>();
     T* conv_to = save_conv_output ? conv_output.mutable_data_ptr<T>() : nullptr;
-    parallel_with<T>(PatchEmbedWorkspace(problem, false), problem.batch * problem.rows, row_work(problem),
-                     [&](int64_t begin, int64_t end, T* memory) { kernel(problem, to, conv_to, begin, end, memory); });
+    parallel_with_memory<PatchEmbedMemory<T>>(
+        problem, problem.batch * problem.rows, row_work(problem),
+        [&](int64_t begin, int64_t end, char* memory) { kernel(problem, to, conv_to, begin, end, memory); });
   });
   return {output.to(dtype), conv_output};
 }
@@ -215,8 +209,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> patch_emb
                                             needs_parameter_grad ? sums.mutable_data_ptr<T>() : nullptr,
                                             pieces};
     const double work = 2 * row_work(problem) * problem.batch * problem.rows / pieces;
-    parallel_with<T>(PatchEmbedWorkspace(problem, true), pieces, work,
-                     [&](int64_t begin, int64_t end, T* memory) { kernel(backward, begin, end, memory); });
+    parallel_with_memory<PatchEmbedMemory<T>>(backward, pieces, work, [&](int64_t begin, int64_t end, char* memory) {
+      kernel(backward, begin, end, memory);
+    });
   });
   if (!needs_parameter_grad) return {grad_conv_output, nothing(), nothing(), nothing(), nothing()};
   return std::tuple_cat(std::make_tuple(grad_conv_output), unpack(sums, weight, {bias, norm_weight, norm_bias}));

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "arena.h"
 #include "cpu/for_each_isa.h"
 
 namespace asvit_fast {
@@ -45,34 +46,35 @@ struct PatchEmbedBackward {
 };
 
 // Forward: output and, unless null, the convolution's output [batch, rows, columns, channels] of the tokens' rows begin
-// <= i < end of batch * rows. Backward: the pieces begin <= i < end. Both with PatchEmbedWorkspace::total() elements of
-// memory, aligned to 64 bytes, to themselves.
+// <= i < end of batch * rows. Backward: the pieces begin <= i < end. Both with the memory of a
+// PatchEmbedMemory, aligned to 64 bytes, to themselves.
 ASVIT_FAST_FOR_EACH_ISA(patch_embed, const PatchEmbed<T>& problem, T* output, T* conv_output, int64_t begin,
-                        int64_t end, T* workspace)
+                        int64_t end, char* memory)
 ASVIT_FAST_FOR_EACH_ISA(patch_embed_backward, const PatchEmbedBackward<T>& problem, int64_t begin, int64_t end,
-                        T* workspace)
+                        char* memory)
 
 namespace {  // one copy per including file: nothing compiled for one instruction set may be linked into another
 
 constexpr int64_t kMaximumTokenBlock = 14;  // tokens whose channels are summed together, at most
 
-// Memory of one CPU thread, in elements.
-struct PatchEmbedWorkspace {
-  int64_t row;     // one row of the padded image, as far as blocks of tokens reach
-  int64_t pixels;  // [in_channels, kernel, row]
-  int64_t block;   // [tokens of a block, padded channels]
-  int64_t tokens;  // [columns, padded channels] as far as blocks reach, for the backward pass
+// Memory of one CPU thread.
+template <typename T>
+struct PatchEmbedMemory {
+  int64_t row;          // elements of one row of the padded image, as far as blocks of tokens reach
+  T* pixels;            // [in_channels, kernel, row]
+  T* block;             // [tokens of a block, padded channels]
+  T* tokens = nullptr;  // [columns, padded channels] as far as blocks reach, for the backward pass
 
-  template <typename T>
-  explicit PatchEmbedWorkspace(const PatchEmbed<T>& problem, bool backward) {
+  PatchEmbedMemory(const PatchEmbed<T>& problem, Arena& arena) {
     const int64_t columns = problem.columns + kMaximumTokenBlock - 1;
     row = ((columns - 1) * problem.stride + (problem.kernel - 1) * problem.dilation + 16) / 16 * 16;
-    pixels = problem.image_rows() * row;
-    block = kMaximumTokenBlock * problem.padded();
-    tokens = backward ? columns * problem.padded() : 0;
+    pixels = arena.take<T>(problem.image_rows() * row);
+    block = arena.take<T>(kMaximumTokenBlock * problem.padded());
   }
 
-  int64_t total() const { return pixels + block + tokens; }
+  PatchEmbedMemory(const PatchEmbedBackward<T>& problem, Arena& arena) : PatchEmbedMemory(problem.forward, arena) {
+    tokens = arena.take<T>((problem.forward.columns + kMaximumTokenBlock - 1) * problem.forward.padded());
+  }
 };
 
 }  // namespace

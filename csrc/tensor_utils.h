@@ -10,6 +10,7 @@
 #include <limits>
 #include <optional>
 
+#include "arena.h"
 #include "scalar_type.h"
 
 namespace asvit_fast {
@@ -112,13 +113,15 @@ inline int64_t grain_size(double least, double work) {
   return std::max<int64_t>(1, static_cast<int64_t>(least / std::max(work, 1.)));
 }
 
-// Calls run(begin, end, memory) on parts of 0 <= i < count tasks of `work` multiply-adds each; a part has `bytes` of
-// memory, aligned to 64 bytes, to itself.
-template <typename Run>
-void parallel_with_memory(int64_t count, double work, int64_t bytes, Run run) {
+// Calls run(begin, end, memory) on parts of 0 <= i < count tasks of `work` multiply-adds each; a part has the memory of
+// a Memory(problem, arena), aligned to 64 bytes, to itself.
+template <typename Memory, typename Problem, typename Run>
+void parallel_with_memory(const Problem& problem, int64_t count, double work, Run run) {
+  Arena arena(nullptr);
+  const Memory memory(problem, arena);
   at::parallel_for(0, count, grain_size(kMultiplyAdds, work), [&](int64_t begin, int64_t end) {
-    const at::Tensor memory = at::empty({bytes}, at::kByte);
-    run(begin, end, memory.mutable_data_ptr());
+    const at::Tensor bytes = at::empty({arena.used()}, at::kByte);
+    run(begin, end, static_cast<char*>(bytes.mutable_data_ptr()));
   });
 }
 

@@ -102,15 +102,6 @@ struct Operands {
   }
 };
 
-// run(begin, end, memory) on parts of 0 <= i < count, each of `work` multiply-adds, with a Memory for each thread.
-template <typename Memory, typename T, typename Run>
-void parallel_with(const WindowAttention<T>& problem, int64_t count, double work, Run run) {
-  Arena arena(nullptr);
-  const Memory memory(problem, arena);
-  parallel_with_memory(count, work, arena.used(),
-                       [&](int64_t begin, int64_t end, void* bytes) { run(begin, end, static_cast<char*>(bytes)); });
-}
-
 std::tuple<at::Tensor, at::Tensor> window_attention_cpu(const at::Tensor& qkv, int64_t heads, at::IntArrayRef window,
                                                         at::IntArrayRef shift, double scale, std::string_view layout,
                                                         const OptionalTensor& bias, const OptionalTensor& padding,
@@ -128,7 +119,7 @@ std::tuple<at::Tensor, at::Tensor> window_attention_cpu(const at::Tensor& qkv, i
       const int64_t tokens = window_tokens(problem);
       const double work = 2. * std::min(tokens, kUnit) * tokens * problem.head_dim;
       const auto kernel = ASVIT_FAST_SELECT(window_attention<T>);
-      parallel_with<ForwardMemory<T>>(
+      parallel_with_memory<ForwardMemory<T>>(
           problem, window_count(problem) * heads * query_units(problem), work,
           [&](int64_t begin, int64_t end, char* memory) { kernel(problem, begin, end, memory); });
     });
@@ -169,7 +160,7 @@ void run_backward(const WindowAttentionBackward<T>& problem) {
   const WindowAttention<T>& forward = problem.forward;
   const double tokens = window_tokens(forward), windows = window_count(forward);
   const auto kernel = ASVIT_FAST_SELECT(window_attention_backward<T>);
-  parallel_with<BackwardMemory<T>>(
+  parallel_with_memory<BackwardMemory<T>>(
       forward, problem.pieces * forward.heads, 5 * tokens * tokens * forward.head_dim * windows / problem.pieces,
       [&](int64_t begin, int64_t end, char* memory) { kernel(problem, begin, end, memory); });
 }

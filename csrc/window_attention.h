@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "arena.h"
 #include "cpu/for_each_isa.h"
 #include "window_geometry.h"
 
@@ -131,25 +132,6 @@ inline TokenWindow window_at(const WindowAttention<T>& problem, int64_t index, T
 }
 
 // ------------------------------------------------------------------------------------------------------------ memory
-
-// Hands out pieces of a thread's memory, or, without memory, measures what they take together.
-class Arena {
- public:
-  explicit Arena(char* memory) : start_(memory), used_(0) {}
-
-  template <typename Element>
-  Element* take(int64_t count) {
-    char* piece = start_ ? start_ + used_ : nullptr;
-    used_ += (count * static_cast<int64_t>(sizeof(Element)) + 63) / 64 * 64;
-    return reinterpret_cast<Element*>(piece);
-  }
-
-  int64_t used() const { return used_; }
-
- private:
-  char* start_;
-  int64_t used_;
-};
 
 // One head's operands of one window: [token][component], read in vectors and so with a vector's room at the end.
 template <typename T>

@@ -37,12 +37,11 @@ WindowAttentionTaylor<T> make_problem(const at::Tensor& q, const at::Tensor& k, 
 template <typename T>
 void run_cpu(const WindowAttentionTaylor<T>& problem) {
   const auto kernel = ASVIT_FAST_SELECT(window_attention_taylor<T>);
-  const AttentionWorkspace workspace(problem);
-  const double products = (problem.orders + 1) * (problem.orders + 2);  // of a query's and a key's components
-  const double work = products * kQueriesPerUnit * static_cast<double>(workspace.values);
-  parallel_with_memory(
-      window_count(problem) * units_per_window(problem), work, workspace.total() * static_cast<int64_t>(sizeof(T)),
-      [&](int64_t begin, int64_t end, void* memory) { kernel(problem, begin, end, static_cast<T*>(memory)); });
+  const double products = (problem.orders + 1) * (problem.orders + 1) * (problem.orders + 2);  // of two components
+  const double work = products * kQueriesPerUnit * static_cast<double>(most_tokens(problem) * problem.head_dim);
+  parallel_with_memory<AttentionMemory<T>>(
+      problem, window_count(problem) * units_per_window(problem), work,
+      [&](int64_t begin, int64_t end, char* memory) { kernel(problem, begin, end, memory); });
 }
 
 void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::IntArrayRef window, at::IntArrayRef shift,

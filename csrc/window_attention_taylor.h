@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "arena.h"
 #include "cpu/for_each_isa.h"
 #include "window_geometry.h"
 
@@ -32,10 +33,10 @@ struct WindowAttentionTaylor {
   T scale;
 };
 
-// CPU: the units begin <= i < end of window_count() * units_per_window(), with AttentionWorkspace::total() elements of
-// memory, aligned to 64 bytes, to itself.
+// CPU: the units begin <= i < end of window_count() * units_per_window(), with the memory of an AttentionMemory,
+// aligned to 64 bytes, to itself.
 ASVIT_FAST_FOR_EACH_ISA(window_attention_taylor, const WindowAttentionTaylor<T>& problem, int64_t begin, int64_t end,
-                        T* workspace)
+                        char* memory)
 
 // CUDA: launches on `stream` (a cudaStream_t) and returns; head_dim is at most kMaximumHeadDimCuda.
 constexpr int64_t kMaximumHeadDimCuda = 256;
@@ -117,20 +118,24 @@ ASVIT_FAST_HOST_DEVICE inline AttentionStrides output_strides(const WindowAttent
   return {problem.batch * batch, batch, row, column, problem.head_dim, 1};
 }
 
-// Memory of one CPU thread, in elements: a vector of queries and its sums, the keys and the values of one window.
-struct AttentionWorkspace {
-  int64_t padded_dim, vectors, keys, values;
+// Memory of one CPU thread: a vector of queries and its sums, the keys and the values of one window in the order in
+// which they are read.
+template <typename T>
+struct AttentionMemory {
+  int64_t padded_dim;
+  T* queries;  // [component][order][lane]
+  T* sums;     // [component][order][lane]
+  T* keys;     // [key][component][order], zeros up to a whole block of keys
+  T* values;   // [component block][key][order][component in the block]
 
-  template <typename T>
-  explicit AttentionWorkspace(const WindowAttentionTaylor<T>& problem) {
+  AttentionMemory(const WindowAttentionTaylor<T>& problem, Arena& arena) {
     const int64_t tokens = most_tokens(problem), orders = problem.orders + 1;
     padded_dim = (problem.head_dim + 3) / 4 * 4;
-    vectors = padded_dim * orders * 16;                          // no vector has more lanes
-    keys = (tokens + 15) / 16 * 16 * problem.head_dim * orders;  // no block has more keys
-    values = tokens * padded_dim * orders;
+    queries = arena.take<T>(padded_dim * orders * 16);  // no vector has more lanes
+    sums = arena.take<T>(padded_dim * orders * 16);
+    keys = arena.take<T>((tokens + 15) / 16 * 16 * problem.head_dim * orders);  // no block has more keys
+    values = arena.take<T>(tokens * padded_dim * orders);
   }
-
-  int64_t total() const { return 2 * vectors + keys + values; }
 };
 
 }  // namespace

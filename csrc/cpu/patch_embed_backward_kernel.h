@@ -210,25 +210,25 @@ void differentiate_row(const PatchEmbedBackward<T>& problem, const TokenRow<T>& 
 namespace ASVIT_FAST_ISA {
 
 template <typename T>
-void patch_embed_backward(const PatchEmbedBackward<T>& problem, int64_t begin, int64_t end, T* workspace) {
+void patch_embed_backward(const PatchEmbedBackward<T>& problem, int64_t begin, int64_t end, char* bytes) {
   const PatchEmbed<T>& forward = problem.forward;
-  const PatchEmbedWorkspace sizes(forward, true);
-  T *block = workspace + sizes.pixels, *tokens = block + sizes.block;
+  Arena arena(bytes);
+  const PatchEmbedMemory<T> memory(problem, arena);
   const Vector<T> last = last_lanes(forward);
   const int64_t rows = forward.batch * forward.rows;
-  clear(workspace, sizes.total());
+  clear(bytes, arena.used());
   for (int64_t piece = begin; piece < end; ++piece) {
     const PatchEmbedSums<T> sums(problem, piece);
     for (int64_t index = rows * piece / problem.pieces; index < rows * (piece + 1) / problem.pieces; ++index) {
-      const TokenRow<T> row = copy_pixels(forward, index, sizes.row, workspace);
-      differentiate_row(problem, row, index, last, problem.sums ? &sums : nullptr, block, tokens);
-      if (problem.sums) add_weight_gradient(forward, row, tokens, sums.weight);
+      const TokenRow<T> row = copy_pixels(forward, index, memory.row, memory.pixels);
+      differentiate_row(problem, row, index, last, problem.sums ? &sums : nullptr, memory.block, memory.tokens);
+      if (problem.sums) add_weight_gradient(forward, row, memory.tokens, sums.weight);
     }
   }
 }
 
-template void patch_embed_backward(const PatchEmbedBackward<float>&, int64_t, int64_t, float*);
-template void patch_embed_backward(const PatchEmbedBackward<double>&, int64_t, int64_t, double*);
+template void patch_embed_backward(const PatchEmbedBackward<float>&, int64_t, int64_t, char*);
+template void patch_embed_backward(const PatchEmbedBackward<double>&, int64_t, int64_t, char*);
 
 }  // namespace ASVIT_FAST_ISA
 }  // namespace asvit_fast

@@ -12,7 +12,7 @@ namespace {
 constexpr bool kWide = ASVIT_FAST_VECTOR_BYTES == 64;  // 32 registers
 constexpr int kTokenBlock = kWide ? 14 : 6;            // with two vectors of channels: 28 or 12 sums
 constexpr int kChannelVectors = 2;
-static_assert(kTokenBlock <= kMaximumTokenBlock, "the workspace holds one block");
+static_assert(kTokenBlock <= kMaximumTokenBlock, "the memory holds one block");
 
 template <typename T>
 inline int64_t vector_count(const PatchEmbed<T>& problem) {
@@ -262,13 +262,14 @@ void normalise_tokens(const PatchEmbed<T>& problem, const T* block, int count, V
 namespace ASVIT_FAST_ISA {
 
 template <typename T>
-void patch_embed(const PatchEmbed<T>& problem, T* output, T* conv_output, int64_t begin, int64_t end, T* workspace) {
-  const PatchEmbedWorkspace sizes(problem, false);
-  T* block = workspace + sizes.pixels;
+void patch_embed(const PatchEmbed<T>& problem, T* output, T* conv_output, int64_t begin, int64_t end, char* bytes) {
+  Arena arena(bytes);
+  const PatchEmbedMemory<T> memory(problem, arena);
+  T* block = memory.block;
   const Vector<T> last = last_lanes(problem);
-  clear(workspace, sizes.pixels);
+  clear(memory.pixels, problem.image_rows() * memory.row);
   for (int64_t index = begin; index < end; ++index) {
-    const TokenRow<T> row = copy_pixels(problem, index, sizes.row, workspace);
+    const TokenRow<T> row = copy_pixels(problem, index, memory.row, memory.pixels);
     for (int64_t first = 0; first < problem.columns; first += kTokenBlock) {
       const int64_t left = problem.columns - first, place = (index * problem.columns + first) * problem.channels;
       const int count = static_cast<int>(left < kTokenBlock ? left : kTokenBlock);
@@ -284,8 +285,8 @@ void patch_embed(const PatchEmbed<T>& problem, T* output, T* conv_output, int64_
   }
 }
 
-template void patch_embed(const PatchEmbed<float>&, float*, float*, int64_t, int64_t, float*);
-template void patch_embed(const PatchEmbed<double>&, double*, double*, int64_t, int64_t, double*);
+template void patch_embed(const PatchEmbed<float>&, float*, float*, int64_t, int64_t, char*);
+template void patch_embed(const PatchEmbed<double>&, double*, double*, int64_t, int64_t, char*);
 
 }  // namespace ASVIT_FAST_ISA
 }  // namespace asvit_fast

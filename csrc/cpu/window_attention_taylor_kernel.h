@@ -27,25 +27,6 @@ struct alignas(64) ScoreTile {
   T rows[kTile][orders + 1][kLanes<T>];
 };
 
-// One window's operands in the order in which they are read, in the caller's memory.
-template <typename T, int orders>
-struct PackedWindow {
-  T* keys;     // [key][component][order], zeros up to a whole block of keys
-  T* values;   // [component block][key][order][component in the block]
-  T* queries;  // [component][order][lane]
-  T* sums;     // [component][order][lane]
-  int64_t padded_dim;
-
-  PackedWindow(const WindowAttentionTaylor<T>& problem, T* workspace) {
-    const AttentionWorkspace sizes(problem);
-    padded_dim = sizes.padded_dim;
-    queries = workspace;
-    sums = queries + sizes.vectors;
-    keys = sums + sizes.vectors;
-    values = keys + sizes.keys;
-  }
-};
-
 // Derivatives to Taylor coefficients.
 template <typename T>
 inline T coefficient(int order, T derivative) {
@@ -323,30 +304,31 @@ void write_rows(const WindowAttentionTaylor<T>& problem, const AttentionWindow& 
 
 // One vector of queries against all keys of its window.
 template <typename T, int orders>
-void attend(const WindowAttentionTaylor<T>& problem, const AttentionWindow& window,
-            const PackedWindow<T, orders>& packed, int64_t query, int64_t queries) {
+void attend(const WindowAttentionTaylor<T>& problem, const AttentionWindow& window, const AttentionMemory<T>& memory,
+            int64_t query, int64_t queries) {
   const int64_t tokens = window.tokens();
   ScoreTile<T, orders> tile;
   SoftmaxState<orders, Vector<T>> state = {};
   state.reference[0] = broadcast<T>(kLowest<T>);
-  pack_queries<T, orders>(problem, window, query, queries, packed.queries);
-  for (int64_t i = 0; i < packed.padded_dim * (orders + 1); ++i) store<T>(packed.sums + i * kLanes<T>, Vector<T>{});
+  pack_queries<T, orders>(problem, window, query, queries, memory.queries);
+  for (int64_t i = 0; i < memory.padded_dim * (orders + 1); ++i) store<T>(memory.sums + i * kLanes<T>, Vector<T>{});
   for (int64_t key = 0; key < tokens; key += kTile) {
     const int64_t keys = tokens - key < kTile ? tokens - key : kTile;
     for (int64_t block = 0; block < keys; block += kKeyBlock)
-      score_block<T, orders>(packed.queries, packed.keys + (key + block) * problem.head_dim * (orders + 1),
+      score_block<T, orders>(memory.queries, memory.keys + (key + block) * problem.head_dim * (orders + 1),
                              problem.head_dim, tile.rows + block);
     if (problem.bias) add_bias(problem, window, query, queries, key, keys, tile);
     Vector<T> factor[orders + 1];
     online_softmax_step(tile, keys, state, factor);
-    accumulate_rows<T, orders>(tile.rows, keys, packed.values, tokens, key, packed.padded_dim, factor, packed.sums);
+    accumulate_rows<T, orders>(tile.rows, keys, memory.values, tokens, key, memory.padded_dim, factor, memory.sums);
   }
-  write_rows(problem, window, query, queries, state, packed.sums);
+  write_rows(problem, window, query, queries, state, memory.sums);
 }
 
 template <typename T, int orders>
-void attend_units(const WindowAttentionTaylor<T>& problem, int64_t begin, int64_t end, T* workspace) {
-  const PackedWindow<T, orders> packed(problem, workspace);
+void attend_units(const WindowAttentionTaylor<T>& problem, int64_t begin, int64_t end, char* bytes) {
+  Arena arena(bytes);
+  const AttentionMemory<T> memory(problem, arena);
   const int64_t per_window = units_per_window(problem);
   int64_t ready = -1;  // the window whose keys and values are packed
   for (int64_t unit = begin; unit < end; ++unit) {
@@ -356,12 +338,12 @@ void attend_units(const WindowAttentionTaylor<T>& problem, int64_t begin, int64_
     const int64_t last = first + kQueriesPerUnit < tokens ? first + kQueriesPerUnit : tokens;
     if (first >= last) continue;
     if (index != ready) {
-      pack_keys<T, orders>(problem, window, packed.keys);
-      pack_values<T, orders>(problem, window, packed.padded_dim, packed.values);
+      pack_keys<T, orders>(problem, window, memory.keys);
+      pack_values<T, orders>(problem, window, memory.padded_dim, memory.values);
       ready = index;
     }
     for (int64_t query = first; query < last; query += kLanes<T>)
-      attend(problem, window, packed, query, last - query < kLanes<T> ? last - query : kLanes<T>);
+      attend<T, orders>(problem, window, memory, query, last - query < kLanes<T> ? last - query : kLanes<T>);
   }
 }
 
@@ -370,11 +352,11 @@ void attend_units(const WindowAttentionTaylor<T>& problem, int64_t begin, int64_
 namespace ASVIT_FAST_ISA {
 
 template <typename T>
-void window_attention_taylor(const WindowAttentionTaylor<T>& problem, int64_t begin, int64_t end, T* workspace) {
-  with_orders(problem.orders, [&](auto orders) { attend_units<T, orders()>(problem, begin, end, workspace); });
+void window_attention_taylor(const WindowAttentionTaylor<T>& problem, int64_t begin, int64_t end, char* bytes) {
+  with_orders(problem.orders, [&](auto orders) { attend_units<T, orders()>(problem, begin, end, bytes); });
 }
-template void window_attention_taylor(const WindowAttentionTaylor<float>&, int64_t, int64_t, float*);
-template void window_attention_taylor(const WindowAttentionTaylor<double>&, int64_t, int64_t, double*);
+template void window_attention_taylor(const WindowAttentionTaylor<float>&, int64_t, int64_t, char*);
+template void window_attention_taylor(const WindowAttentionTaylor<double>&, int64_t, int64_t, char*);
 
 }  // namespace ASVIT_FAST_ISA
 }  // namespace asvit_fast

@@ -47,6 +47,7 @@ CXX_FLAGS = [
     "-Wno-unknown-pragmas",
 ]
 NVCC_FLAGS = ["-O3", "--threads=2"]
+ISAS = {"portable": 16, "avx2": 32, "avx512": 64}  # instruction sets of CPU kernels, and the bytes of their vectors
 SANITIZERS = os.environ.get("ASVIT_FAST_SANITIZE", "")
 if SANITIZERS:  # later flags win
     CXX_FLAGS += ["-O1", "-g1", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all"]
@@ -249,6 +250,24 @@ def remove_extension(folder: Path) -> None:
 # --------------------------------------------------------------------------- the extension
 
 
+def isa_sources() -> dict[Path, str]:
+    """A source in build/ for each family of CPU kernels and instruction set: csrc/cpu/compile_for_isa.h, configured."""
+    sources = {}
+    for interface in sorted(ROOT.glob("csrc/*.h")):
+        headers = [f"cpu/{interface.stem}{part}_kernel.h" for part in ("_backward", "")]  # the first includes the other
+        kernels = next((header for header in headers if (ROOT / "csrc" / header).exists()), None)
+        for isa, vector_bytes in ISAS.items() if kernels else ():
+            source = ROOT / "build" / "isa" / f"{interface.stem}_{isa}.cpp"
+            sources[source] = (
+                f"#define ASVIT_FAST_ISA {isa}\n"
+                f"#define ASVIT_FAST_VECTOR_BYTES {vector_bytes}\n"
+                f'#define ASVIT_FAST_INTERFACE "{interface.name}"\n'
+                f'#define ASVIT_FAST_KERNELS "{kernels}"\n'
+                '#include "cpu/compile_for_isa.h"\n'
+            )
+    return sources
+
+
 def make_extension(plan: Plan) -> tuple[Any, type]:
     """The extension and the command that builds it (torch's, with a report and a lasting folder for its objects)."""
     scripts = sysconfig.get_path("scripts")  # ninja installed by pip is found even if the environment is not activated
@@ -258,7 +277,8 @@ def make_extension(plan: Plan) -> tuple[Any, type]:
         os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(plan.report["archs"])
     from torch.utils import cpp_extension
 
-    sources = sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")])
+    kernels = isa_sources()
+    sources = [*sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]), *kernels]
     if plan.toolkit:
         cpp_extension.CUDA_HOME = str(plan.toolkit.root)
         sources += sorted(ROOT.glob("csrc/cuda/*.cu"))
@@ -283,6 +303,10 @@ def make_extension(plan: Plan) -> tuple[Any, type]:
             )
 
         def run(self) -> None:
+            for source, text in kernels.items():
+                if not source.exists() or source.read_text() != text:  # else its object is up to date
+                    source.parent.mkdir(parents=True, exist_ok=True)
+                    source.write_text(text)
             try:
                 super().run()
             except Exception as error:

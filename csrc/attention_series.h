@@ -62,12 +62,12 @@ struct SoftmaxState {
   V total[orders + 1];
 };
 
-// Moves the reference after a look at further keys, whose weights relative to the new maximum r[0] sum up to `weights`
-// and with s[1], s[2] to `first`, `second`; `decay` = exp(old maximum - new maximum). Returns in `factor` what sums
-// relative to the old reference have to be multiplied with; the total already is.
+// Rescales the state to a new reference after a look at further keys, whose weights relative to the new maximum r[0]
+// sum up to `weights` and with s[1], s[2] to `first`, `second`; `decay` = exp(old maximum - new maximum). Returns in
+// `factor` what sums relative to the old reference have to be multiplied with; the total already is.
 template <typename T, int orders, typename V>
-ASVIT_FAST_HOST_DEVICE inline void move_reference(SoftmaxState<orders, V>& state, V decay, V weights, V first, V second,
-                                                  V* factor) {
+ASVIT_FAST_HOST_DEVICE inline void rescale_state(SoftmaxState<orders, V>& state, V decay, V weights, V first, V second,
+                                                 V* factor) {
   constexpr T tiny = T(1e-30);  // as long as every key had the score -inf, the total is 0
   V* total = state.total;
   V* reference = state.reference;

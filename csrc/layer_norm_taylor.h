@@ -4,28 +4,15 @@
 
 #include <cstdint>
 
+#include "cpu/for_each_isa.h"
 #include "scalar_type.h"
 #include "taylor_matrix.h"
 
 namespace asvit_fast {
 
-// CPU: processes the rows begin <= n < end. weight, bias: [size] or null for none. One copy per instruction set.
-template <typename T>
-using LayerNormTaylorCpu = void(const TaylorMatrix<T>& matrix, const T* weight, const T* bias, double eps,
-                                int64_t begin, int64_t end);
-
-namespace portable {
-LayerNormTaylorCpu<float> layer_norm_taylor_f32;
-LayerNormTaylorCpu<double> layer_norm_taylor_f64;
-}  // namespace portable
-namespace avx2 {
-LayerNormTaylorCpu<float> layer_norm_taylor_f32;
-LayerNormTaylorCpu<double> layer_norm_taylor_f64;
-}  // namespace avx2
-namespace avx512 {
-LayerNormTaylorCpu<float> layer_norm_taylor_f32;
-LayerNormTaylorCpu<double> layer_norm_taylor_f64;
-}  // namespace avx512
+// CPU: the rows begin <= n < end. weight, bias: [size] or null for none.
+ASVIT_FAST_FOR_EACH_ISA(layer_norm_taylor, const TaylorMatrix<T>& matrix, const T* weight, const T* bias, double eps,
+                        int64_t begin, int64_t end)
 
 // CUDA: launches on `stream` (a cudaStream_t) and returns. Matrices of `type`; weight, bias: double for float64, else
 // float.

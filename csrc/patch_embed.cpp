@@ -2,46 +2,21 @@
 // is in cpu/.
 #include "patch_embed.h"
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <array>
-#include <optional>
 #include <tuple>
 
-#include "cpu/dispatch.h"
-#include "stacked.h"
+#include "tensor_utils.h"
 
 namespace asvit_fast {
 namespace {
 
-constexpr double kGrain = 1 << 18;      // multiply-adds a thread should have at least
+constexpr const char* kOp = "patch_embed";
 constexpr int64_t kPieceTokens = 1024;  // of a piece, at least: adding up its gradients is little beside finding them
 constexpr int64_t kMaximumPieces = 64;
 constexpr double kMaximumWorkspace = 1ll << 48;  // elements
-
-template <typename T>
-constexpr PerIsa<PatchEmbedCpu<T>> kForward;
-template <>
-constexpr PerIsa<PatchEmbedCpu<float>> kForward<float> = ASVIT_FAST_PER_ISA(patch_embed_f32);
-template <>
-constexpr PerIsa<PatchEmbedCpu<double>> kForward<double> = ASVIT_FAST_PER_ISA(patch_embed_f64);
-template <typename T>
-constexpr PerIsa<PatchEmbedBackwardCpu<T>> kBackward;
-template <>
-constexpr PerIsa<PatchEmbedBackwardCpu<float>> kBackward<float> = ASVIT_FAST_PER_ISA(patch_embed_backward_f32);
-template <>
-constexpr PerIsa<PatchEmbedBackwardCpu<double>> kBackward<double> = ASVIT_FAST_PER_ISA(patch_embed_backward_f64);
-
-using OptionalTensor = std::optional<at::Tensor>;
-
-int64_t tokens_along(int64_t size, int64_t zeros, int64_t kernel, int64_t stride, int64_t dilation) {
-  return (size + zeros - dilation * (kernel - 1) - 1) / stride + 1;
-}
 
 void check(const at::Tensor& image, const at::Tensor& weight, int64_t stride, int64_t dilation,
            at::IntArrayRef padding) {
@@ -49,9 +24,7 @@ void check(const at::Tensor& image, const at::Tensor& weight, int64_t stride, in
                         weight.size(2) == weight.size(3) && weight.numel() > 0,
                     "patch_embed: image must be [B, Cin, H, W] and weight [C, Cin, K, K], not ", image.sizes(), " and ",
                     weight.sizes());
-  const auto is_padding = [](int64_t zeros) { return is_count(zeros, 0); };
-  TORCH_CHECK_VALUE(is_count(stride, 1) && is_count(dilation, 1) && padding.size() == 4 &&
-                        std::all_of(padding.begin(), padding.end(), is_padding) && is_count(weight.size(2), 1),
+  TORCH_CHECK_VALUE(is_count(stride, 1) && is_count(dilation, 1) && is_padding(padding) && is_count(weight.size(2), 1),
                     "patch_embed: stride ", stride, " and dilation ", dilation, " must be positive, padding ", padding,
                     " four numbers of zeros, all below 2^31");
   const int64_t span = dilation * (weight.size(2) - 1) + 1;
@@ -62,8 +35,8 @@ void check(const at::Tensor& image, const at::Tensor& weight, int64_t stride, in
   TORCH_CHECK_VALUE(row * static_cast<double>(weight.size(1) * weight.size(2)) < kMaximumWorkspace,
                     "patch_embed: patches ", weight.sizes(), " at stride ", stride, " and padding ", padding,
                     " are too large");
-  scalar_type("patch_embed", image.scalar_type());
-  check_companion("patch_embed", "weight", weight, image);
+  scalar_type(kOp, image.scalar_type());
+  check_device_and_type(kOp, "weight", weight, image);
 }
 
 // Operands in the type that is computed in, low precision widened once, and parameters as the kernels read them.
@@ -76,25 +49,23 @@ struct Inputs {
   bool norm;
   double eps;
 
-  Inputs(const at::Tensor& picture, const at::Tensor& weight, const OptionalTensor& bias, int64_t step, int64_t spread,
-         at::IntArrayRef zeros, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double epsilon)
-      : type(picture.scalar_type() == at::kDouble ? at::kDouble : at::kFloat),
+  Inputs(const at::Tensor& image, const at::Tensor& weight, const OptionalTensor& bias, int64_t stride,
+         int64_t dilation, at::IntArrayRef padding, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
+         double eps)
+      : type(image.scalar_type() == at::kDouble ? at::kDouble : at::kFloat),
+        image(image.to(type)),
         kernel(weight.size(-1)),
-        stride(step),
-        dilation(spread),
+        stride(stride),
+        dilation(dilation),
         channels(weight.size(0)),
-        padding(zeros),
+        padding(padding),
         norm(norm_weight.has_value()),
-        eps(epsilon) {
-    check(picture, weight, step, spread, zeros);
-    image = picture.to(type);
+        eps(eps) {
+    check(image, weight, stride, dilation, padding);
     const int64_t patch = weight[0].numel(), padded = (channels + kChannelBlock - 1) / kChannelBlock * kChannelBlock;
-    parameters = at::empty({patch + 3, padded}, image.options());
-    if (type == at::kDouble) {
-      pack<double>(weight, {bias, norm_weight, norm_bias}, patch, padded);
-    } else {
-      pack<float>(weight, {bias, norm_weight, norm_bias}, patch, padded);
-    }
+    parameters = at::empty({patch + 3, padded}, image.options().dtype(type));
+    with_compute_type(kOp, type,
+                      [&](auto zero) { pack<decltype(zero)>(weight, {bias, norm_weight, norm_bias}, patch, padded); });
   }
 
   template <typename T>
@@ -114,7 +85,7 @@ struct Inputs {
     for (const OptionalTensor& vector : vectors) {
       std::fill(to, to + padded, T(0));
       if (vector) {
-        check_operand("patch_embed", "a bias or norm parameter", vector, {channels}, weight);
+        check_operand(kOp, "a bias or norm parameter", vector, {channels}, weight);
         const at::Tensor one = vector->to(type).contiguous();
         std::copy_n(one.const_data_ptr<T>(), channels, to);
       }
@@ -125,7 +96,7 @@ struct Inputs {
   template <typename T>
   PatchEmbed<T> problem() const {
     const int64_t height = image.size(2), width = image.size(3);
-    const int64_t patch = parameters.size(0) - 3, padded = parameters.size(1);
+    const int64_t patch = parameters.size(0) - 3, padded = parameters.size(1), span = dilation * (kernel - 1) + 1;
     const T* weight = parameters.const_data_ptr<T>();
     const T* bias = weight + patch * padded;
     return {image.const_data_ptr<T>(),
@@ -139,24 +110,14 @@ struct Inputs {
             dilation,
             padding[0],
             padding[2],
-            tokens_along(height, padding[2] + padding[3], kernel, stride, dilation),
-            tokens_along(width, padding[0] + padding[1], kernel, stride, dilation),
+            patches_along(height, padding[2] + padding[3], span, stride),
+            patches_along(width, padding[0] + padding[1], span, stride),
             channels,
             weight,
             bias,
             norm ? bias + padded : nullptr,
             norm ? bias + 2 * padded : nullptr,
             static_cast<T>(eps)};
-  }
-
-  // `run` with the problem in the type that is computed in.
-  template <typename Run>
-  void in_working_type(Run run) const {
-    if (type == at::kDouble) {
-      run(problem<double>());
-    } else {
-      run(problem<float>());
-    }
   }
 };
 
@@ -166,36 +127,30 @@ double row_work(const PatchEmbed<T>& problem) {
   return static_cast<double>(problem.columns) * problem.patch() * problem.padded();
 }
 
-template <typename T, typename Kernel>
-void run_parallel(const PatchEmbedWorkspace& workspace, int64_t tasks, double work, const at::TensorOptions& options,
-                  Kernel kernel) {
-  const auto grain = static_cast<int64_t>(kGrain / (work + 1)) + 1;
-  at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-    const at::Tensor memory = at::empty({workspace.total()}, options);
-    kernel(begin, end, memory.mutable_data_ptr<T>());
-  });
-}
-
-// The tokens [B, Ho, Wo, C] and, to keep for the backward pass, the values of the convolution (else empty).
+// The tokens [B, Ho, Wo, C] and, if it is to be saved for the backward pass, the output of the convolution (else
+// empty).
 std::tuple<at::Tensor, at::Tensor> patch_embed_cpu(const at::Tensor& image, const at::Tensor& weight,
                                                    const OptionalTensor& bias, const OptionalTensor& norm_weight,
                                                    const OptionalTensor& norm_bias, int64_t stride, int64_t dilation,
                                                    at::IntArrayRef padding, double eps, at::ScalarType dtype,
-                                                   bool keep) {
+                                                   bool save_conv_output) {
   const Inputs inputs(image, weight, bias, stride, dilation, padding, norm_weight, norm_bias, eps);
   const auto options = inputs.image.options();
-  at::Tensor output, values;
-  inputs.in_working_type([&](auto problem) {
-    using T = std::remove_cv_t<decltype(problem.eps)>;
+  at::Tensor output, conv_output;
+  with_compute_type(kOp, inputs.type, [&](auto zero) {
+    using T = decltype(zero);
+    const PatchEmbed<T> problem = inputs.problem<T>();
     output = at::empty({problem.batch, problem.rows, problem.columns, problem.channels}, options);
-    values = at::empty(keep ? output.sizes() : at::IntArrayRef{0}, options);
+    conv_output = at::empty(save_conv_output ? output.sizes() : at::IntArrayRef{0}, options);
     if (output.numel() == 0) return;
-    const auto kernel = select(kForward<T>);
-    T *to = output.mutable_data_ptr<T>(), *kept = keep ? values.mutable_data_ptr<T>() : nullptr;
-    run_parallel<T>(PatchEmbedWorkspace(problem, false), problem.batch * problem.rows, row_work(problem), options,
-                    [&](int64_t begin, int64_t end, T* memory) { kernel(problem, to, kept, begin, end, memory); });
+    const auto kernel = ASVIT_FAST_SELECT(patch_embed<T>);
+    T* to = output.mutable_data_ptr<T>();
+    T* conv_to = save_conv_output ? conv_output.mutable_data_ptr<T>() : nullptr;
+    parallel_with_memory<PatchEmbedMemory<T>>(
+        problem, problem.batch * problem.rows, row_work(problem),
+        [&](int64_t begin, int64_t end, char* memory) { kernel(problem, to, conv_to, begin, end, memory); });
   });
-  return {output.to(dtype), values};
+  return {output.to(dtype), conv_output};
 }
 
 // Fixed by the shapes alone, so that sums do not depend on the number of threads.
@@ -206,57 +161,60 @@ int64_t piece_count(const PatchEmbed<T>& problem) {
 }
 
 // Gradients of the pieces [pieces, Cin * K * K + 3, padded channels] added up, in the shapes and types of the
-// parameters; empty for those that are not there.
+// parameters; empty for those that are missing.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> unpack(const at::Tensor& sums, const at::Tensor& weight,
                                                                   std::array<OptionalTensor, 3> vectors) {
   const at::Tensor sum = sums.sum(0).narrow(1, 0, weight.size(0));
   const int64_t patch = sum.size(0) - 3;
-  const at::Tensor to_weight = at::empty(weight.sizes(), weight.options());
-  to_weight.flatten(1).t().copy_(sum.narrow(0, 0, patch));
+  const at::Tensor grad_weight = at::empty(weight.sizes(), weight.options());
+  grad_weight.flatten(1).t().copy_(sum.narrow(0, 0, patch));
   const auto row = [&](int64_t index) {
     const OptionalTensor& vector = vectors[index];
     return vector ? sum.select(0, patch + index).to(vector->scalar_type(), false, true) : at::empty({0}, sum.options());
   };
-  return {to_weight, row(0), row(1), row(2)};
+  return {grad_weight, row(0), row(1), row(2)};
 }
 
-// Gradients of the convolution's values [B, Ho, Wo, C], the weight, the bias, the norm's weight and bias: empty unless
-// asked for.
+// Gradients of the convolution's output [B, Ho, Wo, C], the weight, the bias, the norm's weight and bias: empty unless
+// needed.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> patch_embed_backward_cpu(
     const at::Tensor& gradient, const at::Tensor& image, const at::Tensor& weight, const OptionalTensor& bias,
     const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, int64_t stride, int64_t dilation,
-    at::IntArrayRef padding, double eps, const at::Tensor& values, bool tokens_wanted, bool parameters_wanted) {
+    at::IntArrayRef padding, double eps, const at::Tensor& conv_output, bool needs_conv_output_grad,
+    bool needs_parameter_grad) {
   const Inputs inputs(image, weight, bias, stride, dilation, padding, norm_weight, norm_bias, eps);
   const auto options = inputs.image.options();
   const at::Tensor wide = gradient.to(inputs.type).contiguous();
-  const at::Tensor kept = values.to(inputs.type).contiguous();
+  const at::Tensor conv_values = conv_output.to(inputs.type).contiguous();
   const auto nothing = [&] { return at::empty({0}, options); };  // each its own, as outputs must not share memory
-  const at::Tensor to_tokens = tokens_wanted ? at::empty(wide.sizes(), options) : nothing();
+  const at::Tensor grad_conv_output = needs_conv_output_grad ? at::empty(wide.sizes(), options) : nothing();
   at::Tensor sums;
-  inputs.in_working_type([&](auto problem) {
-    using T = std::remove_cv_t<decltype(problem.eps)>;
+  with_compute_type(kOp, inputs.type, [&](auto zero) {
+    using T = decltype(zero);
+    const PatchEmbed<T> problem = inputs.problem<T>();
     TORCH_CHECK_VALUE(
         gradient.sizes() == at::IntArrayRef({problem.batch, problem.rows, problem.columns, problem.channels}) &&
-            (values.numel() == 0 || values.sizes() == gradient.sizes()),
+            (conv_output.numel() == 0 || conv_output.sizes() == gradient.sizes()),
         "patch_embed_backward: gradient ", gradient.sizes(), " must have the output's shape");
-    check_companion("patch_embed_backward", "gradient", gradient, image);
-    check_companion("patch_embed_backward", "values", values, image);
+    check_device_and_type("patch_embed_backward", "gradient", gradient, image);
+    check_device_and_type("patch_embed_backward", "conv_output", conv_output, image);
     const int64_t pieces = gradient.numel() > 0 ? piece_count(problem) : 1;
-    if (parameters_wanted) sums = at::zeros({pieces, problem.patch() + 3, problem.padded()}, options);
+    if (needs_parameter_grad) sums = at::zeros({pieces, problem.patch() + 3, problem.padded()}, options);
     if (gradient.numel() == 0) return;
-    const auto kernel = select(kBackward<T>);
+    const auto kernel = ASVIT_FAST_SELECT(patch_embed_backward<T>);
     const PatchEmbedBackward<T> backward = {problem,
                                             wide.const_data_ptr<T>(),
-                                            kept.numel() > 0 ? kept.const_data_ptr<T>() : nullptr,
-                                            tokens_wanted ? to_tokens.mutable_data_ptr<T>() : nullptr,
-                                            parameters_wanted ? sums.mutable_data_ptr<T>() : nullptr,
+                                            conv_values.numel() > 0 ? conv_values.const_data_ptr<T>() : nullptr,
+                                            needs_conv_output_grad ? grad_conv_output.mutable_data_ptr<T>() : nullptr,
+                                            needs_parameter_grad ? sums.mutable_data_ptr<T>() : nullptr,
                                             pieces};
     const double work = 2 * row_work(problem) * problem.batch * problem.rows / pieces;
-    run_parallel<T>(PatchEmbedWorkspace(problem, true), pieces, work, options,
-                    [&](int64_t begin, int64_t end, T* memory) { kernel(backward, begin, end, memory); });
+    parallel_with_memory<PatchEmbedMemory<T>>(backward, pieces, work, [&](int64_t begin, int64_t end, char* memory) {
+      kernel(backward, begin, end, memory);
+    });
   });
-  if (!parameters_wanted) return {to_tokens, nothing(), nothing(), nothing(), nothing()};
-  return std::tuple_cat(std::make_tuple(to_tokens), unpack(sums, weight, {bias, norm_weight, norm_bias}));
+  if (!needs_parameter_grad) return {grad_conv_output, nothing(), nothing(), nothing(), nothing()};
+  return std::tuple_cat(std::make_tuple(grad_conv_output), unpack(sums, weight, {bias, norm_weight, norm_bias}));
 }
 
 }  // namespace
@@ -264,11 +222,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> patch_emb
 TORCH_LIBRARY_FRAGMENT(asvit_fast_C, library) {
   library.def(
       "patch_embed(Tensor image, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, int stride, int "
-      "dilation, int[] padding, float eps, ScalarType dtype, bool keep) -> (Tensor, Tensor)");
+      "dilation, int[] padding, float eps, ScalarType dtype, bool save_conv_output) -> (Tensor, Tensor)");
   library.def(
       "patch_embed_backward(Tensor gradient, Tensor image, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? "
-      "norm_bias, int stride, int dilation, int[] padding, float eps, Tensor values, bool tokens_wanted, bool "
-      "parameters_wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "norm_bias, int stride, int dilation, int[] padding, float eps, Tensor conv_output, bool needs_conv_output_grad, "
+      "bool "
+      "needs_parameter_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(asvit_fast_C, CPU, library) {

@@ -4,6 +4,9 @@
 
 #include <cstdint>
 
+#include "arena.h"
+#include "cpu/for_each_isa.h"
+
 namespace asvit_fast {
 
 // Distances between neighbours along each dimension of the image [batch, in_channels, height, width], in elements.
@@ -34,60 +37,44 @@ struct PatchEmbed {
 template <typename T>
 struct PatchEmbedBackward {
   PatchEmbed<T> forward;
-  const T* gradient;  // of the output, [batch, rows, columns, channels]
-  const T* values;    // of the convolution, same shape; or null: they are computed again, if they are needed
-  T* to_tokens;       // of the convolution, same shape; or null
+  const T* gradient;     // of the output, [batch, rows, columns, channels]
+  const T* conv_output;  // same shape; or null: it is computed again, if it is needed
+  T* grad_conv_output;   // same shape; or null
   T* sums;         // [pieces, patch + 3, padded channels], zeros: gradients of the weight, the bias, the norm's weight
                    // and bias; the gradient is the sum over pieces. Or null
   int64_t pieces;  // that the rows of tokens are cut into, whatever the number of threads: sums in a fixed order
 };
 
-// Forward: output and, unless null, the convolution's values [batch, rows, columns, channels] of the tokens' rows begin
-// <= i < end of batch * rows. Backward: the pieces begin <= i < end. Both with PatchEmbedWorkspace::total() elements of
-// memory, aligned to 64 bytes, to themselves. One copy per instruction set.
-template <typename T>
-using PatchEmbedCpu = void(const PatchEmbed<T>& problem, T* output, T* values, int64_t begin, int64_t end,
-                           T* workspace);
-template <typename T>
-using PatchEmbedBackwardCpu = void(const PatchEmbedBackward<T>& problem, int64_t begin, int64_t end, T* workspace);
-
-#define ASVIT_FAST_DECLARE_PATCH_EMBED                   \
-  PatchEmbedCpu<float> patch_embed_f32;                  \
-  PatchEmbedCpu<double> patch_embed_f64;                 \
-  PatchEmbedBackwardCpu<float> patch_embed_backward_f32; \
-  PatchEmbedBackwardCpu<double> patch_embed_backward_f64;
-namespace portable {
-ASVIT_FAST_DECLARE_PATCH_EMBED
-}
-namespace avx2 {
-ASVIT_FAST_DECLARE_PATCH_EMBED
-}
-namespace avx512 {
-ASVIT_FAST_DECLARE_PATCH_EMBED
-}
-#undef ASVIT_FAST_DECLARE_PATCH_EMBED
+// Forward: output and, unless null, the convolution's output [batch, rows, columns, channels] of the tokens' rows begin
+// <= i < end of batch * rows. Backward: the pieces begin <= i < end. Both with the memory of a
+// PatchEmbedMemory, aligned to 64 bytes, to themselves.
+ASVIT_FAST_FOR_EACH_ISA(patch_embed, const PatchEmbed<T>& problem, T* output, T* conv_output, int64_t begin,
+                        int64_t end, char* memory)
+ASVIT_FAST_FOR_EACH_ISA(patch_embed_backward, const PatchEmbedBackward<T>& problem, int64_t begin, int64_t end,
+                        char* memory)
 
 namespace {  // one copy per including file: nothing compiled for one instruction set may be linked into another
 
 constexpr int64_t kMaximumTokenBlock = 14;  // tokens whose channels are summed together, at most
 
-// Memory of one CPU thread, in elements.
-struct PatchEmbedWorkspace {
-  int64_t row;     // one row of the padded image, as far as blocks of tokens reach
-  int64_t pixels;  // [in_channels, kernel, row]
-  int64_t block;   // [tokens of a block, padded channels]
-  int64_t tokens;  // [columns, padded channels] as far as blocks reach, for the backward pass
+// Memory of one CPU thread.
+template <typename T>
+struct PatchEmbedMemory {
+  int64_t row;          // elements of one row of the padded image, as far as blocks of tokens reach
+  T* pixels;            // [in_channels, kernel, row]
+  T* block;             // [tokens of a block, padded channels]
+  T* tokens = nullptr;  // [columns, padded channels] as far as blocks reach, for the backward pass
 
-  template <typename T>
-  explicit PatchEmbedWorkspace(const PatchEmbed<T>& problem, bool backward) {
+  PatchEmbedMemory(const PatchEmbed<T>& problem, Arena& arena) {
     const int64_t columns = problem.columns + kMaximumTokenBlock - 1;
     row = ((columns - 1) * problem.stride + (problem.kernel - 1) * problem.dilation + 16) / 16 * 16;
-    pixels = problem.image_rows() * row;
-    block = kMaximumTokenBlock * problem.padded();
-    tokens = backward ? columns * problem.padded() : 0;
+    pixels = arena.take<T>(problem.image_rows() * row);
+    block = arena.take<T>(kMaximumTokenBlock * problem.padded());
   }
 
-  int64_t total() const { return pixels + block + tokens; }
+  PatchEmbedMemory(const PatchEmbedBackward<T>& problem, Arena& arena) : PatchEmbedMemory(problem.forward, arena) {
+    tokens = arena.take<T>((problem.forward.columns + kMaximumTokenBlock - 1) * problem.forward.padded());
+  }
 };
 
 }  // namespace

@@ -5,77 +5,28 @@
 // shapes only.
 #include "patch_merge.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/addmm_cpu_dispatch.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/mm_cpu_dispatch.h>
 #include <ATen/ops/sum_cpu_dispatch.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <optional>
-#include <string_view>
 #include <tuple>
 #include <vector>
 
-#include "cpu/dispatch.h"
-#include "stacked.h"
+#include "matmul.h"
+#include "tensor_utils.h"
 
 namespace asvit_fast {
 namespace {
 
-template <typename T>
-struct Kernels;
-template <>
-struct Kernels<float> {
-  static constexpr PerIsa<PatchMergeRowsCpu<float>> rows = ASVIT_FAST_PER_ISA(patch_merge_rows_f32);
-  static constexpr PerIsa<PatchMergeGradientCpu<float>> gradient = ASVIT_FAST_PER_ISA(patch_merge_gradient_f32);
-  static constexpr PerIsa<PatchMergeParametersCpu<float>> parameters = ASVIT_FAST_PER_ISA(patch_merge_parameters_f32);
-};
-template <>
-struct Kernels<double> {
-  static constexpr PerIsa<PatchMergeRowsCpu<double>> rows = ASVIT_FAST_PER_ISA(patch_merge_rows_f64);
-  static constexpr PerIsa<PatchMergeGradientCpu<double>> gradient = ASVIT_FAST_PER_ISA(patch_merge_gradient_f64);
-  static constexpr PerIsa<PatchMergeParametersCpu<double>> parameters = ASVIT_FAST_PER_ISA(patch_merge_parameters_f64);
-};
-
 constexpr const char* kOp = "patch_merge";
-constexpr int64_t kFewTokens = 96;          // below, the product of a block is slow
-constexpr int64_t kBlocks = 4;              // that maps are cut into at least, as far as blocks do not get that small
-constexpr int64_t kBufferBytes = 1 << 19;   // of a block, which the cache holds beside a part of the weight
-constexpr int64_t kPieces = 16;             // of the gradient of the weights, at most
-constexpr int64_t kWeightRows = 256;        // outputs whose gradients are found together, about
-constexpr int64_t kFeatures = 256;          // of the gradients of the parameters that are found together
-constexpr int64_t kSmallProduct = 1 << 19;  // multiply-adds below which oneDNN is not worth its call
-
-using LinearPointwise = at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
-                                   std::string_view, c10::List<std::optional<at::Scalar>>,
-                                   std::optional<std::string_view>);
-
-// oneDNN's matrix product, if this torch has one. In float32 torch's own is MKL's, which uses half of the vector units
-// of AMD's processors.
-const std::optional<c10::TypedOperatorHandle<LinearPointwise>>& onednn() {
-  static const auto handle = []() -> std::optional<c10::TypedOperatorHandle<LinearPointwise>> {
-    const auto schema = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
-    if (!schema) return std::nullopt;
-    return schema->typed<LinearPointwise>();
-  }();
-  return handle;
-}
-
-// a [M, K] times b^T, b [N, K], plus bias [N] if it is defined.
-at::Tensor product(const at::Tensor& a, const at::Tensor& b, const at::Tensor& bias = {}) {
-  const std::optional<at::Tensor> added = bias.defined() ? std::optional(bias) : std::nullopt;
-  if (a.scalar_type() == at::kFloat && onednn() && a.numel() * b.size(0) >= kSmallProduct) {
-    return onednn()->call(a, b, added, "none", c10::List<std::optional<at::Scalar>>(), "");
-  }
-  return added ? at::cpu::addmm(bias, a, b.t()) : at::cpu::mm(a, b.t());
-}
+constexpr int64_t kFewTokens = 96;         // below, the product of a block is slow
+constexpr int64_t kBlocks = 4;             // that maps are cut into at least, as far as blocks do not get that small
+constexpr int64_t kBufferBytes = 1 << 19;  // of a block, which the cache holds beside a part of the weight
+constexpr int64_t kPieces = 16;            // of the gradient of the weights, at most
+constexpr int64_t kWeightRows = 256;       // outputs whose gradients are computed together, about
+constexpr int64_t kFeatures = 256;         // of the parameters' gradients that are computed together
 
 // A range of output rows, through all images.
 struct Block {
@@ -87,15 +38,15 @@ struct Merge {
   Neighbourhoods map;
   int64_t images, outputs;
   double eps;
-  at::ScalarType wide;                           // LayerNorm's type; the products have the weight's
+  at::ScalarType compute_type;                   // LayerNorm's type; the products have the weight's
   at::Tensor x, weight, norm_weight, norm_bias;  // weight [outputs, features]
 
   int64_t output_rows() const { return images * map.out_height; }
   int64_t output_tokens() const { return output_rows() * map.out_width; }
-  at::TensorOptions options() const { return x.options().dtype(wide); }
+  at::TensorOptions options() const { return x.options().dtype(compute_type); }
 
   int64_t rows_per_block() const {
-    const int64_t item = wide == at::kDouble ? 8 : 4;
+    const int64_t item = compute_type == at::kDouble ? 8 : 4;
     const int64_t cached = kBufferBytes / (map.features() * item);
     const int64_t tokens = std::max(kFewTokens, std::min(output_tokens() / kBlocks, cached));
     const int64_t reach = (map.kernel + map.stride - 1) / map.stride - 1;  // blocks two apart share no input
@@ -118,10 +69,9 @@ struct Merge {
 };
 
 void check(const at::Tensor& x, const at::Tensor& weight, int64_t kernel, int64_t stride, const at::Tensor& norm_weight,
-           const std::optional<at::Tensor>& norm_bias, at::IntArrayRef padding) {
-  TORCH_CHECK_VALUE(is_count(kernel, 1) && is_count(stride, 1) && padding.size() == 4 &&
-                        std::all_of(padding.begin(), padding.end(), [](int64_t zeros) { return is_count(zeros, 0); }),
-                    "patch_merge: kernel ", kernel, " and stride ", stride, " must be positive, padding ", padding,
+           const OptionalTensor& norm_bias, at::IntArrayRef padding) {
+  TORCH_CHECK_VALUE(is_count(kernel, 1) && is_count(stride, 1) && is_padding(padding), "patch_merge: kernel ", kernel,
+                    " and stride ", stride, " must be positive, padding ", padding,
                     " four numbers of zeros, all below 2^31");
   TORCH_CHECK_VALUE(x.dim() == 4 && weight.dim() == 2 && x.size(3) > 0 && weight.size(1) % x.size(3) == 0 &&
                         weight.size(1) / x.size(3) == kernel * kernel,
@@ -129,18 +79,15 @@ void check(const at::Tensor& x, const at::Tensor& weight, int64_t kernel, int64_
                     x.sizes(), " and ", weight.sizes());
   scalar_type(kOp, x.scalar_type());
   scalar_type(kOp, weight.scalar_type());
-  check_companion(kOp, "weight", weight, x);
+  check_device_and_type(kOp, "weight", weight, x);
   check_operand(kOp, "norm_weight", norm_weight, {weight.size(1)}, x);
   check_operand(kOp, "norm_bias", norm_bias, {weight.size(1)}, x);
 }
 
 Merge make_merge(const at::Tensor& x, const at::Tensor& weight, int64_t kernel, int64_t stride,
-                 const at::Tensor& norm_weight, const std::optional<at::Tensor>& norm_bias, double eps,
-                 bool channels_last, at::IntArrayRef padding) {
+                 const at::Tensor& norm_weight, const OptionalTensor& norm_bias, double eps, bool channels_last,
+                 at::IntArrayRef padding) {
   check(x, weight, kernel, stride, norm_weight, norm_bias, padding);
-  const auto count = [&](int64_t size, int64_t zeros) {
-    return size + zeros < kernel ? 0 : (size + zeros - kernel) / stride + 1;
-  };
   Merge merge;
   merge.map = {x.size(1),
                x.size(2),
@@ -149,21 +96,21 @@ Merge make_merge(const at::Tensor& x, const at::Tensor& weight, int64_t kernel, 
                stride,
                padding[0],
                padding[2],
-               count(x.size(1), padding[0] + padding[1]),
-               count(x.size(2), padding[2] + padding[3]),
+               patches_along(x.size(1), padding[0] + padding[1], kernel, stride),
+               patches_along(x.size(2), padding[2] + padding[3], kernel, stride),
                channels_last};
   merge.images = x.size(0);
   merge.outputs = weight.size(0);
   merge.eps = eps;
-  merge.wide = x.scalar_type() == at::kDouble || weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  merge.compute_type = x.scalar_type() == at::kDouble || weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   merge.x = x.detach().contiguous();
   merge.weight = weight.detach();
-  merge.norm_weight = norm_weight.detach().to(merge.wide).contiguous();
-  if (norm_bias) merge.norm_bias = norm_bias->detach().to(merge.wide).contiguous();
+  merge.norm_weight = norm_weight.detach().to(merge.compute_type).contiguous();
+  if (norm_bias) merge.norm_bias = norm_bias->detach().to(merge.compute_type).contiguous();
   return merge;
 }
 
-// The input rows that a block's neighbourhoods touch, in LayerNorm's type; `problem` is told where they are.
+// The input rows that a block's neighbourhoods touch, in LayerNorm's type; `problem` gets their address.
 template <typename T>
 at::Tensor input_rows(const Merge& merge, const Block& block, PatchMerge<T>& problem) {
   const Neighbourhoods& map = merge.map;
@@ -173,7 +120,7 @@ at::Tensor input_rows(const Merge& merge, const Block& block, PatchMerge<T>& pro
     return output_row / map.out_height * map.height + inside;
   };
   const int64_t begin = row(block.begin, 0), end = std::max(begin, row(block.end - 1, map.kernel));
-  const at::Tensor rows = merge.x.flatten(0, 1).narrow(0, begin, end - begin).to(merge.wide);
+  const at::Tensor rows = merge.x.flatten(0, 1).narrow(0, begin, end - begin).to(merge.compute_type);
   problem.tokens = rows.const_data_ptr<T>();
   problem.first_row = begin;
   return rows;
@@ -184,7 +131,8 @@ template <typename T>
 at::Tensor normalised_rows(const Merge& merge, const Block& block, PatchMerge<T> problem, const at::Tensor& buffer) {
   const int64_t columns = merge.map.out_width, tokens = (block.end - block.begin) * columns;
   const at::Tensor source = input_rows(merge, block, problem);
-  select(Kernels<T>::rows)(problem, block.begin * columns, block.end * columns, buffer.mutable_data_ptr<T>());
+  ASVIT_FAST_SELECT(patch_merge_rows<T>)(problem, block.begin * columns, block.end * columns,
+                                         buffer.mutable_data_ptr<T>());
   return buffer.narrow(0, 0, tokens * merge.map.features()).view({tokens, merge.map.features()});
 }
 
@@ -202,21 +150,10 @@ PatchMerge<T> make_problem(const Merge& merge, const at::Tensor& statistics, boo
           differentiate};
 }
 
-// `run` with a number of LayerNorm's type.
-template <typename Run>
-void in_wide_type(const Merge& merge, Run run) {
-  if (merge.wide == at::kDouble) {
-    run(0.);
-  } else {
-    run(0.f);
-  }
-}
-
 std::tuple<at::Tensor, at::Tensor> patch_merge_cpu(const at::Tensor& x, const at::Tensor& weight, int64_t kernel,
                                                    int64_t stride, const at::Tensor& norm_weight,
-                                                   const std::optional<at::Tensor>& norm_bias,
-                                                   const std::optional<at::Tensor>& bias, double eps,
-                                                   bool channels_last, at::IntArrayRef padding) {
+                                                   const OptionalTensor& norm_bias, const OptionalTensor& bias,
+                                                   double eps, bool channels_last, at::IntArrayRef padding) {
   const Merge merge = make_merge(x, weight, kernel, stride, norm_weight, norm_bias, eps, channels_last, padding);
   const auto& map = merge.map;
   const at::Tensor output = at::empty({merge.output_tokens(), merge.outputs}, weight.options());
@@ -225,16 +162,16 @@ std::tuple<at::Tensor, at::Tensor> patch_merge_cpu(const at::Tensor& x, const at
   at::Tensor offset;
   if (bias) offset = bias->detach().to(weight.scalar_type());
   if (output.numel() > 0)
-    in_wide_type(merge, [&](auto zero) {
+    with_compute_type(kOp, merge.compute_type, [&](auto zero) {
       using T = decltype(zero);
       const auto problem = make_problem<T>(merge, statistics, false);
       at::parallel_for(0, merge.blocks(), 1, [&](int64_t begin, int64_t end) {
-        const at::AutoDispatchBelowADInplaceOrView guard;  // other threads have not been told
+        const at::AutoDispatchBelowADInplaceOrView guard;  // a guard of the calling thread does not hold in others
         const at::Tensor buffer = merge.buffer();
         for (int64_t i = begin; i < end; ++i) {
           const Block block = merge.block(i);
           const at::Tensor rows = normalised_rows<T>(merge, block, problem, buffer).to(weight.scalar_type());
-          merge.part(output, block).copy_(product(rows, merge.weight, offset));
+          merge.part(output, block).copy_(linear(rows, merge.weight, offset));
         }
       });
     });
@@ -244,24 +181,25 @@ std::tuple<at::Tensor, at::Tensor> patch_merge_cpu(const at::Tensor& x, const at
 // Gradient of x. Blocks that follow each other add to the same tokens: first go the even ones, then the odd ones.
 template <typename T>
 at::Tensor input_gradient(const Merge& merge, const PatchMerge<T>& problem, const at::Tensor& gradient) {
-  const at::Tensor to_x = at::zeros(merge.x.sizes(), merge.options());
+  const at::Tensor grad_x = at::zeros(merge.x.sizes(), merge.options());
   const int64_t features = merge.map.features(), columns = merge.map.out_width;
   const at::Tensor transposed = merge.weight.t();  // [features, outputs]
   for (int64_t parity = 0; parity < 2; ++parity)
     at::parallel_for(0, (merge.blocks() + 1 - parity) / 2, 1, [&](int64_t begin, int64_t end) {
-      const at::AutoDispatchBelowADInplaceOrView guard;  // other threads have not been told
+      const at::AutoDispatchBelowADInplaceOrView guard;  // a guard of the calling thread does not hold in others
       const at::Tensor buffer = merge.buffer();
       const at::Tensor workspace = at::empty({2 * (features + kRowSlack)}, merge.options());
       for (int64_t i = begin; i < end; ++i) {
         const Block block = merge.block(2 * i + parity);
         const at::Tensor rows = normalised_rows<T>(merge, block, problem, buffer);
-        const at::Tensor to_rows = product(merge.part(gradient, block), transposed).to(merge.wide).contiguous();
-        select(Kernels<T>::gradient)(problem, block.begin * columns, block.end * columns, rows.const_data_ptr<T>(),
-                                     to_rows.const_data_ptr<T>(), workspace.mutable_data_ptr<T>(),
-                                     to_x.mutable_data_ptr<T>());
+        const at::Tensor grad_rows =
+            linear(merge.part(gradient, block), transposed).to(merge.compute_type).contiguous();
+        ASVIT_FAST_SELECT(patch_merge_gradient<T>)(problem, block.begin * columns, block.end * columns,
+                                                   rows.const_data_ptr<T>(), grad_rows.const_data_ptr<T>(),
+                                                   workspace.mutable_data_ptr<T>(), grad_x.mutable_data_ptr<T>());
       }
     });
-  return to_x;
+  return grad_x;
 }
 
 // gradient^T x [outputs, features], x the normalised rows, and the sum of the gradient [outputs]. Blocks are added in a
@@ -278,7 +216,7 @@ std::tuple<at::Tensor, at::Tensor> parameter_products(const Merge& merge, const 
     totals.push_back(at::zeros({merge.outputs}, merge.options()));
   }
   at::parallel_for(0, pieces * groups, 1, [&](int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView guard;  // other threads have not been told
+    const at::AutoDispatchBelowADInplaceOrView guard;  // a guard of the calling thread does not hold in others
     const at::Tensor buffer = merge.buffer();
     for (int64_t task = begin; task < end; ++task) {
       const int64_t piece = task / groups, first = merge.outputs * (task % groups) / groups;
@@ -286,9 +224,9 @@ std::tuple<at::Tensor, at::Tensor> parameter_products(const Merge& merge, const 
       at::Tensor sum = groups == 1 ? at::Tensor() : sums[piece].narrow(0, first, count);
       at::Tensor total = totals[piece].narrow(0, first, count);
       for (int64_t i = start; i < blocks * (piece + 1) / pieces; ++i) {
-        const at::Tensor part = merge.part(gradient, merge.block(i)).narrow(1, first, count).to(merge.wide);
+        const at::Tensor part = merge.part(gradient, merge.block(i)).narrow(1, first, count).to(merge.compute_type);
         const at::Tensor rows = normalised_rows<T>(merge, merge.block(i), problem, buffer);
-        const at::Tensor more = product(part.t(), rows.t());
+        const at::Tensor more = linear(part.t(), rows.t());
         if (i > start) {
           sum.add_(more);
         } else if (groups > 1) {
@@ -313,9 +251,9 @@ template <typename T>
 std::vector<at::Tensor> parameter_gradients(const Merge& merge, const PatchMerge<T>& problem,
                                             const at::Tensor& gradient) {
   const auto [sums, total] = parameter_products<T>(merge, problem, gradient);
-  const at::Tensor wide = merge.weight.to(merge.wide).contiguous();
-  const at::Tensor to_norm_weight = at::empty({merge.map.features()}, merge.options());
-  const at::Tensor to_norm_bias = at::empty_like(to_norm_weight);
+  const at::Tensor wide = merge.weight.to(merge.compute_type).contiguous();
+  const at::Tensor grad_norm_weight = at::empty({merge.map.features()}, merge.options());
+  const at::Tensor grad_norm_bias = at::empty_like(grad_norm_weight);
   const PatchMergeParameters<T> parameters = {merge.outputs,
                                               merge.map.features(),
                                               wide.const_data_ptr<T>(),
@@ -323,50 +261,50 @@ std::vector<at::Tensor> parameter_gradients(const Merge& merge, const PatchMerge
                                               problem.norm_bias,
                                               total.template const_data_ptr<T>(),
                                               sums.template mutable_data_ptr<T>(),
-                                              to_norm_weight.mutable_data_ptr<T>(),
-                                              to_norm_bias.mutable_data_ptr<T>()};
-  const auto kernel = select(Kernels<T>::parameters);
+                                              grad_norm_weight.mutable_data_ptr<T>(),
+                                              grad_norm_bias.mutable_data_ptr<T>()};
+  const auto kernel = ASVIT_FAST_SELECT(patch_merge_parameters<T>);
   const int64_t parts = (parameters.features + kFeatures - 1) / kFeatures;
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       kernel(parameters, i * kFeatures, std::min((i + 1) * kFeatures, parameters.features));
   });
-  return {sums, to_norm_weight, to_norm_bias, total};
+  return {sums, grad_norm_weight, grad_norm_bias, total};
 }
 
 std::vector<at::Tensor> patch_merge_backward_cpu(const at::Tensor& gradient, const at::Tensor& x,
                                                  const at::Tensor& weight, const at::Tensor& statistics, int64_t kernel,
                                                  int64_t stride, const at::Tensor& norm_weight,
-                                                 const std::optional<at::Tensor>& norm_bias, double eps,
-                                                 bool channels_last, at::IntArrayRef padding, bool to_input,
-                                                 bool to_parameters) {
+                                                 const OptionalTensor& norm_bias, double eps, bool channels_last,
+                                                 at::IntArrayRef padding, bool needs_input_grad,
+                                                 bool needs_parameter_grad) {
   const Merge merge = make_merge(x, weight, kernel, stride, norm_weight, norm_bias, eps, channels_last, padding);
   const char* const op = "patch_merge_backward";
   const int64_t images = merge.images, rows = merge.map.out_height, columns = merge.map.out_width;
   check_operand(op, "gradient", gradient, {images, rows, columns, merge.outputs}, x);
   check_operand(op, "statistics", statistics, {2, images, rows, columns}, x);
-  TORCH_CHECK_TYPE(statistics.scalar_type() == merge.wide && statistics.is_contiguous(), op,
-                   ": statistics must be contiguous ", merge.wide, ", not ", statistics.scalar_type());
-  std::vector<at::Tensor> found(5, at::empty({0}, x.options()));
+  TORCH_CHECK_TYPE(statistics.scalar_type() == merge.compute_type && statistics.is_contiguous(), op,
+                   ": statistics must be contiguous ", merge.compute_type, ", not ", statistics.scalar_type());
+  std::vector<at::Tensor> gradients(5, at::empty({0}, x.options()));
   if (gradient.numel() == 0) {
-    if (to_input) found[0] = at::zeros(x.sizes(), x.options());
-    if (!to_parameters) return found;
-    found[1] = at::zeros(weight.sizes(), merge.options());
-    for (size_t i = 2; i < 4; ++i) found[i] = at::zeros({weight.size(1)}, merge.options());
-    found[4] = at::zeros({weight.size(0)}, merge.options());
-    return found;
+    if (needs_input_grad) gradients[0] = at::zeros(x.sizes(), x.options());
+    if (!needs_parameter_grad) return gradients;
+    gradients[1] = at::zeros(weight.sizes(), merge.options());
+    for (size_t i = 2; i < 4; ++i) gradients[i] = at::zeros({weight.size(1)}, merge.options());
+    gradients[4] = at::zeros({weight.size(0)}, merge.options());
+    return gradients;
   }
-  in_wide_type(merge, [&](auto zero) {
+  with_compute_type(kOp, merge.compute_type, [&](auto zero) {
     using T = decltype(zero);
     const auto problem = make_problem<T>(merge, statistics, true);
     const at::Tensor flat = gradient.to(weight.scalar_type()).reshape({merge.output_tokens(), merge.outputs});
-    if (to_parameters) {
-      const std::vector<at::Tensor> gradients = parameter_gradients<T>(merge, problem, flat);
-      std::copy(gradients.begin(), gradients.end(), found.begin() + 1);
+    if (needs_parameter_grad) {
+      const std::vector<at::Tensor> of_parameters = parameter_gradients<T>(merge, problem, flat);
+      std::copy(of_parameters.begin(), of_parameters.end(), gradients.begin() + 1);
     }
-    if (to_input) found[0] = input_gradient<T>(merge, problem, flat).to(x.scalar_type());
+    if (needs_input_grad) gradients[0] = input_gradient<T>(merge, problem, flat).to(x.scalar_type());
   });
-  return found;
+  return gradients;
 }
 
 }  // namespace
@@ -377,8 +315,8 @@ TORCH_LIBRARY_FRAGMENT(asvit_fast_C, library) {
       "Tensor? bias, float eps, bool channels_last, int[] padding) -> (Tensor, Tensor)");
   library.def(
       "patch_merge_backward(Tensor gradient, Tensor x, Tensor weight, Tensor statistics, int kernel, int stride, "
-      "Tensor norm_weight, Tensor? norm_bias, float eps, bool channels_last, int[] padding, bool to_input, "
-      "bool to_parameters) -> Tensor[]");
+      "Tensor norm_weight, Tensor? norm_bias, float eps, bool channels_last, int[] padding, bool needs_input_grad, "
+      "bool needs_parameter_grad) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(asvit_fast_C, CPU, library) {

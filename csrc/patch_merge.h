@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "cpu/for_each_isa.h"
+
 namespace asvit_fast {
 
 // Where K x K neighbourhoods lie on a zero-padded map, and the order of their features.
@@ -26,54 +28,33 @@ struct PatchMerge {
   const T *norm_weight, *norm_bias;  // [features] or null
   T eps;
   T *mean, *rstd;      // [output tokens]
-  bool differentiate;  // mean and rstd are there already, and rows stay without norm_weight and norm_bias
+  bool differentiate;  // mean and rstd are given, and rows stay without norm_weight and norm_bias
 };
 
 // Elements behind the rows given to a kernel that it may overwrite.
 constexpr int64_t kRowSlack = 32;
 
-// Fills rows [end - begin, features] with the normalised neighbourhoods of output tokens. One copy per instruction set.
-template <typename T>
-using PatchMergeRowsCpu = void(const PatchMerge<T>& problem, int64_t begin, int64_t end, T* rows);
-
-// Turns gradients [end - begin, features] of the outputs of LayerNorm into those of neighbourhoods and adds them to
-// `to_tokens`, a gradient of all rows. `rows` are those of PatchMergeRowsCpu; `workspace` has twice features +
-// kRowSlack elements.
-template <typename T>
-using PatchMergeGradientCpu = void(const PatchMerge<T>& problem, int64_t begin, int64_t end, const T* rows,
-                                   const T* gradients, T* workspace, T* to_tokens);
-
 // What the gradients of the parameters are made of, and themselves.
 template <typename T>
 struct PatchMergeParameters {
   int64_t outputs, features;
-  const T* weight;                   // [outputs, features]
-  const T *norm_weight, *norm_bias;  // [features]; norm_bias or null
-  const T* total;                    // sum of the gradient of the output [outputs]
-  T* to_weight;                      // [outputs, features]; before, gradient^T x, x the normalised neighbourhoods
-  T *to_norm_weight, *to_norm_bias;  // [features]
+  const T* weight;                       // [outputs, features]
+  const T *norm_weight, *norm_bias;      // [features]; norm_bias or null
+  const T* total;                        // sum of the gradient of the output [outputs]
+  T* grad_weight;                        // [outputs, features]; before, gradient^T x, x the normalised neighbourhoods
+  T *grad_norm_weight, *grad_norm_bias;  // [features]
 };
 
-// Features begin <= i < end.
-template <typename T>
-using PatchMergeParametersCpu = void(const PatchMergeParameters<T>& problem, int64_t begin, int64_t end);
-
-#define ASVIT_FAST_DECLARE_PATCH_MERGE                       \
-  PatchMergeRowsCpu<float> patch_merge_rows_f32;             \
-  PatchMergeRowsCpu<double> patch_merge_rows_f64;            \
-  PatchMergeGradientCpu<float> patch_merge_gradient_f32;     \
-  PatchMergeGradientCpu<double> patch_merge_gradient_f64;    \
-  PatchMergeParametersCpu<float> patch_merge_parameters_f32; \
-  PatchMergeParametersCpu<double> patch_merge_parameters_f64;
-namespace portable {
-ASVIT_FAST_DECLARE_PATCH_MERGE
-}
-namespace avx2 {
-ASVIT_FAST_DECLARE_PATCH_MERGE
-}
-namespace avx512 {
-ASVIT_FAST_DECLARE_PATCH_MERGE
-}
-#undef ASVIT_FAST_DECLARE_PATCH_MERGE
+// patch_merge_rows: fills rows [end - begin, features] with the normalised neighbourhoods of output tokens.
+//
+// patch_merge_gradient: maps gradients [end - begin, features] of the outputs of LayerNorm to those of
+// neighbourhoods and adds them to `grad_tokens`, a gradient of all rows. `rows` are those of patch_merge_rows;
+// `workspace` has twice features + kRowSlack elements.
+//
+// patch_merge_parameters: the features begin <= i < end.
+ASVIT_FAST_FOR_EACH_ISA(patch_merge_rows, const PatchMerge<T>& problem, int64_t begin, int64_t end, T* rows)
+ASVIT_FAST_FOR_EACH_ISA(patch_merge_gradient, const PatchMerge<T>& problem, int64_t begin, int64_t end, const T* rows,
+                        const T* gradients, T* workspace, T* grad_tokens)
+ASVIT_FAST_FOR_EACH_ISA(patch_merge_parameters, const PatchMergeParameters<T>& problem, int64_t begin, int64_t end)
 
 }  // namespace asvit_fast

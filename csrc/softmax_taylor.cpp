@@ -1,67 +1,33 @@
 // asvit_fast_C::softmax_taylor: schema, checks, allocation, threads and streams. The arithmetic is in cpu/ and cuda/.
 #include "softmax_taylor.h"
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
-#include "cpu/dispatch.h"
-#include "stacked.h"
-
-#ifdef ASVIT_FAST_CUDA
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#endif
+#include "taylor_tensor.h"
 
 namespace asvit_fast {
 namespace {
 
 constexpr const char* kOp = "softmax_taylor";
 
-template <typename T>
-constexpr PerIsa<SoftmaxTaylorCpu<T>> kKernels;
-template <>
-constexpr PerIsa<SoftmaxTaylorCpu<float>> kKernels<float> = ASVIT_FAST_PER_ISA(softmax_taylor_f32);
-template <>
-constexpr PerIsa<SoftmaxTaylorCpu<double>> kKernels<double> = ASVIT_FAST_PER_ISA(softmax_taylor_f64);
-
-template <typename T>
-void run_cpu(const at::Tensor& input, const at::Tensor& output) {
-  const TaylorMatrix<T> matrix = stacked_matrix<T>(input, output);
-  const auto kernel = select(kKernels<T>);
-  at::parallel_for(0, matrix.count, rows_per_thread(matrix.size),
-                   [&](int64_t begin, int64_t end) { kernel(matrix, begin, end); });
-}
-
 at::Tensor softmax_taylor_cpu(const at::Tensor& x) {
-  taylor_orders(kOp, x);
   check_rows(kOp, x);
-  const at::ScalarType type = compute_type(x.scalar_type());
-  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble, kOp, ": no kernel for ", x.scalar_type());
-  const at::Tensor input = x.to(type).contiguous();
-  const at::Tensor output = at::empty_like(input);
-  if (type == at::kFloat) {
-    run_cpu<float>(input, output);
-  } else {
-    run_cpu<double>(input, output);
-  }
-  return output.to(x.scalar_type());
+  return run_taylor_cpu(kOp, x, [](auto zero, const at::Tensor& input, const at::Tensor& output) {
+    using T = decltype(zero);
+    const TaylorMatrix<T> matrix = taylor_matrix<T>(input, output);
+    const auto kernel = ASVIT_FAST_SELECT(softmax_taylor<T>);
+    at::parallel_for(0, matrix.count, grain_size(kElements, matrix.size),
+                     [&](int64_t begin, int64_t end) { kernel(matrix, begin, end); });
+  });
 }
 
 #ifdef ASVIT_FAST_CUDA
 at::Tensor softmax_taylor_gpu(const at::Tensor& x) {
-  taylor_orders(kOp, x);
   check_rows(kOp, x);
-  const ScalarType type = scalar_type(kOp, x.scalar_type());
-  const c10::cuda::CUDAGuard guard(x.device());
-  const at::Tensor input = x.contiguous();
-  const at::Tensor output = at::empty_like(input);
-  if (input.numel() == 0) return output;  // a grid of no blocks is an invalid launch
-  softmax_taylor_cuda(stacked_matrix(input, output), type, c10::cuda::getCurrentCUDAStream().stream());
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return output;
+  const auto launch = [](const at::Tensor& input, const at::Tensor& output, ScalarType type, void* stream) {
+    softmax_taylor_cuda(taylor_matrix<void>(input, output), type, stream);
+  };
+  return run_taylor_cuda(kOp, x, launch);
 }
 #endif
 

@@ -2,34 +2,14 @@
 // and cuda/.
 #include "unary_taylor.h"
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
-#include <optional>
 #include <string_view>
 
-#include "cpu/dispatch.h"
-#include "stacked.h"
-
-#ifdef ASVIT_FAST_CUDA
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#endif
+#include "taylor_tensor.h"
 
 namespace asvit_fast {
 namespace {
-
-constexpr int64_t kGrain = 1 << 13;  // columns a thread should have at least; below, waking it costs more than it saves
-
-template <typename T>
-constexpr PerIsa<UnaryTaylorCpu<T>> kKernels;
-template <>
-constexpr PerIsa<UnaryTaylorCpu<float>> kKernels<float> = ASVIT_FAST_PER_ISA(unary_taylor_f32);
-template <>
-constexpr PerIsa<UnaryTaylorCpu<double>> kKernels<double> = ASVIT_FAST_PER_ISA(unary_taylor_f64);
 
 UnaryFunction gelu(std::string_view approximate) {
   TORCH_CHECK_VALUE(approximate == "none" || approximate == "tanh",
@@ -37,66 +17,51 @@ UnaryFunction gelu(std::string_view approximate) {
   return approximate == "tanh" ? UnaryFunction::gelu_tanh : UnaryFunction::gelu;
 }
 
-// input, output: [orders + 1, ..., C], contiguous; bias: [C] or undefined
-template <typename T>
-TaylorRows<T> stacked_rows(const at::Tensor& input, const at::Tensor& output, const at::Tensor& bias) {
-  const int orders = static_cast<int>(input.size(0)) - 1;
-  return {input.const_data_ptr<T>(), output.mutable_data_ptr<T>(),     input.numel() / (orders + 1), orders,
-          pointer_or_null<T>(bias),  bias.defined() ? bias.size(0) : 1};
-}
-
-template <typename T>
-void run_cpu(const at::Tensor& input, const at::Tensor& output, const at::Tensor& bias, UnaryFunction function) {
-  const TaylorRows<T> rows = stacked_rows<T>(input, output, bias);
-  const auto kernel = select(kKernels<T>);
-  at::parallel_for(0, rows.count, kGrain, [&](int64_t begin, int64_t end) { kernel(rows, begin, end, function); });
-}
-
-at::Tensor apply_cpu(const char* op, UnaryFunction function, const at::Tensor& x,
-                     const std::optional<at::Tensor>& bias) {
-  taylor_orders(op, x);
+void check(const char* op, const at::Tensor& x, const OptionalTensor& bias) {
+  check_orders(op, x);
   check_channels(op, "bias", bias, x);
-  const at::ScalarType type = compute_type(x.scalar_type());
-  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble, op, ": no kernel for ", x.scalar_type());
-  const at::Tensor input = x.to(type).contiguous();
-  const at::Tensor output = at::empty_like(input);
-  if (type == at::kFloat) {
-    run_cpu<float>(input, output, parameters(bias, type), function);
-  } else {
-    run_cpu<double>(input, output, parameters(bias, type), function);
-  }
-  return output.to(x.scalar_type());
 }
 
-at::Tensor gelu_taylor_cpu(const at::Tensor& x, std::string_view approximate, const std::optional<at::Tensor>& bias) {
+// input, output: [orders + 1, ..., C], contiguous; bias: [C] or undefined; of the type T or, for void, of any type
+template <typename T>
+TaylorRows<T> taylor_rows(const at::Tensor& input, const at::Tensor& output, const at::Tensor& bias) {
+  return {static_cast<const T*>(input.const_data_ptr()),
+          static_cast<T*>(output.mutable_data_ptr()),
+          input.numel() / input.size(0),
+          static_cast<int>(input.size(0)) - 1,
+          bias.defined() ? static_cast<const T*>(bias.const_data_ptr()) : nullptr,
+          bias.defined() ? bias.size(0) : 1};
+}
+
+at::Tensor apply_cpu(const char* op, UnaryFunction function, const at::Tensor& x, const OptionalTensor& bias) {
+  check(op, x, bias);
+  return run_taylor_cpu(op, x, [&](auto zero, const at::Tensor& input, const at::Tensor& output) {
+    using T = decltype(zero);
+    const at::Tensor channels = parameters(bias, input.scalar_type());
+    const TaylorRows<T> rows = taylor_rows<T>(input, output, channels);
+    const auto kernel = ASVIT_FAST_SELECT(unary_taylor<T>);
+    at::parallel_for(0, rows.count, grain_size(kElements, 1),
+                     [&](int64_t begin, int64_t end) { kernel(rows, begin, end, function); });
+  });
+}
+
+at::Tensor gelu_taylor_cpu(const at::Tensor& x, std::string_view approximate, const OptionalTensor& bias) {
   return apply_cpu("gelu_taylor", gelu(approximate), x, bias);
 }
 
 at::Tensor tanh_taylor_cpu(const at::Tensor& x) { return apply_cpu("tanh_taylor", UnaryFunction::tanh, x, {}); }
 
 #ifdef ASVIT_FAST_CUDA
-at::Tensor apply_gpu(const char* op, UnaryFunction function, const at::Tensor& x,
-                     const std::optional<at::Tensor>& bias) {
-  const int orders = taylor_orders(op, x);
-  check_channels(op, "bias", bias, x);
-  const ScalarType type = scalar_type(op, x.scalar_type());
-  const c10::cuda::CUDAGuard guard(x.device());
-  const at::Tensor input = x.contiguous();
-  const at::Tensor output = at::empty_like(input);
-  if (input.numel() == 0) return output;  // a grid of no blocks is an invalid launch
+at::Tensor apply_gpu(const char* op, UnaryFunction function, const at::Tensor& x, const OptionalTensor& bias) {
+  check(op, x, bias);
   const at::Tensor channels = parameters(bias, compute_type(x.scalar_type()));
-  const TaylorRows<void> rows{input.const_data_ptr(),
-                              output.mutable_data_ptr(),
-                              input.numel() / (orders + 1),
-                              orders,
-                              channels.defined() ? channels.const_data_ptr() : nullptr,
-                              channels.defined() ? channels.size(0) : 1};
-  unary_taylor_cuda(rows, function, type, c10::cuda::getCurrentCUDAStream().stream());
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return output;
+  const auto launch = [&](const at::Tensor& input, const at::Tensor& output, ScalarType type, void* stream) {
+    unary_taylor_cuda(taylor_rows<void>(input, output, channels), function, type, stream);
+  };
+  return run_taylor_cuda(op, x, launch);
 }
 
-at::Tensor gelu_taylor_gpu(const at::Tensor& x, std::string_view approximate, const std::optional<at::Tensor>& bias) {
+at::Tensor gelu_taylor_gpu(const at::Tensor& x, std::string_view approximate, const OptionalTensor& bias) {
   return apply_gpu("gelu_taylor", gelu(approximate), x, bias);
 }
 

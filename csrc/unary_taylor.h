@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cpu/for_each_isa.h"
 #include "scalar_type.h"
 
 namespace asvit_fast {
@@ -22,22 +23,8 @@ struct TaylorRows {
   int64_t channels;  // at least 1
 };
 
-// CPU: processes the columns begin <= i < end of the rows. One copy per instruction set.
-template <typename T>
-using UnaryTaylorCpu = void(const TaylorRows<T>& rows, int64_t begin, int64_t end, UnaryFunction function);
-
-namespace portable {
-UnaryTaylorCpu<float> unary_taylor_f32;
-UnaryTaylorCpu<double> unary_taylor_f64;
-}  // namespace portable
-namespace avx2 {
-UnaryTaylorCpu<float> unary_taylor_f32;
-UnaryTaylorCpu<double> unary_taylor_f64;
-}  // namespace avx2
-namespace avx512 {
-UnaryTaylorCpu<float> unary_taylor_f32;
-UnaryTaylorCpu<double> unary_taylor_f64;
-}  // namespace avx512
+// CPU: the columns begin <= i < end of the rows.
+ASVIT_FAST_FOR_EACH_ISA(unary_taylor, const TaylorRows<T>& rows, int64_t begin, int64_t end, UnaryFunction function)
 
 // CUDA: launches on `stream` (a cudaStream_t) and returns. Rows of `type`, the bias double for float64, else float.
 void unary_taylor_cuda(const TaylorRows<void>& rows, UnaryFunction function, ScalarType type, void* stream);

@@ -2,45 +2,22 @@
 // arithmetic is in cpu/.
 #include "window_attention.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/core/List.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <optional>
 #include <string_view>
 #include <tuple>
 
-#include "cpu/dispatch.h"
-#include "stacked.h"
+#include "tensor_utils.h"
 
 namespace asvit_fast {
 namespace {
 
-constexpr double kWork = 1 << 18;  // multiply-adds a thread should have at least
+constexpr const char* kOp = "window_attention";
 constexpr int64_t kPieces = 16;
 constexpr int64_t kPieceBytes = int64_t(1) << 26;  // that the pieces' gradients of the bias may take together
-constexpr double kMaximumWindowBytes = 1ll << 48;   // of one head's tokens; a few times that is below 2^63
-
-template <typename T>
-constexpr PerIsa<WindowAttentionCpu<T>> kForward;
-template <>
-constexpr PerIsa<WindowAttentionCpu<float>> kForward<float> = ASVIT_FAST_PER_ISA(window_attention_f32);
-template <>
-constexpr PerIsa<WindowAttentionCpu<double>> kForward<double> = ASVIT_FAST_PER_ISA(window_attention_f64);
-template <typename T>
-constexpr PerIsa<WindowAttentionBackwardCpu<T>> kBackward;
-template <>
-constexpr PerIsa<WindowAttentionBackwardCpu<float>> kBackward<float> =
-    ASVIT_FAST_PER_ISA(window_attention_backward_f32);
-template <>
-constexpr PerIsa<WindowAttentionBackwardCpu<double>> kBackward<double> =
-    ASVIT_FAST_PER_ISA(window_attention_backward_f64);
-
-using OptionalTensor = std::optional<at::Tensor>;
+constexpr double kMaximumWindowBytes = 1ll << 48;  // of one head's tokens; a few times that is below 2^63
 
 // The arguments that forward and backward pass have in common.
 struct Arguments {
@@ -64,24 +41,21 @@ WindowLayout parse_layout(std::string_view name) {
 }
 
 void check(const Arguments& a) {
-  TORCH_CHECK_VALUE(
-      a.qkv.dim() == 4 && is_count(a.heads, 1) && a.qkv.size(3) > 0 && a.qkv.size(3) % (3 * a.heads) == 0,
-      "window_attention: qkv must be [B, H, W, 3 * ", a.heads, " heads * head_dim], not ", a.qkv.sizes());
-  TORCH_CHECK_VALUE(a.window.size() == 2 && a.shift.size() == 2 && is_count(a.window[0], 1) &&
-                        is_count(a.window[1], 1) && is_count(a.tokens(), 1) && a.shift[0] >= 0 &&
-                        a.shift[0] < a.window[0] && a.shift[1] >= 0 && a.shift[1] < a.window[1],
-                    "window_attention: window ", a.window, " and shift ", a.shift,
+  TORCH_CHECK_VALUE(a.qkv.dim() == 4 && is_count(a.heads, 1) && a.qkv.size(3) > 0 && a.qkv.size(3) % (3 * a.heads) == 0,
+                    "window_attention: qkv must be [B, H, W, 3 * ", a.heads, " heads * head_dim], not ", a.qkv.sizes());
+  TORCH_CHECK_VALUE(is_window(a.window, a.shift) && is_count(a.tokens(), 1), "window_attention: window ", a.window,
+                    " and shift ", a.shift,
                     " must be two numbers each, 0 <= shift < window, of fewer than 2^31 tokens");
   const double row_bytes = 8. * static_cast<double>(a.qkv.size(3) / (3 * a.heads) + kMaximumLanes);
-  TORCH_CHECK_VALUE(row_bytes * static_cast<double>(a.tokens()) < kMaximumWindowBytes,
-                    "window_attention: a window of ", a.window, " tokens of ", a.qkv.size(3), " channels is too large");
+  TORCH_CHECK_VALUE(row_bytes * static_cast<double>(a.tokens()) < kMaximumWindowBytes, "window_attention: a window of ",
+                    a.window, " tokens of ", a.qkv.size(3), " channels is too large");
   const auto divides = [&](int side) { return a.shift[side] == 0 && a.qkv.size(side + 1) % a.window[side] == 0; };
   TORCH_CHECK_VALUE(a.layout != WindowLayout::grid || (divides(0) && divides(1)),
                     "window_attention: with the layout grid windows must divide the map, without a shift");
-  scalar_type("window_attention", a.qkv.scalar_type());
-  check_operand("window_attention", "bias", a.bias, {a.heads, a.tokens(), a.tokens()}, a.qkv);
-  check_operand("window_attention", "padding", a.padding, {a.qkv.size(3)}, a.qkv);
-  check_operand("window_attention", "attn_scale", a.attn_scale, {a.heads}, a.qkv);
+  scalar_type(kOp, a.qkv.scalar_type());
+  check_operand(kOp, "bias", a.bias, {a.heads, a.tokens(), a.tokens()}, a.qkv);
+  check_operand(kOp, "padding", a.padding, {a.qkv.size(3)}, a.qkv);
+  check_operand(kOp, "attn_scale", a.attn_scale, {a.heads}, a.qkv);
 }
 
 // In the type that is computed in (low precision is widened once), channels neighbours.
@@ -97,16 +71,16 @@ TokenMap<const T> token_map(const at::Tensor& map) {
 
 // Operands as the kernels want them.
 struct Operands {
-  at::Tensor qkv, bias, table, padding, attn_scale;
+  at::Tensor qkv, bias, bias_table, padding, attn_scale;
 
   explicit Operands(const Arguments& a)
       : qkv(map_operand(a.qkv, a.type())),
         bias(parameters(a.bias, a.type())),
         attn_scale(parameters(a.attn_scale, a.type())) {
     padding = a.padding ? parameters(a.padding, a.type()) : at::zeros({qkv.size(3)}, qkv.options());
-    if (!a.bias || !is_small(a.tokens())) return;
-    table = at::zeros({a.heads, a.tokens(), padded_to_vector(a.tokens())}, qkv.options());
-    table.narrow(2, 0, a.tokens()).copy_(bias.transpose(1, 2));
+    if (!a.bias || !uses_bias_table(a.tokens())) return;
+    bias_table = at::zeros({a.heads, a.tokens(), padded_to_vector(a.tokens())}, qkv.options());
+    bias_table.narrow(2, 0, a.tokens()).copy_(bias.transpose(1, 2));
   }
 
   template <typename T>
@@ -114,7 +88,7 @@ struct Operands {
     return {token_map<T>(qkv),
             padding.const_data_ptr<T>(),
             pointer_or_null<T>(bias),
-            pointer_or_null<T>(table),
+            pointer_or_null<T>(bias_table),
             pointer_or_null<T>(attn_scale),
             output.mutable_data_ptr<T>(),
             statistics.mutable_data_ptr<T>(),
@@ -128,28 +102,6 @@ struct Operands {
   }
 };
 
-// `run` with a number of the type that is computed in.
-template <typename Run>
-void in_working_type(at::ScalarType type, Run run) {
-  if (type == at::kDouble) {
-    run(0.);
-  } else {
-    run(0.f);
-  }
-}
-
-// run(begin, end, memory) on parts of 0 <= i < count, each of `work` multiply-adds, with a Memory for each thread.
-template <typename Memory, typename T, typename Run>
-void in_parallel(const WindowAttention<T>& problem, int64_t count, double work, Run run) {
-  Arena arena(nullptr);
-  const Memory memory(problem, arena);
-  const auto grain = static_cast<int64_t>(kWork / (work + 1)) + 1;
-  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    const at::Tensor bytes = at::empty({arena.used()}, at::kByte);
-    run(begin, end, reinterpret_cast<char*>(bytes.mutable_data_ptr<uint8_t>()));
-  });
-}
-
 std::tuple<at::Tensor, at::Tensor> window_attention_cpu(const at::Tensor& qkv, int64_t heads, at::IntArrayRef window,
                                                         at::IntArrayRef shift, double scale, std::string_view layout,
                                                         const OptionalTensor& bias, const OptionalTensor& padding,
@@ -161,14 +113,15 @@ std::tuple<at::Tensor, at::Tensor> window_attention_cpu(const at::Tensor& qkv, i
   const at::Tensor output = at::empty({qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(3) / 3}, options);
   const at::Tensor statistics = at::empty({2, qkv.size(0), qkv.size(1), qkv.size(2), heads}, options);
   if (output.numel() > 0)
-    in_working_type(arguments.type(), [&](auto zero) {
+    with_compute_type(kOp, arguments.type(), [&](auto zero) {
       using T = decltype(zero);
       const auto problem = operands.problem<T>(arguments, output, statistics);
       const int64_t tokens = window_tokens(problem);
       const double work = 2. * std::min(tokens, kUnit) * tokens * problem.head_dim;
-      in_parallel<ForwardMemory<T>>(
+      const auto kernel = ASVIT_FAST_SELECT(window_attention<T>);
+      parallel_with_memory<ForwardMemory<T>>(
           problem, window_count(problem) * heads * query_units(problem), work,
-          [&](int64_t begin, int64_t end, char* memory) { select(kForward<T>)(problem, begin, end, memory); });
+          [&](int64_t begin, int64_t end, char* memory) { kernel(problem, begin, end, memory); });
     });
   return {output.to(qkv.scalar_type()), statistics};
 }
@@ -176,49 +129,47 @@ std::tuple<at::Tensor, at::Tensor> window_attention_cpu(const at::Tensor& qkv, i
 // Fixed by the shapes alone, so that sums do not depend on the number of threads.
 int64_t piece_count(int64_t windows, bool parameters, int64_t bias_bytes) {
   if (!parameters) return windows;
-  return std::clamp<int64_t>(kPieceBytes / std::max<int64_t>(bias_bytes, 1), 1, std::clamp<int64_t>(windows, 1, kPieces));
+  return std::clamp<int64_t>(kPieceBytes / std::max<int64_t>(bias_bytes, 1), 1,
+                             std::clamp<int64_t>(windows, 1, kPieces));
 }
 
-// A parameter's gradient: the sum over pieces [pieces, ...] in its type; empty where it was not asked for.
+// A parameter's gradient: the sum over pieces [pieces, ...] in its type; empty where it is not needed.
 at::Tensor sum_pieces(const at::Tensor& pieces, const OptionalTensor& parameter, const at::Tensor& qkv) {
   if (!pieces.defined()) return at::empty({0}, qkv.options());
   return (pieces.size(0) == 1 ? pieces.squeeze(0) : pieces.sum(0)).to(parameter->scalar_type());
 }
 
-// Gradients of parameters, a slice for each piece; undefined where they are not wanted.
+// Gradients of parameters, a slice for each piece; undefined where they are not needed.
 struct Pieces {
   int64_t count;
   at::Tensor bias, padding, attn_scale;
 
-  Pieces(const Arguments& a, const c10::List<bool>& wanted, int64_t windows, const at::TensorOptions& options) {
-    const int64_t row = is_small(a.tokens()) ? padded_to_vector(a.tokens()) : a.tokens();
-    const int64_t bytes = wanted[0] ? a.heads * a.tokens() * row * static_cast<int64_t>(options.dtype().itemsize()) : 0;
-    count = piece_count(windows, wanted[0] || wanted[1] || wanted[2], bytes);
-    if (wanted[0]) bias = at::zeros({count, a.heads, a.tokens(), row}, options);
-    if (wanted[1]) padding = at::zeros({count, a.qkv.size(3)}, options);
-    if (wanted[2]) attn_scale = at::zeros({count, a.heads}, options);
+  Pieces(const Arguments& a, const c10::List<bool>& needs_grad, int64_t windows, const at::TensorOptions& options) {
+    const int64_t row = uses_bias_table(a.tokens()) ? padded_to_vector(a.tokens()) : a.tokens();
+    const int64_t bytes =
+        needs_grad[0] ? a.heads * a.tokens() * row * static_cast<int64_t>(options.dtype().itemsize()) : 0;
+    count = piece_count(windows, needs_grad[0] || needs_grad[1] || needs_grad[2], bytes);
+    if (needs_grad[0]) bias = at::zeros({count, a.heads, a.tokens(), row}, options);
+    if (needs_grad[1]) padding = at::zeros({count, a.qkv.size(3)}, options);
+    if (needs_grad[2]) attn_scale = at::zeros({count, a.heads}, options);
   }
 };
-
-template <typename T>
-T* mutable_or_null(const at::Tensor& tensor) {
-  return tensor.defined() ? tensor.mutable_data_ptr<T>() : nullptr;
-}
 
 template <typename T>
 void run_backward(const WindowAttentionBackward<T>& problem) {
   const WindowAttention<T>& forward = problem.forward;
   const double tokens = window_tokens(forward), windows = window_count(forward);
-  in_parallel<BackwardMemory<T>>(
+  const auto kernel = ASVIT_FAST_SELECT(window_attention_backward<T>);
+  parallel_with_memory<BackwardMemory<T>>(
       forward, problem.pieces * forward.heads, 5 * tokens * tokens * forward.head_dim * windows / problem.pieces,
-      [&](int64_t begin, int64_t end, char* memory) { select(kBackward<T>)(problem, begin, end, memory); });
+      [&](int64_t begin, int64_t end, char* memory) { kernel(problem, begin, end, memory); });
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> window_attention_backward_cpu(
     const at::Tensor& gradient, const at::Tensor& qkv, const at::Tensor& output, const at::Tensor& statistics,
     int64_t heads, at::IntArrayRef window, at::IntArrayRef shift, double scale, std::string_view layout,
     const OptionalTensor& bias, const OptionalTensor& padding, const OptionalTensor& attn_scale,
-    const c10::List<bool>& wanted) {
+    const c10::List<bool>& needs_grad) {
   const Arguments arguments{qkv, heads, window, shift, scale, parse_layout(layout), bias, padding, attn_scale};
   check(arguments);
   const char* const op = "window_attention_backward";
@@ -229,28 +180,29 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> window_attention_back
   check_operand(op, "statistics", statistics, {2, batch, height, width, heads}, qkv);
   TORCH_CHECK_TYPE(statistics.scalar_type() == arguments.type(), op, ": statistics must be ", arguments.type(),
                    ", not ", statistics.scalar_type());
-  TORCH_CHECK_VALUE(wanted.size() == 3 && (bias || !wanted[0]) && (padding || !wanted[1]) && (attn_scale || !wanted[2]),
+  TORCH_CHECK_VALUE(needs_grad.size() == 3 && (bias || !needs_grad[0]) && (padding || !needs_grad[1]) &&
+                        (attn_scale || !needs_grad[2]),
                     "window_attention_backward: no bias, padding or attn_scale to find the gradient of");
   const Operands operands(arguments);
-  const at::Tensor to_qkv = at::empty(qkv.sizes(), operands.qkv.options());
-  at::Tensor to_bias, to_padding, to_attn_scale;
-  in_working_type(arguments.type(), [&](auto zero) {
+  const at::Tensor grad_qkv = at::empty(qkv.sizes(), operands.qkv.options());
+  at::Tensor grad_bias, grad_pad_token, grad_attn_scale;
+  with_compute_type(kOp, arguments.type(), [&](auto zero) {
     using T = decltype(zero);
     const at::Tensor wide_output = output.to(arguments.type()).contiguous();
     const at::Tensor wide_gradient = map_operand(gradient, arguments.type()), rows = statistics.contiguous();
     const auto forward = operands.problem<T>(arguments, wide_output, rows);
-    const Pieces pieces(arguments, wanted, window_count(forward), to_qkv.options());
-    if (to_qkv.numel() > 0)
-      run_backward<T>({forward, token_map<T>(wide_gradient), to_qkv.mutable_data_ptr<T>(),
+    const Pieces pieces(arguments, needs_grad, window_count(forward), grad_qkv.options());
+    if (grad_qkv.numel() > 0)
+      run_backward<T>({forward, token_map<T>(wide_gradient), grad_qkv.mutable_data_ptr<T>(),
                        mutable_or_null<T>(pieces.bias), mutable_or_null<T>(pieces.padding),
                        mutable_or_null<T>(pieces.attn_scale), pieces.count});
-    to_bias = sum_pieces(pieces.bias, bias, qkv);
-    to_padding = sum_pieces(pieces.padding, padding, qkv);
-    to_attn_scale = sum_pieces(pieces.attn_scale, attn_scale, qkv);
+    grad_bias = sum_pieces(pieces.bias, bias, qkv);
+    grad_pad_token = sum_pieces(pieces.padding, padding, qkv);
+    grad_attn_scale = sum_pieces(pieces.attn_scale, attn_scale, qkv);
   });
-  if (wanted[0] && is_small(arguments.tokens()))
-    to_bias = to_bias.narrow(2, 0, arguments.tokens()).transpose(1, 2).contiguous();
-  return {to_qkv.to(qkv.scalar_type()), to_bias, to_padding, to_attn_scale};
+  if (needs_grad[0] && uses_bias_table(arguments.tokens()))
+    grad_bias = grad_bias.narrow(2, 0, arguments.tokens()).transpose(1, 2).contiguous();
+  return {grad_qkv.to(qkv.scalar_type()), grad_bias, grad_pad_token, grad_attn_scale};
 }
 
 }  // namespace
@@ -261,7 +213,8 @@ TORCH_LIBRARY_FRAGMENT(asvit_fast_C, library) {
       "Tensor? padding, Tensor? attn_scale) -> (Tensor, Tensor)");
   library.def(
       "window_attention_backward(Tensor gradient, Tensor qkv, Tensor output, Tensor statistics, int heads, int[] "
-      "window, int[] shift, float scale, str layout, Tensor? bias, Tensor? padding, Tensor? attn_scale, bool[] wanted) "
+      "window, int[] shift, float scale, str layout, Tensor? bias, Tensor? padding, Tensor? attn_scale, bool[] "
+      "needs_grad) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
 }
 

@@ -4,12 +4,11 @@
 
 #include <cstdint>
 
-#include "window_attention_taylor.h"
+#include "arena.h"
+#include "cpu/for_each_isa.h"
+#include "window_geometry.h"
 
 namespace asvit_fast {
-
-// As asvit_fast/ops/windows.py describes them.
-enum class WindowLayout { masked, timm, torchvision, grid };
 
 // The fused projection [batch, height, width, 3, heads, head_dim], the last three dimensions contiguous; or a map
 // [batch, height, width, heads, head_dim]. In elements.
@@ -22,9 +21,9 @@ struct TokenMap {
 template <typename T>
 struct WindowAttention {
   TokenMap<const T> qkv;
-  const T* padding;     // [3, heads, head_dim], a token of padding; read where padding is attended only
+  const T* pad_token;   // [3, heads, head_dim], a token of padding; read where padding is attended only
   const T* bias;        // [heads, queries, keys] or null
-  const T* table;       // the same for small windows, [heads, keys, padded_to_vector(queries)]; or null
+  const T* bias_table;  // the same for small windows, [heads, keys, padded_to_vector(queries)]; or null
   const T* attn_scale;  // [heads] or null
   T* output;            // [batch, height, width, heads, head_dim]
   T* statistics;        // [2, batch, height, width, heads]: a query's largest score, 1 / sum of its weights
@@ -35,94 +34,39 @@ struct WindowAttention {
 };
 
 // Gradients of parameters are the sums over pieces, into which the windows of each head are cut whatever the number of
-// threads: sums in a fixed order. Zeros at first; null where not asked for.
+// threads: sums in a fixed order. Zeros at first; null where not needed.
 template <typename T>
 struct WindowAttentionBackward {
   WindowAttention<T> forward;
   TokenMap<const T> gradient;  // of the output
-  T* to_qkv;                   // [batch, height, width, 3, heads, head_dim], written whole
-  T* to_bias;                  // [pieces, heads, queries, keys]; of small windows as the table
-  T* to_padding;               // [pieces, 3, heads, head_dim]
-  T* to_attn_scale;            // [pieces, heads]
+  T* grad_qkv;                 // [batch, height, width, 3, heads, head_dim], written whole
+  T* grad_bias;                // [pieces, heads, queries, keys]; or as the bias table
+  T* grad_pad_token;           // [pieces, 3, heads, head_dim]
+  T* grad_attn_scale;          // [pieces, heads]
   int64_t pieces;
 };
 
-// The units begin <= i < end of window_count() * heads * query_units(), with the memory of a ForwardMemory, aligned to
-// 64 bytes, to itself. One copy per instruction set.
-template <typename T>
-using WindowAttentionCpu = void(const WindowAttention<T>& problem, int64_t begin, int64_t end, char* memory);
-// The tasks begin <= i < end of pieces * heads, with the memory of a BackwardMemory, aligned to 64 bytes, to itself.
-template <typename T>
-using WindowAttentionBackwardCpu = void(const WindowAttentionBackward<T>& problem, int64_t begin, int64_t end,
-                                        char* memory);
-
-#define ASVIT_FAST_DECLARE_WINDOW_ATTENTION(isa)                    \
-  namespace isa {                                                   \
-  WindowAttentionCpu<float> window_attention_f32;                   \
-  WindowAttentionCpu<double> window_attention_f64;                  \
-  WindowAttentionBackwardCpu<float> window_attention_backward_f32;  \
-  WindowAttentionBackwardCpu<double> window_attention_backward_f64; \
-  }
-ASVIT_FAST_DECLARE_WINDOW_ATTENTION(portable)
-ASVIT_FAST_DECLARE_WINDOW_ATTENTION(avx2)
-ASVIT_FAST_DECLARE_WINDOW_ATTENTION(avx512)
+// The units begin <= i < end of window_count() * heads * query_units(), with the memory of a ForwardMemory; the tasks
+// begin <= i < end of pieces * heads, with the memory of a BackwardMemory. Memory is aligned to 64 bytes and no other
+// thread's.
+ASVIT_FAST_FOR_EACH_ISA(window_attention, const WindowAttention<T>& problem, int64_t begin, int64_t end, char* memory)
+ASVIT_FAST_FOR_EACH_ISA(window_attention_backward, const WindowAttentionBackward<T>& problem, int64_t begin,
+                        int64_t end, char* memory)
 
 namespace {  // one copy per including file, as in window_attention_taylor.h
 
 constexpr int64_t kMaximumLanes = 16;
 constexpr int64_t kGroup = 64;           // queries that go through the keys together
-constexpr int64_t kKeyTile = 64;         // keys whose scores are there at a time
+constexpr int64_t kKeyTile = 64;         // keys whose scores are in memory at a time
 constexpr int64_t kUnit = 2 * kGroup;    // queries of one window that work is handed out in
-constexpr int64_t kTableTokens = 256;    // up to which the bias is turned around for all windows at once
+constexpr int64_t kTableTokens = 256;    // up to which the bias is transposed for all windows at once
 constexpr int64_t kRegions = 4;          // parts of a window that a shift along both sides brings together
-constexpr double kRegionScore = -100.0;  // of a query and a key in different regions, where regions attend each other
+constexpr double kRegionScore = -100.0;  // added to that of a query and a key in different regions
 
-// Whether the bias of windows of so many tokens is turned around once: their queries and keys change places then.
-inline bool is_small(int64_t tokens) { return tokens <= kTableTokens; }
+// Whether the bias of windows of so many tokens is transposed once, to [heads, keys, queries].
+inline bool uses_bias_table(int64_t tokens) { return tokens <= kTableTokens; }
 
 inline int64_t padded_to_vector(int64_t count) { return (count + kMaximumLanes - 1) / kMaximumLanes * kMaximumLanes; }
-
-// ----------------------------------------------------------------------------------------------- windows along one
-// side
-
-// In the layout "masked" a window that the shift brings together from two parts is two windows.
-inline int64_t axis_windows(const WindowAxis& axis, WindowLayout layout) {
-  return layout == WindowLayout::masked ? segment_count(axis) : (axis.size + axis.window - 1) / axis.window;
-}
-
-struct AxisToken {
-  int64_t position;  // on the map; -1: padding
-  int32_t offset;    // in the whole window, as the bias counts
-  int32_t region;    // 0 or 1
-};
-
-// One window along one side: token(i) for 0 <= i < length.
-struct AxisWindow {
-  WindowAxis axis;
-  WindowLayout layout;
-  int64_t index, length, windows;
-  WindowSegment segment;
-
-  AxisWindow(const WindowAxis& axis, WindowLayout layout, int64_t index)
-      : axis(axis), layout(layout), index(index), length(axis.window), windows(axis_windows(axis, layout)), segment{} {
-    if (layout != WindowLayout::masked) return;
-    segment = segment_at(axis, index);
-    length = segment.length;
-  }
-
-  AxisToken token(int64_t i) const {
-    const auto offset = static_cast<int32_t>(i);
-    if (layout == WindowLayout::masked) return {segment.start + i, offset + static_cast<int32_t>(segment.offset), 0};
-    if (layout == WindowLayout::grid) return {i * windows + index, offset, 0};
-    const int64_t padded = windows * axis.window;
-    const int64_t place = index * axis.window + i;  // on the map as it is rolled and padded
-    const int64_t around = layout == WindowLayout::timm ? axis.size : padded;
-    int64_t position = place < around ? place + axis.shift : padded;
-    if (place < around && position >= around) position %= around;
-    const bool moved = axis.shift > 0 && place >= padded - axis.shift;
-    return {position < axis.size ? position : -1, offset, moved ? 1 : 0};
-  }
-};
 
 // ----------------------------------------------------------------------------------------------------------- windows
 
@@ -158,9 +102,9 @@ struct Token {
 struct TokenWindow {
   int64_t batch, count;
   Token* tokens;
-  bool whole;    // places are 0, 1, ...
-  bool regions;  // there is more than one
-  bool padded;   // there is padding
+  bool complete;  // places are 0, 1, ...
+  bool regions;   // there is more than one
+  bool padded;    // there is padding
 };
 
 template <typename T>
@@ -170,7 +114,7 @@ inline TokenWindow window_at(const WindowAttention<T>& problem, int64_t index, T
   const AxisWindow columns(problem.columns, problem.layout, index % across);
   const AxisWindow rows(problem.rows, problem.layout, index / across % down);
   TokenWindow window = {index / across / down, rows.length * columns.length, tokens, true, false, false};
-  window.whole = window.count == window_tokens(problem);
+  window.complete = window.count == window_tokens(problem);
   for (int64_t i = 0; i < rows.length; ++i) {
     const AxisToken row = rows.token(i);
     for (int64_t j = 0; j < columns.length; ++j) {
@@ -188,25 +132,6 @@ inline TokenWindow window_at(const WindowAttention<T>& problem, int64_t index, T
 }
 
 // ------------------------------------------------------------------------------------------------------------ memory
-
-// Hands out pieces of a thread's memory, or, without memory, measures what they take together.
-class Arena {
- public:
-  explicit Arena(char* memory) : start_(memory), used_(0) {}
-
-  template <typename Element>
-  Element* take(int64_t count) {
-    char* piece = start_ ? start_ + used_ : nullptr;
-    used_ += (count * static_cast<int64_t>(sizeof(Element)) + 63) / 64 * 64;
-    return reinterpret_cast<Element*>(piece);
-  }
-
-  int64_t used() const { return used_; }
-
- private:
-  char* start_;
-  int64_t used_;
-};
 
 // One head's operands of one window: [token][component], read in vectors and so with a vector's room at the end.
 template <typename T>
@@ -255,11 +180,11 @@ template <typename T>
 struct BackwardMemory {
   Token* tokens;                            // of two windows
   T *queries, *keys, *values, *gradients;   // [token][component]
-  T *to_keys, *to_values;                   // [key][padded_dim]
+  T *grad_keys, *grad_values;               // [key][padded_dim]
   T *query_columns, *gradient_columns;      // of a group, [component][query]
   T *weights, *scores;                      // of a group and a tile, [key][query]; scores: the gradients of
   T* base;                                  // [key][query]
-  T* to_queries;                            // [query][padded_dim]
+  T* grad_queries;                          // [query][padded_dim]
   T* column_sums;                           // [component][query]
   T *maximum, *inverse, *delta, *products;  // [query]
   T* means;                                 // [region][padded_dim]
@@ -273,14 +198,14 @@ struct BackwardMemory {
     keys = rows.take(arena);
     values = rows.take(arena);
     gradients = rows.take(arena);
-    to_keys = rows.take(arena);
-    to_values = rows.take(arena);
+    grad_keys = rows.take(arena);
+    grad_values = rows.take(arena);
     query_columns = arena.take<T>(padded_dim * kGroup);
     gradient_columns = arena.take<T>(padded_dim * kGroup);
     weights = arena.take<T>(kKeyTile * kGroup);
     scores = arena.take<T>(kKeyTile * kGroup);
     base = arena.take<T>(kKeyTile * kGroup);
-    to_queries = arena.take<T>(kGroup * padded_dim);
+    grad_queries = arena.take<T>(kGroup * padded_dim);
     column_sums = arena.take<T>(padded_dim * kGroup);
     maximum = arena.take<T>(kGroup);
     inverse = arena.take<T>(kGroup);

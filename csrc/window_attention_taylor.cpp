@@ -2,33 +2,14 @@
 // cuda/.
 #include "window_attention_taylor.h"
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <optional>
-
-#include "cpu/dispatch.h"
-#include "stacked.h"
-
-#ifdef ASVIT_FAST_CUDA
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#endif
+#include "taylor_tensor.h"
 
 namespace asvit_fast {
 namespace {
 
-constexpr double kGrain = 1 << 18;  // multiply-adds a thread should have at least
-
-template <typename T>
-constexpr PerIsa<WindowAttentionTaylorCpu<T>> kKernels;
-template <>
-constexpr PerIsa<WindowAttentionTaylorCpu<float>> kKernels<float> = ASVIT_FAST_PER_ISA(window_attention_taylor_f32);
-template <>
-constexpr PerIsa<WindowAttentionTaylorCpu<double>> kKernels<double> = ASVIT_FAST_PER_ISA(window_attention_taylor_f64);
+constexpr const char* kOp = "window_attention_taylor";
 
 template <typename T>
 AttentionOperand<T> operand(const at::Tensor& x) {
@@ -54,98 +35,65 @@ WindowAttentionTaylor<T> make_problem(const at::Tensor& q, const at::Tensor& k, 
 }
 
 template <typename T>
-void run_cpu(const WindowAttentionTaylor<T>& problem, const at::TensorOptions& options) {
-  const auto kernel = select(kKernels<T>);
-  const AttentionWorkspace workspace(problem);
-  const double products = (problem.orders + 1) * (problem.orders + 2);  // of a query's and a key's components
-  const double work = products * kQueriesPerUnit * static_cast<double>(workspace.values);
-  const auto grain = static_cast<int64_t>(kGrain / (work + 1)) + 1;
-  at::parallel_for(0, window_count(problem) * units_per_window(problem), grain, [&](int64_t begin, int64_t end) {
-    const at::Tensor memory = at::empty({workspace.total()}, options);
-    kernel(problem, begin, end, memory.mutable_data_ptr<T>());
-  });
+void run_cpu(const WindowAttentionTaylor<T>& problem) {
+  const auto kernel = ASVIT_FAST_SELECT(window_attention_taylor<T>);
+  const double products = (problem.orders + 1) * (problem.orders + 1) * (problem.orders + 2);  // of two components
+  const double work = products * kQueriesPerUnit * static_cast<double>(most_tokens(problem) * problem.head_dim);
+  parallel_with_memory<AttentionMemory<T>>(
+      problem, window_count(problem) * units_per_window(problem), work,
+      [&](int64_t begin, int64_t end, char* memory) { kernel(problem, begin, end, memory); });
 }
 
 void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::IntArrayRef window, at::IntArrayRef shift,
-           const std::optional<at::Tensor>& bias) {
-  TORCH_CHECK_VALUE(
-      q.dim() == 6 && q.size(0) >= 1 && q.size(0) <= 3,
-      "window_attention_taylor: q must be [orders + 1, B, H, W, heads, head_dim] with 0 to 2 orders, not ", q.sizes());
-  TORCH_CHECK_VALUE(k.sizes() == q.sizes() && v.sizes() == q.sizes(), "window_attention_taylor: q ", q.sizes(), ", k ",
-                    k.sizes(), " and v ", v.sizes(), " must have the same shape");
-  TORCH_CHECK_VALUE(window.size() == 2 && shift.size() == 2 && is_count(window[0], 1) && is_count(window[1], 1) &&
-                        shift[0] >= 0 && shift[0] < window[0] && shift[1] >= 0 && shift[1] < window[1],
-                    "window_attention_taylor: window ", window, " and shift ", shift,
+           const OptionalTensor& bias) {
+  TORCH_CHECK_VALUE(q.dim() == 6 && q.size(0) >= 1 && q.size(0) <= 3, kOp,
+                    ": q must be [orders + 1, B, H, W, heads, head_dim] with 0 to 2 orders, not ", q.sizes());
+  TORCH_CHECK_VALUE(k.sizes() == q.sizes() && v.sizes() == q.sizes(), kOp, ": q ", q.sizes(), ", k ", k.sizes(),
+                    " and v ", v.sizes(), " must have the same shape");
+  TORCH_CHECK_VALUE(is_window(window, shift), kOp, ": window ", window, " and shift ", shift,
                     " must be two numbers below 2^31 each, 0 <= shift < window");
   TORCH_CHECK_TYPE(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type() &&
                        (!bias || bias->scalar_type() == q.scalar_type()),
-                   "window_attention_taylor: q, k, v and bias must have one dtype");
-  check_companion("window_attention_taylor", "k", k, q);
-  check_companion("window_attention_taylor", "v", v, q);
+                   kOp, ": q, k, v and bias must have one dtype");
+  check_device_and_type(kOp, "k", k, q);
+  check_device_and_type(kOp, "v", v, q);
   const int64_t tokens = window[0] * window[1];
-  check_operand("window_attention_taylor", "bias", bias, {q.size(4), tokens, tokens}, q);
+  check_operand(kOp, "bias", bias, {q.size(4), tokens, tokens}, q);
 }
 
-at::Tensor empty_output(const at::Tensor& q) {
-  return at::empty({q.size(0), q.size(1), q.size(2), q.size(3), q.size(4) * q.size(5)}, q.options());
+// The output that run(problem) writes, which may be of either type.
+template <typename Run>
+at::Tensor attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::IntArrayRef window,
+                  at::IntArrayRef shift, const OptionalTensor& bias, double scale, Run run) {
+  const at::ScalarType type = compute_type(q.scalar_type());
+  const at::Tensor wide_q = q.to(type), wide_k = k.to(type), wide_v = v.to(type), wide_bias = parameters(bias, type);
+  const at::Tensor output =
+      at::empty({q.size(0), q.size(1), q.size(2), q.size(3), q.size(4) * q.size(5)}, wide_q.options());
+  with_compute_type(kOp, type, [&](auto zero) {
+    using T = decltype(zero);
+    if (output.numel() > 0)
+      run(make_problem<T>(wide_q, wide_k, wide_v, window, shift, pointer_or_null<T>(wide_bias), scale, output));
+  });
+  return output.to(q.scalar_type());
 }
 
 at::Tensor window_attention_taylor_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                       at::IntArrayRef window, at::IntArrayRef shift,
-                                       const std::optional<at::Tensor>& bias, double scale) {
+                                       at::IntArrayRef window, at::IntArrayRef shift, const OptionalTensor& bias,
+                                       double scale) {
   check(q, k, v, window, shift, bias);
-  if (q.scalar_type() == at::kHalf || q.scalar_type() == at::kBFloat16) {
-    const std::optional<at::Tensor> wide = bias ? std::make_optional(bias->to(at::kFloat)) : std::nullopt;
-    return window_attention_taylor_cpu(q.to(at::kFloat), k.to(at::kFloat), v.to(at::kFloat), window, shift, wide, scale)
-        .to(q.scalar_type());
-  }
-  const at::Tensor output = empty_output(q);
-  if (output.numel() == 0) return output;
-  const at::Tensor table = bias ? bias->contiguous() : at::Tensor();
-  const auto run = [&](auto zero) {
-    using T = decltype(zero);
-    const T* data = bias ? table.const_data_ptr<T>() : nullptr;
-    run_cpu(make_problem<T>(q, k, v, window, shift, data, scale, output), q.options());
-  };
-  if (q.scalar_type() == at::kFloat) {
-    run(0.f);
-  } else {
-    TORCH_CHECK_TYPE(q.scalar_type() == at::kDouble, "window_attention_taylor: no kernel for ", q.scalar_type());
-    run(0.);
-  }
-  return output;
+  return attend(q, k, v, window, shift, bias, scale, [](const auto& problem) { run_cpu(problem); });
 }
 
 #ifdef ASVIT_FAST_CUDA
 at::Tensor window_attention_taylor_gpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                       at::IntArrayRef window, at::IntArrayRef shift,
-                                       const std::optional<at::Tensor>& bias, double scale) {
+                                       at::IntArrayRef window, at::IntArrayRef shift, const OptionalTensor& bias,
+                                       double scale) {
   check(q, k, v, window, shift, bias);
-  TORCH_CHECK_VALUE(q.size(5) <= kMaximumHeadDimCuda, "window_attention_taylor: head_dim ", q.size(5),
+  TORCH_CHECK_VALUE(q.size(5) <= kMaximumHeadDimCuda, kOp, ": head_dim ", q.size(5),
                     " is too large for the CUDA kernel, which goes up to ", kMaximumHeadDimCuda);
-  if (q.scalar_type() == at::kHalf || q.scalar_type() == at::kBFloat16) {
-    const std::optional<at::Tensor> wide = bias ? std::make_optional(bias->to(at::kFloat)) : std::nullopt;
-    return window_attention_taylor_gpu(q.to(at::kFloat), k.to(at::kFloat), v.to(at::kFloat), window, shift, wide, scale)
-        .to(q.scalar_type());
-  }
-  const c10::cuda::CUDAGuard guard(q.device());
-  const at::Tensor output = empty_output(q);
-  if (output.numel() == 0) return output;  // a grid of no blocks is an invalid launch
-  const at::Tensor table = bias ? bias->contiguous() : at::Tensor();
-  const auto run = [&](auto zero) {
-    using T = decltype(zero);
-    const T* data = bias ? table.const_data_ptr<T>() : nullptr;
-    window_attention_taylor_cuda(make_problem<T>(q, k, v, window, shift, data, scale, output),
-                                 c10::cuda::getCurrentCUDAStream().stream());
-  };
-  if (q.scalar_type() == at::kFloat) {
-    run(0.f);
-  } else {
-    TORCH_CHECK_TYPE(q.scalar_type() == at::kDouble, "window_attention_taylor: no kernel for ", q.scalar_type());
-    run(0.);
-  }
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return output;
+  return attend(q, k, v, window, shift, bias, scale, [&](const auto& problem) {
+    launch_cuda(q, [&](void* stream) { window_attention_taylor_cuda(problem, stream); });
+  });
 }
 #endif
 

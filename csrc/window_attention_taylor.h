@@ -4,18 +4,11 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define ASVIT_FAST_HOST_DEVICE __host__ __device__
-#else
-#define ASVIT_FAST_HOST_DEVICE
-#endif
+#include "arena.h"
+#include "cpu/for_each_isa.h"
+#include "window_geometry.h"
 
 namespace asvit_fast {
-
-// One side of the map, cut into windows after a cyclic shift by `shift` < window.
-struct WindowAxis {
-  int64_t size, window, shift;
-};
 
 // Distances between neighbours along each dimension of [orders + 1, batch, height, width, heads, head_dim], in
 // elements.
@@ -40,24 +33,10 @@ struct WindowAttentionTaylor {
   T scale;
 };
 
-// CPU: the units begin <= i < end of window_count() * units_per_window(), with AttentionWorkspace::total() elements of
-// memory, aligned to 64 bytes, to itself. One copy per instruction set.
-template <typename T>
-using WindowAttentionTaylorCpu = void(const WindowAttentionTaylor<T>& problem, int64_t begin, int64_t end,
-                                      T* workspace);
-
-namespace portable {
-WindowAttentionTaylorCpu<float> window_attention_taylor_f32;
-WindowAttentionTaylorCpu<double> window_attention_taylor_f64;
-}  // namespace portable
-namespace avx2 {
-WindowAttentionTaylorCpu<float> window_attention_taylor_f32;
-WindowAttentionTaylorCpu<double> window_attention_taylor_f64;
-}  // namespace avx2
-namespace avx512 {
-WindowAttentionTaylorCpu<float> window_attention_taylor_f32;
-WindowAttentionTaylorCpu<double> window_attention_taylor_f64;
-}  // namespace avx512
+// CPU: the units begin <= i < end of window_count() * units_per_window(), with the memory of an AttentionMemory,
+// aligned to 64 bytes, to itself.
+ASVIT_FAST_FOR_EACH_ISA(window_attention_taylor, const WindowAttentionTaylor<T>& problem, int64_t begin, int64_t end,
+                        char* memory)
 
 // CUDA: launches on `stream` (a cudaStream_t) and returns; head_dim is at most kMaximumHeadDimCuda.
 constexpr int64_t kMaximumHeadDimCuda = 256;
@@ -65,31 +44,6 @@ void window_attention_taylor_cuda(const WindowAttentionTaylor<float>& problem, v
 void window_attention_taylor_cuda(const WindowAttentionTaylor<double>& problem, void* stream);
 
 namespace {  // one copy per including file: nothing compiled for one instruction set may be linked into another
-
-// Where running maxima begin: no score but -infinity is lower, a bias that masks with the lowest number is not.
-template <typename T>
-constexpr T kLowest = sizeof(T) == sizeof(float) ? T(-__FLT_MAX__) : T(-__DBL_MAX__);
-
-// A run of tokens along one side of the map that attend each other: a window, less what lies beyond the map, or one of
-// the two parts that only the shift brings together in the last window.
-struct WindowSegment {
-  int64_t start;   // on the map
-  int64_t length;  // >= 1
-  int64_t offset;  // of the first token in its window
-};
-
-ASVIT_FAST_HOST_DEVICE inline int64_t segment_count(const WindowAxis& axis) {
-  const int64_t rest = axis.size > axis.shift ? axis.size - axis.shift : 0;
-  return (axis.shift > 0 && axis.size > 0 ? 1 : 0) + (rest + axis.window - 1) / axis.window;
-}
-
-ASVIT_FAST_HOST_DEVICE inline WindowSegment segment_at(const WindowAxis& axis, int64_t index) {
-  if (axis.shift > 0 && index == 0)  // what the shift moved from the front to the end of the last window
-    return {0, axis.shift < axis.size ? axis.shift : axis.size, axis.window - axis.shift};
-  const int64_t start = axis.shift + (index - (axis.shift > 0 ? 1 : 0)) * axis.window;
-  const int64_t rest = axis.size - start;
-  return {start, rest < axis.window ? rest : axis.window, 0};
-}
 
 // The tokens of one attention: a rectangle of the map, one image, one head.
 struct AttentionWindow {
@@ -164,20 +118,24 @@ ASVIT_FAST_HOST_DEVICE inline AttentionStrides output_strides(const WindowAttent
   return {problem.batch * batch, batch, row, column, problem.head_dim, 1};
 }
 
-// Memory of one CPU thread, in elements: a vector of queries and its sums, the keys and the values of one window.
-struct AttentionWorkspace {
-  int64_t padded_dim, vectors, keys, values;
+// Memory of one CPU thread: a vector of queries and its sums, the keys and the values of one window in the order in
+// which they are read.
+template <typename T>
+struct AttentionMemory {
+  int64_t padded_dim;
+  T* queries;  // [component][order][lane]
+  T* sums;     // [component][order][lane]
+  T* keys;     // [key][component][order], zeros up to a whole block of keys
+  T* values;   // [component block][key][order][component in the block]
 
-  template <typename T>
-  explicit AttentionWorkspace(const WindowAttentionTaylor<T>& problem) {
+  AttentionMemory(const WindowAttentionTaylor<T>& problem, Arena& arena) {
     const int64_t tokens = most_tokens(problem), orders = problem.orders + 1;
     padded_dim = (problem.head_dim + 3) / 4 * 4;
-    vectors = padded_dim * orders * 16;                          // no vector has more lanes
-    keys = (tokens + 15) / 16 * 16 * problem.head_dim * orders;  // no block has more keys
-    values = tokens * padded_dim * orders;
+    queries = arena.take<T>(padded_dim * orders * 16);  // no vector has more lanes
+    sums = arena.take<T>(padded_dim * orders * 16);
+    keys = arena.take<T>((tokens + 15) / 16 * 16 * problem.head_dim * orders);  // no block has more keys
+    values = arena.take<T>(tokens * padded_dim * orders);
   }
-
-  int64_t total() const { return 2 * vectors + keys + values; }
 };
 
 }  // namespace

@@ -142,6 +142,17 @@ def test_nvcc_behind_a_wrapper_script(build, tmp_path):
     assert build.nvcc_root(str(wrapper)) == Path("/opt/cuda-13.0")
 
 
+def test_all_kernels_are_compiled_for_every_instruction_set(build, root):
+    sources = build.isa_sources()
+    for header in (root / "csrc" / "cpu").glob("*_kernel.h"):
+        op = header.name.removesuffix("_kernel.h").removesuffix("_backward")
+        for isa in ("portable", "avx2", "avx512"):
+            source = sources[root / "build" / "isa" / f"{op}_{isa}.cpp"]
+            assert f"#define ASVIT_FAST_ISA {isa}\n" in source
+            kernels = root / "csrc" / f"cpu/{op}_backward_kernel.h"
+            assert header.name in source or header.name in kernels.read_text()
+
+
 # --------------------------------------------------------------------------- what is installed
 
 

@@ -1,9 +1,10 @@
 #include "cpu/dispatch.h"
 
-#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
+
+#include "cpu/for_each_isa.h"
 
 namespace asvit_fast {
 namespace {

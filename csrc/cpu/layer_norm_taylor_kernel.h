@@ -12,28 +12,28 @@ namespace {
 
 template <int orders, typename T>
 inline void layer_norm_row(const TaylorRow<T>& row, const T* weight, const T* bias, T eps) {
-  const T share = T(1) / static_cast<T>(row.size);
+  const T inverse_size = T(1) / static_cast<T>(row.size);
   Vector<T> sums[orders + 1] = {};
   for_each_vector<T>(row.size, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
     for (int k = 0; k <= orders; ++k) sums[k] += lanes.only(row.load_from(k, i));
   });
   T means[orders + 1];
-  for (int k = 0; k <= orders; ++k) means[k] = total<T>(sums[k]) * share;
+  for (int k = 0; k <= orders; ++k) means[k] = total<T>(sums[k]) * inverse_size;
 
-  Vector<T> square = {}, cross = {}, bend = {};  // c c, c c', c' c' + c c''
+  Vector<T> square = {}, cross = {}, mixed = {};  // c c, c c', c' c' + c c''
   for_each_vector<T>(row.size, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
     const Vector<T> c = lanes.only(row.load_from(0, i) - means[0]);
     square += c * c;
     if constexpr (orders >= 1) {
       const Vector<T> c1 = lanes.only(row.load_from(1, i) - means[1]);
       cross += c * c1;
-      if constexpr (orders >= 2) bend += c1 * c1 + c * lanes.only(row.load_from(2, i) - means[2]);
+      if constexpr (orders >= 2) mixed += c1 * c1 + c * lanes.only(row.load_from(2, i) - means[2]);
     }
   });
-  const T variance = total<T>(square) * share + eps;
+  const T variance = total<T>(square) * inverse_size + eps;
   const T r = T(1) / square_root(variance);
-  const T a = total<T>(cross) * share / variance;
-  const T b = total<T>(bend) * share / variance;
+  const T a = total<T>(cross) * inverse_size / variance;
+  const T b = total<T>(mixed) * inverse_size / variance;
 
   for_each_vector<T>(row.size, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
     const Vector<T> scale = weight ? load<T>(weight + i) * r : broadcast<T>(r);
@@ -67,29 +67,18 @@ void layer_norm_rows(const TaylorMatrix<T>& matrix, const T* weight, const T* bi
                        [&](const TaylorRow<T>& row) { layer_norm_row<orders>(row, weight, bias, eps); });
 }
 
-template <typename T>
-inline void layer_norm_taylor(const TaylorMatrix<T>& matrix, const T* weight, const T* bias, double eps, int64_t begin,
-                              int64_t end) {
-  switch (matrix.orders) {
-    case 0:
-      return layer_norm_rows<0>(matrix, weight, bias, static_cast<T>(eps), begin, end);
-    case 1:
-      return layer_norm_rows<1>(matrix, weight, bias, static_cast<T>(eps), begin, end);
-    default:
-      return layer_norm_rows<2>(matrix, weight, bias, static_cast<T>(eps), begin, end);
-  }
-}
-
 }  // namespace
-}  // namespace asvit_fast
 
-// The two entry points, for the namespace of the instruction set.
-#define ASVIT_FAST_LAYER_NORM_TAYLOR_KERNELS                                                                           \
-  void layer_norm_taylor_f32(const TaylorMatrix<float>& matrix, const float* weight, const float* bias, double eps,    \
-                             int64_t begin, int64_t end) {                                                             \
-    layer_norm_taylor(matrix, weight, bias, eps, begin, end);                                                          \
-  }                                                                                                                    \
-  void layer_norm_taylor_f64(const TaylorMatrix<double>& matrix, const double* weight, const double* bias, double eps, \
-                             int64_t begin, int64_t end) {                                                             \
-    layer_norm_taylor(matrix, weight, bias, eps, begin, end);                                                          \
-  }
+namespace ASVIT_FAST_ISA {
+
+template <typename T>
+void layer_norm_taylor(const TaylorMatrix<T>& matrix, const T* weight, const T* bias, double eps, int64_t begin,
+                       int64_t end) {
+  with_orders(matrix.orders,
+              [&](auto orders) { layer_norm_rows<orders()>(matrix, weight, bias, static_cast<T>(eps), begin, end); });
+}
+template void layer_norm_taylor(const TaylorMatrix<float>&, const float*, const float*, double, int64_t, int64_t);
+template void layer_norm_taylor(const TaylorMatrix<double>&, const double*, const double*, double, int64_t, int64_t);
+
+}  // namespace ASVIT_FAST_ISA
+}  // namespace asvit_fast

@@ -67,7 +67,7 @@ inline void find_means(const PatchEmbed<T>& problem, const T* block, const T* gr
   }
 }
 
-// From gradients of the output [tokens][padded channels] those of the convolution's values, in place; and the block's
+// From gradients of the output [tokens][padded channels] those of the convolution's output, in place; and the block's
 // share of the parameters'. Behind the `count` tokens that there are gradients are zero and stay so.
 template <typename T, typename Vectors>
 void differentiate_norm(const PatchEmbed<T>& problem, const T* block, int64_t count, Vector<T> last, Vectors vectors,
@@ -81,32 +81,32 @@ void differentiate_norm(const PatchEmbed<T>& problem, const T* block, int64_t co
   for (int64_t i = 0; i < vectors(); ++i) {
     const int64_t at = i * kLanes<T>;
     const Vector<T> weight = load<T>(problem.norm_weight + at);
-    Vector<T> to_weight = {}, to_bias = {}, to_values = {};
+    Vector<T> grad_weight = {}, grad_bias = {}, grad_conv_output = {};
 #pragma GCC unroll 16
     for (int token = 0; token < kTokenBlock; ++token) {
       T* place = gradients + token * padded + at;
       const Vector<T> gradient = load<T>(place), x = load<T>(block + token * padded + at);
       const Vector<T> normal = (x - moments.mean[token]) * moments.scale[token];
-      const Vector<T> to_value = (gradient * weight - means[token] - normal * slopes[token]) * moments.scale[token];
-      to_weight += gradient * normal;
-      to_bias += gradient;
-      to_values += to_value;
-      store<T>(place, to_value);
+      const Vector<T> grad_value = (gradient * weight - means[token] - normal * slopes[token]) * moments.scale[token];
+      grad_weight += gradient * normal;
+      grad_bias += gradient;
+      grad_conv_output += grad_value;
+      store<T>(place, grad_value);
     }
     if (!sums) continue;
-    add_to<T>(sums->norm_weight + at, to_weight);
-    add_to<T>(sums->norm_bias + at, to_bias);
-    add_to<T>(sums->bias + at, to_values);
+    add_to<T>(sums->norm_weight + at, grad_weight);
+    add_to<T>(sums->norm_bias + at, grad_bias);
+    add_to<T>(sums->bias + at, grad_conv_output);
   }
 }
 
 // Adds the products of all tokens of a row with `count` neighbouring pixels of their patches to `to` [count][padded].
-// Few products are summed in two or four rows of sums, by turns: an addition has to wait for the one before.
+// Few products are summed in two or four independent rows of sums: an addition has to wait for the one before.
 template <int count, int vectors, typename T>
 inline void add_products(const PatchEmbed<T>& problem, const T* pixels, const T* tokens, T* to) {
-  constexpr int turns = count * vectors > 8 || !kWide ? 1 : count * vectors > 4 ? 2 : 4;
+  constexpr int copies = count * vectors > 8 || !kWide ? 1 : count * vectors > 4 ? 2 : 4;
   const int64_t padded = problem.padded(), dilation = problem.dilation, stride = problem.stride;
-  Vector<T> sums[turns][count][vectors] = {};
+  Vector<T> sums[copies][count][vectors] = {};
   const auto add_token = [&](Vector<T>(&sum)[count][vectors]) {
     Vector<T> values[vectors];
 #pragma GCC unroll 4
@@ -121,16 +121,16 @@ inline void add_products(const PatchEmbed<T>& problem, const T* pixels, const T*
     tokens += padded;
   };
   int64_t token = 0;
-  for (; token + turns <= problem.columns; token += turns)
+  for (; token + copies <= problem.columns; token += copies)
 #pragma GCC unroll 4
-    for (int turn = 0; turn < turns; ++turn) add_token(sums[turn]);
+    for (int copy = 0; copy < copies; ++copy) add_token(sums[copy]);
   for (; token < problem.columns; ++token) add_token(sums[0]);
 #pragma GCC unroll 8
   for (int x = 0; x < count; ++x)
 #pragma GCC unroll 4
     for (int i = 0; i < vectors; ++i) {
 #pragma GCC unroll 4
-      for (int turn = 1; turn < turns; ++turn) sums[0][x][i] += sums[turn][x][i];
+      for (int copy = 1; copy < copies; ++copy) sums[0][x][i] += sums[copy][x][i];
       add_to<T>(to + x * padded + i * kLanes<T>, sums[0][x][i]);
     }
 }
@@ -157,9 +157,9 @@ inline void add_products(const PatchEmbed<T>& problem, int64_t count, const T* p
   }
 }
 
-// tokens: [columns][padded channels], gradients of the convolution's values.
+// tokens: [columns][padded channels], gradients of the convolution's output.
 template <typename T>
-void add_weight_gradient(const PatchEmbed<T>& problem, const TokenRow<T>& row, const T* tokens, T* to_weight) {
+void add_weight_gradient(const PatchEmbed<T>& problem, const TokenRow<T>& row, const T* tokens, T* grad_weight) {
   constexpr int vectors = kWide ? kChannelVectors : 1;
   const int64_t padded = problem.padded(), kernel = problem.kernel, end = vector_count(problem) * kLanes<T>;
   for (int64_t image = 0; image < problem.in_channels; ++image) {
@@ -167,7 +167,7 @@ void add_weight_gradient(const PatchEmbed<T>& problem, const TokenRow<T>& row, c
       for (int64_t x = 0; x < kernel; x += 8) {
         const int64_t count = kernel - x < 8 ? kernel - x : 8;
         const T* pixels = row.pixels + y * row.row + x * problem.dilation;
-        T* to = to_weight + (y * kernel + x) * padded;
+        T* to = grad_weight + (y * kernel + x) * padded;
         int64_t i = 0;
         for (; i + vectors * kLanes<T> <= end; i += vectors * kLanes<T>)
           add_products<vectors>(problem, count, pixels, tokens + i, to + i);
@@ -177,7 +177,7 @@ void add_weight_gradient(const PatchEmbed<T>& problem, const TokenRow<T>& row, c
   }
 }
 
-// A row of tokens: gradients of the convolution's values [columns][padded channels] to `tokens`, which has room for
+// A row of tokens: gradients of the convolution's output [columns][padded channels] to `tokens`, which has room for
 // whole blocks.
 template <typename T>
 void differentiate_row(const PatchEmbedBackward<T>& problem, const TokenRow<T>& row, int64_t index, Vector<T> last,
@@ -187,8 +187,8 @@ void differentiate_row(const PatchEmbedBackward<T>& problem, const TokenRow<T>& 
   pad_tokens(forward, problem.gradient + index * columns * channels, columns, tokens);
   for (int64_t first = 0; forward.norm_weight && first < columns; first += kTokenBlock) {
     const int64_t count = columns - first < kTokenBlock ? columns - first : kTokenBlock;
-    if (problem.values) {
-      pad_tokens(forward, problem.values + (index * columns + first) * channels, count, block);
+    if (problem.conv_output) {
+      pad_tokens(forward, problem.conv_output + (index * columns + first) * channels, count, block);
     } else {
       convolve(forward, row, first, block);
     }
@@ -201,45 +201,34 @@ void differentiate_row(const PatchEmbedBackward<T>& problem, const TokenRow<T>& 
     for (int64_t token = 0; token < columns; ++token) sum += load<T>(tokens + token * padded + i);
     add_to<T>(sums->bias + i, sum);
   }
-  if (problem.to_tokens) copy_tokens(forward, tokens, columns, problem.to_tokens + index * columns * channels);
+  if (problem.grad_conv_output)
+    copy_tokens(forward, tokens, columns, problem.grad_conv_output + index * columns * channels);
 }
 
+}  // namespace
+
+namespace ASVIT_FAST_ISA {
+
 template <typename T>
-void patch_embed_backward(const PatchEmbedBackward<T>& problem, int64_t begin, int64_t end, T* workspace) {
+void patch_embed_backward(const PatchEmbedBackward<T>& problem, int64_t begin, int64_t end, char* bytes) {
   const PatchEmbed<T>& forward = problem.forward;
-  const PatchEmbedWorkspace sizes(forward, true);
-  T *block = workspace + sizes.pixels, *tokens = block + sizes.block;
+  Arena arena(bytes);
+  const PatchEmbedMemory<T> memory(problem, arena);
   const Vector<T> last = last_lanes(forward);
   const int64_t rows = forward.batch * forward.rows;
-  clear(workspace, sizes.total());
+  clear(bytes, arena.used());
   for (int64_t piece = begin; piece < end; ++piece) {
     const PatchEmbedSums<T> sums(problem, piece);
     for (int64_t index = rows * piece / problem.pieces; index < rows * (piece + 1) / problem.pieces; ++index) {
-      const TokenRow<T> row = copy_pixels(forward, index, sizes.row, workspace);
-      differentiate_row(problem, row, index, last, problem.sums ? &sums : nullptr, block, tokens);
-      if (problem.sums) add_weight_gradient(forward, row, tokens, sums.weight);
+      const TokenRow<T> row = copy_pixels(forward, index, memory.row, memory.pixels);
+      differentiate_row(problem, row, index, last, problem.sums ? &sums : nullptr, memory.block, memory.tokens);
+      if (problem.sums) add_weight_gradient(forward, row, memory.tokens, sums.weight);
     }
   }
 }
 
-}  // namespace
-}  // namespace asvit_fast
+template void patch_embed_backward(const PatchEmbedBackward<float>&, int64_t, int64_t, char*);
+template void patch_embed_backward(const PatchEmbedBackward<double>&, int64_t, int64_t, char*);
 
-// The entry points, for the namespace of the instruction set.
-#define ASVIT_FAST_PATCH_EMBED_KERNELS                                                                                \
-  void patch_embed_f32(const PatchEmbed<float>& problem, float* output, float* values, int64_t begin, int64_t end,    \
-                       float* workspace) {                                                                            \
-    patch_embed(problem, output, values, begin, end, workspace);                                                      \
-  }                                                                                                                   \
-  void patch_embed_f64(const PatchEmbed<double>& problem, double* output, double* values, int64_t begin, int64_t end, \
-                       double* workspace) {                                                                           \
-    patch_embed(problem, output, values, begin, end, workspace);                                                      \
-  }                                                                                                                   \
-  void patch_embed_backward_f32(const PatchEmbedBackward<float>& problem, int64_t begin, int64_t end,                 \
-                                float* workspace) {                                                                   \
-    patch_embed_backward(problem, begin, end, workspace);                                                             \
-  }                                                                                                                   \
-  void patch_embed_backward_f64(const PatchEmbedBackward<double>& problem, int64_t begin, int64_t end,                \
-                                double* workspace) {                                                                  \
-    patch_embed_backward(problem, begin, end, workspace);                                                             \
-  }
+}  // namespace ASVIT_FAST_ISA
+}  // namespace asvit_fast

@@ -12,7 +12,7 @@ namespace {
 constexpr bool kWide = ASVIT_FAST_VECTOR_BYTES == 64;  // 32 registers
 constexpr int kTokenBlock = kWide ? 14 : 6;            // with two vectors of channels: 28 or 12 sums
 constexpr int kChannelVectors = 2;
-static_assert(kTokenBlock <= kMaximumTokenBlock, "the workspace holds one block");
+static_assert(kTokenBlock <= kMaximumTokenBlock, "the memory holds one block");
 
 template <typename T>
 inline int64_t vector_count(const PatchEmbed<T>& problem) {
@@ -35,7 +35,7 @@ void clear(T* to, int64_t size) {
   for (int64_t i = 0; i < size; ++i) to[i] = T(0);
 }
 
-// Asks for what the next row of tokens will read, which hardware does not foresee: short pieces of many rows.
+// What the next row of tokens will read, which hardware does not foresee: short pieces of many rows.
 template <typename T>
 inline void prefetch(const T* from, int64_t size) {
   for (int64_t i = 0; i < size; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(from + i);
@@ -71,11 +71,11 @@ TokenRow<T> copy_pixels(const PatchEmbed<T>& problem, int64_t index, int64_t row
 
 // --------------------------------------------------------------------------- convolution
 
-// A number that is known when compiling, or (0) is not.
-template <int known>
+// A compile-time number, or (0) one that is known when it runs.
+template <int constant>
 struct Number {
   int64_t value;
-  inline int64_t operator()() const { return known ? known : value; }
+  inline int64_t operator()() const { return constant ? constant : value; }
 };
 
 // Sums [tokens][vectors] of the tokens from `first` on and the channels from `channel` on, with the bias.
@@ -257,19 +257,24 @@ void normalise_tokens(const PatchEmbed<T>& problem, const T* block, int count, V
   });
 }
 
+}  // namespace
+
+namespace ASVIT_FAST_ISA {
+
 template <typename T>
-void patch_embed(const PatchEmbed<T>& problem, T* output, T* values, int64_t begin, int64_t end, T* workspace) {
-  const PatchEmbedWorkspace sizes(problem, false);
-  T* block = workspace + sizes.pixels;
+void patch_embed(const PatchEmbed<T>& problem, T* output, T* conv_output, int64_t begin, int64_t end, char* bytes) {
+  Arena arena(bytes);
+  const PatchEmbedMemory<T> memory(problem, arena);
+  T* block = memory.block;
   const Vector<T> last = last_lanes(problem);
-  clear(workspace, sizes.pixels);
+  clear(memory.pixels, problem.image_rows() * memory.row);
   for (int64_t index = begin; index < end; ++index) {
-    const TokenRow<T> row = copy_pixels(problem, index, sizes.row, workspace);
+    const TokenRow<T> row = copy_pixels(problem, index, memory.row, memory.pixels);
     for (int64_t first = 0; first < problem.columns; first += kTokenBlock) {
       const int64_t left = problem.columns - first, place = (index * problem.columns + first) * problem.channels;
       const int count = static_cast<int>(left < kTokenBlock ? left : kTokenBlock);
       convolve(problem, row, first, block);
-      if (values) copy_tokens(problem, block, count, values + place);
+      if (conv_output) copy_tokens(problem, block, count, conv_output + place);
       if (problem.norm_weight) {
         with_vectors(problem,
                      [&](auto vectors) { normalise_tokens(problem, block, count, last, vectors, output + place); });
@@ -280,5 +285,8 @@ void patch_embed(const PatchEmbed<T>& problem, T* output, T* values, int64_t beg
   }
 }
 
-}  // namespace
+template void patch_embed(const PatchEmbed<float>&, float*, float*, int64_t, int64_t, char*);
+template void patch_embed(const PatchEmbed<double>&, double*, double*, int64_t, int64_t, char*);
+
+}  // namespace ASVIT_FAST_ISA
 }  // namespace asvit_fast

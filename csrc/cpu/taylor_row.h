@@ -2,6 +2,7 @@
 // who may include this.
 #pragma once
 
+#include "constant.h"
 #include "cpu/vector.h"
 #include "taylor_matrix.h"
 

@@ -1,24 +1,11 @@
-// Square blocks of vectors turned around in registers, and rows cut into vectors. Included as vector.h is.
+// Square blocks of vectors transposed in registers, and rows cut into vectors. Included as vector.h is.
 #pragma once
 
+#include "constant.h"
 #include "cpu/vector.h"
 
 namespace asvit_fast {
 namespace {
-
-// A number as a type, and the numbers 0 ... n - 1 as one (those of the standard library would bring its headers along).
-template <int value>
-struct Constant {
-  constexpr int operator()() const { return value; }
-};
-template <int... values>
-struct Integers {};
-template <int n, int... values>
-struct FirstIntegers : FirstIntegers<n - 1, n - 1, values...> {};
-template <int... values>
-struct FirstIntegers<0, values...> {
-  using Type = Integers<values...>;
-};
 
 // One of the log2(lanes) steps of a transposition: rows `stride` apart exchange a quarter of what they hold.
 template <typename T, int stride, int... lane>
@@ -43,7 +30,7 @@ inline void transpose(Vector<T> (&rows)[kLanes<T>]) {
 // Calls run(begin, width) for widths that cover `size` elements from the front: a vector of them, 8, 4, then single
 // ones.
 template <typename T, typename Run>
-inline void in_widths(int64_t size, Run run) {
+inline void for_each_width(int64_t size, Run run) {
   int64_t begin = 0;
   const auto all = [&](auto width) {
     for (; size - begin >= width(); begin += width()) run(begin, width);

@@ -5,6 +5,7 @@
 // See vector.h for who may include this.
 #pragma once
 
+#include "constant.h"
 #include "cpu/vector.h"
 #include "unary_functions.h"
 #include "unary_taylor.h"
@@ -93,29 +94,19 @@ void taylor_biased(const TaylorRows<T>& rows, int64_t begin, int64_t end) {
   }
 }
 
+}  // namespace
+
+namespace ASVIT_FAST_ISA {
+
 template <typename T>
-inline void unary_taylor(const TaylorRows<T>& rows, int64_t begin, int64_t end, UnaryFunction function) {
-  with_function<VectorMath<T>>(function, [&](auto f) {
-    using Function = decltype(f);
-    switch (rows.orders) {
-      case 0:
-        return taylor_biased<Function, 0>(rows, begin, end);
-      case 1:
-        return taylor_biased<Function, 1>(rows, begin, end);
-      default:
-        return taylor_biased<Function, 2>(rows, begin, end);
-    }
+void unary_taylor(const TaylorRows<T>& rows, int64_t begin, int64_t end, UnaryFunction function) {
+  with_orders(rows.orders, [&](auto number) {
+    constexpr int orders = number();
+    with_function<VectorMath<T>>(function, [&](auto f) { taylor_biased<decltype(f), orders>(rows, begin, end); });
   });
 }
+template void unary_taylor(const TaylorRows<float>&, int64_t, int64_t, UnaryFunction);
+template void unary_taylor(const TaylorRows<double>&, int64_t, int64_t, UnaryFunction);
 
-}  // namespace
+}  // namespace ASVIT_FAST_ISA
 }  // namespace asvit_fast
-
-// The two entry points, for the namespace of the instruction set.
-#define ASVIT_FAST_UNARY_TAYLOR_KERNELS                                                                       \
-  void unary_taylor_f32(const TaylorRows<float>& rows, int64_t begin, int64_t end, UnaryFunction function) {  \
-    unary_taylor(rows, begin, end, function);                                                                 \
-  }                                                                                                           \
-  void unary_taylor_f64(const TaylorRows<double>& rows, int64_t begin, int64_t end, UnaryFunction function) { \
-    unary_taylor(rows, begin, end, function);                                                                 \
-  }

@@ -1,21 +1,278 @@
-// The entry points of windowed attention, for the namespace of the instruction set.
+// The forward pass of windowed attention for one instruction set.
+//
+// A group of queries meets the keys in tiles. Scores lie [key][query], the lanes of a vector are queries: a row's
+// maximum and sum are vectors, and nothing is summed across lanes. Sums of weighted values have components as lanes, as
+// the values lie in memory, or, where a head is too narrow for that, queries again.
 #pragma once
 
-#include "cpu/window_attention_backward.h"
-#include "cpu/window_attention_forward.h"
+#include "cpu/small_matmul.h"
+#include "cpu/window_rows.h"
 
-#define ASVIT_FAST_WINDOW_ATTENTION_KERNELS                                                                      \
-  void window_attention_f32(const WindowAttention<float>& problem, int64_t begin, int64_t end, char* memory) {   \
-    window_attention(problem, begin, end, memory);                                                               \
-  }                                                                                                              \
-  void window_attention_f64(const WindowAttention<double>& problem, int64_t begin, int64_t end, char* memory) {  \
-    window_attention(problem, begin, end, memory);                                                               \
-  }                                                                                                              \
-  void window_attention_backward_f32(const WindowAttentionBackward<float>& problem, int64_t begin, int64_t end,  \
-                                     char* memory) {                                                             \
-    window_attention_backward(problem, begin, end, memory);                                                      \
-  }                                                                                                              \
-  void window_attention_backward_f64(const WindowAttentionBackward<double>& problem, int64_t begin, int64_t end, \
-                                     char* memory) {                                                             \
-    window_attention_backward(problem, begin, end, memory);                                                      \
+namespace asvit_fast {
+namespace {
+
+// The weight exp(x) of a score x <= 0, less the row's maximum, as 2^n 2^r: rounding to n and exponent bits as in
+// vector.h, the bias of the exponent in the number that rounds. The polynomial is 2^r to 1e-7 on -1/2 <= r <= 1/2
+// (minimax, 1 at 0). The maximum's own weight is exactly 1.
+inline Vector<float> weight_of(Vector<float> x) {
+  constexpr float coefficients[] = {1.f, 0.69314698f, 0.24022242f, 0.055507337f, 0.0096715128f, 0.0013264727f};
+  constexpr float rounding = 12582912.f + 127.f, log2_e = 1.44269504f, lowest = -88.02969f;  // below, it is 0
+  x = lowest > x ? broadcast<float>(lowest) : x;
+  const Vector<float> shifted = x * log2_e + rounding;
+  VectorOf<float>::Bits bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = bits << 23;
+  Vector<float> power;
+  std::memcpy(&power, &bits, sizeof power);
+  return polynomial<float>(coefficients, x * log2_e - (shifted - rounding)) * power;
+}
+
+inline Vector<double> weight_of(Vector<double> x) { return exp_negative<double>(x); }
+
+template <typename T>
+inline Vector<T> maximum_of(Vector<T> a, Vector<T> b) {
+  return a > b ? a : b;
+}
+
+// Rows of numbers [key][query], or null.
+template <typename T>
+struct Base {
+  const T* data;
+  int64_t row;
+};
+
+// to [key][kGroup queries] = the bias of `count` queries from `query` on and `keys` keys from `key` on.
+template <typename T>
+void transpose_bias(const T* bias, int64_t tokens, int64_t query, int64_t count, int64_t key, int64_t keys, T* to) {
+  for (int64_t i = 0; i < count; i += kLanes<T>) {
+    const int64_t lanes = count - i < kLanes<T> ? count - i : kLanes<T>;
+    for_each_width<T>(keys, [&](int64_t j, auto width) {
+      Vector<T> block[kLanes<T>] = {};  // of keys, then of queries
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        const T* from = bias + (query + i + lane) * tokens + key + j;
+        __builtin_prefetch(from + kKeyTile);  // of the next tile: neighbours in memory are few
+        std::memcpy(&block[lane], from, width() * sizeof(T));
+      }
+      transpose<T>(block);
+#pragma GCC unroll 16
+      for (int k = 0; k < kLanes<T>; ++k)
+        if (k < width()) store<T>(to + (j + k) * kGroup + i, block[k]);
+    });
   }
+}
+
+// What is added to the scores of a group of queries from `first` on and the keys from `key` on: the bias, and what sets
+// regions apart. Collected in `to` where it does not lie ready.
+template <typename T>
+Base<T> score_base(const WindowAttention<T>& problem, const TokenWindow& window, int64_t head, int64_t first,
+                   int64_t count, int64_t key, int64_t keys, T* to) {
+  const int64_t tokens = window_tokens(problem), row = padded_to_vector(tokens);
+  const T* bias = problem.bias ? problem.bias + head * tokens * tokens : nullptr;
+  if (!bias && !window.regions) return {nullptr, 0};
+  if (window.complete && !window.regions && problem.bias_table)
+    return {problem.bias_table + (head * tokens + key) * row + first, row};
+  const Token* queries = window.tokens + first;
+  if (bias && window.complete) transpose_bias(bias, tokens, first, count, key, keys, to);
+  for (int64_t i = 0; i < keys; ++i) {
+    const Token& token = window.tokens[key + i];
+    T* at = to + i * kGroup;
+    for (int64_t j = 0; j < count && !bias; ++j) at[j] = T(0);
+    for (int64_t j = 0; j < count && !window.complete; ++j) at[j] = bias[queries[j].place * tokens + token.place];
+    for (int64_t j = 0; j < count && window.regions; ++j)
+      at[j] += queries[j].region == token.region ? T(0) : T(kRegionScore);
+  }
+  return {to, kGroup};
+}
+
+// Scores [key][query] of a group and a tile.
+template <typename T>
+void score_tile(const T* keys, const T* columns, int64_t head_dim, int64_t count, int64_t key_count,
+                const Base<T>& base, T* scores) {
+  multiply<T>({keys, head_dim, 1, columns, kGroup, base.data, base.row, scores, kGroup}, key_count, count, head_dim);
+}
+
+// Scores of a tile to weights; `factor` is what sums over earlier tiles are to be multiplied with.
+template <typename T>
+void online_softmax_step(T* scores, int64_t count, int64_t keys, T* maximum, T* total, T* factor) {
+  for (int64_t i = 0; i < count; i += kLanes<T>) {
+    const Vector<T> before = load<T>(maximum + i);
+    Vector<T> largest[4] = {before, before, before, before};  // independent of each other
+    int64_t key = 0;
+    for (; key + 4 <= keys; key += 4)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) largest[j] = maximum_of<T>(load<T>(scores + (key + j) * kGroup + i), largest[j]);
+    for (; key < keys; ++key) largest[0] = maximum_of<T>(load<T>(scores + key * kGroup + i), largest[0]);
+    const Vector<T> most = maximum_of<T>(maximum_of<T>(largest[0], largest[1]), maximum_of<T>(largest[2], largest[3]));
+    Vector<T> sum = {};
+    for (key = 0; key < keys; ++key) {
+      const Vector<T> weight = weight_of(load<T>(scores + key * kGroup + i) - most);
+      store<T>(scores + key * kGroup + i, weight);
+      sum += weight;
+    }
+    const Vector<T> decay = weight_of(before - most);
+    store<T>(maximum + i, most);
+    store<T>(factor + i, decay);
+    store<T>(total + i, decay * load<T>(total + i) + sum);
+  }
+}
+
+// Whether components are the lanes of sums over keys: fewer lanes are empty then, or hardly more (and no result has to
+// be transposed).
+template <typename T>
+inline bool lanes_are_components(int64_t tokens, int64_t head_dim) {
+  const auto padded = [](int64_t size) { return (size + kLanes<T> - 1) / kLanes<T> * kLanes<T>; };
+  return 8 * tokens * padded(head_dim) <= 9 * padded(tokens) * head_dim;
+}
+
+template <typename T>
+inline void fill(T* to, int64_t size, T value) {
+  for (int64_t i = 0; i < size; i += kLanes<T>) store<T>(to + i, broadcast<T>(value));
+}
+
+// to [row][padded_dim] *= factor [row]
+template <typename T>
+void scale_rows(const T* factor, int64_t rows, int64_t size, int64_t padded_dim, T* to) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < size; j += kLanes<T>) {
+      T* at = to + i * padded_dim + j;
+      store<T>(at, factor[i] * load<T>(at));
+    }
+}
+
+// to [component][kGroup queries] *= factor [query]
+template <typename T>
+void scale_columns(const T* factor, int64_t count, int64_t size, T* to) {
+  for (int64_t i = 0; i < size; ++i)
+    for (int64_t j = 0; j < count; j += kLanes<T>) {
+      T* at = to + i * kGroup + j;
+      store<T>(at, load<T>(factor + j) * load<T>(at));
+    }
+}
+
+// to [region][padded_dim] = factor * mean of the rows [token][size] of each region.
+template <typename T>
+void mean_regions(const TokenWindow& window, const T* rows, int64_t size, int64_t padded_dim, T factor, T* to) {
+  int64_t counts[kRegions] = {};
+  fill(to, kRegions * padded_dim, T(0));
+  for (int64_t i = 0; i < window.count; ++i) {
+    const int32_t region = window.tokens[i].region;
+    T* at = to + region * padded_dim;
+    ++counts[region];
+    for (int64_t j = 0; j < size; j += kLanes<T>) store<T>(at + j, load<T>(at + j) + load<T>(rows + i * size + j));
+  }
+  for (int64_t region = 0; region < kRegions; ++region) {
+    const T share = factor / T(counts[region] > 0 ? counts[region] : 1);
+    scale_rows(&share, 1, size, padded_dim, to + region * padded_dim);
+  }
+}
+
+// The output of a group of queries from its sums, and what the backward pass needs.
+template <typename T>
+void write_group(const WindowAttention<T>& problem, const TokenWindow& window, int64_t head, int64_t first,
+                 int64_t count, const ForwardMemory<T>& memory) {
+  const int64_t size = problem.head_dim, statistics = map_tokens(problem) * problem.heads;
+  const T attn_scale = problem.attn_scale ? problem.attn_scale[head] : T(0);
+  for (int64_t i = 0; i < count; i += kLanes<T>) store<T>(memory.factor + i, T(1) / load<T>(memory.total + i));
+  for (int64_t i = 0; i < count; ++i) {
+    const Token& token = window.tokens[first + i];
+    if (token.is_padding()) continue;
+    const int64_t row = token_index(problem, window, token) * problem.heads + head;
+    problem.statistics[row] = memory.maximum[i];
+    problem.statistics[statistics + row] = memory.factor[i];
+    T* sums = memory.sums + i * memory.padded_dim;
+    const T factor = (T(1) + attn_scale) * memory.factor[i];
+    for (int64_t j = 0; j < size; j += kLanes<T>) {
+      Vector<T> y = factor * load<T>(sums + j);
+      if (problem.attn_scale) y -= attn_scale * load<T>(memory.means + token.region * memory.padded_dim + j);
+      store<T>(sums + j, y);
+    }
+    copy_row(sums, size, problem.output + row * size);
+  }
+}
+
+// The next window: its operands are prefetched during the computation, another part of them with every head.
+template <typename T>
+struct NextWindow {
+  const WindowAttention<T>& problem;
+  const TokenWindow& window;
+  int64_t head;
+
+  [[gnu::always_inline]] void prefetch_part(int64_t part, int64_t parts) const {
+    const int64_t channels = problem.heads * problem.head_dim, all = parts * problem.heads;
+    const int64_t begin = window.count * (head * parts + part) / all,
+                  end = window.count * (head * parts + part + 1) / all;
+    prefetch<0>(problem.qkv, window, begin, end, 0, 3 * channels);
+    prefetch<1>(contiguous_map(problem.rows, problem.columns, channels, problem.output), window, begin, end, 0,
+                channels);
+  }
+};
+
+// A group of queries against all keys of its window.
+template <typename T>
+void attend_group(const WindowAttention<T>& problem, const TokenWindow& window, int64_t head, int64_t first,
+                  int64_t count, const NextWindow<T>& next, const ForwardMemory<T>& memory) {
+  const int64_t size = problem.head_dim, padded_dim = memory.padded_dim;
+  const bool components = lanes_are_components<T>(window_tokens(problem), size);
+  transpose_to_columns(memory.queries + first * size, count, size, problem.scale, memory.columns);
+  fill(memory.maximum, kGroup, kLowest<T>);
+  fill(memory.total, kGroup, T(0));
+  if (first == 0) next.prefetch_part(0, 3);
+  for (int64_t key = 0; key < window.count; key += kKeyTile) {
+    const int64_t keys = window.count - key < kKeyTile ? window.count - key : kKeyTile;
+    const Base<T> base = score_base(problem, window, head, first, count, key, keys, memory.base);
+    score_tile(memory.keys + key * size, memory.columns, size, count, keys, base, memory.scores);
+    if (first + key == 0) next.prefetch_part(1, 3);
+    online_softmax_step(memory.scores, count, keys, memory.maximum, memory.total, memory.factor);
+    if (first + key == 0) next.prefetch_part(2, 3);
+    const T* values = memory.values + key * size;
+    if (components) {
+      if (key > 0) scale_rows(memory.factor, count, size, padded_dim, memory.sums);
+      multiply<T>({memory.scores, 1, kGroup, values, size, key > 0 ? memory.sums : nullptr, padded_dim, memory.sums,
+                   padded_dim},
+                  count, size, keys);
+    } else {
+      if (key > 0) scale_columns(memory.factor, count, size, memory.column_sums);
+      multiply<T>({values, 1, size, memory.scores, kGroup, key > 0 ? memory.column_sums : nullptr, kGroup,
+                   memory.column_sums, kGroup},
+                  size, count, keys);
+    }
+  }
+  if (!components) transpose_to_rows(memory.column_sums, count, size, padded_dim, memory.sums);
+  write_group(problem, window, head, first, count, memory);
+}
+
+}  // namespace
+
+namespace ASVIT_FAST_ISA {
+
+template <typename T>
+void window_attention(const WindowAttention<T>& problem, int64_t begin, int64_t end, char* bytes) {
+  Arena arena(bytes);
+  const ForwardMemory<T> memory(problem, arena);
+  const int64_t units = query_units(problem), count = window_count(problem);
+  Windows<T> windows(problem, memory.tokens);
+  int64_t ready = -1;  // whose operands are packed
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t first = index % units * kUnit, task = index / units, head = task % problem.heads;
+    const TokenWindow& window = windows.at(task / problem.heads);
+    if (first >= window.count) continue;
+    if (task != ready) {
+      ready = task;
+      pack_qkv(problem, window, head, memory.queries, memory.keys, memory.values);
+      if (problem.attn_scale)
+        mean_regions(window, memory.values, problem.head_dim, memory.padded_dim, T(1), memory.means);
+    }
+    const int64_t following = task / problem.heads + 1;
+    const NextWindow<T> next = {problem, windows.next(task / problem.heads, following < count ? following : count - 1),
+                                head};
+    const int64_t last = first + kUnit < window.count ? first + kUnit : window.count;
+    for (int64_t query = first; query < last; query += kGroup)
+      attend_group(problem, window, head, query, last - query < kGroup ? last - query : kGroup, next, memory);
+  }
+}
+
+template void window_attention(const WindowAttention<float>&, int64_t, int64_t, char*);
+template void window_attention(const WindowAttention<double>&, int64_t, int64_t, char*);
+
+}  // namespace ASVIT_FAST_ISA
+}  // namespace asvit_fast

@@ -27,25 +27,6 @@ struct alignas(64) ScoreTile {
   T rows[kTile][orders + 1][kLanes<T>];
 };
 
-// One window's operands in the order in which they are read, in the caller's memory.
-template <typename T, int orders>
-struct PackedWindow {
-  T* keys;     // [key][component][order], zeros up to a whole block of keys
-  T* values;   // [component block][key][order][component in the block]
-  T* queries;  // [component][order][lane]
-  T* sums;     // [component][order][lane]
-  int64_t padded_dim;
-
-  PackedWindow(const WindowAttentionTaylor<T>& problem, T* workspace) {
-    const AttentionWorkspace sizes(problem);
-    padded_dim = sizes.padded_dim;
-    queries = workspace;
-    sums = queries + sizes.vectors;
-    keys = sums + sizes.vectors;
-    values = keys + sizes.keys;
-  }
-};
-
 // Derivatives to Taylor coefficients.
 template <typename T>
 inline T coefficient(int order, T derivative) {
@@ -59,7 +40,8 @@ void pack_keys(const WindowAttentionTaylor<T>& problem, const AttentionWindow& w
   for (int64_t token = 0; token < tokens; ++token) {
     const T* from = problem.k.data + token_offset(window, strides, token);
     if (orders == 0 && strides.component == 1) {
-      in_widths<T>(head_dim, [&](int64_t i, auto width) { std::memcpy(packed + i, from + i, width() * sizeof(T)); });
+      for_each_width<T>(head_dim,
+                        [&](int64_t i, auto width) { std::memcpy(packed + i, from + i, width() * sizeof(T)); });
       packed += head_dim;
       continue;
     }
@@ -122,7 +104,7 @@ void pack_queries(const WindowAttentionTaylor<T>& problem, const AttentionWindow
       for (int64_t i = 0; i < problem.head_dim; ++i) single(i);
       continue;
     }
-    in_widths<T>(problem.head_dim, [&](int64_t i, auto width) {
+    for_each_width<T>(problem.head_dim, [&](int64_t i, auto width) {
       if constexpr (width() == 1) {
         single(i);
       } else {
@@ -159,7 +141,7 @@ inline void score_block(const T* queries, const T* keys, int64_t head_dim, T (*s
 
 // Whether the tokens of a window count as those of the bias do.
 template <typename T>
-inline bool is_whole(const WindowAttentionTaylor<T>& problem, const AttentionWindow& window) {
+inline bool is_complete(const WindowAttentionTaylor<T>& problem, const AttentionWindow& window) {
   return window.rows.length == problem.rows.window && window.columns.length == problem.columns.window;
 }
 
@@ -170,14 +152,14 @@ void add_bias(const WindowAttentionTaylor<T>& problem, const AttentionWindow& wi
   const T* rows[kLanes<T>];
   for (int64_t lane = 0; lane < queries; ++lane)
     rows[lane] = problem.bias + (window.head * tokens + token_in_window(window, columns, query + lane)) * tokens;
-  if (!is_whole(problem, window)) {
+  if (!is_complete(problem, window)) {
     for (int64_t i = 0; i < keys; ++i) {
       const int64_t place = token_in_window(window, columns, key + i);
       for (int64_t lane = 0; lane < queries; ++lane) tile.rows[i][0][lane] += rows[lane][place];
     }
     return;
   }
-  in_widths<T>(keys, [&](int64_t i, auto width) {
+  for_each_width<T>(keys, [&](int64_t i, auto width) {
     Vector<T> lanes[kLanes<T>] = {};  // of keys, then of queries
     for (int64_t lane = 0; lane < queries; ++lane) {
       if constexpr (width() > 1) {
@@ -194,7 +176,8 @@ void add_bias(const WindowAttentionTaylor<T>& problem, const AttentionWindow& wi
 
 // Scores of a tile to weights; `factor` is what sums over earlier tiles are to be multiplied with.
 template <typename T, int orders>
-inline void weigh(ScoreTile<T, orders>& tile, int64_t keys, SoftmaxState<orders, Vector<T>>& state, Vector<T>* factor) {
+inline void online_softmax_step(ScoreTile<T, orders>& tile, int64_t keys, SoftmaxState<orders, Vector<T>>& state,
+                                Vector<T>* factor) {
   const Vector<T> before = state.reference[0];
   Vector<T> maximum = before;
   for (int64_t key = 0; key < keys; ++key) {
@@ -210,7 +193,7 @@ inline void weigh(ScoreTile<T, orders>& tile, int64_t keys, SoftmaxState<orders,
     if constexpr (orders >= 1) first += p * load<T>(tile.rows[key][1]);
     if constexpr (orders >= 2) second += p * load<T>(tile.rows[key][2]);
   }
-  move_reference<T, orders>(state, exp_negative<T>(before - maximum), weights, first, second, factor);
+  rescale_state<T, orders>(state, exp_negative<T>(before - maximum), weights, first, second, factor);
   state.total[0] += weights;
   if constexpr (orders >= 1) {
     Vector<T> sum[orders + 1] = {};
@@ -285,7 +268,7 @@ void write_lanes(const AttentionWindow& window, const AttentionStrides& strides,
                  int64_t head_dim, const T* sums, int64_t step, T* to) {
   T* rows[kLanes<T>];
   for (int64_t lane = 0; lane < count; ++lane) rows[lane] = to + token_offset(window, strides, first + lane);
-  in_widths<T>(head_dim, [&](int64_t i, auto width) {
+  for_each_width<T>(head_dim, [&](int64_t i, auto width) {
     Vector<T> lanes[kLanes<T>] = {};
 #pragma GCC unroll 16
     for (int j = 0; j < width(); ++j) lanes[j] = load<T>(sums + (i + j) * step * kLanes<T>);
@@ -321,30 +304,31 @@ void write_rows(const WindowAttentionTaylor<T>& problem, const AttentionWindow& 
 
 // One vector of queries against all keys of its window.
 template <typename T, int orders>
-void attend(const WindowAttentionTaylor<T>& problem, const AttentionWindow& window,
-            const PackedWindow<T, orders>& packed, int64_t query, int64_t queries) {
+void attend(const WindowAttentionTaylor<T>& problem, const AttentionWindow& window, const AttentionMemory<T>& memory,
+            int64_t query, int64_t queries) {
   const int64_t tokens = window.tokens();
   ScoreTile<T, orders> tile;
   SoftmaxState<orders, Vector<T>> state = {};
   state.reference[0] = broadcast<T>(kLowest<T>);
-  pack_queries<T, orders>(problem, window, query, queries, packed.queries);
-  for (int64_t i = 0; i < packed.padded_dim * (orders + 1); ++i) store<T>(packed.sums + i * kLanes<T>, Vector<T>{});
+  pack_queries<T, orders>(problem, window, query, queries, memory.queries);
+  for (int64_t i = 0; i < memory.padded_dim * (orders + 1); ++i) store<T>(memory.sums + i * kLanes<T>, Vector<T>{});
   for (int64_t key = 0; key < tokens; key += kTile) {
     const int64_t keys = tokens - key < kTile ? tokens - key : kTile;
     for (int64_t block = 0; block < keys; block += kKeyBlock)
-      score_block<T, orders>(packed.queries, packed.keys + (key + block) * problem.head_dim * (orders + 1),
+      score_block<T, orders>(memory.queries, memory.keys + (key + block) * problem.head_dim * (orders + 1),
                              problem.head_dim, tile.rows + block);
     if (problem.bias) add_bias(problem, window, query, queries, key, keys, tile);
     Vector<T> factor[orders + 1];
-    weigh(tile, keys, state, factor);
-    accumulate_rows<T, orders>(tile.rows, keys, packed.values, tokens, key, packed.padded_dim, factor, packed.sums);
+    online_softmax_step(tile, keys, state, factor);
+    accumulate_rows<T, orders>(tile.rows, keys, memory.values, tokens, key, memory.padded_dim, factor, memory.sums);
   }
-  write_rows(problem, window, query, queries, state, packed.sums);
+  write_rows(problem, window, query, queries, state, memory.sums);
 }
 
 template <typename T, int orders>
-void attend_units(const WindowAttentionTaylor<T>& problem, int64_t begin, int64_t end, T* workspace) {
-  const PackedWindow<T, orders> packed(problem, workspace);
+void attend_units(const WindowAttentionTaylor<T>& problem, int64_t begin, int64_t end, char* bytes) {
+  Arena arena(bytes);
+  const AttentionMemory<T> memory(problem, arena);
   const int64_t per_window = units_per_window(problem);
   int64_t ready = -1;  // the window whose keys and values are packed
   for (int64_t unit = begin; unit < end; ++unit) {
@@ -354,37 +338,25 @@ void attend_units(const WindowAttentionTaylor<T>& problem, int64_t begin, int64_
     const int64_t last = first + kQueriesPerUnit < tokens ? first + kQueriesPerUnit : tokens;
     if (first >= last) continue;
     if (index != ready) {
-      pack_keys<T, orders>(problem, window, packed.keys);
-      pack_values<T, orders>(problem, window, packed.padded_dim, packed.values);
+      pack_keys<T, orders>(problem, window, memory.keys);
+      pack_values<T, orders>(problem, window, memory.padded_dim, memory.values);
       ready = index;
     }
     for (int64_t query = first; query < last; query += kLanes<T>)
-      attend(problem, window, packed, query, last - query < kLanes<T> ? last - query : kLanes<T>);
-  }
-}
-
-template <typename T>
-void window_attention_taylor(const WindowAttentionTaylor<T>& problem, int64_t begin, int64_t end, T* workspace) {
-  switch (problem.orders) {
-    case 0:
-      return attend_units<T, 0>(problem, begin, end, workspace);
-    case 1:
-      return attend_units<T, 1>(problem, begin, end, workspace);
-    default:
-      return attend_units<T, 2>(problem, begin, end, workspace);
+      attend<T, orders>(problem, window, memory, query, last - query < kLanes<T> ? last - query : kLanes<T>);
   }
 }
 
 }  // namespace
-}  // namespace asvit_fast
 
-// The two entry points, for the namespace of the instruction set.
-#define ASVIT_FAST_WINDOW_ATTENTION_TAYLOR_KERNELS                                                           \
-  void window_attention_taylor_f32(const WindowAttentionTaylor<float>& problem, int64_t begin, int64_t end,  \
-                                   float* workspace) {                                                       \
-    window_attention_taylor(problem, begin, end, workspace);                                                 \
-  }                                                                                                          \
-  void window_attention_taylor_f64(const WindowAttentionTaylor<double>& problem, int64_t begin, int64_t end, \
-                                   double* workspace) {                                                      \
-    window_attention_taylor(problem, begin, end, workspace);                                                 \
-  }
+namespace ASVIT_FAST_ISA {
+
+template <typename T>
+void window_attention_taylor(const WindowAttentionTaylor<T>& problem, int64_t begin, int64_t end, char* bytes) {
+  with_orders(problem.orders, [&](auto orders) { attend_units<T, orders()>(problem, begin, end, bytes); });
+}
+template void window_attention_taylor(const WindowAttentionTaylor<float>&, int64_t, int64_t, char*);
+template void window_attention_taylor(const WindowAttentionTaylor<double>&, int64_t, int64_t, char*);
+
+}  // namespace ASVIT_FAST_ISA
+}  // namespace asvit_fast

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kBlock)
 #pragma unroll
   for (int order = 0; order <= orders; ++order) means[order] = team.sum(means[order]) / C(size);
 
-  C square = 0, cross = 0, bend = 0;  // c c, c c', c' c' + c c''
+  C square = 0, cross = 0, mixed = 0;  // c c, c c', c' c' + c c''
   for (int64_t i = first; i < end; i += step) {
     Values x[orders + 1];
 #pragma unroll
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kBlock)
       if constexpr (orders >= 1) {
         const C c1 = widen(x[1].values[j]) - means[1];
         cross += c * c1;
-        if constexpr (orders >= 2) bend += c1 * c1 + c * (widen(x[2].values[j]) - means[2]);
+        if constexpr (orders >= 2) mixed += c1 * c1 + c * (widen(x[2].values[j]) - means[2]);
       }
     }
   }
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kBlock)
   const C r = C(1) / sqrt(variance);
   C a = 0, b = 0;
   if constexpr (orders >= 1) a = team.sum(cross) / C(size) / variance;
-  if constexpr (orders >= 2) b = team.sum(bend) / C(size) / variance;
+  if constexpr (orders >= 2) b = team.sum(mixed) / C(size) / variance;
 
   for (int64_t i = first; i < end; i += step) {
     Values x[orders + 1];
@@ -98,13 +98,13 @@ void launch(const TaylorMatrix<void>& matrix, const void* weight, const void* bi
 void layer_norm_taylor_cuda(const TaylorMatrix<void>& matrix, const void* weight, const void* bias, double eps,
                             ScalarType type, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
-  with_type(type, [&](auto element) {
+  with_type<__half, __nv_bfloat16>(type, [&](auto element) {
     using T = decltype(element);
     with_orders(matrix.orders, [&](auto orders) {
       if (in_vectors<T>(matrix)) {
-        launch<T, decltype(orders)::value, kVectorBytes / sizeof(T)>(matrix, weight, bias, eps, on);
+        launch<T, orders(), kVectorBytes / sizeof(T)>(matrix, weight, bias, eps, on);
       } else {
-        launch<T, decltype(orders)::value, 1>(matrix, weight, bias, eps, on);
+        launch<T, orders(), 1>(matrix, weight, bias, eps, on);
       }
     });
   });

@@ -1,4 +1,4 @@
-// Element types in CUDA kernels: what they are computed in, conversions, loads of neighbours, launches by type.
+// Element types in CUDA kernels: what they are computed in, conversions, loads of neighbours.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "constant.h"
 #include "scalar_type.h"
 
 namespace asvit_fast {
@@ -43,34 +44,6 @@ struct alignas(sizeof(T) * width) Pack {
 
 inline bool aligned(const void* input, const void* output) {
   return (reinterpret_cast<uintptr_t>(input) | reinterpret_cast<uintptr_t>(output)) % kVectorBytes == 0;
-}
-
-// Calls body(T{}) with the C++ type of `type`.
-template <typename Body>
-void with_type(ScalarType type, Body body) {
-  switch (type) {
-    case ScalarType::float32:
-      return body(float{});
-    case ScalarType::float64:
-      return body(double{});
-    case ScalarType::float16:
-      return body(__half{});
-    case ScalarType::bfloat16:
-      return body(__nv_bfloat16{});
-  }
-}
-
-// Calls body(std::integral_constant<int, orders>) for 0, 1 or 2 orders.
-template <typename Body>
-void with_orders(int orders, Body body) {
-  switch (orders) {
-    case 0:
-      return body(std::integral_constant<int, 0>{});
-    case 1:
-      return body(std::integral_constant<int, 1>{});
-    default:
-      return body(std::integral_constant<int, 2>{});
-  }
 }
 
 }  // namespace

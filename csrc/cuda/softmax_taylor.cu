@@ -12,15 +12,15 @@ struct Logits {
   using C = Compute<T>;
   const T* input;  // the row's first value
   int64_t stride;  // between orders
-  C top;
+  C maximum;
   C means[orders + 1];
 
   __device__ inline Pack<T, width> load(int order, int64_t i) const {
     return *reinterpret_cast<const Pack<T, width>*>(input + order * stride + i);
   }
-  __device__ inline C weight(T s) const { return exp(widen(s) - top); }
+  __device__ inline C weight(T s) const { return exp(widen(s) - maximum); }
   // Where the weight is 0 so are the derivatives, whatever they are.
-  __device__ inline C centred(int order, C weight, T s) const {
+  __device__ inline C subtract_weighted_mean(int order, C weight, T s) const {
     return weight == C(0) ? C(0) : widen(s) - means[order];
   }
 };
@@ -45,9 +45,10 @@ __global__ void __launch_bounds__(kBlock)
   for (int64_t i = first; i < end; i += step) {
     const Values s = logits.load(0, i);
 #pragma unroll
-    for (int j = 0; j < width; ++j) logits.top = widen(s.values[j]) > logits.top ? widen(s.values[j]) : logits.top;
+    for (int j = 0; j < width; ++j)
+      logits.maximum = widen(s.values[j]) > logits.maximum ? widen(s.values[j]) : logits.maximum;
   }
-  logits.top = team.largest(logits.top);
+  logits.maximum = team.largest(logits.maximum);
 
   C weights = 0, sums[orders + 1] = {};
 #pragma unroll 1
@@ -61,14 +62,14 @@ __global__ void __launch_bounds__(kBlock)
       weights += weight;
 #pragma unroll
       for (int order = 1; order <= orders; ++order)
-        sums[order] += weight * logits.centred(order, weight, s[order].values[j]);
+        sums[order] += weight * logits.subtract_weighted_mean(order, weight, s[order].values[j]);
     }
   }
   const C inverse = C(1) / team.sum(weights);
 #pragma unroll
   for (int order = 1; order <= orders; ++order) logits.means[order] = team.sum(sums[order]) * inverse;
 
-  C left = 0, bent = 0;  // what <s'> lacked, <e + d^2>
+  C first_mean = 0, second_mean = 0;  // what <s'> lacked, <e + d^2>
   if constexpr (orders >= 1) {
 #pragma unroll 1
     for (int64_t i = first; i < end; i += step) {
@@ -78,13 +79,14 @@ __global__ void __launch_bounds__(kBlock)
 #pragma unroll
       for (int j = 0; j < width; ++j) {
         const C weight = logits.weight(s[0].values[j]);
-        const C d = logits.centred(1, weight, s[1].values[j]);
-        left += weight * d;
-        if constexpr (orders >= 2) bent += weight * (logits.centred(2, weight, s[2].values[j]) + d * d);
+        const C d = logits.subtract_weighted_mean(1, weight, s[1].values[j]);
+        first_mean += weight * d;
+        if constexpr (orders >= 2)
+          second_mean += weight * (logits.subtract_weighted_mean(2, weight, s[2].values[j]) + d * d);
       }
     }
-    left = team.sum(left) * inverse;
-    if constexpr (orders >= 2) bent = team.sum(bent) * inverse - left * left;
+    first_mean = team.sum(first_mean) * inverse;
+    if constexpr (orders >= 2) second_mean = team.sum(second_mean) * inverse - first_mean * first_mean;
   }
 
 #pragma unroll 1
@@ -98,10 +100,11 @@ __global__ void __launch_bounds__(kBlock)
       const C p = weight * inverse;
       s[0].values[j] = narrow<T>(p);
       if constexpr (orders >= 1) {
-        const C d = logits.centred(1, weight, s[1].values[j]) - left;
+        const C d = logits.subtract_weighted_mean(1, weight, s[1].values[j]) - first_mean;
         s[1].values[j] = narrow<T>(p * d);
         if constexpr (orders >= 2)
-          s[2].values[j] = narrow<T>(p * (logits.centred(2, weight, s[2].values[j]) + d * d - bent));
+          s[2].values[j] =
+              narrow<T>(p * (logits.subtract_weighted_mean(2, weight, s[2].values[j]) + d * d - second_mean));
       }
     }
 #pragma unroll
@@ -121,13 +124,13 @@ void launch(const TaylorMatrix<void>& matrix, cudaStream_t stream) {
 
 void softmax_taylor_cuda(const TaylorMatrix<void>& matrix, ScalarType type, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
-  with_type(type, [&](auto element) {
+  with_type<__half, __nv_bfloat16>(type, [&](auto element) {
     using T = decltype(element);
     with_orders(matrix.orders, [&](auto orders) {
       if (in_vectors<T>(matrix)) {
-        launch<T, decltype(orders)::value, kVectorBytes / sizeof(T)>(matrix, on);
+        launch<T, orders(), kVectorBytes / sizeof(T)>(matrix, on);
       } else {
-        launch<T, decltype(orders)::value, 1>(matrix, on);
+        launch<T, orders(), 1>(matrix, on);
       }
     });
   });

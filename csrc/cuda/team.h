@@ -49,7 +49,7 @@ struct Team {
   }
 };
 
-// As many threads as a row has vectors; a whole block where a warp would take more than 8 turns.
+// As many threads as a row has vectors; a whole block where a warp would loop more than 8 times.
 inline Team team_for(int64_t size, int width) {
   const int64_t vectors = (size + width - 1) / width;
   if (vectors > 8 * kWarp) return {kBlock};

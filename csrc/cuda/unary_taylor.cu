@@ -76,16 +76,16 @@ void launch(const TaylorRows<void>& rows, cudaStream_t stream) {
 
 void unary_taylor_cuda(const TaylorRows<void>& rows, UnaryFunction function, ScalarType type, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
-  with_type(type, [&](auto element) {
+  with_type<__half, __nv_bfloat16>(type, [&](auto element) {
     using T = decltype(element);
     constexpr int width = kVectorBytes / sizeof(T);
     with_function<DeviceMath<Compute<T>>>(function, [&](auto f) {
       with_orders(rows.orders, [&](auto orders) {
         // rows start on a vector boundary only if their length is a whole number of vectors
         if (aligned(rows.input, rows.output) && rows.count % width == 0) {
-          launch<T, decltype(f), decltype(orders)::value, width>(rows, on);
+          launch<T, decltype(f), orders(), width>(rows, on);
         } else {
-          launch<T, decltype(f), decltype(orders)::value, 1>(rows, on);
+          launch<T, decltype(f), orders(), 1>(rows, on);
         }
       });
     });

@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include "attention_series.h"
+#include "constant.h"
 #include "cuda/launch.h"
 #include "window_attention_taylor.h"
 
@@ -88,7 +89,8 @@ __device__ void score(const T (&query)[width][orders + 1], const SharedTile<T, o
 
 // Scores to weights; `factor` is what earlier sums are to be multiplied with.
 template <typename T, int orders, int keys>
-__device__ void weigh(T (&scores)[keys][orders + 1], SoftmaxState<orders, T>& state, T (&factor)[orders + 1]) {
+__device__ void online_softmax_step(T (&scores)[keys][orders + 1], SoftmaxState<orders, T>& state,
+                                    T (&factor)[orders + 1]) {
   const T before = state.reference[0];
   T maximum = before;
 #pragma unroll
@@ -102,7 +104,7 @@ __device__ void weigh(T (&scores)[keys][orders + 1], SoftmaxState<orders, T>& st
     if constexpr (orders >= 1) first += scores[i][0] * scores[i][1];
     if constexpr (orders >= 2) second += scores[i][0] * scores[i][2];
   }
-  move_reference<T, orders>(state, exp(before - maximum), weights, first, second, factor);
+  rescale_state<T, orders>(state, exp(before - maximum), weights, first, second, factor);
 #pragma unroll
   for (int i = 0; i < keys; ++i) {
 #pragma unroll
@@ -150,7 +152,7 @@ __global__ void __launch_bounds__(kMaximumThreads, 1)
   state.reference[0] = kLowest<T>;
   for (int key = 0; key < tokens; key += tile.kCount) {
     const int count = tokens - key < tile.kCount ? tokens - key : tile.kCount;
-    if (key > 0) __syncthreads();  // everybody is done with the tile before
+    if (key > 0) __syncthreads();  // all threads are done with the tile before
     load_tile(problem, window, key, count, tile);
     for (int i = 0; i < count; i += keys) {
       T weights[keys][orders + 1], factor[orders + 1];
@@ -160,7 +162,7 @@ __global__ void __launch_bounds__(kMaximumThreads, 1)
         if (bias && i + j < count) weights[j][0] += bias[tile.places[i + j]];
         if (i + j >= count) weights[j][0] = -INFINITY;
       }
-      weigh(weights, state, factor);
+      online_softmax_step(weights, state, factor);
 #pragma unroll
       for (int c = 0; c < width; ++c) {
         multiply_series<orders>(sums[c], factor);
@@ -216,14 +218,7 @@ void choose_layout(const WindowAttentionTaylor<T>& problem, cudaStream_t stream)
 
 template <typename T>
 void choose_orders(const WindowAttentionTaylor<T>& problem, cudaStream_t stream) {
-  switch (problem.orders) {
-    case 0:
-      return choose_layout<T, 0>(problem, stream);
-    case 1:
-      return choose_layout<T, 1>(problem, stream);
-    default:
-      return choose_layout<T, 2>(problem, stream);
-  }
+  with_orders(problem.orders, [&](auto orders) { choose_layout<T, orders()>(problem, stream); });
 }
 
 }  // namespace

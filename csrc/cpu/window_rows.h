@@ -1,4 +1,4 @@
-// Rows of tokens between the map and the memory of a thread, and turned around. Included as vector.h is.
+// Rows of tokens: copied between the map and the memory of a thread, and transposed. Included as vector.h is.
 #pragma once
 
 #include "cpu/transpose.h"
@@ -21,14 +21,14 @@ inline int64_t token_index(const WindowAttention<T>& problem, const TokenWindow&
 
 template <typename T>
 inline void copy_row(const T* from, int64_t size, T* to) {
-  in_widths<T>(size, [&](int64_t i, auto width) { std::memcpy(to + i, from + i, width() * sizeof(T)); });
+  for_each_width<T>(size, [&](int64_t i, auto width) { std::memcpy(to + i, from + i, width() * sizeof(T)); });
 }
 
-// Asks for the channels offset <= j < offset + size of the tokens begin <= i < end, to be read or written. Inlined at
-// all events: GCC drops calls of a function that does nothing else.
+// Prefetches the channels offset <= j < offset + size of the tokens begin <= i < end, to be read or written. Always
+// inlined: GCC drops calls of a function that does nothing else.
 template <int write, typename T>
-[[gnu::always_inline]] inline void fetch(const TokenMap<T>& map, const TokenWindow& window, int64_t begin, int64_t end,
-                                         int64_t offset, int64_t size) {
+[[gnu::always_inline]] inline void prefetch(const TokenMap<T>& map, const TokenWindow& window, int64_t begin,
+                                            int64_t end, int64_t offset, int64_t size) {
   constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
   for (int64_t i = begin; i < end; ++i) {
     if (window.tokens[i].is_padding()) continue;
@@ -44,7 +44,8 @@ void pack_qkv(const WindowAttention<T>& problem, const TokenWindow& window, int6
   const int64_t size = problem.head_dim, part = problem.heads * size;
   for (int64_t i = 0; i < window.count; ++i) {
     const Token& token = window.tokens[i];
-    const T* from = token.is_padding() ? problem.padding : problem.qkv.data + token_offset(problem.qkv, window, token);
+    const T* from =
+        token.is_padding() ? problem.pad_token : problem.qkv.data + token_offset(problem.qkv, window, token);
     from += head * size;
     copy_row(from, size, queries + i * size);
     copy_row(from + part, size, keys + i * size);
@@ -58,7 +59,7 @@ inline TokenMap<T> contiguous_map(const WindowAxis& rows, const WindowAxis& colu
   return {data, rows.size * columns.size * channels, columns.size * channels, channels};
 }
 
-// The tokens of the window at hand and of the one to come.
+// The tokens of the current window and of the next.
 template <typename T>
 class Windows {
  public:
@@ -68,16 +69,16 @@ class Windows {
 
   // Leaves the window `index` as it is.
   const TokenWindow& next(int64_t index, int64_t following) {
-    kept_ = slot_of(index);
+    current_ = slot_of(index);
     return windows_[slot_of(following)];
   }
 
  private:
   int slot_of(int64_t index) {
     for (int slot = 0; slot < 2; ++slot)
-      if (known_[slot] == index) return slot;
-    const int slot = 1 - kept_;
-    known_[slot] = index;
+      if (indices_[slot] == index) return slot;
+    const int slot = 1 - current_;
+    indices_[slot] = index;
     windows_[slot] = window_at(problem_, index, tokens_ + slot * window_tokens(problem_));
     return slot;
   }
@@ -85,13 +86,13 @@ class Windows {
   const WindowAttention<T>& problem_;
   Token* tokens_;
   TokenWindow windows_[2] = {};
-  int64_t known_[2] = {-1, -1};
-  int kept_ = 0;
+  int64_t indices_[2] = {-1, -1};
+  int current_ = 0;
 };
 
 // to [component][kGroup queries] = factor * rows [query][size], in whole vectors both ways.
 template <typename T>
-void turn_to_columns(const T* rows, int64_t count, int64_t size, T factor, T* to) {
+void transpose_to_columns(const T* rows, int64_t count, int64_t size, T factor, T* to) {
   for (int64_t i = 0; i < count; i += kLanes<T>)
     for (int64_t component = 0; component < size; component += kLanes<T>) {
       Vector<T> block[kLanes<T>];
@@ -105,7 +106,7 @@ void turn_to_columns(const T* rows, int64_t count, int64_t size, T factor, T* to
 
 // to [query][padded_dim] = columns [component][kGroup queries], in whole vectors both ways.
 template <typename T>
-void turn_to_rows(const T* columns, int64_t count, int64_t size, int64_t padded_dim, T* to) {
+void transpose_to_rows(const T* columns, int64_t count, int64_t size, int64_t padded_dim, T* to) {
   for (int64_t i = 0; i < count; i += kLanes<T>)
     for (int64_t component = 0; component < size; component += kLanes<T>) {
       Vector<T> block[kLanes<T>];

@@ -8,7 +8,7 @@
 // and every weight is computed once.
 #pragma once
 
-#include "cpu/window_attention_forward.h"
+#include "cpu/window_attention_kernel.h"
 
 namespace asvit_fast {
 namespace {
@@ -82,18 +82,18 @@ void differentiate_tile(T attn_factor, int64_t count, int64_t keys, const Backwa
 
 // Gradients of scores [key][kGroup queries] of a group and a tile, to those of the bias of large windows [query][key].
 template <typename T>
-void add_turned_bias_gradient(int64_t tokens, int64_t first, int64_t count, int64_t key, int64_t keys, const T* scores,
-                              T* to_bias) {
+void add_transposed_bias_gradient(int64_t tokens, int64_t first, int64_t count, int64_t key, int64_t keys,
+                                  const T* scores, T* grad_bias) {
   for (int64_t i = 0; i < count; i += kLanes<T>) {
     const int64_t lanes = count - i < kLanes<T> ? count - i : kLanes<T>;
-    in_widths<T>(keys, [&](int64_t j, auto width) {
+    for_each_width<T>(keys, [&](int64_t j, auto width) {
       Vector<T> block[kLanes<T>] = {};  // of queries, then of keys
 #pragma GCC unroll 16
       for (int k = 0; k < kLanes<T>; ++k)
         if (k < width()) block[k] = load<T>(scores + (j + k) * kGroup + i);
       transpose<T>(block);
       for (int64_t lane = 0; lane < lanes; ++lane) {
-        T* to = to_bias + (first + i + lane) * tokens + key + j;
+        T* to = grad_bias + (first + i + lane) * tokens + key + j;
         __builtin_prefetch(to + kKeyTile, 1);  // of the next tile, as where the bias is read
         Vector<T> sum = {};
         std::memcpy(&sum, to, width() * sizeof(T));
@@ -106,16 +106,17 @@ void add_turned_bias_gradient(int64_t tokens, int64_t first, int64_t count, int6
 
 template <typename T>
 void add_bias_gradient(const TokenWindow& window, int64_t tokens, int64_t first, int64_t count, int64_t key,
-                       int64_t keys, const T* scores, T* to_bias) {
-  if (window.whole && !is_small(tokens))
-    return add_turned_bias_gradient(tokens, first, count, key, keys, scores, to_bias);
-  const int64_t row = is_small(tokens) ? padded_to_vector(tokens) : 1, column = is_small(tokens) ? 1 : tokens;
+                       int64_t keys, const T* scores, T* grad_bias) {
+  if (window.complete && !uses_bias_table(tokens))
+    return add_transposed_bias_gradient(tokens, first, count, key, keys, scores, grad_bias);
+  const int64_t row = uses_bias_table(tokens) ? padded_to_vector(tokens) : 1,
+                column = uses_bias_table(tokens) ? 1 : tokens;
   for (int64_t i = 0; i < keys; ++i) {
-    T* to = to_bias + window.tokens[key + i].place * row;
+    T* to = grad_bias + window.tokens[key + i].place * row;
     const T* from = scores + i * kGroup;
-    for (int64_t j = 0; j < count && window.whole; j += kLanes<T>)
+    for (int64_t j = 0; j < count && window.complete; j += kLanes<T>)
       store<T>(to + first + j, load<T>(to + first + j) + load<T>(from + j));
-    for (int64_t j = 0; j < count && !window.whole; ++j) to[window.tokens[first + j].place * column] += from[j];
+    for (int64_t j = 0; j < count && !window.complete; ++j) to[window.tokens[first + j].place * column] += from[j];
   }
 }
 
@@ -126,7 +127,8 @@ void write_gradient(const WindowAttentionBackward<T>& problem, const TokenWindow
                     int64_t first, int64_t count, T factor, const T* shares, int64_t padded_dim, T* sums) {
   const WindowAttention<T>& forward = problem.forward;
   const int64_t size = forward.head_dim, heads = forward.heads, head = task % heads;
-  T* padding = problem.to_padding ? problem.to_padding + ((task / heads * 3 + part) * heads + head) * size : nullptr;
+  T* padding =
+      problem.grad_pad_token ? problem.grad_pad_token + ((task / heads * 3 + part) * heads + head) * size : nullptr;
   for (int64_t i = 0; i < count; ++i, sums += padded_dim) {
     const Token& token = window.tokens[first + i];
     for (int64_t j = 0; j < size; j += kLanes<T>) {
@@ -135,7 +137,7 @@ void write_gradient(const WindowAttentionBackward<T>& problem, const TokenWindow
       store<T>(sums + j, value);
     }
     if (!token.is_padding()) {
-      copy_row(sums, size, problem.to_qkv + ((token_index(forward, window, token) * 3 + part) * heads + head) * size);
+      copy_row(sums, size, problem.grad_qkv + ((token_index(forward, window, token) * 3 + part) * heads + head) * size);
     } else if (padding) {
       for (int64_t j = 0; j < size; ++j) padding[j] += sums[j];
     }
@@ -150,91 +152,92 @@ void add_products(int64_t size, bool components, int64_t first, int64_t count, i
   const auto base = [](bool more, T* sums) { return more ? sums : nullptr; };
   const T* key_rows = memory.keys + key * size;
   if (components) {
-    multiply<T>({memory.scores, 1, kGroup, key_rows, size, base(key > 0, memory.to_queries), padded_dim,
-                 memory.to_queries, padded_dim},
+    multiply<T>({memory.scores, 1, kGroup, key_rows, size, base(key > 0, memory.grad_queries), padded_dim,
+                 memory.grad_queries, padded_dim},
                 count, size, keys);
   } else {
     multiply<T>({key_rows, 1, size, memory.scores, kGroup, base(key > 0, memory.column_sums), kGroup,
                  memory.column_sums, kGroup},
                 size, count, keys);
   }
-  T *to_keys = memory.to_keys + key * padded_dim, *to_values = memory.to_values + key * padded_dim;
-  multiply<T>({memory.scores, kGroup, 1, memory.queries + first * size, size, base(first > 0, to_keys), padded_dim,
-               to_keys, padded_dim},
+  T *grad_keys = memory.grad_keys + key * padded_dim, *grad_values = memory.grad_values + key * padded_dim;
+  multiply<T>({memory.scores, kGroup, 1, memory.queries + first * size, size, base(first > 0, grad_keys), padded_dim,
+               grad_keys, padded_dim},
               keys, size, count);
-  multiply<T>({memory.weights, kGroup, 1, memory.gradients + first * size, size, base(first > 0, to_values), padded_dim,
-               to_values, padded_dim},
+  multiply<T>({memory.weights, kGroup, 1, memory.gradients + first * size, size, base(first > 0, grad_values),
+               padded_dim, grad_values, padded_dim},
               keys, size, count);
 }
 
-// The window and head that come next: what they read and write is asked for while there is something to compute.
+// The next window and head: what they read and write is prefetched during the computation.
 template <typename T>
-struct UpcomingGradient {
+struct NextWindowBackward {
   const WindowAttentionBackward<T>& problem;
   const TokenWindow& window;
   int64_t head;
 
-  [[gnu::always_inline]] void fetch_operands() const {
+  [[gnu::always_inline]] void prefetch_operands() const {
     const WindowAttention<T>& forward = problem.forward;
     for (int64_t part = 0; part < 3; ++part)
-      fetch<0>(forward.qkv, window, 0, window.count, (part * forward.heads + head) * forward.head_dim,
-               forward.head_dim);
+      prefetch<0>(forward.qkv, window, 0, window.count, (part * forward.heads + head) * forward.head_dim,
+                  forward.head_dim);
   }
 
-  [[gnu::always_inline]] void fetch_outputs() const {
+  [[gnu::always_inline]] void prefetch_outputs() const {
     const WindowAttention<T>& forward = problem.forward;
     const int64_t size = forward.head_dim;
-    fetch<0>(problem.gradient, window, 0, window.count, head * size, size);
-    fetch<0>(contiguous_map(forward.rows, forward.columns, forward.heads * size, forward.output), window, 0,
-             window.count, head * size, size);
+    prefetch<0>(problem.gradient, window, 0, window.count, head * size, size);
+    prefetch<0>(contiguous_map(forward.rows, forward.columns, forward.heads * size, forward.output), window, 0,
+                window.count, head * size, size);
   }
 
-  [[gnu::always_inline]] void fetch_gradients() const {
+  [[gnu::always_inline]] void prefetch_gradients() const {
     const WindowAttention<T>& forward = problem.forward;
     const int64_t size = forward.head_dim;
-    const TokenMap<T> map = contiguous_map(forward.rows, forward.columns, 3 * forward.heads * size, problem.to_qkv);
+    const TokenMap<T> map = contiguous_map(forward.rows, forward.columns, 3 * forward.heads * size, problem.grad_qkv);
     for (int64_t part = 0; part < 3; ++part)
-      fetch<1>(map, window, 0, window.count, (part * forward.heads + head) * size, size);
+      prefetch<1>(map, window, 0, window.count, (part * forward.heads + head) * size, size);
   }
 };
 
 // A group of queries against all keys of their window.
 template <typename T>
 void differentiate_group(const WindowAttentionBackward<T>& problem, const TokenWindow& window, int64_t task,
-                         int64_t first, int64_t count, const UpcomingGradient<T>& next,
+                         int64_t first, int64_t count, const NextWindowBackward<T>& next,
                          const BackwardMemory<T>& memory) {
   const WindowAttention<T>& forward = problem.forward;
   const int64_t size = forward.head_dim, head = task % forward.heads, tokens = window_tokens(forward);
   const bool components = lanes_are_components<T>(tokens, size);
-  turn_to_columns(memory.queries + first * size, count, size, forward.scale, memory.query_columns);
-  turn_to_columns(memory.gradients + first * size, count, size, T(1), memory.gradient_columns);
+  transpose_to_columns(memory.queries + first * size, count, size, forward.scale, memory.query_columns);
+  transpose_to_columns(memory.gradients + first * size, count, size, T(1), memory.gradient_columns);
   read_group(forward, window, head, first, count, memory);
   for (int64_t key = 0; key < window.count; key += kKeyTile) {
     const int64_t keys = window.count - key < kKeyTile ? window.count - key : kKeyTile;
     const Base<T> base = score_base(forward, window, head, first, count, key, keys, memory.base);
     score_tile(memory.keys + key * size, memory.query_columns, size, count, keys, base, memory.weights);
-    if (first + key == 0) next.fetch_operands();
+    if (first + key == 0) next.prefetch_operands();
     score_tile(memory.values + key * size, memory.gradient_columns, size, count, keys, {}, memory.scores);
-    if (first + key == 0) next.fetch_outputs();
+    if (first + key == 0) next.prefetch_outputs();
     differentiate_tile(T(1) + (forward.attn_scale ? forward.attn_scale[head] : T(0)), count, keys, memory);
     add_products(size, components, first, count, key, keys, memory);
-    if (first + key == 0) next.fetch_gradients();
-    if (problem.to_bias)
-      add_bias_gradient(window, tokens, first, count, key, keys, memory.scores,
-                        problem.to_bias + task * tokens * (is_small(tokens) ? padded_to_vector(tokens) : tokens));
+    if (first + key == 0) next.prefetch_gradients();
+    if (problem.grad_bias)
+      add_bias_gradient(
+          window, tokens, first, count, key, keys, memory.scores,
+          problem.grad_bias + task * tokens * (uses_bias_table(tokens) ? padded_to_vector(tokens) : tokens));
   }
-  if (!components) turn_to_rows(memory.column_sums, count, size, memory.padded_dim, memory.to_queries);
+  if (!components) transpose_to_rows(memory.column_sums, count, size, memory.padded_dim, memory.grad_queries);
   write_gradient<T>(problem, window, task, 0, first, count, forward.scale, nullptr, memory.padded_dim,
-                    memory.to_queries);
-  if (!problem.to_attn_scale) return;
+                    memory.grad_queries);
+  if (!problem.grad_attn_scale) return;
   double sum = 0.;
   for (int64_t i = 0; i < count; ++i) sum += memory.products[i];
-  problem.to_attn_scale[task] += static_cast<T>(sum);
+  problem.grad_attn_scale[task] += static_cast<T>(sum);
 }
 
 template <typename T>
 void differentiate_window(const WindowAttentionBackward<T>& problem, const TokenWindow& window, int64_t task,
-                          const UpcomingGradient<T>& next, const BackwardMemory<T>& memory) {
+                          const NextWindowBackward<T>& next, const BackwardMemory<T>& memory) {
   const WindowAttention<T>& forward = problem.forward;
   const int64_t size = forward.head_dim, padded_dim = memory.padded_dim, head = task % forward.heads;
   const T attn_scale = forward.attn_scale ? forward.attn_scale[head] : T(0);
@@ -244,11 +247,15 @@ void differentiate_window(const WindowAttentionBackward<T>& problem, const Token
   for (int64_t first = 0; first < window.count; first += kGroup)
     differentiate_group(problem, window, task, first, window.count - first < kGroup ? window.count - first : kGroup,
                         next, memory);
-  write_gradient<T>(problem, window, task, 1, 0, window.count, forward.scale, nullptr, padded_dim, memory.to_keys);
+  write_gradient<T>(problem, window, task, 1, 0, window.count, forward.scale, nullptr, padded_dim, memory.grad_keys);
   if (forward.attn_scale) mean_regions(window, memory.gradients, size, padded_dim, attn_scale, memory.means);
   write_gradient<T>(problem, window, task, 2, 0, window.count, T(1) + attn_scale,
-                    forward.attn_scale ? memory.means : nullptr, padded_dim, memory.to_values);
+                    forward.attn_scale ? memory.means : nullptr, padded_dim, memory.grad_values);
 }
+
+}  // namespace
+
+namespace ASVIT_FAST_ISA {
 
 template <typename T>
 void window_attention_backward(const WindowAttentionBackward<T>& problem, int64_t begin, int64_t end, char* bytes) {
@@ -270,5 +277,8 @@ void window_attention_backward(const WindowAttentionBackward<T>& problem, int64_
   }
 }
 
-}  // namespace
+template void window_attention_backward(const WindowAttentionBackward<float>&, int64_t, int64_t, char*);
+template void window_attention_backward(const WindowAttentionBackward<double>&, int64_t, int64_t, char*);
+
+}  // namespace ASVIT_FAST_ISA
 }  // namespace asvit_fast

@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 _TIMEOUT = timedelta(days=7)  # a rank may compute for long; torchrun ends everybody when one process dies
 
 
-def join(device: torch.device) -> int:
+def init_process_group(device: torch.device) -> int:
     """Number of processes; joins those of torchrun unless the caller has done so already."""
     if not dist.is_available():
         return 1
@@ -49,23 +49,23 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def joined() -> bool:
+def is_distributed() -> bool:
     """Whether there is anybody else to talk to."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def rank() -> int:
-    return dist.get_rank() if joined() else 0
+    return dist.get_rank() if is_distributed() else 0
 
 
 def cpu_group() -> Any:
     """All ranks, talking through the CPU whatever their devices do; None where there is but one."""
-    return dist.new_group(backend="gloo", timeout=_TIMEOUT) if joined() else None
+    return dist.new_group(backend="gloo", timeout=_TIMEOUT) if is_distributed() else None
 
 
 def broadcast(message: Any) -> Any:
     """The message of rank 0, on every rank."""
-    if not joined():
+    if not is_distributed():
         return message
     box = [message]
     dist.broadcast_object_list(box, src=0)
@@ -74,14 +74,14 @@ def broadcast(message: Any) -> Any:
 
 def gather(value: Any) -> list[Any]:
     """The values of all ranks, in their order, on every rank."""
-    if not joined():
+    if not is_distributed():
         return [value]
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
 
 
-def on_main(function: Callable[[], Result]) -> Result:
+def run_on_rank0(function: Callable[[], Result]) -> Result:
     """What ``function`` returns on rank 0, on every rank; its error ends all of them."""
     if rank() != 0:
         kind, content = broadcast(None)

@@ -29,7 +29,7 @@ from torch import Tensor
 from asvit_fast import files
 from asvit_fast.errors import InputError
 from asvit_fast.training import TrainResult, train
-from asvit_fast.training.batches import Reading
+from asvit_fast.training.batches import MapLoader
 from asvit_fast.training.log import TrainingLog
 from asvit_fast.training.samples import Samples
 from asvit_fast.training.step import Step
@@ -130,7 +130,7 @@ def unchanged(image: Tensor) -> Tensor:
 def run_with_workers(method: str, pids: str) -> None:
     """Data workers of a start method wait for their next request; their numbers go to the file ``pids``."""
     multiprocessing.set_start_method(method, force=True)
-    reading = Reading(Samples(Pictures(), unchanged, CLASSES, 0), 2, torch.device("cpu"))
+    reading = MapLoader(Samples(Pictures(), unchanged, CLASSES, 0), 2, torch.device("cpu"))
     list(reading(lambda: [(0, [0, 1]), (0, [2, 3])]))
     workers = [worker.pid for worker in multiprocessing.active_children()]
     files.write_atomic(pids, " ".join(map(str, workers)))

@@ -27,7 +27,7 @@ def run(values: SimpleNamespace) -> int:
     config = built.data_config(
         values.img_size, values.crop_pct, values.interpolation, values.crop_mode, values.mean, values.std
     )
-    ranks = processes.join(device)
+    ranks = processes.init_process_group(device)
     started = time.perf_counter()
     found = measure(values, built, config, device, ranks)
     result = {

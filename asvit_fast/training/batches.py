@@ -25,7 +25,7 @@ from .samples import Batch, Request, Samples, StreamSamples
 PARENT_CHECK_SECONDS = 0.5  # between a worker's looks at the process that it reads for
 
 
-class Requests(Sampler):
+class RequestSampler(Sampler):
     """What workers are asked for in the coming pass."""
 
     def __init__(self) -> None:
@@ -35,12 +35,12 @@ class Requests(Sampler):
         return iter(self.coming())
 
 
-class Reading:
+class MapLoader:
     """Batches of a map-style data set: by the main process, or by workers that stay for the next pass."""
 
     def __init__(self, samples: Samples, workers: int, device: torch.device) -> None:
         self.samples = samples
-        self.requests = Requests()
+        self.requests = RequestSampler()
         self.passes = 0
         self.key = object()  # of what was said about these images
         self.loader: DataLoader | None = None
@@ -65,7 +65,7 @@ class Reading:
 
     def _checked(self, batches: Iterable[Batch | InputError]) -> Iterator[Batch]:
         skipped: dict[str, None] = {}
-        for batch in raised(batches):
+        for batch in raise_errors(batches):
             before = len(skipped)
             skipped.update(dict.fromkeys(batch.skipped))
             if len(skipped).bit_length() > before.bit_length():  # at once, and when their number has doubled
@@ -73,7 +73,7 @@ class Reading:
             yield batch
 
 
-class Stream:
+class StreamLoader:
     """Batches of a data set that is read from its start; workers are new in every pass, their order repeats."""
 
     def __init__(self, samples: StreamSamples, workers: int, device: torch.device) -> None:
@@ -81,13 +81,13 @@ class Stream:
 
     def __call__(self, epoch: int, start: int, stop: int, batch_size: int) -> Iterator[Batch]:
         """Images ``start`` to ``stop`` in batches, the last one smaller."""
-        generator = torch.Generator().manual_seed(rng.one_number(rng.words(self.samples.seed, epoch)))
+        generator = torch.Generator().manual_seed(rng.to_seed(rng.seed_words(self.samples.seed, epoch)))
         self.samples.epoch = epoch
         for setting, value in (("set_epoch", epoch), ("set_loader_cfg", self.workers)):
             if hasattr(self.samples.dataset, setting):
                 getattr(self.samples.dataset, setting)(value)
         loader = worker_loader(self.samples, self.workers, self.device, generator=generator)
-        return recut(raised(loader), start, stop, batch_size)
+        return rebatch(raise_errors(loader), start, stop, batch_size)
 
 
 def worker_loader(samples: Any, workers: int, device: torch.device, **options: Any) -> DataLoader:
@@ -137,14 +137,14 @@ def _terminated_by(process: int) -> bool:
     return heard is not None and heard.si_pid == process
 
 
-def raised(batches: Iterable[Batch | InputError]) -> Iterator[Batch]:
+def raise_errors(batches: Iterable[Batch | InputError]) -> Iterator[Batch]:
     for batch in batches:
         if isinstance(batch, InputError):
             raise InputError(str(batch))  # itself would be a cycle of traceback and frame that keeps the workers
         yield batch
 
 
-def recut(chunks: Iterable[Batch], start: int, stop: int, batch_size: int) -> Iterator[Batch]:
+def rebatch(chunks: Iterable[Batch], start: int, stop: int, batch_size: int) -> Iterator[Batch]:
     """Images ``start`` to ``stop`` of a stream in other pieces."""
     images = (tuple(part[i] for part in chunk[:3]) for chunk in chunks for i in range(len(chunk.targets)))
     wanted = islice(images, start, stop)
@@ -160,7 +160,7 @@ def skipped_text(names: list[str]) -> str:
     return f"{len(names)} images cannot be read so far, the next ones take their places: {shown}"
 
 
-class Transfer:
+class DevicePrefetcher:
     """Batches on the device: float32 ``[b, 3, H, W]``, normalised and erased there, and int64 ``[b]``.
 
     On CUDA the next batch is copied on a stream of its own while the current one is used; use it on the stream that is
@@ -216,5 +216,5 @@ class Transfer:
                 seeds = erase[place].tolist()
                 rng.seed_all(seeds)
                 if self.stream is not None:
-                    torch.cuda.default_generators[images.get_device()].manual_seed(rng.one_number(seeds))
+                    torch.cuda.default_generators[images.get_device()].manual_seed(rng.to_seed(seeds))
                 self.erasing(images[place])

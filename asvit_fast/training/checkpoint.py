@@ -20,7 +20,7 @@ from ..errors import InputError
 from ..files import file_errors
 
 LAST, BEST = "last.pth.tar", "model_best.pth.tar"
-OURS = "asvit_fast"  # the entry that timm does not have: position, random states
+STATE_KEY = "asvit_fast"  # the entry that timm does not have: position, random states
 WEIGHTS = ("state_dict", "model")  # keys of weights: timm's; of other training codes
 AVERAGES = ("state_dict_ema", "model_ema")
 FORMAT = 2  # timm's: "epoch" is the last finished one
@@ -123,7 +123,7 @@ def one_line(error: Exception) -> str:
     return text if len(text) <= 300 else text[:300] + " ..."
 
 
-def keep_as(source: Path, target: Path) -> None:
+def link_or_copy(source: Path, target: Path) -> None:
     """Another name for a file that will be replaced, never changed: no copy where the system has hard links."""
     scratch = target.with_name(f".{target.name}.tmp")
     with file_errors("write", target):

@@ -12,10 +12,10 @@ from ..files import as_float
 from ..folder_lock import FolderLock
 from ..recipe import Recipe
 from ..run_directory import CONFIG, DamagedState, RunDirectory
-from .checkpoint import BEST, LAST, keep_as, last_epoch
+from .checkpoint import BEST, LAST, last_epoch, link_or_copy
 from .optimization import learning_rate
 from .schedule import REDUCTIONS, RetokenizationSchedule
-from .state import Begun
+from .state import TrainState
 
 PASSES = ("batch_size", "grad_accum_steps", "phase_batch_sizes")  # how the images of an update are cut
 SAME = ("images_per_update", "train_images")  # whatever else changes
@@ -27,8 +27,8 @@ MEASURES = ("train_loss", "lr", "train_seconds", "images_per_second", "seconds")
 VALIDATION = ("top1", "top5", "eval_loss", "ema_top1", "ema_top5", "ema_loss")  # that some rows have
 
 
-def why_not_continue(
-    changes: Mapping[str, tuple[Any, Any]], begun: Begun | None, schedule: RetokenizationSchedule, epochs: int
+def reason_to_refuse(
+    changes: Mapping[str, tuple[Any, Any]], begun: TrainState | None, schedule: RetokenizationSchedule, epochs: int
 ) -> str | None:
     """Why a run cannot go on with options that differ from its own; None where what is done stays right.
 
@@ -66,14 +66,14 @@ def settle_changes(
     """Write down with which other options a run goes on from its ``rows`` and ``state``. Raises InputError."""
     if not run.changes:
         return
-    reason = why_not_continue(run.changes, None if state is None else Begun.of(state), schedule, epochs)
+    reason = reason_to_refuse(run.changes, None if state is None else TrainState.of(state), schedule, epochs)
     if reason is not None:
         raise run.refuse_changes(reason)
     run.accept_changes(list(rows), state)
     run.state = None  # it is large
 
 
-def what_changes(begun: Begun, recipe: Recipe, images_per_update: int, epochs: int) -> str:
+def what_changes(begun: TrainState, recipe: Recipe, images_per_update: int, epochs: int) -> str:
     """What another number of epochs means, in a line; "" where it is the same."""
     if begun.epochs == epochs:
         return ""
@@ -97,7 +97,7 @@ def check_resumed(
     Raises:
         InputError: naming what differs; or no epoch is left.
     """
-    begun = Begun.of(state)
+    begun = TrainState.of(state)
     done = last_epoch(state) + 1 if begun is None else begun.epoch
     if done >= epochs:
         raise InputError(f"the checkpoint to resume has {done} epochs behind it, epochs is {epochs}: give more")
@@ -112,7 +112,7 @@ def check_resumed(
             )
 
 
-def check_same_stream(begun: Begun | None, is_stream: bool, ranks: int, workers: int) -> None:
+def check_same_stream(begun: TrainState | None, is_stream: bool, ranks: int, workers: int) -> None:
     """A stream deals its images out to ranks and workers as it is read: with others, the rest of an epoch would hold
     images that were seen, and lack some. Raises InputError."""
     if begun is None or not is_stream or begun.update == 0:
@@ -143,7 +143,7 @@ def recover_last(out: Path) -> None:
         return
     lock = FolderLock(out)
     try:
-        keep_as(out / BEST, out / LAST)
+        link_or_copy(out / BEST, out / LAST)
     finally:
         lock.release()
     notify_once(("lost", out), f"{out / LAST} is missing: the training goes on from {BEST}, to the same end")

@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 from ..errors import InputError
 from ..recipe import Recipe
 from . import rng
-from .batches import Reading, Stream, Transfer
+from .batches import DevicePrefetcher, MapLoader, StreamLoader
 from .classes import check_same_classes, class_names, count_classes, targets_of
 from .folders import open_split
 from .samples import Samples, StreamSamples, float_tensors
@@ -44,8 +44,8 @@ class Reader:
     def mode(self) -> str:
         return MODES[self.shape[0]]
 
-    def transfer(self) -> Transfer:
-        return Transfer(self.device, self.mean, self.std, self.recipe.remode)
+    def transfer(self) -> DevicePrefetcher:
+        return DevicePrefetcher(self.device, self.mean, self.std, self.recipe.remode)
 
     def samples(self, dataset: Any, classes: int, training: bool) -> Samples:
         recipe = self.recipe
@@ -53,11 +53,11 @@ class Reader:
         skip = recipe.bad_images == "skip"
         return Samples(dataset, self.transform(training), classes, recipe.seed, self.mode, reprob, skip)
 
-    def stream(self, dataset: Any, classes: int, training: bool) -> Stream:
+    def stream(self, dataset: Any, classes: int, training: bool) -> StreamLoader:
         recipe = self.recipe
         reprob = recipe.reprob if training and not recipe.no_aug else 0.0
         samples = StreamSamples(dataset, self.transform(training), classes, recipe.seed, self.mode, reprob)
-        return Stream(samples, recipe.workers, self.device)
+        return StreamLoader(samples, recipe.workers, self.device)
 
     def transform(self, training: bool) -> Transform:
         if training:
@@ -78,17 +78,17 @@ class Validation:
         class_names: their names in the order of their numbers, None where the data set has none.
     """
 
-    def __init__(self, dataset: Any, classes: int, reader: Reader, transfer: Transfer | None = None) -> None:
+    def __init__(self, dataset: Any, classes: int, reader: Reader, transfer: DevicePrefetcher | None = None) -> None:
         self.num_classes, self.class_names = classes, class_names(dataset)
         self._transfer = transfer or reader.transfer()
-        self._stream: Stream | None = None
+        self._stream: StreamLoader | None = None
         if isinstance(dataset, IterableDataset):
             self._stream = reader.stream(dataset, classes, training=False)
             self.images = -(-_stream_length(dataset) // reader.ranks)
         else:
             samples = reader.samples(dataset, classes, training=False)
-            self._indices = rng.share(torch.arange(len(samples)), reader.rank, reader.ranks)  # [images]
-            self._read = Reading(samples, reader.recipe.workers, reader.device)
+            self._indices = rng.shard(torch.arange(len(samples)), reader.rank, reader.ranks)  # [images]
+            self._read = MapLoader(samples, reader.recipe.workers, reader.device)
             self.images = len(self._indices)
 
     def batches(self, batch_size: int) -> Batches:
@@ -128,13 +128,13 @@ class TrainingData:
         self.num_classes, self.class_names = classes, class_names(train)
         self._reader = reader
         self._transfer = reader.transfer()
-        self._stream: Stream | None = None
+        self._stream: StreamLoader | None = None
         if isinstance(train, IterableDataset):
             self._stream = reader.stream(train, classes, training=True)
             self.images_per_rank = _stream_length(train) // reader.ranks
         else:
             self._samples = reader.samples(train, classes, training=True)
-            self._read = Reading(self._samples, reader.recipe.workers, reader.device)
+            self._read = MapLoader(self._samples, reader.recipe.workers, reader.device)
             self.images_per_rank = len(self._samples) // reader.ranks
         self.train_images = self.images_per_rank * reader.ranks
         self._validation = None if validation is None else Validation(validation, classes, reader, self._transfer)
@@ -166,7 +166,7 @@ class TrainingData:
             return self._transfer(self._stream(epoch, start, stop, batch_size))
         reader = self._reader
         order = rng.epoch_order(len(self._samples), reader.recipe.seed, epoch)  # [images]
-        pieces = rng.share(order, reader.rank, reader.ranks)[start:stop].view(whole, batch_size)
+        pieces = rng.shard(order, reader.rank, reader.ranks)[start:stop].view(whole, batch_size)
         return self._transfer(self._read(lambda: ((epoch, piece.tolist()) for piece in pieces)))
 
     def eval_batches(self, batch_size: int) -> Batches:

@@ -38,11 +38,12 @@ class _Interrupt(BaseException):
 class Interruption:
     """Makes all ranks stop together when one of them is asked to, or cannot read its images.
 
-    SIGTERM is heard inside ``listening``. It breaks off the reading of images; everywhere else it waits for ``settle``.
+    SIGTERM is heard inside ``listening``. It breaks off the reading of images; everywhere else it waits for
+    ``raise_if_stopped``.
     """
 
     def __init__(self) -> None:
-        self._asked = self._reading = False
+        self._terminated = self._reading = False
         self._error: InputError | None = None
         self._group = processes.cpu_group()  # ranks must not wait for their GPUs to learn of each other
 
@@ -60,7 +61,7 @@ class Interruption:
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def together(self, batches: Iterable[Item]) -> Iterator[Item]:
+    def in_step(self, batches: Iterable[Item]) -> Iterator[Item]:
         """The same batches. Every rank has read its batch before any of them gets one.
 
         Raises:
@@ -69,24 +70,24 @@ class Interruption:
         remaining = iter(batches)
         while True:
             batch = self._read(remaining)
-            self.settle()
+            self.raise_if_stopped()
             if batch is None:
                 return
             yield batch
 
-    def alone(self, batches: Iterable[Item]) -> Iterator[Item]:
-        """The same batches, or the first of them, where this rank is stopped: ``settle`` tells."""
+    def until_stopped(self, batches: Iterable[Item]) -> Iterator[Item]:
+        """The same batches, or the first of them, where this rank is stopped: ``raise_if_stopped`` tells."""
         remaining = iter(batches)
         while (batch := self._read(remaining)) is not None:
             yield batch
 
-    def settle(self) -> None:
+    def raise_if_stopped(self) -> None:
         """Every rank must call it at the same point.
 
         Raises:
             Terminated, Unreadable: on every rank, if one was stopped.
         """
-        status = torch.tensor(_UNREADABLE if self._error else _TERMINATED if self._asked else _GO_ON)  # []
+        status = torch.tensor(_UNREADABLE if self._error else _TERMINATED if self._terminated else _GO_ON)  # []
         if self._group is not None:
             dist.all_reduce(status, dist.ReduceOp.MAX, group=self._group)
         if status == _UNREADABLE:
@@ -96,7 +97,7 @@ class Interruption:
             raise Terminated
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
+        self._terminated = True
         if self._reading:
             self._reading = False  # once
             raise _Interrupt
@@ -110,7 +111,7 @@ class Interruption:
     def _next(self, batches: Iterator[Item]) -> Item | None:
         try:
             self._reading = True
-            return None if self._asked else next(batches, None)
+            return None if self._terminated else next(batches, None)
         except InputError as error:
             self._error = error
             return None

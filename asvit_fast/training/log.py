@@ -125,7 +125,7 @@ class TrainingLog:
         self.pace = Pace(reductions, updates_per_epoch, relative_cost)
         self._loss: float | None = None
         self._terminal = sys.stderr.isatty()
-        self._said = time.perf_counter()
+        self._last_printed = time.perf_counter()
         self._bar = tqdm(
             total=epochs * updates_per_epoch,
             initial=first_update,
@@ -169,8 +169,8 @@ class TrainingLog:
         if self._terminal:
             self._bar.set_postfix_str(self._line(update + 1), refresh=False)
             self._bar.update(update + 1 - self._bar.n)
-        elif loss is not None and time.perf_counter() - self._said >= QUIET_SECONDS:
-            self.say(f"update {update + 1}/{self.epochs * self.updates_per_epoch}, {self._line(update + 1)}")
+        elif loss is not None and time.perf_counter() - self._last_printed >= QUIET_SECONDS:
+            self.print(f"update {update + 1}/{self.epochs * self.updates_per_epoch}, {self._line(update + 1)}")
 
     def epoch(self, row: dict[str, Any]) -> None:
         """The row of an epoch that has ended, validation included: every number of it goes to TensorBoard."""
@@ -180,7 +180,7 @@ class TrainingLog:
         self._write("epoch", numbers, (row["epoch"] + 1) * self.updates_per_epoch - 1)  # its last update
         if self._events is not None:
             self._events.flush()
-        self.say(self._epoch_line(row))
+        self.print(self._epoch_line(row))
 
     def write_summary(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """summary.csv anew, a line for each of ``rows``: all epochs so far, those of earlier runs included."""
@@ -193,10 +193,10 @@ class TrainingLog:
         writer.writerows(rows)
         write_atomic(self.directory / SUMMARY, text.getvalue())
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Lines of text above the bar, on stderr."""
         if self.progress:
-            self._said = time.perf_counter()
+            self._last_printed = time.perf_counter()
             tqdm.write(text, file=sys.stderr)
             sys.stderr.flush()
 
@@ -244,7 +244,7 @@ class TrainingLog:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            self.say("no events for TensorBoard, which is not installed; pip install 'asvit-fast[train]'")
+            self.print("no events for TensorBoard, which is not installed; pip install 'asvit-fast[train]'")
             return None
         return SummaryWriter(str(directory / EVENTS), purge_step=first_update)
 

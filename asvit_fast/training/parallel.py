@@ -34,7 +34,7 @@ def shard(model: nn.Module, device: torch.device) -> None:
 
 def replicate(model: nn.Module, device: torch.device) -> nn.Module:
     """What the training step calls: averages gradients over the ranks, unless FSDP2 does so or there is one rank."""
-    if not processes.joined() or isinstance(model, FSDPModule):
+    if not processes.is_distributed() or isinstance(model, FSDPModule):
         return model
     ids = [device] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)

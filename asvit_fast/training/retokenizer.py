@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..modes import restored_modes
 from .schedule import RetokenizationSchedule
-from .token_reduction import set_token_reduction, token_reduction, why_not_reduce
+from .token_reduction import set_token_reduction, token_reduction, unsupported_reason
 
 Images = Tensor | Callable[[int], Tensor]
 Context = AbstractContextManager[Any] | Callable[[], AbstractContextManager[Any]]
@@ -51,7 +51,7 @@ class Retokenizer:
         self.model = model
         modules = (model, *others)
         if self.schedule.reductions == (1,):
-            self._modules = tuple(module for module in modules if why_not_reduce(module) is None)
+            self._modules = tuple(module for module in modules if unsupported_reason(module) is None)
         else:
             self._modules = modules
         for module in self._modules:

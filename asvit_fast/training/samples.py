@@ -74,7 +74,7 @@ class Samples(Dataset):
         skipped: list[str] = []
         samples = []
         for index in indices:
-            rng.seed_all(rng.words(self.seed, epoch, index))
+            rng.seed_all(rng.seed_words(self.seed, epoch, index))
             image, target = self._readable(index, skipped)
             samples.append(finish(image, target, self))
         return stack(samples, skipped)
@@ -106,7 +106,7 @@ class StreamSamples(IterableDataset):
         samples: list[tuple[Tensor, int, list[int]]] = []
         try:
             for position, (image, target) in enumerate(self.dataset):
-                rng.seed_all(rng.words(self.seed, self.epoch, worker.id if worker else 0, position))
+                rng.seed_all(rng.seed_words(self.seed, self.epoch, worker.id if worker else 0, position))
                 samples.append(finish(image, target, self))
                 if len(samples) == CHUNK:
                     yield stack(samples, [])

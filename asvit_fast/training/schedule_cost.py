@@ -8,7 +8,7 @@ from torch import nn
 
 from ..cost import ImageSize, flops
 from .schedule import RetokenizationSchedule
-from .token_reduction import set_token_reduction, token_reduction, why_not_reduce
+from .token_reduction import set_token_reduction, token_reduction, unsupported_reason
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def schedule_cost(model: nn.Module, schedule: str | RetokenizationSchedule, img_
         InputError: a schedule or size that cannot be used, or a model whose tokens cannot be reduced.
     """
     schedule = RetokenizationSchedule.parse(schedule)
-    if schedule.reductions == (1,) and why_not_reduce(model) is not None:
+    if schedule.reductions == (1,) and unsupported_reason(model) is not None:
         return ScheduleCost(schedule, {1: flops(model, img_size)})
     before = token_reduction(model)
     try:

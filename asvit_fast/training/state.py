@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .checkpoint import FORMAT, OURS, one_line
+from .checkpoint import FORMAT, STATE_KEY, one_line
 from .parallel import load_model, load_optimizer, whole
 from .step import Step
 
 
 @dataclass
-class Position:
+class TrainPosition:
     """Where a training stands: after ``update`` updates of epoch ``epoch``, whose losses on this rank it adds up."""
 
     epoch: int = 0
@@ -28,7 +28,7 @@ class Position:
 
 
 @dataclass(frozen=True)
-class Begun:
+class TrainState:
     """How a training ran until its checkpoint, and with which options: our entry of it, checked.
 
     ``losses`` and ``random`` have an entry for each rank: its sum of losses in the epoch, its generators.
@@ -60,16 +60,16 @@ class Begun:
         _check("update", self.update, lambda update: update <= self.updates_per_epoch, "an update of the epoch")
 
     @classmethod
-    def of(cls, state: Mapping[str, Any]) -> Begun | None:
+    def of(cls, state: Mapping[str, Any]) -> TrainState | None:
         """Of a checkpoint; None where another program wrote it. Raises InputError for an entry that cannot be."""
-        entry = state.get(OURS)
+        entry = state.get(STATE_KEY)
         if entry is None:
             return None
         _check("itself", entry, lambda entry: isinstance(entry, Mapping), "a table of fields")
         position = entry.get("position")
         _check("position", position, lambda entry: isinstance(entry, Mapping), "a table of fields")
-        found: dict[str, Any] = {field.name: {**entry, **position}.get(field.name) for field in dataclasses.fields(cls)}
-        return cls(**found)
+        content = {**entry, **position}
+        return cls(**{field.name: content.get(field.name) for field in dataclasses.fields(cls)})
 
     def to_dict(self) -> dict[str, Any]:
         """The entry that ``of`` reads."""
@@ -80,11 +80,11 @@ class Begun:
     def processes(self) -> int:
         return len(self.losses)
 
-    def position(self, rank: int, ranks: int) -> Position:
+    def position(self, rank: int, ranks: int) -> TrainPosition:
         """Where ``ranks`` processes go on. Another number of them shares what all have lost so far, whose mean over the
         ranks is then what it was."""
         loss = self.losses[rank] if ranks == self.processes else math.fsum(self.losses) / self.processes
-        return Position(self.epoch, self.update, torch.tensor(loss, dtype=torch.float64), self.seconds)
+        return TrainPosition(self.epoch, self.update, torch.tensor(loss, dtype=torch.float64), self.seconds)
 
 
 def _whole(least: int) -> tuple[Callable[[Any], bool], str]:
@@ -116,7 +116,7 @@ def _check(name: str, value: Any, holds: Callable[[Any], bool], expected: str) -
     if not holds(value):
         found = repr(value) if len(repr(value)) <= 60 else type(value).__name__
         raise InputError(
-            f"the checkpoint is damaged, or of another version: {OURS}.{name} must be {expected}, got {found}; train "
+            f"the checkpoint is damaged, or of another version: {STATE_KEY}.{name} must be {expected}, got {found}; train "
             "again, or take its weights alone as initial_checkpoint"
         )
 

@@ -120,7 +120,7 @@ def make_step(model: nn.Module, recipe: Recipe, device: torch.device, num_classe
     if recipe.model_ema:
         ema = ModelEmaV3(model, decay=recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup)
     networks = [model] if ema is None else [model, ema.module]
-    if recipe.parallel == "fsdp" and processes.joined():
+    if recipe.parallel == "fsdp" and processes.is_distributed():
         for network in networks:
             shard(network, device)
     optimizer = make_optimizer(recipe, model, images_per_update)
@@ -141,7 +141,7 @@ def make_step(model: nn.Module, recipe: Recipe, device: torch.device, num_classe
     )
 
 
-def many_graphs(recipe: Recipe) -> contextlib.AbstractContextManager[Any]:
+def raised_recompile_limit(recipe: Recipe) -> contextlib.AbstractContextManager[Any]:
     """Inside it a compiled network may have ``GRAPHS`` graphs; torch's own limit is for all networks of a program."""
     if not recipe.torchcompile:
         return contextlib.nullcontext()
@@ -193,7 +193,7 @@ class LossGuard:
 
     def first(self) -> int | None:
         """On any rank; every rank must ask."""
-        if processes.joined():
+        if processes.is_distributed():
             dist.all_reduce(self.bad, op=dist.ReduceOp.MIN)
         found = int(self.bad)
         return None if found == NEVER else found

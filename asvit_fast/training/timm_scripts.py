@@ -83,7 +83,7 @@ def _as_program(arguments: list[str]) -> Iterator[None]:
         raise InputError(f"there is no script {script}: timm's are in the folder of its sources, not in its package")
     folder, ours = script.resolve().parent, Path(timm.__file__).resolve().parent
     if (folder / "timm").is_dir() and folder / "timm" != ours:
-        _say(f"{script.name} runs with timm {timm.__version__} of {ours}, not with the one beside it")
+        _print_on_rank0(f"{script.name} runs with timm {timm.__version__} of {ours}, not with the one beside it")
     before = sys.argv, sys.path
     sys.argv, sys.path = list(arguments), [str(folder), *sys.path]
     try:
@@ -167,7 +167,9 @@ class _Listener:
             raise InputError(f"{OPTION}: the script's optimizer trains no model that timm.create_model has made")
         self.schedule = self.schedule.for_epochs(epochs)
         self._follow()
-        _say(f"{OPTION} {self.schedule}\n{schedule_cost(self.trained[0], self.schedule, self.img_size or 224).table()}")
+        _print_on_rank0(
+            f"{OPTION} {self.schedule}\n{schedule_cost(self.trained[0], self.schedule, self.img_size or 224).table()}"
+        )
         scheduler = _Untouched() if scheduler is None else scheduler
         scheduler.__class__ = _telling(type(scheduler), self._tell, 0 if step_on_epochs else updates_per_epoch)
         return scheduler, epochs
@@ -209,7 +211,7 @@ class _Listener:
         if self.retokenizer.step(epoch):
             reduction = self.retokenizer.reduction
             tokens = "full tokens" if reduction == 1 else f"{reduction} x fewer tokens per side"
-            _say(f"from epoch {epoch} on (counted from 0) {tokens}")
+            _print_on_rank0(f"from epoch {epoch} on (counted from 0) {tokens}")
         self.epoch = epoch
 
     def _check_end(self, script: str) -> None:
@@ -286,7 +288,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
-def _say(line: str) -> None:
+def _print_on_rank0(line: str) -> None:
     """On standard error, as the scripts log; by one process."""
     if timm.utils.world_info_from_env()[1] == 0:
         print(f"{PROGRAM}: {line}", file=sys.stderr, flush=True)

@@ -3,7 +3,7 @@
 
 Of timm's modules only plain attributes change, those that timm itself has for images of other sizes: wrappers, hooks,
 deepcopy, pickle and compiled functions see the same modules. Every changed module keeps what its attributes were with
-full tokens in one more attribute, ``KEPT``, until it gets them back.
+full tokens in one more attribute, ``SAVED_ATTRIBUTES``, until it gets them back.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..errors import InputError
 from ..models import AsViT
 from ..nn.patch_embed import check_token_reduction, dilation_of
 
-KEPT = "_with_full_tokens"
+SAVED_ATTRIBUTES = "_with_full_tokens"
 WINDOWED = (SwinTransformer, SwinTransformerV2)
 # those whose position embedding follows the grid
 POSITIONED = (VisionTransformer._pos_embed, VisionTransformerDistilled._pos_embed, Eva._pos_embed)
@@ -77,7 +77,7 @@ def token_reduction(module: nn.Module) -> int:
     return found.pop()
 
 
-def why_not_reduce(module: nn.Module) -> str | None:
+def unsupported_reason(module: nn.Module) -> str | None:
     """Why ``set_token_reduction`` refuses ``module``; None if it takes it."""
     try:
         _networks(module)
@@ -93,7 +93,7 @@ def _networks(module: nn.Module) -> list[Any]:
     """The networks inside. Raises InputError if there is none, or one that cannot be reduced."""
     networks = [child for child in module.modules() if isinstance(child, AsViT) or _embeds_patches(child)]
     for network in networks:
-        why = None if isinstance(network, AsViT) else _why_not(network)
+        why = None if isinstance(network, AsViT) else _unsupported_reason(network)
         if why is not None:
             raise InputError(f"the tokens of {_class_of(network)} cannot be reduced: {why}")
     if not networks:
@@ -113,7 +113,7 @@ def _class_of(module: nn.Module) -> str:
     return type(module).__name__
 
 
-def _why_not(network: Any) -> str | None:
+def _unsupported_reason(network: Any) -> str | None:
     known = isinstance(network, WINDOWED) or getattr(type(network), "_pos_embed", None) in POSITIONED
     if not known:
         return ONE_GRID.get(_class_of(network), "it is not known to work on any grid but its own")
@@ -145,7 +145,7 @@ def _reduction_of(network: Any) -> int:
 
 
 def _change(module: nn.Module, **values: Any) -> None:
-    kept = vars(module).setdefault(KEPT, {})
+    kept = vars(module).setdefault(SAVED_ATTRIBUTES, {})
     for name, value in values.items():
         kept[name] = getattr(module, name)
         setattr(module, name, value)
@@ -153,12 +153,12 @@ def _change(module: nn.Module, **values: Any) -> None:
 
 def _full(module: nn.Module, name: str) -> Any:
     """The value of an attribute with full tokens."""
-    return vars(module).get(KEPT, {}).get(name, getattr(module, name))
+    return vars(module).get(SAVED_ATTRIBUTES, {}).get(name, getattr(module, name))
 
 
 def _restore(network: nn.Module) -> None:
     for module in network.modules():
-        kept = vars(module).pop(KEPT, {})
+        kept = vars(module).pop(SAVED_ATTRIBUTES, {})
         for name, value in kept.items():
             setattr(module, name, value)
         if "window_size" in kept and "relative_position_index" in module._buffers:

@@ -24,9 +24,9 @@ from .batch_size import least_of_ranks, pass_memory, phase_batch_sizes
 from .checkpoint import (
     BEST,
     LAST,
-    OURS,
-    keep_as,
+    STATE_KEY,
     last_epoch,
+    link_or_copy,
     random_state,
     read_file,
     seed_everything,
@@ -50,15 +50,15 @@ from .network import What, channels_of, create_network, pixel_statistics
 from .optimization import make_scheduler
 from .result import TrainResult, best_row, metric
 from .retokenizer import Retokenizer
-from .rng import one_number, words
+from .rng import seed_words, to_seed
 from .schedule import RetokenizationSchedule
 from .schedule_cost import schedule_cost
-from .state import Begun, Position, collect, restore
-from .step import Batches, LossGuard, autocast, make_step, many_graphs, prepare, weights_are_finite
+from .state import TrainPosition, TrainState, collect, restore
+from .step import Batches, LossGuard, autocast, make_step, prepare, raised_recompile_limit, weights_are_finite
 
 Data = str | Path | DataSets
 # choices that change how a training runs, not what it computes: a run may go on with others
-RUNNING = (
+CHANGEABLE_ON_RESUME = (
     "workers", "checkpoint_interval", "log_interval", "eval_interval", "parallel", "torchcompile", "grad_checkpointing",
     *PASSES,
 )  # fmt: skip
@@ -84,7 +84,7 @@ class Trainer:
         progress: bool,
     ) -> None:
         self.schedule, self.recipe, self.epochs, self.out, self.device = schedule, recipe, epochs, out, device
-        self.ranks = processes.join(device)
+        self.ranks = processes.init_process_group(device)
         self.rank = processes.rank()
         self.resume: dict[str, Any] | None = None
         if resume:
@@ -111,7 +111,7 @@ class Trainer:
         self.scheduler = make_scheduler(recipe, self.step.optimizer, epochs, self.updates_per_epoch)
         self.interruption = Interruption()
         self.guard = LossGuard(device)
-        self.position = Position()
+        self.position = TrainPosition()
         self.reduction = self.schedule.reduction_at(0)
         self.rows: list[dict[str, Any]] = []
         self.news = ""  # what has changed since the run was begun
@@ -136,7 +136,9 @@ class Trainer:
 
     def _config(self, data: Data) -> dict[str, Any]:
         """What a run directory must agree on with a run that continues it."""
-        choices = {name: value for name, value in dataclasses.asdict(self.recipe).items() if name not in RUNNING}
+        choices = {
+            name: value for name, value in dataclasses.asdict(self.recipe).items() if name not in CHANGEABLE_ON_RESUME
+        }
         return {
             "kind": "train",
             "model": self.description,
@@ -178,10 +180,10 @@ class Trainer:
             )
             try:
                 self._announce(state)
-                with many_graphs(self.recipe):
+                with raised_recompile_limit(self.recipe):
                     self._warm_up()
                 while self.position.epoch < self.epochs:
-                    with many_graphs(self.recipe):
+                    with raised_recompile_limit(self.recipe):
                         self._train_epoch(run)
                         self._end_epoch(run)
                     yield self.rows[-1]
@@ -199,7 +201,7 @@ class Trainer:
             mine.append(open_run(self.out, self.config))
             return checked_rows(mine[0])
 
-        self.rows = list(processes.on_main(rows))
+        self.rows = list(processes.run_on_rank0(rows))
         return mine[0] if mine else RunDirectory(None, self.config, LAST)
 
     def _restore(self, run: RunDirectory) -> dict[str, Any] | None:
@@ -211,11 +213,11 @@ class Trainer:
             state = run.state if run.state is not None else load_state(self.out / LAST)
             run.state = None  # it is large
         if state is not None:
-            check_same_stream(Begun.of(state), self.data.is_stream, self.ranks, self.recipe.workers)
+            check_same_stream(TrainState.of(state), self.data.is_stream, self.ranks, self.recipe.workers)
             if not begun:
                 check_resumed(state, self.schedule, self.epochs, self._cut())
         found = state if begun else None
-        processes.on_main(lambda: settle_changes(run, self.rows, found, self.schedule, self.epochs))
+        processes.run_on_rank0(lambda: settle_changes(run, self.rows, found, self.schedule, self.epochs))
         if state is None:
             seed_everything(self.recipe.seed + self.rank, self.device)
             return None
@@ -231,20 +233,20 @@ class Trainer:
 
     def _load(self, state: dict[str, Any]) -> None:
         restore(self.step, state)
-        begun = Begun.of(state)
+        begun = TrainState.of(state)
         if begun is None:  # of timm's train.py
-            self.position = Position(last_epoch(state) + 1)
+            self.position = TrainPosition(last_epoch(state) + 1)
             seed_everything(self.recipe.seed + self.rank, self.device)
             return
         self.position = begun.position(self.rank, self.ranks)
         if begun.processes == self.ranks:
             set_random_state(begun.random[self.rank], self.device)
         else:
-            seed = one_number(words(self.recipe.seed, begun.epoch, begun.update, self.rank))
+            seed = to_seed(seed_words(self.recipe.seed, begun.epoch, begun.update, self.rank))
             seed_everything(seed, self.device)
         self._compare(begun)
 
-    def _compare(self, begun: Begun) -> None:
+    def _compare(self, begun: TrainState) -> None:
         """Whether the updates go on as they were cut until now; they hold the same images in any case."""
         here = {"processes": self.ranks, **{name: getattr(self.recipe, name) for name in PASSES}}
         there = {name: getattr(begun, name) for name in here}
@@ -258,18 +260,18 @@ class Trainer:
 
     def _announce(self, state: dict[str, Any] | None) -> None:
         model, recipe = self.description["model"], self.recipe
-        self.log.say(
+        self.log.print(
             f"{model}: {params(self.step.model) / 1e6:.2f} M parameters, {self.description['num_classes']} classes"
         )
-        self.log.say(
+        self.log.print(
             f"{self.data.train_images} images, {self.images_per_update} an update, {self.updates_per_epoch} updates an "
             f"epoch, {self.epochs} epochs; learning rate {recipe.learning_rate(self.images_per_update):.3g}"
         )
-        self.log.say(self.cost.table())
+        self.log.print(self.cost.table())
         if self.news:
-            self.log.say(self.news)
+            self.log.print(self.news)
         if state is not None and self.position.epoch < self.epochs:
-            self.log.say(f"continuing in epoch {self.position.epoch}, after {self.position.update} updates of it")
+            self.log.print(f"continuing in epoch {self.position.epoch}, after {self.position.update} updates of it")
 
     def _warm_up(self) -> None:
         """Compile and tune for every grid and batch now, so that no phase and no validation waits for it."""
@@ -294,10 +296,10 @@ class Trainer:
         """The updates of this epoch that are left."""
         position, per_rank = self.position, self.images_per_update // self.ranks
         if self.retokenizer.step(position.epoch) and position.epoch:
-            self.log.say(f"epoch {position.epoch}: {tokens(self.retokenizer.reduction)} from here on")
+            self.log.print(f"epoch {position.epoch}: {tokens(self.retokenizer.reduction)} from here on")
         self.reduction = self.retokenizer.reduction
         size = self.batch_sizes[self.reduction]
-        batches = self.interruption.together(self.data.train_batches(position.epoch, position.update * per_rank, size))
+        batches = self.interruption.in_step(self.data.train_batches(position.epoch, position.update * per_rank, size))
         self.step.replica.train()
         started = time.perf_counter() - position.seconds
         while position.update < self.updates_per_epoch:
@@ -383,7 +385,7 @@ class Trainer:
                 raise
         row["seconds"] = position.seconds + time.perf_counter() - started
         self.rows.append(row)
-        self.position = Position(position.epoch + 1)
+        self.position = TrainPosition(position.epoch + 1)
         state = self._state()
         if self.rank == 0:
             run.record(row, state)
@@ -405,13 +407,13 @@ class Trainer:
         return row
 
     def _evaluate(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
-        images = self.interruption.alone(batches)
+        images = self.interruption.until_stopped(batches)
         try:
             found = evaluate(model, images, self.device, autocast=self.step.autocast, ranks=self.ranks)
         except InputError:  # there are no images, on any rank: perhaps because all were stopped
-            self.interruption.settle()
+            self.interruption.raise_if_stopped()
             raise
-        self.interruption.settle()
+        self.interruption.raise_if_stopped()
         return found
 
     def _mean(self, value: Tensor) -> float:
@@ -427,7 +429,7 @@ class Trainer:
         """The state before a training ends early."""
         self._save(run)
         if isinstance(reason, Terminated) and self.out is not None:
-            self.log.say(
+            self.log.print(
                 f"terminated in epoch {self.position.epoch}, after {self.position.update} updates of it; "
                 f"{self.out / LAST} holds them, the same command continues"
             )
@@ -442,10 +444,10 @@ class Trainer:
     def _keep_best(self) -> None:
         """After an epoch that was the best so far, its checkpoint."""
         if self.out is not None and self.rows and best_row(self.rows) is self.rows[-1]:
-            keep_as(self.out / LAST, self.out / BEST)
+            link_or_copy(self.out / LAST, self.out / BEST)
 
     def _state(self) -> dict[str, Any]:
-        """A checkpoint in timm's format, and under ``OURS`` what it takes to go on to the same bits."""
+        """A checkpoint in timm's format, and under ``STATE_KEY`` what it takes to go on to the same bits."""
         if self.out is None:
             return {}
         prepared = {name: getattr(self.recipe, name) for name in ("crop_pct", "crop_mode", "interpolation")}
@@ -455,7 +457,7 @@ class Trainer:
         if best is not None:
             state["metric"] = metric(best)
         ranks = processes.gather((self.position.loss_sum.item(), random_state(self.device)))
-        begun = Begun(
+        begun = TrainState(
             epoch=self.position.epoch,
             update=self.position.update,
             seconds=self.position.seconds,
@@ -469,7 +471,7 @@ class Trainer:
             **self._cut(),
             **{name: getattr(self.recipe, name) for name in PASSES},
         )
-        state[OURS] = begun.to_dict()
+        state[STATE_KEY] = begun.to_dict()
         return state
 
     @property

@@ -19,11 +19,10 @@ from training_program import PLAIN, Pictures, run, run_killed, run_stalling, run
 
 from asvit_fast.backends import FallbackWarning
 from asvit_fast.errors import InputError
-from asvit_fast.training.checkpoint import BEST, LAST
-from asvit_fast.training.continuation import check_same_stream
-from asvit_fast.training.state import TrainState
+from asvit_fast.training.checkpoint import BEST, LAST, TrainState
+from asvit_fast.training.resume import check_same_stream
 from asvit_fast.training.step import Step
-from asvit_fast.training.trainer import Trainer
+from asvit_fast.training.train import Trainer
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["asvit_fast.training"])

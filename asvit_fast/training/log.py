@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from ..files import write_atomic
+from .schedule import tokens_text
 
 SUMMARY, EVENTS = "summary.csv", "tensorboard"
 WINDOW = 50  # updates that the speed is measured over
@@ -222,7 +223,7 @@ class TrainingLog:
         """One line of what the row holds."""
         parts = [f"epoch {row['epoch']}/{self.epochs}"]
         if "token_reduction" in row:
-            parts.append(tokens(row["token_reduction"]))
+            parts.append(tokens_text(row["token_reduction"]))
         parts.append(f"loss {row['train_loss']:.4g}")
         if row.get("top1") is not None:
             average = "" if row.get("ema_top1") is None else f" ({row['ema_top1']:.2f} % of the averaged weights)"
@@ -247,8 +248,3 @@ class TrainingLog:
             self.print("no events for TensorBoard, which is not installed; pip install 'asvit-fast[train]'")
             return None
         return SummaryWriter(str(directory / EVENTS), purge_step=first_update)
-
-
-def tokens(reduction: int) -> str:
-    """The tokens of a phase, in words."""
-    return "full tokens" if reduction == 1 else f"{reduction} times fewer tokens per side"

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from .. import processes
 
@@ -53,27 +54,28 @@ def gradient_sync(replica: nn.Module, enabled: bool) -> Iterator[None]:
         yield
 
 
-def whole(value: Any) -> Any:
-    """The same nest of dicts and lists with whole tensors on the CPU for sharded ones. Every rank must call it."""
-    if isinstance(value, DTensor):
-        return value.full_tensor().cpu()
-    if isinstance(value, Tensor):
-        return value.detach().cpu()
-    if isinstance(value, Mapping):
-        return {key: whole(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [whole(item) for item in value]
-    return value
+def full_state(state: Any) -> Any:
+    """A nest of dicts and lists with whole tensors on the CPU for sharded ones. Every rank must call it.
+
+    ``torch.distributed.checkpoint.state_dict`` would not do: ``get_optimizer_state_dict`` steps an optimizer that has
+    no state yet (Adam's count is then 1 before the first update), ``set_optimizer_state_dict`` accepts other groups of
+    weights, and ``set_model_state_dict`` checkpoints that lack some.
+    """
+
+    def gathered(tensor: Tensor) -> Tensor:
+        return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()).cpu()
+
+    return tree_map_only(Tensor, gathered, state)
 
 
 def load_model(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Whole tensors into a plain or sharded module."""
+    """Load whole tensors into a plain or sharded module."""
     own = model.state_dict()
     model.load_state_dict({name: _like(value, own.get(name)) for name, value in state.items()})
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Whole tensors into the optimizer of a plain or sharded module.
+    """Load whole tensors into the optimizer of a plain or sharded module.
 
     Raises:
         ValueError, KeyError, TypeError, AttributeError: what is no state of such an optimizer.

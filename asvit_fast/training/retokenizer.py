@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..modes import restored_modes
+from .rng import preserved_random_state
 from .schedule import RetokenizationSchedule
 from .token_reduction import set_token_reduction, token_reduction, unsupported_reason
 
@@ -110,7 +109,7 @@ class Retokenizer:
                 self._set(before)
 
     def _run(self, images: Tensor, autocast: Context | None, evaluate: Literal[False] | Context) -> None:
-        with _random_states(images.device):
+        with preserved_random_state(images.device):
             self.model.train()
             with _entered(autocast):
                 output = self.model(images)
@@ -150,15 +149,3 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
-
-
-@contextlib.contextmanager
-def _random_states(device: torch.device) -> Iterator[None]:
-    """torch's generators of the CPU and of ``device``, Python's and NumPy's are what they were afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (what users' code may draw from)
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002

@@ -177,3 +177,8 @@ def _phase(text: str) -> Phase:
         return Phase(int(length) if length.isdecimal() else float(length), int(reduction))
     except ValueError as error:
         raise error if isinstance(error, InputError) else InputError(f"'{length}' is not a number") from None
+
+
+def tokens_text(reduction: int) -> str:
+    """The tokens of a phase, in words."""
+    return "full tokens" if reduction == 1 else f"{reduction} times fewer tokens per side"

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,6 +71,11 @@ class Step:
     def averages(self) -> list[nn.Module]:
         """The average of the weights, if there is one."""
         return [] if self.ema is None else [self.ema.module]
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next update, or of the last one."""
+        return self.optimizer.param_groups[0]["lr"]
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         return autocast(self.recipe, self.device)
@@ -181,25 +187,40 @@ def make_criterion(recipe: Recipe) -> nn.Module:
     return LabelSmoothingCrossEntropy(recipe.smoothing) if recipe.smoothing else nn.CrossEntropyLoss()
 
 
-class LossGuard:
-    """Remembers the first update after which something was no finite number, without waiting for the device."""
+class FiniteGuard:
+    """Remembers the first update after which something was not finite, without waiting for the device.
 
-    def __init__(self, device: torch.device) -> None:
-        self.bad = torch.full((), NEVER, dtype=torch.int64, device=device)
+    Args:
+        step: what is watched.
+        updates_per_epoch: for the message.
+        checkpoint: the last good one, if there is one.
+    """
+
+    def __init__(self, step: Step, updates_per_epoch: int, checkpoint: Path | None) -> None:
+        self.step, self.updates_per_epoch, self.checkpoint = step, updates_per_epoch, checkpoint
+        self.first = torch.full((), NEVER, dtype=torch.int64, device=step.device)  # []
 
     def watch(self, finite: Tensor, update: int) -> None:
-        """``finite`` [] says whether all was well after ``update``."""
-        self.bad = torch.where(finite, self.bad, self.bad.clamp(max=update))
+        """Note whether all was well after ``update``: [] of bool."""
+        self.first = torch.where(finite, self.first, self.first.clamp(max=update))
 
-    def first(self) -> int | None:
-        """On any rank; every rank must ask."""
+    def check(self) -> None:
+        """Raise InputError if anything was not finite, on any rank; every rank must call it."""
         if processes.is_distributed():
-            dist.all_reduce(self.bad, op=dist.ReduceOp.MIN)
-        found = int(self.bad)
-        return None if found == NEVER else found
+            dist.all_reduce(self.first, op=dist.ReduceOp.MIN)
+        update = int(self.first)
+        if update == NEVER:
+            return
+        kept = self.checkpoint if self.checkpoint is not None and self.checkpoint.exists() else None
+        good = f"the last good checkpoint is {kept}" if kept else "no checkpoint has been written yet"
+        raise InputError(
+            f"the loss or the weights are not finite since update {update % self.updates_per_epoch} of epoch "
+            f"{update // self.updates_per_epoch} (update {update} of the training); {good}; train again with a lower "
+            f"lr ({self.step.lr:.3g} here), clip_grad, or without amp"
+        )
 
-
-def weights_are_finite(model: nn.Module) -> Tensor:
-    """[]: of this rank's shards, where the model is sharded."""
-    parts = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
-    return torch.stack([part.detach().isfinite().all() for part in parts]).all()
+    def check_weights(self, update: int) -> None:
+        """The same of the weights, which ``update`` may have spoilt though its loss was fine; before any are kept."""
+        parts = (p.to_local() if isinstance(p, DTensor) else p for p in self.step.model.parameters())  # of this rank
+        self.watch(torch.stack([part.detach().isfinite().all() for part in parts]).all(), update)
+        self.check()

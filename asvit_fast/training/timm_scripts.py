@@ -28,7 +28,7 @@ from torch import nn
 
 from ..errors import InputError
 from .retokenizer import Retokenizer
-from .schedule import RetokenizationSchedule
+from .schedule import RetokenizationSchedule, tokens_text
 from .schedule_cost import schedule_cost
 from .token_reduction import token_reduction
 
@@ -209,9 +209,7 @@ class _Listener:
         """The script says which epoch comes next."""
         assert self.retokenizer is not None
         if self.retokenizer.step(epoch):
-            reduction = self.retokenizer.reduction
-            tokens = "full tokens" if reduction == 1 else f"{reduction} x fewer tokens per side"
-            _print_on_rank0(f"from epoch {epoch} on (counted from 0) {tokens}")
+            _print_on_rank0(f"from epoch {epoch} on (counted from 0) {tokens_text(self.retokenizer.reduction)}")
         self.epoch = epoch
 
     def _check_end(self, script: str) -> None:

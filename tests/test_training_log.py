@@ -165,7 +165,7 @@ def test_lines_without_a_terminal(capsys: pytest.CaptureFixture[str], clock: Sim
 
 
 def test_silence(capfd: pytest.CaptureFixture[str]) -> None:
-    log = TrainingLog.silent()
+    log = TrainingLog(None, SCHEDULE, 4, 10, 32, COST, progress=False)
     log.update(0, 1.0, 0.1, 4)
     log.epoch(ROWS[0])
     log.write_summary(ROWS)

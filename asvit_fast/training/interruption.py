@@ -17,7 +17,6 @@ from ..errors import InputError
 
 Item = TypeVar("Item")
 EXIT_CODE = 128 + signal.SIGTERM  # the shell's convention
-_GO_ON, _TERMINATED, _UNREADABLE = 0, 1, 2
 
 
 class Terminated(SystemExit):
@@ -55,7 +54,7 @@ class Interruption:
         ):
             yield
             return
-        signal.signal(signal.SIGTERM, self._hear)
+        signal.signal(signal.SIGTERM, self._terminate)
         try:
             yield
         finally:
@@ -67,9 +66,9 @@ class Interruption:
         Raises:
             Terminated, Unreadable: on every rank, in place of the same batch.
         """
-        remaining = iter(batches)
+        own = self.until_stopped(batches)
         while True:
-            batch = self._read(remaining)
+            batch = next(own, None)
             self.raise_if_stopped()
             if batch is None:
                 return
@@ -87,16 +86,16 @@ class Interruption:
         Raises:
             Terminated, Unreadable: on every rank, if one was stopped.
         """
-        status = torch.tensor(_UNREADABLE if self._error else _TERMINATED if self._terminated else _GO_ON)  # []
+        stopped = torch.tensor([self._error is not None, self._terminated], dtype=torch.uint8)  # [2]
         if self._group is not None:
-            dist.all_reduce(status, dist.ReduceOp.MAX, group=self._group)
-        if status == _UNREADABLE:
+            dist.all_reduce(stopped, dist.ReduceOp.MAX, group=self._group)
+        if stopped[0]:
             texts = processes.gather("" if self._error is None else str(self._error))
             raise Unreadable(next(filter(None, texts)))
-        if status == _TERMINATED:
+        if stopped[1]:
             raise Terminated
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _terminate(self, number: int, frame: FrameType | None) -> None:
         self._terminated = True
         if self._reading:
             self._reading = False  # once
@@ -104,16 +103,13 @@ class Interruption:
 
     def _read(self, batches: Iterator[Item]) -> Item | None:
         try:
-            return self._next(batches)
+            try:
+                self._reading = True
+                return None if self._terminated else next(batches, None)
+            except InputError as error:
+                self._error = error
+                return None
+            finally:
+                self._reading = False
         except _Interrupt:
             return None
-
-    def _next(self, batches: Iterator[Item]) -> Item | None:
-        try:
-            self._reading = True
-            return None if self._terminated else next(batches, None)
-        except InputError as error:
-            self._error = error
-            return None
-        finally:
-            self._reading = False

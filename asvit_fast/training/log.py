@@ -9,24 +9,18 @@ import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 
 from ..files import write_atomic
-from .schedule import tokens_text
+from .schedule import RetokenizationSchedule, tokens_text
 
 SUMMARY, EVENTS = "summary.csv", "tensorboard"
 WINDOW = 50  # updates that the speed is measured over
 QUIET_SECONDS = 30.0  # between lines where no terminal shows a bar
 _SMOOTHING = 0.9  # of the loss in the bar
 _BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
-
-
-class Schedule(Protocol):
-    """What the log asks a schedule for."""
-
-    def reduction_at(self, epoch: int) -> int: ...
 
 
 class Pace:
@@ -89,7 +83,7 @@ class Pace:
 
 
 class TrainingLog:
-    """Progress bar, TensorBoard's events and summary.csv of a training; rank 0 has one, the others ``silent()``.
+    """Progress bar, TensorBoard's events and summary.csv of a training; ranks but 0 show and write nothing.
 
     Each epoch has a line. Where stderr is no terminal, a line every 30 seconds stands for the bar. TensorBoard is
     optional (extra "train").
@@ -110,7 +104,7 @@ class TrainingLog:
     def __init__(
         self,
         directory: Path | None,
-        schedule: Schedule | None,
+        schedule: RetokenizationSchedule,
         epochs: int,
         updates_per_epoch: int,
         images_per_update: int,
@@ -119,7 +113,7 @@ class TrainingLog:
         progress: bool = True,
         elapsed: float = 0.0,
     ) -> None:
-        reductions = [] if schedule is None else [schedule.reduction_at(epoch) for epoch in range(epochs)]
+        reductions = [schedule.reduction_at(epoch) for epoch in range(epochs)]
         self.directory, self.epochs, self.updates_per_epoch = directory, epochs, updates_per_epoch
         self.images_per_update, self.progress = images_per_update, progress
         self.rows: list[dict[str, Any]] = []
@@ -137,11 +131,6 @@ class TrainingLog:
         if not self._bar.disable:
             self._bar.start_t -= elapsed
         self._events = None if directory is None else self._open_events(directory, first_update)
-
-    @classmethod
-    def silent(cls) -> TrainingLog:
-        """A log that shows and writes nothing."""
-        return cls(None, None, 0, 0, 0, {}, progress=False)
 
     def update(
         self,
@@ -221,20 +210,17 @@ class TrainingLog:
 
     def _epoch_line(self, row: Mapping[str, Any]) -> str:
         """One line of what the row holds."""
-        parts = [f"epoch {row['epoch']}/{self.epochs}"]
-        if "token_reduction" in row:
-            parts.append(tokens_text(row["token_reduction"]))
-        parts.append(f"loss {row['train_loss']:.4g}")
-        if row.get("top1") is not None:
-            average = "" if row.get("ema_top1") is None else f" ({row['ema_top1']:.2f} % of the averaged weights)"
-            parts.append(f"top-1 {row['top1']:.2f} %{average}")
-        if "lr" in row:
-            parts.append(f"lr {row['lr']:.3g}")
-        if "images_per_second" in row:
-            parts.append(f"{row['images_per_second']:.4g} images/s")
-        if "seconds" in row:
-            parts.append(tqdm.format_interval(round(row["seconds"])))
-        return ", ".join(parts)
+        average = "" if row.get("ema_top1") is None else f" ({row['ema_top1']:.2f} % of the averaged weights)"
+        texts = {
+            "token_reduction": tokens_text,
+            "train_loss": "loss {:.4g}".format,
+            "top1": lambda top1: f"top-1 {top1:.2f} %{average}",
+            "lr": "lr {:.3g}".format,
+            "images_per_second": "{:.4g} images/s".format,
+            "seconds": lambda seconds: tqdm.format_interval(round(seconds)),
+        }
+        parts = [text(row[name]) for name, text in texts.items() if row.get(name) is not None]
+        return ", ".join([f"epoch {row['epoch']}/{self.epochs}", *parts])
 
     def _write(self, group: str, scalars: Mapping[str, float], update: int) -> None:
         if self._events is not None:

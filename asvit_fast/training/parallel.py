@@ -54,6 +54,11 @@ def gradient_sync(replica: nn.Module, enabled: bool) -> Iterator[None]:
         yield
 
 
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A tensor whose parts may lie on several processes, put together. Every rank must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def full_state(state: Any) -> Any:
     """A nest of dicts and lists with whole tensors on the CPU for sharded ones. Every rank must call it.
 
@@ -61,11 +66,7 @@ def full_state(state: Any) -> Any:
     no state yet (Adam's count is then 1 before the first update), ``set_optimizer_state_dict`` accepts other groups of
     weights, and ``set_model_state_dict`` checkpoints that lack some.
     """
-
-    def gathered(tensor: Tensor) -> Tensor:
-        return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()).cpu()
-
-    return tree_map_only(Tensor, gathered, state)
+    return tree_map_only(Tensor, lambda tensor: full_tensor(tensor).detach().cpu(), state)
 
 
 def load_model(model: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..errors import InputError
 from ..nn.attention import WindowAttention
+from .parallel import full_tensor
 
 TERMS = ("patch", "contrast", "attention", "weight")
 QUERIES = 16  # rows of a window's attention that the attention term looks at
@@ -264,7 +264,7 @@ class Regularization:
 
     def _weight(self) -> Tensor:
         """Of queries, keys and values of all blocks."""
-        weights = [_whole(block.attn.qkv.weight) for stage in self.stages for block in stage]  # [3 C, in]
+        weights = [full_tensor(block.attn.qkv.weight) for stage in self.stages for block in stage]  # [3 C, in]
         return _mean([conditional_orthogonality(_at_least_float32(weight).unflatten(0, (3, -1))) for weight in weights])
 
 
@@ -283,11 +283,6 @@ def _stages(model: nn.Module) -> list[Any]:
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _whole(weight: Tensor) -> Tensor:
-    """A parameter whose parts lie on several processes (FSDP), put together."""
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def _mean(terms: list[Tensor]) -> Tensor:

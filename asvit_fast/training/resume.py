@@ -14,9 +14,9 @@ from ..folder_lock import FolderLock
 from ..recipe import Recipe
 from ..run_directory import CONFIG, DamagedState, RunDirectory, load_state
 from .checkpoint import BEST, LAST, TrainState, last_epoch, link_or_copy
-from .optimization import learning_rate
 from .result import best_row
 from .schedule import REDUCTIONS, RetokenizationSchedule
+from .step import learning_rate
 
 PASSES = ("batch_size", "grad_accum_steps", "phase_batch_sizes")  # how the images of an update are cut
 SAME = ("images_per_update", "train_images")  # whatever else changes

@@ -17,13 +17,12 @@ from ..recipe import Recipe
 from .batch_size import least_of_ranks, pass_memory, phase_batch_sizes
 from .build import What, channels_of, create_network, pixel_statistics
 from .data import DataSets, Reader, load_data
-from .optimization import make_scheduler
 from .resume import CHANGEABLE_ON_RESUME, PASSES
 from .retokenizer import Retokenizer
 from .rng import seed_everything
 from .schedule import RetokenizationSchedule
 from .schedule_cost import schedule_cost
-from .step import autocast, make_step, prepare
+from .step import Step, autocast, make_scheduler, prepare
 
 Data = str | Path | DataSets
 
@@ -68,7 +67,7 @@ class TrainingSetup:
         prepare(network, recipe, device)
         memory = pass_memory(network, self.reader.shape, device, lambda: autocast(recipe, device))
         self.batch_sizes = least_of_ranks(phase_batch_sizes(recipe, self.schedule.reductions, memory))
-        self.step = make_step(network, recipe, device, self.images.num_classes, self.images_per_update)
+        self.step = Step(network, recipe, device, self.images.num_classes, self.images_per_update)
         self.retokenizer = Retokenizer(self.step.replica, self.schedule, *self.step.averages)
         self.updates_per_epoch = self._updates_per_epoch()
         self.scheduler = make_scheduler(recipe, self.step.optimizer, self.epochs, self.updates_per_epoch)

@@ -33,7 +33,7 @@ def init_process_group(device: torch.device) -> int:
 
 
 def _meeting_place() -> dict[str, Any]:
-    """Where processes find each other. The store of torchrun's agent outlives a restart, with the addresses of the
+    """Say where processes find each other. The store of torchrun's agent outlives a restart, with the addresses of the
     processes that died in it, so that new ones wait for those (torch 2.15): each attempt gets keys of its own."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
@@ -50,7 +50,7 @@ def _leave() -> None:
 
 
 def is_distributed() -> bool:
-    """Whether there is anybody else to talk to."""
+    """Return whether there is anybody else to talk to."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -82,7 +82,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def run_on_rank0(function: Callable[[], Result]) -> Result:
-    """What ``function`` returns on rank 0, on every rank; its error ends all of them."""
+    """Run ``function`` on rank 0 and return its result on every rank; its error ends all of them."""
     if rank() != 0:
         kind, content = broadcast(None)
         if kind == "error":
@@ -98,7 +98,7 @@ def run_on_rank0(function: Callable[[], Result]) -> Result:
 
 
 def portable(error: Exception) -> Exception:
-    """The same message in a class that every process can unpickle."""
+    """Put the message into a class that every process can unpickle."""
     if isinstance(error, InputError):
         return InputError(str(error))
     return RuntimeError(f"{type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-"""How a network is trained: every choice that has a default. Names and meanings are those of timm's train.py."""
+"""The recipe of a training: every choice that has a default. Names and meanings are those of timm's train.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CROP_MODES = ("center", "squash", "border")
 
 
 def are_numbers(value: Any) -> bool:
-    """Whether it is a list of finite numbers, one at least."""
+    """Return whether it is a list of finite numbers, one at least."""
     return (
         isinstance(value, (list, tuple))
         and len(value) > 0
@@ -169,8 +169,8 @@ class Recipe:
     @classmethod
     def of(cls, **options: Any) -> Recipe:
         """The recipe with some choices changed. Raises InputError for a name that is none of its choices."""
-        known = [one.name for one in fields(cls)]
-        unknown = [name for name in options if name not in known]
+        choices = [one.name for one in fields(cls)]
+        unknown = [name for name in options if name not in choices]
         if unknown:
-            raise InputError(f"unknown option {', '.join(unknown)}; one of {', '.join(known)}")
+            raise InputError(f"unknown option {', '.join(unknown)}; one of {', '.join(choices)}")
         return cls(**options)

@@ -231,7 +231,7 @@ class CheckpointModel(Description):
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
     ) -> dict[str, Any]:
-        """How images are prepared: timm's input_size (channels, height, width), mean, std, crop_pct, crop_mode,
+        """Say how images are prepared: timm's input_size (channels, height, width), mean, std, crop_pct, crop_mode,
         interpolation. The arguments count, then what the file says, then the network's default.
 
         Raises:
@@ -320,7 +320,7 @@ def _classes_of(weights: Mapping[str, Tensor], name: str) -> dict[str, int]:
 
 
 def is_export(path: Path) -> bool:
-    """Whether it is a folder of a network's configuration and weights."""
+    """Return whether it is a folder of a network's configuration and weights."""
     return all((path / name).is_file() for name in (WEIGHTS_FILE, CONFIG_FILE))
 
 

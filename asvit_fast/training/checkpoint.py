@@ -36,7 +36,7 @@ FORMAT = 2  # timm's: "epoch" is the last finished one
 
 @dataclass
 class TrainPosition:
-    """Where a training stands: after ``update`` updates of epoch ``epoch``, whose losses on this rank it adds up."""
+    """The place in a training: after ``update`` updates of epoch ``epoch``, whose losses on this rank it adds up."""
 
     epoch: int = 0
     update: int = 0
@@ -59,7 +59,7 @@ def _must_be(expected: Field) -> dict[str, Field]:
 
 @dataclass(frozen=True)
 class TrainState:
-    """How a training ran until its checkpoint, and with which options: our entry of it, checked.
+    """Our entry of a checkpoint, checked: how the training ran until then, and with which options.
 
     ``losses`` and ``random`` have an entry for each rank: its sum of losses in the epoch, its generators.
     ``batch_sizes`` are images of a pass, by token reduction.
@@ -112,8 +112,8 @@ class TrainState:
         return len(self.losses)
 
     def position(self, rank: int, ranks: int) -> TrainPosition:
-        """Where ``ranks`` processes go on. Another number of them shares what all have lost so far, whose mean over the
-        ranks is then what it was."""
+        """The place where ``ranks`` processes go on. Another number of them shares what all have lost so far, whose mean
+        over the ranks is then what it was."""
         loss = self.losses[rank] if ranks == self.processes else math.fsum(self.losses) / self.processes
         return TrainPosition(self.epoch, self.update, torch.tensor(loss, dtype=torch.float64), self.seconds)
 
@@ -204,7 +204,7 @@ def read_training(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def last_epoch(content: Mapping[str, Any]) -> int:
-    """The last finished epoch of a checkpoint, -1 where it says none. Raises InputError for what is no epoch."""
+    """The last finished epoch of a checkpoint, -1 where it says none. Raises InputError for what is not an epoch."""
     epoch = content.get("epoch", -1)
     if type(epoch) is not int or epoch < -1:
         raise InputError(f"the checkpoint is damaged: epoch must be a whole number from 0, got {epoch!r}")

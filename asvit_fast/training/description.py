@@ -1,4 +1,4 @@
-"""What a file says of its network, field by field and checked: files come from anywhere.
+"""Descriptions of networks in files, field by field and checked: files come from anywhere.
 
 Only what an architecture and its preprocessing need is taken. Everything that says where weights are, or how timm loads
 them, is left in the file.

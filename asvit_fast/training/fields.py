@@ -9,7 +9,7 @@ Field = tuple[Callable[[Any], bool], str]  # whether a value fits, and what is e
 
 
 def fits(value: Any, field: Field) -> bool:
-    """Whether a value is what the field must hold; never raises."""
+    """Return whether a value is what the field must hold; never raises."""
     try:
         return field[0](value)
     except (RecursionError, OverflowError):  # a list inside itself, a number beyond any float

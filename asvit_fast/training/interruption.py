@@ -1,4 +1,4 @@
-"""What ends a training between two updates, the same on all ranks: SIGTERM, or an image that cannot be read."""
+"""Reasons to end a training between two updates, the same on all ranks: SIGTERM, or an image that cannot be read."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Interruption:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """In the main thread, and unless the program handles SIGTERM itself. The handler is put back."""
+        """Hear SIGTERM, in the main thread and unless the program handles it itself; the handler is put back."""
         if threading.current_thread() is not threading.main_thread() or (
             signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
         ):
@@ -61,7 +61,7 @@ class Interruption:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def in_step(self, batches: Iterable[Item]) -> Iterator[Item]:
-        """The same batches. Every rank has read its batch before any of them gets one.
+        """Yield the batches. Every rank has read its batch before any of them gets one.
 
         Raises:
             Terminated, Unreadable: on every rank, in place of the same batch.
@@ -75,13 +75,13 @@ class Interruption:
             yield batch
 
     def until_stopped(self, batches: Iterable[Item]) -> Iterator[Item]:
-        """The same batches, or the first of them, where this rank is stopped: ``raise_if_stopped`` tells."""
+        """Yield the batches, or the first of them, where this rank is stopped: ``raise_if_stopped`` tells."""
         remaining = iter(batches)
         while (batch := self._read(remaining)) is not None:
             yield batch
 
     def raise_if_stopped(self) -> None:
-        """Every rank must call it at the same point.
+        """Stop where any rank was stopped; every rank must call it at the same point.
 
         Raises:
             Terminated, Unreadable: on every rank, if one was stopped.

@@ -1,4 +1,4 @@
-"""What a training tells while it runs: a progress bar, TensorBoard's events, a table of the epochs."""
+"""Reports of a training while it runs: a progress bar, TensorBoard's events, a table of the epochs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
 class Pace:
-    """How fast updates go, and how long the rest of a training takes, whose phases cost differently.
+    """Speed of the updates, and time that the rest of a training takes, whose phases cost differently.
 
     Args:
         reductions: token reduction of every epoch.
@@ -85,7 +85,7 @@ class Pace:
 class TrainingLog:
     """Progress bar, TensorBoard's events and summary.csv of a training; ranks but 0 show and write nothing.
 
-    Each epoch has a line. Where stderr is no terminal, a line every 30 seconds stands for the bar. TensorBoard is
+    Each epoch has a line. Where stderr is not a terminal, a line every 30 seconds stands for the bar. TensorBoard is
     optional (extra "train").
     The truth about a run is its trace.jsonl: ``write_summary`` makes the table from all rows each time, so that an
     interrupted run has each epoch once.

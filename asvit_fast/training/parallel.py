@@ -34,7 +34,7 @@ def shard(model: nn.Module, device: torch.device) -> None:
 
 
 def replicate(model: nn.Module, device: torch.device) -> nn.Module:
-    """What the training step calls: averages gradients over the ranks, unless FSDP2 does so or there is one rank."""
+    """Make what the training step calls: averages gradients over the ranks, unless FSDP2 does or there is one rank."""
     if not processes.is_distributed() or isinstance(model, FSDPModule):
         return model
     ids = [device] if device.type == "cuda" else None
@@ -79,7 +79,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
     """Load whole tensors into the optimizer of a plain or sharded module.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError: what is no state of such an optimizer.
+        ValueError, KeyError, TypeError, AttributeError: what is not a state of such an optimizer.
     """
     for own, group in zip(optimizer.param_groups, state["param_groups"], strict=True):
         for name, value in group.items():
@@ -98,7 +98,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
 
 
 def _alike(own: Any, value: Any) -> bool:
-    """Whether a hyperparameter can stand for another: numbers for numbers, as many of them."""
+    """Return whether a hyperparameter can stand for another: numbers for numbers, as many of them."""
     if isinstance(own, (tuple, list)):
         return isinstance(value, (tuple, list)) and len(own) == len(value) and all(map(_alike, own, value))
     numbers = (bool, int, float, Tensor)

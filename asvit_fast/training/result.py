@@ -1,4 +1,4 @@
-"""What a training ends with."""
+"""The result of a training, and which of its epochs was the best."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .schedule_cost import ScheduleCost
 
 @dataclass(frozen=True, repr=False)
 class TrainResult:
-    """What a training ended with. ``epochs`` has a row for each epoch, as in trace.jsonl."""
+    """The result of a training. ``epochs`` has a row for each epoch, as in trace.jsonl."""
 
     model: nn.Module
     ema: nn.Module | None
@@ -80,5 +80,5 @@ def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def metric(row: Mapping[str, Any]) -> float:
-    """What the best checkpoint is best in: top-1, of the average where there is one and it is better."""
+    """The measure of the best checkpoint: top-1, of the average where there is one and it is better."""
     return max(row["top1"], row.get("ema_top1") or 0.0)

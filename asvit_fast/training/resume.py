@@ -34,7 +34,7 @@ VALIDATION = ("top1", "top5", "eval_loss", "ema_top1", "ema_top5", "ema_loss")  
 
 
 class TrainingRun:
-    """What a training keeps: ``rows`` of its epochs on every rank, and a run directory that rank 0 alone writes.
+    """The record of a training: ``rows`` of its epochs on every rank, and a run directory that rank 0 alone writes.
 
     Args:
         out: the run directory; None keeps nothing.
@@ -131,7 +131,7 @@ def recover_last(out: Path) -> None:
 
 
 def _checked_row(run: RunDirectory, step: int, row: dict[str, Any]) -> dict[str, Any]:
-    """The row of an epoch on record, with numbers for what JSON has no numbers for."""
+    """Check the row of an epoch on record; what JSON has no numbers for becomes one."""
     for name in COUNTS:
         if type(row.get(name)) is not int or row[name] < 0:
             raise run.damaged_line(step, f"{name} must be a whole number, got {row.get(name)!r}")
@@ -150,7 +150,7 @@ def _checked_row(run: RunDirectory, step: int, row: dict[str, Any]) -> dict[str,
 def reason_to_refuse(
     changes: Mapping[str, tuple[Any, Any]], begun: TrainState | None, schedule: RetokenizationSchedule, epochs: int
 ) -> str | None:
-    """Why a run cannot go on with options that differ from its own; None where what is done stays right.
+    """Say why a run cannot go on with options that differ from its own; None where what is done stays right.
 
     Sound are other processes and other passes, as long as an update keeps its images, and another number of epochs, as
     long as the epochs that are begun keep their tokens.
@@ -177,7 +177,7 @@ def reason_to_refuse(
 
 
 def what_changes(begun: TrainState, recipe: Recipe, images_per_update: int, epochs: int) -> str:
-    """What another number of epochs means, in a line; "" where it is the same."""
+    """Say what another number of epochs means, in a line; "" where it is the same."""
     if begun.epochs == epochs:
         return ""
     done = begun.epoch * begun.updates_per_epoch + begun.update

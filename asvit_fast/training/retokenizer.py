@@ -58,7 +58,7 @@ class Retokenizer:
 
     @property
     def reduction(self) -> int:
-        """How many times fewer tokens per side the model has now."""
+        """Token reduction of the model now: how many times fewer tokens per side."""
         return token_reduction(self.model) if self.model in self._modules else 1
 
     def step(self, epoch: int) -> bool:
@@ -135,7 +135,7 @@ def _entered(context: Context | None) -> AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Gradients, buffers and training flags are what they were afterwards."""
+    """Put gradients, buffers and training flags back to what they were."""
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     for parameter, _ in gradients:

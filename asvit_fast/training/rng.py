@@ -76,7 +76,7 @@ def random_state(device: torch.device = CPU) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device = CPU) -> None:
-    """Undo what was drawn since ``random_state``. Raises InputError for what is no such state."""
+    """Undo what was drawn since ``random_state``. Raises InputError for what is not such a state."""
     try:
         torch.set_rng_state(state["torch"])
         name, keys, *rest = state["numpy"]

@@ -142,8 +142,8 @@ class RetokenizationSchedule:
         return self.phases[index].reduction
 
     def for_epochs(self, epochs: int) -> RetokenizationSchedule:
-        """The same in whole epochs for a training of ``epochs``: named schedules and fractions stretch (boundaries are
-        rounded), of explicit epochs the last phase is extended.
+        """Make a schedule of whole epochs for a training of ``epochs``: named schedules and fractions stretch
+        (boundaries are rounded), of explicit epochs the last phase is extended.
 
         Raises:
             InputError: a training shorter than the explicit epochs, or too short for one of the phases.

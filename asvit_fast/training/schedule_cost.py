@@ -1,4 +1,4 @@
-"""What a re-tokenization schedule saves, shown before training starts."""
+"""The cost of a re-tokenization schedule and what it saves, shown before training starts."""
 
 from __future__ import annotations
 

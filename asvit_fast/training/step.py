@@ -105,7 +105,7 @@ class Step:
 
     @contextlib.contextmanager
     def forward_context(self) -> Iterator[None]:
-        """What a training pass runs in."""
+        """The context of a training pass."""
         with self.autocast(), self.regularization or contextlib.nullcontext():
             yield
 
@@ -132,7 +132,7 @@ class Step:
 
 
 def prepare(model: nn.Module, recipe: Recipe, device: torch.device) -> None:
-    """Where the network lives and how it keeps what its backward pass needs."""
+    """Put the network on its device, and let it keep what the recipe wants for its backward pass."""
     model.to(device)
     if recipe.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -215,7 +215,7 @@ def make_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, epochs: int
 
 
 def learning_rate(recipe: Recipe, images_per_update: int, epochs: int, updates_per_epoch: int, update: int) -> float:
-    """Of one update of a training of so many epochs."""
+    """The learning rate of one update of a training of so many epochs."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=recipe.learning_rate(images_per_update))
     make_scheduler(recipe, optimizer, epochs, updates_per_epoch).step_update(update)
     return optimizer.param_groups[0]["lr"]
@@ -254,7 +254,7 @@ class FiniteGuard:
         )
 
     def check_weights(self, update: int) -> None:
-        """The same of the weights, which ``update`` may have spoilt though its loss was fine; before any are kept."""
+        """Check the weights before any are kept: ``update`` may have spoilt them though its loss was fine."""
         parts = (p.to_local() if isinstance(p, DTensor) else p for p in self.step.model.parameters())  # of this rank
         self.watch(torch.stack([part.detach().isfinite().all() for part in parts]).all(), update)
         self.check()

@@ -43,7 +43,7 @@ AVERAGES: dict[Any, str] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a script; 0, or 2 after a mistake that is told in one line. The script's own exits pass through."""
+    """Run a script; 0, or 2 after a mistake that is reported in one line. The script's own exits pass through."""
     try:
         arguments, text = _take_option(sys.argv[1:] if argv is None else argv)
         if not arguments or arguments[0].startswith("-"):
@@ -196,7 +196,7 @@ class _Listener:
     # ----------------------------------------------------------------------- what follows from it
 
     def _follow(self) -> None:
-        """From now on the trained model and all its copies have the tokens of the epoch."""
+        """Let the trained model and all its copies have the tokens of the epoch from now on."""
         copies = [
             copy
             for source, copy in self.copies
@@ -230,10 +230,10 @@ class _Untouched:
     t_in_epochs = True
 
     def step(self, epoch: int, metric: float | None = None) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def step_update(self, num_updates: int, metric: float | None = None) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def _telling(kind: Any, tell: Callable[[int], None], updates_per_epoch: int) -> type:
@@ -261,7 +261,7 @@ def _telling(kind: Any, tell: Callable[[int], None], updates_per_epoch: int) -> 
 
 
 def _heard(function: Callable[..., Any], hear: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function; what ``hear`` makes of its result and arguments is returned."""
+    """Wrap a function: what ``hear`` makes of its result and arguments is returned."""
 
     @functools.wraps(function)
     def call(*arguments: Any, **options: Any) -> Any:
@@ -287,6 +287,6 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _print_on_rank0(line: str) -> None:
-    """On standard error, as the scripts log; by one process."""
+    """Print on standard error, as the scripts log; by one process."""
     if timm.utils.world_info_from_env()[1] == 0:
         print(f"{PROGRAM}: {line}", file=sys.stderr, flush=True)

@@ -38,7 +38,7 @@ ONE_GRID = {
 
 
 def set_token_reduction(module: nn.Module, reduction: int) -> None:
-    """1, 2 or 4 times fewer tokens per side from now on, with the same weights, for every network inside ``module``.
+    """Use 1, 2 or 4 times fewer tokens per side from now on, with the same weights, in every network of ``module``.
 
     Takes our AsViT, and timm's VisionTransformer (DeiT among them), Eva, SwinTransformer and SwinTransformerV2 whose
     ``patch_embed`` is a ``timm.layers.PatchEmbed`` of 2 x 2 pixels or more; also inside DistributedDataParallel,
@@ -66,19 +66,21 @@ def set_token_reduction(module: nn.Module, reduction: int) -> None:
 
 
 def token_reduction(module: nn.Module) -> int:
-    """How many times fewer tokens per side the networks inside ``module`` have now.
+    """Return how many times fewer tokens per side the networks inside ``module`` have now.
 
     Raises:
         InputError: a network whose tokens cannot be reduced, or networks that differ.
     """
-    found = {_reduction_of(network) for network in _networks(module)}
-    if len(found) > 1:
-        raise InputError(f"networks inside differ in token reduction, {sorted(found)}: use set_token_reduction on all")
-    return found.pop()
+    reductions = {_reduction_of(network) for network in _networks(module)}
+    if len(reductions) > 1:
+        raise InputError(
+            f"networks inside differ in token reduction, {sorted(reductions)}: use set_token_reduction on all"
+        )
+    return reductions.pop()
 
 
 def unsupported_reason(module: nn.Module) -> str | None:
-    """Why ``set_token_reduction`` refuses ``module``; None if it takes it."""
+    """Say why ``set_token_reduction`` refuses ``module``; None if it takes it."""
     try:
         _networks(module)
     except InputError as error:
@@ -114,8 +116,8 @@ def _class_of(module: nn.Module) -> str:
 
 
 def _unsupported_reason(network: Any) -> str | None:
-    known = isinstance(network, WINDOWED) or getattr(type(network), "_pos_embed", None) in POSITIONED
-    if not known:
+    follows_grid = isinstance(network, WINDOWED) or getattr(type(network), "_pos_embed", None) in POSITIONED
+    if not follows_grid:
         return ONE_GRID.get(_class_of(network), "it is not known to work on any grid but its own")
     embed = network.patch_embed
     if type(embed).forward not in (PatchEmbed.forward, FastPatchEmbed.forward):
@@ -166,7 +168,7 @@ def _restore(network: nn.Module) -> None:
 
 
 def _reduce(network: Any, reduction: int) -> None:
-    """From full tokens."""
+    """Reduce the tokens of a network that has full ones."""
     embed = network.patch_embed
     projection = embed.proj
     kernel = projection.kernel_size
@@ -215,7 +217,7 @@ def _blocks(network: Any, size: Sequence[int]) -> Iterator[tuple[Any, Sequence[i
 
 
 def _set_position_index(attention: Any, full: tuple[int, int]) -> None:
-    """Of the position biases of ``full`` windows those between the tokens of the present ones."""
+    """Index, of the position biases of ``full`` windows, those between the tokens of the present ones."""
     device = attention.relative_position_index.device
 
     def offsets(length: int, largest: int) -> Tensor:

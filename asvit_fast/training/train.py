@@ -123,7 +123,7 @@ class Trainer(TrainingSetup):
         return self.result
 
     def iterate(self) -> Iterator[dict[str, Any]]:
-        """The same, epoch by epoch: their rows as they end."""
+        """Train epoch by epoch; yields their rows as they end."""
         with TrainingRun(self.out, self.config()) as self.kept:
             self.rows = self.kept.rows
             continued = self._restore()
@@ -260,7 +260,7 @@ class Trainer(TrainingSetup):
         self.log.write_summary(self.rows)
 
     def _validate(self) -> dict[str, float]:
-        """On the grid of this phase: the network has seen no other yet."""
+        """Validate on the grid of this phase: the network has seen no other yet."""
         result = self._evaluate(self.step.model, self.images.eval_batches(self.recipe.batch_size))
         row = {"top1": result.top1, "top5": result.top5, "eval_loss": result.loss}
         for average in self.step.averages:
@@ -279,7 +279,7 @@ class Trainer(TrainingSetup):
         return result
 
     def _mean(self, value: Tensor) -> float:
-        """Over the ranks."""
+        """Mean over the ranks."""
         value = value.to(self.device, copy=True)  # []
         if self.ranks > 1:
             dist.all_reduce(value)
@@ -320,7 +320,7 @@ class Trainer(TrainingSetup):
         self._compare(begun)
 
     def _compare(self, begun: TrainState) -> None:
-        """Whether the updates go on as they were cut until now; they hold the same images in any case."""
+        """Warn where updates are cut in other ways than until now; they hold the same images in any case."""
         now = {"processes": self.ranks, **{name: getattr(self.recipe, name) for name in PASSES}}
         changes = [
             f"{name} {getattr(begun, name)!r} -> {value!r}"
@@ -375,7 +375,7 @@ class Trainer(TrainingSetup):
 
     @property
     def result(self) -> TrainResult:
-        """What the training has come to so far."""
+        """The result of the training so far."""
         average = next(iter(self.step.averages), None)
         return TrainResult(self.step.model, average, self.rows, self.schedule, self.cost, self.out)
 

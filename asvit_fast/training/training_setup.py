@@ -1,4 +1,4 @@
-"""What a training needs, made of its arguments before anything is trained: data, network, optimizer, schedules."""
+"""Everything that a training needs, made of its arguments before it starts: data, network, optimizer, schedules."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class TrainingSetup:
 
     @property
     def images_per_update(self) -> int:
-        """Over all ranks."""
+        """Images of an update over all ranks."""
         return self.recipe.batch_size * self.recipe.grad_accum_steps * self.ranks
 
     def _updates_per_epoch(self) -> int:
@@ -87,7 +87,7 @@ class TrainingSetup:
         return self.images.images_per_rank // per_rank
 
     def config(self) -> dict[str, Any]:
-        """What a run directory must agree on with a run that continues it."""
+        """The options that a run directory must agree on with a run that continues it."""
         recipe = dataclasses.asdict(self.recipe)
         return {
             "kind": "train",
@@ -105,7 +105,7 @@ class TrainingSetup:
         }
 
     def cut(self) -> dict[str, Any]:
-        """What says which images an update holds."""
+        """The numbers that decide which images an update holds."""
         return {
             "images_per_update": self.images_per_update,
             "updates_per_epoch": self.updates_per_epoch,
@@ -113,7 +113,7 @@ class TrainingSetup:
         }
 
     def description_lines(self) -> Iterator[str]:
-        """What is trained, on how much data, at what cost."""
+        """Say what is trained, on how much data, at what cost."""
         model, rate = self.description["model"], self.recipe.learning_rate(self.images_per_update)
         yield f"{model}: {params(self.step.model) / 1e6:.2f} M parameters, {self.images.num_classes} classes"
         yield (

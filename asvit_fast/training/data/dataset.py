@@ -1,4 +1,4 @@
-"""From a data set to batches in memory, in the main process or in workers: read, augment, stack."""
+"""Batches in memory out of a data set, in the main process or in workers: read, augment, stack."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Batch(NamedTuple):
 
 
 class _Samples:
-    """What the samples of a split have in common."""
+    """Common part of the samples of a split."""
 
     def __init__(self, dataset: Any, reader: Reader, classes: int, training: bool) -> None:
         self.dataset, self.classes, self.seed, self.mode = dataset, classes, reader.recipe.seed, reader.mode

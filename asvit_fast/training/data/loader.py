@@ -1,4 +1,4 @@
-"""From requests for samples to normalised batches on a device: workers, copies ahead of use, random erasing."""
+"""Normalised batches on a device: requests to workers, copies ahead of use, random erasing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PARENT_CHECK_SECONDS = 0.5  # between a worker's looks at the process that it re
 
 
 def make_loader(dataset: Any, reader: Reader, classes: int, training: bool) -> MapLoader | StreamLoader:
-    """What reads this rank's share of a split.
+    """Make what reads this rank's share of a split.
 
     ``loader(epoch, start, stop, batch_size)`` has the images ``start`` to ``stop`` of its ``images`` in batches, the
     last one smaller: shuffled for each epoch and augmented in training, else in order.
@@ -37,7 +37,7 @@ def make_loader(dataset: Any, reader: Reader, classes: int, training: bool) -> M
 
 
 class RequestSampler(Sampler):
-    """What workers are asked for in the coming pass."""
+    """Requests to the workers in the coming pass."""
 
     def __init__(self) -> None:
         self.coming: Iterator[Request] = iter(())
@@ -56,7 +56,7 @@ class MapLoader:
         self.images = total // ranks if training else len(range(rank, total, ranks))
         self.requests = RequestSampler()
         self.passes = 0
-        self.key = object()  # of what was said about these images
+        self.key = object()  # of the warnings about these images
         self.loader: DataLoader | None = None
         if reader.recipe.workers and self.samples.tensors is None:
             options = {"sampler": self.requests, "persistent_workers": True}
@@ -154,7 +154,7 @@ def _end_with_parent() -> None:
 
 
 def _terminated_by(process: int) -> bool:
-    """Within the time between two looks at the parent."""
+    """Wait for a while; return whether the process has sent SIGTERM meanwhile."""
     if not hasattr(signal, "sigtimedwait"):  # SIGTERM ends the worker by itself there
         time.sleep(PARENT_CHECK_SECONDS)
         return False
@@ -163,7 +163,7 @@ def _terminated_by(process: int) -> bool:
 
 
 def raise_errors(batches: Iterable[Batch | InputError]) -> Iterator[Batch]:
-    """The same batches; an error that came in place of one is raised."""
+    """Yield the batches; an error that came in place of one is raised."""
     for batch in batches:
         if isinstance(batch, InputError):
             raise InputError(str(batch))  # itself would be a cycle of traceback and frame that keeps the workers

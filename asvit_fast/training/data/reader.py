@@ -1,4 +1,4 @@
-"""How images are read: everything but which ones."""
+"""Settings of how images are read: everything but which ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MODES = {1: "L", 3: "RGB"}  # channels -> Pillow's name
 
 @dataclass(frozen=True)
 class Reader:
-    """How images are read and shared.
+    """Settings of how images are read and shared.
 
     Args:
         recipe: augmentation, seed, workers.

@@ -52,7 +52,7 @@ class Validation:
 
 
 class TrainingData:
-    """What ``load_data`` returns.
+    """Training images and, where there are some, validation images of one rank.
 
     What a batch holds depends on the recipe's seed, the epoch and its position alone: not on the number of workers, on
     interruptions, or on how earlier batches were cut. One permutation of all images per epoch is dealt out to the

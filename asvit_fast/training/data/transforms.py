@@ -66,7 +66,7 @@ class _Posterize:
 
 
 def _operations(transform: Any) -> Iterator[Any]:
-    """Those of timm's RandAugment, AutoAugment and AugMix inside a composed transform."""
+    """Yield those of timm's RandAugment, AutoAugment and AugMix inside a composed transform."""
     pending = list(transform.transforms)
     while pending:
         part = pending.pop()

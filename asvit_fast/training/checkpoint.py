@@ -112,7 +112,7 @@ class TrainState:
         return len(self.losses)
 
     def position(self, rank: int, ranks: int) -> TrainPosition:
-        """The place where ``ranks`` processes go on. Another number of them shares what all have lost so far, whose mean
+        """The place where ``ranks`` processes go on. Another number of them shares what all lost so far, whose mean
         over the ranks is then what it was."""
         loss = self.losses[rank] if ranks == self.processes else math.fsum(self.losses) / self.processes
         return TrainPosition(self.epoch, self.update, torch.tensor(loss, dtype=torch.float64), self.seconds)

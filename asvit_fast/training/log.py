@@ -14,7 +14,8 @@ from typing import Any
 from tqdm import tqdm
 
 from ..files import write_atomic
-from .schedule import RetokenizationSchedule, tokens_text
+from ..tokens import tokens_text
+from .schedule import RetokenizationSchedule
 
 SUMMARY, EVENTS = "summary.csv", "tensorboard"
 WINDOW = 50  # updates that the speed is measured over

@@ -12,10 +12,10 @@ from ..errors import InputError
 from ..files import as_float
 from ..folder_lock import FolderLock
 from ..recipe import Recipe
-from ..run_directory import CONFIG, DamagedState, RunDirectory, load_state
+from ..run_directory import CONFIG, DamagedState, RunDirectory, best_row, load_state
+from ..tokens import REDUCTIONS
 from .checkpoint import BEST, LAST, TrainState, last_epoch, link_or_copy
-from .result import best_row
-from .schedule import REDUCTIONS, RetokenizationSchedule
+from .schedule import RetokenizationSchedule
 from .step import learning_rate
 
 PASSES = ("batch_size", "grad_accum_steps", "phase_batch_sizes")  # how the images of an update are cut

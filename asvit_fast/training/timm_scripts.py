@@ -27,8 +27,9 @@ import timm.utils
 from torch import nn
 
 from ..errors import InputError
+from ..tokens import tokens_text
 from .retokenizer import Retokenizer
-from .schedule import RetokenizationSchedule, tokens_text
+from .schedule import RetokenizationSchedule
 from .schedule_cost import schedule_cost
 from .token_reduction import token_reduction
 

@@ -8,7 +8,7 @@ full tokens in one more attribute, ``SAVED_ATTRIBUTES``, until it gets them back
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from ..acceleration.timm_layers import FastPatchEmbed
 from ..errors import InputError
 from ..models import AsViT
-from ..nn.patch_embed import check_token_reduction, dilation_of
+from ..nn.patch_embed import dilation_of
+from ..tokens import check_token_reduction
 
 SAVED_ATTRIBUTES = "_with_full_tokens"
 WINDOWED = (SwinTransformer, SwinTransformerV2)
@@ -97,10 +98,10 @@ def _networks(module: nn.Module) -> list[Any]:
     for network in networks:
         why = None if isinstance(network, AsViT) else _unsupported_reason(network)
         if why is not None:
-            raise InputError(f"the tokens of {_class_of(network)} cannot be reduced: {why}")
+            raise InputError(f"the tokens of {type(network).__name__} cannot be reduced: {why}")
     if not networks:
         raise InputError(
-            f"the tokens of {_class_of(module)} cannot be reduced: it has no patch_embed; As-ViT and timm's "
+            f"the tokens of {type(module).__name__} cannot be reduced: it has no patch_embed; As-ViT and timm's "
             f"VisionTransformer, Eva, SwinTransformer and SwinTransformerV2 can be re-tokenized"
         )
     return networks
@@ -111,20 +112,16 @@ def _embeds_patches(module: nn.Module) -> bool:
     return "patch_embed" in children or any(isinstance(child, PatchEmbed) for child in children.values())
 
 
-def _class_of(module: nn.Module) -> str:
-    return type(module).__name__
-
-
 def _unsupported_reason(network: Any) -> str | None:
     follows_grid = isinstance(network, WINDOWED) or getattr(type(network), "_pos_embed", None) in POSITIONED
     if not follows_grid:
-        return ONE_GRID.get(_class_of(network), "it is not known to work on any grid but its own")
+        return ONE_GRID.get(type(network).__name__, "it is not known to work on any grid but its own")
     embed = network.patch_embed
     if type(embed).forward not in (PatchEmbed.forward, FastPatchEmbed.forward):
-        return f"its patch_embed is a {_class_of(embed)}, not a timm.layers.PatchEmbed"
+        return f"its patch_embed is a {type(embed).__name__}, not a timm.layers.PatchEmbed"
     projection = embed.proj
     if not isinstance(projection, nn.Conv2d):
-        return f"the proj of its patch_embed is a {_class_of(projection)}, not a Conv2d"
+        return f"the proj of its patch_embed is a {type(projection).__name__}, not a Conv2d"
     kernel = projection.kernel_size
     if min(kernel) < 2:
         return f"its patches of {kernel[0]} x {kernel[1]} pixels have nothing to dilate"
@@ -188,32 +185,30 @@ def _reduce(network: Any, reduction: int) -> None:
 
 
 def _reduce_windows(network: Any, size: Sequence[int]) -> None:
-    """Windows of a Swin Transformer whose first map has ``size`` (rows, columns) at its own image size; images of other
-    sizes run too, with padding."""
-    for block, sides in _blocks(network, size):
-        attention, window, shift = block.attn, block.attn.window_size, block.shift_size
-        if not block.always_partition:
-            window = tuple(min(side, length) for side, length in zip(window, sides, strict=True))
-            shift = tuple(
-                0 if side <= length else by for side, length, by in zip(sides, window, shift, strict=True)
-            )  # a single window is not shifted
-        area = window[0] * window[1]
-        _change(block, dynamic_mask=True, window_size=window, window_area=area, shift_size=shift)
-        if window != attention.window_size:
-            full = attention.window_size
-            _change(attention, window_size=window)
-            if hasattr(attention, "window_area"):
-                _change(attention, window_area=area)
-            _set_position_index(attention, full)
-
-
-def _blocks(network: Any, size: Sequence[int]) -> Iterator[tuple[Any, Sequence[int]]]:
-    """Every block and its map (rows, columns)."""
+    """Fit the windows of a Swin Transformer whose first map has ``size`` (rows, columns) at its own image size; images
+    of other sizes run too, with padding."""
     for stage in network.layers:
         if not isinstance(stage.downsample, nn.Identity):
             size = [-(-side // 2) for side in size]
         for block in stage.blocks:
-            yield block, size
+            _reduce_window(block, size)
+
+
+def _reduce_window(block: Any, size: Sequence[int]) -> None:
+    attention, window, shift = block.attn, block.attn.window_size, block.shift_size
+    if not block.always_partition:
+        window = tuple(map(min, size, window))
+        shift = tuple(
+            0 if side <= length else by for side, length, by in zip(size, window, shift, strict=True)
+        )  # a single window is not shifted
+    area = window[0] * window[1]
+    _change(block, dynamic_mask=True, window_size=window, window_area=area, shift_size=shift)
+    if window != attention.window_size:
+        full = attention.window_size
+        _change(attention, window_size=window)
+        if hasattr(attention, "window_area"):
+            _change(attention, window_area=area)
+        _set_position_index(attention, full)
 
 
 def _set_position_index(attention: Any, full: tuple[int, int]) -> None:

@@ -17,6 +17,8 @@ from .. import processes
 from ..backends import notify_once, rank_device
 from ..errors import InputError
 from ..recipe import Recipe
+from ..run_directory import accuracy, best_row
+from ..tokens import tokens_text
 from .build import What
 from .checkpoint import (
     LAST,
@@ -31,10 +33,10 @@ from .checkpoint import (
 from .evaluate import Evaluation, evaluate
 from .interruption import Interruption, Terminated, Unreadable
 from .log import TrainingLog
-from .result import TrainResult, best_row, metric
+from .result import TrainResult
 from .resume import PASSES, TrainingRun, check_resumed, check_same_stream, what_changes
 from .rng import random_state, seed_everything, seed_words, set_random_state, to_seed
-from .schedule import RetokenizationSchedule, tokens_text
+from .schedule import RetokenizationSchedule
 from .step import Batches, FiniteGuard, raised_recompile_limit
 from .training_setup import Data, TrainingSetup
 
@@ -355,7 +357,7 @@ class Trainer(TrainingSetup):
         state = collect(self.step, self.description["model"], arguments, self.position.epoch - 1)
         best = best_row(rows)
         if best is not None:
-            state["metric"] = metric(best)
+            state["metric"] = accuracy(best)
         ranks = processes.gather((self.position.loss_sum.item(), random_state(self.device)))
         state[STATE_KEY] = TrainState(
             epoch=self.position.epoch,

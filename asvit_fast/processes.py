@@ -26,7 +26,9 @@ def init_process_group(device: torch.device) -> int:
         if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return 1
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT, **_meeting_place())
-        atexit.register(_leave)  # not at the end of a run: joining a second time is not reliable
+        atexit.register(
+            lambda: dist.destroy_process_group() if dist.is_initialized() else None
+        )  # not at the end of a run: joining a second time is not reliable
     if device.type == "cuda":
         torch.cuda.set_device(device)  # nccl sends objects through the current device
     return dist.get_world_size()
@@ -42,11 +44,6 @@ def _meeting_place() -> dict[str, Any]:
     store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
     own = dist.PrefixStore(f"asvit_fast/attempt_{attempt}_of_{size}", store)
     return {"store": own, "rank": int(rank), "world_size": int(size)}
-
-
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def is_distributed() -> bool:

@@ -52,7 +52,11 @@ def create_network(
         InputError: an unknown name, arguments that the network does not take, a network for other classes.
     """
     if isinstance(what, nn.Module):
-        _check_classes(what, num_classes)
+        own = getattr(what, "num_classes", num_classes)
+        if own != num_classes:
+            raise InputError(
+                f"the network has {own} classes, the data {num_classes}; model.reset_classifier({num_classes})"
+            )
         name, options = constructor_arguments(what)
         return what, _description(name, num_classes, img_size, options)
     options = dict(model_kwargs or {})
@@ -173,14 +177,6 @@ def _classifier(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of the layers of a network that give its classes, by its configuration."""
     names = config.get("classifier") or ()
     return (names,) if isinstance(names, str) else tuple(names)
-
-
-def _check_classes(model: nn.Module, num_classes: int) -> None:
-    own = getattr(model, "num_classes", num_classes)
-    if own != num_classes:
-        raise InputError(
-            f"the network has {own} classes, the data {num_classes}; model.reset_classifier({num_classes})"
-        )
 
 
 def _description(
@@ -331,15 +327,11 @@ def _file_of(path: Path) -> Path:
         return path
     for name in (BEST, LAST):
         if (path / name).is_file():
-            if name == LAST and _was_validated(path):
+            trace = read_jsonl(path / TRACE) if name == LAST else []
+            if any(row.get("top1") is not None for row in trace):
                 notify_once(path, f"{path / BEST} is lost: the weights of the last epoch, {LAST}, take its place")
             return path / name
     raise InputError(f"folder {str(path)!r} holds no {', no '.join((BEST, LAST))} and no export; give a checkpoint")
-
-
-def _was_validated(run: Path) -> bool:
-    trace = run / TRACE
-    return trace.is_file() and any(row.get("top1") is not None for row in read_jsonl(trace))
 
 
 def _exported(path: Path, use_ema: bool) -> CheckpointModel:

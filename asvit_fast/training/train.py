@@ -152,7 +152,17 @@ class Trainer(TrainingSetup):
             finally:
                 self.log.close()
             self.retokenizer.step(self.epochs - 1)
-            self.kept.finish(self._summary())
+            result = self.result
+            self.kept.finish(
+                {
+                    "model": self.description["model"],
+                    "epochs": self.epochs,
+                    "top1": result.top1,
+                    "best": result.best,
+                    "train_seconds": result.seconds,
+                    "saving": result.cost.saving,
+                }
+            )
 
     def _updates_done(self) -> int:
         return self.position.epoch * self.updates_per_epoch + self.position.update
@@ -380,14 +390,3 @@ class Trainer(TrainingSetup):
         """The result of the training so far."""
         average = next(iter(self.step.averages), None)
         return TrainResult(self.step.model, average, self.rows, self.schedule, self.cost, self.out)
-
-    def _summary(self) -> dict[str, Any]:
-        result = self.result
-        return {
-            "model": self.description["model"],
-            "epochs": self.epochs,
-            "top1": result.top1,
-            "best": result.best,
-            "train_seconds": result.seconds,
-            "saving": self.cost.saving,
-        }

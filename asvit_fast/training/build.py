@@ -151,8 +151,8 @@ def channels_of(what: What, model_kwargs: Mapping[str, Any] | None) -> int:
 
 
 def pixel_statistics(what: What, recipe: Recipe, channels: int = 3) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the pixels, one for each channel: the recipe's, or those that the network is made
-    for, averaged where it is made for another number of channels.
+    """Mean and standard deviation of the pixels: the recipe's, or those that the network is made for, of which
+    ``Reader`` makes one for each channel.
 
     Raises:
         InputError: a recipe with another number of values.
@@ -165,7 +165,7 @@ def pixel_statistics(what: What, recipe: Recipe, channels: int = 3) -> tuple[tup
         config = resolve_data_config({}, pretrained_cfg=pretrained_config(name))
     for name, values in (("mean", recipe.mean), ("std", recipe.std)):
         _check_channels(name, values, channels)
-    return per_channel(recipe.mean or config["mean"], channels), per_channel(recipe.std or config["std"], channels)
+    return recipe.mean or config["mean"], recipe.std or config["std"]
 
 
 def _check_channels(name: str, values: Any, channels: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 import os
 import shutil
@@ -44,17 +43,20 @@ class TrainPosition:
     seconds: float = 0.0  # in the updates of this epoch, over interruptions
 
 
-SECONDS: Field = (lambda value: are_numbers([value]) and value >= 0, "seconds")
-LOSSES: Field = (are_numbers, "a finite number for each rank")
-GENERATORS: Field = (lambda value: is_list(value, lambda item: isinstance(item, dict)), "the generators of each rank")
-BATCH_SIZES: Field = (
-    lambda value: isinstance(value, dict) and all(map(is_positive, (*value, *value.values()))),
-    "images of a pass by token reduction",
-)
-
-
-def _must_be(expected: Field) -> dict[str, Field]:
-    return {"expected": expected}
+_MAY_BE_ZERO = ("epoch", "update", "seed", "workers")
+_TYPES: dict[str, Field] = {  # by annotation
+    "float": (lambda value: are_numbers([value]) and value >= 0, "seconds"),
+    "str": TEXT,
+    "list[float]": (are_numbers, "a finite number for each rank"),
+    "list[dict[str, Any]]": (
+        lambda value: is_list(value, lambda state: isinstance(state, dict)),
+        "states of each rank",
+    ),
+    "dict[int, int]": (
+        lambda value: isinstance(value, dict) and all(map(is_positive, (*value, *value.values()))),
+        "images of a pass by token reduction",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -65,27 +67,28 @@ class TrainState:
     ``batch_sizes`` are images of a pass, by token reduction.
     """
 
-    epoch: int = field(metadata=_must_be(whole(0)))
-    update: int = field(metadata=_must_be(whole(0)))
-    seconds: float = field(metadata=_must_be(SECONDS))
-    losses: list[float] = field(metadata=_must_be(LOSSES))
-    random: list[dict[str, Any]] = field(metadata=_must_be(GENERATORS))
-    token_reduction: int = field(metadata=_must_be(whole(1)))
-    batch_sizes: dict[int, int] = field(metadata=_must_be(BATCH_SIZES))
-    epochs: int = field(metadata=_must_be(whole(1)))
-    schedule: str = field(metadata=_must_be(TEXT))
-    images_per_update: int = field(metadata=_must_be(whole(1)))
-    updates_per_epoch: int = field(metadata=_must_be(whole(1)))
-    seed: int = field(metadata=_must_be(whole(0)))
-    workers: int = field(metadata=_must_be(whole(0)))
-    batch_size: int = field(metadata=_must_be(whole(1)))
-    grad_accum_steps: int = field(metadata=_must_be(whole(1)))
-    phase_batch_sizes: str = field(metadata=_must_be(TEXT))
+    epoch: int
+    update: int
+    seconds: float
+    losses: list[float]
+    random: list[dict[str, Any]]
+    token_reduction: int
+    batch_sizes: dict[int, int]
+    epochs: int
+    schedule: str
+    images_per_update: int
+    updates_per_epoch: int
+    seed: int
+    workers: int
+    batch_size: int
+    grad_accum_steps: int
+    phase_batch_sizes: str
 
     def __post_init__(self) -> None:
         """Raises InputError, naming the first field that cannot be."""
         for one in fields(self):
-            _check(one.name, getattr(self, one.name), one.metadata["expected"])
+            expected = _TYPES.get(str(one.type)) or whole(0 if one.name in _MAY_BE_ZERO else 1)
+            _check(one.name, getattr(self, one.name), expected)
         ranks = len(self.losses)
         _check("random", self.random, (lambda states: len(states) == ranks, f"{ranks} states"))
         _check("update", self.update, (lambda update: update <= self.updates_per_epoch, "an update of the epoch"))
@@ -235,11 +238,10 @@ def link_or_copy(source: Path, target: Path) -> None:
     with file_errors("write", target):
         scratch.unlink(missing_ok=True)
         try:
-            os.link(source, scratch)
-        except OSError:  # a file system without links
-            with contextlib.ExitStack() as cleanup:
-                cleanup.callback(scratch.unlink, missing_ok=True)
+            try:
+                os.link(source, scratch)
+            except OSError:  # a file system without links
                 shutil.copyfile(source, scratch)
-                cleanup.pop_all()
-        os.replace(scratch, target)
-        scratch.unlink(missing_ok=True)  # which stays where both were names of one file already
+            os.replace(scratch, target)
+        finally:
+            scratch.unlink(missing_ok=True)  # it also stays where both were names of one file already

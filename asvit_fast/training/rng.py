@@ -25,11 +25,6 @@ def epoch_order(images: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(images, generator=generator(seed, epoch))
 
 
-def shard(order: Tensor, rank: int, ranks: int) -> Tensor:
-    """Every ``ranks``-th of ``order`` from the ``rank``-th on: what the ranks read at one time are neighbours in it."""
-    return order[rank::ranks]
-
-
 def seed_words(*keys: int) -> list[int]:
     """Four well-mixed 32-bit numbers that stand for ``keys``, such as (seed, epoch, index)."""
     return [int(word) for word in np.random.SeedSequence(keys).generate_state(4)]

@@ -57,11 +57,6 @@ def schedule_cost(model: nn.Module, schedule: str | RetokenizationSchedule, img_
     """Multiply-adds per image of ``model`` at every reduction of ``schedule``, counted by ``asvit_fast.cost.flops``,
     and what the schedule saves.
 
-    The paper (As-ViT, arXiv 2202.11921, Table 6) prints savings of 18.7, 37.4 and 56.2 % for its three schedules, which
-    as-vit-large does not have: they imply that the network costs 13.2 and 28.5 % with 4 and 2 times fewer tokens per
-    side, while the published architecture costs 5.6 and 21.1 % on the grids 14, 7, 4, 2 and 28, 14, 7, 4 of a 224 pixel
-    image (odd grids merge with a zero row and column). Counted this way the savings are 20.5, 41.0 and 61.4 %.
-
     Args:
         model: an As-ViT or a model that ``set_token_reduction`` takes; its reduction is left as it was.
         img_size: pixels, int or (height, width).

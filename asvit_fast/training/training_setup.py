@@ -62,7 +62,7 @@ class TrainingSetup:
             drop_path=recipe.drop_path,
             initial_checkpoint=self.initial_checkpoint,
         )
-        self.description |= {"mean": list(mean), "std": list(std)}
+        self.description |= {"mean": list(self.reader.mean), "std": list(self.reader.std)}
         self.cost = schedule_cost(network, self.schedule, self.img_size)
         prepare(network, recipe, device)
         memory = pass_memory(network, self.reader.shape, device, lambda: autocast(recipe, device))

@@ -65,7 +65,8 @@ class MapLoader:
     def __call__(self, epoch: int, start: int, stop: int, batch_size: int) -> Iterator[Batch]:
         total, seed = len(self.samples), self.reader.recipe.seed
         order = rng.epoch_order(total, seed, epoch) if self.training else torch.arange(total)  # [all images]
-        own = rng.shard(order, self.reader.rank, self.reader.ranks)[start:stop]  # [images]
+        # what the ranks read at one time are neighbours in the order
+        own = order[self.reader.rank :: self.reader.ranks][start:stop]  # [images]
         requests = ((epoch, piece.tolist()) for piece in own.split(batch_size) if len(piece))  # one empty if none
         if self.loader is None:
             return self._checked(map(self.samples.__getitem__, requests))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -176,24 +177,23 @@ def reason_to_refuse(
     return None
 
 
-def what_changes(begun: TrainState, recipe: Recipe, images_per_update: int, epochs: int) -> str:
+def what_changes(begun: TrainState, now: TrainState, recipe: Recipe) -> str:
     """Say what another number of epochs means, in a line; "" where it is the same."""
-    if begun.epochs == epochs:
+    if begun.epochs == now.epochs:
         return ""
     done = begun.epoch * begun.updates_per_epoch + begun.update
-    now, before = (
-        learning_rate(recipe, images_per_update, length, begun.updates_per_epoch, done)
-        for length in (epochs, begun.epochs)
+    new, old = (
+        learning_rate(recipe, now.images_per_update, state.epochs, begun.updates_per_epoch, done)
+        for state in (now, begun)
     )
     return (
-        f"epochs {begun.epochs} -> {epochs}: from here on the learning rate is that of a training of {epochs} epochs, "
-        f"{now:.3g} for the next update ({before:.3g} with {begun.epochs}); what is trained already had the old one"
+        f"epochs {begun.epochs} -> {now.epochs}: from here on the learning rate is that of a training of {now.epochs} "
+        f"epochs, {new:.3g} for the next update ({old:.3g} with {begun.epochs}); what is trained already had the old "
+        "one"
     )
 
 
-def check_resumed(
-    state: Mapping[str, Any], schedule: RetokenizationSchedule, epochs: int, cut: Mapping[str, int]
-) -> None:
+def check_resumed(state: Mapping[str, Any], now: TrainState, schedule: RetokenizationSchedule) -> None:
     """Check that a training may begin with the state of another run: between epochs with any options, inside one with
     those that say which images an update holds.
 
@@ -202,15 +202,17 @@ def check_resumed(
     """
     begun = TrainState.of(state)
     done = last_epoch(state) + 1 if begun is None else begun.epoch
-    if done >= epochs:
-        raise InputError(f"the checkpoint to resume has {done} epochs behind it, epochs is {epochs}: give more")
+    if done >= now.epochs:
+        raise InputError(f"the checkpoint to resume has {done} epochs behind it, epochs is {now.epochs}: give more")
     if begun is None or begun.update == 0:
         return
-    for name, value in {**cut, "token_reduction": schedule.reduction_at(begun.epoch)}.items():
-        if getattr(begun, name) != value:
+    now = dataclasses.replace(now, token_reduction=schedule.reduction_at(begun.epoch))
+    for name in ("images_per_update", "updates_per_epoch", "seed", "token_reduction"):
+        before, value = getattr(begun, name), getattr(now, name)
+        if before != value:
             raise InputError(
-                f"the checkpoint to resume stands inside epoch {begun.epoch}, with {name} {getattr(begun, name)}, not "
-                f"{value}; give the options that it was begun with, or take its weights alone as initial_checkpoint"
+                f"the checkpoint to resume stands inside epoch {begun.epoch}, with {name} {before}, not {value}; give "
+                "the options that it was begun with, or take its weights alone as initial_checkpoint"
             )
 
 

@@ -301,22 +301,22 @@ class Trainer(TrainingSetup):
 
     def _restore(self) -> bool:
         """Go on where the run directory, or the checkpoint to resume, stands; then the generators of this rank."""
-        begun = self.kept.load()
+        now, begun = self._train_state(), self.kept.load()
         state, self.resumed = begun or self.resumed, None
         if state is not None:
             check_same_stream(TrainState.of(state), self.images.is_stream, self.ranks, self.recipe.workers)
             if begun is None:
-                check_resumed(state, self.schedule, self.epochs, self.cut())
+                check_resumed(state, now, self.schedule)
         self.kept.settle_changes(begun, self.schedule, self.epochs)
         if state is not None:
-            self._load(state)
+            self._load(state, now)
         else:
             seed_everything(self.recipe.seed + self.rank, self.device)
         if begun is not None and self.position.update == 0:
             self.kept.keep_best()  # a kill may have come between the checkpoint and this
         return state is not None
 
-    def _load(self, state: dict[str, Any]) -> None:
+    def _load(self, state: dict[str, Any], now: TrainState) -> None:
         restore(self.step, state)
         begun = TrainState.of(state)
         if begun is None:  # of timm's train.py
@@ -329,22 +329,18 @@ class Trainer(TrainingSetup):
         else:
             words = seed_words(self.recipe.seed, begun.epoch, begun.update, self.rank)
             seed_everything(to_seed(words), self.device)
-        self._compare(begun)
+        self._compare(begun, now)
 
-    def _compare(self, begun: TrainState) -> None:
+    def _compare(self, begun: TrainState, now: TrainState) -> None:
         """Warn where updates are cut in other ways than until now; they hold the same images in any case."""
-        now = {"processes": self.ranks, **{name: getattr(self.recipe, name) for name in PASSES}}
-        changes = [
-            f"{name} {getattr(begun, name)!r} -> {value!r}"
-            for name, value in now.items()
-            if getattr(begun, name) != value
-        ]
+        pairs = [(name, getattr(begun, name), getattr(now, name)) for name in ("processes", *PASSES)]
+        changes = [f"{name} {before!r} -> {value!r}" for name, before, value in pairs if before != value]
         if not changes:
             self.batch_sizes |= begun.batch_sizes  # as they were measured then
         elif self.rank == 0:
             text = f"this training goes on with {', '.join(changes)}: correct, but not to the same bits"
             notify_once(("another cut", self.out, *changes), text)
-        self.news = what_changes(begun, self.recipe, self.images_per_update, self.epochs)
+        self.news = what_changes(begun, now, self.recipe)
 
     def _save_before_the_end(self, reason: BaseException) -> None:
         self._save()
@@ -368,8 +364,13 @@ class Trainer(TrainingSetup):
         best = best_row(rows)
         if best is not None:
             state["metric"] = accuracy(best)
+        state[STATE_KEY] = self._train_state().to_dict()
+        return state
+
+    def _train_state(self) -> TrainState:
+        """The place and the options of this training; every rank must call it."""
         ranks = processes.gather((self.position.loss_sum.item(), random_state(self.device)))
-        state[STATE_KEY] = TrainState(
+        return TrainState(
             epoch=self.position.epoch,
             update=self.position.update,
             seconds=self.position.seconds,
@@ -379,11 +380,12 @@ class Trainer(TrainingSetup):
             batch_sizes=self.batch_sizes,
             epochs=self.epochs,
             schedule=str(self.schedule),
+            images_per_update=self.images_per_update,
+            updates_per_epoch=self.updates_per_epoch,
+            seed=self.recipe.seed,
             workers=self.recipe.workers,
-            **self.cut(),
             **{name: getattr(self.recipe, name) for name in PASSES},
-        ).to_dict()
-        return state
+        )
 
     @property
     def result(self) -> TrainResult:

@@ -104,14 +104,6 @@ class TrainingSetup:
             "recipe": {name: value for name, value in recipe.items() if name not in CHANGEABLE_ON_RESUME},
         }
 
-    def cut(self) -> dict[str, Any]:
-        """The numbers that decide which images an update holds."""
-        return {
-            "images_per_update": self.images_per_update,
-            "updates_per_epoch": self.updates_per_epoch,
-            "seed": self.recipe.seed,
-        }
-
     def description_lines(self) -> Iterator[str]:
         """Say what is trained, on how much data, at what cost."""
         model, rate = self.description["model"], self.recipe.learning_rate(self.images_per_update)

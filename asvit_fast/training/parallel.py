@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -46,11 +46,8 @@ def gradient_sync(replica: nn.Module, enabled: bool) -> Iterator[None]:
     """Passes of an update but the last keep their gradients to themselves."""
     if isinstance(replica, FSDPModule):
         replica.set_requires_gradient_sync(enabled)
-        yield
-    elif isinstance(replica, DistributedDataParallel) and not enabled:
-        with replica.no_sync():
-            yield
-    else:
+    waits = isinstance(replica, DistributedDataParallel) and not enabled
+    with cast(DistributedDataParallel, replica).no_sync() if waits else contextlib.nullcontext():
         yield
 
 

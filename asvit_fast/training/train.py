@@ -92,13 +92,13 @@ def train(
         Recipe.of(**recipe),
         epochs,
         rank_device(device),
-        None if out is None else Path(out),
-        img_size,
-        num_classes,
-        model_kwargs,
-        initial_checkpoint,
-        resume,
-        progress,
+        out=None if out is None else Path(out),
+        img_size=img_size,
+        num_classes=num_classes,
+        model_kwargs=model_kwargs,
+        initial_checkpoint=initial_checkpoint,
+        resume=resume,
+        progress=progress,
     ).run()
 
 

@@ -18,15 +18,13 @@ from torch import nn
 
 from . import graph
 from .cost import params
-from .errors import InputError
+from .errors import InputError, one_line
 from .files import folder_path, from_json, write_folder
 from .models.library import takes_size
 from .report.runs import Run
 from .topology import Topology
-from .training.checkpoint import one_line
-from .training.checkpoint_model import CONFIG_FILE, WEIGHTS_FILE, CheckpointModel
+from .training.build import CONFIG_FILE, WEIGHTS_FILE, CheckpointModel, build, constructor_arguments
 from .training.description import CONFIGURATION, checked
-from .training.network import build, constructor_arguments
 from .what import resolve
 
 Size = int | tuple[int, int]
@@ -166,7 +164,7 @@ def _of_module(model: nn.Module, num_classes: int | None, img_size: Size | None)
         raise InputError(f"{name} cannot be built again from its name and arguments: {one_line(error)}") from error
     fresh.pretrained_cfg = {**fresh.pretrained_cfg, **getattr(model, "pretrained_cfg", {})}
     size = options.get("img_size")
-    built = CheckpointModel(fresh, name, Path(), options, {})
+    built = CheckpointModel(name, options, {}, None, fresh, Path())
     if size is not None:
         built.data["input_size"] = (built.data_config()["input_size"][0], *to_2tuple(size))
     return _as_it_is(built, name, num_classes, img_size)
@@ -200,7 +198,7 @@ def _fresh(
         {}, model=model
     )  # the size and crop of training, not those of timm's tests at a larger size
     data = {name: config[name] for name in DATA if name != "input_size"}
-    built = CheckpointModel(model, name, Path(), given, data)
+    built = CheckpointModel(name, given, data, None, model, Path())
     built.data["input_size"] = (built.data_config()["input_size"][0], *to_2tuple(size))
     return Exported(built, False)
 

@@ -21,7 +21,7 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar, extract_tari
 from timm.utils.misc import natural_key
 from torch import Tensor
 
-from .errors import InputError
+from .errors import InputError, first_line
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 KINDS = ", ".join(EXTENSIONS)
@@ -32,8 +32,7 @@ class UnreadableImage(InputError):
     """An image file cannot be decoded, for whatever Pillow raises: OSError, SyntaxError, ValueError, struct.error."""
 
     def __init__(self, name: str, error: Exception) -> None:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        super().__init__(f"image {name!r} cannot be read ({reason}); repair it or remove it")
+        super().__init__(f"image {name!r} cannot be read ({first_line(error)}); repair it or remove it")
         self.name = name
 
 

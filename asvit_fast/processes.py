@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 _TIMEOUT = timedelta(days=7)  # a rank may compute for long; torchrun ends everybody when one process dies
 
 
-def join(device: torch.device) -> int:
+def init_process_group(device: torch.device) -> int:
     """Number of processes; joins those of torchrun unless the caller has done so already."""
     if not dist.is_available():
         return 1
@@ -26,14 +26,16 @@ def join(device: torch.device) -> int:
         if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return 1
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT, **_meeting_place())
-        atexit.register(_leave)  # not at the end of a run: joining a second time is not reliable
+        atexit.register(
+            lambda: dist.destroy_process_group() if dist.is_initialized() else None
+        )  # not at the end of a run: joining a second time is not reliable
     if device.type == "cuda":
         torch.cuda.set_device(device)  # nccl sends objects through the current device
     return dist.get_world_size()
 
 
 def _meeting_place() -> dict[str, Any]:
-    """Where processes find each other. The store of torchrun's agent outlives a restart, with the addresses of the
+    """Say where processes find each other. The store of torchrun's agent outlives a restart, with the addresses of the
     processes that died in it, so that new ones wait for those (torch 2.15): each attempt gets keys of its own."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
@@ -44,28 +46,23 @@ def _meeting_place() -> dict[str, Any]:
     return {"store": own, "rank": int(rank), "world_size": int(size)}
 
 
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def joined() -> bool:
-    """Whether there is anybody else to talk to."""
+def is_distributed() -> bool:
+    """Return whether there is anybody else to talk to."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def rank() -> int:
-    return dist.get_rank() if joined() else 0
+    return dist.get_rank() if is_distributed() else 0
 
 
 def cpu_group() -> Any:
     """All ranks, talking through the CPU whatever their devices do; None where there is but one."""
-    return dist.new_group(backend="gloo", timeout=_TIMEOUT) if joined() else None
+    return dist.new_group(backend="gloo", timeout=_TIMEOUT) if is_distributed() else None
 
 
 def broadcast(message: Any) -> Any:
     """The message of rank 0, on every rank."""
-    if not joined():
+    if not is_distributed():
         return message
     box = [message]
     dist.broadcast_object_list(box, src=0)
@@ -74,15 +71,15 @@ def broadcast(message: Any) -> Any:
 
 def gather(value: Any) -> list[Any]:
     """The values of all ranks, in their order, on every rank."""
-    if not joined():
+    if not is_distributed():
         return [value]
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
 
 
-def on_main(function: Callable[[], Result]) -> Result:
-    """What ``function`` returns on rank 0, on every rank; its error ends all of them."""
+def run_on_rank0(function: Callable[[], Result]) -> Result:
+    """Run ``function`` on rank 0 and return its result on every rank; its error ends all of them."""
     if rank() != 0:
         kind, content = broadcast(None)
         if kind == "error":
@@ -98,7 +95,7 @@ def on_main(function: Callable[[], Result]) -> Result:
 
 
 def portable(error: Exception) -> Exception:
-    """The same message in a class that every process can unpickle."""
+    """Put the message into a class that every process can unpickle."""
     if isinstance(error, InputError):
         return InputError(str(error))
     return RuntimeError(f"{type(error).__name__}: {error}")

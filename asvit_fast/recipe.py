@@ -1,10 +1,12 @@
-"""How a network is trained: every choice that has a default. Names and meanings are those of timm's train.py."""
+"""The recipe of a training: every choice that has a default. Names and meanings are those of timm's train.py."""
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from statistics import fmean
 from typing import Any
 
 from .errors import InputError
@@ -16,12 +18,17 @@ CROP_MODES = ("center", "squash", "border")
 
 
 def are_numbers(value: Any) -> bool:
-    """Finite numbers, one at least."""
+    """Return whether it is a list of finite numbers, one at least."""
     return (
         isinstance(value, (list, tuple))
         and len(value) > 0
         and all(isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for x in value)
     )
+
+
+def per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """One value for each channel, as timm's loaders adapt them: their average where there are others."""
+    return tuple(values) if len(values) == channels else (fmean(values),) * channels
 
 
 def _option(default: Any, help: str) -> Any:
@@ -119,7 +126,7 @@ class Recipe:
         self._check("seed", self.seed < 2**63, "at most 2**63 - 1")
         for name in ("hflip", "reprob", "mixup_prob", "mixup_switch_prob"):
             self._check(name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
-        for name in ("smoothing", "drop_path"):
+        for name in ("smoothing", "drop_path", "model_ema_decay"):
             self._check(name, 0 <= getattr(self, name) < 1, "from 0 to below 1")
         for name in ("lr", "lr_base", "clip_grad", "layer_decay"):
             self._check(name, getattr(self, name) is None or getattr(self, name) > 0, "above 0")
@@ -131,7 +138,6 @@ class Recipe:
                 object.__setattr__(self, name, (getattr(self, name),))
             self._check(name, getattr(self, name) is None or are_numbers(getattr(self, name)), "numbers")
         self._check("std", self.std is None or min(self.std) > 0, "numbers above 0")
-        self._check("model_ema_decay", 0 <= self.model_ema_decay < 1, "from 0 to below 1")
         for name, choices in (
             ("bad_images", ("stop", "skip")),
             ("remode", ("const", "rand", "pixel")),
@@ -163,8 +169,8 @@ class Recipe:
     @classmethod
     def of(cls, **options: Any) -> Recipe:
         """The recipe with some choices changed. Raises InputError for a name that is none of its choices."""
-        known = [one.name for one in fields(cls)]
-        unknown = [name for name in options if name not in known]
+        choices = [one.name for one in fields(cls)]
+        unknown = [name for name in options if name not in choices]
         if unknown:
-            raise InputError(f"unknown option {', '.join(unknown)}; one of {', '.join(known)}")
+            raise InputError(f"unknown option {', '.join(unknown)}; one of {', '.join(choices)}")
         return cls(**options)

@@ -12,8 +12,8 @@ from .models.library import check_known, is_known
 from .report.runs import DESIGNS, Run, find_runs, has_run
 from .run_directory import CONFIG
 from .topology import NAMED_TOPOLOGIES, Topology
+from .training.build import CheckpointModel, build_from_checkpoint, is_export
 from .training.checkpoint import BEST, LAST
-from .training.checkpoint_model import CheckpointModel, build_from_checkpoint, is_export
 
 FORMS = (
     "a topology, the name of a model of timm or torchvision, a run directory, an exported folder, or a checkpoint file"

@@ -27,9 +27,9 @@ import asvit_fast as af
 from asvit_fast import backends
 from asvit_fast.files import write_atomic
 from asvit_fast.recipe import Recipe
-from asvit_fast.scoring.memory import keep_freed_memory
-from asvit_fast.training.checkpoint import random_state, set_random_state
-from asvit_fast.training.trainer import Trainer
+from asvit_fast.scoring.memory import disable_malloc_trim
+from asvit_fast.training.rng import random_state, set_random_state
+from asvit_fast.training.train import Trainer
 
 FULL = "1"
 SCHEDULES = (FULL, "table6-40", "table6-80", "table6-120")
@@ -79,10 +79,7 @@ def trainer(model: str, schedule: str, seed: int, epochs: int, device: torch.dev
     """What ``asvit_fast.train`` runs."""
     phases = af.RetokenizationSchedule.parse(schedule).for_epochs(epochs)
     recipe = Recipe.of(seed=seed, workers=0, eval_interval=5, **RECIPE)
-    return Trainer(
-        model, digits(), phases, recipe, epochs=epochs, out=None, img_size=IMG_SIZE, num_classes=None, network={},
-        resume="", device=device, progress=False,
-    )  # fmt: skip
+    return Trainer(model, digits(), phases, recipe, epochs, device, img_size=IMG_SIZE, progress=False)
 
 
 def run(model: str, schedules: Sequence[str], seed: int, epochs: int, device: torch.device) -> list[RetokenizationRow]:
@@ -202,7 +199,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    keep_freed_memory()  # as `asvit-fast train` does
+    disable_malloc_trim()  # as `asvit-fast train` does
     device = backends.resolve_device(arguments.device)
     here = machine(device)
     columns = [*(column.name for column in fields(RetokenizationRow)), *here]

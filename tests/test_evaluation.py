@@ -25,7 +25,7 @@ from asvit_fast.backends import FallbackWarning
 from asvit_fast.cli import main
 from asvit_fast.errors import InputError
 from asvit_fast.export import export
-from asvit_fast.training.checkpoint_model import build_from_checkpoint
+from asvit_fast.training.build import build_from_checkpoint
 from asvit_fast.training.evaluate import Evaluation, evaluate
 
 TESTS = Path(__file__).parent
@@ -268,7 +268,7 @@ def test_warnings_and_logs_are_plain(
         shown.append(warnings.formatwarning("first line\nsecond line", FallbackWarning, "file.py", 1))
         return build_from_checkpoint(*arguments)
 
-    monkeypatch.setattr("asvit_fast.training.checkpoint_model.build_from_checkpoint", build)
+    monkeypatch.setattr("asvit_fast.training.build.build_from_checkpoint", build)
     assert main(["eval", str(checkpoint), "--data", str(images), "--device", "cpu", "--workers", "0"]) == 0
     assert shown == ["asvit-fast: warning: first line second line\n"]
     assert capsys.readouterr().err == ""  # no bar: it is no terminal

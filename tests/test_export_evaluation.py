@@ -20,7 +20,7 @@ from asvit_fast.cli import main
 from asvit_fast.export import export
 from asvit_fast.recipe import Recipe
 from asvit_fast.training import train
-from asvit_fast.training.data import load_validation
+from asvit_fast.training.data import Reader, load_validation
 
 TOPOLOGY = "4,2,2,1|2,1,2,1|3,1,2,1|2,1,2,1|8,8"
 NAMES = [f"class{number * 5}" for number in range(6)]
@@ -126,7 +126,8 @@ def test_validation_images_are_those_of_timm(images: Path) -> None:
     """Bit for bit, as its loader prepares them for an export."""
     recipe = Recipe.of(crop_mode="border", crop_pct=0.8, interpolation="lanczos", workers=0)
     cpu, statistics = torch.device("cpu"), {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
-    ours = torch.cat([batch for batch, _ in load_validation(images, recipe, (40, 72), cpu, **statistics).batches(5)])
+    reader = Reader(recipe, (40, 72), cpu, **statistics)
+    ours = torch.cat([batch for batch, _ in load_validation(images, reader).batches(5)])
     found: list[torch.Tensor] = []
 
     class Watch(torch.nn.Module):

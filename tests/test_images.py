@@ -14,8 +14,10 @@ from PIL import Image, ImageCms
 
 from asvit_fast.errors import InputError
 from asvit_fast.images import decode, find_images, load_images
-from asvit_fast.training.folders import open_split
-from asvit_fast.training.samples import read
+from asvit_fast.recipe import Recipe
+from asvit_fast.training.data.dataset import read
+from asvit_fast.training.data.folders import open_split
+from asvit_fast.training.data.reader import Reader
 
 
 def write_image(path: Path, value: int, size: tuple[int, int] = (40, 30)) -> None:
@@ -199,7 +201,7 @@ def test_pixels_of_every_kind(kind: str, levels: np.ndarray, tmp_path: Path) -> 
         (tmp_path / "grey" / "train" / "a" / "plain.png").unlink()
     tolerance = {"CMYK as JPEG": 4, "LAB": 4, "palette": 4, "transparent palette": 4}.get(kind, 1)
     for mode in ("RGB", "L"):
-        dataset = open_split(tmp_path / kind, "", "train", "", True, 0, mode)
+        dataset = open_split(tmp_path / kind, reader(1 if mode == "L" else 3, train_split="train"), training=True)
         pixels = np.asarray(read(dataset, 0, mode)[0]).astype(int)
         assert pixels.shape == ((30, 40, 3) if mode == "RGB" else (30, 40))
         assert np.abs(pixels - (levels[..., None] if mode == "RGB" else levels)).max() <= tolerance
@@ -215,6 +217,11 @@ def test_thirty_two_bits_fill_their_range() -> None:
 
 
 # ------------------------------------------------------------------ which files are images
+
+
+def reader(in_chans: int = 3, **options: str) -> Reader:
+    """Of the folder itself, if no split is named."""
+    return Reader(Recipe.of(**{"train_split": "", **options}), 30, torch.device("cpu"), in_chans=in_chans)
 
 
 @pytest.fixture
@@ -238,7 +245,7 @@ def test_kinds_of_files(cluttered: Path) -> None:
     with tarfile.open(cluttered.parent / "data.tar", "w") as packed:
         packed.add(cluttered, ".")
     for data in (cluttered, cluttered.parent / "data.tar"):
-        dataset = open_split(data, "", "", "", True, 0)
+        dataset = open_split(data, reader(), training=True)
         assert len(dataset) == 14
         names = [dataset.filename(k).removeprefix("./") for k in range(14)]
         targets = [int(read(dataset, k, "RGB")[1]) for k in range(14)]
@@ -247,11 +254,11 @@ def test_kinds_of_files(cluttered: Path) -> None:
 
 def test_a_class_map_and_hidden_folders(cluttered: Path) -> None:
     (cluttered.parent / "classes.txt").write_text("c\nb\n")
-    dataset = open_split(cluttered, "", "", str(cluttered.parent / "classes.txt"), True, 0)
+    dataset = open_split(cluttered, reader(class_map=str(cluttered.parent / "classes.txt")), training=True)
     assert {target for _, target in dataset.reader.samples} == {1} and len(dataset) == 7
     (cluttered.parent / "classes.txt").write_text("x\ny\n")
     with pytest.raises(InputError, match=r"no images .* of the classes"):
-        open_split(cluttered, "", "", str(cluttered.parent / "classes.txt"), True, 0)
+        open_split(cluttered, reader(class_map=str(cluttered.parent / "classes.txt")), training=True)
 
 
 def test_only_hidden_images(tmp_path: Path) -> None:

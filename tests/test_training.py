@@ -20,7 +20,7 @@ import asvit_fast as af
 from asvit_fast.backends import FallbackWarning
 from asvit_fast.errors import InputError
 from asvit_fast.training.checkpoint import BEST, LAST
-from asvit_fast.training.trainer import Trainer
+from asvit_fast.training.train import Trainer
 
 
 def weights(result: Any) -> torch.Tensor:

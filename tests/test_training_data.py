@@ -18,7 +18,7 @@ from training_images import CPU, SIZE, Listed, float_images, load, together, wri
 
 from asvit_fast.errors import InputError
 from asvit_fast.recipe import Recipe
-from asvit_fast.training.data import load_data
+from asvit_fast.training.data import Reader, load_data
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +254,7 @@ class Shards(IterableDataset):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_streams_repeat_and_continue(monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
-    monkeypatch.setattr("asvit_fast.training.data.open_split", lambda *arguments: Shards())
+    monkeypatch.setattr("asvit_fast.training.data.splits.open_split", lambda *arguments, **options: Shards())
     data = load("anywhere", workers=workers)
     whole = together(data.train_batches(1, 0, 4))
     assert sorted(whole[1].tolist()) == list(range(40))
@@ -281,10 +281,10 @@ def test_webdataset(images: Path, tmp_path: Path, workers: int) -> None:
     )
     recipe = Recipe.of(dataset="wds/x", val_split="", workers=workers, batch_size=3)
     with pytest.raises(InputError, match="give num_classes"):
-        load_data(tmp_path, recipe, SIZE, CPU)
+        load_data(tmp_path, Reader(recipe, SIZE, CPU))
 
     def batches(epoch: int, start: int) -> tuple[Tensor, Tensor]:
-        return together(load_data(tmp_path, recipe, SIZE, CPU, num_classes=3).train_batches(epoch, start, 3))
+        return together(load_data(tmp_path, Reader(recipe, SIZE, CPU), num_classes=3).train_batches(epoch, start, 3))
 
     whole, rest = batches(1, 0), batches(1, 6)
     assert len(whole[1]) == 21 and len(rest[1]) == 15
@@ -295,8 +295,8 @@ def test_webdataset(images: Path, tmp_path: Path, workers: int) -> None:
 @pytest.mark.parametrize("aa", ["", "rand-m9-mstd0.5-inc1"])
 def test_grey_images(images: Path, aa: str) -> None:
     recipe = Recipe.of(batch_size=7, workers=0, aa=aa)
-    data = load_data(images, recipe, (32, 48), CPU, in_chans=1)
+    data = load_data(images, Reader(recipe, (32, 48), CPU, in_chans=1))
     assert [tuple(pixels.shape) for pixels, _ in data.train_batches(0, 0, 7)] == [(7, 1, 32, 48)] * 3
     assert next(data.eval_batches(7))[0].mean().abs() < 2
     with pytest.raises(InputError, match="in_chans must be one of 1, 3"):
-        load_data(images, recipe, 32, CPU, in_chans=4)
+        load_data(images, Reader(recipe, 32, CPU, in_chans=4))

@@ -145,7 +145,7 @@ def test_bar_in_a_terminal(monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespa
     log = make(first_update=10, elapsed=3600)
     clock.now += 0.5
     log.update(10, 2.0, 0.1, 2)
-    log.say("a line above")
+    log.print("a line above")
     log.close()
     shown = terminal.getvalue()
     assert re.search(r"11/40 \[1:00:0\d, epoch 1/4, reduction 2, 64 images/s, loss 2, 00:44 left\]", shown)
@@ -165,11 +165,11 @@ def test_lines_without_a_terminal(capsys: pytest.CaptureFixture[str], clock: Sim
 
 
 def test_silence(capfd: pytest.CaptureFixture[str]) -> None:
-    log = TrainingLog.silent()
+    log = TrainingLog(None, SCHEDULE, 4, 10, 32, COST, progress=False)
     log.update(0, 1.0, 0.1, 4)
     log.epoch(ROWS[0])
     log.write_summary(ROWS)
-    log.say("nobody hears this")
+    log.print("nobody hears this")
     log.close()
     assert capfd.readouterr() == ("", "")
 

@@ -19,11 +19,10 @@ from training_program import PLAIN, Pictures, run, run_killed, run_stalling, run
 
 from asvit_fast.backends import FallbackWarning
 from asvit_fast.errors import InputError
-from asvit_fast.training.checkpoint import BEST, LAST
-from asvit_fast.training.continuation import check_same_stream
-from asvit_fast.training.state import Begun
+from asvit_fast.training.checkpoint import BEST, LAST, TrainState
+from asvit_fast.training.resume import check_same_stream
 from asvit_fast.training.step import Step
-from asvit_fast.training.trainer import Trainer
+from asvit_fast.training.train import Trainer
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["asvit_fast.training"])
@@ -336,7 +335,7 @@ class BreaksAfter(Pictures):
 
 def test_streams_go_on_with_the_processes_that_share_them(begun: Path) -> None:
     """In the middle of an epoch; others would read other images."""
-    entry = Begun.of(torch.load(begun, weights_only=True))
+    entry = TrainState.of(torch.load(begun, weights_only=True))
     assert entry is not None and entry.update > 0
     check_same_stream(entry, True, 1, 0)
     check_same_stream(entry, False, 2, 3)

@@ -16,7 +16,7 @@ from timm.models import PretrainedCfg
 
 from asvit_fast.errors import InputError
 from asvit_fast.export import export
-from asvit_fast.training.checkpoint_model import build_from_checkpoint
+from asvit_fast.training.build import build_from_checkpoint
 from asvit_fast.training.description import architecture_arguments, constructor_parameters
 
 VIT = {"embed_dim": 8, "depth": 1, "num_heads": 2, "num_classes": 3, "img_size": 32}

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from asvit_fast.recipe import Recipe
-from asvit_fast.training.data import TrainingData, load_data
+from asvit_fast.training.data import Reader, TrainingData, load_data
 
 CPU = torch.device("cpu")
 SIZE = 32
@@ -34,7 +34,7 @@ def write_images(root: Path) -> None:
 
 def load(data: Any, rank: int = 0, ranks: int = 1, **options: Any) -> TrainingData:
     recipe = Recipe.of(**{"batch_size": 3, "workers": 0, "reprob": 0.5, **options})
-    return load_data(data, recipe, SIZE, CPU, rank, ranks)
+    return load_data(data, Reader(recipe, SIZE, CPU, rank, ranks))
 
 
 def together(batches: Any) -> tuple[Tensor, Tensor]:

@@ -28,10 +28,11 @@ from torch import Tensor
 
 from asvit_fast import files
 from asvit_fast.errors import InputError
+from asvit_fast.recipe import Recipe
 from asvit_fast.training import TrainResult, train
-from asvit_fast.training.batches import Reading
+from asvit_fast.training.data import Reader
+from asvit_fast.training.data.loader import MapLoader
 from asvit_fast.training.log import TrainingLog
-from asvit_fast.training.samples import Samples
 from asvit_fast.training.step import Step
 
 TOPOLOGY = "4,2,2,1|2,1,2,1|3,1,2,1|2,1,2,1|8,8"
@@ -123,15 +124,12 @@ def run_stalling(out: str, where: str, at: int, options: dict[str, Any]) -> None
     run(out, **options)
 
 
-def unchanged(image: Tensor) -> Tensor:
-    return image
-
-
 def run_with_workers(method: str, pids: str) -> None:
     """Data workers of a start method wait for their next request; their numbers go to the file ``pids``."""
     multiprocessing.set_start_method(method, force=True)
-    reading = Reading(Samples(Pictures(), unchanged, CLASSES, 0), 2, torch.device("cpu"))
-    list(reading(lambda: [(0, [0, 1]), (0, [2, 3])]))
+    reader = Reader(Recipe.of(workers=2), SIZE, torch.device("cpu"))
+    loader = MapLoader(Pictures(), reader, CLASSES, training=False)
+    list(loader(epoch=0, start=0, stop=4, batch_size=2))
     workers = [worker.pid for worker in multiprocessing.active_children()]
     files.write_atomic(pids, " ".join(map(str, workers)))
     time.sleep(3600)

@@ -15,7 +15,7 @@ def run(values: SimpleNamespace) -> int:
     from .. import processes
     from ..backends import rank_device
     from ..models.library import takes_size
-    from ..training.checkpoint_model import build_from_checkpoint
+    from ..training.build import build_from_checkpoint
     from ..what import resolve
 
     device = rank_device(values.device)
@@ -27,7 +27,7 @@ def run(values: SimpleNamespace) -> int:
     config = built.data_config(
         values.img_size, values.crop_pct, values.interpolation, values.crop_mode, values.mean, values.std
     )
-    ranks = processes.join(device)
+    ranks = processes.init_process_group(device)
     started = time.perf_counter()
     found = measure(values, built, config, device, ranks)
     result = {
@@ -58,7 +58,7 @@ def measure(values: SimpleNamespace, built: Any, config: dict[str, Any], device:
 
     from .. import processes
     from ..recipe import Recipe
-    from ..training.data import load_validation
+    from ..training.data import Reader, load_validation
     from ..training.evaluate import evaluate
 
     recipe = Recipe.of(
@@ -68,20 +68,12 @@ def measure(values: SimpleNamespace, built: Any, config: dict[str, Any], device:
         **({} if values.workers is None else {"workers": values.workers}),
         **{name: config[name] for name in ("crop_pct", "crop_mode", "interpolation")},
     )
-    channels, *size = config["input_size"]
-    images = load_validation(
-        values.data,
-        recipe,
-        (size[0], size[1]),
-        device,
-        processes.rank(),
-        ranks,
-        in_chans=channels,
-        mean=config["mean"],
-        std=config["std"],
-    )
+    channels, height, width = config["input_size"]
+    size = (height, width)
+    reader = Reader(recipe, size, device, processes.rank(), ranks, channels, config["mean"], config["std"])
+    images = load_validation(values.data, reader)
     check_classes(built, images, bool(values.class_map))
-    prepare(built, (size[0], size[1]), values.token_reduction)
+    prepare(built, size, values.token_reduction)
     amp = functools.partial(torch.autocast, device.type, dtype=getattr(torch, values.amp_dtype))
     return evaluate(
         built.model.to(device),

@@ -23,11 +23,11 @@ from .options import Command, Option, integer, limit, text
 @long_run()
 def run(values: SimpleNamespace) -> int:
     check_output_folder(values.out)
-    from ..scoring.memory import keep_freed_memory
+    from ..scoring.memory import disable_malloc_trim
     from ..search import scale
     from ..what import resolve_topology
 
-    keep_freed_memory()
+    disable_malloc_trim()
     topology = resolve_topology(values.topology)
     announce(values, topology)
     steps = scale(

@@ -18,10 +18,10 @@ DIRECTIONS = {
 def run(values: SimpleNamespace) -> int:
     from ..files import to_json
     from ..scoring import score
-    from ..scoring.memory import keep_freed_memory
+    from ..scoring.memory import disable_malloc_trim
     from ..what import resolve
 
-    keep_freed_memory()
+    disable_malloc_trim()
     target = resolve(values.what)
     result = score(
         target.fresh if target.weights is None else target.load().model.eval(),

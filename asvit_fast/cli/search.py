@@ -13,11 +13,11 @@ from .options import Command, Option, bounds, choice, choices_per_dimension, fra
 @long_run()
 def run(values: SimpleNamespace) -> int:
     check_output_folder(values.out)
-    from ..scoring.memory import keep_freed_memory
+    from ..scoring.memory import disable_malloc_trim
     from ..search import search
     from ..topology import SearchSpace
 
-    keep_freed_memory()
+    disable_malloc_trim()
     space = SearchSpace().narrow(**values.space)
     announce(values, space)
     result = search(

@@ -14,10 +14,10 @@ from .options import Command, Option, flag, image_size, integer, keywords, numbe
 
 def run(values: SimpleNamespace) -> int:
     check_output_folder(values.out)
-    from ..scoring.memory import keep_freed_memory
+    from ..scoring.memory import disable_malloc_trim
     from ..training import train
 
-    keep_freed_memory()
+    disable_malloc_trim()
     say(f"Writing to {values.out}; stop at any time, the same command continues.", values.quiet)
     result = train(
         data=values.data,

@@ -5,16 +5,10 @@ from typing import Any
 import torch.fx
 from torch import Tensor, nn
 
-from ..errors import InputError
 from ..ops.patch_embed import patch_embed
+from ..tokens import check_token_reduction
 
 torch.fx.wrap("embed_patches")  # it branches on sizes, which torch.fx does not know while it traces
-
-
-def check_token_reduction(reduction: int) -> None:
-    """Raises InputError for anything but 1, 2 and 4."""
-    if reduction not in (1, 2, 4):
-        raise InputError(f"token reduction must be 1, 2 or 4 per side, got {reduction!r}")
 
 
 def dilation_of(kernel: int, reduction: int) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..files import from_json, read_jsonl
-from ..run_directory import STARTS
+from ..run_directory import CONFIG, RESULT, STARTS, TRACE
 
 DESIGNS = ("search", "scale")  # runs whose result is a topology
 KINDS = (*DESIGNS, "train")
@@ -36,11 +36,11 @@ class Run:
     def topology(self) -> str:
         """The final topology, or the one that leads so far; of a training, the network's name."""
         if self.kind == "train":
-            return _text(self.config.get("model"), "model", self.directory / "config.json")
+            return _text(self.config.get("model"), "model", self.directory / CONFIG)
         if self.result is not None:
-            return _text(self.result, "topology", self.directory / "result.json")
+            return _text(self.result, "topology", self.directory / RESULT)
         leads = "most_probable" if self.kind == "search" else "topology"
-        return _text(self.trace[-1], leads, self.directory / "trace.jsonl")
+        return _text(self.trace[-1], leads, self.directory / TRACE)
 
 
 def find_runs(directory: Path, kinds: Sequence[str] = DESIGNS) -> list[Run]:
@@ -52,28 +52,28 @@ def find_runs(directory: Path, kinds: Sequence[str] = DESIGNS) -> list[Run]:
         raise InputError(f"run directory {str(directory)!r} does not exist; {commands}")
     folders = [folder for folder in (directory, *(directory / kind for kind in kinds)) if has_run(folder)]
     if not folders:
-        raise InputError(f"{str(directory)!r} holds no run (no config.json); {commands}")
+        raise InputError(f"{str(directory)!r} holds no run (no {CONFIG}); {commands}")
     return [read_run(folder, kinds) for folder in folders]
 
 
 def has_run(directory: Path) -> bool:
-    return (directory / "config.json").is_file()
+    return (directory / CONFIG).is_file()
 
 
 def read_run(directory: Path, kinds: Sequence[str]) -> Run:
     """Raises InputError when the configuration is not one of a run, or no step is on record."""
-    config = _read_json(directory / "config.json")
+    config = _read_json(directory / CONFIG)
     kind = str(config.get("kind"))
     if kind not in kinds:
         expected = " or ".join(kinds)
-        raise InputError(f"{str(directory / 'config.json')!r} is of kind {kind!r}; give a {expected} run")
-    result_path = directory / "result.json"
+        raise InputError(f"{str(directory / CONFIG)!r} is of kind {kind!r}; give a {expected} run")
+    result_path = directory / RESULT
     result = _read_json(result_path) if result_path.is_file() else None
-    trace = _read_lines(directory / "trace.jsonl")
+    trace = _read_lines(directory / TRACE)
     if not trace:
-        trace_path = directory / "trace.jsonl"
+        trace_path = directory / TRACE
         raise InputError(f"{str(trace_path)!r} has no finished step yet; let asvit-fast {kind} run for a while")
-    baseline, starts = _read_lines(directory / "baseline" / "trace.jsonl"), _read_lines(directory / STARTS)
+    baseline, starts = _read_lines(directory / "baseline" / TRACE), _read_lines(directory / STARTS)
     return Run(kind, directory, config, trace, result, baseline, starts)
 
 

@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from ..files import as_float
+from ..run_directory import accuracy, best_row
 from .runs import Run
 
 Row = dict[str, Any]
@@ -56,12 +57,6 @@ def _macs_text(macs: float) -> str:
     return f"{macs / factor:,.3g} {prefix}MACs"
 
 
-def accuracy(row: Row) -> float | None:
-    """Top-1 of the network or of its average, whichever is better; None where the epoch was not validated."""
-    found = [as_float(row[name]) for name in ("top1", "ema_top1") if row.get(name) is not None]
-    return max(found, default=None)
-
-
 def training_result_table(run: Run) -> Table:
     """Where the training stands, and what it has cost compared with full tokens throughout."""
     spent = sum(epoch_macs(run, row["token_reduction"]) for row in run.trace)
@@ -71,11 +66,9 @@ def training_result_table(run: Run) -> Table:
         ("schedule (epochs:reduction of tokens per side)", run.config["schedule"]),
         ("training loss of the last epoch", f"{as_float(run.trace[-1]['train_loss']):.4g}"),
     ]
-    validated = [row for row in run.trace if accuracy(row) is not None]
-    if validated:
-        finest = min(row["token_reduction"] for row in validated)  # as model_best.pth.tar is chosen
-        best = max((row for row in validated if row["token_reduction"] == finest), key=lambda row: accuracy(row) or 0.0)
-        last = validated[-1]
+    best = best_row(run.trace)
+    if best is not None:
+        last = next(row for row in reversed(run.trace) if accuracy(row) is not None)
         rows.append(("top-1 of the last validation (%)", f"{accuracy(last):.2f}"))
         rows.append(("best top-1 (%)", f"{accuracy(best):.2f} after {best['epoch'] + 1} epochs"))
     divisor, unit = time_unit(sum(map(train_seconds, run.trace)))

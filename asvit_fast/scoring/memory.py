@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # parameters of glibc's mallopt
 
 
-def keep_freed_memory() -> bool:
+def disable_malloc_trim() -> bool:
     """Makes the process keep memory that it frees, in one pool for all threads, for programs that score networks alone.
 
     By default glibc returns large blocks to the system, and every network faults its activations in anew, page by page:

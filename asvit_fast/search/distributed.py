@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import InputError
-from ..processes import broadcast, gather, join, portable
+from ..processes import broadcast, gather, init_process_group, portable
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -26,7 +26,7 @@ def run_shared(lead: Callable[[Share[Task]], Result], work: Share[Task], device:
 
     Every rank gets the result. An error of any rank ends all ranks with its message.
     """
-    if join(device or torch.device("cpu")) == 1:
+    if init_process_group(device or torch.device("cpu")) == 1:
         return lead(work)
     return _lead(lead, work) if dist.get_rank() == 0 else _follow(work)
 

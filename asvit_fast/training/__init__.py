@@ -1,12 +1,12 @@
 """Training with progressive re-tokenization (As-ViT, arXiv 2202.11921, section 3.4)."""
 
 from ..recipe import Recipe
-from .loop import train
 from .result import TrainResult
 from .retokenizer import Retokenizer
 from .schedule import Phase, RetokenizationSchedule
 from .schedule_cost import ScheduleCost, schedule_cost
 from .token_reduction import set_token_reduction, token_reduction
+from .train import train
 
 __all__ = [
     "Phase",

@@ -37,14 +37,14 @@ def phase_batch_sizes(
             for reduction in reductions
         }
     else:
-        given = _parse(recipe.phase_batch_sizes)
-        if not given.keys() <= set(reductions):
-            unknown = next(one for one in given if one not in reductions)
+        requested = _parse(recipe.phase_batch_sizes)
+        if not requested.keys() <= set(reductions):
+            unknown = next(one for one in requested if one not in reductions)
             raise InputError(
                 f"phase_batch_sizes: the schedule has no phase of reduction {unknown}, it has "
                 f"{', '.join(map(str, reductions))}"
             )
-        sizes = dict.fromkeys(reductions, recipe.batch_size) | given
+        sizes = dict.fromkeys(reductions, recipe.batch_size) | requested
     for reduction, images in sizes.items():
         if images < 1 or per_update % images:
             raise InputError(
@@ -60,7 +60,8 @@ def phase_batch_sizes(
 
 
 def least_of_ranks(sizes: dict[int, int]) -> dict[int, int]:
-    """The same sizes on every rank: what fits the memory of one need not fit another's, and all run as many passes."""
+    """Take the smallest sizes of all ranks: what fits the memory of one need not fit another's, and all run as many
+    passes."""
     ranks = processes.gather(sizes)
     return {reduction: min(one[reduction] for one in ranks) for reduction in sizes}
 
@@ -75,7 +76,7 @@ def _parse(text: str) -> dict[int, int]:
 
 def _largest(per_update: int, smallest: int, budget: int, measure: Callable[[int], int]) -> int:
     """The largest divisor of ``per_update`` whose pass fits the budget, which ``smallest`` is known to do."""
-    found = smallest
+    largest = smallest
     for images in range(smallest + 1, per_update + 1):
         if per_update % images == 0 and images % 2 == 0:  # even: Mixup pairs images
             try:
@@ -83,8 +84,8 @@ def _largest(per_update: int, smallest: int, budget: int, measure: Callable[[int
                     break
             except torch.OutOfMemoryError:
                 break
-            found = images
-    return found
+            largest = images
+    return largest
 
 
 def pass_memory(

@@ -31,7 +31,7 @@ class Evaluation:
     loss: float
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as a dict of numbers."""
+        """Return a dict of numbers."""
         return asdict(self)
 
 

@@ -1,4 +1,4 @@
-"""What ends a training between two updates, the same on all ranks: SIGTERM, or an image that cannot be read."""
+"""Reasons to end a training between two updates, the same on all ranks: SIGTERM, or an image that cannot be read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from ..errors import InputError
 
 Item = TypeVar("Item")
 EXIT_CODE = 128 + signal.SIGTERM  # the shell's convention
-_GO_ON, _TERMINATED, _UNREADABLE = 0, 1, 2
 
 
 class Terminated(SystemExit):
@@ -38,81 +37,79 @@ class _Interrupt(BaseException):
 class Interruption:
     """Makes all ranks stop together when one of them is asked to, or cannot read its images.
 
-    SIGTERM is heard inside ``listening``. It breaks off the reading of images; everywhere else it waits for ``settle``.
+    SIGTERM is heard inside ``listening``. It breaks off the reading of images; everywhere else it waits for
+    ``raise_if_stopped``.
     """
 
     def __init__(self) -> None:
-        self._asked = self._reading = False
+        self._terminated = self._reading = False
         self._error: InputError | None = None
         self._group = processes.cpu_group()  # ranks must not wait for their GPUs to learn of each other
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """In the main thread, and unless the program handles SIGTERM itself. The handler is put back."""
+        """Hear SIGTERM, in the main thread and unless the program handles it itself; the handler is put back."""
         if threading.current_thread() is not threading.main_thread() or (
             signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
         ):
             yield
             return
-        signal.signal(signal.SIGTERM, self._hear)
+        signal.signal(signal.SIGTERM, self._terminate)
         try:
             yield
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def together(self, batches: Iterable[Item]) -> Iterator[Item]:
-        """The same batches. Every rank has read its batch before any of them gets one.
+    def in_step(self, batches: Iterable[Item]) -> Iterator[Item]:
+        """Yield the batches. Every rank has read its batch before any of them gets one.
 
         Raises:
             Terminated, Unreadable: on every rank, in place of the same batch.
         """
-        remaining = iter(batches)
+        own = self.until_stopped(batches)
         while True:
-            batch = self._read(remaining)
-            self.settle()
+            batch = next(own, None)
+            self.raise_if_stopped()
             if batch is None:
                 return
             yield batch
 
-    def alone(self, batches: Iterable[Item]) -> Iterator[Item]:
-        """The same batches, or the first of them, where this rank is stopped: ``settle`` tells."""
+    def until_stopped(self, batches: Iterable[Item]) -> Iterator[Item]:
+        """Yield the batches, or the first of them, where this rank is stopped: ``raise_if_stopped`` tells."""
         remaining = iter(batches)
         while (batch := self._read(remaining)) is not None:
             yield batch
 
-    def settle(self) -> None:
-        """Every rank must call it at the same point.
+    def raise_if_stopped(self) -> None:
+        """Stop where any rank was stopped; every rank must call it at the same point.
 
         Raises:
             Terminated, Unreadable: on every rank, if one was stopped.
         """
-        status = torch.tensor(_UNREADABLE if self._error else _TERMINATED if self._asked else _GO_ON)  # []
+        stopped = torch.tensor([self._error is not None, self._terminated], dtype=torch.uint8)  # [2]
         if self._group is not None:
-            dist.all_reduce(status, dist.ReduceOp.MAX, group=self._group)
-        if status == _UNREADABLE:
+            dist.all_reduce(stopped, dist.ReduceOp.MAX, group=self._group)
+        if stopped[0]:
             texts = processes.gather("" if self._error is None else str(self._error))
             raise Unreadable(next(filter(None, texts)))
-        if status == _TERMINATED:
+        if stopped[1]:
             raise Terminated
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
+    def _terminate(self, number: int, frame: FrameType | None) -> None:
+        self._terminated = True
         if self._reading:
             self._reading = False  # once
             raise _Interrupt
 
     def _read(self, batches: Iterator[Item]) -> Item | None:
         try:
-            return self._next(batches)
+            try:
+                self._reading = True
+                return None if self._terminated else next(batches, None)
+            except InputError as error:
+                self._error = error
+                return None
+            finally:
+                self._reading = False
         except _Interrupt:
             return None
-
-    def _next(self, batches: Iterator[Item]) -> Item | None:
-        try:
-            self._reading = True
-            return None if self._asked else next(batches, None)
-        except InputError as error:
-            self._error = error
-            return None
-        finally:
-            self._reading = False

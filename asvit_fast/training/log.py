@@ -1,4 +1,4 @@
-"""What a training tells while it runs: a progress bar, TensorBoard's events, a table of the epochs."""
+"""Reports of a training while it runs: a progress bar, TensorBoard's events, a table of the epochs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 
 from ..files import write_atomic
+from ..tokens import tokens_text
+from .schedule import RetokenizationSchedule
 
 SUMMARY, EVENTS = "summary.csv", "tensorboard"
 WINDOW = 50  # updates that the speed is measured over
@@ -22,14 +24,8 @@ _SMOOTHING = 0.9  # of the loss in the bar
 _BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
-class Schedule(Protocol):
-    """What the log asks a schedule for."""
-
-    def reduction_at(self, epoch: int) -> int: ...
-
-
 class Pace:
-    """How fast updates go, and how long the rest of a training takes, whose phases cost differently.
+    """Speed of the updates, and time that the rest of a training takes, whose phases cost differently.
 
     Args:
         reductions: token reduction of every epoch.
@@ -88,9 +84,9 @@ class Pace:
 
 
 class TrainingLog:
-    """Progress bar, TensorBoard's events and summary.csv of a training; rank 0 has one, the others ``silent()``.
+    """Progress bar, TensorBoard's events and summary.csv of a training; ranks but 0 show and write nothing.
 
-    Each epoch has a line. Where stderr is no terminal, a line every 30 seconds stands for the bar. TensorBoard is
+    Each epoch has a line. Where stderr is not a terminal, a line every 30 seconds stands for the bar. TensorBoard is
     optional (extra "train").
     The truth about a run is its trace.jsonl: ``write_summary`` makes the table from all rows each time, so that an
     interrupted run has each epoch once.
@@ -109,7 +105,7 @@ class TrainingLog:
     def __init__(
         self,
         directory: Path | None,
-        schedule: Schedule | None,
+        schedule: RetokenizationSchedule,
         epochs: int,
         updates_per_epoch: int,
         images_per_update: int,
@@ -118,14 +114,14 @@ class TrainingLog:
         progress: bool = True,
         elapsed: float = 0.0,
     ) -> None:
-        reductions = [] if schedule is None else [schedule.reduction_at(epoch) for epoch in range(epochs)]
+        reductions = [schedule.reduction_at(epoch) for epoch in range(epochs)]
         self.directory, self.epochs, self.updates_per_epoch = directory, epochs, updates_per_epoch
         self.images_per_update, self.progress = images_per_update, progress
         self.rows: list[dict[str, Any]] = []
         self.pace = Pace(reductions, updates_per_epoch, relative_cost)
         self._loss: float | None = None
         self._terminal = sys.stderr.isatty()
-        self._said = time.perf_counter()
+        self._last_printed = time.perf_counter()
         self._bar = tqdm(
             total=epochs * updates_per_epoch,
             initial=first_update,
@@ -136,11 +132,6 @@ class TrainingLog:
         if not self._bar.disable:
             self._bar.start_t -= elapsed
         self._events = None if directory is None else self._open_events(directory, first_update)
-
-    @classmethod
-    def silent(cls) -> TrainingLog:
-        """A log that shows and writes nothing."""
-        return cls(None, None, 0, 0, 0, {}, progress=False)
 
     def update(
         self,
@@ -169,8 +160,8 @@ class TrainingLog:
         if self._terminal:
             self._bar.set_postfix_str(self._line(update + 1), refresh=False)
             self._bar.update(update + 1 - self._bar.n)
-        elif loss is not None and time.perf_counter() - self._said >= QUIET_SECONDS:
-            self.say(f"update {update + 1}/{self.epochs * self.updates_per_epoch}, {self._line(update + 1)}")
+        elif loss is not None and time.perf_counter() - self._last_printed >= QUIET_SECONDS:
+            self.print(f"update {update + 1}/{self.epochs * self.updates_per_epoch}, {self._line(update + 1)}")
 
     def epoch(self, row: dict[str, Any]) -> None:
         """The row of an epoch that has ended, validation included: every number of it goes to TensorBoard."""
@@ -180,7 +171,7 @@ class TrainingLog:
         self._write("epoch", numbers, (row["epoch"] + 1) * self.updates_per_epoch - 1)  # its last update
         if self._events is not None:
             self._events.flush()
-        self.say(self._epoch_line(row))
+        self.print(self._epoch_line(row))
 
     def write_summary(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """summary.csv anew, a line for each of ``rows``: all epochs so far, those of earlier runs included."""
@@ -193,10 +184,10 @@ class TrainingLog:
         writer.writerows(rows)
         write_atomic(self.directory / SUMMARY, text.getvalue())
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Lines of text above the bar, on stderr."""
         if self.progress:
-            self._said = time.perf_counter()
+            self._last_printed = time.perf_counter()
             tqdm.write(text, file=sys.stderr)
             sys.stderr.flush()
 
@@ -220,20 +211,17 @@ class TrainingLog:
 
     def _epoch_line(self, row: Mapping[str, Any]) -> str:
         """One line of what the row holds."""
-        parts = [f"epoch {row['epoch']}/{self.epochs}"]
-        if "token_reduction" in row:
-            parts.append(tokens(row["token_reduction"]))
-        parts.append(f"loss {row['train_loss']:.4g}")
-        if row.get("top1") is not None:
-            average = "" if row.get("ema_top1") is None else f" ({row['ema_top1']:.2f} % of the averaged weights)"
-            parts.append(f"top-1 {row['top1']:.2f} %{average}")
-        if "lr" in row:
-            parts.append(f"lr {row['lr']:.3g}")
-        if "images_per_second" in row:
-            parts.append(f"{row['images_per_second']:.4g} images/s")
-        if "seconds" in row:
-            parts.append(tqdm.format_interval(round(row["seconds"])))
-        return ", ".join(parts)
+        average = "" if row.get("ema_top1") is None else f" ({row['ema_top1']:.2f} % of the averaged weights)"
+        texts = {
+            "token_reduction": tokens_text,
+            "train_loss": "loss {:.4g}".format,
+            "top1": lambda top1: f"top-1 {top1:.2f} %{average}",
+            "lr": "lr {:.3g}".format,
+            "images_per_second": "{:.4g} images/s".format,
+            "seconds": lambda seconds: tqdm.format_interval(round(seconds)),
+        }
+        parts = [text(row[name]) for name, text in texts.items() if row.get(name) is not None]
+        return ", ".join([f"epoch {row['epoch']}/{self.epochs}", *parts])
 
     def _write(self, group: str, scalars: Mapping[str, float], update: int) -> None:
         if self._events is not None:
@@ -244,11 +232,6 @@ class TrainingLog:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            self.say("no events for TensorBoard, which is not installed; pip install 'asvit-fast[train]'")
+            self.print("no events for TensorBoard, which is not installed; pip install 'asvit-fast[train]'")
             return None
         return SummaryWriter(str(directory / EVENTS), purge_step=first_update)
-
-
-def tokens(reduction: int) -> str:
-    """The tokens of a phase, in words."""
-    return "full tokens" if reduction == 1 else f"{reduction} times fewer tokens per side"

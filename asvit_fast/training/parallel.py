@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from .. import processes
 
@@ -33,8 +34,8 @@ def shard(model: nn.Module, device: torch.device) -> None:
 
 
 def replicate(model: nn.Module, device: torch.device) -> nn.Module:
-    """What the training step calls: averages gradients over the ranks, unless FSDP2 does so or there is one rank."""
-    if not processes.joined() or isinstance(model, FSDPModule):
+    """Make what the training step calls: averages gradients over the ranks, unless FSDP2 does or there is one rank."""
+    if not processes.is_distributed() or isinstance(model, FSDPModule):
         return model
     ids = [device] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
@@ -45,38 +46,37 @@ def gradient_sync(replica: nn.Module, enabled: bool) -> Iterator[None]:
     """Passes of an update but the last keep their gradients to themselves."""
     if isinstance(replica, FSDPModule):
         replica.set_requires_gradient_sync(enabled)
-        yield
-    elif isinstance(replica, DistributedDataParallel) and not enabled:
-        with replica.no_sync():
-            yield
-    else:
+    waits = isinstance(replica, DistributedDataParallel) and not enabled
+    with cast(DistributedDataParallel, replica).no_sync() if waits else contextlib.nullcontext():
         yield
 
 
-def whole(value: Any) -> Any:
-    """The same nest of dicts and lists with whole tensors on the CPU for sharded ones. Every rank must call it."""
-    if isinstance(value, DTensor):
-        return value.full_tensor().cpu()
-    if isinstance(value, Tensor):
-        return value.detach().cpu()
-    if isinstance(value, Mapping):
-        return {key: whole(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [whole(item) for item in value]
-    return value
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A tensor whose parts may lie on several processes, put together. Every rank must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def full_state(state: Any) -> Any:
+    """A nest of dicts and lists with whole tensors on the CPU for sharded ones. Every rank must call it.
+
+    ``torch.distributed.checkpoint.state_dict`` would not do: ``get_optimizer_state_dict`` steps an optimizer that has
+    no state yet (Adam's count is then 1 before the first update), ``set_optimizer_state_dict`` accepts other groups of
+    weights, and ``set_model_state_dict`` checkpoints that lack some.
+    """
+    return tree_map_only(Tensor, lambda tensor: full_tensor(tensor).detach().cpu(), state)
 
 
 def load_model(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Whole tensors into a plain or sharded module."""
+    """Load whole tensors into a plain or sharded module."""
     own = model.state_dict()
     model.load_state_dict({name: _like(value, own.get(name)) for name, value in state.items()})
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Whole tensors into the optimizer of a plain or sharded module.
+    """Load whole tensors into the optimizer of a plain or sharded module.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError: what is no state of such an optimizer.
+        ValueError, KeyError, TypeError, AttributeError: what is not a state of such an optimizer.
     """
     for own, group in zip(optimizer.param_groups, state["param_groups"], strict=True):
         for name, value in group.items():
@@ -95,7 +95,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
 
 
 def _alike(own: Any, value: Any) -> bool:
-    """Whether a hyperparameter can stand for another: numbers for numbers, as many of them."""
+    """Return whether a hyperparameter can stand for another: numbers for numbers, as many of them."""
     if isinstance(own, (tuple, list)):
         return isinstance(value, (tuple, list)) and len(own) == len(value) and all(map(_alike, own, value))
     numbers = (bool, int, float, Tensor)

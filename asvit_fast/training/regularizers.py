@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..errors import InputError
 from ..nn.attention import WindowAttention
+from .parallel import full_tensor
 
 TERMS = ("patch", "contrast", "attention", "weight")
 QUERIES = 16  # rows of a window's attention that the attention term looks at
@@ -88,7 +88,7 @@ def conditional_orthogonality(weight: Tensor) -> Tensor:
 
 
 def _dominant_eigenvalue(matrix: Tensor) -> Tensor:
-    """Of symmetric [matrices, n, n] -> [matrices]."""
+    """Symmetric [matrices, n, n] -> [matrices]."""
     vector = _start(matrix.shape[-1], matrix.device, matrix.dtype).expand(matrix.shape[0], -1, 1)  # [matrices, n, 1]
     for _ in range(ITERATIONS):
         vector = F.normalize(matrix @ vector, dim=1)
@@ -97,7 +97,7 @@ def _dominant_eigenvalue(matrix: Tensor) -> Tensor:
 
 @functools.lru_cache
 def _start(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Where the power method starts: [size, 1]."""
+    """The start of the power method: [size, 1]."""
     return torch.rand(size, 1, generator=torch.Generator().manual_seed(0)).to(device, dtype)
 
 
@@ -158,7 +158,7 @@ class Regularization:
 
     def __init__(self, model: nn.Module, weights: dict[str, float]) -> None:
         self.weights = weights
-        self.prefix_tokens: int = getattr(model, "num_prefix_tokens", 0)  # class tokens are no patches
+        self.prefix_tokens: int = getattr(model, "num_prefix_tokens", 0)  # class tokens are not patches
         self.stages = _stages(model)
         self._active = False
         self._noted: dict[str, Tensor] = {}  # outputs by the names in _watched
@@ -236,7 +236,7 @@ class Regularization:
     # ------------------------------------------------------------------ terms
 
     def _seen(self, what: str, index: int) -> Tensor:
-        """What a module made, in float32 at least; refuses a pass that kept no graph of it."""
+        """The output of a module, in float32 at least; refuses a pass that kept no graph of it."""
         tensor = _at_least_float32(self._noted[f"the {what} of stage {index}"])
         trainable = any(parameter.requires_grad for parameter in self.stages[index][0].parameters())
         if trainable and torch.is_grad_enabled() and not tensor.requires_grad:
@@ -263,8 +263,8 @@ class Regularization:
         return _mean([attention_similarity(attention_maps(qkv, attention)) for qkv, attention in layers])
 
     def _weight(self) -> Tensor:
-        """Of queries, keys and values of all blocks."""
-        weights = [_whole(block.attn.qkv.weight) for stage in self.stages for block in stage]  # [3 C, in]
+        """The term of queries, keys and values of all blocks."""
+        weights = [full_tensor(block.attn.qkv.weight) for stage in self.stages for block in stage]  # [3 C, in]
         return _mean([conditional_orthogonality(_at_least_float32(weight).unflatten(0, (3, -1))) for weight in weights])
 
 
@@ -283,11 +283,6 @@ def _stages(model: nn.Module) -> list[Any]:
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _whole(weight: Tensor) -> Tensor:
-    """A parameter whose parts lie on several processes (FSDP), put together."""
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def _mean(terms: list[Tensor]) -> Tensor:

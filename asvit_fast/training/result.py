@@ -1,8 +1,7 @@
-"""What a training ends with."""
+"""The result of a training."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -10,13 +9,14 @@ from typing import Any
 
 from torch import nn
 
+from ..run_directory import accuracy, best_row
 from .schedule import RetokenizationSchedule
 from .schedule_cost import ScheduleCost
 
 
 @dataclass(frozen=True, repr=False)
 class TrainResult:
-    """What a training ended with. ``epochs`` has a row for each epoch, as in trace.jsonl."""
+    """The result of a training. ``epochs`` has a row for each epoch, as in trace.jsonl."""
 
     model: nn.Module
     ema: nn.Module | None
@@ -67,18 +67,6 @@ class TrainResult:
             facts["train_loss"] = f"{self.epochs[-1]['train_loss']:.4g}"
         if self.best is not None:
             facts["top1"] = f"{self.top1:.2f} %"
-            facts["best"] = f"{metric(self.best):.2f} % after epoch {self.best['epoch']}"
+            facts["best"] = f"{accuracy(self.best):.2f} % after epoch {self.best['epoch']}"
         facts["seconds"] = f"{self.seconds:.1f}"
         return facts if self.directory is None else {**facts, "directory": repr(str(self.directory))}
-
-
-def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The first of the best among those with the finest tokens so far: weights of a coarse phase do best on its grid,
-    which nobody will use them on."""
-    validated = [row for row in rows if row.get("top1") is not None]
-    return max(validated, key=lambda row: (-row["token_reduction"], metric(row)), default=None)
-
-
-def metric(row: Mapping[str, Any]) -> float:
-    """What the best checkpoint is best in: top-1, of the average where there is one and it is better."""
-    return max(row["top1"], row.get("ema_top1") or 0.0)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..modes import restored_modes
+from .rng import preserved_random_state
 from .schedule import RetokenizationSchedule
-from .token_reduction import set_token_reduction, token_reduction, why_not_reduce
+from .token_reduction import set_token_reduction, token_reduction, unsupported_reason
 
 Images = Tensor | Callable[[int], Tensor]
 Context = AbstractContextManager[Any] | Callable[[], AbstractContextManager[Any]]
@@ -51,7 +50,7 @@ class Retokenizer:
         self.model = model
         modules = (model, *others)
         if self.schedule.reductions == (1,):
-            self._modules = tuple(module for module in modules if why_not_reduce(module) is None)
+            self._modules = tuple(module for module in modules if unsupported_reason(module) is None)
         else:
             self._modules = modules
         for module in self._modules:
@@ -59,7 +58,7 @@ class Retokenizer:
 
     @property
     def reduction(self) -> int:
-        """How many times fewer tokens per side the model has now."""
+        """Token reduction of the model now: how many times fewer tokens per side."""
         return token_reduction(self.model) if self.model in self._modules else 1
 
     def step(self, epoch: int) -> bool:
@@ -110,7 +109,7 @@ class Retokenizer:
                 self._set(before)
 
     def _run(self, images: Tensor, autocast: Context | None, evaluate: Literal[False] | Context) -> None:
-        with _random_states(images.device):
+        with preserved_random_state(images.device):
             self.model.train()
             with _entered(autocast):
                 output = self.model(images)
@@ -136,7 +135,7 @@ def _entered(context: Context | None) -> AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Gradients, buffers and training flags are what they were afterwards."""
+    """Put gradients, buffers and training flags back to what they were."""
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     for parameter, _ in gradients:
@@ -150,15 +149,3 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
-
-
-@contextlib.contextmanager
-def _random_states(device: torch.device) -> Iterator[None]:
-    """torch's generators of the CPU and of ``device``, Python's and NumPy's are what they were afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (what users' code may draw from)
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002

@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass
 
 from ..errors import InputError
+from ..tokens import REDUCTIONS, check_token_reduction
 
-REDUCTIONS = (1, 2, 4)
 TABLE_6 = {
     "table6-40": ((40, 4), (30, 2), (230, 1)),
     "table6-80": ((80, 4), (60, 2), (160, 1)),
@@ -35,8 +35,7 @@ class Phase:
     reduction: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.reduction, bool) or self.reduction not in REDUCTIONS:
-            raise InputError(f"token reduction must be 1, 2 or 4 per side, got {self.reduction!r}")
+        check_token_reduction(self.reduction)
         fraction = isinstance(self.length, float) and 0 < self.length <= 1
         epochs = isinstance(self.length, int) and not isinstance(self.length, bool) and self.length >= 1
         if not (fraction or epochs):
@@ -142,8 +141,8 @@ class RetokenizationSchedule:
         return self.phases[index].reduction
 
     def for_epochs(self, epochs: int) -> RetokenizationSchedule:
-        """The same in whole epochs for a training of ``epochs``: named schedules and fractions stretch (boundaries are
-        rounded), of explicit epochs the last phase is extended.
+        """Make a schedule of whole epochs for a training of ``epochs``: named schedules and fractions stretch
+        (boundaries are rounded), of explicit epochs the last phase is extended.
 
         Raises:
             InputError: a training shorter than the explicit epochs, or too short for one of the phases.

@@ -1,4 +1,4 @@
-"""What a re-tokenization schedule saves, shown before training starts."""
+"""The cost of a re-tokenization schedule and what it saves, shown before training starts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from ..cost import ImageSize, flops
 from .schedule import RetokenizationSchedule
-from .token_reduction import set_token_reduction, token_reduction, why_not_reduce
+from .token_reduction import set_token_reduction, token_reduction, unsupported_reason
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,6 @@ def schedule_cost(model: nn.Module, schedule: str | RetokenizationSchedule, img_
     """Multiply-adds per image of ``model`` at every reduction of ``schedule``, counted by ``asvit_fast.cost.flops``,
     and what the schedule saves.
 
-    The paper (As-ViT, arXiv 2202.11921, Table 6) prints savings of 18.7, 37.4 and 56.2 % for its three schedules, which
-    as-vit-large does not have: they imply that the network costs 13.2 and 28.5 % with 4 and 2 times fewer tokens per
-    side, while the published architecture costs 5.6 and 21.1 % on the grids 14, 7, 4, 2 and 28, 14, 7, 4 of a 224 pixel
-    image (odd grids merge with a zero row and column). Counted this way the savings are 20.5, 41.0 and 61.4 %.
-
     Args:
         model: an As-ViT or a model that ``set_token_reduction`` takes; its reduction is left as it was.
         img_size: pixels, int or (height, width).
@@ -70,7 +65,7 @@ def schedule_cost(model: nn.Module, schedule: str | RetokenizationSchedule, img_
         InputError: a schedule or size that cannot be used, or a model whose tokens cannot be reduced.
     """
     schedule = RetokenizationSchedule.parse(schedule)
-    if schedule.reductions == (1,) and why_not_reduce(model) is not None:
+    if schedule.reductions == (1,) and unsupported_reason(model) is not None:
         return ScheduleCost(schedule, {1: flops(model, img_size)})
     before = token_reduction(model)
     try:

@@ -1,17 +1,21 @@
-"""One update of the weights: Mixup, forward and backward passes, clipping, optimizer, moving average."""
+"""One update of the weights: Mixup, forward and backward passes, clipping, optimizer, moving average; and what timm
+makes of a recipe for it."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -19,34 +23,59 @@ from torch.distributed.tensor import DTensor
 from .. import processes
 from ..errors import InputError
 from ..recipe import Recipe
-from .optimization import make_optimizer
-from .parallel import gradient_sync, replicate, shard
+from .parallel import full_tensor, gradient_sync, replicate, shard
 from .regularizers import Regularization, parse_regularizers
 
 Batches = Iterator[tuple[Tensor, Tensor]]
+# of torch, in one pass over memory: with coarse tokens the optimizer is a large part of an update
+FUSED = ("adam", "adamw")
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly")  # of timm, those that need no metric
 GRAPHS = 32  # of one network: three grids, training and validation, whole and last batches, and room
 NEVER = 2**62  # an update that no training reaches
 
 
-@dataclass
 class Step:
-    """Callable: one update from the next batches; all that it changes is here.
+    """One update from the next batches; all that it changes is here.
 
-    ``replica`` is what runs (the network, or DistributedDataParallel around it), ``model`` holds the weights.
+    Args:
+        model: a prepared network, which holds the weights; ``replica`` is what runs (it, or DistributedDataParallel
+            around it).
+        recipe: optimizer, losses, average.
+        device: where it computes.
+        num_classes: for mixed targets.
+        images_per_update: over all ranks, for the learning rate.
+
+    Attributes:
+        averages: the average of the weights, if there is one.
+        grad_norm: [] of the last update, where gradients are clipped.
+        data_seconds: how long the last update waited for images.
     """
 
-    replica: nn.Module
-    model: nn.Module
-    ema: ModelEmaV3 | None
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    criterion: nn.Module
-    mixup: Mixup | None
-    regularization: Regularization | None
-    recipe: Recipe
-    device: torch.device
-    grad_norm: Tensor | None = None  # of the last update, where gradients are clipped
-    data_seconds: float = 0.0  # that the last update waited for images
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, device: torch.device, num_classes: int, images_per_update: int
+    ) -> None:
+        self.model, self.recipe, self.device = model, recipe, device
+        self.ema = None
+        if recipe.model_ema:
+            self.ema = ModelEmaV3(model, decay=recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup)
+        self.averages: list[nn.Module] = [] if self.ema is None else [self.ema.module]
+        networks = [model, *self.averages]
+        if recipe.parallel == "fsdp" and processes.is_distributed():
+            for network in networks:
+                shard(network, device)
+        self.optimizer = make_optimizer(recipe, model, images_per_update)
+        if recipe.torchcompile:
+            for network in networks:
+                network.compile(dynamic=False)  # one graph for each grid and batch
+        self.replica = replicate(model, device)
+        # float16 alone needs its gradients scaled
+        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp and recipe.amp_dtype == "float16")
+        self.criterion = make_criterion(recipe).to(device)
+        self.mixup = make_mixup(recipe, num_classes)
+        terms = parse_regularizers(recipe.regularizers)
+        self.regularization = Regularization(model, terms) if terms else None
+        self.grad_norm: Tensor | None = None
+        self.data_seconds = 0.0
 
     def __call__(self, batches: Batches, passes: int, update: int) -> Tensor:
         """The mean loss [] of ``passes`` batches, detached; ``update`` counts from 0 over the whole training."""
@@ -67,16 +96,16 @@ class Step:
         return total
 
     @property
-    def averages(self) -> list[nn.Module]:
-        """The average of the weights, if there is one."""
-        return [] if self.ema is None else [self.ema.module]
+    def lr(self) -> float:
+        """Learning rate of the next update, or of the last one."""
+        return self.optimizer.param_groups[0]["lr"]
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         return autocast(self.recipe, self.device)
 
     @contextlib.contextmanager
     def forward_context(self) -> Iterator[None]:
-        """What a training pass runs in."""
+        """The context of a training pass."""
         with self.autocast(), self.regularization or contextlib.nullcontext():
             yield
 
@@ -99,11 +128,11 @@ class Step:
         if self.recipe.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)  # []
-            self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of shards: all ranks ask
+            self.grad_norm = full_tensor(norm)  # of shards: all ranks ask
 
 
 def prepare(model: nn.Module, recipe: Recipe, device: torch.device) -> None:
-    """Where the network lives and how it keeps what its backward pass needs."""
+    """Put the network on its device, and let it keep what the recipe wants for its backward pass."""
     model.to(device)
     if recipe.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -113,35 +142,7 @@ def prepare(model: nn.Module, recipe: Recipe, device: torch.device) -> None:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
 
 
-def make_step(model: nn.Module, recipe: Recipe, device: torch.device, num_classes: int, images_per_update: int) -> Step:
-    """The step of a prepared network: its average, its shards or replicas, its optimizer."""
-    terms = parse_regularizers(recipe.regularizers)
-    ema = None
-    if recipe.model_ema:
-        ema = ModelEmaV3(model, decay=recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup)
-    networks = [model] if ema is None else [model, ema.module]
-    if recipe.parallel == "fsdp" and processes.joined():
-        for network in networks:
-            shard(network, device)
-    optimizer = make_optimizer(recipe, model, images_per_update)
-    if recipe.torchcompile:
-        for network in networks:
-            network.compile(dynamic=False)  # one graph for each grid and batch
-    return Step(
-        replica=replicate(model, device),
-        model=model,
-        ema=ema,
-        optimizer=optimizer,
-        scaler=make_scaler(recipe, device),
-        criterion=make_criterion(recipe).to(device),
-        mixup=make_mixup(recipe, num_classes),
-        regularization=Regularization(model, terms) if terms else None,
-        recipe=recipe,
-        device=device,
-    )
-
-
-def many_graphs(recipe: Recipe) -> contextlib.AbstractContextManager[Any]:
+def raised_recompile_limit(recipe: Recipe) -> contextlib.AbstractContextManager[Any]:
     """Inside it a compiled network may have ``GRAPHS`` graphs; torch's own limit is for all networks of a program."""
     if not recipe.torchcompile:
         return contextlib.nullcontext()
@@ -152,11 +153,6 @@ def autocast(recipe: Recipe, device: torch.device) -> contextlib.AbstractContext
     if not recipe.amp:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=getattr(torch, recipe.amp_dtype))
-
-
-def make_scaler(recipe: Recipe, device: torch.device) -> torch.amp.GradScaler:
-    """float16 alone needs its gradients scaled; for the rest it does nothing."""
-    return torch.amp.GradScaler(device.type, enabled=recipe.amp and recipe.amp_dtype == "float16")
 
 
 def make_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
@@ -181,25 +177,84 @@ def make_criterion(recipe: Recipe) -> nn.Module:
     return LabelSmoothingCrossEntropy(recipe.smoothing) if recipe.smoothing else nn.CrossEntropyLoss()
 
 
-class LossGuard:
-    """Remembers the first update after which something was no finite number, without waiting for the device."""
+def make_optimizer(recipe: Recipe, model: nn.Module, images_per_update: int) -> torch.optim.Optimizer:
+    """Raises InputError for an optimizer that timm does not know."""
+    options: Any = {"fused": True} if recipe.opt.lower() in FUSED else {}
+    try:
+        return create_optimizer_v2(
+            model,
+            opt=recipe.opt,
+            lr=recipe.learning_rate(images_per_update),
+            weight_decay=recipe.weight_decay,
+            layer_decay=recipe.layer_decay,
+            **options,
+        )
+    except (AssertionError, ValueError, TypeError, ImportError) as error:
+        raise InputError(f"opt {recipe.opt!r} cannot be used: {error}; see timm.optim.list_optimizers()") from error
 
-    def __init__(self, device: torch.device) -> None:
-        self.bad = torch.full((), NEVER, dtype=torch.int64, device=device)
+
+def make_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, epochs: int, updates_per_epoch: int) -> Scheduler:
+    """The learning rate of every update is a function of its number: nothing of this needs a checkpoint.
+
+    Raises InputError for one that timm does not know, or that follows a metric.
+    """
+    if recipe.sched not in SCHEDULES:
+        raise InputError(f"sched must be one of {', '.join(SCHEDULES)}; got {recipe.sched!r}")
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        recipe.sched,
+        num_epochs=epochs,
+        warmup_epochs=min(recipe.warmup_epochs, epochs // 5),
+        warmup_lr=recipe.warmup_lr,
+        min_lr=recipe.min_lr,
+        step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch,
+    )
+    assert scheduler is not None
+    return scheduler
+
+
+def learning_rate(recipe: Recipe, images_per_update: int, epochs: int, updates_per_epoch: int, update: int) -> float:
+    """The learning rate of one update of a training of so many epochs."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=recipe.learning_rate(images_per_update))
+    make_scheduler(recipe, optimizer, epochs, updates_per_epoch).step_update(update)
+    return optimizer.param_groups[0]["lr"]
+
+
+class FiniteGuard:
+    """Remembers the first update after which something was not finite, without waiting for the device.
+
+    Args:
+        step: what is watched.
+        updates_per_epoch: for the message.
+        checkpoint: the last good one, if there is one.
+    """
+
+    def __init__(self, step: Step, updates_per_epoch: int, checkpoint: Path | None) -> None:
+        self.step, self.updates_per_epoch, self.checkpoint = step, updates_per_epoch, checkpoint
+        self.first = torch.full((), NEVER, dtype=torch.int64, device=step.device)  # []
 
     def watch(self, finite: Tensor, update: int) -> None:
-        """``finite`` [] says whether all was well after ``update``."""
-        self.bad = torch.where(finite, self.bad, self.bad.clamp(max=update))
+        """Note whether all was well after ``update``: [] of bool."""
+        self.first = torch.where(finite, self.first, self.first.clamp(max=update))
 
-    def first(self) -> int | None:
-        """On any rank; every rank must ask."""
-        if processes.joined():
-            dist.all_reduce(self.bad, op=dist.ReduceOp.MIN)
-        found = int(self.bad)
-        return None if found == NEVER else found
+    def check(self) -> None:
+        """Raise InputError if anything was not finite, on any rank; every rank must call it."""
+        if processes.is_distributed():
+            dist.all_reduce(self.first, op=dist.ReduceOp.MIN)
+        update = int(self.first)
+        if update == NEVER:
+            return
+        kept = self.checkpoint if self.checkpoint is not None and self.checkpoint.exists() else None
+        good = f"the last good checkpoint is {kept}" if kept else "no checkpoint has been written yet"
+        raise InputError(
+            f"the loss or the weights are not finite since update {update % self.updates_per_epoch} of epoch "
+            f"{update // self.updates_per_epoch} (update {update} of the training); {good}; train again with a lower "
+            f"lr ({self.step.lr:.3g} here), clip_grad, or without amp"
+        )
 
-
-def weights_are_finite(model: nn.Module) -> Tensor:
-    """[]: of this rank's shards, where the model is sharded."""
-    parts = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
-    return torch.stack([part.detach().isfinite().all() for part in parts]).all()
+    def check_weights(self, update: int) -> None:
+        """Check the weights before any are kept: ``update`` may have spoilt them though its loss was fine."""
+        parts = (p.to_local() if isinstance(p, DTensor) else p for p in self.step.model.parameters())  # of this rank
+        self.watch(torch.stack([part.detach().isfinite().all() for part in parts]).all(), update)
+        self.check()

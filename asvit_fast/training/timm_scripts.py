@@ -27,6 +27,7 @@ import timm.utils
 from torch import nn
 
 from ..errors import InputError
+from ..tokens import tokens_text
 from .retokenizer import Retokenizer
 from .schedule import RetokenizationSchedule
 from .schedule_cost import schedule_cost
@@ -43,7 +44,7 @@ AVERAGES: dict[Any, str] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a script; 0, or 2 after a mistake that is told in one line. The script's own exits pass through."""
+    """Run a script; 0, or 2 after a mistake that is reported in one line. The script's own exits pass through."""
     try:
         arguments, text = _take_option(sys.argv[1:] if argv is None else argv)
         if not arguments or arguments[0].startswith("-"):
@@ -83,7 +84,7 @@ def _as_program(arguments: list[str]) -> Iterator[None]:
         raise InputError(f"there is no script {script}: timm's are in the folder of its sources, not in its package")
     folder, ours = script.resolve().parent, Path(timm.__file__).resolve().parent
     if (folder / "timm").is_dir() and folder / "timm" != ours:
-        _say(f"{script.name} runs with timm {timm.__version__} of {ours}, not with the one beside it")
+        _print_on_rank0(f"{script.name} runs with timm {timm.__version__} of {ours}, not with the one beside it")
     before = sys.argv, sys.path
     sys.argv, sys.path = list(arguments), [str(folder), *sys.path]
     try:
@@ -167,7 +168,9 @@ class _Listener:
             raise InputError(f"{OPTION}: the script's optimizer trains no model that timm.create_model has made")
         self.schedule = self.schedule.for_epochs(epochs)
         self._follow()
-        _say(f"{OPTION} {self.schedule}\n{schedule_cost(self.trained[0], self.schedule, self.img_size or 224).table()}")
+        _print_on_rank0(
+            f"{OPTION} {self.schedule}\n{schedule_cost(self.trained[0], self.schedule, self.img_size or 224).table()}"
+        )
         scheduler = _Untouched() if scheduler is None else scheduler
         scheduler.__class__ = _telling(type(scheduler), self._tell, 0 if step_on_epochs else updates_per_epoch)
         return scheduler, epochs
@@ -194,7 +197,7 @@ class _Listener:
     # ----------------------------------------------------------------------- what follows from it
 
     def _follow(self) -> None:
-        """From now on the trained model and all its copies have the tokens of the epoch."""
+        """Let the trained model and all its copies have the tokens of the epoch from now on."""
         copies = [
             copy
             for source, copy in self.copies
@@ -207,9 +210,7 @@ class _Listener:
         """The script says which epoch comes next."""
         assert self.retokenizer is not None
         if self.retokenizer.step(epoch):
-            reduction = self.retokenizer.reduction
-            tokens = "full tokens" if reduction == 1 else f"{reduction} x fewer tokens per side"
-            _say(f"from epoch {epoch} on (counted from 0) {tokens}")
+            _print_on_rank0(f"from epoch {epoch} on (counted from 0) {tokens_text(self.retokenizer.reduction)}")
         self.epoch = epoch
 
     def _check_end(self, script: str) -> None:
@@ -230,10 +231,10 @@ class _Untouched:
     t_in_epochs = True
 
     def step(self, epoch: int, metric: float | None = None) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def step_update(self, num_updates: int, metric: float | None = None) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def _telling(kind: Any, tell: Callable[[int], None], updates_per_epoch: int) -> type:
@@ -261,7 +262,7 @@ def _telling(kind: Any, tell: Callable[[int], None], updates_per_epoch: int) -> 
 
 
 def _heard(function: Callable[..., Any], hear: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function; what ``hear`` makes of its result and arguments is returned."""
+    """Wrap a function: what ``hear`` makes of its result and arguments is returned."""
 
     @functools.wraps(function)
     def call(*arguments: Any, **options: Any) -> Any:
@@ -286,7 +287,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
-def _say(line: str) -> None:
-    """On standard error, as the scripts log; by one process."""
+def _print_on_rank0(line: str) -> None:
+    """Print on standard error, as the scripts log; by one process."""
     if timm.utils.world_info_from_env()[1] == 0:
         print(f"{PROGRAM}: {line}", file=sys.stderr, flush=True)

@@ -3,12 +3,12 @@
 
 Of timm's modules only plain attributes change, those that timm itself has for images of other sizes: wrappers, hooks,
 deepcopy, pickle and compiled functions see the same modules. Every changed module keeps what its attributes were with
-full tokens in one more attribute, ``KEPT``, until it gets them back.
+full tokens in one more attribute, ``SAVED_ATTRIBUTES``, until it gets them back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from ..acceleration.timm_layers import FastPatchEmbed
 from ..errors import InputError
 from ..models import AsViT
-from ..nn.patch_embed import check_token_reduction, dilation_of
+from ..nn.patch_embed import dilation_of
+from ..tokens import check_token_reduction
 
-KEPT = "_with_full_tokens"
+SAVED_ATTRIBUTES = "_with_full_tokens"
 WINDOWED = (SwinTransformer, SwinTransformerV2)
 # those whose position embedding follows the grid
 POSITIONED = (VisionTransformer._pos_embed, VisionTransformerDistilled._pos_embed, Eva._pos_embed)
@@ -38,7 +39,7 @@ ONE_GRID = {
 
 
 def set_token_reduction(module: nn.Module, reduction: int) -> None:
-    """1, 2 or 4 times fewer tokens per side from now on, with the same weights, for every network inside ``module``.
+    """Use 1, 2 or 4 times fewer tokens per side from now on, with the same weights, in every network of ``module``.
 
     Takes our AsViT, and timm's VisionTransformer (DeiT among them), Eva, SwinTransformer and SwinTransformerV2 whose
     ``patch_embed`` is a ``timm.layers.PatchEmbed`` of 2 x 2 pixels or more; also inside DistributedDataParallel,
@@ -66,19 +67,21 @@ def set_token_reduction(module: nn.Module, reduction: int) -> None:
 
 
 def token_reduction(module: nn.Module) -> int:
-    """How many times fewer tokens per side the networks inside ``module`` have now.
+    """Return how many times fewer tokens per side the networks inside ``module`` have now.
 
     Raises:
         InputError: a network whose tokens cannot be reduced, or networks that differ.
     """
-    found = {_reduction_of(network) for network in _networks(module)}
-    if len(found) > 1:
-        raise InputError(f"networks inside differ in token reduction, {sorted(found)}: use set_token_reduction on all")
-    return found.pop()
+    reductions = {_reduction_of(network) for network in _networks(module)}
+    if len(reductions) > 1:
+        raise InputError(
+            f"networks inside differ in token reduction, {sorted(reductions)}: use set_token_reduction on all"
+        )
+    return reductions.pop()
 
 
-def why_not_reduce(module: nn.Module) -> str | None:
-    """Why ``set_token_reduction`` refuses ``module``; None if it takes it."""
+def unsupported_reason(module: nn.Module) -> str | None:
+    """Say why ``set_token_reduction`` refuses ``module``; None if it takes it."""
     try:
         _networks(module)
     except InputError as error:
@@ -93,12 +96,12 @@ def _networks(module: nn.Module) -> list[Any]:
     """The networks inside. Raises InputError if there is none, or one that cannot be reduced."""
     networks = [child for child in module.modules() if isinstance(child, AsViT) or _embeds_patches(child)]
     for network in networks:
-        why = None if isinstance(network, AsViT) else _why_not(network)
+        why = None if isinstance(network, AsViT) else _unsupported_reason(network)
         if why is not None:
-            raise InputError(f"the tokens of {_class_of(network)} cannot be reduced: {why}")
+            raise InputError(f"the tokens of {type(network).__name__} cannot be reduced: {why}")
     if not networks:
         raise InputError(
-            f"the tokens of {_class_of(module)} cannot be reduced: it has no patch_embed; As-ViT and timm's "
+            f"the tokens of {type(module).__name__} cannot be reduced: it has no patch_embed; As-ViT and timm's "
             f"VisionTransformer, Eva, SwinTransformer and SwinTransformerV2 can be re-tokenized"
         )
     return networks
@@ -109,20 +112,16 @@ def _embeds_patches(module: nn.Module) -> bool:
     return "patch_embed" in children or any(isinstance(child, PatchEmbed) for child in children.values())
 
 
-def _class_of(module: nn.Module) -> str:
-    return type(module).__name__
-
-
-def _why_not(network: Any) -> str | None:
-    known = isinstance(network, WINDOWED) or getattr(type(network), "_pos_embed", None) in POSITIONED
-    if not known:
-        return ONE_GRID.get(_class_of(network), "it is not known to work on any grid but its own")
+def _unsupported_reason(network: Any) -> str | None:
+    follows_grid = isinstance(network, WINDOWED) or getattr(type(network), "_pos_embed", None) in POSITIONED
+    if not follows_grid:
+        return ONE_GRID.get(type(network).__name__, "it is not known to work on any grid but its own")
     embed = network.patch_embed
     if type(embed).forward not in (PatchEmbed.forward, FastPatchEmbed.forward):
-        return f"its patch_embed is a {_class_of(embed)}, not a timm.layers.PatchEmbed"
+        return f"its patch_embed is a {type(embed).__name__}, not a timm.layers.PatchEmbed"
     projection = embed.proj
     if not isinstance(projection, nn.Conv2d):
-        return f"the proj of its patch_embed is a {_class_of(projection)}, not a Conv2d"
+        return f"the proj of its patch_embed is a {type(projection).__name__}, not a Conv2d"
     kernel = projection.kernel_size
     if min(kernel) < 2:
         return f"its patches of {kernel[0]} x {kernel[1]} pixels have nothing to dilate"
@@ -145,7 +144,7 @@ def _reduction_of(network: Any) -> int:
 
 
 def _change(module: nn.Module, **values: Any) -> None:
-    kept = vars(module).setdefault(KEPT, {})
+    kept = vars(module).setdefault(SAVED_ATTRIBUTES, {})
     for name, value in values.items():
         kept[name] = getattr(module, name)
         setattr(module, name, value)
@@ -153,12 +152,12 @@ def _change(module: nn.Module, **values: Any) -> None:
 
 def _full(module: nn.Module, name: str) -> Any:
     """The value of an attribute with full tokens."""
-    return vars(module).get(KEPT, {}).get(name, getattr(module, name))
+    return vars(module).get(SAVED_ATTRIBUTES, {}).get(name, getattr(module, name))
 
 
 def _restore(network: nn.Module) -> None:
     for module in network.modules():
-        kept = vars(module).pop(KEPT, {})
+        kept = vars(module).pop(SAVED_ATTRIBUTES, {})
         for name, value in kept.items():
             setattr(module, name, value)
         if "window_size" in kept and "relative_position_index" in module._buffers:
@@ -166,7 +165,7 @@ def _restore(network: nn.Module) -> None:
 
 
 def _reduce(network: Any, reduction: int) -> None:
-    """From full tokens."""
+    """Reduce the tokens of a network that has full ones."""
     embed = network.patch_embed
     projection = embed.proj
     kernel = projection.kernel_size
@@ -186,36 +185,34 @@ def _reduce(network: Any, reduction: int) -> None:
 
 
 def _reduce_windows(network: Any, size: Sequence[int]) -> None:
-    """Windows of a Swin Transformer whose first map has ``size`` (rows, columns) at its own image size; images of other
-    sizes run too, with padding."""
-    for block, sides in _blocks(network, size):
-        attention, window, shift = block.attn, block.attn.window_size, block.shift_size
-        if not block.always_partition:
-            window = tuple(min(side, length) for side, length in zip(window, sides, strict=True))
-            shift = tuple(
-                0 if side <= length else by for side, length, by in zip(sides, window, shift, strict=True)
-            )  # a single window is not shifted
-        area = window[0] * window[1]
-        _change(block, dynamic_mask=True, window_size=window, window_area=area, shift_size=shift)
-        if window != attention.window_size:
-            full = attention.window_size
-            _change(attention, window_size=window)
-            if hasattr(attention, "window_area"):
-                _change(attention, window_area=area)
-            _set_position_index(attention, full)
-
-
-def _blocks(network: Any, size: Sequence[int]) -> Iterator[tuple[Any, Sequence[int]]]:
-    """Every block and its map (rows, columns)."""
+    """Fit the windows of a Swin Transformer whose first map has ``size`` (rows, columns) at its own image size; images
+    of other sizes run too, with padding."""
     for stage in network.layers:
         if not isinstance(stage.downsample, nn.Identity):
             size = [-(-side // 2) for side in size]
         for block in stage.blocks:
-            yield block, size
+            _reduce_window(block, size)
+
+
+def _reduce_window(block: Any, size: Sequence[int]) -> None:
+    attention, window, shift = block.attn, block.attn.window_size, block.shift_size
+    if not block.always_partition:
+        window = tuple(map(min, size, window))
+        shift = tuple(
+            0 if side <= length else by for side, length, by in zip(size, window, shift, strict=True)
+        )  # a single window is not shifted
+    area = window[0] * window[1]
+    _change(block, dynamic_mask=True, window_size=window, window_area=area, shift_size=shift)
+    if window != attention.window_size:
+        full = attention.window_size
+        _change(attention, window_size=window)
+        if hasattr(attention, "window_area"):
+            _change(attention, window_area=area)
+        _set_position_index(attention, full)
 
 
 def _set_position_index(attention: Any, full: tuple[int, int]) -> None:
-    """Of the position biases of ``full`` windows those between the tokens of the present ones."""
+    """Index, of the position biases of ``full`` windows, those between the tokens of the present ones."""
     device = attention.relative_position_index.device
 
     def offsets(length: int, largest: int) -> Tensor:

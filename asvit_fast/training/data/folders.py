@@ -10,8 +10,9 @@ from typing import Any
 
 from timm.data import ImageDataset, create_dataset
 
-from ..errors import InputError
-from ..images import ImageFolder, ImageTar, is_hidden
+from ...errors import InputError, first_line
+from ...images import ImageFolder, ImageTar, is_hidden
+from .reader import Reader
 
 PACKAGES = {  # prefix of the name -> module, package of pip
     "hfds": ("datasets", "datasets"),
@@ -24,17 +25,18 @@ FOLDERS = ("", "folder", "tar")
 SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))  # timm's, in its order
 
 
-def open_split(
-    data: str | Path, dataset: str, split: str, class_map: str, training: bool, seed: int, mode: str = "RGB"
-) -> Any:
-    """One split as timm reads it, undecoded where timm can leave it so; ``split`` "" of a folder is the folder itself.
+def open_split(data: str | Path, reader: Reader, training: bool) -> Any:
+    """The training or validation split as timm reads it, undecoded where timm can leave it so; the split "" of a folder
+    is the folder itself.
 
     Raises InputError: no such folder, split, package or class map; no images; class folders without images; images
     outside of class folders.
     """
+    recipe = reader.recipe
+    dataset, split = recipe.dataset, recipe.train_split if training else recipe.val_split
     prefix = dataset.partition("/")[0].lower()
     if prefix in FOLDERS:
-        return _open_folder(Path(data), split, class_map, mode, training)
+        return _open_folder(_find_split(Path(data), split, training), recipe.class_map, reader.mode)
     if prefix not in (*PACKAGES, "torch"):
         raise InputError(
             f"dataset {dataset!r} is not known; use {', '.join(map(repr, FOLDERS))}, "
@@ -45,11 +47,11 @@ def open_split(
         raise InputError(
             f"dataset {dataset!r} needs the package {package}, which is not installed: pip install {package}"
         )
-    streaming: dict[str, Any] = {"is_training": training, "seed": seed} if prefix in ITERABLE else {}
-    decoded = mode if prefix == "tfds" else ""  # the others leave an image as its file has it
-    labels: dict[str, Any] = {"class_map": class_map or None, "input_img_mode": decoded} if prefix != "torch" else {}
+    options: dict[str, Any] = {"is_training": training, "seed": recipe.seed} if prefix in ITERABLE else {}
+    if prefix != "torch":  # all but tfds leave an image as its file has it
+        options |= {"class_map": recipe.class_map or None, "input_img_mode": reader.mode if prefix == "tfds" else ""}
     try:
-        return create_dataset(dataset, root=str(data), split=split, **labels, **streaming)
+        return create_dataset(dataset, root=str(data), split=split, **options)
     except Exception as error:  # each library has its own
         raise InputError(f"dataset {dataset!r}, split {split!r} of {str(data)!r}: {first_line(error)}") from error
 
@@ -57,8 +59,7 @@ def open_split(
 # --------------------------------------------------------------------------- folders and tar files
 
 
-def _open_folder(data: Path, split: str, class_map: str, mode: str, training: bool) -> Any:
-    root = _find_split(data, split, training)
+def _open_folder(root: Path, class_map: str, mode: str) -> Any:
     if class_map and not Path(class_map).is_file() and not (root / class_map).is_file():
         raise InputError(f"class_map {class_map!r} is no file, neither here nor in {str(root)!r}; give its path")
     try:
@@ -66,13 +67,7 @@ def _open_folder(data: Path, split: str, class_map: str, mode: str, training: bo
         dataset = ImageDataset(str(root), reader=reader, input_img_mode=mode)
     except InputError:
         raise
-    except (
-        RuntimeError,
-        ValueError,
-        AssertionError,
-        OSError,
-        tarfile.TarError,
-    ) as error:  # no images, or a class map timm cannot read
+    except (RuntimeError, ValueError, AssertionError, OSError, tarfile.TarError) as error:  # no images, or a bad map
         raise InputError(f"data {str(root)!r} cannot be used: {first_line(error)}") from error
     if root.is_dir() and not class_map:
         _check_class_folders(root, [file for file, _ in dataset.reader.samples])
@@ -99,12 +94,12 @@ def _find_split(data: Path, split: str, training: bool) -> Path:
 
 
 def _what_there_is(data: Path, split: str, training: bool) -> str:
-    found = sorted(entry.name for entry in data.iterdir() if entry.is_dir() or entry.suffix == ".tar")
+    names = sorted(entry.name for entry in data.iterdir() if entry.is_dir() or entry.suffix == ".tar")
     option, usual = ("train_split", ("train",)) if training else ("val_split", ("val", "valid", "validation", "test"))
-    likely = [name for name in usual if name in found]
+    likely = [name for name in usual if name in names]
     hint = f"; did you mean {option}={likely[0]!r}?" if likely else ""
     otherwise = "; train_split='' takes the classes of the folder itself" if training else ""
-    return f"it holds {some(found) if found else 'no folder'}{hint}{otherwise}"
+    return f"it holds {some(names) if names else 'no folder'}{hint}{otherwise}"
 
 
 def _check_class_folders(root: Path, files: list[str]) -> None:
@@ -130,7 +125,3 @@ def _check_class_folders(root: Path, files: list[str]) -> None:
 def some(names: list[str], most: int = 5) -> str:
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(repr, names[:most])) + rest
-
-
-def first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, Subset, TensorDataset
 
-from ..errors import InputError
+from ...errors import InputError
+from .. import rng
 from .folders import some
-from .rng import unchanged_randomness
 
 
 def class_names(dataset: Any) -> list[str] | None:
@@ -29,17 +29,16 @@ def class_names(dataset: Any) -> list[str] | None:
     return names
 
 
-def count_classes(dataset: Any, given: int | None = None) -> int:
+def count_classes(dataset: Any, num_classes: int | None = None) -> int:
     """Number of classes: of the names, or the largest target plus one; without ``targets``, all samples are read.
 
     Raises InputError for a stream that names no classes, and for more names than the number given.
     """
-    if given is not None:
-        known = class_names(dataset) or []
-        if len(known) > given:
-            raise InputError(f"the images have {len(known)} classes, num_classes is {given}; leave it out")
-        return given
     names = class_names(dataset)
+    if num_classes is not None:
+        if len(names or ()) > num_classes:
+            raise InputError(f"the images have {len(names or ())} classes, num_classes is {num_classes}; leave it out")
+        return num_classes
     if names is not None:
         return len(names)
     if isinstance(dataset, IterableDataset):
@@ -71,5 +70,5 @@ def targets_of(dataset: Any) -> Tensor:
         return targets_of(dataset.dataset)[torch.as_tensor(dataset.indices)]
     if getattr(dataset, "targets", None) is not None:
         return torch.as_tensor(dataset.targets)
-    with unchanged_randomness():
+    with rng.preserved_random_state():
         return torch.tensor([int(dataset[index][1]) for index in range(len(dataset))])

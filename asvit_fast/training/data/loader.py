@@ -1,4 +1,4 @@
-"""From requests for samples to normalised batches on a device: workers, copies ahead of use, random erasing."""
+"""Normalised batches on a device: requests to workers, copies ahead of use, random erasing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from multiprocessing.connection import wait
 from typing import Any
@@ -15,41 +15,61 @@ from typing import Any
 import torch
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 
-from ..backends import notify_once
-from ..errors import InputError
-from . import rng
-from .samples import Batch, Request, Samples, StreamSamples
+from ...backends import notify_once
+from ...errors import InputError
+from .. import rng
+from .dataset import Batch, Request, Samples, StreamSamples
+from .reader import Reader
 
 PARENT_CHECK_SECONDS = 0.5  # between a worker's looks at the process that it reads for
 
 
-class Requests(Sampler):
-    """What workers are asked for in the coming pass."""
+def make_loader(dataset: Any, reader: Reader, classes: int, training: bool) -> MapLoader | StreamLoader:
+    """Make what reads this rank's share of a split.
+
+    ``loader(epoch, start, stop, batch_size)`` has the images ``start`` to ``stop`` of its ``images`` in batches, the
+    last one smaller: shuffled for each epoch and augmented in training, else in order.
+    """
+    kind = StreamLoader if isinstance(dataset, IterableDataset) else MapLoader
+    return kind(dataset, reader, classes, training)
+
+
+class RequestSampler(Sampler):
+    """Requests to the workers in the coming pass."""
 
     def __init__(self) -> None:
-        self.coming: Callable[[], Iterable[Request]] = tuple
+        self.coming: Iterator[Request] = iter(())
 
     def __iter__(self) -> Iterator[Request]:
-        return iter(self.coming())
+        return self.coming
 
 
-class Reading:
+class MapLoader:
     """Batches of a map-style data set: by the main process, or by workers that stay for the next pass."""
 
-    def __init__(self, samples: Samples, workers: int, device: torch.device) -> None:
-        self.samples = samples
-        self.requests = Requests()
+    def __init__(self, dataset: Any, reader: Reader, classes: int, training: bool) -> None:
+        self.samples = Samples(dataset, reader, classes, training)
+        self.reader, self.training = reader, training
+        total, rank, ranks = len(self.samples), reader.rank, reader.ranks
+        self.images = total // ranks if training else len(range(rank, total, ranks))
+        self.requests = RequestSampler()
         self.passes = 0
-        self.key = object()  # of what was said about these images
+        self.key = object()  # of the warnings about these images
         self.loader: DataLoader | None = None
-        if workers and samples.tensors is None:
-            self.loader = worker_loader(samples, workers, device, sampler=self.requests, persistent_workers=True)
+        if reader.recipe.workers and self.samples.tensors is None:
+            options = {"sampler": self.requests, "persistent_workers": True}
+            self.loader = worker_loader(self.samples, reader, reader.recipe.workers, **options)
 
-    def __call__(self, requests: Callable[[], Iterable[Request]]) -> Iterator[Batch]:
+    def __call__(self, epoch: int, start: int, stop: int, batch_size: int) -> Iterator[Batch]:
+        total, seed = len(self.samples), self.reader.recipe.seed
+        order = rng.epoch_order(total, seed, epoch) if self.training else torch.arange(total)  # [all images]
+        # what the ranks read at one time are neighbours in the order
+        own = order[self.reader.rank :: self.reader.ranks][start:stop]  # [images]
+        requests = ((epoch, piece.tolist()) for piece in own.split(batch_size) if len(piece))  # one empty if none
         if self.loader is None:
-            return self._checked(map(self.samples.__getitem__, requests()))
+            return self._checked(map(self.samples.__getitem__, requests))
         self.requests.coming = requests
         self.passes += 1
         return self._only_latest(self._checked(iter(self.loader)), self.passes)
@@ -65,7 +85,7 @@ class Reading:
 
     def _checked(self, batches: Iterable[Batch | InputError]) -> Iterator[Batch]:
         skipped: dict[str, None] = {}
-        for batch in raised(batches):
+        for batch in raise_errors(batches):
             before = len(skipped)
             skipped.update(dict.fromkeys(batch.skipped))
             if len(skipped).bit_length() > before.bit_length():  # at once, and when their number has doubled
@@ -73,39 +93,45 @@ class Reading:
             yield batch
 
 
-class Stream:
+class StreamLoader:
     """Batches of a data set that is read from its start; workers are new in every pass, their order repeats."""
 
-    def __init__(self, samples: StreamSamples, workers: int, device: torch.device) -> None:
-        self.samples, self.workers, self.device = samples, max(1, workers), device
+    def __init__(self, dataset: Any, reader: Reader, classes: int, training: bool) -> None:
+        self.samples = StreamSamples(dataset, reader, classes, training)
+        self.reader, self.workers = reader, max(1, reader.recipe.workers)
+        total = getattr(dataset.reader, "num_samples", None)
+        if not total:
+            raise InputError(
+                "this data set does not say how many images it has; give its number in the split's description"
+            )
+        self.images = int(total) // reader.ranks if training else -(-int(total) // reader.ranks)
 
     def __call__(self, epoch: int, start: int, stop: int, batch_size: int) -> Iterator[Batch]:
-        """Images ``start`` to ``stop`` in batches, the last one smaller."""
-        generator = torch.Generator().manual_seed(rng.one_number(rng.words(self.samples.seed, epoch)))
         self.samples.epoch = epoch
         for setting, value in (("set_epoch", epoch), ("set_loader_cfg", self.workers)):
             if hasattr(self.samples.dataset, setting):
                 getattr(self.samples.dataset, setting)(value)
-        loader = worker_loader(self.samples, self.workers, self.device, generator=generator)
-        return recut(raised(loader), start, stop, batch_size)
+        generator = rng.generator(self.reader.recipe.seed, epoch)
+        loader = worker_loader(self.samples, self.reader, self.workers, generator=generator)
+        return rebatch(raise_errors(loader), start, stop, batch_size)
 
 
-def worker_loader(samples: Any, workers: int, device: torch.device, **options: Any) -> DataLoader:
+def worker_loader(samples: Any, reader: Reader, workers: int, **options: Any) -> DataLoader:
     """Whole batches from workers. A generator of its own: torch would draw one number of the global one otherwise."""
-    options = {"generator": torch.Generator().manual_seed(samples.seed), **options}
+    options = {"generator": torch.Generator().manual_seed(reader.recipe.seed), **options}
     return DataLoader(
         samples,
         batch_size=None,
         num_workers=workers,
         worker_init_fn=_follow_parent,
-        pin_memory=device.type == "cuda",
+        pin_memory=reader.device.type == "cuda",
         **options,
     )
 
 
 def _follow_parent(worker: int) -> None:
-    """A worker leaves Ctrl-C and SIGTERM of a whole group of processes to the main one, and ends when that does or says
-    so: also in the middle of a read that never ends.
+    """Ignore SIGINT and SIGTERM of a whole group of processes, which the main process answers by shutting workers down;
+    end when that process does or says so, also in the middle of a read that never ends.
 
     Under a fork server, workers are not its children: nothing else tells them that it has been killed.
     """
@@ -129,7 +155,7 @@ def _end_with_parent() -> None:
 
 
 def _terminated_by(process: int) -> bool:
-    """Within the time between two looks at the parent."""
+    """Wait for a while; return whether the process has sent SIGTERM meanwhile."""
     if not hasattr(signal, "sigtimedwait"):  # SIGTERM ends the worker by itself there
         time.sleep(PARENT_CHECK_SECONDS)
         return False
@@ -137,43 +163,43 @@ def _terminated_by(process: int) -> bool:
     return heard is not None and heard.si_pid == process
 
 
-def raised(batches: Iterable[Batch | InputError]) -> Iterator[Batch]:
+def raise_errors(batches: Iterable[Batch | InputError]) -> Iterator[Batch]:
+    """Yield the batches; an error that came in place of one is raised."""
     for batch in batches:
         if isinstance(batch, InputError):
             raise InputError(str(batch))  # itself would be a cycle of traceback and frame that keeps the workers
         yield batch
 
 
-def recut(chunks: Iterable[Batch], start: int, stop: int, batch_size: int) -> Iterator[Batch]:
-    """Images ``start`` to ``stop`` of a stream in other pieces."""
+def rebatch(chunks: Iterable[Batch], start: int, stop: int, batch_size: int) -> Iterator[Batch]:
+    """Images ``start`` to ``stop`` of a stream, re-batched."""
     images = (tuple(part[i] for part in chunk[:3]) for chunk in chunks for i in range(len(chunk.targets)))
     wanted = islice(images, start, stop)
     while piece := list(islice(wanted, batch_size)):
         parts = [torch.stack(part) for part in zip(*piece, strict=True)]
-        yield Batch(parts[0], parts[1], parts[2], ())
+        yield Batch(parts[0], parts[1], parts[2])
 
 
 def skipped_text(names: list[str]) -> str:
+    count = "1 image" if len(names) == 1 else f"{len(names)} images"
     shown = ", ".join(map(repr, names[:5])) + (", ..." if len(names) > 5 else "")
-    if len(names) == 1:
-        return f"1 image cannot be read, the next one takes its place: {shown}"
-    return f"{len(names)} images cannot be read so far, the next ones take their places: {shown}"
+    return f"{count} cannot be read so far, each is replaced by the next readable image: {shown}"
 
 
-class Transfer:
+class DevicePrefetcher:
     """Batches on the device: float32 ``[b, 3, H, W]``, normalised and erased there, and int64 ``[b]``.
 
     On CUDA the next batch is copied on a stream of its own while the current one is used; use it on the stream that is
     current when the next one is asked for.
     """
 
-    def __init__(
-        self, device: torch.device, mean: tuple[float, ...], std: tuple[float, ...], remode: str = "const"
-    ) -> None:
-        self.device = device
-        self.mean = torch.tensor(mean, device=device).mul(255).view(-1, 1, 1)  # [3, 1, 1], in uint8's units
-        self.std = torch.tensor(std, device=device).mul(255).view(-1, 1, 1)  # [3, 1, 1]
-        self.erasing = RandomErasing(probability=1.0, mode=remode, device=device if device.type == "cuda" else "cpu")
+    def __init__(self, reader: Reader) -> None:
+        self.device = device = reader.device
+        self.mean, self.std = (  # [3, 1, 1], in uint8's units
+            torch.tensor(values, device=device).mul(255).view(-1, 1, 1) for values in (reader.mean, reader.std)
+        )
+        where = device if device.type == "cuda" else "cpu"
+        self.erasing = RandomErasing(probability=1.0, mode=reader.recipe.remode, device=where)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -210,11 +236,10 @@ class Transfer:
         chosen = erase.any(1).nonzero().flatten().tolist()  # [b] -> places
         if not chosen:
             return
-        gpus = [self.device] if self.stream is not None else []
-        with rng.unchanged_randomness(), torch.random.fork_rng(gpus):
+        with rng.preserved_random_state(self.device):
             for place in chosen:
-                seeds = erase[place].tolist()
-                rng.seed_all(seeds)
+                words = erase[place].tolist()
+                rng.seed_augmentation(words)
                 if self.stream is not None:
-                    torch.cuda.default_generators[images.get_device()].manual_seed(rng.one_number(seeds))
+                    torch.cuda.default_generators[images.get_device()].manual_seed(rng.to_seed(words))
                 self.erasing(images[place])

@@ -20,10 +20,8 @@ from .backends import resolve_device
 from .errors import InputError
 from .modes import evaluation_mode
 from .ops.flops import window_pairs
+from .settings import MIN_IMG_SIZE, ImageSize, image_sides
 from .topology import EMBED_STRIDE, Topology
-
-ImageSize = int | tuple[int, int]
-_MIN_IMG_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ def flops(model: nn.Module, img_size: ImageSize = 224) -> int:
     Counted on the meta device in evaluation mode. Window attention counts the real tokens of every window, not the
     padding, whichever implementation runs. The model is left as it was.
     """
-    height, width = _sides(img_size)
+    height, width = image_sides(img_size, MIN_IMG_SIZE)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     on_meta = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
     reference = next((tensor for tensor in tensors.values() if tensor.is_floating_point()), None)
@@ -67,7 +65,7 @@ def topology_cost(
     """
     if pos_embed not in ("absolute", "none"):
         raise InputError(f"pos_embed must be 'absolute' or 'none', got {pos_embed!r}")
-    return _topology_cost(topology, _sides(img_size), num_classes, pos_embed == "absolute")
+    return _topology_cost(topology, image_sides(img_size, MIN_IMG_SIZE), num_classes, pos_embed == "absolute")
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -150,7 +148,7 @@ def peak_allocation(run: Callable[[], object], device: torch.device) -> int:
 def _forward_pass(
     model: nn.Module, img_size: ImageSize, batch: int, device: str | torch.device
 ) -> tuple[Callable[[], Any], torch.device]:
-    height, width = _sides(img_size)
+    height, width = image_sides(img_size, MIN_IMG_SIZE)
     if batch < 1:
         raise InputError(f"batch must be at least 1, got {batch}")
     device = resolve_device(device)
@@ -181,12 +179,3 @@ def _channels(model: nn.Module) -> int:
 
 def _ceil_div(value: int, by: int) -> int:
     return -(-value // by)
-
-
-def _sides(img_size: ImageSize) -> tuple[int, int]:
-    sides = tuple(img_size) if isinstance(img_size, (tuple, list)) else (img_size, img_size)
-    if len(sides) != 2 or any(not isinstance(side, int) or side < _MIN_IMG_SIZE for side in sides):
-        raise InputError(
-            f"img_size must be {_MIN_IMG_SIZE} pixels or more, one integer or (height, width); got {img_size!r}"
-        )
-    return sides[0], sides[1]

@@ -22,7 +22,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import TensorDataset
 
 from .cli.common import amount, table
-from .errors import InputError
+from .errors import EXIT_INPUT, EXIT_INTERRUPTED, InputError
 from .export import export
 from .report import report
 from .scoring import Score, score
@@ -70,10 +70,10 @@ def main(argv: list[str] | None = None) -> int:
         run(Path(parser.parse_args(argv).out))
     except (InputError, OSError) as error:
         print(f"demo: error: {error}", file=sys.stderr)
-        return 2
+        return EXIT_INPUT
     except KeyboardInterrupt:
         print("\ndemo: interrupted; the same command continues where it stopped", file=sys.stderr)
-        return 130
+        return EXIT_INTERRUPTED
     return 0
 
 

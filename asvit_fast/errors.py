@@ -1,4 +1,4 @@
-"""The one exception that says: what you gave cannot be used."""
+"""The one exception that says: what you gave cannot be used; and what programs end with."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,13 @@ class InputError(ValueError):
     The message is one line: what was wrong, with which value, and what to do. The command line prints it and exits with
     2.
     """
+
+
+EXIT_INPUT = 2  # a mistake in what was given, or a file that cannot be read or written
+EXIT_INTERRUPTED = 130  # the shell's convention for Ctrl-C
+EXIT_TERMINATED = 143  # and for SIGTERM
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or the name of its class."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

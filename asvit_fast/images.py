@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageCms
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.readers.class_map import load_class_map
 from timm.data.readers.reader import Reader
 from timm.data.readers.reader_image_folder import ReaderImageFolder, find_images_and_targets
@@ -21,7 +22,8 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar, extract_tari
 from timm.utils.misc import natural_key
 from torch import Tensor
 
-from .errors import InputError
+from .errors import InputError, first_line
+from .settings import ImageSize, image_sides
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 KINDS = ", ".join(EXTENSIONS)
@@ -32,8 +34,7 @@ class UnreadableImage(InputError):
     """An image file cannot be decoded, for whatever Pillow raises: OSError, SyntaxError, ValueError, struct.error."""
 
     def __init__(self, name: str, error: Exception) -> None:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        super().__init__(f"image {name!r} cannot be read ({reason}); repair it or remove it")
+        super().__init__(f"image {name!r} cannot be read ({first_line(error)}); repair it or remove it")
         self.name = name
 
 
@@ -134,7 +135,7 @@ def fingerprint(images: Tensor) -> str:
     return f"{shape} {hashlib.sha256(content.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]}"
 
 
-def load_images(folder: str | Path, count: int, img_size: int | tuple[int, int] = 224) -> Tensor:
+def load_images(folder: str | Path, count: int, img_size: ImageSize = 224) -> Tensor:
     """``count`` images spread evenly over the sorted files of ``folder``: the same ones every time.
 
     Resized and centre-cropped to ``img_size`` pixels (a side, or height and width), with ImageNet's mean and standard
@@ -145,7 +146,7 @@ def load_images(folder: str | Path, count: int, img_size: int | tuple[int, int] 
     """
     if count < 1:
         raise InputError(f"number of images must be at least 1, got {count}")
-    height, width = _size(img_size)
+    height, width = image_sides(img_size)
     files = find_images(folder)
     if len(files) < count:
         raise InputError(
@@ -157,21 +158,12 @@ def load_images(folder: str | Path, count: int, img_size: int | tuple[int, int] 
     return torch.stack([_read(path, transform) for path in chosen])  # [count, 3, height, width]
 
 
-def _size(img_size: int | tuple[int, int]) -> tuple[int, int]:
-    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-    if height < 1 or width < 1:
-        raise InputError(f"image size must be positive, got {height}x{width} pixels")
-    return height, width
-
-
 def _spread(total: int, count: int) -> list[int]:
     """``count`` of the indices 0..total-1, both ends included, as evenly spaced as integers can be."""
     return [index * (total - 1) // max(count - 1, 1) for index in range(count)]
 
 
 def _transform(height: int, width: int):
-    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
-
     return create_transform(
         (3, height, width),
         is_training=False,

@@ -9,11 +9,12 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 NUM_STAGES = 4
 MAX_DIM = 1024  # widths double from stage to stage up to this cap (the paper's parameter counts include it)
@@ -259,6 +260,8 @@ class SearchSpace:
 
     def sample(self, generator: torch.Generator | None = None, width: int = DEFAULT_WIDTH) -> Topology:
         """A topology drawn uniformly."""
+        import torch  # here: the command line reads topologies without it
+
         action = [int(torch.randint(len(choices), (), generator=generator)) for choices in self.dimensions.values()]
         return self.topology(action, width)
 

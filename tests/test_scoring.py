@@ -19,8 +19,8 @@ from torch import Tensor, nn
 import asvit_fast as af
 from asvit_fast.scoring import Curve, ScoreSettings, circle, score_repeat, theta_grid
 from asvit_fast.scoring.memory import in_pieces
-from asvit_fast.scoring.score import score_networks, stream, without_norms
 from asvit_fast.scoring.parallel import map_in_threads
+from asvit_fast.scoring.score import score_networks, stream, without_norms
 
 SEED = "8,2,3|4,1,2|4,1,4|4,1,6|32"
 FAST = {"img_size": 32, "thetas": 4, "repeats": 2, "batch": 4}

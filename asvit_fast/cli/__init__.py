@@ -16,20 +16,16 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 from .._version import __version__
-from ..errors import InputError
-from . import env, eval, export, report, scale, score, search, train, tune
+from ..errors import EXIT_INPUT, EXIT_INTERRUPTED, InputError
+from .commands import COMMANDS
 from .options import Command, Option, require, settings, to_yaml
 
 PROGRAM = "asvit-fast"
-COMMANDS: dict[str, Command] = {
-    module.COMMAND.name: module.COMMAND for module in (env, score, search, scale, train, eval, report, export, tune)
-}
-EXIT_INPUT = 2  # a mistake in what was given, or a file that cannot be read or written
-EXIT_INTERRUPTED = 130  # the shell's convention for Ctrl-C
 
 
 class _Parser(argparse.ArgumentParser):
@@ -86,9 +82,9 @@ def _run(command: Command, arguments: dict) -> int:
         sys.stdout.write(to_yaml(command, values))
     else:
         require(command, values)
-        _load(command.needs)
+        run = _load(command)
         with _plain_warnings():
-            code = command.run(values)
+            code = run(values)
     sys.stdout.flush()  # a full disk or a closed pipe behind stdout shows here, while it can still be reported
     return code
 
@@ -104,16 +100,20 @@ def _plain_warnings() -> Iterator[None]:
         warnings.formatwarning = before
 
 
-def _load(package: str) -> None:
-    """Import what takes seconds. Torch, numpy and others turn Ctrl-C into errors of their own while they are imported:
-    until they are there it ends the process at once, as nothing has begun."""
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or not _in_main_thread():
-        return  # somebody else decides what Ctrl-C means
-    signal.signal(signal.SIGINT, _end_at_once)
+def _load(command: Command) -> Callable[[SimpleNamespace], int]:
+    """What does the work of a command, after the imports that take seconds. Torch, numpy and others turn Ctrl-C into
+    errors of their own while they are imported: until they are there it ends the process at once, as nothing has begun.
+    """
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    replaceable = on_interrupt is signal.default_int_handler and _in_main_thread()  # else somebody else decides
+    if replaceable:
+        signal.signal(signal.SIGINT, _end_at_once)
     try:
-        importlib.import_module(package)
+        module = importlib.import_module("timm" if command.run else f"{__package__}.{command.name}")
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if replaceable:
+            signal.signal(signal.SIGINT, on_interrupt)
+    return command.run or module.run
 
 
 def _in_main_thread() -> bool:

@@ -4,37 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from ..errors import InputError
 from ..files import folder_path
-from .options import Option, choice, flag, image_size, integer, seed, text
+from ..settings import ImageSize, ScoreSettings, image_sides
+from .options import Option, flag, options_of, seed, text
 
 WHAT = (
     "topology, name of a model of timm or torchvision (asvit_small), run directory of search, scale or train, exported "
     "folder, or checkpoint"
 )
-IMG_SIZE = Option("img_size", image_size, 224, "image size in pixels: a side, or HEIGHTxWIDTH", "PIXELS")
-THETAS = Option("thetas", integer(1), 10, "number of points on the circle of the curve measures", "N")
-REPEATS = Option("repeats", integer(1), 5, "number of freshly initialised networks to average over", "N")
-BATCH = Option("batch", integer(1), 16, "number of images in the NTK's Gram matrix", "N")
+_SCORE = {option.name: option for option in options_of(ScoreSettings)}
+METRICS, IMG_SIZE, DEVICE = (_SCORE.pop(name) for name in ("metrics", "img_size", "device"))
 IMAGES = Option("images", text, None, "folder of images for the NTK; without it, normal noise from the seed", "DIR")
 SEED = Option("seed", seed, 0, "seed (a whole number) of everything that is drawn", "N")
-CONVENTION = Option(
-    "convention", choice("paper", "reference"), "paper", "formulas: of the paper, or of the authors' code", "NAME"
-)
-NORMS = Option(
-    "norms",
-    choice("auto", "identity", "keep"),
-    "auto",
-    "norms on the curve: auto drops those of As-ViTs, keeps those of other models; identity | keep force one",
-    "NAME",
-)
-DEVICE = Option(
-    "device", text, None, "where to compute: cpu, cuda, cuda:1, ...; without it, cuda if there is one", "NAME"
-)
 QUIET = Option("quiet", flag, False, "no progress bar and no explanations, only the result", flag=True)
-SCORING = (IMG_SIZE, THETAS, REPEATS, BATCH, IMAGES, SEED, CONVENTION, NORMS, DEVICE)
+SCORING = (IMG_SIZE, *_SCORE.values(), IMAGES, SEED, DEVICE)
 
 
 def check_output_folder(directory: str) -> None:
@@ -80,10 +67,17 @@ def initialisations(repeats: int) -> str:
     return "1 initialisation" if repeats == 1 else f"{repeats} initialisations"
 
 
-def size_text(img_size: int | tuple[int, int]) -> str:
-    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-    return f"{height}x{width}"
+def size_text(img_size: ImageSize) -> str:
+    return "x".join(map(str, image_sides(img_size)))
 
 
 def source_text(images: str | None) -> str:
     return f"images of {images}" if images else "normal noise instead of images"
+
+
+def scoring_text(values: SimpleNamespace) -> str:
+    """How a run scores its candidates."""
+    return (
+        f"{initialisations(values.repeats)} at {size_text(values.img_size)} pixels on {source_text(values.images)}; "
+        f"{values.convention} convention, seed {values.seed}"
+    )

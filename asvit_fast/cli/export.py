@@ -5,15 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from .common import WHAT
-from .options import Command, Option, choice, flag, image_size, integer, seed, text
-
-FORMATS = ("timm", "onnx", "exported")
+from ..export import Exported, files_of, open_network, writer
+from ..graph import runtime_installed
 
 
 def run(values: SimpleNamespace) -> int:
-    from ..export import files_of, open_network, writer
-
     write = writer(values.format, values.to)
     network = open_network(values.source, values.seed, values.num_classes, values.img_size, values.use_ema)
     target = write(network)
@@ -27,7 +23,7 @@ def run(values: SimpleNamespace) -> int:
     return 0
 
 
-def size(network: Any) -> str:
+def size(network: Exported) -> str:
     """Parameters, and what the run promised of them."""
     classes = network.built.options.get("num_classes", 1000)
     count = f"{network.built.name}, {network.parameters:,} parameters, {classes} classes"
@@ -55,8 +51,6 @@ def listed(values: tuple[float, ...]) -> str:
 
 def how_to_load(format: str, target: Any) -> list[str]:
     if format == "onnx":
-        from ..graph import runtime_installed
-
         checked = (
             "run in ONNX Runtime: the same outputs as torch's"
             if runtime_installed()
@@ -69,36 +63,3 @@ def how_to_load(format: str, target: Any) -> list[str]:
         "load it:      import asvit_fast, timm",
         f"              model = timm.create_model('local-dir:{target}', pretrained=True)",
     ]
-
-
-COMMAND = Command(
-    name="export",
-    summary="Write a topology or a trained network for timm.create_model('local-dir:...'), ONNX or torch.export.",
-    options=(
-        Option(
-            "source",
-            text,
-            None,
-            WHAT,
-            positional=True,
-            required=True,
-        ),
-        Option("to", text, None, "folder to write, new or empty or an earlier export", "DIR", required=True),
-        Option("format", choice(*FORMATS), "timm", f"one of {', '.join(FORMATS)}", "NAME"),
-        Option("seed", seed, 0, "seed (a whole number) of fresh weights", "N"),
-        Option(
-            "num_classes", integer(0), None, "number of outputs, 0 = none; without it the training's, else 1000", "N"
-        ),
-        Option(
-            "img_size",
-            image_size,
-            None,
-            "image size in pixels: a side, or HEIGHTxWIDTH; without it the run's, else 224",
-            "PIXELS",
-        ),
-        Option("use_ema", flag, False, "of a training, the moving average of the weights", flag=True),
-    ),
-    run=run,
-    epilog="example: asvit-fast export runs/scale --to model\n"
-    "         asvit-fast export runs/train --to model --format onnx",
-)

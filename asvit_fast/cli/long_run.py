@@ -11,9 +11,10 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from ..errors import EXIT_TERMINATED
+from ..files import read_jsonl
+from ..run_directory import TRACE
 from .common import is_main_process, say
-
-EXIT_TERMINATED = 128 + signal.SIGTERM  # the shell's convention
 
 
 @contextlib.contextmanager
@@ -44,9 +45,6 @@ def announce_folder(directory: str, quiet: bool) -> None:
 
 def steps_done(directory: str) -> int:
     """Steps on record in a run directory; 0 without one."""
-    from ..files import read_jsonl
-    from ..run_directory import TRACE
-
     return len(read_jsonl(Path(directory) / TRACE))
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import yaml
+
 from ..errors import InputError
+from ..settings import LARGEST_SEED
 
 Reader = Callable[[Any], Any]
 _SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
-LARGEST_SEED = 2**63 - 1
 _NUMBER = "expected a number such as 1e6, 100M or 2.5G"
 
 
@@ -44,16 +46,16 @@ class Option:
 class Command:
     """A subcommand: its options, and the function that does the work and returns the exit code.
 
-    ``needs`` is the package that takes longest to import; ``resumable`` work goes on where it was stopped.
+    Without ``run``, that is the ``run`` of the module of its name, which is imported when it is needed; ``resumable``
+    work goes on where it was stopped.
     """
 
     name: str
     summary: str
     options: tuple[Option, ...]
-    run: Callable[[SimpleNamespace], int]
+    run: Callable[[SimpleNamespace], int] | None = None
     epilog: str = ""
     resumable: bool = False
-    needs: str = "timm"
 
 
 # Readers: text from the command line or a value from YAML -> the value the Python functions take.
@@ -165,8 +167,6 @@ def numbers(value: Any) -> tuple[float, ...]:
 
 def keywords(value: Any) -> dict[str, Any]:
     """``["attn_scale=true", "window_size=7"]`` or a YAML mapping; values are read as YAML."""
-    import yaml
-
     if isinstance(value, Mapping):
         return dict(value)
     result = {}
@@ -195,6 +195,24 @@ def listed(value: Any) -> tuple[str, ...]:
     """``a,b,c`` or a YAML list."""
     parts = value if isinstance(value, (list, tuple)) else text(value).split(",")
     return tuple(text(part).strip() for part in parts if text(part).strip())
+
+
+def subset(names: Sequence[str]) -> Reader:
+    """A reader of some of ``names``: ``a,b`` or a YAML list."""
+
+    def read(value: Any) -> tuple[str, ...]:
+        found = listed(value)
+        unknown = [name for name in found if name not in names]
+        if unknown or not found:
+            raise InputError(f"expected some of {', '.join(names)}; got {', '.join(unknown) or 'nothing'}")
+        return found
+
+    return read
+
+
+def strings(value: Any) -> tuple[str, ...]:
+    """What was given once or several times."""
+    return tuple(text(item) for item in ([value] if isinstance(value, str) else value))
 
 
 def image_size(value: Any) -> int | tuple[int, int]:
@@ -247,6 +265,68 @@ def choices_per_dimension(value: Any) -> dict[str, tuple[int, ...]]:
     }
 
 
+# From dataclasses of settings to options, and back.
+
+_READERS: dict[str, tuple[Reader, str]] = {  # and metavar, by a field's annotation
+    "int": (integer(0), "N"),
+    "int | None": (integer(0), "N"),
+    "float": (real, "X"),
+    "float | None": (real, "X"),
+    "float | tuple[float, float]": (limit, "NUMBER"),
+    "str": (text, "TEXT"),
+    "str | torch.device | None": (text, "NAME"),
+    "int | tuple[int, int]": (image_size, "PIXELS"),
+    "tuple[float, float]": (pair, "X,Y"),
+    "tuple[float, ...] | None": (numbers, "X"),
+    "tuple[str, ...]": (listed, "NAMES"),
+}
+
+
+def options_of(settings: type, *left_out: str) -> tuple[Option, ...]:
+    """An option for each field of a dataclass, but those left out: its name, default, and ``help`` of its metadata."""
+    return tuple(_option_of(field) for field in fields(settings) if field.name not in left_out)
+
+
+def _option_of(field: Field[Any]) -> Option:
+    name, limits, of_text = field.name, field.metadata, field.type == "str"
+    read: Reader
+    metavar: str | None
+    if field.type == "bool":
+        read, metavar = (switch, "true|false") if field.default else (flag, None)
+    elif limits.get("repeated"):
+        read, metavar = strings, "NAME"
+    elif "choices" in limits:
+        read, metavar = (choice(*limits["choices"]), "NAME") if of_text else (subset(limits["choices"]), "NAMES")
+    else:
+        read, metavar = _READERS[str(field.type)]
+    if name == "seed":
+        read = seed
+    elif "minimum" in limits:
+        read = integer(limits["minimum"])
+    elif "above" in limits or "below" in limits:
+        read = positive if "above" in limits else fraction
+    return Option(
+        name,
+        read,
+        field.default,
+        limits["help"],
+        metavar,
+        flag=read is flag,
+        repeated=bool(limits.get("repeated")),
+        several=read is numbers,
+    )
+
+
+def chosen(values: SimpleNamespace, *settings: type) -> dict[str, Any]:
+    """The values of all fields of dataclasses that a command has options for."""
+    return {
+        field.name: getattr(values, field.name)
+        for one in settings
+        for field in fields(one)
+        if field.name in vars(values)
+    }
+
+
 # From three sources to one set of values.
 
 
@@ -278,8 +358,6 @@ def _read(option: Option, value: Any, label: str) -> Any:
 
 
 def _read_config(command: Command, path: str) -> dict[str, Any]:
-    import yaml
-
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # a NUL in the name is a ValueError, as is text that is not UTF-8
@@ -305,8 +383,6 @@ def _refuse_unknown(config: Mapping[str, Any], known: Sequence[str], path: str, 
 
 def to_yaml(command: Command, values: SimpleNamespace) -> str:
     """The effective configuration, as ``--config`` reads it back."""
-    import yaml
-
     plain = {option.name: _plain(getattr(values, option.name)) for option in command.options}
     return f"# asvit-fast {command.name} --config FILE\n" + yaml.safe_dump(plain, sort_keys=False)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
 from ..errors import InputError
 from ..recipe import Recipe
 from .common import QUIET, WHAT, check_output_folder, say
-from .options import Command, Option, flag, image_size, integer, keywords, numbers, pair, real, seed, switch, text
+from .options import Command, Option, chosen, image_size, integer, keywords, options_of, text
 
 
 def run(values: SimpleNamespace) -> int:
@@ -30,7 +29,7 @@ def run(values: SimpleNamespace) -> int:
         resume=values.resume,
         device=values.device,
         progress=not values.quiet,
-        **{field.name: getattr(values, field.name) for field in dataclasses.fields(Recipe)},
+        **chosen(values, Recipe),
     )
     conclude(values, result)
     return 0
@@ -59,29 +58,6 @@ def conclude(values: SimpleNamespace, result) -> None:
     say(f"look at it:   asvit-fast report {values.out}", values.quiet)
     say(f"load in timm: asvit-fast export {values.out} --to model", values.quiet)
     say(f"validate:     asvit-fast eval {values.out} --data {values.data}", values.quiet)
-
-
-def option(field: dataclasses.Field) -> Option:
-    """A choice of the recipe as an option of the command line."""
-    readers = {
-        "int": (integer(0), "N"),
-        "float": (real, "X"),
-        "float | None": (real, "X"),
-        "str": (text, "TEXT"),
-        "tuple[float, float]": (pair, "X,Y"),
-        "tuple[float, ...] | None": (numbers, "X"),
-    }
-    help_text = field.metadata["help"]
-    if field.name == "seed":
-        return Option(field.name, seed, field.default, help_text, "N")
-    if field.type == "bool":
-        if field.default is False:
-            return Option(field.name, flag, False, help_text, flag=True)
-        return Option(field.name, switch, True, help_text, "true|false")
-    if field.type not in readers:
-        raise InputError(f"recipe: {field.name} has a type that the command line cannot read: {field.type}")
-    read, metavar = readers[field.type]
-    return Option(field.name, read, field.default, help_text, metavar, several=read is numbers)
 
 
 COMMAND = Command(
@@ -120,7 +96,7 @@ COMMAND = Command(
         Option("initial_checkpoint", text, "", "weights to start from, in timm's format", "FILE"),
         Option("resume", text, "", "checkpoint of timm's train.py whose training this one continues", "FILE"),
         Option("device", text, None, "where to compute: cpu, cuda, ...; without it, cuda if there is one", "NAME"),
-        *(option(field) for field in dataclasses.fields(Recipe)),
+        *options_of(Recipe),
         QUIET,
     ),
     run=run,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..nn import FeatScale, Linear, OverlapPatchEmbed, PatchMerging, WindowAttention
+from ..settings import MIN_IMG_SIZE, image_sides
 from ..topology import EMBED_STRIDE, NAMED_TOPOLOGIES, StageSpec, Topology
 from .state_dict import drop_norms
 
@@ -24,8 +25,6 @@ except ImportError:
     update_model_input_size = None  # type: ignore[assignment]
 
 __all__ = ["AsViT", "create_model"]
-
-MIN_IMG_SIZE = 32
 
 torch.fx.wrap("resample_abs_pos_embed_nhwc")  # it branches on sizes, which torch.fx does not know while it traces
 
@@ -166,7 +165,7 @@ class AsViT(nn.Module):
         if norm not in ("layer", "identity"):
             raise InputError(f"norm must be 'layer' or 'identity', got {norm!r}")
         self.topology = Topology.parse(topology)
-        self.img_size = _image_size(img_size)
+        self.img_size = image_sides(img_size, MIN_IMG_SIZE)
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.topology.features
@@ -295,7 +294,7 @@ class AsViT(nn.Module):
         """Resample the position embedding to ``img_size`` pixels; fix the windows to ``window_size`` tokens, one value
         or one per stage (detection keeps windows while images grow)."""
         if img_size is not None:
-            self.img_size = _image_size(img_size)
+            self.img_size = image_sides(img_size, MIN_IMG_SIZE)
             if self.pos_embed is not None:
                 self.pos_embed = nn.Parameter(resample_abs_pos_embed_nhwc(self.pos_embed.data, list(self.grid_size)))
         if window_size is not None:
@@ -387,13 +386,6 @@ class AsViT(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, in_chans, H, W] -> logits [B, num_classes]."""
         return self.forward_head(self.forward_features(x))
-
-
-def _image_size(img_size: int | tuple[int, int]) -> tuple[int, int]:
-    size = to_2tuple(img_size)
-    if len(size) != 2 or any(not isinstance(side, int) or side < MIN_IMG_SIZE for side in size):
-        raise InputError(f"img_size must be {MIN_IMG_SIZE} pixels or more per side, got {img_size!r}")
-    return size
 
 
 def create_model(

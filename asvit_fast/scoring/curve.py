@@ -14,16 +14,10 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..settings import CONVENTIONS, check_choice
 from ..taylor.propagate import along
 from ..taylor.value import Combination
 from .memory import in_pieces
-
-CONVENTIONS = ("paper", "reference")
-
-
-def check_convention(convention: str) -> None:
-    if convention not in CONVENTIONS:
-        raise InputError(f"convention must be 'paper' or 'reference', got {convention!r}")
 
 
 @dataclass(frozen=True)
@@ -38,7 +32,7 @@ class Curve:
 
 def theta_grid(thetas: int, convention: str = "paper") -> Tensor:
     """[thetas] float64 angles: "paper" 2 pi k / n, open; "reference" with both ends, so that theta = 0 counts twice."""
-    check_convention(convention)
+    check_choice("convention", convention, CONVENTIONS)
     if thetas < 1:
         raise InputError(f"thetas must be 1 or more, got {thetas}")
     if convention == "reference":

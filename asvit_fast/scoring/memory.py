@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 
 from ..backends import notify_once
+from ..errors import first_line
 
 Result = TypeVar("Result")
 
@@ -49,7 +50,7 @@ def in_pieces(run: Callable[[slice], Result], total: int, what: str) -> list[Res
         except RuntimeError as error:
             if size <= 1 or not _out_of_memory(error):
                 raise
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
         else:
             continue
         # outside the handler, so that the failed attempt's tensors are free

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..models.asvit import MIN_IMG_SIZE, AsViT
+from ..models import AsViT
+from ..settings import MIN_IMG_SIZE
 from .memory import in_pieces
 from .per_sample import RowSink, per_sample_gradients
 from .replica import replica

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..run_directory import RunDirectory
 from ..scoring.score import stream
+from ..settings import SearchSettings
 from ..topology import SearchSpace, Topology
 from .budget import Budget
 from .distributed import Share
@@ -26,15 +27,16 @@ class RandomSearch:
     That of step k is scored as the search scores its step k: same images, circles and seeds of the weights.
     """
 
-    def __init__(self, space: SearchSpace, steps: int, evaluator: Evaluator, budget: Budget, width: int) -> None:
-        self.space, self.steps, self.evaluator, self.budget, self.width = space, steps, evaluator, budget, width
+    def __init__(self, space: SearchSpace, settings: SearchSettings, evaluator: Evaluator, budget: Budget) -> None:
+        self.space, self.steps, self.width = space, settings.steps, settings.width
+        self.evaluator, self.budget = evaluator, budget
         self.generator = stream(evaluator.seed, _DRAWS)
         self.config = {
             "kind": "baseline",
             "space": space.dimensions,
-            "steps": steps,
+            "steps": self.steps,
             "budget": budget.to_dict(),
-            "width": width,
+            "width": self.width,
             **evaluator.config,
         }
 

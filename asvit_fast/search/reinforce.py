@@ -6,7 +6,7 @@ import itertools
 import os
 import time
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..run_directory import RESULT, RunDirectory
-from ..topology import DEFAULT_WIDTH, SearchSpace, Topology
+from ..settings import ImageSize, ScoreSettings, SearchSettings
+from ..topology import SearchSpace, Topology
 from .baseline import FOLDER, RandomSearch
 from .budget import Budget
 from .distributed import Share, run_shared
-from .evaluation import Evaluator, Images, Measures, Scorer, Task
+from .evaluation import METRICS, Evaluator, Images, Measures, Scorer, Task
 from .policy import Policy
 from .progress import Progress
 from .records import check_trace, difference, measures_of, with_floats
@@ -30,24 +31,24 @@ MAX_REJECTED = 1000  # draws of one step outside the budget
 
 def search(
     space: SearchSpace | None = None,
-    steps: int = 500,
+    steps: int = SearchSettings.steps,
     images: Images = None,
     seed: int = 0,
     budget: Budget | None = None,
-    convention: str = "paper",
+    convention: str = ScoreSettings.convention,
     out: str | os.PathLike[str] | None = None,
-    img_size: int | tuple[int, int] = 224,
-    repeats: int = 5,
-    thetas: int = 10,
-    batch: int = 16,
-    width: int = DEFAULT_WIDTH,
-    norms: str = "auto",
+    img_size: ImageSize = ScoreSettings.img_size,
+    repeats: int = ScoreSettings.repeats,
+    thetas: int = ScoreSettings.thetas,
+    batch: int = ScoreSettings.batch,
+    width: int = SearchSettings.width,
+    norms: str = ScoreSettings.norms,
     device: str | torch.device | None = None,
     scorer: Scorer | None = None,
     progress: bool = True,
-    history: int = 20,
-    lr: float = 0.08,
-    momentum: float = 0.9,
+    history: int = SearchSettings.history,
+    lr: float = SearchSettings.lr,
+    momentum: float = SearchSettings.momentum,
     baseline: str | None = None,
 ) -> SearchResult:
     """Find a topology whose untrained networks have a large length distortion and a small NTK condition number.
@@ -86,24 +87,12 @@ def search(
         InputError: an option that cannot be used, a budget that no topology fits, a run directory that is read-only, in
             use, damaged or of other options - all before anything is scored; later, a full disk.
     """
-    space = SearchSpace() if space is None else space
     if baseline not in (None, "random"):
         raise InputError(f"baseline must be 'random' or None, got {baseline!r}")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise InputError(f"steps must be an integer of at least 1, got {steps!r}")
-    evaluator = Evaluator(
-        scorer=scorer,
-        images=images,
-        seed=seed,
-        convention=convention,
-        img_size=img_size,
-        repeats=repeats,
-        thetas=thetas,
-        batch=batch,
-        norms=norms,
-        device=device,
-    )
-    run = _Search(space, steps, evaluator, budget, convention, width, history, lr, momentum)
+    settings = SearchSettings(steps, width, history, lr, momentum)
+    scoring = ScoreSettings(METRICS, img_size, thetas, repeats, batch, convention, norms, device)
+    evaluator = Evaluator(scoring, images, seed, scorer)
+    run = _Search(SearchSpace() if space is None else space, settings, evaluator, budget)
 
     def lead(share: Share[Task]) -> SearchResult:
         for note in run.notes:
@@ -112,7 +101,7 @@ def search(
             compared = None
             result = run.run(directory, share, progress)
             if baseline == "random":
-                compared = RandomSearch(space, steps, evaluator, run.budget, width).run(
+                compared = RandomSearch(run.space, settings, evaluator, run.budget).run(
                     None if directory.path is None else directory.path / FOLDER, share, progress
                 )
             return replace(result, baseline=compared)
@@ -124,46 +113,34 @@ class _Search:
     """The state of a search: policy, generator, rewards. What a step does to it depends on nothing else."""
 
     def __init__(
-        self,
-        space: SearchSpace,
-        steps: int,
-        evaluator: Evaluator,
-        budget: Budget | None,
-        convention: str,
-        width: int,
-        history: int,
-        lr: float,
-        momentum: float,
+        self, space: SearchSpace, settings: SearchSettings, evaluator: Evaluator, budget: Budget | None
     ) -> None:
-        self.space, self.steps, self.evaluator, self.width = space, steps, evaluator, width
+        self.space, self.settings, self.evaluator = space, settings, evaluator
         self.budget = budget or Budget()
         self.generator = torch.Generator().manual_seed(evaluator.seed)
-        self.policy = Policy(space, lr=lr, momentum=momentum, generator=self.generator)
-        self.rewards = RewardHistory(convention, history)
+        self.policy = Policy(space, lr=settings.lr, momentum=settings.momentum, generator=self.generator)
+        self.rewards = RewardHistory(evaluator.settings.convention, settings.history)
         self.config = {
             "kind": "search",
             "space": space.dimensions,
-            "steps": steps,
+            "steps": settings.steps,
             "budget": self.budget.to_dict(),
-            "width": width,
-            "history": history,
-            "lr": lr,
-            "momentum": momentum,
+            **asdict(settings),
             **evaluator.config,
         }
-        self.notes = self.budget.check_possible(space, evaluator.cost, width)
+        self.notes = self.budget.check_possible(space, evaluator.cost, settings.width)
 
     def run(self, directory: RunDirectory, share: Share[Task], progress: bool) -> SearchResult:
         done = self.replay(directory)
-        with Progress("search", self.steps, done, "steps", progress) as shown:
-            for step in range(done, self.steps):
+        with Progress("search", self.settings.steps, done, "steps", progress) as shown:
+            for step in range(done, self.settings.steps):
                 record = self.step(step, share)
                 directory.record(record, self.state_dict())
                 shown.step(step + 1, _progress(record))
-        stored = directory.result if done == self.steps else None
+        stored = directory.result if done == self.settings.steps else None
         topology = self.most_probable()
         if stored is None:  # scored as one more step would be
-            measures = self.evaluator.measure(share, [topology], self.steps)[0]
+            measures = self.evaluator.measure(share, [topology], self.settings.steps)[0]
         else:
             try:
                 measures = measures_of(stored)
@@ -179,7 +156,7 @@ class _Search:
     def replay(self, directory: RunDirectory) -> int:
         """Take in the steps on record, which must be those that this search would have done; how many they are."""
         done = len(directory.trace)
-        if done > self.steps:
+        if done > self.settings.steps:
             raise directory.refuse_changes(f"{done} steps are on record: a search can be made longer, not shorter")
         check_trace(directory, lambda step, measures, seconds: self.learn(step, *self.draw(), measures, seconds))
         if directory.state is not None and not _same_logits(directory.state, self.policy):
@@ -232,7 +209,7 @@ class _Search:
         rejected: list[dict[str, str]] = []
         draws = (self.policy.sample(self.generator) for _ in range(MAX_REJECTED))
         for action in itertools.chain(draws, self.policy.ranked()):
-            topology = self.space.topology(action, self.width)
+            topology = self.space.topology(action, self.settings.width)
             reason = self.budget.reject(self.evaluator.cost(topology))
             if reason is None:
                 return action, topology, rejected
@@ -242,7 +219,7 @@ class _Search:
 
     def most_probable(self) -> Topology:
         """The most probable topology that fits the budget."""
-        topologies = (self.space.topology(action, self.width) for action in self.policy.ranked())
+        topologies = (self.space.topology(action, self.settings.width) for action in self.policy.ranked())
         return next(one for one in topologies if self.budget.reject(self.evaluator.cost(one)) is None)
 
     def result(self, topology: Topology, measures: Measures, trace: list[dict[str, Any]]) -> SearchResult:
@@ -252,7 +229,7 @@ class _Search:
             *measures,
             cost.params,
             cost.flops,
-            self.steps,
+            self.settings.steps,
             self.policy.entropy(),
             trace=trace,
             policy=self.policy,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import InputError
-from ..scoring.curve import check_convention
+from ..settings import CONVENTIONS, SearchSettings, check_choice, check_integer
 
 EPSILON = 1e-6  # the authors' code adds it to the range
 
@@ -24,10 +24,9 @@ class RewardHistory:
     more than any finite value seen so far would have earned, and no reward is ever infinite or NaN.
     """
 
-    def __init__(self, convention: str = "reference", history: int = 20) -> None:
-        check_convention(convention)
-        if history < 2:
-            raise InputError(f"history must be at least 2 (a change needs two values), got {history}")
+    def __init__(self, convention: str = "reference", history: int = SearchSettings.history) -> None:
+        check_choice("convention", convention, CONVENTIONS)
+        check_integer("history", history, 2)  # a change needs two values
         self.convention = convention
         self.history = history
         self.length: list[float] = []
@@ -60,7 +59,7 @@ class RewardHistory:
 
 
 def reward_sequence(
-    length: Sequence[float], ntk: Sequence[float], convention: str = "reference", history: int = 20
+    length: Sequence[float], ntk: Sequence[float], convention: str = "reference", history: int = SearchSettings.history
 ) -> list[float]:
     """Rewards of a sequence of candidates, given their length distortions and NTK condition numbers.
 

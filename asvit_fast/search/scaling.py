@@ -14,9 +14,10 @@ import torch
 from ..cost import Cost
 from ..errors import InputError
 from ..run_directory import RESULT, RunDirectory
+from ..settings import ImageSize, ScaleSettings, ScoreSettings
 from ..topology import Topology
 from .distributed import Share, run_shared
-from .evaluation import Evaluator, Images, Measures, Scorer, Task
+from .evaluation import METRICS, Evaluator, Images, Measures, Scorer, Task
 from .progress import Progress
 from .ranking import choose
 from .records import difference, measures_of, seconds_of
@@ -73,18 +74,18 @@ class ScaleStep:
 
 def scale(
     topology: Topology | str,
-    max_params: float | tuple[float, float] = 100e6,
+    max_params: float | tuple[float, float] = ScaleSettings.max_params,
     images: Images = None,
     seed: int = 0,
-    convention: str = "paper",
+    convention: str = ScoreSettings.convention,
     scorer: Scorer | None = None,
     out: str | os.PathLike[str] | None = None,
     max_steps: int | None = None,
-    img_size: int | tuple[int, int] = 224,
-    repeats: int = 5,
-    thetas: int = 10,
-    batch: int = 16,
-    norms: str = "auto",
+    img_size: ImageSize = ScoreSettings.img_size,
+    repeats: int = ScoreSettings.repeats,
+    thetas: int = ScoreSettings.thetas,
+    batch: int = ScoreSettings.batch,
+    norms: str = ScoreSettings.norms,
     device: str | torch.device | None = None,
     progress: bool = True,
     shrink: int | None = None,
@@ -120,21 +121,9 @@ def scale(
         InputError: an option that cannot be used, a limit that leaves no first step, a run directory that cannot be
             used; also when no candidate of a step has finite measures.
     """
-    evaluator = Evaluator(
-        scorer=scorer,
-        images=images,
-        seed=seed,
-        convention=convention,
-        img_size=img_size,
-        repeats=repeats,
-        thetas=thetas,
-        batch=batch,
-        norms=norms,
-        device=device,
-    )
-    if shrink is None:
-        shrink = REFERENCE_SHRINK if convention == "reference" else 1
-    run = _Scaling(Topology.parse(topology), _limits(max_params), max_steps, shrink, convention, evaluator)
+    scoring = ScoreSettings(METRICS, img_size, thetas, repeats, batch, convention, norms, device)
+    evaluator = Evaluator(scoring, images, seed, scorer)
+    run = _Scaling(Topology.parse(topology), ScaleSettings(max_params, max_steps, shrink), evaluator)
 
     def lead(share: Share[Task]) -> list[ScaleStep]:
         with RunDirectory(out, run.config, changeable=("max_params", "max_steps"), rebuilds=True) as directory:
@@ -163,30 +152,21 @@ def grown(topology: Topology, convention: str = "paper", shrink: int = 1) -> lis
 class _Scaling:
     """The state of a scaling run: the topology reached."""
 
-    def __init__(
-        self,
-        start: Topology,
-        limits: tuple[float, float],
-        max_steps: int | None,
-        shrink: int,
-        convention: str,
-        evaluator: Evaluator,
-    ) -> None:
-        if max_steps is not None and max_steps < 1:
-            raise InputError(f"max_steps must be at least 1, or None, got {max_steps}")
-        if isinstance(shrink, bool) or not isinstance(shrink, int) or shrink < 1 or start.width % shrink:
-            raise InputError(f"shrink must be a positive integer that divides the width {start.width}, got {shrink!r}")
-        self.start, self.limits, self.max_steps = start, limits, max_steps
-        self.shrink, self.convention, self.evaluator = shrink, convention, evaluator
+    def __init__(self, start: Topology, settings: ScaleSettings, evaluator: Evaluator) -> None:
+        self.start, self.evaluator, self.convention = start, evaluator, evaluator.settings.convention
+        self.limits, self.max_steps = _limits(settings.max_params), settings.max_steps
+        self.shrink = settings.shrink or (REFERENCE_SHRINK if self.convention == "reference" else 1)
+        if start.width % self.shrink:
+            raise InputError(f"shrink must divide the width {start.width}, got {self.shrink}")
         self.config = {
             "kind": "scale",
             "topology": str(start),
-            "max_params": limits,
-            "max_steps": max_steps,
-            "shrink": shrink,
+            "max_params": self.limits,
+            "max_steps": self.max_steps,
+            "shrink": self.shrink,
             **evaluator.config,
         }
-        start.replace(width=start.width // shrink)  # raises when the heads do not fit the scored width
+        start.replace(width=start.width // self.shrink)  # raises when the heads do not fit the scored width
         self._check_limits()
 
     def cost(self, topology: Topology) -> Cost:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.gelu_taylor import gelu_taylor
-from ..ops.taylor_utils import chain_rule
 from ..ops.tanh_taylor import tanh_taylor
+from ..ops.taylor_utils import chain_rule
 from .linear import _bind
 from .value import NotCovered, Taylor, function_name, laid_out, primals, register_rule, stacked, taylors, with_value
 

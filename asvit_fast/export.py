@@ -17,11 +17,12 @@ from timm.models import save_for_hf
 from torch import nn
 
 from . import graph
+from ._version import __version__
 from .cost import params
 from .errors import InputError
 from .files import folder_path, from_json, write_folder
 from .models.library import takes_size
-from .report.runs import Run
+from .runs import Run
 from .topology import Topology
 from .training.checkpoint import one_line
 from .training.checkpoint_model import CONFIG_FILE, WEIGHTS_FILE, CheckpointModel
@@ -218,8 +219,6 @@ def _write_timm(source: Exported, folder: Path) -> None:
     if tuple(own["input_size"][1:]) != tuple(config["input_size"][1:]):
         kept["pool_size"] = None
     model.pretrained_cfg = {**kept, **config, "architecture": built.name, "num_classes": model.num_classes}
-    from ._version import __version__
-
     notes: dict[str, Any] = {MARK: {"version": __version__, "trained": source.trained, "parameters": source.parameters}}
     if labels is not None:  # where the Hub's readers look, and where timm's do
         model.pretrained_cfg["label_names"] = notes["label_names"] = labels

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
+from ._version import __version__
 from .errors import InputError
 from .files import append_jsonl, folder_path, from_json, read_jsonl, remove_leftovers, to_json, write_atomic
 from .folder_lock import FolderLock
 from .machine import start_record
 
-CONFIG, TRACE, RESULT = "config.json", "trace.jsonl", "result.json"
-STARTS = "starts.jsonl"
+CONFIG, TRACE, STATE, RESULT, STARTS = "config.json", "trace.jsonl", "state.pt", "result.json", "starts.jsonl"
+BASELINE = "baseline"  # the folder of its random search inside that of a search
 _LINES = "trace_lines"  # of the state: how much of the trace it accounts for
 _CHANGES = "changes"  # of the configuration: which options were changed after which step
 _CHANGED = "changed"  # of a line of the trace: the options that were changed before it
@@ -59,14 +60,16 @@ class RunDirectory:
         self,
         out: str | os.PathLike[str] | None,
         config: dict[str, Any],
-        state_file: str | None = "state.pt",
+        state_file: str | None = STATE,
         *,
         changeable: Collection[str] = (),
         rebuilds: bool = False,
     ) -> None:
         self.path = None if out is None else folder_path(out)
         self.state_file, self.changeable, self.rebuilds = state_file, changeable, rebuilds
-        self.config = from_json(to_json({**config, "version": _version()}))  # as it will be read back: lists for tuples
+        self.config = from_json(
+            to_json({**config, "version": __version__})
+        )  # as it will be read back: lists for tuples
         self.trace: list[dict[str, Any]] = []
         self.state: dict[str, Any] | None = None
         self.result: dict[str, Any] | None = None
@@ -184,13 +187,13 @@ class RunDirectory:
                     raise InputError(f"run directory {path} has {name} but no {CONFIG}; choose another")
             write_atomic(path / CONFIG, to_json(self.config, indent=2) + "\n")
             return
-        self._compare(path, _read_json(path / CONFIG))
+        self._compare(path, read_json(path / CONFIG))
         if (path / RESULT).exists():
-            self.result = _read_json(path / RESULT, "delete it, and the same command makes it again")
+            self.result = read_json(path / RESULT, "delete it, and the same command makes it again")
         self.trace = self._read_trace(path / TRACE)
 
     def _is_of_this_kind(self, path: Path) -> bool:
-        stored = _read_json(path) if path.exists() else None
+        stored = read_json(path) if path.exists() else None
         return isinstance(stored, dict) and stored.get("kind") == self.config["kind"]
 
     def _compare(self, path: Path, stored: Any) -> None:
@@ -285,13 +288,8 @@ def load_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def _version() -> str:
-    from ._version import __version__
-
-    return __version__
-
-
-def _read_json(path: Path, advice: str = "restore it, or choose another run directory") -> Any:
+def read_json(path: Path, advice: str = "restore it, or choose another run directory") -> Any:
+    """The content of a JSON file of a run. Raises InputError, with the path and advice, when it cannot be read."""
     try:
         return from_json(path.read_bytes())
     except InputError as error:

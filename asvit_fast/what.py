@@ -9,8 +9,8 @@ from typing import Any
 from .errors import InputError
 from .files import from_json
 from .models.library import check_known, is_known
-from .report.runs import DESIGNS, Run, find_runs, has_run
 from .run_directory import CONFIG
+from .runs import DESIGNS, Run, find_runs, has_run
 from .topology import NAMED_TOPOLOGIES, Topology
 from .training.checkpoint import BEST, LAST
 from .training.checkpoint_model import CheckpointModel, build_from_checkpoint, is_export

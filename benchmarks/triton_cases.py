@@ -15,9 +15,9 @@ import torch
 from rooflines import Work
 
 from asvit_fast import backends, ops
+from asvit_fast.bench.workloads import DTYPES, AttentionWorkload
 from asvit_fast.kernels import tiles
 from asvit_fast.kernels.inspection import Launch, recorded_launches
-from asvit_fast.workloads import DTYPES, AttentionWorkload
 
 Shape = Mapping[str, int]
 

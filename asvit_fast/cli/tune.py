@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import torch
 
+from ..bench.tuning import LIMIT, SECONDS, Found, Task, UserTable, find_gpu, tasks_of, tune
+from ..bench.workloads import AttentionWorkload, Workload, default_workloads, topology_workloads
 from ..errors import InputError
 from ..topology import Topology
-from ..tuning import LIMIT, SECONDS, Found, Task, UserTable, find_gpu, tasks_of, tune
-from ..workloads import AttentionWorkload, Workload, default_workloads, topology_workloads
 from .common import say, table
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..files import write_atomic
+from ..run_directory import TRACE
+from ..runs import KINDS, Run, find_runs
 from .page import Section, render
-from .runs import KINDS, Run, find_runs
 
 __all__ = ["report"]
 
@@ -44,6 +45,6 @@ def _section(run: Run, draw: dict[str, Callable[[Run], bytes]]) -> Section:
         return Section.of(run, {name: function(run) for name, function in draw.items()})
     except (KeyError, TypeError, IndexError) as error:
         raise InputError(
-            f"{str(run.directory / 'trace.jsonl')!r} is not a trace of {run.kind} ({type(error).__name__}: {error}); "
+            f"{str(run.directory / TRACE)!r} is not a trace of {run.kind} ({type(error).__name__}: {error}); "
             "was it edited or written by another version?"
         ) from error

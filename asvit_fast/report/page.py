@@ -14,8 +14,9 @@ import torch
 from .._version import __version__
 from ..errors import InputError
 from ..files import as_float
+from ..run_directory import STATE
+from ..runs import Run
 from ..topology import SearchSpace, Topology
-from .runs import Run
 from .training_tables import phase_table, training_result_table
 
 TOP = 10  # rows in the tables of the best
@@ -237,7 +238,7 @@ def _space(run: Run) -> SearchSpace:
 
 def _policy(run: Run) -> dict[tuple[str, int], float] | None:
     """Probability of each (dimension, value) in the saved state; None when there is no state beside the trace."""
-    path = run.directory / "state.pt"
+    path = run.directory / STATE
     if not path.is_file():
         return None
     try:

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..files import as_float
+from ..runs import Run
 from .plots import BLUE, GREY, ORANGE, STYLE, VERMILLION, png, whole_steps
-from .runs import Run
 from .training_tables import Row, epoch_macs, macs_unit, phases, time_unit, train_seconds
 
 LOSSES = (("train_loss", "training", BLUE), ("eval_loss", "validation", ORANGE))

@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from ..files import as_float
-from .runs import Run
+from ..runs import Run
 
 Row = dict[str, Any]
 Table = tuple[str, str, Sequence[str], list[Sequence[Any]]]  # title, note, header, rows

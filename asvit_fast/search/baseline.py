@@ -17,7 +17,6 @@ from .progress import Progress
 from .records import check_trace, with_floats
 from .result import Baseline
 
-FOLDER = "baseline"  # inside the run directory of the search
 _DRAWS = 2**31  # key of the stream that topologies are drawn from; those of the weights begin with a step
 
 

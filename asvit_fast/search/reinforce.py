@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..run_directory import RESULT, RunDirectory
+from ..run_directory import BASELINE, RESULT, RunDirectory
 from ..settings import ImageSize, ScoreSettings, SearchSettings
 from ..topology import SearchSpace, Topology
-from .baseline import FOLDER, RandomSearch
+from .baseline import RandomSearch
 from .budget import Budget
 from .distributed import Share, run_shared
 from .evaluation import METRICS, Evaluator, Images, Measures, Scorer, Task
@@ -102,7 +102,7 @@ def search(
             result = run.run(directory, share, progress)
             if baseline == "random":
                 compared = RandomSearch(run.space, settings, evaluator, run.budget).run(
-                    None if directory.path is None else directory.path / FOLDER, share, progress
+                    None if directory.path is None else directory.path / BASELINE, share, progress
                 )
             return replace(result, baseline=compared)
 

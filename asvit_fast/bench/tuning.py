@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,9 +20,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .backends import available, resolve_device, use_backend
-from .errors import InputError
-from .files import to_json, write_atomic
+from ..backends import available, resolve_device, use_backend
+from ..errors import InputError
+from ..files import to_json, write_atomic
+from ..settings import TuneSettings
 from .workloads import DTYPES, Run, Tiles, Workload
 
 Measure = Callable[[Tiles, Tiles], float | None]  # seconds of the second / of the first; None: it cannot be used
@@ -53,7 +55,7 @@ class Task:
 
 
 def tasks_of(workloads: Sequence[Workload], dtypes: Sequence[str]) -> list[Task]:
-    """A task per row that the workloads look up. It is timed on the one of most work of each kind, in the first dtype
+    """A task per row that the workloads look up. It is timed on the largest one of each kind, in the first dtype
     of its bits, and on one workload of each other dtype."""
     rows: dict[tuple[str, tuple], dict[tuple, Workload]] = {}
     for dtype, workload in itertools.product(dtypes, workloads):
@@ -62,7 +64,7 @@ def tasks_of(workloads: Sequence[Workload], dtypes: Sequence[str]) -> list[Task]
         for kernel in workload.kernels:
             row = rows.setdefault((kernel, tuple(workload.features(kernel).items())), {})
             kind = (dtype, workload.kind) if dtype == first else (dtype,)
-            row[kind] = max(row.get(kind, workload), workload, key=lambda w: w.work)
+            row[kind] = max(row.get(kind, workload), workload, key=operator.attrgetter("size"))
     return [Task(kernel, features, tuple(row.values())) for (kernel, features), row in rows.items()]
 
 
@@ -291,7 +293,7 @@ def tune(
     tasks: Sequence[Task],
     table: UserTable,
     device: torch.device,
-    batch: int = 32,
+    batch: int = TuneSettings.batch,
     again: bool = False,
     progress: bool = True,
     timer: Timer = medians_on_gpu,

@@ -9,18 +9,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import ops
-from .nn.patch_embed import embed_patches
-from .ops.patch_embed import MAXIMUM_CHANNELS
-from .ops.window_attention import SINGLE_TILE_HEAD_DIM, SINGLE_TILE_TOKENS
-from .topology import EMBED_STRIDE, Topology
+from .. import ops
+from ..nn.patch_embed import embed_patches
+from ..ops.patch_embed import MAXIMUM_CHANNELS
+from ..ops.window_attention import SINGLE_TILE_HEAD_DIM, SINGLE_TILE_TOKENS
+from ..settings import DTYPES as DTYPE_NAMES
+from ..settings import TUNED_OPS, ImageSize, image_sides
+from ..topology import EMBED_STRIDE, NAMED_TOPOLOGIES, Topology
 
 Tiles = dict[str, int]  # options of a launch, or features of a shape, by the names of a table's row
 Run = Callable[[], list[Tensor]]
 Draw = Callable[..., Tensor]
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-OPS = ("window_attention", "patch_embed", "patch_merge")
+DTYPES: dict[str, torch.dtype] = {short: getattr(torch, name) for short, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +42,7 @@ class Workload:
 
     @property
     def kind(self) -> Hashable:
-        """Workloads of one row that differ in it are timed side by side, of others only the one of most ``work``."""
-        raise NotImplementedError
-
-    @property
-    def work(self) -> int:
-        """How long it takes, in units of its own."""
+        """Workloads of one row that differ in it are timed side by side, of others only that of largest ``size``."""
         raise NotImplementedError
 
     def features(self, kernel: str) -> Tiles:
@@ -109,10 +105,6 @@ class AttentionWorkload(Workload):
     def kind(self) -> Hashable:
         return self.head_dim, self.biased
 
-    @property
-    def work(self) -> int:
-        return self.size
-
     def features(self, kernel: str) -> Tiles:
         from asvit_fast.kernels.tiles import block
 
@@ -154,10 +146,6 @@ class EmbedWorkload(Workload):
     def kind(self) -> Hashable:
         return self.patch, self.channels
 
-    @property
-    def work(self) -> int:
-        return self.size
-
     def features(self, kernel: str) -> Tiles:
         from asvit_fast.kernels.patch_embed import channel_block, pixel_count
 
@@ -195,10 +183,6 @@ class MergeWorkload(Workload):
     def kind(self) -> Hashable:
         return self.kernel, self.channels
 
-    @property
-    def work(self) -> int:
-        return self.size
-
     def features(self, kernel: str) -> Tiles:
         return {"bits": self.bits, "outputs": self.outputs}
 
@@ -223,12 +207,10 @@ SWIN: dict[str, list[Workload]] = {
 }
 
 
-def topology_workloads(
-    topology: Topology, img_size: int | tuple[int, int], names: Sequence[str] = OPS
-) -> list[Workload]:
+def topology_workloads(topology: Topology, img_size: ImageSize, names: Sequence[str] = TUNED_OPS) -> list[Workload]:
     """The ops ``names`` of every stage, but for embeddings wider than their kernels go."""
-    side = max(img_size) if isinstance(img_size, tuple) else img_size
-    found: dict[str, list[Workload]] = {name: [] for name in OPS}
+    side = max(image_sides(img_size))
+    found: dict[str, list[Workload]] = {name: [] for name in TUNED_OPS}
     dims = topology.dims
     for index, (stage, dim, heads) in enumerate(zip(topology.stages, dims, topology.stage_heads, strict=True)):
         grid = math.ceil(side / (EMBED_STRIDE * 2**index))
@@ -242,10 +224,9 @@ def topology_workloads(
     return [workload for name in names for workload in found[name]]
 
 
-def default_workloads(img_size: int | tuple[int, int] = 224, names: Sequence[str] = OPS) -> list[Workload]:
+def default_workloads(img_size: ImageSize = 224, names: Sequence[str] = TUNED_OPS) -> list[Workload]:
     """The paper's topologies (arXiv 2202.11921, Table 4), the seed's with 16 and 64 heads too, and Swin-T, S and B."""
-    seed = Topology.parse("asvit_seed")
-    grown = [replace(seed, width=width) for width in (88, 116, 180)]
-    seeds = [replace(seed, heads=heads) for heads in (16, 32, 64)]
-    found = [w for topology in (*seeds, *grown) for w in topology_workloads(topology, img_size, names)]
+    named = [Topology.parse(name) for name in NAMED_TOPOLOGIES]  # depths make no difference
+    seeds = [replace(Topology.parse("asvit_seed"), heads=heads) for heads in (16, 64)]
+    found = [w for topology in (*named, *seeds) for w in topology_workloads(topology, img_size, names)]
     return [*found, *(workload for name in names for workload in SWIN[name])]

@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from ..files import as_float
-from ..runs import Run
+from ..runs import Run, best_row, metric, validated
 
 Row = dict[str, Any]
 Table = tuple[str, str, Sequence[str], list[Sequence[Any]]]  # title, note, header, rows
@@ -56,12 +56,6 @@ def _macs_text(macs: float) -> str:
     return f"{macs / factor:,.3g} {prefix}MACs"
 
 
-def accuracy(row: Row) -> float | None:
-    """Top-1 of the network or of its average, whichever is better; None where the epoch was not validated."""
-    found = [as_float(row[name]) for name in ("top1", "ema_top1") if row.get(name) is not None]
-    return max(found, default=None)
-
-
 def training_result_table(run: Run) -> Table:
     """Where the training stands, and what it has cost compared with full tokens throughout."""
     spent = sum(epoch_macs(run, row["token_reduction"]) for row in run.trace)
@@ -71,13 +65,10 @@ def training_result_table(run: Run) -> Table:
         ("schedule (epochs:reduction of tokens per side)", run.config["schedule"]),
         ("training loss of the last epoch", f"{as_float(run.trace[-1]['train_loss']):.4g}"),
     ]
-    validated = [row for row in run.trace if accuracy(row) is not None]
-    if validated:
-        finest = min(row["token_reduction"] for row in validated)  # as model_best.pth.tar is chosen
-        best = max((row for row in validated if row["token_reduction"] == finest), key=lambda row: accuracy(row) or 0.0)
-        last = validated[-1]
-        rows.append(("top-1 of the last validation (%)", f"{accuracy(last):.2f}"))
-        rows.append(("best top-1 (%)", f"{accuracy(best):.2f} after {best['epoch'] + 1} epochs"))
+    best = best_row(run.trace)
+    if best is not None:
+        rows.append(("top-1 of the last validation (%)", f"{metric(validated(run.trace)[-1]):.2f}"))
+        rows.append(("best top-1 (%)", f"{metric(best):.2f} after {best['epoch'] + 1} epochs"))
     divisor, unit = time_unit(sum(map(train_seconds, run.trace)))
     rows.append((f"time in training steps ({unit})", f"{sum(map(train_seconds, run.trace)) / divisor:,.2f}"))
     rows.append(("multiply-adds of the forward passes", _macs_text(spent)))
@@ -92,7 +83,7 @@ def phase_table(run: Run) -> Table:
     rows: list[Sequence[Any]] = []
     for phase in phases(run):
         macs, seconds = epoch_macs(run, phase.reduction), sum(map(train_seconds, phase.rows))
-        found = [accuracy(row) for row in phase.rows if accuracy(row) is not None]
+        found = [metric(row) for row in validated(phase.rows)]
         rows.append(
             (
                 f"{phase.rows[0]['epoch'] + 1} to {phase.rows[-1]['epoch'] + 1}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from .errors import InputError
 from .files import folder_path, from_json, write_folder
 from .models.library import takes_size
 from .runs import Run
+from .settings import EXPORT_FORMATS, ImageSize, check_choice
 from .topology import Topology
 from .training.checkpoint import one_line
 from .training.checkpoint_model import CONFIG_FILE, WEIGHTS_FILE, CheckpointModel
@@ -30,7 +32,6 @@ from .training.description import CONFIGURATION, checked
 from .training.network import build, constructor_arguments
 from .what import resolve
 
-Size = int | tuple[int, int]
 What = str | Path | Topology | nn.Module
 MARK = "asvit_fast"  # the entry of config.json that says who wrote it
 DATA = ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")
@@ -75,7 +76,7 @@ def export(
     to: str | Path,
     seed: int = 0,
     num_classes: int | None = None,
-    img_size: Size | None = None,
+    img_size: ImageSize | None = None,
     use_ema: bool = False,
     format: str = "timm",
 ) -> Path:
@@ -111,16 +112,14 @@ def export(
 
 def writer(format: str, to: str | Path) -> Callable[[Exported], Path]:
     """What writes a network in this format into this folder. Raises InputError now for what cannot work then."""
-    if format not in _FORMATS:
-        raise InputError(f"format must be one of {', '.join(_FORMATS)}, got {format!r}")
+    check_choice("format", format, tuple(EXPORT_FORMATS))
     if format == "onnx":
         graph.require(("onnx", "onnxscript"), "export in the format onnx")
     target = folder_path(to, "to")
     _check_target(target)
 
     def write(source: Exported) -> Path:
-        fill, files = _FORMATS[format]
-        write_folder(target, lambda folder: fill(source, folder), last=files[0])
+        write_folder(target, lambda folder: _WRITERS[format](source, folder), last=EXPORT_FORMATS[format][0])
         return target
 
     return write
@@ -130,7 +129,7 @@ def open_network(
     what: What,
     seed: int = 0,
     num_classes: int | None = None,
-    img_size: Size | None = None,
+    img_size: ImageSize | None = None,
     use_ema: bool = False,
 ) -> Exported:
     """The network that ``export`` writes. Raises InputError as it does."""
@@ -156,7 +155,7 @@ def limit_of(run: Run) -> float | None:
     return window[1] if isinstance(window, list) and len(window) == 2 else None
 
 
-def _of_module(model: nn.Module, num_classes: int | None, img_size: Size | None) -> Exported:
+def _of_module(model: nn.Module, num_classes: int | None, img_size: ImageSize | None) -> Exported:
     """Built again from its name and arguments, as whoever loads it will do."""
     name, options = constructor_arguments(model)
     classes = getattr(model, "num_classes", None)
@@ -173,7 +172,7 @@ def _of_module(model: nn.Module, num_classes: int | None, img_size: Size | None)
     return _as_it_is(built, name, num_classes, img_size)
 
 
-def _as_it_is(built: CheckpointModel, name: str, num_classes: int | None, img_size: Size | None) -> Exported:
+def _as_it_is(built: CheckpointModel, name: str, num_classes: int | None, img_size: ImageSize | None) -> Exported:
     size, classes = built.data_config()["input_size"][1:], getattr(built.model, "num_classes", num_classes)
     if img_size is not None and to_2tuple(img_size) != size:
         raise InputError(
@@ -186,7 +185,7 @@ def _as_it_is(built: CheckpointModel, name: str, num_classes: int | None, img_si
 
 
 def _fresh(
-    name: str, options: Mapping[str, Any], seed: int, num_classes: int | None, img_size: Size | None
+    name: str, options: Mapping[str, Any], seed: int, num_classes: int | None, img_size: ImageSize | None
 ) -> Exported:
     size = 224 if img_size is None else img_size
     given: dict[str, Any] = dict(options)
@@ -197,9 +196,7 @@ def _fresh(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build(name, {**given, "pretrained": False})
-    config = resolve_data_config(
-        {}, model=model
-    )  # the size and crop of training, not those of timm's tests at a larger size
+    config = resolve_data_config({}, model=model)  # of training, not of timm's tests at a larger size
     data = {name: config[name] for name in DATA if name != "input_size"}
     built = CheckpointModel(model, name, Path(), given, data)
     built.data["input_size"] = (built.data_config()["input_size"][0], *to_2tuple(size))
@@ -232,26 +229,11 @@ def _write_timm(source: Exported, folder: Path) -> None:
     shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)  # safetensors makes files for their owner alone
 
 
-def _write_onnx(source: Exported, folder: Path) -> None:
-    graph.save_onnx(source.built.model, folder / "model.onnx", source.metadata())
-
-
-def _write_program(source: Exported, folder: Path) -> None:
-    graph.save_program(source.built.model, folder / "model.pt2", source.metadata())
-
-
-Fill = Callable[[Exported, Path], None]
-_FORMATS: dict[str, tuple[Fill, tuple[str, ...]]] = {  # the first file makes a folder an export
-    "timm": (_write_timm, (CONFIG_FILE, WEIGHTS_FILE)),
-    "onnx": (_write_onnx, ("model.onnx",)),
-    "exported": (_write_program, ("model.pt2",)),
+_WRITERS: dict[str, Callable[[Exported, Path], None]] = {
+    "timm": _write_timm,
+    "onnx": lambda source, folder: graph.save_onnx(source.built.model, folder / "model.onnx", source.metadata()),
+    "exported": lambda source, folder: graph.save_program(source.built.model, folder / "model.pt2", source.metadata()),
 }
-FORMATS = tuple(_FORMATS)
-
-
-def files_of(format: str) -> tuple[str, ...]:
-    """Names of the files of a format."""
-    return _FORMATS[format][1]
 
 
 def _check_target(target: Path) -> None:
@@ -260,7 +242,7 @@ def _check_target(target: Path) -> None:
         raise InputError(f"cannot export to {str(target)!r}: it is a file; give a new or empty folder")
     if not target.is_dir():
         return
-    ours = {"model.onnx.data", *(name for _, files in _FORMATS.values() for name in files)}  # ONNX of over 2 GB is two
+    ours = {"model.onnx.data", *itertools.chain(*EXPORT_FORMATS.values())}  # ONNX of over 2 GB is two
     found = {item.name for item in target.iterdir() if not item.name.endswith(".tmp")}  # left by a kill
     others = sorted(found - ours)
     if not others and CONFIG_FILE in found and not _is_ours(target / CONFIG_FILE):

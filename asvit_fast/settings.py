@@ -21,6 +21,11 @@ MIN_IMG_SIZE = 32  # pixels per side that our networks take
 LARGEST_SEED = 2**63 - 1
 CONVENTIONS = ("paper", "reference")
 METRICS = ("length_distortion", "curvature", "gauss_length", "ntk_condition")
+EXPORT_FORMATS = {  # and their files, the first of which makes a folder an export
+    "timm": ("config.json", "model.safetensors"),
+    "onnx": ("model.onnx",),
+    "exported": ("model.pt2",),
+}
 TUNED_OPS = ("window_attention", "patch_embed", "patch_merge")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # short name -> torch's
 

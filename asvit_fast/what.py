@@ -11,10 +11,12 @@ from .files import from_json
 from .models.library import check_known, is_known
 from .run_directory import CONFIG
 from .runs import DESIGNS, Run, find_runs, has_run
+from .settings import EXPORT_FORMATS
 from .topology import NAMED_TOPOLOGIES, Topology
 from .training.checkpoint import BEST, LAST
 from .training.checkpoint_model import CheckpointModel, build_from_checkpoint, is_export
 
+GRAPHS = (*EXPORT_FORMATS["onnx"], *EXPORT_FORMATS["exported"])
 FORMS = (
     "a topology, the name of a model of timm or torchvision, a run directory, an exported folder, or a checkpoint file"
 )
@@ -122,7 +124,7 @@ def _of_run(run: Run) -> Target:
 def _finished(directory: Path) -> Run:
     """The finished search or scaling in a folder; of both side by side, the scaling."""
     if not any(has_run(folder) for folder in (directory, *(directory / kind for kind in DESIGNS))):
-        graphs = [name for name in ("model.onnx", "model.pt2") if (directory / name).is_file()]
+        graphs = [name for name in GRAPHS if (directory / name).is_file()]
         if graphs:
             raise InputError(f"{directory / graphs[0]} runs, but cannot be taken apart; give what it was exported from")
         raise InputError(f"{str(directory)!r} holds neither a run nor an export; give {FORMS}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..settings import ScaleSettings, SearchSettings, TuneSettings
+from ..settings import EXPORT_FORMATS, ScaleSettings, SearchSettings, TuneSettings
 from .common import DEVICE, IMG_SIZE, METRICS, QUIET, SCORING, WHAT
 from .eval import COMMAND as EVAL
 from .options import (
@@ -21,7 +21,6 @@ from .options import (
 )
 from .train import COMMAND as TRAIN
 
-FORMATS = ("timm", "onnx", "exported")
 OUT = Option("out", text, None, "run directory, made or continued", "DIR", required=True)
 JSON = Option("json", flag, False, "print strict JSON and nothing else", flag=True)
 
@@ -110,7 +109,7 @@ EXPORT = Command(
     options=(
         _what("source"),
         Option("to", text, None, "folder to write, new or empty or an earlier export", "DIR", required=True),
-        Option("format", choice(*FORMATS), "timm", f"one of {', '.join(FORMATS)}", "NAME"),
+        Option("format", choice(*EXPORT_FORMATS), "timm", f"one of {', '.join(EXPORT_FORMATS)}", "NAME"),
         Option("seed", seed, 0, "seed (a whole number) of fresh weights", "N"),
         Option(
             "num_classes", integer(0), None, "number of outputs, 0 = none; without it the training's, else 1000", "N"

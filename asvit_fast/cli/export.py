@@ -5,8 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from ..export import Exported, files_of, open_network, writer
+from ..export import Exported, open_network, writer
 from ..graph import runtime_installed
+from ..settings import EXPORT_FORMATS
 
 
 def run(values: SimpleNamespace) -> int:
@@ -15,7 +16,7 @@ def run(values: SimpleNamespace) -> int:
     target = write(network)
     fresh = f"fresh weights from seed {values.seed}, not trained"
     weights = f"the weights of {network.built.path}" if network.trained else fresh
-    print(f"Wrote {' and '.join(files_of(values.format))} to {target} ({weights}).")
+    print(f"Wrote {' and '.join(EXPORT_FORMATS[values.format])} to {target} ({weights}).")
     print(f"network:      {size(network)}")
     print(f"images:       {images(network.built.data_config())}")
     for line in how_to_load(values.format, target):

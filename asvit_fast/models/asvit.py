@@ -182,21 +182,13 @@ class AsViT(nn.Module):
         if pos_embed == "absolute":
             self.pos_embed = nn.Parameter(torch.empty(1, *self.grid_size, dims[0], **factory))  # [1, H, W, C]
         self.pos_drop = nn.Dropout(pos_drop_rate)
+        scales = {"attn_scale": attn_scale, "feat_scale": feat_scale}
         stages, self.feature_info = [], []
         for i, spec in enumerate(self.topology.stages):
             merging = PatchMerging(spec.kernel, dims[i - 1], dims[i], self.has_norms, **factory) if i else nn.Identity()
             blocks = [
                 Block(
-                    dims[i],
-                    heads[i],
-                    spec,
-                    self.has_norms,
-                    proj_drop_rate,
-                    attn_drop_rate,
-                    rate,
-                    attn_scale,
-                    feat_scale,
-                    **factory,
+                    dims[i], heads[i], spec, self.has_norms, proj_drop_rate, attn_drop_rate, rate, **scales, **factory
                 )
                 for rate in drop_path[i]
             ]

@@ -21,7 +21,7 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import TensorDataset
 
-from .cli.common import amount, table
+from .cli.common import format_count, table
 from .errors import EXIT_INPUT, EXIT_INTERRUPTED, InputError
 from .export import export
 from .report import report
@@ -177,14 +177,15 @@ def _verdict(found: Measure, random: Measure, larger: bool) -> str:
 
 def run_scale(seed_topology: Topology, out: Path, images: Path) -> Topology:
     print(
-        f"4. Scaling: {seed_topology} grows in depth and width while it stays within {amount(MAX_PARAMS)} parameters."
+        f"4. Scaling: {seed_topology} grows in depth and width while it stays within {format_count(MAX_PARAMS)} "
+        "parameters."
     )
     steps = scale(
         seed_topology, max_params=MAX_PARAMS, images=images, seed=SEED, out=out,
         img_size=IMG_SIZE, repeats=REPEATS, batch=BATCH, progress=True,
     )  # fmt: skip
     rows: list[tuple[object, ...]] = [("step", "topology", "parameters", "multiply-adds")]
-    rows += [(step.step, str(step.topology), amount(step.params), amount(step.flops)) for step in steps]
+    rows += [(step.step, str(step.topology), format_count(step.params), format_count(step.flops)) for step in steps]
     print(table(rows, indent="   ") + "\n")
     return steps[-1].topology
 

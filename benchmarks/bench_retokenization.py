@@ -27,7 +27,7 @@ import asvit_fast as af
 from asvit_fast import backends
 from asvit_fast.files import write_atomic
 from asvit_fast.recipe import Recipe
-from asvit_fast.scoring.memory import keep_freed_memory
+from asvit_fast.scoring.memory import disable_malloc_trim
 from asvit_fast.training.checkpoint import random_state, set_random_state
 from asvit_fast.training.trainer import Trainer
 
@@ -202,7 +202,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    keep_freed_memory()  # as `asvit-fast train` does
+    disable_malloc_trim()  # as `asvit-fast train` does
     device = backends.resolve_device(arguments.device)
     here = machine(device)
     columns = [*(column.name for column in fields(RetokenizationRow)), *here]

@@ -51,7 +51,7 @@ from torch import Tensor, nn
 import asvit_fast as af
 from asvit_fast import backends
 from asvit_fast.scoring import ScoreSettings, score_repeat
-from asvit_fast.scoring.memory import keep_freed_memory
+from asvit_fast.scoring.memory import disable_malloc_trim
 from asvit_fast.scoring.score import WEIGHTS, stream
 from asvit_fast.topology import Topology
 
@@ -339,13 +339,13 @@ def main() -> None:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32 for everybody
-    if arguments.keep_freed_memory and not keep_freed_memory():
+    if arguments.disable_malloc_trim and not disable_malloc_trim():
         raise SystemExit("--keep-freed-memory needs glibc")
     device = backends.resolve_device(arguments.device)
     settings = Settings(
         device, Topology.parse(arguments.topology), arguments.img_size, arguments.batch, arguments.repeats,
         arguments.steps, arguments.rounds or Settings.rounds, arguments.long_rounds, tuple(arguments.without),
-        arguments.keep_freed_memory,
+        arguments.disable_malloc_trim,
     )  # fmt: skip
     check_table(arguments.csv, device)
     print_header(device)

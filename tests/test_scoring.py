@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import asvit_fast as af
 from asvit_fast.scoring import Curve, ScoreSettings, circle, score_repeat, theta_grid
-from asvit_fast.scoring.memory import in_pieces
+from asvit_fast.scoring.memory import split_on_oom
 from asvit_fast.scoring.parallel import map_in_threads
 from asvit_fast.scoring.score import score_networks, stream, without_norms
 
@@ -324,18 +324,18 @@ def test_work_splits_when_memory_runs_out() -> None:
         return list(range(part.start, part.stop))
 
     with pytest.warns(UserWarning, match="memory ran out"):
-        pieces = in_pieces(run, 10, "a test")
+        pieces = split_on_oom(run, 10, "a test")
     assert [i for piece in pieces for i in piece] == list(range(10)) and sizes[:2] == [10, 5]
     with pytest.raises(RuntimeError, match="something else"):
-        in_pieces(lambda part: (_ for _ in ()).throw(RuntimeError("something else")), 4, "a test")
+        split_on_oom(lambda part: (_ for _ in ()).throw(RuntimeError("something else")), 4, "a test")
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
 def test_freed_memory_is_kept() -> None:
     program = """
 import resource, sys, threading, torch
-from asvit_fast.scoring.memory import keep_freed_memory
-assert sys.argv[1] == "no" or keep_freed_memory()
+from asvit_fast.scoring.memory import disable_malloc_trim
+assert sys.argv[1] == "no" or disable_malloc_trim()
 def work():
     for _ in range(3):
         blocks = [torch.ones(6_000_000) for _ in range(8)]  # 24 MB each

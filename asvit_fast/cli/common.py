@@ -36,7 +36,7 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def say(line: str = "", quiet: bool = False) -> None:
+def print_on_main(line: str = "", quiet: bool = False) -> None:
     if not quiet and is_main_process():
         print(line, flush=True)
 
@@ -55,7 +55,7 @@ def table(rows: Iterable[Sequence[Any]], indent: str = "  ") -> str:
     return "\n".join(lines)
 
 
-def amount(value: float) -> str:
+def format_count(value: float) -> str:
     """A count for people: 2.32 M, 491.0 M, 5.13 G."""
     for factor, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= factor:

@@ -14,7 +14,7 @@ from typing import NoReturn
 from ..errors import EXIT_TERMINATED
 from ..files import read_jsonl
 from ..run_directory import TRACE
-from .common import is_main_process, say
+from .common import is_main_process, print_on_main
 
 
 @contextlib.contextmanager
@@ -38,9 +38,9 @@ def announce_folder(directory: str, quiet: bool) -> None:
     """Say whether the run directory is new."""
     done = steps_done(directory)
     if done:
-        say(f"{directory} holds a run of {done} steps: continuing from there.", quiet)
+        print_on_main(f"{directory} holds a run of {done} steps: continuing from there.", quiet)
     else:
-        say(f"Writing to {directory}; stop at any time, the same command continues.", quiet)
+        print_on_main(f"Writing to {directory}; stop at any time, the same command continues.", quiet)
 
 
 def steps_done(directory: str) -> int:

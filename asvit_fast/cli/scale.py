@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from ..scoring.memory import keep_freed_memory
+from ..scoring.memory import disable_malloc_trim
 from ..search import ScaleStep, scale
 from ..settings import ScaleSettings, ScoreSettings
 from ..topology import Topology
 from ..what import resolve_topology
-from .common import amount, check_output_folder, say, scoring_text, table
+from .common import check_output_folder, format_count, print_on_main, scoring_text, table
 from .long_run import announce_folder, long_run
 from .options import chosen
 
@@ -17,7 +17,7 @@ from .options import chosen
 @long_run()
 def run(values: SimpleNamespace) -> int:
     check_output_folder(values.out)
-    keep_freed_memory()
+    disable_malloc_trim()
     topology = resolve_topology(values.topology)
     announce(values, topology)
     steps = scale(
@@ -35,11 +35,11 @@ def run(values: SimpleNamespace) -> int:
 def announce(values: SimpleNamespace, topology: Topology) -> None:
     ceiling = values.max_params
     until = (
-        f"from {amount(ceiling[0])} parameters on it stops, {amount(ceiling[1])} are never exceeded"
+        f"from {format_count(ceiling[0])} parameters on it stops, {format_count(ceiling[1])} are never exceeded"
         if isinstance(ceiling, tuple)
-        else f"up to {amount(ceiling)} parameters"
+        else f"up to {format_count(ceiling)} parameters"
     )
-    say(
+    print_on_main(
         f"Growing {topology}, {until}: each step scores the wider and deeper candidates with {scoring_text(values)}.",
         values.quiet,
     )
@@ -48,10 +48,10 @@ def announce(values: SimpleNamespace, topology: Topology) -> None:
 
 def conclude(values: SimpleNamespace, steps: list[ScaleStep]) -> None:
     rows: list[tuple[object, ...]] = [("step", "topology", "parameters", "multiply-adds")]
-    rows += [(step.step, str(step.topology), amount(step.params), amount(step.flops)) for step in steps]
-    say(table(rows), values.quiet)
-    say("", values.quiet)
-    say(f"use it:       asvit-fast export {values.out} --to model", values.quiet)
-    say(f"look at it:   asvit-fast report {values.out}", values.quiet)
+    rows += [(step.step, str(step.topology), format_count(step.params), format_count(step.flops)) for step in steps]
+    print_on_main(table(rows), values.quiet)
+    print_on_main("", values.quiet)
+    print_on_main(f"use it:       asvit-fast export {values.out} --to model", values.quiet)
+    print_on_main(f"look at it:   asvit-fast report {values.out}", values.quiet)
     if values.quiet:
-        say(str(steps[-1].topology))
+        print_on_main(str(steps[-1].topology))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import shlex
 from types import SimpleNamespace
 
-from ..scoring.memory import keep_freed_memory
+from ..scoring.memory import disable_malloc_trim
 from ..search import Budget, SearchResult, search
 from ..settings import ScoreSettings, SearchSettings
 from ..topology import SearchSpace
-from .common import amount, check_output_folder, say, scoring_text, table
+from .common import check_output_folder, format_count, print_on_main, scoring_text, table
 from .long_run import announce_folder, long_run
 from .options import chosen
 
@@ -17,7 +17,7 @@ from .options import chosen
 @long_run()
 def run(values: SimpleNamespace) -> int:
     check_output_folder(values.out)
-    keep_freed_memory()
+    disable_malloc_trim()
     space = SearchSpace().narrow(**values.space)
     announce(values, space)
     result = search(
@@ -45,7 +45,7 @@ def budget(values: SimpleNamespace) -> Budget | None:
 
 
 def announce(values: SimpleNamespace, space: SearchSpace) -> None:
-    say(
+    print_on_main(
         f"Searching {space.size:,} topologies (entropy {space.entropy:.2f} nats) in {values.steps} steps: each scores "
         f"{scoring_text(values)}.",
         values.quiet,
@@ -55,23 +55,27 @@ def announce(values: SimpleNamespace, space: SearchSpace) -> None:
 
 def conclude(values: SimpleNamespace, result: SearchResult) -> None:
     topology = str(result.topology)
-    say(f"Found {topology}", values.quiet)
-    say(f"({amount(result.params)} parameters, {amount(result.flops)} multiply-adds)", values.quiet)
-    say("", values.quiet)
-    say(table(scores(result)), values.quiet)
-    say("", values.quiet)
+    print_on_main(f"Found {topology}", values.quiet)
+    print_on_main(
+        f"({format_count(result.params)} parameters, {format_count(result.flops)} multiply-adds)", values.quiet
+    )
+    print_on_main("", values.quiet)
+    print_on_main(table(scores(result)), values.quiet)
+    print_on_main("", values.quiet)
     if result.best != result.most_probable:
-        say(
+        print_on_main(
             "The best sampled topology has better scores than the most probable one, which the paper takes.",
             values.quiet,
         )
-        say("", values.quiet)
+        print_on_main("", values.quiet)
     images = f" --images {shlex.quote(values.images)}" if values.images else ""
     out = shlex.quote(values.out)
-    say(f"grow it:      asvit-fast scale '{topology}'{images} --max-params 100M --out {out}-scaled", values.quiet)
-    say(f"look at it:   asvit-fast report {out}", values.quiet)
+    print_on_main(
+        f"grow it:      asvit-fast scale '{topology}'{images} --max-params 100M --out {out}-scaled", values.quiet
+    )
+    print_on_main(f"look at it:   asvit-fast report {out}", values.quiet)
     if values.quiet:
-        say(topology)
+        print_on_main(topology)
 
 
 def scores(result: SearchResult) -> list[tuple[str, ...]]:
@@ -87,6 +91,6 @@ def scores(result: SearchResult) -> list[tuple[str, ...]]:
         if one is None:
             rows.append((name, "none is finite", "", "", ""))
         else:
-            values = f"{one.length_distortion:.5g}", f"{one.ntk_condition:.5g}", amount(one.params)
+            values = f"{one.length_distortion:.5g}", f"{one.ntk_condition:.5g}", format_count(one.params)
             rows.append((name, *values, one.topology.seed_string))
     return rows

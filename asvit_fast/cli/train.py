@@ -7,17 +7,17 @@ from typing import Any
 
 from ..errors import InputError
 from ..recipe import Recipe
-from .common import QUIET, WHAT, check_output_folder, say
+from .common import QUIET, WHAT, check_output_folder, print_on_main
 from .options import Command, Option, chosen, image_size, integer, keywords, options_of, text
 
 
 def run(values: SimpleNamespace) -> int:
     check_output_folder(values.out)
-    from ..scoring.memory import keep_freed_memory
+    from ..scoring.memory import disable_malloc_trim
     from ..training import train
 
-    keep_freed_memory()
-    say(f"Writing to {values.out}; stop at any time, the same command continues.", values.quiet)
+    disable_malloc_trim()
+    print_on_main(f"Writing to {values.out}; stop at any time, the same command continues.", values.quiet)
     result = train(
         data=values.data,
         schedule=values.schedule,
@@ -54,10 +54,10 @@ def conclude(values: SimpleNamespace, result) -> None:
     best = result.best
     if best is not None:
         found = "" if best.get("ema_top1") is None else f", {best['ema_top1']:.2f} % of the averaged weights"
-        say(f"Best top-1 {best['top1']:.2f} %{found}, after epoch {best['epoch']}.", values.quiet)
-    say(f"look at it:   asvit-fast report {values.out}", values.quiet)
-    say(f"load in timm: asvit-fast export {values.out} --to model", values.quiet)
-    say(f"validate:     asvit-fast eval {values.out} --data {values.data}", values.quiet)
+        print_on_main(f"Best top-1 {best['top1']:.2f} %{found}, after epoch {best['epoch']}.", values.quiet)
+    print_on_main(f"look at it:   asvit-fast report {values.out}", values.quiet)
+    print_on_main(f"load in timm: asvit-fast export {values.out} --to model", values.quiet)
+    print_on_main(f"validate:     asvit-fast eval {values.out} --data {values.data}", values.quiet)
 
 
 COMMAND = Command(

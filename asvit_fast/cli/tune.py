@@ -11,7 +11,7 @@ from ..bench.tuning import LIMIT, SECONDS, Found, Task, UserTable, find_gpu, tas
 from ..bench.workloads import AttentionWorkload, Workload, default_workloads, topology_workloads
 from ..errors import InputError
 from ..topology import Topology
-from .common import say, table
+from .common import print_on_main, table
 
 
 def run(values: SimpleNamespace) -> int:
@@ -66,13 +66,13 @@ def estimate(tasks: list[Task]) -> str:
 
 
 def announce(values: SimpleNamespace, tasks: list[Task], user_table: UserTable) -> None:
-    say(f"Tuning {', '.join(values.ops)} for {user_table.gpu} in {', '.join(values.dtypes)}.", values.quiet)
-    say(f"{estimate(tasks)}.", values.quiet)
+    print_on_main(f"Tuning {', '.join(values.ops)} for {user_table.gpu} in {', '.join(values.dtypes)}.", values.quiet)
+    print_on_main(f"{estimate(tasks)}.", values.quiet)
     done = 0 if values.again else sum(user_table.has(task) for task in tasks)
     if done:
-        say(f"{user_table.path} has {done} of them: continuing from there.", values.quiet)
+        print_on_main(f"{user_table.path} has {done} of them: continuing from there.", values.quiet)
     else:
-        say(f"Writing to {user_table.path}; stop at any time, the same command continues.", values.quiet)
+        print_on_main(f"Writing to {user_table.path}; stop at any time, the same command continues.", values.quiet)
 
 
 def conclude(values: SimpleNamespace, found: dict[Task, Found], user_table: UserTable) -> None:
@@ -81,6 +81,6 @@ def conclude(values: SimpleNamespace, found: dict[Task, Found], user_table: User
         tiles = " ".join(f"{name}={value}" for name, value in result.tiles.items())
         rows.append((str(task), tiles, f"{result.speed:.2f}x", str(result.tried), str(result.refused)))
     if found:
-        say(table(rows), values.quiet)
-    say(f"From now on used by every model on {user_table.gpu}; delete the file to undo it:", values.quiet)
+        print_on_main(table(rows), values.quiet)
+    print_on_main(f"From now on used by every model on {user_table.gpu}; delete the file to undo it:", values.quiet)
     print(user_table.path)

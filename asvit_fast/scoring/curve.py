@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..settings import CONVENTIONS, check_choice
-from ..taylor.propagate import along
-from ..taylor.value import Combination
-from .memory import in_pieces
+from ..taylor.propagate import propagate
+from ..taylor.value import LinearCombination
+from .memory import split_on_oom
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def curve(
             for mix in ((angle.cos(), angle.sin()), (-angle.sin(), angle.cos()))
         )
         mix = torch.stack([position, velocity, -position][: order + 1])  # [order + 1, n, 2]
-        return [value.flatten(1) for value in along(fn, Combination(mix, torch.stack([u0, u1])))]
+        return [value.flatten(1) for value in propagate(fn, LinearCombination(mix, torch.stack([u0, u1])))]
 
-    pieces = in_pieces(run, len(theta), "the curve")
+    pieces = split_on_oom(run, len(theta), "the curve")
     return Curve(theta, *(torch.cat(parts) for parts in zip(*pieces, strict=True)))

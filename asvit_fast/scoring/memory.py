@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # parameters of glibc's mallopt
 
 
-def keep_freed_memory() -> bool:
+def disable_malloc_trim() -> bool:
     """Makes the process keep memory that it frees, in one pool for all threads, for programs that score networks alone.
 
     By default glibc returns large blocks to the system, and every network faults its activations in anew, page by page:
@@ -36,7 +36,7 @@ def _out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def in_pieces(run: Callable[[slice], Result], total: int, what: str) -> list[Result]:
+def split_on_oom(run: Callable[[slice], Result], total: int, what: str) -> list[Result]:
     """``run`` on slices that cover ``total`` samples: all at once, and in halves of halves whenever memory runs out.
 
     Raises what ``run`` raises when even a single sample does not fit. Says once that it splits.

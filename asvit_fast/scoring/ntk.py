@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..models import AsViT
 from ..settings import MIN_IMG_SIZE
-from .memory import in_pieces
+from .memory import split_on_oom
 from .per_sample import RowSink, per_sample_gradients
 from .replica import replica
 
@@ -124,7 +124,7 @@ def _gram(gradients: Callable[..., RowSink], images: Tensor, names: list[str]) -
     def run(part: slice) -> RowSink:
         return gradients(images[part], keep=part != slice(0, len(images)))
 
-    sinks = in_pieces(run, len(images), "the NTK")
+    sinks = split_on_oom(run, len(images), "the NTK")
     if len(sinks) == 1:
         return sinks[0].gram(len(images))
     gram = torch.zeros(len(images), len(images), dtype=torch.float64)

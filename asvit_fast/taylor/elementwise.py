@@ -160,7 +160,7 @@ for _name, _derivatives in FUNCTIONS.items():
 
 def _same_layout(x: Taylor) -> Tensor:
     """A tensor without memory that lies as torch's elementwise functions of ``x`` do."""
-    like = x.apart()[0][0]
+    like = x.split_bias()[0][0]
     return like if like.is_contiguous() else torch.empty_like(like, device="meta")
 
 
@@ -173,7 +173,7 @@ def tanh(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 @register_rule("gelu")
 def gelu(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
     x, approximate = _bind(args, kwargs, input=None, approximate="none")
-    coefficients, bias = x.apart()  # a Linear's bias is added on the way
+    coefficients, bias = x.split_bias()  # a Linear's bias is added on the way
     return Taylor(laid_out(gelu_taylor(coefficients, approximate, bias), _same_layout(x)))
 
 

@@ -28,7 +28,7 @@ from .value import (
 )
 
 # what comes out does not move: sizes and the like, truth values, indices, and steps between which nothing changes
-QUESTIONS = """
+METADATA_FUNCTIONS = """
     shape size dim ndim ndimension dtype device layout numel nelement stride is_contiguous storage_offset element_size
     get_device is_floating_point is_complex is_cuda is_cpu is_meta is_mps is_xpu is_sparse is_quantized is_nested
     is_leaf requires_grad grad_fn grad is_same_size is_signed is_inference data_ptr names has_names is_mkldnn
@@ -55,7 +55,7 @@ JOINTLY_LINEAR = """
 """
 
 
-@register_rule(*QUESTIONS.split())
+@register_rule(*METADATA_FUNCTIONS.split())
 def question(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Answered for x(0); what comes out does not move."""
     return func(*primals(args), **primals(kwargs))

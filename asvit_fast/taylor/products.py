@@ -13,7 +13,7 @@ from torch import Tensor
 from ..ops.linear import linear as fast_linear
 from .linear import _bind
 from .value import (
-    Combination,
+    LinearCombination,
     NotCovered,
     Taylor,
     function_name,
@@ -102,7 +102,7 @@ def _affine(linear: Callable[..., Any], x: Any, weight: Any, bias: Any, bias_sha
     """linear(x, weight) + bias, the bias on x(0) only."""
     if isinstance(x, Taylor) and isinstance(weight, Taylor):
         out = leibniz(linear, x, weight)
-    elif isinstance(x, Combination) and x.basis is not None:
+    elif isinstance(x, LinearCombination) and x.basis is not None:
         out = Taylor(x.after(linear(x.basis, weight)))
     else:
         out = mapped(linear, (x, weight), {})

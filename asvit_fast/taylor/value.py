@@ -55,7 +55,7 @@ class Taylor:
             self._bias = None
         return self._coefficients
 
-    def apart(self) -> tuple[Tensor, Tensor | None]:
+    def split_bias(self) -> tuple[Tensor, Tensor | None]:
         """The coefficients, and the bias that x(0) still lacks: for rules that add it on the way."""
         return self._coefficients, self._bias
 
@@ -125,7 +125,7 @@ class Taylor:
         return f"Taylor(order={self.order}, shape={tuple(self.primal.shape)}, dtype={self.primal.dtype})"
 
 
-class Combination(Taylor):
+class LinearCombination(Taylor):
     """n points whose orders all are combinations of few tensors, as those of a circle are of two.
 
     ``mix`` [order + 1, n, k] times ``basis`` [k, *shape]. A linear map acts on the k tensors (``after``); anything else
@@ -146,7 +146,7 @@ class Combination(Taylor):
             self.basis = None
         return self._coefficients
 
-    def apart(self) -> tuple[Tensor, Tensor | None]:
+    def split_bias(self) -> tuple[Tensor, Tensor | None]:
         return self.coefficients, None
 
     @property

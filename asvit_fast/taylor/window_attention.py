@@ -13,7 +13,7 @@ from ..ops.window_attention import window_attention, window_attention_reference
 from ..ops.window_attention_taylor import window_attention_taylor
 from .linear import _bind
 from .products import plus_bias
-from .value import Combination, Taylor, TaylorError, register_rule, taylors
+from .value import LinearCombination, Taylor, TaylorError, register_rule, taylors
 
 
 @register_rule(window_attention)
@@ -58,7 +58,7 @@ def embedding(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         norm_bias=None,
         eps=1e-5,
     )
-    if not isinstance(image, Combination) or image.basis is None or taylors(weight, bias, norm_weight, norm_bias):
+    if not isinstance(image, LinearCombination) or image.basis is None or taylors(weight, bias, norm_weight, norm_bias):
         return patch_embed_reference(*args, **kwargs)
     tokens: Any = image.after(patch_embed_reference(image.basis, weight, None, stride, dilation, padding))
     tokens = Taylor(tokens) if bias is None else plus_bias(tokens, bias)  # [order + 1, n, Ho, Wo, C]

@@ -20,7 +20,7 @@ from .backends import resolve_device
 from .errors import InputError
 from .modes import evaluation_mode
 from .ops.flops import window_pairs
-from .settings import MIN_IMG_SIZE, ImageSize, image_sides
+from .settings import MIN_IMG_SIZE, POS_EMBEDS, ImageSize, check_choice, image_sides
 from .topology import EMBED_STRIDE, Topology
 
 
@@ -63,8 +63,7 @@ def topology_cost(
     Equals ``params`` and ``flops`` of that model exactly. Raises InputError for a size or an embedding that no model
     has.
     """
-    if pos_embed not in ("absolute", "none"):
-        raise InputError(f"pos_embed must be 'absolute' or 'none', got {pos_embed!r}")
+    check_choice("pos_embed", pos_embed, POS_EMBEDS)
     return _topology_cost(topology, image_sides(img_size, MIN_IMG_SIZE), num_classes, pos_embed == "absolute")
 
 

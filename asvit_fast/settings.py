@@ -19,6 +19,7 @@ ImageSize = int | tuple[int, int]  # pixels: a side, or (height, width)
 
 MIN_IMG_SIZE = 32  # pixels per side that our networks take
 LARGEST_SEED = 2**63 - 1
+POS_EMBEDS = ("absolute", "none")
 CONVENTIONS = ("paper", "reference")
 METRICS = ("length_distortion", "curvature", "gauss_length", "ntk_condition")
 EXPORT_FORMATS = {  # and their files, the first of which makes a folder an export
@@ -49,8 +50,7 @@ def check_integer(name: str, value: Any, minimum: int, maximum: int | None = Non
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Raise InputError unless it is one of the choices."""
     if value not in choices:
-        *others, last = map(repr, choices)
-        raise InputError(f"{name} must be {', '.join(others)} or {last}, got {value!r}")
+        raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def check_seed(seed: Any) -> None:

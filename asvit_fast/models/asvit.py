@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..nn import FeatScale, Linear, OverlapPatchEmbed, PatchMerging, WindowAttention
-from ..settings import MIN_IMG_SIZE, image_sides
+from ..settings import MIN_IMG_SIZE, POS_EMBEDS, check_choice, image_sides
 from ..topology import EMBED_STRIDE, NAMED_TOPOLOGIES, StageSpec, Topology
 from .state_dict import drop_norms
 
@@ -160,10 +160,8 @@ class AsViT(nn.Module):
     ) -> None:
         super().__init__()
         factory = {"device": device, "dtype": dtype}
-        if pos_embed not in ("absolute", "none"):
-            raise InputError(f"pos_embed must be 'absolute' or 'none', got {pos_embed!r}")
-        if norm not in ("layer", "identity"):
-            raise InputError(f"norm must be 'layer' or 'identity', got {norm!r}")
+        check_choice("pos_embed", pos_embed, POS_EMBEDS)
+        check_choice("norm", norm, ("layer", "identity"))
         self.topology = Topology.parse(topology)
         self.img_size = image_sides(img_size, MIN_IMG_SIZE)
         self.in_chans = in_chans
@@ -337,8 +335,7 @@ class AsViT(nn.Module):
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """The final feature map [B, h, w, F] and the outputs of the stages ``indices`` (timm's contract)."""
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise InputError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
+        check_choice("output_fmt", output_fmt, ("NCHW", "NHWC"))
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         intermediates = []
         x = self.embed(x)

@@ -153,18 +153,7 @@ def load_images(folder: str | Path, count: int, img_size: ImageSize = 224) -> Te
             f"image folder {str(folder)!r} holds {len(files)} images but {count} are needed; "
             f"add images or lower the batch to {len(files)}"
         )
-    transform = _transform(height, width)
-    chosen = [files[index] for index in _spread(len(files), count)]
-    return torch.stack([_read(path, transform) for path in chosen])  # [count, 3, height, width]
-
-
-def _spread(total: int, count: int) -> list[int]:
-    """``count`` of the indices 0..total-1, both ends included, as evenly spaced as integers can be."""
-    return [index * (total - 1) // max(count - 1, 1) for index in range(count)]
-
-
-def _transform(height: int, width: int):
-    return create_transform(
+    transform = create_transform(
         (3, height, width),
         is_training=False,
         interpolation="bicubic",
@@ -172,6 +161,13 @@ def _transform(height: int, width: int):
         std=IMAGENET_DEFAULT_STD,
         crop_pct=CROP_FRACTION,
     )
+    chosen = [files[index] for index in _spread(len(files), count)]
+    return torch.stack([_read(path, transform) for path in chosen])  # [count, 3, height, width]
+
+
+def _spread(total: int, count: int) -> list[int]:
+    """``count`` of the indices 0..total-1, both ends included, as evenly spaced as integers can be."""
+    return [index * (total - 1) // max(count - 1, 1) for index in range(count)]
 
 
 def _read(path: Path, transform) -> Tensor:

@@ -8,7 +8,6 @@ import tempfile
 import warnings
 from collections.abc import Collection
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -151,9 +150,7 @@ class RunDirectory:
     def __enter__(self) -> RunDirectory:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _check_apart_from_images(self, path: Path) -> None:
@@ -178,23 +175,20 @@ class RunDirectory:
         files = [name for name in (TRACE, self.state_file, RESULT) if name is not None]
         for name in (CONFIG, *files):
             remove_leftovers(path / name)
-        nothing_done = self.state_file is not None and not any((path / name).exists() for name in files)
-        if nothing_done and self._is_of_this_kind(path / CONFIG):
+        present = [name for name in files if (path / name).exists()]
+        stored = read_json(path / CONFIG) if (path / CONFIG).exists() else None
+        of_this_kind = isinstance(stored, dict) and stored.get("kind") == self.config["kind"]
+        if of_this_kind and self.state_file is not None and not present:
             (path / CONFIG).unlink()  # of a start that was refused, or ended before its first step
         if not (path / CONFIG).exists():
-            for name in files:
-                if (path / name).exists():
-                    raise InputError(f"run directory {path} has {name} but no {CONFIG}; choose another")
+            if present:
+                raise InputError(f"run directory {path} has {present[0]} but no {CONFIG}; choose another")
             write_atomic(path / CONFIG, to_json(self.config, indent=2) + "\n")
             return
-        self._compare(path, read_json(path / CONFIG))
+        self._compare(path, stored)
         if (path / RESULT).exists():
             self.result = read_json(path / RESULT, "delete it, and the same command makes it again")
         self.trace = self._read_trace(path / TRACE)
-
-    def _is_of_this_kind(self, path: Path) -> bool:
-        stored = read_json(path) if path.exists() else None
-        return isinstance(stored, dict) and stored.get("kind") == self.config["kind"]
 
     def _compare(self, path: Path, stored: Any) -> None:
         if not isinstance(stored, dict) or not isinstance(stored.get("kind"), str):

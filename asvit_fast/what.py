@@ -93,7 +93,8 @@ def resolve(what: str | Path | Topology, *, to_train: bool = False) -> Target:
             raise InputError(
                 f"{str(path)!r} holds a training without its checkpoints, {BEST} and {LAST}: restore one of them"
             )
-        return _of_run(_finished(path))
+        run = _finished(path)
+        return Target("asvit", {"topology": str(Topology.parse(run.topology))}, run=run)
     if "/" in str(what) or path.suffix:
         raise InputError(f"{str(what)!r} does not exist; give {FORMS}")
     check_known(str(what))
@@ -115,10 +116,6 @@ def _was_training(path: Path) -> bool:
     except (OSError, InputError):
         return False
     return isinstance(config, dict) and config.get("kind") == "train"
-
-
-def _of_run(run: Run) -> Target:
-    return Target("asvit", {"topology": str(Topology.parse(run.topology))}, run=run)
 
 
 def _finished(directory: Path) -> Run:

@@ -6,7 +6,6 @@ Only `asvit-fast tune` does this. Models look tiles up (kernels/tiles.py) and ne
 from __future__ import annotations
 
 import itertools
-import math
 import operator
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -141,8 +140,8 @@ def medians_on_gpu(runs: Sequence[Run], rounds: int = 20) -> list[float]:
             end.record()
     torch.cuda.synchronize()
     return [
-        statistics.median(turn[index][0].elapsed_time(turn[index][1]) / 1e3 for turn in events)
-        for index in range(len(runs))
+        statistics.median(start.elapsed_time(end) / 1e3 for start, end in of_run)
+        for of_run in zip(*events, strict=True)
     ]
 
 
@@ -165,29 +164,25 @@ class Comparison:
         return call
 
     def __call__(self, best: Tiles, candidate: Tiles) -> float | None:
+        ratios = []
         try:
             with _poisoned_memory():
-                correct = all(
-                    map(self._agrees, self.task.workloads, self.expected, self.runs, [candidate] * len(self.runs))
-                )
-            if not correct:
+                results = [self._with(candidate, run)() for run in self.runs]
+            if not all(map(_agree, self.task.workloads, self.expected, results)):
                 return None
-            logarithms = []
             for run in self.runs:
                 before, after = self.timer([self._with(best, run), self._with(candidate, run)])
-                logarithms.append(math.log(after / before))
+                ratios.append(after / before)
         except Exception as error:
             if not _cannot_run(error):
                 raise
             return None
-        return math.exp(statistics.fmean(logarithms))
+        return statistics.geometric_mean(ratios)
 
-    def _agrees(self, workload: Workload, expected: list[Tensor], run: Run, candidate: Tiles) -> bool:
-        pairs = zip(expected, self._with(candidate, run)(), strict=True)
-        return all(
-            float((a.double() - b.double()).norm()) <= TOLERANCES[workload.dtype] * float(a.double().norm())
-            for a, b in pairs
-        )
+
+def _agree(workload: Workload, expected: list[Tensor], result: list[Tensor]) -> bool:
+    pairs = [(a.double(), b.double()) for a, b in zip(expected, result, strict=True)]
+    return all(float((a - b).norm()) <= TOLERANCES[workload.dtype] * float(a.norm()) for a, b in pairs)
 
 
 def _cannot_run(error: Exception) -> bool:
@@ -240,14 +235,15 @@ class UserTable:
     def has(self, task: Task) -> bool:
         """Whether this version of Triton has tuned the row."""
         rows = self.read().get(task.kernel, [])
-        return any(_same(row, task) and row.get("tuned", {}).get("triton") == _triton_version() for row in rows)
+        version = metadata.version("triton")
+        return any(_same(row, task) and row.get("tuned", {}).get("triton") == version for row in rows)
 
     def put(self, task: Task, found: Found) -> None:
         """Write the row, in place of the one with the same features."""
         from asvit_fast.kernels.tiles import forget
 
         kernels = self.read()
-        tuned = {"triton": _triton_version(), "speed": round(found.speed, 3), "tried": found.tried}
+        tuned = {"triton": metadata.version("triton"), "speed": round(found.speed, 3), "tried": found.tried}
         rows = [row for row in kernels.get(task.kernel, []) if not _same(row, task)]
         kernels[task.kernel] = [*rows, dict(task.features) | found.tiles | {"tuned": tuned}]
         try:
@@ -269,10 +265,6 @@ def _as_text(gpu: str, kernels: Mapping[str, list[dict[str, Any]]]) -> str:
         for name, rows in kernels.items()
     ]
     return f'{{\n  "gpu": {to_json(gpu)},\n  "kernels": {{\n' + ",\n".join(parts) + "\n  }\n}\n"
-
-
-def _triton_version() -> str:
-    return metadata.version("triton")
 
 
 # --------------------------------------------------------------------------- all of it

@@ -105,7 +105,8 @@ def _load(command: Command) -> Callable[[SimpleNamespace], int]:
     errors of their own while they are imported: until they are there it ends the process at once, as nothing has begun.
     """
     on_interrupt = signal.getsignal(signal.SIGINT)
-    replaceable = on_interrupt is signal.default_int_handler and _in_main_thread()  # else somebody else decides
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    replaceable = in_main_thread and on_interrupt is signal.default_int_handler  # else somebody else decides
     if replaceable:
         signal.signal(signal.SIGINT, _end_at_once)
     try:
@@ -114,10 +115,6 @@ def _load(command: Command) -> Callable[[SimpleNamespace], int]:
         if replaceable:
             signal.signal(signal.SIGINT, on_interrupt)
     return command.run or module.run
-
-
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
 
 
 def _end_at_once(*_: object) -> None:

@@ -36,16 +36,11 @@ def long_run() -> Iterator[None]:
 
 def announce_folder(directory: str, quiet: bool) -> None:
     """Say whether the run directory is new."""
-    done = steps_done(directory)
+    done = len(read_jsonl(Path(directory) / TRACE))
     if done:
         print_on_main(f"{directory} holds a run of {done} steps: continuing from there.", quiet)
     else:
         print_on_main(f"Writing to {directory}; stop at any time, the same command continues.", quiet)
-
-
-def steps_done(directory: str) -> int:
-    """Steps on record in a run directory; 0 without one."""
-    return len(read_jsonl(Path(directory) / TRACE))
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

@@ -21,7 +21,7 @@ _IMAGENET = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}  # of t
 
 def is_known(name: str) -> bool:
     """Whether timm or torchvision has a network of this name."""
-    return timm.is_model(name) or _is_torchvisions(name)
+    return timm.is_model(name) or name in _torchvisions()
 
 
 def check_known(name: str) -> None:
@@ -62,10 +62,6 @@ def module_of(name: str) -> ModuleType:
     check_known(name)
     builder = model_entrypoint(name) if timm.is_model(name) else torchvision.models.get_model_builder(name)
     return sys.modules[builder.__module__]
-
-
-def _is_torchvisions(name: str) -> bool:
-    return name in _torchvisions()
 
 
 def _torchvisions() -> list[str]:

@@ -60,8 +60,9 @@ class Score(Mapping[str, Measure]):
     def __repr__(self) -> str:
         """The target and one metric a line."""
         width = max(map(len, self.measures))
+        target = self.target if len(self.target) <= 60 else f"{self.target[:57]}..."
         lines = (f"  {name:{width}}  {m.mean:.5g} ± {m.std:.2g}" for name, m in self.measures.items())
-        return "\n".join([f"Score({_shortened(self.target)!r}, seed={self.seed})", *lines])
+        return "\n".join([f"Score({target!r}, seed={self.seed})", *lines])
 
     def _repr_html_(self) -> str:
         """A table for notebooks."""
@@ -91,7 +92,3 @@ class Score(Mapping[str, Measure]):
             raise InputError("a table of scores needs pandas: pip install pandas") from None
         rows = [(name, repeat, value) for name, m in self.measures.items() for repeat, value in enumerate(m.values)]
         return pandas.DataFrame(rows, columns=["metric", "repeat", "value"])
-
-
-def _shortened(text: str, most: int = 60) -> str:
-    return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -25,7 +25,7 @@ DTYPES: dict[str, torch.dtype] = {short: getattr(torch, name) for short, name in
 
 
 @dataclass(frozen=True, kw_only=True)
-class Workload:
+class _Call:
     """One call of an op in one type of activations."""
 
     dtype: str = "bf16"
@@ -35,31 +35,9 @@ class Workload:
         """Of an element."""
         return torch.finfo(DTYPES[self.dtype]).bits
 
-    @property
-    def kernels(self) -> tuple[str, ...]:
-        """Rows of tiles that its kernels look up, forward first."""
-        raise NotImplementedError
-
-    @property
-    def kind(self) -> Hashable:
-        """Workloads of one row that differ in it are timed side by side, of others only that of largest ``size``."""
-        raise NotImplementedError
-
-    def features(self, kernel: str) -> Tiles:
-        """That the rows of a kernel are told apart by."""
-        raise NotImplementedError
-
-    def prepare(self, kernel: str, batch: int, device: torch.device) -> Run:
-        """Random inputs, and a call that starts ``kernel``: the op alone, or with its backward pass."""
-        raise NotImplementedError
-
     def _draw(self, device: torch.device) -> Draw:
         generator = torch.Generator(device).manual_seed(0)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, device=device).to(DTYPES[self.dtype])
-
-        return draw
+        return lambda *shape: torch.randn(shape, generator=generator, device=device).to(DTYPES[self.dtype])
 
 
 def _run(op: Callable[..., Tensor], inputs: Sequence[Tensor], fixed: Sequence[Tensor], backward: bool) -> Run:
@@ -82,7 +60,7 @@ def _run(op: Callable[..., Tensor], inputs: Sequence[Tensor], fixed: Sequence[Te
 
 
 @dataclass(frozen=True)
-class AttentionWorkload(Workload):
+class AttentionWorkload(_Call):
     """Windowed attention on a square map."""
 
     window: tuple[int, int]
@@ -97,20 +75,24 @@ class AttentionWorkload(Workload):
 
     @property
     def kernels(self) -> tuple[str, ...]:
+        """Rows of tiles that its kernels look up, forward first."""
         if self.tokens <= SINGLE_TILE_TOKENS and self.head_dim <= SINGLE_TILE_HEAD_DIM and self.bits == 16:
             return "whole", "whole_backward"
         return "blocked", "q_gradient", "kv_gradient", *(("bias_gradient",) if self.biased else ())
 
     @property
     def kind(self) -> Hashable:
+        """Workloads of one row that differ in it are timed side by side, of others only that of largest ``size``."""
         return self.head_dim, self.biased
 
     def features(self, kernel: str) -> Tiles:
+        """What the rows of a kernel are told apart by."""
         from asvit_fast.kernels.tiles import block
 
         return {"bits": self.bits, "tokens": self.tokens, "block_d": block(self.head_dim)}
 
     def prepare(self, kernel: str, batch: int, device: torch.device) -> Run:
+        """Random inputs, and a call that starts ``kernel``: the op alone, or with its backward pass."""
         height, width = (self.size or -(-56 // side) * side for side in self.window)
         draw = self._draw(device)
         inputs = [draw(batch, height, width, 3 * self.heads * self.head_dim)]
@@ -129,7 +111,7 @@ class AttentionWorkload(Workload):
 
 
 @dataclass(frozen=True)
-class EmbedWorkload(Workload):
+class EmbedWorkload(_Call):
     """Patch embedding with LayerNorm of a square image, parameters differentiated. The rows do not depend on stride and
     dilation, that is on re-tokenization."""
 
@@ -167,7 +149,7 @@ class EmbedWorkload(Workload):
 
 
 @dataclass(frozen=True)
-class MergeWorkload(Workload):
+class MergeWorkload(_Call):
     """Patch merging by two of a square map."""
 
     kernel: int  # tokens per side
@@ -198,6 +180,8 @@ class MergeWorkload(Workload):
     def __str__(self) -> str:
         return f"{self.kernel}x{self.kernel}x{self.channels} to {self.outputs} {self.dtype}"
 
+
+Workload = AttentionWorkload | EmbedWorkload | MergeWorkload
 
 # stages of Swin-T and S, attention of Swin-B too, which has the same rows (arXiv 2103.14030)
 SWIN: dict[str, list[Workload]] = {

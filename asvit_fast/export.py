@@ -144,7 +144,7 @@ def open_network(
     if run is not None:
         config = checked(run.config, run.directory / CONFIG_FILE, ("img_size",))
         img_size = img_size or config.get("img_size")
-    built = _fresh(str(target.name), target.options, seed, num_classes, img_size).built
+    built = _fresh(str(target.name), target.options, seed, num_classes, img_size)
     return Exported(built, False, None if run is None else limit_of(run))
 
 
@@ -186,7 +186,7 @@ def _as_it_is(built: CheckpointModel, name: str, num_classes: int | None, img_si
 
 def _fresh(
     name: str, options: Mapping[str, Any], seed: int, num_classes: int | None, img_size: ImageSize | None
-) -> Exported:
+) -> CheckpointModel:
     size = 224 if img_size is None else img_size
     given: dict[str, Any] = dict(options)
     if num_classes is not None:
@@ -200,7 +200,7 @@ def _fresh(
     data = {name: config[name] for name in DATA if name != "input_size"}
     built = CheckpointModel(model, name, Path(), given, data)
     built.data["input_size"] = (built.data_config()["input_size"][0], *to_2tuple(size))
-    return Exported(built, False)
+    return built
 
 
 # --------------------------------------------------------------------------- formats

@@ -38,13 +38,6 @@ class RewardHistory:
         self.ntk.append(float(ntk))
         return self._change(self.length, worst=min) - self._change(self.ntk, worst=max)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"length": list(self.length), "ntk": list(self.ntk)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.length = list(state["length"])
-        self.ntk = list(state["ntk"])
-
     def _change(self, values: Sequence[float], worst: Any) -> float:
         finite = [value for value in values if math.isfinite(value)]
         if len(values) < 2 or not finite:

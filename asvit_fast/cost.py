@@ -70,7 +70,7 @@ def topology_cost(
 @functools.lru_cache(maxsize=1 << 16)
 def _topology_cost(topology: Topology, sides: tuple[int, int], num_classes: int, pos_embed: bool) -> Cost:
     dims, stage_heads = topology.dims, topology.stage_heads
-    grid = (_ceil_div(sides[0], EMBED_STRIDE), _ceil_div(sides[1], EMBED_STRIDE))
+    grid = (-(-sides[0] // EMBED_STRIDE), -(-sides[1] // EMBED_STRIDE))
     patch = 3 * topology.stages[0].kernel ** 2
     total_params = dims[0] * (patch + 1) + 2 * dims[0]  # convolution with bias, LayerNorm
     total_flops = grid[0] * grid[1] * patch * dims[0]
@@ -78,13 +78,13 @@ def _topology_cost(topology: Topology, sides: tuple[int, int], num_classes: int,
         total_params += grid[0] * grid[1] * dims[0]
     for index, (stage, dim, heads) in enumerate(zip(topology.stages, dims, stage_heads, strict=True)):
         if index:
-            grid = (_ceil_div(grid[0], 2), _ceil_div(grid[1], 2))
+            grid = (-(-grid[0] // 2), -(-grid[1] // 2))
             merged = stage.kernel**2 * dims[index - 1]
             total_params += merged * dim + 2 * merged  # Linear without bias, LayerNorm
             total_flops += grid[0] * grid[1] * merged * dim
         inner = dim // heads * heads  # narrower than dim when the heads do not divide it
         hidden = dim * stage.expansion
-        windows = (_ceil_div(grid[0], stage.splits), _ceil_div(grid[1], stage.splits))
+        windows = (-(-grid[0] // stage.splits), -(-grid[1] // stage.splits))
         weights = 4 * dim * inner + 2 * dim * hidden  # qkv and proj, the two layers of the MLP
         biases_and_norms = (3 * inner + dim) + (hidden + dim) + 4 * dim
         total_params += stage.depth * (weights + biases_and_norms)
@@ -141,7 +141,12 @@ def peak_allocation(run: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
-    return _peak_of_allocations(profile)
+    current = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            current += event.nbytes()
+            peak = max(peak, current)
+    return peak
 
 
 def _forward_pass(
@@ -157,15 +162,6 @@ def _forward_pass(
     return lambda: model(images), device
 
 
-def _peak_of_allocations(profile: Any) -> int:
-    current = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            current += event.nbytes()
-            peak = max(peak, current)
-    return peak
-
-
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -174,7 +170,3 @@ def _synchronize(device: torch.device) -> None:
 def _channels(model: nn.Module) -> int:
     """Of the images that the model takes, as timm's models say it."""
     return getattr(model, "in_chans", 3)
-
-
-def _ceil_div(value: int, by: int) -> int:
-    return -(-value // by)

@@ -42,7 +42,10 @@ def to_program(model: nn.Module, shape: tuple[int, int, int]) -> torch.export.Ex
         program = program.run_decompositions(ours)
     except Exception as error:  # of torch's tracer: of many kinds and many lines
         raise InputError(f"torch.export cannot follow {type(model).__name__}: {first_line(error)}") from error
-    _check_operations(program)
+    targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    foreign = {str(target) for target in targets if getattr(target, "namespace", "aten") not in ("aten", "prims")}
+    if foreign:  # they would have to be imported before the program is loaded
+        raise InputError(f"the network has operations that torch has not: {', '.join(sorted(foreign))}")
     return program
 
 
@@ -90,14 +93,6 @@ def save_onnx(model: nn.Module, path: Path, metadata: Mapping[str, Any]) -> None
 def runtime_installed() -> bool:
     """Whether ONNX files are checked by running them."""
     return importlib.util.find_spec("onnxruntime") is not None
-
-
-def _check_operations(program: torch.export.ExportedProgram) -> None:
-    """Those of other packages would have to be imported before the program is loaded."""
-    targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
-    foreign = {str(target) for target in targets if getattr(target, "namespace", "aten") not in ("aten", "prims")}
-    if foreign:
-        raise InputError(f"the network has operations that torch has not: {', '.join(sorted(foreign))}")
 
 
 def _check(model: nn.Module, exported: Callable[[Tensor], Tensor], shape: tuple[int, int, int], name: str) -> None:

@@ -116,7 +116,12 @@ class Topology:
         if len(groups) != NUM_STAGES + 1:
             names = f", or one of {', '.join(NAMED_TOPOLOGIES)}" if len(groups) == 1 else ""
             raise InputError(f"topology {text!r}: {form}{names}; got {len(groups)} groups instead of {NUM_STAGES + 1}")
-        numbers = [cls._integers(group, index, text) for index, group in enumerate(groups, start=1)]
+        numbers: list[list[int]] = []
+        for index, group in enumerate(groups, start=1):
+            try:
+                numbers.append([int(number) for number in group.split(",")])
+            except ValueError:
+                raise InputError(f"topology {text!r}: group {index} ({group!r}) must hold integers only") from None
         for index, values in enumerate(numbers[:-1], start=1):
             if len(values) not in (3, 4):
                 raise InputError(f"topology {text!r}: {form}; stage {index} has {len(values)} numbers")
@@ -133,13 +138,6 @@ class Topology:
             raise InputError(
                 f"topology {text!r}: {problem.removeprefix('topology, ').removeprefix('topology: ')}"
             ) from None
-
-    @staticmethod
-    def _integers(group: str, index: int, text: str) -> list[int]:
-        try:
-            return [int(number) for number in group.split(",")]
-        except ValueError:
-            raise InputError(f"topology {text!r}: group {index} ({group!r}) must hold integers only") from None
 
     def __str__(self) -> str:
         """The long form, with depths and width; ``parse`` reads it back."""

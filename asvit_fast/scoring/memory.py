@@ -32,10 +32,6 @@ def disable_malloc_trim() -> bool:
     return [c_library.mallopt(parameter, value) for parameter, value in wishes] == [1, 1, 1]
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def split_on_oom(run: Callable[[slice], Result], total: int, what: str) -> list[Result]:
     """``run`` on slices that cover ``total`` samples: all at once, and in halves of halves whenever memory runs out.
 
@@ -48,7 +44,8 @@ def split_on_oom(run: Callable[[slice], Result], total: int, what: str) -> list[
             results.append(run(slice(start, min(start + size, total))))
             start += size
         except RuntimeError as error:
-            if size <= 1 or not _out_of_memory(error):
+            out_of_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+            if size <= 1 or not out_of_memory:
                 raise
             reason = first_line(error)
         else:

@@ -85,11 +85,10 @@ def ntk_gram_of(model: nn.Module, images: Tensor, parameters: str = "weights", d
 
 def _features(model: nn.Module, draws: Tensor | None) -> Callable[[Tensor], Tensor]:
     features = score_features(model)
-    if draws is None:
-        return features
 
     def with_draws(images: Tensor) -> Tensor:
-        torch.set_rng_state(draws)
+        if draws is not None:
+            torch.set_rng_state(draws)
         return features(images)
 
     return with_draws

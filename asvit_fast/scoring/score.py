@@ -183,7 +183,9 @@ def score_repeat(
     try:
         if "ntk_condition" in settings.metrics:
             started = time.perf_counter()
-            pixels = _ntk_images(images, settings, _root(seed)).to(*_placement(model))  # [batch, 3, H, W]
+            if images is None:
+                images = _standard_normal_images((settings.batch, *settings.image_shape), _root(seed)).clone()
+            pixels = images[: settings.batch].to(*_placement(model))  # [batch, 3, H, W]
             with draws():
                 value = ntk_condition(ntk_gram_of(model, pixels))
             results["ntk_condition"] = {"value": value, "seconds": time.perf_counter() - started}
@@ -285,12 +287,6 @@ def _placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of a module's parameters."""
     parameter = next(model.parameters(), torch.empty(0))
     return parameter.device, parameter.dtype
-
-
-def _ntk_images(images: Tensor | None, settings: ScoreSettings, root: int) -> Tensor:
-    if images is not None:
-        return images[: settings.batch]
-    return _standard_normal_images((settings.batch, *settings.image_shape), root).clone()
 
 
 @functools.lru_cache(maxsize=1)  # the same for all networks of a search, and slow to draw

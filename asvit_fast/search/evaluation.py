@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -81,21 +81,11 @@ class Evaluator:
     def work(self, tasks: Sequence[Task]) -> list[tuple[float, ...]]:
         """Do tasks: the values of METRICS of each. Scorers of users are called one at a time."""
         if self.scorer is not None:
-            return [self._ask_scorer(self.scorer, task) for task in tasks]
+            return [_values(self.scorer(task.topology)) for task in tasks]
         # The seed alone decides circles and images, shared by all candidates; seed and step decide the weights.
         networks = [(task.topology, task.repeat, (self.seed, task.step)) for task in tasks]
         results = score_networks(networks, self.settings, self.images, self.device)
         return [tuple(result[metric]["value"] for metric in METRICS) for result in results]
-
-    @staticmethod
-    def _ask_scorer(scorer: Scorer, task: Task) -> tuple[float, ...]:
-        scores = scorer(task.topology)
-        if not isinstance(scores, Mapping) or any(metric not in scores for metric in METRICS):
-            raise InputError(f"scorer must return a mapping with {' and '.join(METRICS)}, got {scores!r}")
-        try:
-            return tuple(float(scores[metric]) for metric in METRICS)
-        except (TypeError, ValueError):
-            raise InputError(f"scorer must return numbers, got {scores!r}") from None
 
     def measure(self, share: Share[Task], topologies: Sequence[Topology], step: int) -> list[Measures]:
         """Measures of each topology, the repeats of all of them spread over the processes."""
@@ -103,3 +93,13 @@ class Evaluator:
         values = share(tasks)
         groups = [values[start : start + self.repeats] for start in range(0, len(values), self.repeats)]
         return [Measures(*(sum(column) / self.repeats for column in zip(*group, strict=True))) for group in groups]
+
+
+def _values(scores: Any) -> tuple[float, ...]:
+    """The values of METRICS that a user's scorer returned."""
+    if not isinstance(scores, Mapping) or any(metric not in scores for metric in METRICS):
+        raise InputError(f"scorer must return a mapping with {' and '.join(METRICS)}, got {scores!r}")
+    try:
+        return tuple(float(scores[metric]) for metric in METRICS)
+    except (TypeError, ValueError):
+        raise InputError(f"scorer must return numbers, got {scores!r}") from None

@@ -75,16 +75,12 @@ class Topology:
         object.__setattr__(self, "stages", tuple(self.stages))
         if len(self.stages) != NUM_STAGES:
             raise InputError(f"topology: stages must number {NUM_STAGES}, got {len(self.stages)}")
-        if self.stages[0].kernel < EMBED_STRIDE:
-            raise InputError(
-                f"topology, stage 1: kernel must be an integer from {EMBED_STRIDE} to {_ALLOWED['kernel'][1]} "
-                f"(the first projection has stride {EMBED_STRIDE}), got {self.stages[0].kernel}"
-            )
-        for index, stage in enumerate(self.stages[1:], start=2):
-            if stage.kernel < 2:
+        for index, stage in enumerate(self.stages, start=1):
+            stride, layer = (EMBED_STRIDE, "the first projection") if index == 1 else (2, "patch merging")
+            if stage.kernel < stride:
                 raise InputError(
-                    f"topology, stage {index}: kernel must be an integer from 2 to {_ALLOWED['kernel'][1]} "
-                    f"(patch merging has stride 2), got {stage.kernel}"
+                    f"topology, stage {index}: kernel must be an integer from {stride} to {_ALLOWED['kernel'][1]} "
+                    f"({layer} has stride {stride}), got {stage.kernel}"
                 )
         _check("heads", self.heads, "topology")
         _check("width", self.width, "topology")

@@ -40,23 +40,20 @@ def size(network: Exported) -> str:
 
 def images(config: dict[str, Any]) -> str:
     channels, height, width = config["input_size"]
+    mean, std = (",".join(f"{value:g}" for value in config[name]) for name in ("mean", "std"))
     return (
         f"{channels} x {height} x {width}, crop {config['crop_pct']:g} {config['crop_mode']}, "
-        f"{config['interpolation']}, mean {listed(config['mean'])}, std {listed(config['std'])}"
+        f"{config['interpolation']}, mean {mean}, std {std}"
     )
-
-
-def listed(values: tuple[float, ...]) -> str:
-    return ",".join(f"{value:g}" for value in values)
 
 
 def how_to_load(format: str, target: Any) -> list[str]:
     if format == "onnx":
-        checked = (
-            "run in ONNX Runtime: the same outputs as torch's"
-            if runtime_installed()
-            else ("not run: pip install onnxruntime, and export again")
+        run, not_run = (
+            "run in ONNX Runtime: the same outputs as torch's",
+            "not run: pip install onnxruntime, and export again",
         )
+        checked = run if runtime_installed() else not_run
         return [f"checked:      {checked}", f"load it:      onnxruntime.InferenceSession('{target}/model.onnx')"]
     if format == "exported":
         return [f"load it:      model = torch.export.load('{target}/model.pt2').module()  # needs torch alone"]

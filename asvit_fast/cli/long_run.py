@@ -37,10 +37,8 @@ def long_run() -> Iterator[None]:
 def announce_folder(directory: str, quiet: bool) -> None:
     """Say whether the run directory is new."""
     done = len(read_jsonl(Path(directory) / TRACE))
-    if done:
-        print_on_main(f"{directory} holds a run of {done} steps: continuing from there.", quiet)
-    else:
-        print_on_main(f"Writing to {directory}; stop at any time, the same command continues.", quiet)
+    going_on = f"{directory} holds a run of {done} steps: continuing from there."
+    print_on_main(going_on if done else f"Writing to {directory}; stop at any time, the same command continues.", quiet)
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

@@ -49,9 +49,6 @@ def announce(values: SimpleNamespace, topology: Topology) -> None:
 def conclude(values: SimpleNamespace, steps: list[ScaleStep]) -> None:
     rows: list[tuple[object, ...]] = [("step", "topology", "parameters", "multiply-adds")]
     rows += [(step.step, str(step.topology), format_count(step.params), format_count(step.flops)) for step in steps]
-    print_on_main(table(rows), values.quiet)
-    print_on_main("", values.quiet)
-    print_on_main(f"use it:       asvit-fast export {values.out} --to model", values.quiet)
-    print_on_main(f"look at it:   asvit-fast report {values.out}", values.quiet)
-    if values.quiet:
-        print_on_main(str(steps[-1].topology))
+    use_it, look_at_it = f"asvit-fast export {values.out} --to model", f"asvit-fast report {values.out}"
+    lines = [table(rows), "", f"use it:       {use_it}", f"look at it:   {look_at_it}"]
+    print_on_main(str(steps[-1].topology) if values.quiet else "\n".join(lines))

@@ -54,28 +54,15 @@ def announce(values: SimpleNamespace, space: SearchSpace) -> None:
 
 
 def conclude(values: SimpleNamespace, result: SearchResult) -> None:
-    topology = str(result.topology)
-    print_on_main(f"Found {topology}", values.quiet)
-    print_on_main(
-        f"({format_count(result.params)} parameters, {format_count(result.flops)} multiply-adds)", values.quiet
-    )
-    print_on_main("", values.quiet)
-    print_on_main(table(scores(result)), values.quiet)
-    print_on_main("", values.quiet)
+    topology, out = str(result.topology), shlex.quote(values.out)
+    size = f"({format_count(result.params)} parameters, {format_count(result.flops)} multiply-adds)"
+    lines = [f"Found {topology}", size, "", table(scores(result)), ""]
     if result.best != result.most_probable:
-        print_on_main(
-            "The best sampled topology has better scores than the most probable one, which the paper takes.",
-            values.quiet,
-        )
-        print_on_main("", values.quiet)
+        lines += ["The best sampled topology has better scores than the most probable one, which the paper takes.", ""]
     images = f" --images {shlex.quote(values.images)}" if values.images else ""
-    out = shlex.quote(values.out)
-    print_on_main(
-        f"grow it:      asvit-fast scale '{topology}'{images} --max-params 100M --out {out}-scaled", values.quiet
-    )
-    print_on_main(f"look at it:   asvit-fast report {out}", values.quiet)
-    if values.quiet:
-        print_on_main(topology)
+    lines.append(f"grow it:      asvit-fast scale '{topology}'{images} --max-params 100M --out {out}-scaled")
+    lines.append(f"look at it:   asvit-fast report {out}")
+    print_on_main(topology if values.quiet else "\n".join(lines))
 
 
 def scores(result: SearchResult) -> list[tuple[str, ...]]:

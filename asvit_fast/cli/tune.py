@@ -66,13 +66,14 @@ def estimate(tasks: list[Task]) -> str:
 
 
 def announce(values: SimpleNamespace, tasks: list[Task], user_table: UserTable) -> None:
-    print_on_main(f"Tuning {', '.join(values.ops)} for {user_table.gpu} in {', '.join(values.dtypes)}.", values.quiet)
-    print_on_main(f"{estimate(tasks)}.", values.quiet)
     done = 0 if values.again else sum(user_table.has(task) for task in tasks)
-    if done:
-        print_on_main(f"{user_table.path} has {done} of them: continuing from there.", values.quiet)
-    else:
-        print_on_main(f"Writing to {user_table.path}; stop at any time, the same command continues.", values.quiet)
+    going_on = f"{user_table.path} has {done} of them: continuing from there."
+    beginning = f"Writing to {user_table.path}; stop at any time, the same command continues."
+    print_on_main(
+        f"Tuning {', '.join(values.ops)} for {user_table.gpu} in {', '.join(values.dtypes)}.\n{estimate(tasks)}.\n"
+        f"{going_on if done else beginning}",
+        values.quiet,
+    )
 
 
 def conclude(values: SimpleNamespace, found: dict[Task, Found], user_table: UserTable) -> None:

@@ -126,11 +126,7 @@ def writer(format: str, to: str | Path) -> Callable[[Exported], Path]:
 
 
 def open_network(
-    what: What,
-    seed: int = 0,
-    num_classes: int | None = None,
-    img_size: ImageSize | None = None,
-    use_ema: bool = False,
+    what: What, seed: int = 0, num_classes: int | None = None, img_size: ImageSize | None = None, use_ema: bool = False
 ) -> Exported:
     """The network that ``export`` writes. Raises InputError as it does."""
     if isinstance(what, nn.Module):

@@ -33,11 +33,7 @@ def _generation(fields: dict[str, str]) -> str:
     if fields.get("vendor_id") != "AuthenticAMD":
         return ""
     family, model = int(fields.get("cpu family", 0)), int(fields.get("model", 0))
-    zen = {
-        23: "Zen 2" if model in _ZEN_2 else "Zen",
-        25: "Zen 4" if model in _ZEN_4 else "Zen 3",
-        26: "Zen 5",
-    }
+    zen = {23: "Zen 2" if model in _ZEN_2 else "Zen", 25: "Zen 4" if model in _ZEN_4 else "Zen 3", 26: "Zen 5"}
     return zen.get(family, f"family {family}")
 
 

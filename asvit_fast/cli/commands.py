@@ -96,8 +96,7 @@ REPORT = Command(
     summary="Draw a run: PNG plots and one self-contained report.html inside its directory; prints the page's path.",
     options=(
         _what(
-            "directory",
-            "run directory of search, scale or train, or one that holds them as search/, scale/ and train/",
+            "directory", "run directory of search, scale or train, or one that holds them as search/, scale/ and train/"
         ),
     ),
     epilog="example: asvit-fast report runs/search",

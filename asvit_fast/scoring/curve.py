@@ -49,12 +49,7 @@ def circle(shape: Sequence[int], generator: torch.Generator | None = None) -> tu
 
 
 def curve(
-    fn: Callable[[Any], Tensor],
-    theta: Tensor,
-    u0: Tensor,
-    u1: Tensor,
-    scale: float = 1.0,
-    order: int = 2,
+    fn: Callable[[Any], Tensor], theta: Tensor, u0: Tensor, u1: Tensor, scale: float = 1.0, order: int = 2
 ) -> Curve:
     """Push the circle through ``fn``: one Taylor pass for all thetas, split by itself when memory runs out.
 

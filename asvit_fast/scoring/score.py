@@ -101,10 +101,7 @@ def _measure(results: list[dict[str, float]]) -> Measure:
 
 
 def score_networks(
-    networks: Sequence[tuple[Target, int, Seed]],
-    settings: ScoreSettings,
-    images: Tensor | None,
-    device: torch.device,
+    networks: Sequence[tuple[Target, int, Seed]], settings: ScoreSettings, images: Tensor | None, device: torch.device
 ) -> list[dict[str, dict[str, float]]]:
     """``score_repeat`` of each (target, repeat, seed), side by side on a CPU.
 

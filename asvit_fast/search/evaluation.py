@@ -47,11 +47,7 @@ class Evaluator:
     """
 
     def __init__(
-        self,
-        settings: ScoreSettings,
-        images: Images = None,
-        seed: int = 0,
-        scorer: Scorer | None = None,
+        self, settings: ScoreSettings, images: Images = None, seed: int = 0, scorer: Scorer | None = None
     ) -> None:
         check_seed(seed)
         self.device = rank_device(settings.device)

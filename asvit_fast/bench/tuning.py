@@ -235,15 +235,14 @@ class UserTable:
     def has(self, task: Task) -> bool:
         """Whether this version of Triton has tuned the row."""
         rows = self.read().get(task.kernel, [])
-        version = metadata.version("triton")
-        return any(_same(row, task) and row.get("tuned", {}).get("triton") == version for row in rows)
+        return any(_same(row, task) and row.get("tuned", {}).get("triton") == _triton_version() for row in rows)
 
     def put(self, task: Task, found: Found) -> None:
         """Write the row, in place of the one with the same features."""
         from asvit_fast.kernels.tiles import forget
 
         kernels = self.read()
-        tuned = {"triton": metadata.version("triton"), "speed": round(found.speed, 3), "tried": found.tried}
+        tuned = {"triton": _triton_version(), "speed": round(found.speed, 3), "tried": found.tried}
         rows = [row for row in kernels.get(task.kernel, []) if not _same(row, task)]
         kernels[task.kernel] = [*rows, dict(task.features) | found.tiles | {"tuned": tuned}]
         try:
@@ -252,6 +251,10 @@ class UserTable:
             raise InputError(f"cannot make {self.path.parent}: {error.strerror}; set ASVIT_FAST_TILES") from None
         write_atomic(self.path, _as_text(self.gpu, kernels))
         forget()
+
+
+def _triton_version() -> str:
+    return metadata.version("triton")
 
 
 def _same(row: Mapping[str, Any], task: Task) -> bool:

@@ -45,14 +45,8 @@ def table(rows: Iterable[Sequence[Any]], indent: str = "  ") -> str:
     """Rows of text in columns: the first column flush left, the others flush right."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
-    lines = []
-    for row in cells:
-        first, *rest = [
-            cell.ljust(width) if index == 0 else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append((indent + "  ".join([first, *rest])).rstrip())
-    return "\n".join(lines)
+    aligned = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in cells]
+    return "\n".join((indent + "  ".join(row)).rstrip() for row in aligned)
 
 
 def format_count(value: float) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..run_directory import BASELINE, RESULT, RunDirectory
-from ..settings import ImageSize, ScoreSettings, SearchSettings, check_choice
+from ..settings import ImageSize, ScoreSettings, SearchSettings
 from ..topology import SearchSpace, Topology
 from .baseline import Draw, RandomSearch
 from .budget import Budget
@@ -85,8 +85,8 @@ def search(
         InputError: an option that cannot be used, a budget that no topology fits, a run directory that is read-only, in
             use, damaged or of other options - all before anything is scored; later, a full disk.
     """
-    if baseline is not None:
-        check_choice("baseline", baseline, ("random",))
+    if baseline not in (None, "random"):
+        raise InputError(f"baseline must be 'random' or None, got {baseline!r}")
     settings = SearchSettings(steps, width, history, lr, momentum)
     scoring = ScoreSettings(METRICS, img_size, thetas, repeats, batch, convention, norms, device)
     evaluator = Evaluator(scoring, images, seed, scorer)

@@ -29,8 +29,8 @@ def register_on_import() -> None:
 
 
 def _register(theirs: str) -> None:
-    """Not while a module of ours is being imported, as it may be the one that needs torch first: what it belongs to
-    registers when it is complete."""
+    """Import ours, unless a module of ours is being imported, which may be the one that needs torch first: what it
+    belongs to registers when it is complete."""
     if not any(name.startswith(f"{__package__}.") and _is_loading(name) for name in list(sys.modules)):
         importlib.import_module(REGISTERED_WITH[theirs])
 

@@ -1,4 +1,4 @@
-"""What a network costs: parameters, FLOPs, measured latency and memory.
+"""Costs of a network: parameters, FLOPs, measured latency and memory.
 
 FLOPs are multiply-adds (MACs) of one image, as in the tables of the paper (As-ViT, arXiv 2202.11921).
 """
@@ -168,5 +168,5 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _channels(model: nn.Module) -> int:
-    """Of the images that the model takes, as timm's models say it."""
+    """Channels of the images that the model takes, as timm's models say it."""
     return getattr(model, "in_chans", 3)

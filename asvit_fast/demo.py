@@ -165,7 +165,7 @@ def compare(found: SearchResult, images: Path) -> None:
 
 
 def _verdict(found: Measure, random: Measure, larger: bool) -> str:
-    """What Welch's test says of two sets of networks."""
+    """The verdict of Welch's test on two sets of networks."""
     from scipy.stats import ttest_ind
 
     chance = float(ttest_ind(found.values, random.values, equal_var=False).pvalue)

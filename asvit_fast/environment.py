@@ -1,4 +1,4 @@
-"""What this installation is and can do: versions, GPUs, the build report, and every op with every backend."""
+"""Facts about this installation: versions, GPUs, the build report, and every op with every backend."""
 
 from __future__ import annotations
 

@@ -65,10 +65,10 @@ class Exported:
         return names
 
     def metadata(self) -> dict[str, Any]:
-        """What the images must be, in timm's names."""
+        """The preprocessing that the network expects, in timm's names."""
         config = self.built.data_config()
-        found = {"architecture": self.built.name, **{name: config[name] for name in DATA}}
-        return found if self.labels is None else {**found, "label_names": self.labels}
+        metadata = {"architecture": self.built.name, **{name: config[name] for name in DATA}}
+        return metadata if self.labels is None else {**metadata, "label_names": self.labels}
 
 
 def export(
@@ -111,7 +111,7 @@ def export(
 
 
 def writer(format: str, to: str | Path) -> Callable[[Exported], Path]:
-    """What writes a network in this format into this folder. Raises InputError now for what cannot work then."""
+    """A function that writes networks in this format into this folder. Raises InputError now for what cannot work."""
     check_choice("format", format, tuple(EXPORT_FORMATS))
     if format == "onnx":
         graph.require(("onnx", "onnxscript"), "export in the format onnx")
@@ -184,17 +184,17 @@ def _fresh(
     name: str, options: Mapping[str, Any], seed: int, num_classes: int | None, img_size: ImageSize | None
 ) -> CheckpointModel:
     size = 224 if img_size is None else img_size
-    given: dict[str, Any] = dict(options)
+    arguments: dict[str, Any] = dict(options)
     if num_classes is not None:
-        given["num_classes"] = num_classes
+        arguments["num_classes"] = num_classes
     if takes_size(name):
-        given["img_size"] = size
+        arguments["img_size"] = size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build(name, {**given, "pretrained": False})
+        model = build(name, {**arguments, "pretrained": False})
     config = resolve_data_config({}, model=model)  # of training, not of timm's tests at a larger size
     data = {name: config[name] for name in DATA if name != "input_size"}
-    built = CheckpointModel(model, name, Path(), given, data)
+    built = CheckpointModel(model, name, Path(), arguments, data)
     built.data["input_size"] = (built.data_config()["input_size"][0], *to_2tuple(size))
     return built
 
@@ -239,9 +239,9 @@ def _check_target(target: Path) -> None:
     if not target.is_dir():
         return
     ours = {"model.onnx.data", *itertools.chain(*EXPORT_FORMATS.values())}  # ONNX of over 2 GB is two
-    found = {item.name for item in target.iterdir() if not item.name.endswith(".tmp")}  # left by a kill
-    others = sorted(found - ours)
-    if not others and CONFIG_FILE in found and not _is_ours(target / CONFIG_FILE):
+    present = {item.name for item in target.iterdir() if not item.name.endswith(".tmp")}  # left by a kill
+    others = sorted(present - ours)
+    if not others and CONFIG_FILE in present and not _is_ours(target / CONFIG_FILE):
         others = [CONFIG_FILE]
     if others:
         raise InputError(

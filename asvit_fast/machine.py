@@ -1,4 +1,4 @@
-"""Where and how a program runs: what stands beside every figure and every run."""
+"""The machine and the program: what stands beside every figure and every run."""
 
 from __future__ import annotations
 

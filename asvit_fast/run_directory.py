@@ -225,7 +225,7 @@ class RunDirectory:
         return trace
 
     def _read_state(self, complete: int) -> int:
-        """How many of the ``complete`` lines of the trace the state accounts for: all, where the caller needs none."""
+        """The number of lines of the trace that the state accounts for: all ``complete``, where the caller needs none."""
         if self.path is None or self.state_file is None:
             return complete
         path = self.path / self.state_file
@@ -263,7 +263,7 @@ class RunDirectory:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """What ``RunDirectory.save`` wrote, on the CPU.
+    """The state that ``RunDirectory.save`` wrote, on the CPU.
 
     Raises DamagedState when the file cannot be read, InputError when it holds something else.
     """

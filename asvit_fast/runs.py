@@ -49,7 +49,7 @@ def validated(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def metric(row: Mapping[str, Any]) -> float:
-    """What the best checkpoint is best in: top-1, of the average where there is one and it is better."""
+    """The measure that the best checkpoint is best in: top-1, of the average where there is one and it is better."""
     return max(as_float(row["top1"]), as_float(row.get("ema_top1") or 0.0))
 
 

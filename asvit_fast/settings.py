@@ -1,4 +1,4 @@
-"""What scores, searches, scalings and the tuning can be told: each choice once, with its default and its meaning.
+"""Settings of scores, searches, scalings and the tuning: each choice once, with its default and its meaning.
 
 The command line makes its options of the fields, so nothing here imports torch.
 """
@@ -89,7 +89,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class ScoreSettings(Settings):
-    """How to score.
+    """Choices of a score.
 
     ``norms``: "auto" takes the norms out of our networks for the curve (as the authors do) and keeps those of any
     other; "identity" and "keep" do so for every network. Raises InputError for a value that cannot be used.
@@ -125,7 +125,7 @@ class ScoreSettings(Settings):
 
 @dataclass(frozen=True)
 class SearchSettings(Settings):
-    """How the policy of a search learns. Raises InputError for a value that cannot be used."""
+    """Choices of a search and its policy. Raises InputError for a value that cannot be used."""
 
     steps: int = _setting(500, "number of topologies to sample; a run on record goes on with more", minimum=1)
     width: int = _setting(DEFAULT_WIDTH, "number of channels in the first stage of the scored networks", minimum=1)
@@ -138,7 +138,7 @@ class SearchSettings(Settings):
 
 @dataclass(frozen=True)
 class ScaleSettings(Settings):
-    """How far a topology grows. Raises InputError for a value that cannot be used."""
+    """Limits of a scaling. Raises InputError for a value that cannot be used."""
 
     max_params: float | tuple[float, float] = _setting(
         100_000_000,
@@ -153,7 +153,7 @@ class ScaleSettings(Settings):
 
 @dataclass(frozen=True)
 class TuneSettings(Settings):
-    """What the tiles of Triton kernels are refined for. Raises InputError for a value that cannot be used."""
+    """Choices of the tuning of Triton kernels. Raises InputError for a value that cannot be used."""
 
     ops: tuple[str, ...] = _setting(TUNED_OPS, f"ops whose kernels to tune: {', '.join(TUNED_OPS)}", choices=TUNED_OPS)
     topology: tuple[str, ...] = _setting(

@@ -24,7 +24,7 @@ FORMS = (
 
 @dataclass(frozen=True)
 class Target:
-    """What WHAT names.
+    """The network that WHAT names.
 
     Attributes:
         name: the network's name, None where only its checkpoint knows it.
@@ -40,7 +40,7 @@ class Target:
 
     @property
     def trained(self) -> Path:
-        """Where its weights are. Raises InputError when there are none."""
+        """The place of its weights. Raises InputError when there are none."""
         if self.weights is None:
             name = self.options.get("topology", self.name)
             raise InputError(f"{name} has no trained weights: give a training, an exported folder, or a checkpoint")
@@ -65,7 +65,7 @@ class Target:
 
 
 def resolve(what: str | Path | Topology, *, to_train: bool = False) -> Target:
-    """What ``what`` names.
+    """The network that ``what`` names.
 
     The name of a network comes before a folder of the same name, which ``./NAME`` means. Of a folder that holds a
     search and a scaling, as search/ and scale/, the scaling is meant; with a training beside them, as train/, it must

@@ -72,7 +72,7 @@ def tasks_of(workloads: Sequence[Workload], dtypes: Sequence[str]) -> list[Task]
 
 @dataclass(frozen=True)
 class Found:
-    """What a search ended with."""
+    """The end of a search."""
 
     tiles: Tiles
     speed: float  # relative to what it started from
@@ -218,7 +218,7 @@ class UserTable:
 
     @classmethod
     def of(cls, gpu: str) -> UserTable:
-        """Where look-ups on that GPU find it."""
+        """The table where look-ups on that GPU find it."""
         from asvit_fast.kernels.tiles import user_table
 
         return cls(gpu, user_table(gpu))

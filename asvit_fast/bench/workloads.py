@@ -1,4 +1,4 @@
-"""What `asvit-fast tune` times the tiles of Triton kernels on: calls of ops on the shapes of real networks."""
+"""Workloads that `asvit-fast tune` times tiles of Triton kernels on: calls of ops on the shapes of real networks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _Call:
 
     @property
     def bits(self) -> int:
-        """Of an element."""
+        """Bits of an element."""
         return torch.finfo(DTYPES[self.dtype]).bits
 
     def _draw(self, device: torch.device) -> Draw:
@@ -86,7 +86,7 @@ class AttentionWorkload(_Call):
         return self.head_dim, self.biased
 
     def features(self, kernel: str) -> Tiles:
-        """What the rows of a kernel are told apart by."""
+        """The shape that tells the rows of a kernel apart."""
         from asvit_fast.kernels.tiles import block
 
         return {"bits": self.bits, "tokens": self.tokens, "block_d": block(self.head_dim)}

@@ -101,8 +101,10 @@ def _plain_warnings() -> Iterator[None]:
 
 
 def _load(command: Command) -> Callable[[SimpleNamespace], int]:
-    """What does the work of a command, after the imports that take seconds. Torch, numpy and others turn Ctrl-C into
-    errors of their own while they are imported: until they are there it ends the process at once, as nothing has begun.
+    """The function that does the work of a command, after the imports that take seconds.
+
+    Torch, numpy and others turn Ctrl-C into errors of their own while they are imported: until they are there it ends
+    the process at once, as nothing has begun.
     """
     on_interrupt = signal.getsignal(signal.SIGINT)
     in_main_thread = threading.current_thread() is threading.main_thread()
@@ -124,8 +126,7 @@ def _end_at_once(*_: object) -> None:
 
 
 def _abandon_stdout() -> None:
-    """What cannot be written stays in the buffer; writing it at exit would fail once more, with an exit code of its
-    own."""
+    """Give up output that cannot be written: at exit it would fail once more, with an exit code of its own."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -156,7 +157,7 @@ def _in_options(message: str, command: Command) -> str:
 
 
 def _describe(error: OSError) -> str:
-    """What the system said and about which file, without the errno."""
+    """The system's message and the file that it is about, without the errno."""
     reason = error.strerror or str(error) or type(error).__name__
     return f"{reason}: {str(error.filename)!r}" if error.filename is not None else reason
 

@@ -1,4 +1,4 @@
-"""What the commands are called, what they do, and their options. The work is in the modules of their names."""
+"""Names, summaries and options of the commands. The work is in the modules of their names."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def check_output_folder(directory: str) -> None:
 
 
 def is_main_process() -> bool:
-    """Under torchrun one rank speaks for all."""
+    """Whether this process speaks for all; under torchrun one rank does."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -70,7 +70,7 @@ def source_text(images: str | None) -> str:
 
 
 def scoring_text(values: SimpleNamespace) -> str:
-    """How a run scores its candidates."""
+    """The scoring of a run's candidates in words."""
     return (
         f"{initialisations(values.repeats)} at {size_text(values.img_size)} pixels on {source_text(values.images)}; "
         f"{values.convention} convention, seed {values.seed}"

@@ -1,4 +1,4 @@
-"""What the long runs of the command line share: how they end early, what is on record of them."""
+"""Helpers of long runs on the command line: an early end, the announcement of what is on record."""
 
 from __future__ import annotations
 

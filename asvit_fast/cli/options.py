@@ -38,7 +38,7 @@ class Option:
 
     @property
     def label(self) -> str:
-        """As the user writes it on the command line."""
+        """The name as the user writes it on the command line."""
         return self.name.upper() if self.positional else "--" + self.name.replace("_", "-")
 
 
@@ -129,7 +129,7 @@ def switch(value: Any) -> bool:
 
 
 def _parts(value: Any, separator: str = ",") -> Sequence[Any]:
-    """Of a YAML list, or of text."""
+    """Parts of a YAML list, or of text."""
     return value if isinstance(value, (list, tuple)) else text(value).split(separator)
 
 

@@ -30,7 +30,7 @@ def run(values: SimpleNamespace) -> int:
 
 
 def workloads_of(values: SimpleNamespace) -> list[Workload]:
-    """Of the shapes and topologies given, or the default ones."""
+    """Workloads of the shapes and topologies in the options, or the default ones."""
     if not values.topology and not values.shapes:
         return default_workloads(values.img_size, values.ops)
     if values.shapes and "window_attention" not in values.ops:

@@ -52,7 +52,7 @@ def takes_size(name: str) -> bool:
 
 
 def pretrained_config(name: str) -> dict[str, Any]:
-    """How images are prepared for it, in timm's names, and more that timm says of its weights."""
+    """The preprocessing of its images, in timm's names, and more that timm says of its weights."""
     known = timm.get_pretrained_cfg(name, allow_unregistered=True) if timm.is_model(name) else None
     return dict(_IMAGENET) if known is None else known.to_dict()
 

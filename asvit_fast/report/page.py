@@ -74,7 +74,7 @@ class Section:
 
     @classmethod
     def of(cls, run: Run, images: dict[str, bytes]) -> Section:
-        """What a page says about one run."""
+        """The section of one run."""
         steps = f"{len(run.trace)} {'epochs' if run.kind == 'train' else 'steps'}"
         status = f"finished after {steps}" if run.finished else f"not finished: {steps} so far"
         makers = {
@@ -149,7 +149,7 @@ def _score(value: Any) -> str:
 
 
 def _result_table(run: Run):
-    """What the run found, in numbers with units."""
+    """The run's result in numbers with units."""
     source = run.result or run.trace[-1]
     rows = [
         ("parameters (millions)", _millions(source["params"])),

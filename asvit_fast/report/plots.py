@@ -54,7 +54,7 @@ class Point:
 
     @property
     def finite(self) -> bool:
-        """Can it be drawn on axes that are linear in the one and logarithmic in the other?"""
+        """Whether it can be drawn on axes that are linear in the one and logarithmic in the other."""
         return math.isfinite(self.length_distortion) and math.isfinite(self.ntk_condition) and self.ntk_condition > 0
 
 

@@ -24,8 +24,8 @@ _LIBRARIES = {"asvit_fast", "timm", "torch", "torchvision"}
 
 
 def score_features(model: Any) -> Callable[[Tensor], Tensor]:
-    """What scores look at, [B, 3, H, W] -> [B, F]: ``score_features`` of our networks, the pooled features before the
-    classifier of a timm model, the flattened output of any other module."""
+    """The features that scores look at, [B, 3, H, W] -> [B, F]: ``score_features`` of our networks, the pooled ones
+    before the classifier of a timm model, the flattened output of any other module."""
     if hasattr(model, "score_features"):
         return model.score_features
     if hasattr(model, "forward_features") and hasattr(model, "forward_head"):

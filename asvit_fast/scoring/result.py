@@ -1,4 +1,4 @@
-"""What a score is: measures of several networks."""
+"""Scores: measures of several networks."""
 
 from __future__ import annotations
 

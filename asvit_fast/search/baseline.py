@@ -106,7 +106,7 @@ class RandomSearch:
         }
 
     def describe(self, record: dict[str, Any]) -> str:
-        """What progress says of a step."""
+        """The text that progress shows for a step."""
         return (
             f"length {record['length_distortion']:.4g}, ntk {record['ntk_condition']:.4g}, {record['topology']}, "
             f"{record['seconds']:.2f} s"
@@ -116,5 +116,5 @@ class RandomSearch:
         """Raise InputError when the state on record is not that after the steps on record."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What is saved beside the trace."""
+        """The state that is saved beside the trace."""
         return {}

@@ -67,7 +67,7 @@ class Evaluator:
         }
 
     def cost(self, topology: Topology) -> Cost:
-        """What budgets and limits look at: the network at the run's image size, with 1000 classes.
+        """The cost that budgets and limits look at: of the network at the run's image size, with 1000 classes.
 
         In the "paper" convention the one that ``export`` writes, position embedding included; in the "reference"
         convention without it, as the authors count.

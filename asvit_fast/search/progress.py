@@ -1,4 +1,4 @@
-"""How far a run is, on stderr."""
+"""Progress of a run, on stderr."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Progress:
         self._bar.update(done - self._bar.n)
 
     def within_step(self, text: str) -> None:
-        """What is going on, for the bar alone."""
+        """Show the current work, on the bar alone."""
         self._bar.set_postfix_str(text)
 
     def __enter__(self) -> Progress:

@@ -1,4 +1,4 @@
-"""Which topology is better: ranks in both measures, as in the scaling of As-ViT (arXiv 2202.11921, Algorithm 2)."""
+"""The better topology: ranks in both measures, as in the scaling of As-ViT (arXiv 2202.11921, Algorithm 2)."""
 
 from __future__ import annotations
 

@@ -17,12 +17,12 @@ _TOLERANCE = 1e-9  # relative: another processor may round the last digit differ
 
 
 def measures_of(record: Mapping[str, Any]) -> Measures:
-    """The measures of a record of a trace. Raises InputError when they are no numbers."""
+    """The measures of a record of a trace. Raises InputError when they are not numbers."""
     return Measures(*(_number(record, name) for name in METRICS))
 
 
 def seconds_of(record: Mapping[str, Any]) -> float:
-    """The time a step took. Raises InputError when that is no number of seconds."""
+    """The time a step took. Raises InputError when that is not a number of seconds."""
     seconds = _number(record, "seconds")
     if not 0 <= seconds < math.inf:
         raise InputError(f"seconds is {seconds}")
@@ -30,7 +30,7 @@ def seconds_of(record: Mapping[str, Any]) -> float:
 
 
 def difference(stored: Any, own: Any) -> str | None:
-    """Where a record differs from what this program would have written, or None; times are not compared."""
+    """The place where a record differs from what this program would have written, or None; times are not compared."""
     if not isinstance(stored, Mapping):
         return f"is {_short(stored)} instead of a record"
     own = from_json(to_json(own))  # as it would be read back

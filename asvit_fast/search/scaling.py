@@ -267,7 +267,7 @@ class _Scaling:
         return self.decide([self.known[str(candidate)] for candidate in candidates], seconds)
 
     def scored(self, candidate: Topology) -> Topology:
-        """What is scored in the place of a candidate."""
+        """The network that is scored in the place of a candidate."""
         return candidate.replace(width=candidate.width // self.shrink)
 
     def decide(self, measures: list[Measures], seconds: float) -> ScaleStep:
@@ -295,7 +295,7 @@ class _Scaling:
         return {"kind": "scale", "start": str(self.start), "topology": str(last.topology), **sizes}
 
     def state_dict(self) -> dict[str, Any]:
-        """What is saved beside the trace."""
+        """The state that is saved beside the trace."""
         return {"scored": {candidate: list(values) for candidate, values in self.known.items()}}
 
     def candidates(self) -> tuple[list[Topology], list[dict[str, str]]]:

@@ -37,7 +37,7 @@ def params(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def flops(model: nn.Module, img_size: ImageSize = 224) -> int:
+def count_macs(model: nn.Module, img_size: ImageSize = 224) -> int:
     """Multiply-adds of one image [C, H, W] through ``model``: matrix products and convolutions, nothing is computed.
 
     Counted on the meta device in evaluation mode. Window attention counts the real tokens of every window, not the
@@ -60,7 +60,7 @@ def topology_cost(
 ) -> Cost:
     """Cost of ``create_model(topology, img_size, num_classes, pos_embed)`` in closed form, in microseconds.
 
-    Equals ``params`` and ``flops`` of that model exactly. Raises InputError for a size or an embedding that no model
+    Equals ``params`` and ``count_macs`` of that model exactly. Raises InputError for a size or embedding that no model
     has.
     """
     check_choice("pos_embed", pos_embed, POS_EMBEDS)

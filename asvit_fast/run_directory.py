@@ -225,7 +225,7 @@ class RunDirectory:
         return trace
 
     def _read_state(self, complete: int) -> int:
-        """The number of lines of the trace that the state accounts for: all ``complete``, where the caller needs none."""
+        """The number of lines of the trace that the state accounts for: all, where the caller needs no state."""
         if self.path is None or self.state_file is None:
             return complete
         path = self.path / self.state_file

@@ -239,7 +239,7 @@ class AsViT(nn.Module):
         nn.init.uniform_(projection.bias, -bound, bound, generator=generator)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load as any module; without norms of its own, take the weights of a network with norms and leave theirs out."""
+        """Load as any module; without norms of its own, take the weights of one with norms and leave theirs out."""
         return super().load_state_dict(state_dict if self.has_norms else drop_norms(state_dict), strict, assign)
 
     @torch.jit.ignore

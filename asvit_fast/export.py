@@ -21,7 +21,7 @@ from . import graph
 from ._version import __version__
 from .cost import params
 from .errors import InputError
-from .files import folder_path, from_json, write_folder
+from .files import folder_path, read_object, write_folder
 from .models.library import takes_size
 from .runs import Run
 from .settings import EXPORT_FORMATS, ImageSize, check_choice
@@ -241,17 +241,10 @@ def _check_target(target: Path) -> None:
     ours = {"model.onnx.data", *itertools.chain(*EXPORT_FORMATS.values())}  # ONNX of over 2 GB is two
     present = {item.name for item in target.iterdir() if not item.name.endswith(".tmp")}  # left by a kill
     others = sorted(present - ours)
-    if not others and CONFIG_FILE in present and not _is_ours(target / CONFIG_FILE):
+    config = read_object(target / CONFIG_FILE)
+    if not others and CONFIG_FILE in present and MARK not in config and config.get("architecture") != "asvit":
         others = [CONFIG_FILE]
     if others:
         raise InputError(
             f"cannot export to {str(target)!r}: it holds other files ({others[0]}); give a new or empty folder"
         )
-
-
-def _is_ours(path: Path) -> bool:
-    try:
-        content = from_json(path.read_bytes())
-    except (OSError, InputError):
-        return False
-    return isinstance(content, dict) and (MARK in content or content.get("architecture") == "asvit")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
-from .files import from_json
+from .files import read_object
 from .models.library import check_known, is_known
 from .run_directory import CONFIG
 from .runs import DESIGNS, Run, find_runs, has_run
@@ -89,7 +89,7 @@ def resolve(what: str | Path | Topology, *, to_train: bool = False) -> Target:
             if not any(has_run(path / kind) for kind in DESIGNS):
                 return Target(None, weights=path / "train")
             raise InputError(f"{str(path)!r} holds a training and other runs; give {path / 'train'} or another of them")
-        if not to_train and _was_training(path):
+        if not to_train and read_object(path / CONFIG).get("kind") == "train":
             raise InputError(
                 f"{str(path)!r} holds a training without its checkpoints, {BEST} and {LAST}: restore one of them"
             )
@@ -108,14 +108,6 @@ def resolve_topology(what: str | Path | Topology) -> Topology:
 
 def _is_training(path: Path) -> bool:
     return any((path / name).is_file() for name in (BEST, LAST))
-
-
-def _was_training(path: Path) -> bool:
-    try:
-        config = from_json((path / CONFIG).read_bytes())
-    except (OSError, InputError):
-        return False
-    return isinstance(config, dict) and config.get("kind") == "train"
 
 
 def _finished(directory: Path) -> Run:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.fx
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates, resample_abs_pos_embed_nhwc, to_2tuple
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates, resample_abs_pos_embed_nhwc, to_2tuple, to_ntuple
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -293,13 +293,8 @@ class AsViT(nn.Module):
             update_model_input_size(self, self.img_size, window_size=self.window_size)
 
     def _set_windows(self, window_size: Any | None) -> None:
-        if window_size is None:
-            windows: list[tuple[int, int] | None] = [None] * len(self.stages)
-        elif isinstance(window_size, int):
-            windows = [(window_size, window_size)] * len(self.stages)
-        elif len(window_size) == len(self.stages):
-            windows = [to_2tuple(w) for w in window_size]
-        else:
+        windows = [w if w is None else to_2tuple(w) for w in to_ntuple(len(self.stages))(window_size)]
+        if len(windows) != len(self.stages):
             raise InputError(
                 f"window_size must be one integer or one per stage ({len(self.stages)}), got {window_size!r}"
             )

@@ -90,14 +90,13 @@ def score(
         results = _score_module(target, settings, pixels, where, seed)
     else:
         results = score_networks([(target, r, seed) for r in range(repeats)], settings, pixels, where)
-    measures = {name: _measure([result[name] for result in results if name in result]) for name in settings.metrics}
+    measures = {}
+    for name in settings.metrics:
+        repeated = [result[name] for result in results if name in result]
+        seconds = statistics.fmean(one["seconds"] for one in repeated)
+        measures[name] = Measure(tuple(one["value"] for one in repeated), seconds)
     source = None if pixels is None else fingerprint(pixels) if isinstance(images, Tensor) else str(images)
     return Score(_describe(target), replace(settings, device=where), measures, seed, source)
-
-
-def _measure(results: list[dict[str, float]]) -> Measure:
-    values = tuple(result["value"] for result in results)
-    return Measure(values, statistics.fmean(result["seconds"] for result in results))
 
 
 def score_networks(

@@ -9,6 +9,8 @@ import shlex
 import sys
 from pathlib import Path
 
+import torch
+
 from ._version import __version__
 
 _CPUINFO = Path("/proc/cpuinfo")
@@ -39,8 +41,6 @@ def _generation(fields: dict[str, str]) -> str:
 
 def start_record() -> dict[str, str]:
     """This start of the program: date, command line, machine and versions, as text."""
-    import torch
-
     program = Path(sys.argv[0]).name
     program = "asvit-fast" if program == "__main__.py" else program
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

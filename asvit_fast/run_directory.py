@@ -66,9 +66,7 @@ class RunDirectory:
     ) -> None:
         self.path = None if out is None else folder_path(out)
         self.state_file, self.changeable, self.rebuilds = state_file, changeable, rebuilds
-        self.config = from_json(
-            to_json({**config, "version": __version__})
-        )  # as it will be read back: lists for tuples
+        self.config = from_json(to_json({**config, "version": __version__}))  # as it will be read: lists for tuples
         self.trace: list[dict[str, Any]] = []
         self.state: dict[str, Any] | None = None
         self.result: dict[str, Any] | None = None

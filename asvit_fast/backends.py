@@ -80,7 +80,7 @@ def available(op: str, backend: str, device: str | torch.device | None = None) -
     if backend not in _implementations[op]:
         _check_name(backend)
         return f"{op} has no {backend} implementation"
-    return _unsupported_reason(op, backend, resolve_device(device))
+    return _why_not(op, backend, resolve_device(device))
 
 
 def choose(op: str, device: torch.device, operands: Sequence[Any] = (), config: Any = None) -> str:
@@ -97,7 +97,7 @@ def choose(op: str, device: torch.device, operands: Sequence[Any] = (), config: 
         return forced
     backend, missed = best(op, device, operands, config)
     if missed is not None and (backend == "reference" or best(op, device)[1] is not None):
-        _warn_slower(op, backend, device.type, missed)
+        _say_slower(op, backend, device.type, missed)
     return backend
 
 
@@ -114,7 +114,7 @@ def best(op: str, device: torch.device, operands: Sequence[Any] = (), config: An
     """The best backend that can run `op` on `device`, and why a better one for such devices cannot, if there is one."""
     missed: str | None = None
     for backend in _implementations[op]:
-        why = _unsupported_reason(op, backend, device) or _refusal(op, backend, operands, config)
+        why = _why_not(op, backend, device) or _refusal(op, backend, operands, config)
         if why is None:
             return backend, missed
         if device.type in _DEVICES[backend]:
@@ -129,7 +129,7 @@ def _refusal(op: str, backend: str, operands: Sequence[Any], config: Any) -> str
 
 
 @torch.compiler.assume_constant_result  # said while tracing
-def _warn_slower(op: str, backend: str, device_type: str, why: str) -> None:
+def _say_slower(op: str, backend: str, device_type: str, why: str) -> None:
     notify_once((op, device_type, why), f"asvit_fast runs the {backend} implementation of {op} on {device_type}: {why}")
 
 
@@ -233,7 +233,7 @@ _REASONS: dict[str, Callable[[int | None], str | None]] = {
 }
 
 
-def _unsupported_reason(op: str, backend: str, device: torch.device) -> str | None:
+def _why_not(op: str, backend: str, device: torch.device) -> str | None:
     """Why `backend` can't run `op`, which it has an implementation of, on a device."""
     if (backend == device.type == "cpu" and op in _of_torch) or not _needs(backend):
         return None

@@ -17,3 +17,11 @@ EXIT_TERMINATED = 143  # and for SIGTERM
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, or the name of its class."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def one_line(error: Exception) -> str:
+    """The text of an error without line breaks and without torch's advice to load a file unsafely."""
+    text = " ".join(str(error).split())
+    if "weights_only" in text:
+        return "it holds more than tensors, numbers and text"
+    return text if len(text) <= 300 else text[:300] + " ..."

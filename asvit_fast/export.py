@@ -20,13 +20,12 @@ from torch import nn
 from . import graph
 from ._version import __version__
 from .cost import params
-from .errors import InputError
+from .errors import InputError, one_line
 from .files import folder_path, read_object, write_folder
 from .models.library import takes_size
 from .runs import Run
 from .settings import EXPORT_FORMATS, ImageSize, check_choice
 from .topology import Topology
-from .training.checkpoint import one_line
 from .training.checkpoint_model import CONFIG_FILE, WEIGHTS_FILE, CheckpointModel
 from .training.description import CONFIGURATION, checked
 from .training.network import build, constructor_arguments

@@ -6,7 +6,7 @@ import io
 import os
 import tempfile
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 
 from ._version import __version__
 from .errors import InputError
-from .files import append_jsonl, folder_path, from_json, read_jsonl, remove_leftovers, to_json, write_atomic
+from .files import append_jsonl, as_float, folder_path, from_json, read_jsonl, remove_leftovers, to_json, write_atomic
 from .folder_lock import FolderLock
 from .machine import start_record
 
@@ -278,6 +278,20 @@ def load_state(path: Path) -> dict[str, Any]:
             "it, or choose another run directory"
         )
     return state
+
+
+def accuracy(row: Mapping[str, Any]) -> float | None:
+    """Top-1 of the network or of its average in an epoch of a training, whichever is better; None where it was not
+    validated."""
+    values = [as_float(row[name]) for name in ("top1", "ema_top1") if row.get(name) is not None]
+    return max(values, default=None)
+
+
+def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The first of the best epochs among those with the finest tokens so far: weights of a coarse phase do best on its
+    grid, which nobody will use them on."""
+    validated = [row for row in rows if accuracy(row) is not None]
+    return max(validated, key=lambda row: (-row["token_reduction"], accuracy(row)), default=None)
 
 
 def read_json(path: Path, advice: str = "restore it, or choose another run directory") -> Any:

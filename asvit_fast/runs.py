@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .errors import InputError
-from .files import as_float, read_jsonl
+from .files import read_jsonl
 from .run_directory import BASELINE, CONFIG, RESULT, STARTS, TRACE, read_json
 
 DESIGNS = ("search", "scale")  # runs whose result is a topology
@@ -41,22 +41,6 @@ class Run:
             return _text(self.result, "topology", self.directory / RESULT)
         leads = "most_probable" if self.kind == "search" else "topology"
         return _text(self.trace[-1], leads, self.directory / TRACE)
-
-
-def validated(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of a training's rows, one for each epoch, that have an accuracy."""
-    return [row for row in rows if row.get("top1") is not None]
-
-
-def metric(row: Mapping[str, Any]) -> float:
-    """The measure that the best checkpoint is best in: top-1, of the average where there is one and it is better."""
-    return max(as_float(row["top1"]), as_float(row.get("ema_top1") or 0.0))
-
-
-def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The first of the best among those with the finest tokens so far: weights of a coarse phase do best on its grid,
-    which nobody will use them on."""
-    return max(validated(rows), key=lambda row: (-row["token_reduction"], metric(row)), default=None)
 
 
 def find_runs(directory: Path, kinds: Sequence[str] = DESIGNS) -> list[Run]:

@@ -52,7 +52,7 @@ LAYERS: dict[str, set[str]] = {
     "processes": {"errors"},
     "recipe": {"errors"},
     "search": {"scoring", "models", "cost", "run_directory", "processes"},
-    "training": {"models", "acceleration", "cost", "images", "runs", "processes", "recipe"},
+    "training": {"models", "acceleration", "cost", "images", "run_directory", "processes", "recipe"},
     "acceleration": {"ops"},
     "graph": {"models", "modes"},
     "runs": {"run_directory"},

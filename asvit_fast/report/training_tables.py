@@ -8,7 +8,8 @@ from itertools import groupby
 from typing import Any
 
 from ..files import as_float
-from ..runs import Run, best_row, metric, validated
+from ..run_directory import accuracy, best_row
+from ..runs import Run
 
 Row = dict[str, Any]
 Table = tuple[str, str, Sequence[str], list[Sequence[Any]]]  # title, note, header, rows
@@ -57,7 +58,7 @@ def _macs_text(macs: float) -> str:
 
 
 def training_result_table(run: Run) -> Table:
-    """The state of the training, and its cost compared with full tokens throughout."""
+    """Where the training stands, and what it has cost compared with full tokens throughout."""
     spent = sum(epoch_macs(run, row["token_reduction"]) for row in run.trace)
     saved = 1 - spent / (epoch_macs(run, 1) * len(run.trace))
     rows: list[Sequence[Any]] = [
@@ -67,8 +68,9 @@ def training_result_table(run: Run) -> Table:
     ]
     best = best_row(run.trace)
     if best is not None:
-        rows.append(("top-1 of the last validation (%)", f"{metric(validated(run.trace)[-1]):.2f}"))
-        rows.append(("best top-1 (%)", f"{metric(best):.2f} after {best['epoch'] + 1} epochs"))
+        last = next(row for row in reversed(run.trace) if accuracy(row) is not None)
+        rows.append(("top-1 of the last validation (%)", f"{accuracy(last):.2f}"))
+        rows.append(("best top-1 (%)", f"{accuracy(best):.2f} after {best['epoch'] + 1} epochs"))
     divisor, unit = time_unit(sum(map(train_seconds, run.trace)))
     rows.append((f"time in training steps ({unit})", f"{sum(map(train_seconds, run.trace)) / divisor:,.2f}"))
     rows.append(("multiply-adds of the forward passes", _macs_text(spent)))
@@ -83,7 +85,7 @@ def phase_table(run: Run) -> Table:
     rows: list[Sequence[Any]] = []
     for phase in phases(run):
         macs, seconds = epoch_macs(run, phase.reduction), sum(map(train_seconds, phase.rows))
-        found = [metric(row) for row in validated(phase.rows)]
+        found = [accuracy(row) for row in phase.rows if accuracy(row) is not None]
         rows.append(
             (
                 f"{phase.rows[0]['epoch'] + 1} to {phase.rows[-1]['epoch'] + 1}",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..settings import CONVENTIONS, check_choice
-from ..taylor.propagate import propagate
+from ..taylor.propagate import propagate_taylor
 from ..taylor.value import LinearCombination
 from .memory import split_on_oom
 
@@ -76,7 +76,7 @@ def curve(
             for mix in ((angle.cos(), angle.sin()), (-angle.sin(), angle.cos()))
         )
         mix = torch.stack([position, velocity, -position][: order + 1])  # [order + 1, n, 2]
-        return [value.flatten(1) for value in propagate(fn, LinearCombination(mix, torch.stack([u0, u1])))]
+        return [value.flatten(1) for value in propagate_taylor(fn, LinearCombination(mix, torch.stack([u0, u1])))]
 
     pieces = split_on_oom(run, len(theta), "the curve")
     return Curve(theta, *(torch.cat(parts) for parts in zip(*pieces, strict=True)))

@@ -75,10 +75,10 @@ def _propagate(fn: Callable[[Any], Any], *derivatives: Tensor) -> tuple[Any, ...
                 f"{name} must match x ({list(x.shape)}, {x.dtype}, {x.device}), "
                 f"got {list(derivative.shape)}, {derivative.dtype}, {derivative.device}"
             )
-    return propagate(fn, Taylor(laid_out(torch.stack(derivatives), x)))
+    return propagate_taylor(fn, Taylor(laid_out(torch.stack(derivatives), x)))
 
 
-def propagate(fn: Callable[[Any], Any], x: Taylor) -> tuple[Any, ...]:
+def propagate_taylor(fn: Callable[[Any], Any], x: Taylor) -> tuple[Any, ...]:
     """The orders of ``fn(x)``, as ``jvp`` and ``jet`` return them."""
     orders = x.order + 1
     token = gradients_wanted.set(torch.is_grad_enabled())

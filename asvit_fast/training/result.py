@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 
 from torch import nn
 
-from ..runs import best_row, metric
 from .schedule import RetokenizationSchedule
 from .schedule_cost import ScheduleCost
 
@@ -70,3 +70,15 @@ class TrainResult:
             facts["best"] = f"{metric(self.best):.2f} % after epoch {self.best['epoch']}"
         facts["seconds"] = f"{self.seconds:.1f}"
         return facts if self.directory is None else {**facts, "directory": repr(str(self.directory))}
+
+
+def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The first of the best among those with the finest tokens so far: weights of a coarse phase do best on its grid,
+    which nobody will use them on."""
+    validated = [row for row in rows if row.get("top1") is not None]
+    return max(validated, key=lambda row: (-row["token_reduction"], metric(row)), default=None)
+
+
+def metric(row: Mapping[str, Any]) -> float:
+    """What the best checkpoint is best in: top-1, of the average where there is one and it is better."""
+    return max(row["top1"], row.get("ema_top1") or 0.0)

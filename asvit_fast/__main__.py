@@ -1,5 +1,7 @@
 """``python -m asvit_fast`` and ``asvit-fast``: the same program."""
 
+from .errors import EXIT_INTERRUPTED
+
 
 def main() -> int:
     """Run the command line; also while it is still being loaded, Ctrl-C ends it without a traceback."""
@@ -8,7 +10,7 @@ def main() -> int:
 
         return main()
     except KeyboardInterrupt:
-        return 130
+        return EXIT_INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def build_report() -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def why_not_built(report: dict[str, Any], running_torch: str) -> str | None:
+def unsupported_reason(report: dict[str, Any], running_torch: str) -> str | None:
     """Why the extension that `report` describes must not be loaded by this torch; None if it may."""
     if not report:
         return "asvit_fast runs from a source tree that was never installed: pip install --no-build-isolation -e ."
@@ -44,7 +44,7 @@ def why_not_built(report: dict[str, Any], running_torch: str) -> str | None:
 @functools.cache
 def _load() -> tuple[ModuleType | None, str | None]:
     """The module, or the reason why there is none."""
-    reason = why_not_built(build_report(), torch.__version__)
+    reason = unsupported_reason(build_report(), torch.__version__)
     if reason is not None:
         return None, reason
     try:

@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -29,8 +29,8 @@ def register_on_import() -> None:
 
 
 def _register(theirs: str) -> None:
-    """Not while a module of ours is being imported, as it may be the one that needs torch first: what it belongs to
-    registers when it is complete."""
+    """Import ours, unless a module of ours is being imported, which may be the one that needs torch first: what it
+    belongs to registers when it is complete."""
     if not any(name.startswith(f"{__package__}.") and _is_loading(name) for name in list(sys.modules)):
         importlib.import_module(REGISTERED_WITH[theirs])
 
@@ -56,24 +56,12 @@ class _Finder(MetaPathFinder):
         finally:
             self._searching.discard(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            own, execute = vars(spec.loader), spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                del own["exec_module"]  # from here on as if nobody had stood between
+                execute(module)
+                _register(fullname)
+
+            own["exec_module"] = exec_module
         return spec
-
-
-class _Loader(Loader):
-    """Loads a package by its own loader, then ours that registers with it."""
-
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        assert module.__spec__ is not None
-        module.__spec__.loader = module.__loader__ = self._loader  # from here on as if nobody had stood between
-        self._loader.exec_module(module)
-        _register(module.__name__)
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._loader, name)  # get_code, is_package, get_resource_reader ...

@@ -1,4 +1,4 @@
-"""What a network costs: parameters, FLOPs, measured latency and memory.
+"""Costs of a network: parameters, FLOPs, measured latency and memory.
 
 FLOPs are multiply-adds (MACs) of one image, as in the tables of the paper (As-ViT, arXiv 2202.11921).
 """
@@ -20,10 +20,8 @@ from .backends import resolve_device
 from .errors import InputError
 from .modes import evaluation_mode
 from .ops.flops import window_pairs
+from .settings import MIN_IMG_SIZE, POS_EMBEDS, ImageSize, check_choice, image_sides
 from .topology import EMBED_STRIDE, Topology
-
-ImageSize = int | tuple[int, int]
-_MIN_IMG_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -39,13 +37,13 @@ def params(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def flops(model: nn.Module, img_size: ImageSize = 224) -> int:
+def count_macs(model: nn.Module, img_size: ImageSize = 224) -> int:
     """Multiply-adds of one image [C, H, W] through ``model``: matrix products and convolutions, nothing is computed.
 
     Counted on the meta device in evaluation mode. Window attention counts the real tokens of every window, not the
     padding, whichever implementation runs. The model is left as it was.
     """
-    height, width = _sides(img_size)
+    height, width = image_sides(img_size, MIN_IMG_SIZE)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     on_meta = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
     reference = next((tensor for tensor in tensors.values() if tensor.is_floating_point()), None)
@@ -62,18 +60,17 @@ def topology_cost(
 ) -> Cost:
     """Cost of ``create_model(topology, img_size, num_classes, pos_embed)`` in closed form, in microseconds.
 
-    Equals ``params`` and ``flops`` of that model exactly. Raises InputError for a size or an embedding that no model
+    Equals ``params`` and ``count_macs`` of that model exactly. Raises InputError for a size or embedding that no model
     has.
     """
-    if pos_embed not in ("absolute", "none"):
-        raise InputError(f"pos_embed must be 'absolute' or 'none', got {pos_embed!r}")
-    return _topology_cost(topology, _sides(img_size), num_classes, pos_embed == "absolute")
+    check_choice("pos_embed", pos_embed, POS_EMBEDS)
+    return _topology_cost(topology, image_sides(img_size, MIN_IMG_SIZE), num_classes, pos_embed == "absolute")
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def _topology_cost(topology: Topology, sides: tuple[int, int], num_classes: int, pos_embed: bool) -> Cost:
     dims, stage_heads = topology.dims, topology.stage_heads
-    grid = (_ceil_div(sides[0], EMBED_STRIDE), _ceil_div(sides[1], EMBED_STRIDE))
+    grid = (-(-sides[0] // EMBED_STRIDE), -(-sides[1] // EMBED_STRIDE))
     patch = 3 * topology.stages[0].kernel ** 2
     total_params = dims[0] * (patch + 1) + 2 * dims[0]  # convolution with bias, LayerNorm
     total_flops = grid[0] * grid[1] * patch * dims[0]
@@ -81,13 +78,13 @@ def _topology_cost(topology: Topology, sides: tuple[int, int], num_classes: int,
         total_params += grid[0] * grid[1] * dims[0]
     for index, (stage, dim, heads) in enumerate(zip(topology.stages, dims, stage_heads, strict=True)):
         if index:
-            grid = (_ceil_div(grid[0], 2), _ceil_div(grid[1], 2))
+            grid = (-(-grid[0] // 2), -(-grid[1] // 2))
             merged = stage.kernel**2 * dims[index - 1]
             total_params += merged * dim + 2 * merged  # Linear without bias, LayerNorm
             total_flops += grid[0] * grid[1] * merged * dim
         inner = dim // heads * heads  # narrower than dim when the heads do not divide it
         hidden = dim * stage.expansion
-        windows = (_ceil_div(grid[0], stage.splits), _ceil_div(grid[1], stage.splits))
+        windows = (-(-grid[0] // stage.splits), -(-grid[1] // stage.splits))
         weights = 4 * dim * inner + 2 * dim * hidden  # qkv and proj, the two layers of the MLP
         biases_and_norms = (3 * inner + dim) + (hidden + dim) + 4 * dim
         total_params += stage.depth * (weights + biases_and_norms)
@@ -144,13 +141,18 @@ def peak_allocation(run: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
-    return _peak_of_allocations(profile)
+    current = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            current += event.nbytes()
+            peak = max(peak, current)
+    return peak
 
 
 def _forward_pass(
     model: nn.Module, img_size: ImageSize, batch: int, device: str | torch.device
 ) -> tuple[Callable[[], Any], torch.device]:
-    height, width = _sides(img_size)
+    height, width = image_sides(img_size, MIN_IMG_SIZE)
     if batch < 1:
         raise InputError(f"batch must be at least 1, got {batch}")
     device = resolve_device(device)
@@ -160,33 +162,11 @@ def _forward_pass(
     return lambda: model(images), device
 
 
-def _peak_of_allocations(profile: Any) -> int:
-    current = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            current += event.nbytes()
-            peak = max(peak, current)
-    return peak
-
-
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _channels(model: nn.Module) -> int:
-    """Of the images that the model takes, as timm's models say it."""
+    """Channels of the images that the model takes, as timm's models say it."""
     return getattr(model, "in_chans", 3)
-
-
-def _ceil_div(value: int, by: int) -> int:
-    return -(-value // by)
-
-
-def _sides(img_size: ImageSize) -> tuple[int, int]:
-    sides = tuple(img_size) if isinstance(img_size, (tuple, list)) else (img_size, img_size)
-    if len(sides) != 2 or any(not isinstance(side, int) or side < _MIN_IMG_SIZE for side in sides):
-        raise InputError(
-            f"img_size must be {_MIN_IMG_SIZE} pixels or more, one integer or (height, width); got {img_size!r}"
-        )
-    return sides[0], sides[1]

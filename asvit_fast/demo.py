@@ -21,8 +21,8 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import TensorDataset
 
-from .cli.common import amount, table
-from .errors import InputError
+from .cli.common import format_count, table
+from .errors import EXIT_INPUT, EXIT_INTERRUPTED, InputError
 from .export import export
 from .report import report
 from .scoring import Score, score
@@ -70,10 +70,10 @@ def main(argv: list[str] | None = None) -> int:
         run(Path(parser.parse_args(argv).out))
     except (InputError, OSError) as error:
         print(f"demo: error: {error}", file=sys.stderr)
-        return 2
+        return EXIT_INPUT
     except KeyboardInterrupt:
         print("\ndemo: interrupted; the same command continues where it stopped", file=sys.stderr)
-        return 130
+        return EXIT_INTERRUPTED
     return 0
 
 
@@ -156,7 +156,8 @@ def compare(found: SearchResult, images: Path) -> None:
         fresh[name] = score(
             topology, SCORES, img_size=IMG_SIZE, repeats=COMPARE_REPEATS, batch=BATCH, images=images, seed=COMPARE_SEED
         )
-        rows.append((name, *(_value(fresh[name], metric) for metric in SCORES), topology.seed_string))
+        measures = [fresh[name][metric] for metric in SCORES]
+        rows.append((name, *(f"{one.mean:.4g} ± {one.std:.2g}" for one in measures), topology.seed_string))
     print(table(rows, indent="   "))
     probable, *_, random = fresh.values()
     for metric, larger in zip(SCORES, (True, False), strict=True):
@@ -165,7 +166,7 @@ def compare(found: SearchResult, images: Path) -> None:
 
 
 def _verdict(found: Measure, random: Measure, larger: bool) -> str:
-    """What Welch's test says of two sets of networks."""
+    """The verdict of Welch's test on two sets of networks."""
     from scipy.stats import ttest_ind
 
     chance = float(ttest_ind(found.values, random.values, equal_var=False).pvalue)
@@ -177,14 +178,15 @@ def _verdict(found: Measure, random: Measure, larger: bool) -> str:
 
 def run_scale(seed_topology: Topology, out: Path, images: Path) -> Topology:
     print(
-        f"4. Scaling: {seed_topology} grows in depth and width while it stays within {amount(MAX_PARAMS)} parameters."
+        f"4. Scaling: {seed_topology} grows in depth and width while it stays within {format_count(MAX_PARAMS)} "
+        "parameters."
     )
     steps = scale(
         seed_topology, max_params=MAX_PARAMS, images=images, seed=SEED, out=out,
         img_size=IMG_SIZE, repeats=REPEATS, batch=BATCH, progress=True,
     )  # fmt: skip
     rows: list[tuple[object, ...]] = [("step", "topology", "parameters", "multiply-adds")]
-    rows += [(step.step, str(step.topology), amount(step.params), amount(step.flops)) for step in steps]
+    rows += [(step.step, str(step.topology), format_count(step.params), format_count(step.flops)) for step in steps]
     print(table(rows, indent="   ") + "\n")
     return steps[-1].topology
 
@@ -207,10 +209,6 @@ def run_training(topology: Topology, patches: tuple[TensorDataset, TensorDataset
     print(f"{table(rows, indent='   ')}\n   One answer in {classes} would be right by chance.\n")
 
 
-def _value(scores: Score, metric: str) -> str:
-    return f"{scores[metric].mean:.4g} ± {scores[metric].std:.2g}"
-
-
 def check_export(folder: Path, kept_out: TensorDataset) -> str:
     """Load the export the way any user of timm would, and give it the patches for validation."""
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -221,16 +219,20 @@ def check_export(folder: Path, kept_out: TensorDataset) -> str:
 
 
 def write_images(folder: Path) -> int:
-    """Write the crops as PNG files, once; returns how many there are."""
+    """Write two squares of every photograph as PNG files, once; returns how many there are."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = []
-    for name, pixels in _crops():
-        names.append(name)
-        if not (folder / name).exists():
-            scratch = folder / f".{name}"
-            Image.fromarray(pixels).resize((2 * IMG_SIZE, 2 * IMG_SIZE), Image.Resampling.BICUBIC).save(scratch, "PNG")
-            scratch.replace(folder / name)
-    return len(names)
+    count = 0
+    for name, pixels in _photographs():
+        side = min(pixels.shape[:2]) * 3 // 4
+        for number, square in enumerate((pixels[:side, :side], pixels[-side:, -side:]), start=1):
+            path = folder / f"{name}_{number}.png"
+            count += 1
+            if not path.exists():
+                scratch = path.with_name(f".{path.name}")
+                size = (2 * IMG_SIZE, 2 * IMG_SIZE)
+                Image.fromarray(square).resize(size, Image.Resampling.BICUBIC).save(scratch, "PNG")
+                scratch.replace(path)
+    return count
 
 
 def make_patches(split: str) -> TensorDataset:
@@ -257,14 +259,6 @@ def _patch(pixels: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     patch = Image.fromarray(pixels[top : top + side, left : left + side]).convert("L")
     grey = np.asarray(patch.resize((IMG_SIZE, IMG_SIZE), Image.Resampling.BICUBIC))
     return grey[:, ::-1].copy() if generator.random() < 0.5 else grey
-
-
-def _crops() -> Iterator[tuple[str, np.ndarray]]:
-    """Two squares of every photograph: name of a file, uint8 [side, side, 3]."""
-    for name, pixels in _photographs():
-        side = min(pixels.shape[:2]) * 3 // 4
-        yield f"{name}_1.png", pixels[:side, :side]
-        yield f"{name}_2.png", pixels[-side:, -side:]
 
 
 def _photographs() -> Iterator[tuple[str, np.ndarray]]:

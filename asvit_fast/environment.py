@@ -1,16 +1,15 @@
-"""What this installation is and can do: versions, GPUs, the build report, and every op with every backend."""
+"""Facts about this installation: versions, GPUs, the build report, and every op with every backend."""
 
 from __future__ import annotations
 
-import importlib
 import platform
 from importlib import metadata
 from typing import Any
 
 import torch
 
-from asvit_fast import _extension, backends
-from asvit_fast.machine import processor
+from . import _extension, backends, ops  # noqa: F401  (every op declares its backends)
+from .machine import processor
 
 PACKAGES = ("asvit-fast", "torch", "torchvision", "triton", "timm", "numpy")
 
@@ -53,12 +52,9 @@ def _versions() -> dict[str, str | None]:
 
 
 def _gpus() -> list[dict[str, Any]]:
-    if not torch.cuda.is_available():
-        return []
-    properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    return [
-        {"name": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "memory": gpu.total_memory} for gpu in properties
-    ]
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = map(torch.cuda.get_device_properties, range(count))
+    return [{"name": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "memory": gpu.total_memory} for gpu in gpus]
 
 
 def _extension_state() -> dict[str, Any]:
@@ -75,7 +71,6 @@ def _extension_state() -> dict[str, Any]:
 
 
 def _ops() -> dict[str, dict[str, dict[str, str | None]]]:
-    importlib.import_module("asvit_fast.ops")  # every op declares its backends when its module is imported
     devices = {"cpu": "cpu"} | ({"cuda": "cuda"} if torch.cuda.is_available() else {})
     return {
         op: {
@@ -98,12 +93,9 @@ def format_environment(state: dict[str, Any]) -> str:
     ]
     for op, devices in state["ops"].items():
         for device, reasons in devices.items():
-            sections.append((f"{op} on {device}", [(name, _verdict(reason)) for name, reason in reasons.items()]))
+            verdicts = [(name, f"no: {reason}" if reason else "available") for name, reason in reasons.items()]
+            sections.append((f"{op} on {device}", verdicts))
     return "\n\n".join(_section(title, rows) for title, rows in sections)
-
-
-def _verdict(reason: str | None) -> str:
-    return "available" if reason is None else f"no: {reason}"
 
 
 def _section(title: str, rows: list[tuple[str, str]]) -> str:
@@ -114,11 +106,9 @@ def _section(title: str, rows: list[tuple[str, str]]) -> str:
 def _machine_rows(state: dict[str, Any]) -> list[tuple[str, str]]:
     cpu = state["cpu"]
     rows = [("cpu", f"{cpu['name']}, {cpu['threads']} threads, torch uses {cpu['capability']}")]
-    for index, gpu in enumerate(state["gpus"]):
-        rows.append(
-            (f"cuda:{index}", f"{gpu['name']}, capability {gpu['capability']}, {gpu['memory'] / 2**30:.0f} GiB")
-        )
-    return rows if state["gpus"] else [*rows, ("gpu", "none that torch can use")]
+    gpus = [f"{gpu['name']}, capability {gpu['capability']}, {gpu['memory'] / 2**30:.0f} GiB" for gpu in state["gpus"]]
+    rows += [(f"cuda:{index}", gpu) for index, gpu in enumerate(gpus)]
+    return rows if gpus else [*rows, ("gpu", "none that torch can use")]
 
 
 def _extension_rows(state: dict[str, Any]) -> list[tuple[str, str]]:
@@ -140,8 +130,5 @@ def _extension_rows(state: dict[str, Any]) -> list[tuple[str, str]]:
         "cxx_flags": "C++ flags",
         "nvcc_flags": "nvcc flags",
     }
-    for key, name in shown.items():
-        if build.get(key):
-            value = build[key]
-            rows.append((name, " ".join(value) if isinstance(value, list) else str(value)))
-    return rows
+    values = {name: build[key] for key, name in shown.items() if build.get(key)}
+    return rows + [(name, " ".join(v) if isinstance(v, list) else str(v)) for name, v in values.items()]

@@ -1,4 +1,4 @@
-"""The one exception that says: what you gave cannot be used."""
+"""The one exception that says: what you gave cannot be used; and what programs end with."""
 
 
 class InputError(ValueError):
@@ -9,13 +9,18 @@ class InputError(ValueError):
     """
 
 
-def first_line(error: Exception) -> str:
-    """What an error says first, or its kind where it says nothing."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+EXIT_INPUT = 2  # a mistake in what was given, or a file that cannot be read or written
+EXIT_INTERRUPTED = 130  # the shell's convention for Ctrl-C
+EXIT_TERMINATED = 143  # and for SIGTERM
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or the name of its class."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, without line breaks and without torch's advice to load a file unsafely."""
+    """The text of an error without line breaks and without torch's advice to load a file unsafely."""
     text = " ".join(str(error).split())
     if "weights_only" in text:
         return "it holds more than tensors, numbers and text"

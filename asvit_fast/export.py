@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,17 +18,18 @@ from timm.models import save_for_hf
 from torch import nn
 
 from . import graph
+from ._version import __version__
 from .cost import params
 from .errors import InputError, one_line
-from .files import folder_path, from_json, write_folder
+from .files import folder_path, read_object, write_folder
 from .models.library import takes_size
-from .report.runs import Run
+from .runs import Run
+from .settings import EXPORT_FORMATS, ImageSize, check_choice
 from .topology import Topology
 from .training.build import CONFIG_FILE, WEIGHTS_FILE, CheckpointModel, build, constructor_arguments
 from .training.description import CONFIGURATION, checked
 from .what import resolve
 
-Size = int | tuple[int, int]
 What = str | Path | Topology | nn.Module
 MARK = "asvit_fast"  # the entry of config.json that says who wrote it
 DATA = ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")
@@ -61,10 +63,10 @@ class Exported:
         return names
 
     def metadata(self) -> dict[str, Any]:
-        """What the images must be, in timm's names."""
+        """The preprocessing that the network expects, in timm's names."""
         config = self.built.data_config()
-        found = {"architecture": self.built.name, **{name: config[name] for name in DATA}}
-        return found if self.labels is None else {**found, "label_names": self.labels}
+        metadata = {"architecture": self.built.name, **{name: config[name] for name in DATA}}
+        return metadata if self.labels is None else {**metadata, "label_names": self.labels}
 
 
 def export(
@@ -72,7 +74,7 @@ def export(
     to: str | Path,
     seed: int = 0,
     num_classes: int | None = None,
-    img_size: Size | None = None,
+    img_size: ImageSize | None = None,
     use_ema: bool = False,
     format: str = "timm",
 ) -> Path:
@@ -107,28 +109,22 @@ def export(
 
 
 def writer(format: str, to: str | Path) -> Callable[[Exported], Path]:
-    """What writes a network in this format into this folder. Raises InputError now for what cannot work then."""
-    if format not in _FORMATS:
-        raise InputError(f"format must be one of {', '.join(_FORMATS)}, got {format!r}")
+    """A function that writes networks in this format into this folder. Raises InputError now for what cannot work."""
+    check_choice("format", format, tuple(EXPORT_FORMATS))
     if format == "onnx":
         graph.require(("onnx", "onnxscript"), "export in the format onnx")
     target = folder_path(to, "to")
     _check_target(target)
 
     def write(source: Exported) -> Path:
-        fill, files = _FORMATS[format]
-        write_folder(target, lambda folder: fill(source, folder), last=files[0])
+        write_folder(target, lambda folder: _WRITERS[format](source, folder), last=EXPORT_FORMATS[format][0])
         return target
 
     return write
 
 
 def open_network(
-    what: What,
-    seed: int = 0,
-    num_classes: int | None = None,
-    img_size: Size | None = None,
-    use_ema: bool = False,
+    what: What, seed: int = 0, num_classes: int | None = None, img_size: ImageSize | None = None, use_ema: bool = False
 ) -> Exported:
     """The network that ``export`` writes. Raises InputError as it does."""
     if isinstance(what, nn.Module):
@@ -142,7 +138,7 @@ def open_network(
     if run is not None:
         config = checked(run.config, run.directory / CONFIG_FILE, ("img_size",))
         img_size = img_size or config.get("img_size")
-    built = _fresh(str(target.name), target.options, seed, num_classes, img_size).built
+    built = _fresh(str(target.name), target.options, seed, num_classes, img_size)
     return Exported(built, False, None if run is None else limit_of(run))
 
 
@@ -153,7 +149,7 @@ def limit_of(run: Run) -> float | None:
     return window[1] if isinstance(window, list) and len(window) == 2 else None
 
 
-def _of_module(model: nn.Module, num_classes: int | None, img_size: Size | None) -> Exported:
+def _of_module(model: nn.Module, num_classes: int | None, img_size: ImageSize | None) -> Exported:
     """Built again from its name and arguments, as whoever loads it will do."""
     name, options = constructor_arguments(model)
     classes = getattr(model, "num_classes", None)
@@ -170,7 +166,7 @@ def _of_module(model: nn.Module, num_classes: int | None, img_size: Size | None)
     return _as_it_is(built, name, num_classes, img_size)
 
 
-def _as_it_is(built: CheckpointModel, name: str, num_classes: int | None, img_size: Size | None) -> Exported:
+def _as_it_is(built: CheckpointModel, name: str, num_classes: int | None, img_size: ImageSize | None) -> Exported:
     size, classes = built.data_config()["input_size"][1:], getattr(built.model, "num_classes", num_classes)
     if img_size is not None and to_2tuple(img_size) != size:
         raise InputError(
@@ -183,24 +179,22 @@ def _as_it_is(built: CheckpointModel, name: str, num_classes: int | None, img_si
 
 
 def _fresh(
-    name: str, options: Mapping[str, Any], seed: int, num_classes: int | None, img_size: Size | None
-) -> Exported:
+    name: str, options: Mapping[str, Any], seed: int, num_classes: int | None, img_size: ImageSize | None
+) -> CheckpointModel:
     size = 224 if img_size is None else img_size
-    given: dict[str, Any] = dict(options)
+    arguments: dict[str, Any] = dict(options)
     if num_classes is not None:
-        given["num_classes"] = num_classes
+        arguments["num_classes"] = num_classes
     if takes_size(name):
-        given["img_size"] = size
+        arguments["img_size"] = size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build(name, {**given, "pretrained": False})
-    config = resolve_data_config(
-        {}, model=model
-    )  # the size and crop of training, not those of timm's tests at a larger size
+        model = build(name, {**arguments, "pretrained": False})
+    config = resolve_data_config({}, model=model)  # of training, not of timm's tests at a larger size
     data = {name: config[name] for name in DATA if name != "input_size"}
-    built = CheckpointModel(name, given, data, None, model, Path())
+    built = CheckpointModel(name, arguments, data, None, model, Path())
     built.data["input_size"] = (built.data_config()["input_size"][0], *to_2tuple(size))
-    return Exported(built, False)
+    return built
 
 
 # --------------------------------------------------------------------------- formats
@@ -216,8 +210,6 @@ def _write_timm(source: Exported, folder: Path) -> None:
     if tuple(own["input_size"][1:]) != tuple(config["input_size"][1:]):
         kept["pool_size"] = None
     model.pretrained_cfg = {**kept, **config, "architecture": built.name, "num_classes": model.num_classes}
-    from ._version import __version__
-
     notes: dict[str, Any] = {MARK: {"version": __version__, "trained": source.trained, "parameters": source.parameters}}
     if labels is not None:  # where the Hub's readers look, and where timm's do
         model.pretrained_cfg["label_names"] = notes["label_names"] = labels
@@ -231,26 +223,11 @@ def _write_timm(source: Exported, folder: Path) -> None:
     shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)  # safetensors makes files for their owner alone
 
 
-def _write_onnx(source: Exported, folder: Path) -> None:
-    graph.save_onnx(source.built.model, folder / "model.onnx", source.metadata())
-
-
-def _write_program(source: Exported, folder: Path) -> None:
-    graph.save_program(source.built.model, folder / "model.pt2", source.metadata())
-
-
-Fill = Callable[[Exported, Path], None]
-_FORMATS: dict[str, tuple[Fill, tuple[str, ...]]] = {  # the first file makes a folder an export
-    "timm": (_write_timm, (CONFIG_FILE, WEIGHTS_FILE)),
-    "onnx": (_write_onnx, ("model.onnx",)),
-    "exported": (_write_program, ("model.pt2",)),
+_WRITERS: dict[str, Callable[[Exported, Path], None]] = {
+    "timm": _write_timm,
+    "onnx": lambda source, folder: graph.save_onnx(source.built.model, folder / "model.onnx", source.metadata()),
+    "exported": lambda source, folder: graph.save_program(source.built.model, folder / "model.pt2", source.metadata()),
 }
-FORMATS = tuple(_FORMATS)
-
-
-def files_of(format: str) -> tuple[str, ...]:
-    """Names of the files of a format."""
-    return _FORMATS[format][1]
 
 
 def _check_target(target: Path) -> None:
@@ -259,20 +236,13 @@ def _check_target(target: Path) -> None:
         raise InputError(f"cannot export to {str(target)!r}: it is a file; give a new or empty folder")
     if not target.is_dir():
         return
-    ours = {"model.onnx.data", *(name for _, files in _FORMATS.values() for name in files)}  # ONNX of over 2 GB is two
-    found = {item.name for item in target.iterdir() if not item.name.endswith(".tmp")}  # left by a kill
-    others = sorted(found - ours)
-    if not others and CONFIG_FILE in found and not _is_ours(target / CONFIG_FILE):
+    ours = {"model.onnx.data", *itertools.chain(*EXPORT_FORMATS.values())}  # ONNX of over 2 GB is two
+    present = {item.name for item in target.iterdir() if not item.name.endswith(".tmp")}  # left by a kill
+    others = sorted(present - ours)
+    config = read_object(target / CONFIG_FILE)
+    if not others and CONFIG_FILE in present and MARK not in config and config.get("architecture") != "asvit":
         others = [CONFIG_FILE]
     if others:
         raise InputError(
             f"cannot export to {str(target)!r}: it holds other files ({others[0]}); give a new or empty folder"
         )
-
-
-def _is_ours(path: Path) -> bool:
-    try:
-        content = from_json(path.read_bytes())
-    except (OSError, InputError):
-        return False
-    return isinstance(content, dict) and (MARK in content or content.get("architecture") == "asvit")

@@ -145,6 +145,15 @@ def from_json(text: str | bytes) -> Any:
         raise InputError("not valid JSON: nested too deeply") from None
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The object of a JSON file; {} when there is none, or something else."""
+    try:
+        content = from_json(path.read_bytes())
+    except (OSError, InputError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def as_float(value: float | str) -> float:
     """The float that ``to_json`` wrote: undoes "inf", "-inf" and "nan"."""
     return float(value)

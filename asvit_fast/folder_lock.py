@@ -59,7 +59,7 @@ class FolderLock:
             self._descriptor = None
 
     def forget(self) -> None:
-        """In a forked child: the lock stays with the parent."""
+        """Leave the lock to the parent, in a forked child."""
         if self._descriptor is not None:
             os.close(self._descriptor)
         self._descriptor = self._owner_file = None
@@ -105,7 +105,7 @@ class FolderLock:
 
 
 def _identity(pid: int) -> dict[str, Any]:
-    """What tells a process from any other, also from one that later has its number."""
+    """Facts that tell a process from any other, also from one that later has its number."""
     return {"host": socket.gethostname(), "boot": _boot(), "pid": pid, "started": _started(pid)}
 
 

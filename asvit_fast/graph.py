@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._decomp import decomposition_table
 
 from . import models  # noqa: F401  whose ops have decompositions from then on
-from .errors import InputError
+from .errors import InputError, first_line
 from .modes import evaluation_mode
 
 TOLERANCE = 1e-5  # of the largest output, between what was exported and the network
@@ -41,8 +41,11 @@ def to_program(model: nn.Module, shape: tuple[int, int, int]) -> torch.export.Ex
         ours = {op: function for op, function in decomposition_table.items() if str(op).startswith("asvit_fast")}
         program = program.run_decompositions(ours)
     except Exception as error:  # of torch's tracer: of many kinds and many lines
-        raise InputError(f"torch.export cannot follow {type(model).__name__}: {_first_line(error)}") from error
-    _check_operations(program)
+        raise InputError(f"torch.export cannot follow {type(model).__name__}: {first_line(error)}") from error
+    targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    foreign = {str(target) for target in targets if getattr(target, "namespace", "aten") not in ("aten", "prims")}
+    if foreign:  # they would have to be imported before the program is loaded
+        raise InputError(f"the network has operations that torch has not: {', '.join(sorted(foreign))}")
     return program
 
 
@@ -72,7 +75,7 @@ def save_onnx(model: nn.Module, path: Path, metadata: Mapping[str, Any]) -> None
             program, input_names=["images"], output_names=["logits"], dynamic_shapes=({0: "batch"},), verbose=False
         )
     except Exception as error:
-        raise InputError(f"{type(model).__name__} cannot be written as ONNX: {_first_line(error)}") from error
+        raise InputError(f"{type(model).__name__} cannot be written as ONNX: {first_line(error)}") from error
     onnx.model.metadata_props.update({name: json.dumps(value) for name, value in metadata.items()})
     onnx.save(path)
     if runtime_installed():
@@ -92,14 +95,6 @@ def runtime_installed() -> bool:
     return importlib.util.find_spec("onnxruntime") is not None
 
 
-def _check_operations(program: torch.export.ExportedProgram) -> None:
-    """Those of other packages would have to be imported before the program is loaded."""
-    targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
-    foreign = {str(target) for target in targets if getattr(target, "namespace", "aten") not in ("aten", "prims")}
-    if foreign:
-        raise InputError(f"the network has operations that torch has not: {', '.join(sorted(foreign))}")
-
-
 def _check(model: nn.Module, exported: Callable[[Tensor], Tensor], shape: tuple[int, int, int], name: str) -> None:
     """Raise InputError when it computes something else."""
     generator = torch.Generator().manual_seed(0)
@@ -111,7 +106,3 @@ def _check(model: nn.Module, exported: Callable[[Tensor], Tensor], shape: tuple[
         error = (found - expected).abs().max().item() / max(1.0, expected.abs().max().item())
         if not error <= TOLERANCE:
             raise InputError(f"{name} computes something else: outputs differ by {error:.1e} of the largest")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageCms
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.readers.class_map import load_class_map
 from timm.data.readers.reader import Reader
 from timm.data.readers.reader_image_folder import ReaderImageFolder, find_images_and_targets
@@ -22,6 +23,7 @@ from timm.utils.misc import natural_key
 from torch import Tensor
 
 from .errors import InputError, first_line
+from .settings import ImageSize, image_sides
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 KINDS = ", ".join(EXTENSIONS)
@@ -133,7 +135,7 @@ def fingerprint(images: Tensor) -> str:
     return f"{shape} {hashlib.sha256(content.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]}"
 
 
-def load_images(folder: str | Path, count: int, img_size: int | tuple[int, int] = 224) -> Tensor:
+def load_images(folder: str | Path, count: int, img_size: ImageSize = 224) -> Tensor:
     """``count`` images spread evenly over the sorted files of ``folder``: the same ones every time.
 
     Resized and centre-cropped to ``img_size`` pixels (a side, or height and width), with ImageNet's mean and standard
@@ -144,34 +146,14 @@ def load_images(folder: str | Path, count: int, img_size: int | tuple[int, int] 
     """
     if count < 1:
         raise InputError(f"number of images must be at least 1, got {count}")
-    height, width = _size(img_size)
+    height, width = image_sides(img_size)
     files = find_images(folder)
     if len(files) < count:
         raise InputError(
             f"image folder {str(folder)!r} holds {len(files)} images but {count} are needed; "
             f"add images or lower the batch to {len(files)}"
         )
-    transform = _transform(height, width)
-    chosen = [files[index] for index in _spread(len(files), count)]
-    return torch.stack([_read(path, transform) for path in chosen])  # [count, 3, height, width]
-
-
-def _size(img_size: int | tuple[int, int]) -> tuple[int, int]:
-    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-    if height < 1 or width < 1:
-        raise InputError(f"image size must be positive, got {height}x{width} pixels")
-    return height, width
-
-
-def _spread(total: int, count: int) -> list[int]:
-    """``count`` of the indices 0..total-1, both ends included, as evenly spaced as integers can be."""
-    return [index * (total - 1) // max(count - 1, 1) for index in range(count)]
-
-
-def _transform(height: int, width: int):
-    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
-
-    return create_transform(
+    transform = create_transform(
         (3, height, width),
         is_training=False,
         interpolation="bicubic",
@@ -179,6 +161,13 @@ def _transform(height: int, width: int):
         std=IMAGENET_DEFAULT_STD,
         crop_pct=CROP_FRACTION,
     )
+    chosen = [files[index] for index in _spread(len(files), count)]
+    return torch.stack([_read(path, transform) for path in chosen])  # [count, 3, height, width]
+
+
+def _spread(total: int, count: int) -> list[int]:
+    """``count`` of the indices 0..total-1, both ends included, as evenly spaced as integers can be."""
+    return [index * (total - 1) // max(count - 1, 1) for index in range(count)]
 
 
 def _read(path: Path, transform) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where and how a program runs: what stands beside every figure and every run."""
+"""The machine and the program: what stands beside every figure and every run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import platform
 import shlex
 import sys
 from pathlib import Path
+
+import torch
 
 from ._version import __version__
 
@@ -33,18 +35,12 @@ def _generation(fields: dict[str, str]) -> str:
     if fields.get("vendor_id") != "AuthenticAMD":
         return ""
     family, model = int(fields.get("cpu family", 0)), int(fields.get("model", 0))
-    zen = {
-        23: "Zen 2" if model in _ZEN_2 else "Zen",
-        25: "Zen 4" if model in _ZEN_4 else "Zen 3",
-        26: "Zen 5",
-    }
+    zen = {23: "Zen 2" if model in _ZEN_2 else "Zen", 25: "Zen 4" if model in _ZEN_4 else "Zen 3", 26: "Zen 5"}
     return zen.get(family, f"family {family}")
 
 
 def start_record() -> dict[str, str]:
     """This start of the program: date, command line, machine and versions, as text."""
-    import torch
-
     program = Path(sys.argv[0]).name
     program = "asvit-fast" if program == "__main__.py" else program
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

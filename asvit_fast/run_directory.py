@@ -8,18 +8,18 @@ import tempfile
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 
+from ._version import __version__
 from .errors import InputError
 from .files import append_jsonl, as_float, folder_path, from_json, read_jsonl, remove_leftovers, to_json, write_atomic
 from .folder_lock import FolderLock
 from .machine import start_record
 
-CONFIG, TRACE, RESULT = "config.json", "trace.jsonl", "result.json"
-STARTS = "starts.jsonl"
+CONFIG, TRACE, STATE, RESULT, STARTS = "config.json", "trace.jsonl", "state.pt", "result.json", "starts.jsonl"
+BASELINE = "baseline"  # the folder of its random search inside that of a search
 _LINES = "trace_lines"  # of the state: how much of the trace it accounts for
 _CHANGES = "changes"  # of the configuration: which options were changed after which step
 _CHANGED = "changed"  # of a line of the trace: the options that were changed before it
@@ -59,14 +59,14 @@ class RunDirectory:
         self,
         out: str | os.PathLike[str] | None,
         config: dict[str, Any],
-        state_file: str | None = "state.pt",
+        state_file: str | None = STATE,
         *,
         changeable: Collection[str] = (),
         rebuilds: bool = False,
     ) -> None:
         self.path = None if out is None else folder_path(out)
         self.state_file, self.changeable, self.rebuilds = state_file, changeable, rebuilds
-        self.config = from_json(to_json({**config, "version": _version()}))  # as it will be read back: lists for tuples
+        self.config = from_json(to_json({**config, "version": __version__}))  # as it will be read: lists for tuples
         self.trace: list[dict[str, Any]] = []
         self.state: dict[str, Any] | None = None
         self.result: dict[str, Any] | None = None
@@ -148,9 +148,7 @@ class RunDirectory:
     def __enter__(self) -> RunDirectory:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _check_apart_from_images(self, path: Path) -> None:
@@ -175,23 +173,20 @@ class RunDirectory:
         files = [name for name in (TRACE, self.state_file, RESULT) if name is not None]
         for name in (CONFIG, *files):
             remove_leftovers(path / name)
-        nothing_done = self.state_file is not None and not any((path / name).exists() for name in files)
-        if nothing_done and self._is_of_this_kind(path / CONFIG):
+        present = [name for name in files if (path / name).exists()]
+        stored = read_json(path / CONFIG) if (path / CONFIG).exists() else None
+        of_this_kind = isinstance(stored, dict) and stored.get("kind") == self.config["kind"]
+        if of_this_kind and self.state_file is not None and not present:
             (path / CONFIG).unlink()  # of a start that was refused, or ended before its first step
         if not (path / CONFIG).exists():
-            for name in files:
-                if (path / name).exists():
-                    raise InputError(f"run directory {path} has {name} but no {CONFIG}; choose another")
+            if present:
+                raise InputError(f"run directory {path} has {present[0]} but no {CONFIG}; choose another")
             write_atomic(path / CONFIG, to_json(self.config, indent=2) + "\n")
             return
-        self._compare(path, _read_json(path / CONFIG))
+        self._compare(path, stored)
         if (path / RESULT).exists():
-            self.result = _read_json(path / RESULT, "delete it, and the same command makes it again")
+            self.result = read_json(path / RESULT, "delete it, and the same command makes it again")
         self.trace = self._read_trace(path / TRACE)
-
-    def _is_of_this_kind(self, path: Path) -> bool:
-        stored = _read_json(path) if path.exists() else None
-        return isinstance(stored, dict) and stored.get("kind") == self.config["kind"]
 
     def _compare(self, path: Path, stored: Any) -> None:
         if not isinstance(stored, dict) or not isinstance(stored.get("kind"), str):
@@ -228,7 +223,7 @@ class RunDirectory:
         return trace
 
     def _read_state(self, complete: int) -> int:
-        """How many of the ``complete`` lines of the trace the state accounts for: all, where the caller needs none."""
+        """The number of lines of the trace that the state accounts for: all, where the caller needs no state."""
         if self.path is None or self.state_file is None:
             return complete
         path = self.path / self.state_file
@@ -266,7 +261,7 @@ class RunDirectory:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """What ``RunDirectory.save`` wrote, on the CPU.
+    """The state that ``RunDirectory.save`` wrote, on the CPU.
 
     Raises DamagedState when the file cannot be read, InputError when it holds something else.
     """
@@ -299,13 +294,8 @@ def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     return max(validated, key=lambda row: (-row["token_reduction"], accuracy(row)), default=None)
 
 
-def _version() -> str:
-    from ._version import __version__
-
-    return __version__
-
-
-def _read_json(path: Path, advice: str = "restore it, or choose another run directory") -> Any:
+def read_json(path: Path, advice: str = "restore it, or choose another run directory") -> Any:
+    """The content of a JSON file of a run. Raises InputError, with the path and advice, when it cannot be read."""
     try:
         return from_json(path.read_bytes())
     except InputError as error:

@@ -9,11 +9,12 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 NUM_STAGES = 4
 MAX_DIM = 1024  # widths double from stage to stage up to this cap (the paper's parameter counts include it)
@@ -74,16 +75,12 @@ class Topology:
         object.__setattr__(self, "stages", tuple(self.stages))
         if len(self.stages) != NUM_STAGES:
             raise InputError(f"topology: stages must number {NUM_STAGES}, got {len(self.stages)}")
-        if self.stages[0].kernel < EMBED_STRIDE:
-            raise InputError(
-                f"topology, stage 1: kernel must be an integer from {EMBED_STRIDE} to {_ALLOWED['kernel'][1]} "
-                f"(the first projection has stride {EMBED_STRIDE}), got {self.stages[0].kernel}"
-            )
-        for index, stage in enumerate(self.stages[1:], start=2):
-            if stage.kernel < 2:
+        for index, stage in enumerate(self.stages, start=1):
+            stride, layer = (EMBED_STRIDE, "the first projection") if index == 1 else (2, "patch merging")
+            if stage.kernel < stride:
                 raise InputError(
-                    f"topology, stage {index}: kernel must be an integer from 2 to {_ALLOWED['kernel'][1]} "
-                    f"(patch merging has stride 2), got {stage.kernel}"
+                    f"topology, stage {index}: kernel must be an integer from {stride} to {_ALLOWED['kernel'][1]} "
+                    f"({layer} has stride {stride}), got {stage.kernel}"
                 )
         _check("heads", self.heads, "topology")
         _check("width", self.width, "topology")
@@ -115,7 +112,12 @@ class Topology:
         if len(groups) != NUM_STAGES + 1:
             names = f", or one of {', '.join(NAMED_TOPOLOGIES)}" if len(groups) == 1 else ""
             raise InputError(f"topology {text!r}: {form}{names}; got {len(groups)} groups instead of {NUM_STAGES + 1}")
-        numbers = [cls._integers(group, index, text) for index, group in enumerate(groups, start=1)]
+        numbers: list[list[int]] = []
+        for index, group in enumerate(groups, start=1):
+            try:
+                numbers.append([int(number) for number in group.split(",")])
+            except ValueError:
+                raise InputError(f"topology {text!r}: group {index} ({group!r}) must hold integers only") from None
         for index, values in enumerate(numbers[:-1], start=1):
             if len(values) not in (3, 4):
                 raise InputError(f"topology {text!r}: {form}; stage {index} has {len(values)} numbers")
@@ -132,13 +134,6 @@ class Topology:
             raise InputError(
                 f"topology {text!r}: {problem.removeprefix('topology, ').removeprefix('topology: ')}"
             ) from None
-
-    @staticmethod
-    def _integers(group: str, index: int, text: str) -> list[int]:
-        try:
-            return [int(number) for number in group.split(",")]
-        except ValueError:
-            raise InputError(f"topology {text!r}: group {index} ({group!r}) must hold integers only") from None
 
     def __str__(self) -> str:
         """The long form, with depths and width; ``parse`` reads it back."""
@@ -259,6 +254,8 @@ class SearchSpace:
 
     def sample(self, generator: torch.Generator | None = None, width: int = DEFAULT_WIDTH) -> Topology:
         """A topology drawn uniformly."""
+        import torch  # here: the command line reads topologies without it
+
         action = [int(torch.randint(len(choices), (), generator=generator)) for choices in self.dimensions.values()]
         return self.topology(action, width)
 

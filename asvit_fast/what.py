@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
-from .files import from_json
+from .files import read_object
 from .models.library import check_known, is_known
-from .report.runs import DESIGNS, Run, find_runs, has_run
 from .run_directory import CONFIG
+from .runs import DESIGNS, Run, find_runs, has_run
+from .settings import EXPORT_FORMATS
 from .topology import NAMED_TOPOLOGIES, Topology
 from .training.build import CheckpointModel, build_from_checkpoint, is_export
 from .training.checkpoint import BEST, LAST
 
+GRAPHS = (*EXPORT_FORMATS["onnx"], *EXPORT_FORMATS["exported"])
 FORMS = (
     "a topology, the name of a model of timm or torchvision, a run directory, an exported folder, or a checkpoint file"
 )
@@ -22,7 +24,7 @@ FORMS = (
 
 @dataclass(frozen=True)
 class Target:
-    """What WHAT names.
+    """The network that WHAT names.
 
     Attributes:
         name: the network's name, None where only its checkpoint knows it.
@@ -38,7 +40,7 @@ class Target:
 
     @property
     def trained(self) -> Path:
-        """Where its weights are. Raises InputError when there are none."""
+        """The place of its weights. Raises InputError when there are none."""
         if self.weights is None:
             name = self.options.get("topology", self.name)
             raise InputError(f"{name} has no trained weights: give a training, an exported folder, or a checkpoint")
@@ -63,7 +65,7 @@ class Target:
 
 
 def resolve(what: str | Path | Topology, *, to_train: bool = False) -> Target:
-    """What ``what`` names.
+    """The network that ``what`` names.
 
     The name of a network comes before a folder of the same name, which ``./NAME`` means. Of a folder that holds a
     search and a scaling, as search/ and scale/, the scaling is meant; with a training beside them, as train/, it must
@@ -87,11 +89,12 @@ def resolve(what: str | Path | Topology, *, to_train: bool = False) -> Target:
             if not any(has_run(path / kind) for kind in DESIGNS):
                 return Target(None, weights=path / "train")
             raise InputError(f"{str(path)!r} holds a training and other runs; give {path / 'train'} or another of them")
-        if not to_train and _was_training(path):
+        if not to_train and read_object(path / CONFIG).get("kind") == "train":
             raise InputError(
                 f"{str(path)!r} holds a training without its checkpoints, {BEST} and {LAST}: restore one of them"
             )
-        return _of_run(_finished(path))
+        run = _finished(path)
+        return Target("asvit", {"topology": str(Topology.parse(run.topology))}, run=run)
     if "/" in str(what) or path.suffix:
         raise InputError(f"{str(what)!r} does not exist; give {FORMS}")
     check_known(str(what))
@@ -107,22 +110,10 @@ def _is_training(path: Path) -> bool:
     return any((path / name).is_file() for name in (BEST, LAST))
 
 
-def _was_training(path: Path) -> bool:
-    try:
-        config = from_json((path / CONFIG).read_bytes())
-    except (OSError, InputError):
-        return False
-    return isinstance(config, dict) and config.get("kind") == "train"
-
-
-def _of_run(run: Run) -> Target:
-    return Target("asvit", {"topology": str(Topology.parse(run.topology))}, run=run)
-
-
 def _finished(directory: Path) -> Run:
     """The finished search or scaling in a folder; of both side by side, the scaling."""
     if not any(has_run(folder) for folder in (directory, *(directory / kind for kind in DESIGNS))):
-        graphs = [name for name in ("model.onnx", "model.pt2") if (directory / name).is_file()]
+        graphs = [name for name in GRAPHS if (directory / name).is_file()]
         if graphs:
             raise InputError(f"{directory / graphs[0]} runs, but cannot be taken apart; give what it was exported from")
         raise InputError(f"{str(directory)!r} holds neither a run nor an export; give {FORMS}")

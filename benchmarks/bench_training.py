@@ -36,7 +36,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from asvit_fast import AsViT, RetokenizationSchedule, backends
-from asvit_fast.cost import flops, peak_allocation
+from asvit_fast.cost import count_macs, peak_allocation
 from asvit_fast.nn import Linear, OverlapPatchEmbed, PatchMerging, WindowAttention
 from asvit_fast.ops.patch_merge import patch_merge_reference
 from asvit_fast.training import Retokenizer
@@ -202,7 +202,7 @@ class Case:
 
     def _macs(self, model: AsViT, reduction: int) -> int:
         model.set_token_reduction(reduction)
-        return flops(model, self.img_size)
+        return count_macs(model, self.img_size)
 
     def measure(self) -> None:
         torch.compiler.reset()

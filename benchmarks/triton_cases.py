@@ -18,8 +18,8 @@ from kernel_inspection import Launch, recorded_launches
 from rooflines import Work
 
 from asvit_fast import backends, ops
+from asvit_fast.bench.workloads import DTYPES, AttentionWorkload
 from asvit_fast.kernels import tile_table
-from asvit_fast.workloads import DTYPES, AttentionWorkload
 
 Shape = Mapping[str, int]
 
@@ -56,7 +56,7 @@ class Case:
         return label_of(self.shape)
 
     def work(self) -> Work:
-        """The work of a round of its loop: scores for attention, else bytes, as many as the loop's instructions move."""
+        """The work of a round of its loop: scores for attention, else bytes, as many as its instructions move."""
         if self.kernel not in ATTENTION:
             return Work("byte", 0.0)
         products, tensors = ATTENTION[self.kernel]

@@ -163,12 +163,12 @@ def test_installed_build_did_not_fail():
 
 
 def test_reasons_for_no_extension():
-    assert "never installed" in _extension.why_not_built({}, "2.15.0")
-    why = _extension.why_not_built({"extension": False, "reason": "no C++ compiler"}, "2.15.0")
+    assert "never installed" in _extension.unsupported_reason({}, "2.15.0")
+    why = _extension.unsupported_reason({"extension": False, "reason": "no C++ compiler"}, "2.15.0")
     assert "no C++ compiler; build them with `pip install --no-build-isolation" in why
     built = {"extension": True, "torch": "2.14.0"}
-    assert "built for torch 2.14.0, this is torch 2.15.0: rebuild" in _extension.why_not_built(built, "2.15.0")
-    assert _extension.why_not_built(built, "2.14.0") is None
+    assert "built for torch 2.14.0, this is torch 2.15.0: rebuild" in _extension.unsupported_reason(built, "2.15.0")
+    assert _extension.unsupported_reason(built, "2.14.0") is None
 
 
 def test_loader_keeps_the_error(monkeypatch):
@@ -176,7 +176,7 @@ def test_loader_keeps_the_error(monkeypatch):
         raise ImportError("undefined symbol: _ZN3c10")
 
     _extension._load.cache_clear()
-    monkeypatch.setattr(_extension, "why_not_built", lambda *_: None)
+    monkeypatch.setattr(_extension, "unsupported_reason", lambda *_: None)
     monkeypatch.setattr(_extension.importlib, "import_module", fail)
     try:
         assert _extension.extension() is None

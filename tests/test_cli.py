@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 import signal
 import subprocess
@@ -96,16 +97,40 @@ def test_other_readers() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["search", "--help"], ["serach"], ["score", "--metricx", "ntk"]]
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        *([command, "--help"] for command in COMMANDS),
+        ["serach"],
+        ["score", "--metricx", "ntk"],
+        ["score", "--metrics", "speed"],
+        ["search", "--print-config"],
+    ],
+    ids=" ".join,
 )
 def test_help_and_mistakes_answer_without_torch(arguments: list[str]) -> None:
     script = (
         "import sys, atexit; atexit.register(lambda: print('torch' in sys.modules, 'numpy' in sys.modules))\n"
-        "from asvit_fast.cli import main; sys.exit(main())"
+        "from asvit_fast.__main__ import main; sys.exit(main())"
     )
     done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-1] == "False False", done.stderr
     assert done.returncode in (0, 2)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]], ids=" ".join)
+def test_help_answers_at_once(arguments: list[str]) -> None:
+    """A tenth of a second of work; the limits leave room for a machine that is busy."""
+    wall, work = [], []
+    for _ in range(3):
+        started, before = time.perf_counter(), os.times()
+        assert program(*arguments).returncode == 0
+        after = os.times()
+        wall.append(time.perf_counter() - started)
+        work.append(after.children_user - before.children_user + after.children_system - before.children_system)
+    assert min(work) < 0.5
+    assert min(wall) < 3
 
 
 def test_whole_numbers_are_read_exactly() -> None:

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from asvit_fast.cost import flops, measure_latency, measure_memory, params, topology_cost
+from asvit_fast.cost import count_macs, measure_latency, measure_memory, params, topology_cost
 from asvit_fast.errors import InputError
 from asvit_fast.models import create_model
 from asvit_fast.topology import SearchSpace, Topology
@@ -43,7 +43,7 @@ def test_closed_form_equals_the_counted_model(trial: int) -> None:
     pos_embed = generator.choice(["none", "absolute"])
     model = create_model(topology, img_size, classes, pos_embed, device="meta")
     cost = topology_cost(topology, img_size, classes, pos_embed)
-    assert (cost.params, cost.flops) == (params(model), flops(model, img_size))
+    assert (cost.params, cost.flops) == (params(model), count_macs(model, img_size))
 
 
 def test_flops_of_any_model_and_state_left_alone() -> None:
@@ -51,7 +51,7 @@ def test_flops_of_any_model_and_state_left_alone() -> None:
     model.blocks[0].eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     flags = [module.training for module in model.modules()]
-    counted = flops(model)
+    counted = count_macs(model)
     tokens, dim, head = 197, 192, 192 * 1000
     block = tokens * 12 * dim * dim + 2 * tokens * tokens * dim
     assert counted == 196 * 3 * 256 * dim + 12 * block + head

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 import asvit_fast as af
 from asvit_fast import _extension, ops
 from asvit_fast.backends import use_backend
-from asvit_fast.cost import flops
+from asvit_fast.cost import count_macs
 
 
 def counted(function: Callable[..., Tensor], *tensors: Tensor, backward: bool = True) -> int:
@@ -121,7 +121,7 @@ def test_accelerated_swin_counts_as_its_source(device: str) -> None:
 def test_our_networks() -> None:
     """Windows here divide no map."""
     model = af.create_model("4,3,2|2,2,2|2,1,2|2,1,2|16", img_size=40, num_classes=3).eval()
-    assert counted(model, torch.randn(1, 3, 40, 40), backward=False) == 2 * flops(model, 40)
+    assert counted(model, torch.randn(1, 3, 40, 40), backward=False) == 2 * count_macs(model, 40)
 
 
 def test_under_compile() -> None:

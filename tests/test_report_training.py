@@ -12,8 +12,8 @@ from test_report import PNG, write_run, write_scale, write_search
 from asvit_fast.errors import InputError
 from asvit_fast.report import report, training_plots
 from asvit_fast.report.plots import png
-from asvit_fast.report.runs import KINDS, find_runs
 from asvit_fast.report.training_tables import phase_table, phases, training_result_table
+from asvit_fast.runs import KINDS, find_runs
 
 TOPOLOGY = "8,2,3|4,1,2|4,1,4|4,1,6|32"
 FLOPS = {"1": 16_000_000, "2": 4_000_000, "4": 1_000_000}

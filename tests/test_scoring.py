@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import asvit_fast as af
 from asvit_fast.scoring import Curve, ScoreSettings, circle, score_repeat, theta_grid
-from asvit_fast.scoring.memory import in_pieces
+from asvit_fast.scoring.memory import split_on_oom
 from asvit_fast.scoring.parallel import map_in_threads
 from asvit_fast.scoring.score import score_networks, stream, without_norms
 
@@ -324,10 +324,10 @@ def test_work_splits_when_memory_runs_out() -> None:
         return list(range(part.start, part.stop))
 
     with pytest.warns(UserWarning, match="memory ran out"):
-        pieces = in_pieces(run, 10, "a test")
+        pieces = split_on_oom(run, 10, "a test")
     assert [i for piece in pieces for i in piece] == list(range(10)) and sizes[:2] == [10, 5]
     with pytest.raises(RuntimeError, match="something else"):
-        in_pieces(lambda part: (_ for _ in ()).throw(RuntimeError("something else")), 4, "a test")
+        split_on_oom(lambda part: (_ for _ in ()).throw(RuntimeError("something else")), 4, "a test")
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")

@@ -77,7 +77,7 @@ def test_incremental_and_state() -> None:
     rewards = [whole.add(*pair) for pair in zip(case["exp"], case["ntk"], strict=True)]
     assert rewards == reward_sequence(case["exp"], case["ntk"], "paper")
     half = RewardHistory("paper")
-    half.load_state_dict({"length": case["exp"][:20], "ntk": case["ntk"][:20]})
+    half.length, half.ntk = case["exp"][:20], case["ntk"][:20]
     assert [half.add(*pair) for pair in zip(case["exp"][20:], case["ntk"][20:], strict=True)] == rewards[20:]
 
 

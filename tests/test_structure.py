@@ -37,15 +37,16 @@ LAYERS: dict[str, set[str]] = {
     "files": {"errors"},
     "machine": set(),
     "topology": {"errors"},
+    "settings": {"topology"},
     "backends": {"_extension", "errors"},
     "ops": {"backends"},
     "tokens": {"errors"},
     "nn": {"ops", "tokens"},
     "taylor": {"ops"},
-    "models": {"nn", "topology"},
+    "models": {"nn", "settings"},
     "modes": set(),
     "cost": {"models", "files", "modes"},
-    "images": {"errors", "files"},
+    "images": {"settings", "files"},
     "scoring": {"taylor", "models", "images"},
     "folder_lock": {"errors"},
     "run_directory": {"machine", "files", "folder_lock"},
@@ -55,13 +56,13 @@ LAYERS: dict[str, set[str]] = {
     "training": {"models", "acceleration", "cost", "images", "run_directory", "processes", "recipe"},
     "acceleration": {"ops"},
     "graph": {"models", "modes"},
-    "what": {"models", "report", "training"},
-    "export": {"what", "models", "report", "training", "graph"},
-    "workloads": {"models"},
-    "tuning": {"workloads", "files"},
-    "report": {"run_directory", "search", "cost", "files"},
+    "runs": {"run_directory"},
+    "what": {"models", "runs", "training"},
+    "export": {"what", "graph"},
+    "bench": {"models", "files"},
+    "report": {"runs", "topology"},
     "environment": {"ops", "machine"},
-    "cli": {"search", "training", "acceleration", "export", "report", "environment", "tuning"},
+    "cli": {"search", "training", "acceleration", "export", "report", "environment", "bench"},
     "timm": {"training"},
     "demo": {"cli"},
     "__main__": {"cli"},
@@ -120,7 +121,7 @@ def test_imports_only_go_down(path):
             continue
         target = module.split(".")[1]
         if target == "kernels":
-            assert part in ("ops", "tuning", "workloads"), f"{module}: kernels are called by ops"
+            assert part in ("ops", "bench"), f"{module}: kernels are called by ops"
             assert not eagerly, f"{module}: kernels are imported when first needed, inside a function"
         elif target in LAYERS:
             assert target in allowed(part), f"{part} may not import {module}"

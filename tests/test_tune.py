@@ -14,19 +14,19 @@ import triton_versions
 
 pytest.importorskip("triton")
 
-from asvit_fast import tuning
-from asvit_fast.cli import main
-from asvit_fast.errors import InputError
-from asvit_fast.kernels import tile_table
-from asvit_fast.topology import Topology
-from asvit_fast.tuning import Comparison, Task, UserTable, neighbours, refine, tasks_of, tune
-from asvit_fast.workloads import (
+from asvit_fast.bench import tuning
+from asvit_fast.bench.tuning import Comparison, Task, UserTable, neighbours, refine, tasks_of, tune
+from asvit_fast.bench.workloads import (
     AttentionWorkload,
     EmbedWorkload,
     MergeWorkload,
     default_workloads,
     topology_workloads,
 )
+from asvit_fast.cli import main
+from asvit_fast.errors import InputError
+from asvit_fast.kernels import tile_table
+from asvit_fast.topology import Topology
 
 START = {"block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 2}
 FEATURES = (("bits", 16), ("tokens", 784), ("block_d", 16))
@@ -245,9 +245,9 @@ def test_a_bad_table_is_an_input_error(folder):
 INTERPRETED = """
 import json, sys
 import torch
-from asvit_fast import tuning
-from asvit_fast.tuning import UserTable, tasks_of, tune
-from asvit_fast.workloads import AttentionWorkload, EmbedWorkload, MergeWorkload
+from asvit_fast.bench import tuning
+from asvit_fast.bench.tuning import UserTable, tasks_of, tune
+from asvit_fast.bench.workloads import AttentionWorkload, EmbedWorkload, MergeWorkload
 
 workloads = {
     "window_attention": AttentionWorkload((3, 3), 8, 1, 3, biased=True),

@@ -16,20 +16,16 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 from .._version import __version__
-from ..errors import InputError
-from . import env, eval, export, report, scale, score, search, train, tune
+from ..errors import EXIT_INPUT, EXIT_INTERRUPTED, InputError
+from .commands import COMMANDS
 from .options import Command, Option, require, settings, to_yaml
 
 PROGRAM = "asvit-fast"
-COMMANDS: dict[str, Command] = {
-    module.COMMAND.name: module.COMMAND for module in (env, score, search, scale, train, eval, report, export, tune)
-}
-EXIT_INPUT = 2  # a mistake in what was given, or a file that cannot be read or written
-EXIT_INTERRUPTED = 130  # the shell's convention for Ctrl-C
 
 
 class _Parser(argparse.ArgumentParser):
@@ -86,9 +82,9 @@ def _run(command: Command, arguments: dict) -> int:
         sys.stdout.write(to_yaml(command, values))
     else:
         require(command, values)
-        _load(command.needs)
+        run = _load(command)
         with _plain_warnings():
-            code = command.run(values)
+            code = run(values)
     sys.stdout.flush()  # a full disk or a closed pipe behind stdout shows here, while it can still be reported
     return code
 
@@ -104,20 +100,23 @@ def _plain_warnings() -> Iterator[None]:
         warnings.formatwarning = before
 
 
-def _load(package: str) -> None:
-    """Import what takes seconds. Torch, numpy and others turn Ctrl-C into errors of their own while they are imported:
-    until they are there it ends the process at once, as nothing has begun."""
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or not _in_main_thread():
-        return  # somebody else decides what Ctrl-C means
-    signal.signal(signal.SIGINT, _end_at_once)
+def _load(command: Command) -> Callable[[SimpleNamespace], int]:
+    """The function that does the work of a command, after the imports that take seconds.
+
+    Torch, numpy and others turn Ctrl-C into errors of their own while they are imported: until they are there it ends
+    the process at once, as nothing has begun.
+    """
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    replaceable = in_main_thread and on_interrupt is signal.default_int_handler  # else somebody else decides
+    if replaceable:
+        signal.signal(signal.SIGINT, _end_at_once)
     try:
-        importlib.import_module(package)
+        module = importlib.import_module("timm" if command.run else f"{__package__}.{command.name}")
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
+        if replaceable:
+            signal.signal(signal.SIGINT, on_interrupt)
+    return command.run or module.run
 
 
 def _end_at_once(*_: object) -> None:
@@ -127,8 +126,7 @@ def _end_at_once(*_: object) -> None:
 
 
 def _abandon_stdout() -> None:
-    """What cannot be written stays in the buffer; writing it at exit would fail once more, with an exit code of its
-    own."""
+    """Give up output that cannot be written: at exit it would fail once more, with an exit code of its own."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -159,7 +157,7 @@ def _in_options(message: str, command: Command) -> str:
 
 
 def _describe(error: OSError) -> str:
-    """What the system said and about which file, without the errno."""
+    """The system's message and the file that it is about, without the errno."""
     reason = error.strerror or str(error) or type(error).__name__
     return f"{reason}: {str(error.filename)!r}" if error.filename is not None else reason
 

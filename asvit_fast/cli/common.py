@@ -4,37 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from ..errors import InputError
 from ..files import folder_path
-from .options import Option, choice, flag, image_size, integer, seed, text
+from ..settings import ImageSize, ScoreSettings, image_sides
+from .options import Option, flag, options_of, seed, text
 
 WHAT = (
     "topology, name of a model of timm or torchvision (asvit_small), run directory of search, scale or train, exported "
     "folder, or checkpoint"
 )
-IMG_SIZE = Option("img_size", image_size, 224, "image size in pixels: a side, or HEIGHTxWIDTH", "PIXELS")
-THETAS = Option("thetas", integer(1), 10, "number of points on the circle of the curve measures", "N")
-REPEATS = Option("repeats", integer(1), 5, "number of freshly initialised networks to average over", "N")
-BATCH = Option("batch", integer(1), 16, "number of images in the NTK's Gram matrix", "N")
+_SCORE = {option.name: option for option in options_of(ScoreSettings)}
+METRICS, IMG_SIZE, DEVICE = (_SCORE.pop(name) for name in ("metrics", "img_size", "device"))
 IMAGES = Option("images", text, None, "folder of images for the NTK; without it, normal noise from the seed", "DIR")
 SEED = Option("seed", seed, 0, "seed (a whole number) of everything that is drawn", "N")
-CONVENTION = Option(
-    "convention", choice("paper", "reference"), "paper", "formulas: of the paper, or of the authors' code", "NAME"
-)
-NORMS = Option(
-    "norms",
-    choice("auto", "identity", "keep"),
-    "auto",
-    "norms on the curve: auto drops those of As-ViTs, keeps those of other models; identity | keep force one",
-    "NAME",
-)
-DEVICE = Option(
-    "device", text, None, "where to compute: cpu, cuda, cuda:1, ...; without it, cuda if there is one", "NAME"
-)
 QUIET = Option("quiet", flag, False, "no progress bar and no explanations, only the result", flag=True)
-SCORING = (IMG_SIZE, THETAS, REPEATS, BATCH, IMAGES, SEED, CONVENTION, NORMS, DEVICE)
+SCORING = (IMG_SIZE, *_SCORE.values(), IMAGES, SEED, DEVICE)
 
 
 def check_output_folder(directory: str) -> None:
@@ -45,11 +32,11 @@ def check_output_folder(directory: str) -> None:
 
 
 def is_main_process() -> bool:
-    """Under torchrun one rank speaks for all."""
+    """Whether this process speaks for all; under torchrun one rank does."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def say(line: str = "", quiet: bool = False) -> None:
+def print_on_main(line: str = "", quiet: bool = False) -> None:
     if not quiet and is_main_process():
         print(line, flush=True)
 
@@ -58,17 +45,11 @@ def table(rows: Iterable[Sequence[Any]], indent: str = "  ") -> str:
     """Rows of text in columns: the first column flush left, the others flush right."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
-    lines = []
-    for row in cells:
-        first, *rest = [
-            cell.ljust(width) if index == 0 else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append((indent + "  ".join([first, *rest])).rstrip())
-    return "\n".join(lines)
+    aligned = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in cells]
+    return "\n".join((indent + "  ".join(row)).rstrip() for row in aligned)
 
 
-def amount(value: float) -> str:
+def format_count(value: float) -> str:
     """A count for people: 2.32 M, 491.0 M, 5.13 G."""
     for factor, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= factor:
@@ -80,10 +61,17 @@ def initialisations(repeats: int) -> str:
     return "1 initialisation" if repeats == 1 else f"{repeats} initialisations"
 
 
-def size_text(img_size: int | tuple[int, int]) -> str:
-    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-    return f"{height}x{width}"
+def size_text(img_size: ImageSize) -> str:
+    return "x".join(map(str, image_sides(img_size)))
 
 
 def source_text(images: str | None) -> str:
     return f"images of {images}" if images else "normal noise instead of images"
+
+
+def scoring_text(values: SimpleNamespace) -> str:
+    """The scoring of a run's candidates in words."""
+    return (
+        f"{initialisations(values.repeats)} at {size_text(values.img_size)} pixels on {source_text(values.images)}; "
+        f"{values.convention} convention, seed {values.seed}"
+    )

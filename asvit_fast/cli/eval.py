@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..errors import InputError
-from .common import DEVICE, QUIET, is_main_process, say
+from .common import DEVICE, QUIET, is_main_process, print_on_main
 from .options import Command, Option, choice, flag, image_size, integer, keywords, numbers, positive, text
 
 
@@ -126,7 +126,7 @@ def show(values: SimpleNamespace, result: dict[str, Any]) -> None:
         print(to_json(result))
         return
     height, width = result["img_size"]
-    say(
+    print_on_main(
         f"{result['model']} of {result['checkpoint']} on {result['images']} images of {values.data}, {height}x{width} "
         f"pixels, crop {result['crop_pct']:g}, {result['interpolation']}:",
         values.quiet,

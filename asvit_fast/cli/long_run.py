@@ -1,4 +1,4 @@
-"""What the long runs of the command line share: how they end early, what is on record of them."""
+"""Helpers of long runs on the command line: an early end, the announcement of what is on record."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from .common import is_main_process, say
-
-EXIT_TERMINATED = 128 + signal.SIGTERM  # the shell's convention
+from ..errors import EXIT_TERMINATED
+from ..files import read_jsonl
+from ..run_directory import TRACE
+from .common import is_main_process, print_on_main
 
 
 @contextlib.contextmanager
@@ -35,19 +36,9 @@ def long_run() -> Iterator[None]:
 
 def announce_folder(directory: str, quiet: bool) -> None:
     """Say whether the run directory is new."""
-    done = steps_done(directory)
-    if done:
-        say(f"{directory} holds a run of {done} steps: continuing from there.", quiet)
-    else:
-        say(f"Writing to {directory}; stop at any time, the same command continues.", quiet)
-
-
-def steps_done(directory: str) -> int:
-    """Steps on record in a run directory; 0 without one."""
-    from ..files import read_jsonl
-    from ..run_directory import TRACE
-
-    return len(read_jsonl(Path(directory) / TRACE))
+    done = len(read_jsonl(Path(directory) / TRACE))
+    going_on = f"{directory} holds a run of {done} steps: continuing from there."
+    print_on_main(going_on if done else f"Writing to {directory}; stop at any time, the same command continues.", quiet)
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import yaml
+
 from ..errors import InputError
+from ..settings import LARGEST_SEED
 
 Reader = Callable[[Any], Any]
 _SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
-LARGEST_SEED = 2**63 - 1
-_NUMBER = "expected a number such as 1e6, 100M or 2.5G"
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Option:
 
     @property
     def label(self) -> str:
-        """As the user writes it on the command line."""
+        """The name as the user writes it on the command line."""
         return self.name.upper() if self.positional else "--" + self.name.replace("_", "-")
 
 
@@ -44,16 +46,16 @@ class Option:
 class Command:
     """A subcommand: its options, and the function that does the work and returns the exit code.
 
-    ``needs`` is the package that takes longest to import; ``resumable`` work goes on where it was stopped.
+    Without ``run``, that is the ``run`` of the module of its name, which is imported when it is needed; ``resumable``
+    work goes on where it was stopped.
     """
 
     name: str
     summary: str
     options: tuple[Option, ...]
-    run: Callable[[SimpleNamespace], int]
+    run: Callable[[SimpleNamespace], int] | None = None
     epilog: str = ""
     resumable: bool = False
-    needs: str = "timm"
 
 
 # Readers: text from the command line or a value from YAML -> the value the Python functions take.
@@ -71,86 +73,69 @@ def flag(value: Any) -> bool:
     return value
 
 
-def number(value: Any) -> float | int:
-    """``1500``, ``1e6``, ``5M``, ``2.5G``: a finite number that is not negative; whole numbers come back as int."""
-    result = _signed(value)
-    if result < 0:
-        raise InputError(f"{_NUMBER} that is finite and not negative, got {value!r}")
-    return result
+def _parse(value: Any) -> float | int:
+    """The finite number that text or a value is, exactly where it is whole."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        factor = 1
+        if isinstance(value, str):
+            digits = value.strip().lower()
+            if digits[-1:] in _SUFFIXES:
+                factor, digits = _SUFFIXES[digits[-1]], digits[:-1]
+            value = int(digits) if digits.lstrip("+-").isdecimal() else float(digits)
+        result = factor * (value if isinstance(value, int) else float(value))
+        return int(result) if result == int(result) else result
+    except (TypeError, ValueError, OverflowError):  # of infinity and NaN, too
+        raise InputError(f"expected a number such as 1e6, 100M or 2.5G, got {value!r}") from None
 
 
-def integer(minimum: int, maximum: int | None = None) -> Reader:
-    expected = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+def _numeric(holds: Callable[[float], bool], expected: str) -> Reader:
+    """A reader of numbers that a condition holds for; ``1500``, ``1e6``, ``5M``, ``2.5G``; whole ones become int."""
 
-    def read(value: Any) -> int:
-        result = _signed(value)
-        if not isinstance(result, int) or result < minimum or (maximum is not None and result > maximum):
-            raise InputError(f"expected a whole number {expected}, got {value!r}")
+    def read(value: Any) -> float | int:
+        result = _parse(value)
+        if not holds(result):
+            raise InputError(f"expected {expected}, got {value!r}")
         return result
 
     return read
 
 
-def seed(value: Any) -> int:
-    """Whatever every generator takes."""
-    return integer(0, LARGEST_SEED)(value)
+number = _numeric(lambda n: n >= 0, "a number that is finite and not negative")
+positive = _numeric(lambda n: n > 0, "a number above 0")
+fraction = _numeric(lambda n: 0 <= n < 1, "a number from 0 to below 1")
 
 
-def _signed(value: Any) -> float | int:
-    """A number, exactly where it is whole."""
-    factor = 1
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        if isinstance(value, str):
-            value_text = value.strip().lower()
-            factor = _SUFFIXES.get(value_text[-1:], 1)
-            digits = value_text[:-1] if factor != 1 else value_text
-            result = int(digits) if digits.lstrip("+-").isdecimal() else float(digits)
-        else:
-            result = value if isinstance(value, int) else float(value)
-        result *= factor
-    except (TypeError, ValueError):
-        raise InputError(f"{_NUMBER}, got {value!r}") from None
-    if isinstance(result, float) and not math.isfinite(result):
-        raise InputError(f"{_NUMBER} that is finite and not negative, got {value!r}")
-    return int(result) if result == int(result) else result
+def integer(minimum: int, maximum: int | None = None) -> Reader:
+    expected = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+    most = math.inf if maximum is None else maximum
+    return _numeric(lambda n: isinstance(n, int) and minimum <= n <= most, f"a whole number {expected}")
+
+
+seed = integer(0, LARGEST_SEED)
 
 
 def real(value: Any) -> float:
-    try:
-        return float(number(value))
-    except InputError:
-        raise InputError(f"expected a number that is finite and not negative, got {value!r}") from None
-
-
-def positive(value: Any) -> float:
-    result = number(value)
-    if not result:
-        raise InputError(f"expected a number above 0, got {value!r}")
-    return result
-
-
-def fraction(value: Any) -> float:
-    result = number(value)
-    if result >= 1:
-        raise InputError(f"expected a number from 0 to below 1, got {value!r}")
-    return result
+    return float(number(value))
 
 
 def switch(value: Any) -> bool:
     """``true`` or ``false``, for what is on unless it is switched off."""
-    if isinstance(value, bool):
-        return value
     words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
     if str(value).lower() not in words:
         raise InputError(f"expected true or false, got {value!r}")
     return words[str(value).lower()]
 
 
+def _parts(value: Any, separator: str = ",") -> Sequence[Any]:
+    """Parts of a YAML list, or of text."""
+    return value if isinstance(value, (list, tuple)) else text(value).split(separator)
+
+
 def pair(value: Any) -> tuple[float, float]:
     """``0.08,1`` or a YAML pair."""
-    parts = value if isinstance(value, (list, tuple)) else text(value).split(",")
+    parts = _parts(value)
     if len(parts) != 2:
         raise InputError(f"expected two numbers such as 0.08,1, got {value!r}")
     return real(parts[0]), real(parts[1])
@@ -159,27 +144,42 @@ def pair(value: Any) -> tuple[float, float]:
 def numbers(value: Any) -> tuple[float, ...]:
     """``0.5``, ``0.485,0.456,0.406``, ``["0.485", "0.456", "0.406"]`` or a YAML list."""
     parts = value if isinstance(value, (list, tuple)) else [value]
-    pieces = [piece for part in parts for piece in (part.split(",") if isinstance(part, str) else [part])]
-    return tuple(real(piece) for piece in pieces)
+    return tuple(real(piece) for part in parts for piece in (part.split(",") if isinstance(part, str) else [part]))
+
+
+def _assignments(value: Any, expected: str) -> dict[str, Any]:
+    """``NAME=CONTENT``, given once or several times, or a YAML mapping."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    pairs = {item: str(item).partition("=") for item in strings(value)}
+    wrong = [item for item, (_, equals, _) in pairs.items() if not equals]
+    if wrong:
+        raise InputError(f"expected {expected}, got {wrong[0]!r}")
+    return {name.strip(): content for name, _, content in pairs.values()}
 
 
 def keywords(value: Any) -> dict[str, Any]:
     """``["attn_scale=true", "window_size=7"]`` or a YAML mapping; values are read as YAML."""
-    import yaml
-
+    result = _assignments(value, "NAME=VALUE such as attn_scale=true")
     if isinstance(value, Mapping):
-        return dict(value)
-    result = {}
-    for item in [value] if isinstance(value, str) else value:
-        name, equals, content = str(item).partition("=")
-        if not equals:
-            raise InputError(f"expected NAME=VALUE such as attn_scale=true, got {item!r}")
+        return result
+    for name, content in result.items():
         try:
-            result[name.strip()] = yaml.safe_load(content)
+            result[name] = yaml.safe_load(content)
         except yaml.YAMLError as error:
             problem = getattr(error, "problem", None) or "not YAML"
-            raise InputError(f"{name.strip()}: cannot read {content!r} ({problem})") from None
+            raise InputError(f"{name}: cannot read {content!r} ({problem})") from None
     return result
+
+
+def choices_per_dimension(value: Any) -> dict[str, tuple[int, ...]]:
+    """``["K1=8", "heads=16,32"]`` or a YAML mapping ``{K1: 8, heads: [16, 32]}``."""
+    choices = _assignments(value, "NAME=CHOICES such as K1=8 or heads=16,32")
+    read = integer(1)
+    return {
+        str(name): tuple(map(read, [items] if isinstance(items, int) else _parts(items)))
+        for name, items in choices.items()
+    }
 
 
 def choice(*names: str) -> Reader:
@@ -193,15 +193,31 @@ def choice(*names: str) -> Reader:
 
 def listed(value: Any) -> tuple[str, ...]:
     """``a,b,c`` or a YAML list."""
-    parts = value if isinstance(value, (list, tuple)) else text(value).split(",")
-    return tuple(text(part).strip() for part in parts if text(part).strip())
+    return tuple(text(part).strip() for part in _parts(value) if text(part).strip())
+
+
+def subset(names: Sequence[str]) -> Reader:
+    """A reader of some of ``names``: ``a,b`` or a YAML list."""
+
+    def read(value: Any) -> tuple[str, ...]:
+        found = listed(value)
+        unknown = [name for name in found if name not in names]
+        if unknown or not found:
+            raise InputError(f"expected some of {', '.join(names)}; got {', '.join(unknown) or 'nothing'}")
+        return found
+
+    return read
+
+
+def strings(value: Any) -> tuple[str, ...]:
+    """Text that is given once or several times."""
+    return tuple(text(item) for item in ([value] if isinstance(value, str) else value))
 
 
 def image_size(value: Any) -> int | tuple[int, int]:
     """``224`` or ``224x160`` (height x width), pixels."""
-    parts = value if isinstance(value, (list, tuple)) else text(value).lower().split("x")
     try:
-        sides = tuple(int(part) for part in parts)
+        sides = tuple(int(part) for part in _parts(value.lower() if isinstance(value, str) else value, "x"))
     except (TypeError, ValueError):
         sides = ()
     if len(sides) not in (1, 2) or min(sides) < 1:
@@ -211,7 +227,7 @@ def image_size(value: Any) -> int | tuple[int, int]:
 
 def bounds(value: Any) -> tuple[float | None, float | None]:
     """``1M:10M``, ``:10M``, ``1M:`` or a YAML pair -> (low, high); an open end is None."""
-    parts = value if isinstance(value, (list, tuple)) else text(value).split(":")
+    parts = _parts(value, ":")
     if len(parts) != 2:
         raise InputError(f"expected LOW:HIGH such as 1M:10M, :10M or 1M:, got {value!r}")
     low, high = (None if part in ("", None) else number(part) for part in parts)
@@ -222,28 +238,67 @@ def bounds(value: Any) -> tuple[float | None, float | None]:
 
 def limit(value: Any) -> float | tuple[float, float]:
     """``100M``, or ``80M:110M`` = stop at the first, never exceed the second."""
-    if isinstance(value, (list, tuple)) or (isinstance(value, str) and ":" in value):
-        low, high = bounds(value)
-        if low is None or high is None:
-            raise InputError(f"expected STOP_AT:NEVER_ABOVE such as 80M:110M, got {value!r}")
-        return low, high
-    return number(value)
+    if not isinstance(value, (list, tuple)) and ":" not in str(value):
+        return number(value)
+    low, high = bounds(value)
+    if low is None or high is None:
+        raise InputError(f"expected STOP_AT:NEVER_ABOVE such as 80M:110M, got {value!r}")
+    return low, high
 
 
-def choices_per_dimension(value: Any) -> dict[str, tuple[int, ...]]:
-    """``["K1=8", "heads=16,32"]`` or a YAML mapping ``{K1: 8, heads: [16, 32]}``."""
-    if isinstance(value, str):
-        value = [value]
-    if not isinstance(value, Mapping):
-        pairs = [str(item).partition("=") for item in value]
-        for name, equals, _ in pairs:
-            if not equals:
-                raise InputError(f"expected NAME=CHOICES such as K1=8 or heads=16,32, got {name!r}")
-        value = {name.strip(): numbers.split(",") for name, _, numbers in pairs}
-    read = integer(1)
+# From dataclasses of settings to options, and back.
+
+_READERS: dict[str, tuple[Reader, str]] = {  # and metavar, by a field's annotation
+    "int": (integer(0), "N"),
+    "int | None": (integer(0), "N"),
+    "float": (real, "X"),
+    "float | None": (real, "X"),
+    "float | tuple[float, float]": (limit, "NUMBER"),
+    "str": (text, "TEXT"),
+    "str | torch.device | None": (text, "NAME"),
+    "int | tuple[int, int]": (image_size, "PIXELS"),
+    "tuple[float, float]": (pair, "X,Y"),
+    "tuple[float, ...] | None": (numbers, "X"),
+    "tuple[str, ...]": (listed, "NAMES"),
+}
+
+
+def options_of(settings: type) -> tuple[Option, ...]:
+    """An option for each field of a dataclass: its name, default, and ``help`` of its metadata."""
+    return tuple(map(_option_of, fields(settings)))
+
+
+def _option_of(field: Field[Any]) -> Option:
+    limits, repeated = field.metadata, bool(field.metadata.get("repeated"))
+    read: Reader
+    metavar: str | None
+    if field.type == "bool":
+        read, metavar = (switch, "true|false") if field.default else (flag, None)
+    elif repeated:
+        read, metavar = strings, "NAME"
+    elif "choices" in limits and field.type == "str":
+        read, metavar = choice(*limits["choices"]), "NAME"
+    elif "choices" in limits:
+        read, metavar = subset(limits["choices"]), "NAMES"
+    else:
+        read, metavar = _READERS[str(field.type)]
+    if field.name == "seed":
+        read = seed
+    elif "minimum" in limits:
+        read = integer(limits["minimum"])
+    elif "above" in limits or "below" in limits:
+        read = positive if "above" in limits else fraction
+    option = Option(field.name, read, field.default, limits["help"], metavar)
+    return replace(option, flag=read is flag, repeated=repeated, several=read is numbers)
+
+
+def chosen(values: SimpleNamespace, *settings: type) -> dict[str, Any]:
+    """The values of all fields of dataclasses that a command has options for."""
     return {
-        str(name): tuple(read(item) for item in (items if isinstance(items, (list, tuple)) else [items]))
-        for name, items in value.items()
+        field.name: getattr(values, field.name)
+        for one in settings
+        for field in fields(one)
+        if field.name in vars(values)
     }
 
 
@@ -278,8 +333,6 @@ def _read(option: Option, value: Any, label: str) -> Any:
 
 
 def _read_config(command: Command, path: str) -> dict[str, Any]:
-    import yaml
-
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # a NUL in the name is a ValueError, as is text that is not UTF-8
@@ -292,29 +345,18 @@ def _read_config(command: Command, path: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"config file {path!r} must hold 'option: value' lines, got {type(content).__name__}")
     config = {str(key).replace("-", "_"): value for key, value in content.items()}
-    _refuse_unknown(config, [option.name for option in command.options], path, command.name)
+    known = [option.name for option in command.options]
+    hints = [
+        f"{key!r} (did you mean {difflib.get_close_matches(key, known, 1, 0.0)[0]!r}?)"
+        for key in config
+        if key not in known
+    ]
+    if hints:
+        raise InputError(f"config file {path!r}: {command.name} has no option {', '.join(hints)}")
     return config
-
-
-def _refuse_unknown(config: Mapping[str, Any], known: Sequence[str], path: str, command: str) -> None:
-    unknown = [key for key in config if key not in known]
-    if unknown:
-        hints = [f"{key!r} (did you mean {difflib.get_close_matches(key, known, 1, 0.0)[0]!r}?)" for key in unknown]
-        raise InputError(f"config file {path!r}: {command} has no option {', '.join(hints)}")
 
 
 def to_yaml(command: Command, values: SimpleNamespace) -> str:
     """The effective configuration, as ``--config`` reads it back."""
-    import yaml
-
-    plain = {option.name: _plain(getattr(values, option.name)) for option in command.options}
-    return f"# asvit-fast {command.name} --config FILE\n" + yaml.safe_dump(plain, sort_keys=False)
-
-
-def _plain(value: Any) -> Any:
-    """The value in terms YAML writes plainly: lists for tuples."""
-    if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
+    plain = json.dumps({option.name: getattr(values, option.name) for option in command.options})  # lists for tuples
+    return f"# asvit-fast {command.name} --config FILE\n" + yaml.safe_dump(json.loads(plain), sort_keys=False)

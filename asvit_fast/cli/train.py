@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
 from ..errors import InputError
 from ..recipe import Recipe
-from .common import QUIET, WHAT, check_output_folder, say
-from .options import Command, Option, flag, image_size, integer, keywords, numbers, pair, real, seed, switch, text
+from .common import QUIET, WHAT, check_output_folder, print_on_main
+from .options import Command, Option, chosen, image_size, integer, keywords, options_of, text
 
 
 def run(values: SimpleNamespace) -> int:
@@ -18,7 +17,7 @@ def run(values: SimpleNamespace) -> int:
     from ..training import train
 
     disable_malloc_trim()
-    say(f"Writing to {values.out}; stop at any time, the same command continues.", values.quiet)
+    print_on_main(f"Writing to {values.out}; stop at any time, the same command continues.", values.quiet)
     result = train(
         data=values.data,
         schedule=values.schedule,
@@ -30,7 +29,7 @@ def run(values: SimpleNamespace) -> int:
         resume=values.resume,
         device=values.device,
         progress=not values.quiet,
-        **{field.name: getattr(values, field.name) for field in dataclasses.fields(Recipe)},
+        **chosen(values, Recipe),
     )
     conclude(values, result)
     return 0
@@ -55,33 +54,10 @@ def conclude(values: SimpleNamespace, result) -> None:
     best = result.best
     if best is not None:
         found = "" if best.get("ema_top1") is None else f", {best['ema_top1']:.2f} % of the averaged weights"
-        say(f"Best top-1 {best['top1']:.2f} %{found}, after epoch {best['epoch']}.", values.quiet)
-    say(f"look at it:   asvit-fast report {values.out}", values.quiet)
-    say(f"load in timm: asvit-fast export {values.out} --to model", values.quiet)
-    say(f"validate:     asvit-fast eval {values.out} --data {values.data}", values.quiet)
-
-
-def option(field: dataclasses.Field) -> Option:
-    """A choice of the recipe as an option of the command line."""
-    readers = {
-        "int": (integer(0), "N"),
-        "float": (real, "X"),
-        "float | None": (real, "X"),
-        "str": (text, "TEXT"),
-        "tuple[float, float]": (pair, "X,Y"),
-        "tuple[float, ...] | None": (numbers, "X"),
-    }
-    help_text = field.metadata["help"]
-    if field.name == "seed":
-        return Option(field.name, seed, field.default, help_text, "N")
-    if field.type == "bool":
-        if field.default is False:
-            return Option(field.name, flag, False, help_text, flag=True)
-        return Option(field.name, switch, True, help_text, "true|false")
-    if field.type not in readers:
-        raise InputError(f"recipe: {field.name} has a type that the command line cannot read: {field.type}")
-    read, metavar = readers[field.type]
-    return Option(field.name, read, field.default, help_text, metavar, several=read is numbers)
+        print_on_main(f"Best top-1 {best['top1']:.2f} %{found}, after epoch {best['epoch']}.", values.quiet)
+    print_on_main(f"look at it:   asvit-fast report {values.out}", values.quiet)
+    print_on_main(f"load in timm: asvit-fast export {values.out} --to model", values.quiet)
+    print_on_main(f"validate:     asvit-fast eval {values.out} --data {values.data}", values.quiet)
 
 
 COMMAND = Command(
@@ -120,7 +96,7 @@ COMMAND = Command(
         Option("initial_checkpoint", text, "", "weights to start from, in timm's format", "FILE"),
         Option("resume", text, "", "checkpoint of timm's train.py whose training this one continues", "FILE"),
         Option("device", text, None, "where to compute: cpu, cuda, ...; without it, cuda if there is one", "NAME"),
-        *(option(field) for field in dataclasses.fields(Recipe)),
+        *options_of(Recipe),
         QUIET,
     ),
     run=run,

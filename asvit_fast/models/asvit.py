@@ -8,13 +8,14 @@ from typing import Any, ClassVar
 
 import torch
 import torch.fx
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates, resample_abs_pos_embed_nhwc, to_2tuple
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates, resample_abs_pos_embed_nhwc, to_2tuple, to_ntuple
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..errors import InputError
 from ..nn import FeatScale, Linear, OverlapPatchEmbed, PatchMerging, WindowAttention
+from ..settings import MIN_IMG_SIZE, POS_EMBEDS, check_choice, image_sides
 from ..topology import EMBED_STRIDE, NAMED_TOPOLOGIES, StageSpec, Topology
 from .state_dict import drop_norms
 
@@ -24,8 +25,6 @@ except ImportError:
     update_model_input_size = None  # type: ignore[assignment]
 
 __all__ = ["AsViT", "create_model"]
-
-MIN_IMG_SIZE = 32
 
 torch.fx.wrap("resample_abs_pos_embed_nhwc")  # it branches on sizes, which torch.fx does not know while it traces
 
@@ -161,12 +160,10 @@ class AsViT(nn.Module):
     ) -> None:
         super().__init__()
         factory = {"device": device, "dtype": dtype}
-        if pos_embed not in ("absolute", "none"):
-            raise InputError(f"pos_embed must be 'absolute' or 'none', got {pos_embed!r}")
-        if norm not in ("layer", "identity"):
-            raise InputError(f"norm must be 'layer' or 'identity', got {norm!r}")
+        check_choice("pos_embed", pos_embed, POS_EMBEDS)
+        check_choice("norm", norm, ("layer", "identity"))
         self.topology = Topology.parse(topology)
-        self.img_size = _image_size(img_size)
+        self.img_size = image_sides(img_size, MIN_IMG_SIZE)
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.topology.features
@@ -183,21 +180,13 @@ class AsViT(nn.Module):
         if pos_embed == "absolute":
             self.pos_embed = nn.Parameter(torch.empty(1, *self.grid_size, dims[0], **factory))  # [1, H, W, C]
         self.pos_drop = nn.Dropout(pos_drop_rate)
+        scales = {"attn_scale": attn_scale, "feat_scale": feat_scale}
         stages, self.feature_info = [], []
         for i, spec in enumerate(self.topology.stages):
             merging = PatchMerging(spec.kernel, dims[i - 1], dims[i], self.has_norms, **factory) if i else nn.Identity()
             blocks = [
                 Block(
-                    dims[i],
-                    heads[i],
-                    spec,
-                    self.has_norms,
-                    proj_drop_rate,
-                    attn_drop_rate,
-                    rate,
-                    attn_scale,
-                    feat_scale,
-                    **factory,
+                    dims[i], heads[i], spec, self.has_norms, proj_drop_rate, attn_drop_rate, rate, **scales, **factory
                 )
                 for rate in drop_path[i]
             ]
@@ -250,7 +239,7 @@ class AsViT(nn.Module):
         nn.init.uniform_(projection.bias, -bound, bound, generator=generator)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As of any module; a network without norms takes the weights of one with norms and leaves the norms' out."""
+        """Load as any module; without norms of its own, take the weights of one with norms and leave theirs out."""
         return super().load_state_dict(state_dict if self.has_norms else drop_norms(state_dict), strict, assign)
 
     @torch.jit.ignore
@@ -295,7 +284,7 @@ class AsViT(nn.Module):
         """Resample the position embedding to ``img_size`` pixels; fix the windows to ``window_size`` tokens, one value
         or one per stage (detection keeps windows while images grow)."""
         if img_size is not None:
-            self.img_size = _image_size(img_size)
+            self.img_size = image_sides(img_size, MIN_IMG_SIZE)
             if self.pos_embed is not None:
                 self.pos_embed = nn.Parameter(resample_abs_pos_embed_nhwc(self.pos_embed.data, list(self.grid_size)))
         if window_size is not None:
@@ -304,13 +293,8 @@ class AsViT(nn.Module):
             update_model_input_size(self, self.img_size, window_size=self.window_size)
 
     def _set_windows(self, window_size: Any | None) -> None:
-        if window_size is None:
-            windows: list[tuple[int, int] | None] = [None] * len(self.stages)
-        elif isinstance(window_size, int):
-            windows = [(window_size, window_size)] * len(self.stages)
-        elif len(window_size) == len(self.stages):
-            windows = [to_2tuple(w) for w in window_size]
-        else:
+        windows = [w if w is None else to_2tuple(w) for w in to_ntuple(len(self.stages))(window_size)]
+        if len(windows) != len(self.stages):
             raise InputError(
                 f"window_size must be one integer or one per stage ({len(self.stages)}), got {window_size!r}"
             )
@@ -346,8 +330,7 @@ class AsViT(nn.Module):
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """The final feature map [B, h, w, F] and the outputs of the stages ``indices`` (timm's contract)."""
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise InputError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
+        check_choice("output_fmt", output_fmt, ("NCHW", "NHWC"))
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         intermediates = []
         x = self.embed(x)
@@ -387,13 +370,6 @@ class AsViT(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, in_chans, H, W] -> logits [B, num_classes]."""
         return self.forward_head(self.forward_features(x))
-
-
-def _image_size(img_size: int | tuple[int, int]) -> tuple[int, int]:
-    size = to_2tuple(img_size)
-    if len(size) != 2 or any(not isinstance(side, int) or side < MIN_IMG_SIZE for side in size):
-        raise InputError(f"img_size must be {MIN_IMG_SIZE} pixels or more per side, got {img_size!r}")
-    return size
 
 
 def create_model(

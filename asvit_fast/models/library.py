@@ -21,7 +21,7 @@ _IMAGENET = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}  # of t
 
 def is_known(name: str) -> bool:
     """Whether timm or torchvision has a network of this name."""
-    return timm.is_model(name) or _is_torchvisions(name)
+    return timm.is_model(name) or name in _torchvisions()
 
 
 def check_known(name: str) -> None:
@@ -52,7 +52,7 @@ def takes_size(name: str) -> bool:
 
 
 def pretrained_config(name: str) -> dict[str, Any]:
-    """How images are prepared for it, in timm's names, and more that timm says of its weights."""
+    """The preprocessing of its images, in timm's names, and more that timm says of its weights."""
     known = timm.get_pretrained_cfg(name, allow_unregistered=True) if timm.is_model(name) else None
     return dict(_IMAGENET) if known is None else known.to_dict()
 
@@ -62,10 +62,6 @@ def module_of(name: str) -> ModuleType:
     check_known(name)
     builder = model_entrypoint(name) if timm.is_model(name) else torchvision.models.get_model_builder(name)
     return sys.modules[builder.__module__]
-
-
-def _is_torchvisions(name: str) -> bool:
-    return name in _torchvisions()
 
 
 def _torchvisions() -> list[str]:

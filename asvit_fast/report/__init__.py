@@ -8,8 +8,8 @@ from pathlib import Path
 from ..errors import InputError
 from ..files import write_atomic
 from ..run_directory import TRACE
+from ..runs import KINDS, Run, find_runs
 from .page import Section, render
-from .runs import KINDS, Run, find_runs
 
 __all__ = ["report"]
 

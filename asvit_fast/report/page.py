@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+import numpy as np
 import torch
 
 from .._version import __version__
 from ..errors import InputError
 from ..files import as_float
+from ..run_directory import STATE
+from ..runs import Run
 from ..topology import SearchSpace, Topology
-from .runs import Run
 from .training_tables import phase_table, training_result_table
 
 TOP = 10  # rows in the tables of the best
@@ -72,7 +74,7 @@ class Section:
 
     @classmethod
     def of(cls, run: Run, images: dict[str, bytes]) -> Section:
-        """What a page says about one run."""
+        """The section of one run."""
         steps = f"{len(run.trace)} {'epochs' if run.kind == 'train' else 'steps'}"
         status = f"finished after {steps}" if run.finished else f"not finished: {steps} so far"
         makers = {
@@ -147,7 +149,7 @@ def _score(value: Any) -> str:
 
 
 def _result_table(run: Run):
-    """What the run found, in numbers with units."""
+    """The run's result in numbers with units."""
     source = run.result or run.trace[-1]
     rows = [
         ("parameters (millions)", _millions(source["params"])),
@@ -168,20 +170,21 @@ def _result_table(run: Run):
 def _top_table(run: Run):
     """The best sampled topologies by the sum of their two ranks."""
     distinct = list({record["topology"]: record for record in run.trace}.values())
-    by_length = sorted(range(len(distinct)), key=lambda i: -_worst_last(distinct[i]["length_distortion"], -1))
-    by_ntk = sorted(range(len(distinct)), key=lambda i: _worst_last(distinct[i]["ntk_condition"], 1))
-    rank_sum = {index: by_length.index(index) + by_ntk.index(index) for index in range(len(distinct))}
+    scores = np.array(
+        [[as_float(record[name]) for name in ("length_distortion", "ntk_condition")] for record in distinct]
+    )
+    costs = np.where(np.isnan(scores), np.inf, scores * [-1, 1])  # [topologies, 2]; NaN ranks last
+    rank_sums = costs.argsort(0, kind="stable").argsort(0, kind="stable").sum(1)  # [topologies]
     rows = [
         (
             _code(distinct[index]["topology"]),
-            rank_sum[index],
-            _score(distinct[index]["length_distortion"]),
-            _score(distinct[index]["ntk_condition"]),
+            rank_sums[index],
+            *(f"{score:.5g}" for score in scores[index]),
             _millions(distinct[index]["params"]),
             _millions(distinct[index]["flops"]),
             distinct[index]["step"] + 1,
         )
-        for index in sorted(rank_sum, key=rank_sum.__getitem__)[:TOP]
+        for index in rank_sums.argsort(kind="stable")[:TOP]
     ]
     note = (
         f"The best of {len(distinct)} different sampled topologies, by the sum of their ranks in length distortion "
@@ -190,12 +193,6 @@ def _top_table(run: Run):
     )
     header = ("topology", "rank sum", "length distortion", "NTK condition", "params (M)", "MACs (M)", "step")
     return "Best sampled topologies", note, header, rows
-
-
-def _worst_last(value: Any, sign: int) -> float:
-    """The number, or the infinity that sorts a non-number to the end."""
-    number = as_float(value)
-    return number if number == number else sign * float("inf")
 
 
 def _choice_table(run: Run):
@@ -237,7 +234,7 @@ def _space(run: Run) -> SearchSpace:
 
 def _policy(run: Run) -> dict[tuple[str, int], float] | None:
     """Probability of each (dimension, value) in the saved state; None when there is no state beside the trace."""
-    path = run.directory / "state.pt"
+    path = run.directory / STATE
     if not path.is_file():
         return None
     try:

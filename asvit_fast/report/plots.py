@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from ..files import as_float
+from ..runs import Run
 from ..topology import Topology
-from .runs import Run
 
 BLUE, ORANGE, VERMILLION, GREY = "#0072B2", "#E69F00", "#D55E00", "#8A8A8A"
 STYLE: dict[Any, Any] = {
@@ -48,13 +48,13 @@ class Point:
     chosen: bool = False
 
     @classmethod
-    def of(cls, record: dict[str, Any]) -> Point:
-        """The topology that a step drew."""
-        return cls(as_float(record["length_distortion"]), as_float(record["ntk_condition"]), record["step"] + 1)
+    def of(cls, record: dict[str, Any], step: int, chosen: bool = False) -> Point:
+        """The point of a record with measures; steps count from 0 on record, from 1 here."""
+        return cls(as_float(record["length_distortion"]), as_float(record["ntk_condition"]), step + 1, chosen)
 
     @property
     def finite(self) -> bool:
-        """Can it be drawn on axes that are linear in the one and logarithmic in the other?"""
+        """Whether it can be drawn on axes that are linear in the one and logarithmic in the other."""
         return math.isfinite(self.length_distortion) and math.isfinite(self.ntk_condition) and self.ntk_condition > 0
 
 
@@ -118,20 +118,11 @@ def _done(run: Run) -> np.ndarray:
 def search_candidates(run: Run) -> bytes:
     """Length distortion against NTK condition number of every sampled topology, with the random ones behind them; the
     result is marked."""
-    points, random = ([Point.of(record) for record in records] for records in (run.trace, run.baseline))
-    last = points[-1].step
-    if run.result is not None:
-        scores = as_float(run.result["length_distortion"]), as_float(run.result["ntk_condition"])
-        points.append(Point(*scores, last, chosen=True))
-    else:
-        points += [
-            Point(point.length_distortion, point.ntk_condition, last, chosen=True)
-            for point, record in zip(points, run.trace, strict=True)
-            if record["topology"] == run.topology
-        ][-1:]
-    random = [
-        Point(as_float(r["length_distortion"]), as_float(r["ntk_condition"]), r["step"] + 1) for r in run.baseline
-    ]
+    points, random = ([Point.of(record, record["step"]) for record in records] for records in (run.trace, run.baseline))
+    last = run.trace[-1]["step"]
+    drawn = [record for record in run.trace if record["topology"] == run.topology]
+    marked = drawn[-1:] if run.result is None else [run.result]
+    points += [Point.of(record, last, chosen=True) for record in marked]
     label = "the result: most probable" if run.finished else "the most probable so far"
     return _scatter(points, "Every sampled topology", label, random)
 
@@ -139,12 +130,7 @@ def search_candidates(run: Run) -> bytes:
 def scale_candidates(run: Run) -> bytes:
     """Length distortion against NTK condition number of every candidate of every growth step; the chosen are marked."""
     points = [
-        Point(
-            as_float(candidate["length_distortion"]),
-            as_float(candidate["ntk_condition"]),
-            record["step"] + 1,
-            chosen=candidate["topology"] == record["topology"],
-        )
+        Point.of(candidate, record["step"], chosen=candidate["topology"] == record["topology"])
         for record in run.trace
         for candidate in record["candidates"]
     ]
@@ -197,17 +183,11 @@ def _scatter(points: Sequence[Point], title: str, chosen_label: str, random: Seq
         axes.set_xscale("log")
         axes.margins(0.08)
         if finite_random := [point for point in random if point.finite]:
-            axes.scatter(
-                [point.ntk_condition for point in finite_random],
-                [point.length_distortion for point in finite_random],
-                s=42,
-                facecolor="none",
-                edgecolor=GREY,
-                label=f"random baseline: {len(random)}",
-            )
-        drawn = axes.scatter(
-            [point.ntk_condition for point in finite],
-            [point.length_distortion for point in finite],
+            label = f"random baseline: {len(random)}"
+            _dots(axes, finite_random, s=42, facecolor="none", edgecolor=GREY, label=label)
+        drawn = _dots(
+            axes,
+            finite,
             c=[point.step for point in finite],
             vmin=min(steps),
             vmax=max(max(steps), min(steps) + 1),
@@ -217,7 +197,18 @@ def _scatter(points: Sequence[Point], title: str, chosen_label: str, random: Seq
             linewidths=0,
         )
         figure.colorbar(drawn, ax=axes, label="step", ticks=MaxNLocator(integer=True))
-        _stars(axes, [point for point in finite if point.chosen], chosen_label)
+        if chosen := [point for point in finite if point.chosen]:  # else it has no finite score: a cross
+            _dots(  # the dot inside the star keeps the colour of its step
+                axes,
+                chosen,
+                marker="*",
+                s=520,
+                facecolor="none",
+                edgecolor=VERMILLION,
+                linewidth=2.2,
+                label=chosen_label,
+                zorder=3,
+            )
         _non_finite(axes, [point for point in points if not point.finite])
         _plain_ticks(axes.xaxis, *axes.get_xlim())
         if axes.get_legend_handles_labels()[0]:
@@ -225,20 +216,9 @@ def _scatter(points: Sequence[Point], title: str, chosen_label: str, random: Seq
         return png(figure)
 
 
-def _stars(axes: Axes, points: Sequence[Point], label: str) -> None:
-    if not points:  # the chosen one has no finite score: a cross among the others
-        return
-    axes.scatter(
-        [point.ntk_condition for point in points],
-        [point.length_distortion for point in points],
-        marker="*",
-        s=520,
-        facecolor="none",  # the dot inside keeps the colour of its step
-        edgecolor=VERMILLION,
-        linewidth=2.2,
-        label=label,
-        zorder=3,
-    )
+def _dots(axes: Axes, points: Sequence[Point], **style: Any) -> Any:
+    conditions, lengths = [point.ntk_condition for point in points], [point.length_distortion for point in points]
+    return axes.scatter(conditions, lengths, **style)
 
 
 def _plain_ticks(axis: Axis, low: float, high: float) -> None:

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..files import as_float
+from ..runs import Run
 from .plots import BLUE, GREY, ORANGE, STYLE, VERMILLION, png, whole_steps
-from .runs import Run
 from .training_tables import Row, epoch_macs, macs_unit, phases, time_unit, train_seconds
 
 LOSSES = (("train_loss", "training", BLUE), ("eval_loss", "validation", ORANGE))
@@ -63,7 +63,8 @@ def _sums(run: Run, of: Callable[[Row], float]) -> list[float]:
 
 def _lines(axes: Axes, run: Run, ends: Sequence[float], lines: Sequence[tuple[str, str, str]]) -> None:
     for name, label, colour in lines:
-        points = [(end, as_float(row[name])) for end, row in zip(ends, run.trace, strict=True) if _has(row, name)]
+        rows = zip(ends, run.trace, strict=True)
+        points = [(end, as_float(row[name])) for end, row in rows if row.get(name) is not None]
         if points:
             axes.plot(
                 *zip(*points, strict=True), "o-", color=colour, linewidth=2, markersize=3, label=label, clip_on=False
@@ -75,23 +76,15 @@ def _legend(axes: Axes) -> None:
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2)
 
 
-def _has(row: Row, name: str) -> bool:
-    return row.get(name) is not None
-
-
-def _inches(axes: Axes) -> float:
-    """Width."""
-    return axes.get_window_extent().width / cast(Figure, axes.figure).dpi
-
-
 def _shade(axes: Axes, run: Run, ends: Sequence[float]) -> None:
     """The phases, darker the fewer tokens they see, with their tokens along the bottom."""
     start, done = 0.0, 0
+    inches = axes.get_window_extent().width / cast(Figure, axes.figure).dpi
     for phase in phases(run):
         done += len(phase.rows)
         end = ends[done - 1]
         axes.axvspan(start, end, color=GREY, alpha=0.09 * (phase.reduction.bit_length() - 1), linewidth=0)
-        if (end - start) / ends[-1] * _inches(axes) > CHARACTER * (len(phase.title) + 1):  # else no room for its name
+        if (end - start) / ends[-1] * inches > CHARACTER * (len(phase.title) + 1):  # else no room for its name
             place = axes.get_xaxis_transform()
             axes.text((start + end) / 2, 0.03, phase.title, transform=place, ha="center", fontsize=9, color="#444444")
         if start:

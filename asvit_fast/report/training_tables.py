@@ -9,7 +9,7 @@ from typing import Any
 
 from ..files import as_float
 from ..run_directory import accuracy, best_row
-from .runs import Run
+from ..runs import Run
 
 Row = dict[str, Any]
 Table = tuple[str, str, Sequence[str], list[Sequence[Any]]]  # title, note, header, rows

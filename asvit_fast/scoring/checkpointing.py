@@ -62,7 +62,7 @@ def _unpack(saved: tuple[Tensor, int]) -> Tensor:
 
 
 def saved_as_usual() -> contextlib.AbstractContextManager[Any]:
-    """What a function saves for its backward pass is kept, also within a checkpoint that is not reentrant."""
+    """Keep what a function saves for its backward pass, also within a checkpoint that is not reentrant."""
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
         return contextlib.nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(_pack, _unpack)

@@ -36,7 +36,7 @@ def gram_of_rows(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Contraction:
-    """From the gradient of a call's output to those of one parameter."""
+    """A way from the gradient of a call's output to those of one parameter."""
 
     rows: Callable[[Tensor], Iterable[Tensor]]  # gradient rows [B, parameter] in pieces [B, n], from left to right
     gram: Callable[[Tensor], Tensor] | None = None  # their Gram matrix [B, B], float64, where that is cheaper
@@ -56,7 +56,7 @@ def named(args: Any, kwargs: Any, *names: str) -> list[Any]:
 
 
 def _contractions(*pairs: tuple[Any, Callable[[Tensor], Tensor]]) -> dict[int, Contraction]:
-    """Of parameters small enough for rows [B, parameter] in one piece."""
+    """Contractions of parameters small enough for rows [B, parameter] in one piece."""
 
     def one_piece(rows: Callable[[Tensor], Tensor]) -> Contraction:
         return Contraction(lambda gradient: [rows(gradient)])

@@ -14,16 +14,10 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..settings import CONVENTIONS, check_choice
 from ..taylor.propagate import propagate_taylor
 from ..taylor.value import LinearCombination
-from .memory import in_pieces
-
-CONVENTIONS = ("paper", "reference")
-
-
-def check_convention(convention: str) -> None:
-    if convention not in CONVENTIONS:
-        raise InputError(f"convention must be 'paper' or 'reference', got {convention!r}")
+from .memory import split_on_oom
 
 
 @dataclass(frozen=True)
@@ -38,7 +32,7 @@ class Curve:
 
 def theta_grid(thetas: int, convention: str = "paper") -> Tensor:
     """[thetas] float64 angles: "paper" 2 pi k / n, open; "reference" with both ends, so that theta = 0 counts twice."""
-    check_convention(convention)
+    check_choice("convention", convention, CONVENTIONS)
     if thetas < 1:
         raise InputError(f"thetas must be 1 or more, got {thetas}")
     if convention == "reference":
@@ -55,12 +49,7 @@ def circle(shape: Sequence[int], generator: torch.Generator | None = None) -> tu
 
 
 def curve(
-    fn: Callable[[Any], Tensor],
-    theta: Tensor,
-    u0: Tensor,
-    u1: Tensor,
-    scale: float = 1.0,
-    order: int = 2,
+    fn: Callable[[Any], Tensor], theta: Tensor, u0: Tensor, u1: Tensor, scale: float = 1.0, order: int = 2
 ) -> Curve:
     """Push the circle through ``fn``: one Taylor pass for all thetas, split by itself when memory runs out.
 
@@ -89,5 +78,5 @@ def curve(
         mix = torch.stack([position, velocity, -position][: order + 1])  # [order + 1, n, 2]
         return [value.flatten(1) for value in propagate_taylor(fn, LinearCombination(mix, torch.stack([u0, u1])))]
 
-    pieces = in_pieces(run, len(theta), "the curve")
+    pieces = split_on_oom(run, len(theta), "the curve")
     return Curve(theta, *(torch.cat(parts) for parts in zip(*pieces, strict=True)))

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .curve import Curve, check_convention
+from ..settings import CONVENTIONS, check_choice
+from .curve import Curve
 
 REFERENCE_BATCH = 6  # thetas that the authors' code passes at a time, which its Gauss length depends on
 
 
 def _integral(values: Tensor, convention: str) -> float:
     """values [n], one per theta."""
-    check_convention(convention)
+    check_choice("convention", convention, CONVENTIONS)
     return float(values.sum() if convention == "reference" else 2 * math.pi * values.mean())
 
 
@@ -57,7 +58,7 @@ def gauss_length(c: Curve, convention: str = "paper", batch: int = REFERENCE_BAT
     (sum of |a|) (sum of 1/|v|), a slip of broadcasting that makes it about ``batch`` times too large.
     """
     v, a = _derivatives(c)
-    check_convention(convention)
+    check_choice("convention", convention, CONVENTIONS)
     if convention == "paper":
         return _integral(_turning(v, a) / v.norm(dim=1), convention)
     accelerations, inverse_speeds = a.norm(dim=1).split(batch), (1 / v.norm(dim=1)).split(batch)

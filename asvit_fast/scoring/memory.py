@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 
 from ..backends import notify_once
+from ..errors import first_line
 
 Result = TypeVar("Result")
 
@@ -31,11 +32,7 @@ def disable_malloc_trim() -> bool:
     return [c_library.mallopt(parameter, value) for parameter, value in wishes] == [1, 1, 1]
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def in_pieces(run: Callable[[slice], Result], total: int, what: str) -> list[Result]:
+def split_on_oom(run: Callable[[slice], Result], total: int, what: str) -> list[Result]:
     """``run`` on slices that cover ``total`` samples: all at once, and in halves of halves whenever memory runs out.
 
     Raises what ``run`` raises when even a single sample does not fit. Says once that it splits.
@@ -47,9 +44,10 @@ def in_pieces(run: Callable[[slice], Result], total: int, what: str) -> list[Res
             results.append(run(slice(start, min(start + size, total))))
             start += size
         except RuntimeError as error:
-            if size <= 1 or not _out_of_memory(error):
+            out_of_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+            if size <= 1 or not out_of_memory:
                 raise
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
         else:
             continue
         # outside the handler, so that the failed attempt's tensors are free

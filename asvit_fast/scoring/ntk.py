@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..models.asvit import MIN_IMG_SIZE, AsViT
-from .memory import in_pieces
+from ..models import AsViT
+from ..settings import MIN_IMG_SIZE, check_choice
+from .memory import split_on_oom
 from .per_sample import RowSink, per_sample_gradients
 from .replica import replica
 
@@ -23,8 +24,8 @@ _LIBRARIES = {"asvit_fast", "timm", "torch", "torchvision"}
 
 
 def score_features(model: Any) -> Callable[[Tensor], Tensor]:
-    """What scores look at, [B, 3, H, W] -> [B, F]: ``score_features`` of our networks, the pooled features before the
-    classifier of a timm model, the flattened output of any other module."""
+    """The features that scores look at, [B, 3, H, W] -> [B, F]: ``score_features`` of our networks, the pooled ones
+    before the classifier of a timm model, the flattened output of any other module."""
     if hasattr(model, "score_features"):
         return model.score_features
     if hasattr(model, "forward_features") and hasattr(model, "forward_head"):
@@ -64,8 +65,7 @@ def ntk_gram_of(model: nn.Module, images: Tensor, parameters: str = "weights", d
 
     ``draws``: state of torch's generator to begin each forward pass with; None is what it has.
     """
-    if parameters not in ("weights", "all"):
-        raise InputError(f"parameters must be 'weights' or 'all', got {parameters!r}")
+    check_choice("parameters", parameters, ("weights", "all"))
     network = replica(model)
     originals = dict(model.named_parameters())
     chosen = {  # copies of a scripted module's parameters are functions of the originals
@@ -85,11 +85,10 @@ def ntk_gram_of(model: nn.Module, images: Tensor, parameters: str = "weights", d
 
 def _features(model: nn.Module, draws: Tensor | None) -> Callable[[Tensor], Tensor]:
     features = score_features(model)
-    if draws is None:
-        return features
 
     def with_draws(images: Tensor) -> Tensor:
-        torch.set_rng_state(draws)
+        if draws is not None:
+            torch.set_rng_state(draws)
         return features(images)
 
     return with_draws
@@ -123,7 +122,7 @@ def _gram(gradients: Callable[..., RowSink], images: Tensor, names: list[str]) -
     def run(part: slice) -> RowSink:
         return gradients(images[part], keep=part != slice(0, len(images)))
 
-    sinks = in_pieces(run, len(images), "the NTK")
+    sinks = split_on_oom(run, len(images), "the NTK")
     if len(sinks) == 1:
         return sinks[0].gram(len(images))
     gram = torch.zeros(len(images), len(images), dtype=torch.float64)

@@ -16,7 +16,7 @@ MOST_WORKERS = 8  # each holds the activations of a network of its own
 
 
 def worker_count(tasks: int, device: torch.device) -> int:
-    """How many of ``tasks`` independent tasks ``map_in_threads`` does at a time."""
+    """The number of ``tasks`` independent tasks ``map_in_threads`` does at a time."""
     return max(1, min(tasks, torch.get_num_threads(), MOST_WORKERS)) if device.type == "cpu" else 1
 
 

@@ -269,7 +269,7 @@ class _Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
 
     def _known(self, func: Any, args: Any, kwargs: Any, wanted: dict[str, nn.Parameter]) -> Known | None:
-        """What the rule of ``func`` makes of this call, if there is one that serves all parameters of the call."""
+        """The result of the rule of ``func`` for this call, if there is one that serves all parameters of the call."""
         rule = rule_for(func)
         known = (
             None

@@ -35,7 +35,7 @@ def replica(model: nn.Module) -> nn.Module:
 
 
 def _tensors(values: Any, depth: int = 3) -> list[Tensor]:
-    """In attributes, and in lists, tuples and dicts of them."""
+    """Tensors in attributes, and in lists, tuples and dicts of them."""
     if isinstance(values, Tensor):
         return [values]
     if isinstance(values, dict):

@@ -1,4 +1,4 @@
-"""What to score, and what came of it."""
+"""Scores: measures of several networks."""
 
 from __future__ import annotations
 
@@ -9,61 +9,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from ..errors import InputError
-from .curve import check_convention
+from ..settings import ScoreSettings
 from .measures import curvature, gauss_length, length_distortion
 
 CURVE_METRICS = {"length_distortion": length_distortion, "curvature": curvature, "gauss_length": gauss_length}
-METRICS = (*CURVE_METRICS, "ntk_condition")
-
-
-@dataclass(frozen=True)
-class ScoreSettings:
-    """How to score.
-
-    metrics: of "length_distortion", "curvature", "gauss_length", "ntk_condition". img_size: pixels, int or (height,
-        width).
-    thetas: points of the circle. repeats: networks drawn. batch: images of the NTK. convention: "paper" or "reference".
-    norms: "auto" takes the norms out of our networks for the curve (as the authors do) and keeps those of any other;
-    "identity" and "keep" do so for every network. device: None is CUDA if there is one.
-    Raises InputError for a value that cannot be used.
-    """
-
-    metrics: tuple[str, ...] = ("length_distortion", "curvature", "ntk_condition")
-    img_size: int | tuple[int, int] = 224
-    thetas: int = 10
-    repeats: int = 5
-    batch: int = 16
-    convention: str = "paper"
-    norms: str = "auto"
-    device: str | torch.device | None = None
-
-    def __post_init__(self) -> None:
-        if isinstance(self.metrics, str):
-            object.__setattr__(self, "metrics", tuple(self.metrics.split(",")))
-        object.__setattr__(self, "metrics", tuple(self.metrics))
-        unknown = [name for name in self.metrics if name not in METRICS]
-        if unknown or not self.metrics:
-            raise InputError(f"metrics must be some of {', '.join(METRICS)}, got {', '.join(unknown) or 'none'}")
-        for name, low in (("thetas", 1), ("repeats", 1), ("batch", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise InputError(f"{name} must be an integer of {low} or more, got {value!r}")
-        if self.norms not in ("auto", "identity", "keep"):
-            raise InputError(f"norms must be 'auto', 'identity' or 'keep', got {self.norms!r}")
-        check_convention(self.convention)
-        if any(not isinstance(side, int) or side < 1 for side in self.image_shape):
-            raise InputError(f"img_size must be pixels, one integer or (height, width), got {self.img_size!r}")
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width)."""
-        size = (self.img_size, self.img_size) if isinstance(self.img_size, int) else tuple(self.img_size)
-        if len(size) != 2:
-            raise InputError(f"img_size must be pixels, one integer or (height, width), got {self.img_size!r}")
-        return (3, *size)
 
 
 @dataclass(frozen=True)
@@ -110,8 +60,9 @@ class Score(Mapping[str, Measure]):
     def __repr__(self) -> str:
         """The target and one metric a line."""
         width = max(map(len, self.measures))
+        target = self.target if len(self.target) <= 60 else f"{self.target[:57]}..."
         lines = (f"  {name:{width}}  {m.mean:.5g} ± {m.std:.2g}" for name, m in self.measures.items())
-        return "\n".join([f"Score({_shortened(self.target)!r}, seed={self.seed})", *lines])
+        return "\n".join([f"Score({target!r}, seed={self.seed})", *lines])
 
     def _repr_html_(self) -> str:
         """A table for notebooks."""
@@ -141,7 +92,3 @@ class Score(Mapping[str, Measure]):
             raise InputError("a table of scores needs pandas: pip install pandas") from None
         rows = [(name, repeat, value) for name, m in self.measures.items() for repeat, value in enumerate(m.values)]
         return pandas.DataFrame(rows, columns=["metric", "repeat", "value"])
-
-
-def _shortened(text: str, most: int = 60) -> str:
-    return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -25,12 +25,13 @@ from ..images import fingerprint, load_images
 from ..models import AsViT, create_model
 from ..models.library import check_known, create_by_name, takes_size
 from ..nn import OverlapPatchEmbed, PatchMerging
+from ..settings import ImageSize, ScoreSettings, check_seed
 from ..topology import Topology
 from .curve import circle, curve, theta_grid
 from .ntk import ntk_condition, ntk_gram_of, score_features
 from .parallel import map_in_threads, worker_count
 from .replica import replica
-from .result import CURVE_METRICS, Measure, Score, ScoreSettings
+from .result import CURVE_METRICS, Measure, Score
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
 
@@ -47,22 +48,26 @@ _torch_generator = threading.Lock()  # held while weights are drawn from torch's
 def score(
     target: Target,
     metrics: tuple[str, ...] = ScoreSettings.metrics,
-    img_size: int | tuple[int, int] = 224,
-    thetas: int = 10,
-    repeats: int = 5,
-    batch: int = 16,
+    img_size: ImageSize = ScoreSettings.img_size,
+    thetas: int = ScoreSettings.thetas,
+    repeats: int = ScoreSettings.repeats,
+    batch: int = ScoreSettings.batch,
     images: Tensor | str | Path | None = None,
     seed: int = 0,
-    convention: str = "paper",
+    convention: str = ScoreSettings.convention,
     device: str | torch.device | None = None,
-    norms: str = "auto",
+    norms: str = ScoreSettings.norms,
 ) -> Score:
     """Score a network without training it (As-ViT, arXiv 2202.11921, section 3.2).
 
     Args:
         target: a Topology (or its text) or the name of a model of timm or torchvision, drawn anew ``repeats`` times; or
             a Module, scored with the weights it has: its repeats differ in the circle, and its NTK is measured once.
-        metrics, img_size, thetas, repeats, batch, convention, device, norms: see ScoreSettings.
+        metrics: of "length_distortion", "curvature", "gauss_length", "ntk_condition".
+        img_size: pixels, int or (height, width). thetas: points of the circle. batch: images of the NTK.
+        convention: "paper" or "reference". device: CUDA if there is one, by default.
+        norms: "auto" takes the norms out of our networks for the curve (as the authors do) and keeps those of any
+            other; "identity" and "keep" do so for every network.
         images: for the NTK: [batch or more, 3, H, W], a folder of images, or None for standard normal ones.
         seed: of weights, circles and images; the same seed gives the same scores to the bit on one kind of processor,
             with any number of threads: networks share the threads, each computes with one. torch's own generator is
@@ -76,8 +81,7 @@ def score(
         TaylorError: a network that cannot be propagated, naming the function.
     """
     settings = ScoreSettings(metrics, img_size, thetas, repeats, batch, convention, norms, device)
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise InputError(f"seed must be an integer of 0 or more, got {seed!r}")
+    check_seed(seed)
     target = parse_target(target)
     where = computing_device(device)
     pixels = load(images, settings)
@@ -86,21 +90,17 @@ def score(
         results = _score_module(target, settings, pixels, where, seed)
     else:
         results = score_networks([(target, r, seed) for r in range(repeats)], settings, pixels, where)
-    measures = {name: _measure([result[name] for result in results if name in result]) for name in settings.metrics}
+    measures = {}
+    for name in settings.metrics:
+        repeated = [result[name] for result in results if name in result]
+        seconds = statistics.fmean(one["seconds"] for one in repeated)
+        measures[name] = Measure(tuple(one["value"] for one in repeated), seconds)
     source = None if pixels is None else fingerprint(pixels) if isinstance(images, Tensor) else str(images)
     return Score(_describe(target), replace(settings, device=where), measures, seed, source)
 
 
-def _measure(results: list[dict[str, float]]) -> Measure:
-    values = tuple(result["value"] for result in results)
-    return Measure(values, statistics.fmean(result["seconds"] for result in results))
-
-
 def score_networks(
-    networks: Sequence[tuple[Target, int, Seed]],
-    settings: ScoreSettings,
-    images: Tensor | None,
-    device: torch.device,
+    networks: Sequence[tuple[Target, int, Seed]], settings: ScoreSettings, images: Tensor | None, device: torch.device
 ) -> list[dict[str, dict[str, float]]]:
     """``score_repeat`` of each (target, repeat, seed), side by side on a CPU.
 
@@ -179,7 +179,9 @@ def score_repeat(
     try:
         if "ntk_condition" in settings.metrics:
             started = time.perf_counter()
-            pixels = _ntk_images(images, settings, _root(seed)).to(*_placement(model))  # [batch, 3, H, W]
+            if images is None:
+                images = _standard_normal_images((settings.batch, *settings.image_shape), _root(seed)).clone()
+            pixels = images[: settings.batch].to(*_placement(model))  # [batch, 3, H, W]
             with draws():
                 value = ntk_condition(ntk_gram_of(model, pixels))
             results["ntk_condition"] = {"value": value, "seconds": time.perf_counter() - started}
@@ -281,12 +283,6 @@ def _placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of a module's parameters."""
     parameter = next(model.parameters(), torch.empty(0))
     return parameter.device, parameter.dtype
-
-
-def _ntk_images(images: Tensor | None, settings: ScoreSettings, root: int) -> Tensor:
-    if images is not None:
-        return images[: settings.batch]
-    return _standard_normal_images((settings.batch, *settings.image_shape), root).clone()
 
 
 @functools.lru_cache(maxsize=1)  # the same for all networks of a search, and slow to draw

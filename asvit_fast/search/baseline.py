@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..run_directory import RunDirectory
 from ..scoring.score import stream
+from ..settings import SearchSettings
 from ..topology import SearchSpace, Topology
 from .budget import Budget
 from .distributed import Share
@@ -16,76 +17,104 @@ from .progress import Progress
 from .records import check_trace, with_floats
 from .result import Baseline
 
-FOLDER = "baseline"  # inside the run directory of the search
 _DRAWS = 2**31  # key of the stream that topologies are drawn from; those of the weights begin with a step
 
 
+class Draw(NamedTuple):
+    """A topology within the budget, its action where a policy took it, and what was rejected before."""
+
+    topology: Topology
+    action: list[int]
+    rejected: list[dict[str, str]]
+
+
 class RandomSearch:
-    """``steps`` topologies drawn uniformly from those of ``space`` that fit the budget.
+    """Topologies drawn uniformly from those of ``space`` that fit the budget, one scored a step.
 
     That of step k is scored as the search scores its step k: same images, circles and seeds of the weights.
     """
 
-    def __init__(self, space: SearchSpace, steps: int, evaluator: Evaluator, budget: Budget, width: int) -> None:
-        self.space, self.steps, self.evaluator, self.budget, self.width = space, steps, evaluator, budget, width
+    kind, name = "baseline", "random baseline"
+    recorded: tuple[str, ...] = ("width",)  # settings that the configuration has, besides the steps
+
+    def __init__(self, space: SearchSpace, settings: SearchSettings, evaluator: Evaluator, budget: Budget) -> None:
+        self.space, self.settings, self.evaluator, self.budget = space, settings, evaluator, budget
         self.generator = stream(evaluator.seed, _DRAWS)
         self.config = {
-            "kind": "baseline",
+            "kind": self.kind,
             "space": space.dimensions,
-            "steps": steps,
+            "steps": settings.steps,
             "budget": budget.to_dict(),
-            "width": width,
+            **{name: getattr(settings, name) for name in self.recorded},
             **evaluator.config,
         }
 
     def run(self, out: Path | None, share: Share[Task], progress: bool) -> Baseline:
         """All of it, or what is left of it in the run directory ``out``."""
         with RunDirectory(out, self.config, None, changeable=("steps",), rebuilds=True) as directory:
-            done = len(directory.trace)
-            if done > self.steps:
-                raise directory.refuse_changes(f"{done} steps are on record: it can be made longer, not shorter")
-            check_trace(directory, lambda step, *measured: self.record(step, self.draw(), *measured))
-            if directory.changes:
-                directory.accept_changes(directory.trace, {})
-            with Progress("random baseline", self.steps, done, "steps", progress) as shown:
-                for step in range(done, self.steps):
-                    record = self.step(step, share)
-                    directory.record(record, {})
-                    shown.step(step + 1, _progress(record))
+            self.advance(directory, share, progress)
             baseline = Baseline([with_floats(record) for record in directory.trace])
             if directory.result is None:
                 best = baseline.best
-                directory.finish({"kind": "baseline", "steps": self.steps, "best": best and best.to_dict()})
+                result = {"kind": self.kind, "steps": self.settings.steps, "best": best and best.to_dict()}
+                directory.finish(result)
             return baseline
 
-    def step(self, step: int, share: Share[Task]) -> dict[str, Any]:
-        """Draw and score; the trace record."""
-        start = time.perf_counter()
-        topology = self.draw()
-        measures = self.evaluator.measure(share, [topology], step)[0]
-        return self.record(step, topology, measures, time.perf_counter() - start)
+    def advance(self, directory: RunDirectory, share: Share[Task], progress: bool) -> int:
+        """Take in the steps on record, which must be those that this run would have done, and do the others; how many
+        were on record."""
+        done, steps = len(directory.trace), self.settings.steps
+        if done > steps:
+            raise directory.refuse_changes(f"{done} steps are on record: it can be made longer, not shorter")
+        check_trace(directory, lambda step, *measured: self.record(step, self.draw(), *measured))
+        self.check_state(directory)
+        if directory.changes:
+            directory.accept_changes(directory.trace, self.state_dict())
+        elif directory.state is None and done:
+            directory.save(self.state_dict())
+        with Progress(self.name, steps, done, "steps", progress) as shown:
+            for step in range(done, steps):
+                start = time.perf_counter()
+                draw = self.draw()
+                measures = self.evaluator.measure(share, [draw.topology], step)[0]
+                record = self.record(step, draw, measures, time.perf_counter() - start)
+                directory.record(record, self.state_dict())
+                shown.step(step + 1, self.describe(record))
+        return done
 
-    def record(self, step: int, topology: Topology, measures: Measures, seconds: float) -> dict[str, Any]:
-        cost = self.evaluator.cost(topology)
+    def draw(self) -> Draw:
+        """The next topology that fits the budget, which some do (``Budget.check_possible``)."""
+        while True:
+            topology = self.space.sample(self.generator, self.settings.width)
+            if self.fits(topology):
+                return Draw(topology, [], [])
+
+    def fits(self, topology: Topology) -> bool:
+        """Whether it is within the budget."""
+        return self.budget.reject(self.evaluator.cost(topology)) is None
+
+    def record(self, step: int, draw: Draw, measures: Measures, seconds: float) -> dict[str, Any]:
+        """The trace record of a step."""
+        cost = self.evaluator.cost(draw.topology)
         return {
             "step": step,
-            "topology": str(topology),
+            "topology": str(draw.topology),
             **measures._asdict(),
             "params": cost.params,
             "flops": cost.flops,
             "seconds": seconds,
         }
 
-    def draw(self) -> Topology:
-        """The next topology that fits the budget, which some do (``Budget.check_possible``)."""
-        while True:
-            topology = self.space.sample(self.generator, self.width)
-            if self.budget.reject(self.evaluator.cost(topology)) is None:
-                return topology
+    def describe(self, record: dict[str, Any]) -> str:
+        """The text that progress shows for a step."""
+        return (
+            f"length {record['length_distortion']:.4g}, ntk {record['ntk_condition']:.4g}, {record['topology']}, "
+            f"{record['seconds']:.2f} s"
+        )
 
+    def check_state(self, directory: RunDirectory) -> None:
+        """Raise InputError when the state on record is not that after the steps on record."""
 
-def _progress(record: dict[str, Any]) -> str:
-    return (
-        f"length {record['length_distortion']:.4g}, ntk {record['ntk_condition']:.4g}, {record['topology']}, "
-        f"{record['seconds']:.2f} s"
-    )
+    def state_dict(self) -> dict[str, Any]:
+        """The state that is saved beside the trace."""
+        return {}

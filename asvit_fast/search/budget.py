@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +63,7 @@ class Budget:
             low, high = getattr(self, name) or (None, None)
             if low is None and high is None:
                 continue
-            value_of = functools.partial(_value, name, cost_of)
+            value_of = functools.partial(lambda get, topology: get(cost_of(topology)), operator.attrgetter(name))
             least, most = _extreme(space, value_of, width, min), _extreme(space, value_of, width, max)
             facts = f"the topologies of the space at width {width} have {least:,} to {most:,} {unit}"
             if (high is not None and least > high) or (low is not None and most < low):
@@ -95,10 +96,6 @@ def _window(name: str, window: Window | None) -> Window | None:
     if low is not None and high is not None and low > high:
         raise InputError(f"budget: {name} has lowest {low:,.0f} above highest {high:,.0f}; swap them")
     return (low, high)
-
-
-def _value(name: str, cost_of: Callable[[Topology], Cost], topology: Topology) -> int:
-    return getattr(cost_of(topology), name)
 
 
 def _extreme(space: SearchSpace, value_of: Callable[[Topology], int], width: int, pick: Callable[..., Any]) -> int:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import InputError
-from ..processes import broadcast, gather, init_process_group, portable
+from ..processes import broadcast, gather, init_process_group, portable, run_on_rank0
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -28,10 +28,9 @@ def run_shared(lead: Callable[[Share[Task]], Result], work: Share[Task], device:
     """
     if init_process_group(device or torch.device("cpu")) == 1:
         return lead(work)
-    return _lead(lead, work) if dist.get_rank() == 0 else _follow(work)
+    if dist.get_rank() != 0:
+        return _follow(work)
 
-
-def _lead(lead: Callable[[Share[Task]], Result], work: Share[Task]) -> Result:
     def share(tasks: Sequence[Task]) -> list[Values]:
         broadcast(("tasks", list(tasks)))
         values, errors = _gather(work, tasks)
@@ -43,13 +42,7 @@ def _lead(lead: Callable[[Share[Task]], Result], work: Share[Task]) -> Result:
             raise kind(f"rank {rank}: {type(error).__name__}: {error}" if kind is RuntimeError else str(error))
         return values
 
-    try:
-        result = lead(share)
-    except Exception as error:
-        broadcast(("error", portable(error)))
-        raise
-    broadcast(("result", result))
-    return result
+    return run_on_rank0(lambda: lead(share))
 
 
 def _follow(work: Share[Any]) -> Any:

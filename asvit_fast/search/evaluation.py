@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..backends import rank_device
 from ..cost import Cost, topology_cost
 from ..errors import InputError
 from ..images import fingerprint
-from ..scoring import ScoreSettings
 from ..scoring.score import load, score_networks
+from ..settings import ScoreSettings, check_seed
 from ..topology import Topology
 from .distributed import Share
 
@@ -47,77 +47,41 @@ class Evaluator:
     """
 
     def __init__(
-        self,
-        *,
-        scorer: Scorer | None,
-        images: Images,
-        seed: int,
-        convention: str,
-        img_size: int | tuple[int, int],
-        repeats: int,
-        thetas: int,
-        batch: int,
-        norms: str,
-        device: str | torch.device | None,
+        self, settings: ScoreSettings, images: Images = None, seed: int = 0, scorer: Scorer | None = None
     ) -> None:
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise InputError(f"seed must be an integer from 0 to 2**63 - 1, got {seed!r}")
-        self.device = rank_device(device)
-        self.settings = ScoreSettings(
-            metrics=METRICS,
-            img_size=img_size,
-            thetas=thetas,
-            repeats=repeats,
-            batch=batch,
-            convention=convention,
-            norms=norms,
-            device=self.device,
-        )
+        check_seed(seed)
+        self.device = rank_device(settings.device)
+        self.settings = replace(settings, metrics=METRICS, device=self.device)
         self.scorer = scorer
         self.seed = seed
-        self.img_size = img_size
-        self.pos_embed = "absolute" if convention == "paper" else "none"
-        self.repeats = repeats if scorer is None else 1
+        self.pos_embed = "absolute" if settings.convention == "paper" else "none"
+        self.repeats = settings.repeats if scorer is None else 1
         self.images = load(images, self.settings) if scorer is None else None  # [batch, 3, H, W]
+        recorded = ("convention", "img_size", "repeats", "thetas", "batch", "norms")
         self.config = {
             "scorer": "default" if scorer is None else "custom",
             "images": None if self.images is None else fingerprint(self.images),
             "seed": seed,
-            "convention": convention,
-            "img_size": img_size,
-            "repeats": repeats,
-            "thetas": thetas,
-            "batch": batch,
-            "norms": norms,
+            **{name: getattr(settings, name) for name in recorded},
             "pos_embed": self.pos_embed,
         }
 
     def cost(self, topology: Topology) -> Cost:
-        """What budgets and limits look at: the network at the run's image size, with 1000 classes.
+        """The cost that budgets and limits look at: of the network at the run's image size, with 1000 classes.
 
         In the "paper" convention the one that ``export`` writes, position embedding included; in the "reference"
         convention without it, as the authors count.
         """
-        return topology_cost(topology, self.img_size, pos_embed=self.pos_embed)
+        return topology_cost(topology, self.settings.img_size, pos_embed=self.pos_embed)
 
     def work(self, tasks: Sequence[Task]) -> list[tuple[float, ...]]:
         """Do tasks: the values of METRICS of each. Scorers of users are called one at a time."""
         if self.scorer is not None:
-            return [self._ask_scorer(self.scorer, task) for task in tasks]
+            return [_values(self.scorer(task.topology)) for task in tasks]
         # The seed alone decides circles and images, shared by all candidates; seed and step decide the weights.
         networks = [(task.topology, task.repeat, (self.seed, task.step)) for task in tasks]
         results = score_networks(networks, self.settings, self.images, self.device)
         return [tuple(result[metric]["value"] for metric in METRICS) for result in results]
-
-    @staticmethod
-    def _ask_scorer(scorer: Scorer, task: Task) -> tuple[float, ...]:
-        scores = scorer(task.topology)
-        if not isinstance(scores, Mapping) or any(metric not in scores for metric in METRICS):
-            raise InputError(f"scorer must return a mapping with {' and '.join(METRICS)}, got {scores!r}")
-        try:
-            return tuple(float(scores[metric]) for metric in METRICS)
-        except (TypeError, ValueError):
-            raise InputError(f"scorer must return numbers, got {scores!r}") from None
 
     def measure(self, share: Share[Task], topologies: Sequence[Topology], step: int) -> list[Measures]:
         """Measures of each topology, the repeats of all of them spread over the processes."""
@@ -125,3 +89,13 @@ class Evaluator:
         values = share(tasks)
         groups = [values[start : start + self.repeats] for start in range(0, len(values), self.repeats)]
         return [Measures(*(sum(column) / self.repeats for column in zip(*group, strict=True))) for group in groups]
+
+
+def _values(scores: Any) -> tuple[float, ...]:
+    """The values of METRICS that a user's scorer returned."""
+    if not isinstance(scores, Mapping) or any(metric not in scores for metric in METRICS):
+        raise InputError(f"scorer must return a mapping with {' and '.join(METRICS)}, got {scores!r}")
+    try:
+        return tuple(float(scores[metric]) for metric in METRICS)
+    except (TypeError, ValueError):
+        raise InputError(f"scorer must return numbers, got {scores!r}") from None

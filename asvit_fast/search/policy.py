@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..settings import SearchSettings
 from ..topology import SearchSpace, Topology
 
 INITIAL_SCALE = 1e-3  # spread of the initial logits: the policy starts uniform to 1e-3
@@ -30,8 +31,8 @@ class Policy:
         self,
         space: SearchSpace,
         logits: Tensor | Sequence[float] | Sequence[Sequence[float]] | None = None,
-        lr: float = 0.08,
-        momentum: float = 0.9,
+        lr: float = SearchSettings.lr,
+        momentum: float = SearchSettings.momentum,
         generator: torch.Generator | None = None,
     ) -> None:
         if not (math.isfinite(lr) and lr > 0):

@@ -1,4 +1,4 @@
-"""How far a run is, on stderr."""
+"""Progress of a run, on stderr."""
 
 from __future__ import annotations
 
@@ -37,12 +37,14 @@ class Progress:
         """A step has ended, and so much of the run with it."""
         if self._writes_lines:
             position = f"{done:.{self.digits}f}/{self.total:.{self.digits}f} {self.unit}"
-            print(f"{self.name}: {position}, {text}, {self._left(done)} left", file=sys.stderr, flush=True)
+            pace = (time.perf_counter() - self._started) / max(done - self.begun_at, 1e-9)
+            left = tqdm.format_interval(round(pace * max(self.total - done, 0)))
+            print(f"{self.name}: {position}, {text}, {left} left", file=sys.stderr, flush=True)
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(done - self._bar.n)
 
     def within_step(self, text: str) -> None:
-        """What is going on, for the bar alone."""
+        """Show the current work, on the bar alone."""
         self._bar.set_postfix_str(text)
 
     def __enter__(self) -> Progress:
@@ -50,7 +52,3 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
-
-    def _left(self, done: float) -> str:
-        pace = (time.perf_counter() - self._started) / max(done - self.begun_at, 1e-9)
-        return tqdm.format_interval(round(pace * max(self.total - done, 0)))

@@ -7,22 +7,22 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import InputError
-from ..files import as_float
+from ..files import as_float, from_json, to_json
 from ..run_directory import RunDirectory
 from .evaluation import METRICS, Measures
 
 _NON_FINITE = ("inf", "-inf", "nan")  # as to_json writes them
-_UNREPEATABLE = ("seconds", "dropped")  # the time a step took; what a larger limit words differently
+_UNREPEATABLE = {"seconds", "dropped"}  # the time a step took; what a larger limit words differently
 _TOLERANCE = 1e-9  # relative: another processor may round the last digit differently
 
 
 def measures_of(record: Mapping[str, Any]) -> Measures:
-    """The measures of a record of a trace. Raises InputError when they are no numbers."""
+    """The measures of a record of a trace. Raises InputError when they are not numbers."""
     return Measures(*(_number(record, name) for name in METRICS))
 
 
 def seconds_of(record: Mapping[str, Any]) -> float:
-    """The time a step took. Raises InputError when that is no number of seconds."""
+    """The time a step took. Raises InputError when that is not a number of seconds."""
     seconds = _number(record, "seconds")
     if not 0 <= seconds < math.inf:
         raise InputError(f"seconds is {seconds}")
@@ -30,17 +30,19 @@ def seconds_of(record: Mapping[str, Any]) -> float:
 
 
 def difference(stored: Any, own: Any) -> str | None:
-    """Where a record differs from what this program would have written, or None; times are not compared."""
+    """The place where a record differs from what this program would have written, or None; times are not compared."""
     if not isinstance(stored, Mapping):
         return f"is {_short(stored)} instead of a record"
+    own = from_json(to_json(own))  # as it would be read back
     for name in {**own, **stored}:
         if name in _UNREPEATABLE:
             continue
         if name not in stored:
             return f"has no {name}"
-        if name not in own or not _agree(stored[name], own[name]):
-            expected = f" instead of {_short(own[name])}" if name in own else ", which no such record has"
-            return f"has {name} {_short(stored[name])}{expected}"
+        if name not in own:
+            return f"has {name} {_short(stored[name])}, which no such record has"
+        if not _agree(stored[name], own[name]):
+            return f"has {name} {_short(stored[name])} instead of {_short(own[name])}"
     return None
 
 
@@ -64,16 +66,12 @@ def with_floats(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _agree(stored: Any, own: Any) -> bool:
-    if isinstance(own, float) and not isinstance(stored, bool):
-        if stored in _NON_FINITE or isinstance(stored, (int, float)):
-            value = as_float(stored)
-            return math.isclose(value, own, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE) or str(value) == str(own)
-        return False
-    if isinstance(own, Mapping):
+    if isinstance(own, float) and isinstance(stored, (int, float)) and not isinstance(stored, bool):
+        return math.isclose(stored, own, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+    if isinstance(own, dict):
         return difference(stored, own) is None
-    if isinstance(own, (list, tuple)):
-        same_length = isinstance(stored, (list, tuple)) and len(stored) == len(own)
-        return same_length and all(_agree(*pair) for pair in zip(stored, own, strict=True))
+    if isinstance(own, list) and isinstance(stored, list):
+        return len(stored) == len(own) and all(map(_agree, stored, own))
     return type(stored) is type(own) and stored == own
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import time
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -13,15 +12,15 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..run_directory import RESULT, RunDirectory
-from ..topology import DEFAULT_WIDTH, SearchSpace, Topology
-from .baseline import FOLDER, RandomSearch
+from ..run_directory import BASELINE, RESULT, RunDirectory
+from ..settings import ImageSize, ScoreSettings, SearchSettings
+from ..topology import SearchSpace, Topology
+from .baseline import Draw, RandomSearch
 from .budget import Budget
 from .distributed import Share, run_shared
-from .evaluation import Evaluator, Images, Measures, Scorer, Task
+from .evaluation import METRICS, Evaluator, Images, Measures, Scorer, Task
 from .policy import Policy
-from .progress import Progress
-from .records import check_trace, difference, measures_of, with_floats
+from .records import difference, measures_of, with_floats
 from .result import SearchResult
 from .reward import RewardHistory
 
@@ -30,24 +29,24 @@ MAX_REJECTED = 1000  # draws of one step outside the budget
 
 def search(
     space: SearchSpace | None = None,
-    steps: int = 500,
+    steps: int = SearchSettings.steps,
     images: Images = None,
     seed: int = 0,
     budget: Budget | None = None,
-    convention: str = "paper",
+    convention: str = ScoreSettings.convention,
     out: str | os.PathLike[str] | None = None,
-    img_size: int | tuple[int, int] = 224,
-    repeats: int = 5,
-    thetas: int = 10,
-    batch: int = 16,
-    width: int = DEFAULT_WIDTH,
-    norms: str = "auto",
+    img_size: ImageSize = ScoreSettings.img_size,
+    repeats: int = ScoreSettings.repeats,
+    thetas: int = ScoreSettings.thetas,
+    batch: int = ScoreSettings.batch,
+    width: int = SearchSettings.width,
+    norms: str = ScoreSettings.norms,
     device: str | torch.device | None = None,
     scorer: Scorer | None = None,
     progress: bool = True,
-    history: int = 20,
-    lr: float = 0.08,
-    momentum: float = 0.9,
+    history: int = SearchSettings.history,
+    lr: float = SearchSettings.lr,
+    momentum: float = SearchSettings.momentum,
     baseline: str | None = None,
 ) -> SearchResult:
     """Find a topology whose untrained networks have a large length distortion and a small NTK condition number.
@@ -86,84 +85,48 @@ def search(
         InputError: an option that cannot be used, a budget that no topology fits, a run directory that is read-only, in
             use, damaged or of other options - all before anything is scored; later, a full disk.
     """
-    space = SearchSpace() if space is None else space
     if baseline not in (None, "random"):
         raise InputError(f"baseline must be 'random' or None, got {baseline!r}")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise InputError(f"steps must be an integer of at least 1, got {steps!r}")
-    evaluator = Evaluator(
-        scorer=scorer,
-        images=images,
-        seed=seed,
-        convention=convention,
-        img_size=img_size,
-        repeats=repeats,
-        thetas=thetas,
-        batch=batch,
-        norms=norms,
-        device=device,
-    )
-    run = _Search(space, steps, evaluator, budget, convention, width, history, lr, momentum)
+    settings = SearchSettings(steps, width, history, lr, momentum)
+    scoring = ScoreSettings(METRICS, img_size, thetas, repeats, batch, convention, norms, device)
+    evaluator = Evaluator(scoring, images, seed, scorer)
+    run = _Search(SearchSpace() if space is None else space, settings, evaluator, budget or Budget())
 
     def lead(share: Share[Task]) -> SearchResult:
         for note in run.notes:
             warnings.warn(note, stacklevel=4)
         with RunDirectory(out, run.config, changeable=("steps",), rebuilds=True) as directory:
             compared = None
-            result = run.run(directory, share, progress)
+            result = run.find(directory, share, progress)
             if baseline == "random":
-                compared = RandomSearch(space, steps, evaluator, run.budget, width).run(
-                    None if directory.path is None else directory.path / FOLDER, share, progress
+                compared = RandomSearch(run.space, settings, evaluator, run.budget).run(
+                    None if directory.path is None else directory.path / BASELINE, share, progress
                 )
             return replace(result, baseline=compared)
 
     return run_shared(lead, evaluator.work, evaluator.device)
 
 
-class _Search:
-    """The state of a search: policy, generator, rewards. What a step does to it depends on nothing else."""
+class _Search(RandomSearch):
+    """Draws topologies from a policy, which learns from the rewards. What a step does depends on nothing else."""
 
-    def __init__(
-        self,
-        space: SearchSpace,
-        steps: int,
-        evaluator: Evaluator,
-        budget: Budget | None,
-        convention: str,
-        width: int,
-        history: int,
-        lr: float,
-        momentum: float,
-    ) -> None:
-        self.space, self.steps, self.evaluator, self.width = space, steps, evaluator, width
-        self.budget = budget or Budget()
+    kind = name = "search"
+    recorded = ("width", "history", "lr", "momentum")
+
+    def __init__(self, space: SearchSpace, settings: SearchSettings, evaluator: Evaluator, budget: Budget) -> None:
+        super().__init__(space, settings, evaluator, budget)
         self.generator = torch.Generator().manual_seed(evaluator.seed)
-        self.policy = Policy(space, lr=lr, momentum=momentum, generator=self.generator)
-        self.rewards = RewardHistory(convention, history)
-        self.config = {
-            "kind": "search",
-            "space": space.dimensions,
-            "steps": steps,
-            "budget": self.budget.to_dict(),
-            "width": width,
-            "history": history,
-            "lr": lr,
-            "momentum": momentum,
-            **evaluator.config,
-        }
-        self.notes = self.budget.check_possible(space, evaluator.cost, width)
+        self.policy = Policy(space, lr=settings.lr, momentum=settings.momentum, generator=self.generator)
+        self.rewards = RewardHistory(evaluator.settings.convention, settings.history)
+        self.notes = budget.check_possible(space, evaluator.cost, settings.width)
 
-    def run(self, directory: RunDirectory, share: Share[Task], progress: bool) -> SearchResult:
-        done = self.replay(directory)
-        with Progress("search", self.steps, done, "steps", progress) as shown:
-            for step in range(done, self.steps):
-                record = self.step(step, share)
-                directory.record(record, self.state_dict())
-                shown.step(step + 1, _progress(record))
-        stored = directory.result if done == self.steps else None
+    def find(self, directory: RunDirectory, share: Share[Task], progress: bool) -> SearchResult:
+        """Do what is left of the search, and say what it found."""
+        done = self.advance(directory, share, progress)
+        stored = directory.result if done == self.settings.steps else None
         topology = self.most_probable()
         if stored is None:  # scored as one more step would be
-            measures = self.evaluator.measure(share, [topology], self.steps)[0]
+            measures = self.evaluator.measure(share, [topology], self.settings.steps)[0]
         else:
             try:
                 measures = measures_of(stored)
@@ -176,45 +139,29 @@ class _Search:
             raise directory.damaged(RESULT, reason)
         return result
 
-    def replay(self, directory: RunDirectory) -> int:
-        """Take in the steps on record, which must be those that this search would have done; how many they are."""
-        done = len(directory.trace)
-        if done > self.steps:
-            raise directory.refuse_changes(f"{done} steps are on record: a search can be made longer, not shorter")
-        check_trace(directory, lambda step, measures, seconds: self.learn(step, *self.draw(), measures, seconds))
-        if directory.state is not None and not _same_logits(directory.state, self.policy):
-            raise directory.damaged(str(directory.state_file), f"is not the state after the {done} steps on record")
-        if directory.changes:
-            directory.accept_changes(directory.trace, self.state_dict())
-        elif directory.state is None and done:
-            directory.save(self.state_dict())
-        return done
+    def draw(self) -> Draw:
+        """An action of the policy within the budget; after many that are not, the most probable one that is."""
+        rejected: list[dict[str, str]] = []
+        draws = (self.policy.sample(self.generator) for _ in range(MAX_REJECTED))
+        for action in itertools.chain(draws, self.policy.ranked()):
+            topology = self.space.topology(action, self.settings.width)
+            reason = self.budget.reject(self.evaluator.cost(topology))
+            if reason is None:
+                return Draw(topology, action, rejected)
+            if len(rejected) < MAX_REJECTED:
+                rejected.append({"topology": str(topology), "reason": reason})
+        raise AssertionError("a budget that some topology fits rejects all")  # check_possible has found one
 
-    def step(self, step: int, share: Share[Task]) -> dict[str, Any]:
-        """Draw, score, reward, update; the trace record."""
-        start = time.perf_counter()
-        action, topology, rejected = self.draw()
-        measures = self.evaluator.measure(share, [topology], step)[0]
-        return self.learn(step, action, topology, rejected, measures, time.perf_counter() - start)
-
-    def learn(
-        self,
-        step: int,
-        action: list[int],
-        topology: Topology,
-        rejected: list[dict[str, str]],
-        measures: Measures,
-        seconds: float,
-    ) -> dict[str, Any]:
+    def record(self, step: int, draw: Draw, measures: Measures, seconds: float) -> dict[str, Any]:
         """Reward and update; the trace record."""
         reward = self.rewards.add(*measures)
-        log_prob, entropy = self.policy.log_prob(action), self.policy.entropy()
-        self.policy.update(action, reward)
-        cost = self.evaluator.cost(topology)
+        log_prob, entropy = self.policy.log_prob(draw.action), self.policy.entropy()
+        self.policy.update(draw.action, reward)
+        cost = self.evaluator.cost(draw.topology)
         return {
             "step": step,
-            "topology": str(topology),
-            "action": action,
+            "topology": str(draw.topology),
+            "action": draw.action,
             **measures._asdict(),
             "reward": reward,
             "baseline": self.policy.baseline,
@@ -224,39 +171,30 @@ class _Search:
             "params": cost.params,
             "flops": cost.flops,
             "seconds": seconds,
-            "rejected": rejected,
+            "rejected": draw.rejected,
         }
 
-    def draw(self) -> tuple[list[int], Topology, list[dict[str, str]]]:
-        """An action within the budget, its topology, and what was rejected before."""
-        rejected: list[dict[str, str]] = []
-        draws = (self.policy.sample(self.generator) for _ in range(MAX_REJECTED))
-        for action in itertools.chain(draws, self.policy.ranked()):
-            topology = self.space.topology(action, self.width)
-            reason = self.budget.reject(self.evaluator.cost(topology))
-            if reason is None:
-                return action, topology, rejected
-            if len(rejected) < MAX_REJECTED:
-                rejected.append({"topology": str(topology), "reason": reason})
-        raise AssertionError("a budget that some topology fits rejects all")  # check_possible has found one
+    def describe(self, record: dict[str, Any]) -> str:
+        probable = Topology.parse(record["most_probable"]).seed_string
+        return (
+            f"length {record['length_distortion']:.4g}, ntk {record['ntk_condition']:.4g}, "
+            f"reward {record['reward']:+.2f}, entropy {record['entropy']:.2f}, most probable {probable}, "
+            f"{record['seconds']:.2f} s"
+        )
 
     def most_probable(self) -> Topology:
         """The most probable topology that fits the budget."""
-        topologies = (self.space.topology(action, self.width) for action in self.policy.ranked())
-        return next(one for one in topologies if self.budget.reject(self.evaluator.cost(one)) is None)
+        topologies = (self.space.topology(action, self.settings.width) for action in self.policy.ranked())
+        return next(filter(self.fits, topologies))
 
     def result(self, topology: Topology, measures: Measures, trace: list[dict[str, Any]]) -> SearchResult:
-        cost = self.evaluator.cost(topology)
-        return SearchResult(
-            topology,
-            *measures,
-            cost.params,
-            cost.flops,
-            self.steps,
-            self.policy.entropy(),
-            trace=trace,
-            policy=self.policy,
-        )
+        cost, steps, entropy = self.evaluator.cost(topology), self.settings.steps, self.policy.entropy()
+        return SearchResult(topology, *measures, cost.params, cost.flops, steps, entropy, trace, self.policy)
+
+    def check_state(self, directory: RunDirectory) -> None:
+        if directory.state is not None and not _same_logits(directory.state, self.policy):
+            done = len(directory.trace)
+            raise directory.damaged(str(directory.state_file), f"is not the state after the {done} steps on record")
 
     def state_dict(self) -> dict[str, Any]:
         """The policy now; whatever a search goes on from follows from its trace."""
@@ -270,11 +208,3 @@ def _same_logits(state: dict[str, Any], policy: Policy) -> bool:
     if not isinstance(logits, Tensor) or logits.shape != own.shape or logits.dtype != own.dtype:
         return False
     return torch.allclose(logits, own, rtol=1e-6, atol=1e-9)  # another processor may round differently
-
-
-def _progress(record: dict[str, Any]) -> str:
-    return (
-        f"length {record['length_distortion']:.4g}, ntk {record['ntk_condition']:.4g}, reward {record['reward']:+.2f}, "
-        f"entropy {record['entropy']:.2f}, most probable {Topology.parse(record['most_probable']).seed_string}, "
-        f"{record['seconds']:.2f} s"
-    )

@@ -1,4 +1,4 @@
-"""What a search hands back: the policy's choice, the best of what it sampled, and the random baseline."""
+"""The result of a search: the policy's choice, the best of what it sampled, and the random baseline."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def best_sampled(trace: Iterable[Mapping[str, Any]]) -> ScoredTopology | None:
 
     ``trace``: records of trace.jsonl, of a search or of its baseline. A topology that was drawn several times counts
     once, with the means of its measures. Ties go to the better value of the measure that varies more. None when no
-    topology has finite measures. Raises InputError for measures that are no numbers.
+    topology has finite measures. Raises InputError for measures that are not numbers.
     """
     drawn: dict[str, list[Mapping[str, Any]]] = {}
     for record in trace:

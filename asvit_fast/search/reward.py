@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import InputError
-from ..scoring.curve import check_convention
+from ..settings import CONVENTIONS, SearchSettings, check_choice, check_integer
 
 EPSILON = 1e-6  # the authors' code adds it to the range
 
@@ -24,10 +24,9 @@ class RewardHistory:
     more than any finite value seen so far would have earned, and no reward is ever infinite or NaN.
     """
 
-    def __init__(self, convention: str = "reference", history: int = 20) -> None:
-        check_convention(convention)
-        if history < 2:
-            raise InputError(f"history must be at least 2 (a change needs two values), got {history}")
+    def __init__(self, convention: str = "reference", history: int = SearchSettings.history) -> None:
+        check_choice("convention", convention, CONVENTIONS)
+        check_integer("history", history, 2)  # a change needs two values
         self.convention = convention
         self.history = history
         self.length: list[float] = []
@@ -38,13 +37,6 @@ class RewardHistory:
         self.length.append(float(length))
         self.ntk.append(float(ntk))
         return self._change(self.length, worst=min) - self._change(self.ntk, worst=max)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"length": list(self.length), "ntk": list(self.ntk)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.length = list(state["length"])
-        self.ntk = list(state["ntk"])
 
     def _change(self, values: Sequence[float], worst: Any) -> float:
         finite = [value for value in values if math.isfinite(value)]
@@ -60,7 +52,7 @@ class RewardHistory:
 
 
 def reward_sequence(
-    length: Sequence[float], ntk: Sequence[float], convention: str = "reference", history: int = 20
+    length: Sequence[float], ntk: Sequence[float], convention: str = "reference", history: int = SearchSettings.history
 ) -> list[float]:
     """Rewards of a sequence of candidates, given their length distortions and NTK condition numbers.
 

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from ..cost import Cost
 from ..errors import InputError
 from ..run_directory import RESULT, RunDirectory
+from ..settings import ImageSize, ScaleSettings, ScoreSettings
 from ..topology import Topology
+from .budget import Budget
 from .distributed import Share, run_shared
-from .evaluation import Evaluator, Images, Measures, Scorer, Task
+from .evaluation import METRICS, Evaluator, Images, Measures, Scorer, Task
 from .progress import Progress
 from .ranking import choose
 from .records import difference, measures_of, seconds_of
@@ -43,7 +44,7 @@ class Candidate:
     rank_sum: int | None
 
     def to_dict(self) -> dict[str, Any]:
-        return {**_shallow(self), "topology": str(self.topology)}
+        return {**vars(self), "topology": str(self.topology)}
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class ScaleStep:
     def to_dict(self) -> dict[str, Any]:
         """The record of trace.jsonl."""
         candidates = [candidate.to_dict() for candidate in self.candidates]
-        return {**_shallow(self), "candidates": candidates, "topology": str(self.topology)}
+        return {**vars(self), "candidates": candidates, "topology": str(self.topology)}
 
     @property
     def chosen(self) -> Candidate:
@@ -73,18 +74,18 @@ class ScaleStep:
 
 def scale(
     topology: Topology | str,
-    max_params: float | tuple[float, float] = 100e6,
+    max_params: float | tuple[float, float] = ScaleSettings.max_params,
     images: Images = None,
     seed: int = 0,
-    convention: str = "paper",
+    convention: str = ScoreSettings.convention,
     scorer: Scorer | None = None,
     out: str | os.PathLike[str] | None = None,
     max_steps: int | None = None,
-    img_size: int | tuple[int, int] = 224,
-    repeats: int = 5,
-    thetas: int = 10,
-    batch: int = 16,
-    norms: str = "auto",
+    img_size: ImageSize = ScoreSettings.img_size,
+    repeats: int = ScoreSettings.repeats,
+    thetas: int = ScoreSettings.thetas,
+    batch: int = ScoreSettings.batch,
+    norms: str = ScoreSettings.norms,
     device: str | torch.device | None = None,
     progress: bool = True,
     shrink: int | None = None,
@@ -120,21 +121,9 @@ def scale(
         InputError: an option that cannot be used, a limit that leaves no first step, a run directory that cannot be
             used; also when no candidate of a step has finite measures.
     """
-    evaluator = Evaluator(
-        scorer=scorer,
-        images=images,
-        seed=seed,
-        convention=convention,
-        img_size=img_size,
-        repeats=repeats,
-        thetas=thetas,
-        batch=batch,
-        norms=norms,
-        device=device,
-    )
-    if shrink is None:
-        shrink = REFERENCE_SHRINK if convention == "reference" else 1
-    run = _Scaling(Topology.parse(topology), _limits(max_params), max_steps, shrink, convention, evaluator)
+    scoring = ScoreSettings(METRICS, img_size, thetas, repeats, batch, convention, norms, device)
+    evaluator = Evaluator(scoring, images, seed, scorer)
+    run = _Scaling(Topology.parse(topology), ScaleSettings(max_params, max_steps, shrink), evaluator)
 
     def lead(share: Share[Task]) -> list[ScaleStep]:
         with RunDirectory(out, run.config, changeable=("max_params", "max_steps"), rebuilds=True) as directory:
@@ -161,94 +150,83 @@ def grown(topology: Topology, convention: str = "paper", shrink: int = 1) -> lis
 
 
 class _Scaling:
-    """The state of a scaling run: the topology reached."""
+    """A scaling run: the steps so far, and what is known of the next one's candidates."""
 
-    def __init__(
-        self,
-        start: Topology,
-        limits: tuple[float, float],
-        max_steps: int | None,
-        shrink: int,
-        convention: str,
-        evaluator: Evaluator,
-    ) -> None:
-        if max_steps is not None and max_steps < 1:
-            raise InputError(f"max_steps must be at least 1, or None, got {max_steps}")
-        if isinstance(shrink, bool) or not isinstance(shrink, int) or shrink < 1 or start.width % shrink:
-            raise InputError(f"shrink must be a positive integer that divides the width {start.width}, got {shrink!r}")
-        self.start, self.limits, self.max_steps = start, limits, max_steps
-        self.shrink, self.convention, self.evaluator = shrink, convention, evaluator
+    def __init__(self, start: Topology, settings: ScaleSettings, evaluator: Evaluator) -> None:
+        self.start, self.evaluator, self.convention = start, evaluator, evaluator.settings.convention
+        self.cost = evaluator.cost
+        self.limits, self.max_steps = _limits(settings.max_params), settings.max_steps
+        self.budget = Budget(params=(None, self.limits[1]))
+        self.shrink = settings.shrink or (REFERENCE_SHRINK if self.convention == "reference" else 1)
+        if start.width % self.shrink:
+            raise InputError(f"shrink must divide the width {start.width}, got {self.shrink}")
+        self.steps: list[ScaleStep] = []
+        self.known: Known = {}
         self.config = {
             "kind": "scale",
             "topology": str(start),
-            "max_params": limits,
-            "max_steps": max_steps,
-            "shrink": shrink,
+            "max_params": self.limits,
+            "max_steps": self.max_steps,
+            "shrink": self.shrink,
             **evaluator.config,
         }
-        start.replace(width=start.width // shrink)  # raises when the heads do not fit the scored width
+        self.scored(start)  # raises when the heads do not fit the scored width
         self._check_limits()
 
-    def cost(self, topology: Topology) -> Cost:
-        return self.evaluator.cost(topology)
-
     def run(self, directory: RunDirectory, share: Share[Task], progress: bool) -> list[ScaleStep]:
-        steps, known = self.replay(directory)
-        millions = self.cost(self.reached(steps)).params / 1e6
+        """Take in the steps on record, and do the others."""
+        self.replay(directory)
+        millions = self.cost(self.reached).params / 1e6
         with Progress("scale", self.limits[1] / 1e6, millions, "M parameters", progress, digits=2) as shown:
-            while not self.finished(steps):
-                step = self.step(steps, known, directory, share, shown)
-                known = {}
-                steps.append(step)
-                directory.record(step.to_dict(), {"scored": {}})
+            while not self.finished:
+                step = self.step(directory, share, shown)
+                self.steps.append(step)
+                self.known = {}
+                directory.record(step.to_dict(), self.state_dict())
                 shown.step(step.params / 1e6, _progress(step))
-        result = self.result(steps)
         if directory.result is None:
-            directory.finish(result)
-        elif reason := difference(directory.result, result):
+            directory.finish(self.result())
+        elif reason := difference(directory.result, self.result()):
             raise directory.damaged(RESULT, reason)
-        return steps
+        return self.steps
 
-    def replay(self, directory: RunDirectory) -> tuple[list[ScaleStep], Known]:
-        """The steps on record that this run would have done, and what is known of the next step's candidates.
+    def replay(self, directory: RunDirectory) -> None:
+        """Take in the steps on record that this run would have done, and what is known of the next one's candidates.
 
         With other limits than those on record, the run goes on from the first step that has other candidates now.
         """
-        steps: list[ScaleStep] = []
-        known: Known | None = None
         for number, record in enumerate(directory.trace):
             try:
                 measures, seconds = _measured(record), seconds_of(record)
             except InputError as error:
                 raise directory.damaged_line(number, str(error)) from None
-            fitting = [str(candidate) for candidate in self._fitting(self.reached(steps))[0]]
-            if self.finished(steps) or fitting != list(measures):
+            fitting = list(map(str, self.candidates()[0]))
+            if self.finished or fitting != list(measures):
                 if not directory.changes:
                     raise directory.damaged_line(number, "is no step that this run would have done")
-                known = self._other_candidates(directory, steps, fitting, measures)
+                self._check_larger(directory, fitting, measures)
+                self.known = measures
                 break
-            step = self.decide(steps, [measures[candidate] for candidate in fitting], seconds)
+            step = self.decide([measures[candidate] for candidate in fitting], seconds)
             if reason := difference(record, step.to_dict()):
                 raise directory.damaged_line(number, reason)
-            steps.append(step)
-        if known is None:
-            known = self._scored(directory)
-        if directory.changes:
-            directory.accept_changes([step.to_dict() for step in steps], _state(known))
-        elif directory.state is None and steps:
-            directory.save(_state(known))
-        return steps, known
-
-    def _other_candidates(
-        self, directory: RunDirectory, steps: list[ScaleStep], fitting: list[str], measures: Known
-    ) -> Known:
-        """What is known of a step that has more candidates under the new limits. InputError when it has fewer."""
-        if self.finished(steps):
-            change = f"the run would have ended after {len(steps)} steps"
-        elif not set(fitting) >= set(measures):
-            change = f"step {len(steps)} would have had {len(fitting)} instead of {len(measures)} candidates"
+            self.steps.append(step)
         else:
-            return measures
+            self.known = self._scored(directory)
+        if directory.changes:
+            directory.accept_changes([step.to_dict() for step in self.steps], self.state_dict())
+        elif directory.state is None and self.steps:
+            directory.save(self.state_dict())
+
+    def _check_larger(self, directory: RunDirectory, fitting: list[str], measures: Known) -> None:
+        """Raise InputError when the next step has fewer candidates under the new limits than on record."""
+        done = len(self.steps)
+        if self.finished:
+            change = f"the run would have ended after {done} steps"
+        elif not set(fitting) >= set(measures):
+            change = f"step {done} would have had {len(fitting)} instead of {len(measures)} candidates"
+        else:
+            return
         raise directory.refuse_changes(
             f"{change}, and {len(directory.trace)} are on record; give larger limits, or another run directory"
         )
@@ -262,42 +240,43 @@ class _Scaling:
             raise directory.damaged(str(directory.state_file), f"has no measures of candidates: {scored!r:.80}")
         return {str(candidate): Measures(*pair) for candidate, pair in scored.items()}
 
-    def reached(self, steps: list[ScaleStep]) -> Topology:
-        return steps[-1].topology if steps else self.start
+    @property
+    def reached(self) -> Topology:
+        """The topology so far."""
+        return self.steps[-1].topology if self.steps else self.start
 
-    def finished(self, steps: list[ScaleStep]) -> bool:
-        if not steps:
+    @property
+    def finished(self) -> bool:
+        if not self.steps:
             return False
-        at_limit = steps[-1].params >= self.limits[0] or len(steps) == self.max_steps
-        return at_limit or not self._fitting(steps[-1].topology)[0]
+        at_limit = self.steps[-1].params >= self.limits[0] or len(self.steps) == self.max_steps
+        return at_limit or not self.candidates()[0]
 
-    def step(
-        self, steps: list[ScaleStep], known: Known, directory: RunDirectory, share: Share[Task], shown: Progress
-    ) -> ScaleStep:
+    def step(self, directory: RunDirectory, share: Share[Task], shown: Progress) -> ScaleStep:
         """Score the candidates (but those that are known) and choose one."""
-        start = time.perf_counter()
-        candidates = self._fitting(self.reached(steps))[0]
-        left = [candidate for candidate in candidates if str(candidate) not in known]
+        start, number = time.perf_counter(), len(self.steps)
+        candidates, _ = self.candidates()
+        left = [candidate for candidate in candidates if str(candidate) not in self.known]
         while left:
             chunk, left = left[: _chunk()], left[_chunk() :]
-            scored = self.evaluator.measure(share, [self.scored(candidate) for candidate in chunk], len(steps))
-            known = {**known, **{str(candidate): values for candidate, values in zip(chunk, scored, strict=True)}}
-            directory.save(_state(known))
-            shown.within_step(f"step {len(steps)}, {len(candidates) - len(left)}/{len(candidates)} candidates")
+            measures = self.evaluator.measure(share, list(map(self.scored, chunk)), number)
+            self.known = {**self.known, **dict(zip(map(str, chunk), measures, strict=True))}
+            directory.save(self.state_dict())
+            shown.within_step(f"step {number}, {len(candidates) - len(left)}/{len(candidates)} candidates")
         seconds = time.perf_counter() - start
-        return self.decide(steps, [known[str(candidate)] for candidate in candidates], seconds)
+        return self.decide([self.known[str(candidate)] for candidate in candidates], seconds)
 
     def scored(self, candidate: Topology) -> Topology:
-        """What is scored in the place of a candidate."""
+        """The network that is scored in the place of a candidate."""
         return candidate.replace(width=candidate.width // self.shrink)
 
-    def decide(self, steps: list[ScaleStep], measures: list[Measures], seconds: float) -> ScaleStep:
-        """The step after ``steps``, given the measures of its candidates."""
-        candidates, dropped = self._fitting(self.reached(steps))
+    def decide(self, measures: list[Measures], seconds: float) -> ScaleStep:
+        """The next step, given the measures of its candidates."""
+        candidates, dropped = self.candidates()
         winner, sums = choose(measures, self.convention)
         if winner is None:
             raise InputError(
-                f"scale: none of the {len(candidates)} candidates of step {len(steps)} has finite measures; "
+                f"scale: none of the {len(candidates)} candidates of step {len(self.steps)} has finite measures; "
                 "give other images, a larger img_size or a smaller batch"
             )
         rows = [
@@ -307,28 +286,27 @@ class _Scaling:
             )
         ]
         chosen = rows[winner]
-        return ScaleStep(len(steps), rows, dropped, chosen.topology, chosen.params, chosen.flops, seconds)
+        return ScaleStep(len(self.steps), rows, dropped, chosen.topology, chosen.params, chosen.flops, seconds)
 
-    def result(self, steps: list[ScaleStep]) -> dict[str, Any]:
-        last = steps[-1]
-        return {
-            "kind": "scale",
-            "start": str(self.start),
-            "topology": str(last.topology),
-            "params": last.params,
-            "flops": last.flops,
-            "steps": len(steps),
-        }
+    def result(self) -> dict[str, Any]:
+        """The content of result.json."""
+        last, count = self.steps[-1], len(self.steps)
+        sizes = {"params": last.params, "flops": last.flops, "steps": count}
+        return {"kind": "scale", "start": str(self.start), "topology": str(last.topology), **sizes}
 
-    def _fitting(self, topology: Topology) -> tuple[list[Topology], list[dict[str, str]]]:
+    def state_dict(self) -> dict[str, Any]:
+        """The state that is saved beside the trace."""
+        return {"scored": {candidate: list(values) for candidate, values in self.known.items()}}
+
+    def candidates(self) -> tuple[list[Topology], list[dict[str, str]]]:
+        """Those of the next step that are within the limit, and the others with the reason."""
         fitting, dropped = [], []
-        for candidate in grown(topology, self.convention, self.shrink):
-            params = self.cost(candidate).params
-            if params > self.limits[1]:
-                reason = f"{params:,} parameters > {self.limits[1]:,.0f}"
-                dropped.append({"topology": str(candidate), "reason": reason})
-            else:
+        for candidate in grown(self.reached, self.convention, self.shrink):
+            reason = self.budget.reject(self.cost(candidate))
+            if reason is None:
                 fitting.append(candidate)
+            else:
+                dropped.append({"topology": str(candidate), "reason": reason})
         return fitting, dropped
 
     def _check_limits(self) -> None:
@@ -338,7 +316,7 @@ class _Scaling:
                 f"scale: {self.start} already has {params:,} parameters; raise max_params above that "
                 f"(it is {self.limits[0]:,.0f})"
             )
-        if not self._fitting(self.start)[0]:
+        if not self.candidates()[0]:
             smallest = min(self.cost(candidate).params for candidate in grown(self.start, self.convention, self.shrink))
             raise InputError(
                 f"scale: the smallest first step has {smallest:,} parameters, above max_params {self.limits[1]:,.0f}; "
@@ -373,10 +351,6 @@ def _is_pair(values: Any) -> bool:
     return isinstance(values, list) and [type(value) for value in values] == [float, float]
 
 
-def _state(known: Known) -> dict[str, Any]:
-    return {"scored": {candidate: list(values) for candidate, values in known.items()}}
-
-
 def _chunk() -> int:
     """Candidates between two saves: as many as there are processes, so that all have equally many repeats to do."""
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
@@ -388,7 +362,3 @@ def _progress(step: ScaleStep) -> str:
         f"step {step.step}: {step.topology}, best of {len(step.candidates)}, length {chosen.length_distortion:.4g}, "
         f"ntk {chosen.ntk_condition:.4g}, {step.seconds:.2f} s"
     )
-
-
-def _shallow(record: Any) -> dict[str, Any]:
-    return dict(vars(record))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..errors import first_line
 from .value import Taylor, TaylorError, gradients_wanted, laid_out, refuse_autograd_functions
 
 _INNER = (
@@ -105,8 +106,9 @@ def _name_what_refused(error: Exception) -> None:
     if not isinstance(error, AssertionError):
         frames = traceback.extract_tb(error.__traceback__)
         where = [f for f in frames if not f.filename.startswith(_INNER)][-1]
-        reason = str(error).strip().splitlines()[0]
-        raise TaylorError(f"no Taylor rule for what `{where.line}` ({where.name}) calls: {reason}") from error
+        raise TaylorError(
+            f"no Taylor rule for what `{where.line}` ({where.name}) calls: {first_line(error)}"
+        ) from error
 
 
 def _coefficient(leaf: Any, k: int) -> Any:

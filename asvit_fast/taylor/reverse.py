@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from .. import backends
+from ..errors import first_line
 from ..ops.transforms import transform_active
 from .value import OTHERWISE, Taylor, TaylorError, function_name, laid_out, primals, register_rule, taylors
 
@@ -77,9 +78,8 @@ def reverse_over_reverse(func: Callable[..., Any], args: tuple[Any, ...], kwargs
     except (RuntimeError, TypeError, AssertionError) as error:
         if isinstance(error, (TaylorError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TaylorError(
-            f"no Taylor rule for {name}, and torch cannot differentiate it often enough ({reason}); "
+            f"no Taylor rule for {name}, and torch cannot differentiate it often enough ({first_line(error)}); "
             "add one with asvit_fast.taylor.register_rule"
         ) from error
     for place, value, *orders in zip(moving, *derivatives, strict=True):

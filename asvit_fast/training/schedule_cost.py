@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..cost import ImageSize, flops
+from ..cost import count_macs
+from ..settings import ImageSize
 from .schedule import RetokenizationSchedule
 from .token_reduction import set_token_reduction, token_reduction, unsupported_reason
 
@@ -54,7 +55,7 @@ class ScheduleCost:
 
 
 def schedule_cost(model: nn.Module, schedule: str | RetokenizationSchedule, img_size: ImageSize = 224) -> ScheduleCost:
-    """Multiply-adds per image of ``model`` at every reduction of ``schedule``, counted by ``asvit_fast.cost.flops``,
+    """Multiply-adds per image of ``model`` at every reduction of ``schedule``, by ``asvit_fast.cost.count_macs``,
     and what the schedule saves.
 
     Args:
@@ -66,13 +67,13 @@ def schedule_cost(model: nn.Module, schedule: str | RetokenizationSchedule, img_
     """
     schedule = RetokenizationSchedule.parse(schedule)
     if schedule.reductions == (1,) and unsupported_reason(model) is not None:
-        return ScheduleCost(schedule, {1: flops(model, img_size)})
+        return ScheduleCost(schedule, {1: count_macs(model, img_size)})
     before = token_reduction(model)
     try:
         macs = {}
         for reduction in sorted({1, *schedule.reductions}):
             set_token_reduction(model, reduction)
-            macs[reduction] = flops(model, img_size)
+            macs[reduction] = count_macs(model, img_size)
     finally:
         set_token_reduction(model, before)
     return ScheduleCost(schedule, macs)

@@ -6,7 +6,7 @@ Only `asvit-fast tune` does this. Models look tiles up (kernels/tile_table.py) a
 from __future__ import annotations
 
 import itertools
-import math
+import operator
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .backends import available, resolve_device, use_backend
-from .errors import InputError
-from .files import to_json, write_atomic
+from ..backends import available, resolve_device, use_backend
+from ..errors import InputError
+from ..files import to_json, write_atomic
+from ..settings import TuneSettings
 from .workloads import DTYPES, Run, Tiles, Workload
 
 Measure = Callable[[Tiles, Tiles], float | None]  # seconds of the second / of the first; None: it cannot be used
@@ -54,7 +55,7 @@ class Task:
 
 
 def tasks_of(workloads: Sequence[Workload], dtypes: Sequence[str]) -> list[Task]:
-    """A task per row that the workloads look up. It is timed on the one of most work of each kind, in the first dtype
+    """A task per row that the workloads look up. It is timed on the largest one of each kind, in the first dtype
     of its bits, and on one workload of each other dtype."""
     rows: dict[tuple[str, tuple], dict[tuple, Workload]] = {}
     for dtype, workload in itertools.product(dtypes, workloads):
@@ -63,7 +64,7 @@ def tasks_of(workloads: Sequence[Workload], dtypes: Sequence[str]) -> list[Task]
         for kernel in workload.kernels:
             row = rows.setdefault((kernel, tuple(workload.features(kernel).items())), {})
             kind = (dtype, workload.kind) if dtype == first else (dtype,)
-            row[kind] = max(row.get(kind, workload), workload, key=lambda w: w.work)
+            row[kind] = max(row.get(kind, workload), workload, key=operator.attrgetter("size"))
     return [Task(kernel, features, tuple(row.values())) for (kernel, features), row in rows.items()]
 
 
@@ -72,7 +73,7 @@ def tasks_of(workloads: Sequence[Workload], dtypes: Sequence[str]) -> list[Task]
 
 @dataclass(frozen=True)
 class Found:
-    """What a search ended with."""
+    """The end of a search."""
 
     tiles: Tiles
     speed: float  # relative to what it started from
@@ -140,8 +141,8 @@ def medians_on_gpu(runs: Sequence[Run], rounds: int = 20) -> list[float]:
             end.record()
     torch.cuda.synchronize()
     return [
-        statistics.median(turn[index][0].elapsed_time(turn[index][1]) / 1e3 for turn in events)
-        for index in range(len(runs))
+        statistics.median(start.elapsed_time(end) / 1e3 for start, end in of_run)
+        for of_run in zip(*events, strict=True)
     ]
 
 
@@ -164,29 +165,25 @@ class Comparison:
         return call
 
     def __call__(self, best: Tiles, candidate: Tiles) -> float | None:
+        ratios = []
         try:
             with _poisoned_memory():
-                correct = all(
-                    map(self._agrees, self.task.workloads, self.expected, self.runs, [candidate] * len(self.runs))
-                )
-            if not correct:
+                results = [self._with(candidate, run)() for run in self.runs]
+            if not all(map(_agree, self.task.workloads, self.expected, results)):
                 return None
-            logarithms = []
             for run in self.runs:
                 before, after = self.timer([self._with(best, run), self._with(candidate, run)])
-                logarithms.append(math.log(after / before))
+                ratios.append(after / before)
         except Exception as error:
             if not _cannot_run(error):
                 raise
             return None
-        return math.exp(statistics.fmean(logarithms))
+        return statistics.geometric_mean(ratios)
 
-    def _agrees(self, workload: Workload, expected: list[Tensor], run: Run, candidate: Tiles) -> bool:
-        pairs = zip(expected, self._with(candidate, run)(), strict=True)
-        return all(
-            float((a.double() - b.double()).norm()) <= TOLERANCES[workload.dtype] * float(a.double().norm())
-            for a, b in pairs
-        )
+
+def _agree(workload: Workload, expected: list[Tensor], result: list[Tensor]) -> bool:
+    pairs = [(a.double(), b.double()) for a, b in zip(expected, result, strict=True)]
+    return all(float((a - b).norm()) <= TOLERANCES[workload.dtype] * float(a.norm()) for a, b in pairs)
 
 
 def _cannot_run(error: Exception) -> bool:
@@ -222,7 +219,7 @@ class UserTable:
 
     @classmethod
     def of(cls, gpu: str) -> UserTable:
-        """Where look-ups on that GPU find it."""
+        """The table where look-ups on that GPU find it."""
         from asvit_fast.kernels.tile_table import user_table
 
         return cls(gpu, user_table(gpu))
@@ -257,6 +254,10 @@ class UserTable:
         forget()
 
 
+def _triton_version() -> str:
+    return metadata.version("triton")
+
+
 def _same(row: Mapping[str, Any], task: Task) -> bool:
     return all(row.get(name) == value for name, value in task.features)
 
@@ -268,10 +269,6 @@ def _as_text(gpu: str, kernels: Mapping[str, list[dict[str, Any]]]) -> str:
         for name, rows in kernels.items()
     ]
     return f'{{\n  "gpu": {to_json(gpu)},\n  "kernels": {{\n' + ",\n".join(parts) + "\n  }\n}\n"
-
-
-def _triton_version() -> str:
-    return metadata.version("triton")
 
 
 # --------------------------------------------------------------------------- all of it
@@ -292,7 +289,7 @@ def tune(
     tasks: Sequence[Task],
     table: UserTable,
     device: torch.device,
-    batch: int = 32,
+    batch: int = TuneSettings.batch,
     again: bool = False,
     progress: bool = True,
     timer: Timer = medians_on_gpu,

@@ -1,4 +1,4 @@
-"""Reading run directories."""
+"""Reading run directories, which run_directory.py writes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from ..files import from_json, read_jsonl
-from ..run_directory import CONFIG, RESULT, STARTS, TRACE
+from .errors import InputError
+from .files import read_jsonl
+from .run_directory import BASELINE, CONFIG, RESULT, STARTS, TRACE, read_json
 
 DESIGNS = ("search", "scale")  # runs whose result is a topology
 KINDS = (*DESIGNS, "train")
@@ -62,23 +62,17 @@ def has_run(directory: Path) -> bool:
 
 def read_run(directory: Path, kinds: Sequence[str]) -> Run:
     """Raises InputError when the configuration is not one of a run, or no step is on record."""
-    config = _read_json(directory / CONFIG)
+    config = _read_object(directory / CONFIG)
     kind = str(config.get("kind"))
     if kind not in kinds:
         expected = " or ".join(kinds)
         raise InputError(f"{str(directory / CONFIG)!r} is of kind {kind!r}; give a {expected} run")
-    result_path = directory / RESULT
-    result = _read_json(result_path) if result_path.is_file() else None
-    trace = _read_lines(directory / TRACE)
+    result = _read_object(directory / RESULT) if (directory / RESULT).is_file() else None
+    trace = read_jsonl(directory / TRACE)
     if not trace:
-        trace_path = directory / TRACE
-        raise InputError(f"{str(trace_path)!r} has no finished step yet; let asvit-fast {kind} run for a while")
-    baseline, starts = _read_lines(directory / "baseline" / TRACE), _read_lines(directory / STARTS)
+        raise InputError(f"{str(directory / TRACE)!r} has no finished step yet; let asvit-fast {kind} run for a while")
+    baseline, starts = read_jsonl(directory / BASELINE / TRACE), read_jsonl(directory / STARTS)
     return Run(kind, directory, config, trace, result, baseline, starts)
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    return read_jsonl(path) if path.is_file() else []
 
 
 def _text(record: Any, name: str, path: Path) -> str:
@@ -88,11 +82,8 @@ def _text(record: Any, name: str, path: Path) -> str:
     return found
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = from_json(path.read_bytes())
-    except InputError as error:
-        raise InputError(f"{str(path)!r}: {error}; restore it or start a new run directory") from None
+def _read_object(path: Path) -> dict[str, Any]:
+    content = read_json(path)
     if not isinstance(content, dict):
         raise InputError(f"{str(path)!r} must hold a JSON object, got {type(content).__name__}")
     return content

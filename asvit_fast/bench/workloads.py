@@ -1,4 +1,4 @@
-"""What `asvit-fast tune` times the tiles of Triton kernels on: calls of ops on the shapes of real networks."""
+"""Workloads that `asvit-fast tune` times tiles of Triton kernels on: calls of ops on the shapes of real networks."""
 
 from __future__ import annotations
 
@@ -9,61 +9,35 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import ops
-from .nn.patch_embed import embed_patches
-from .ops.patch_embed import MAXIMUM_CHANNELS
-from .ops.window_attention import is_single_tile
-from .topology import EMBED_STRIDE, Topology
+from .. import ops
+from ..nn.patch_embed import embed_patches
+from ..ops.patch_embed import MAXIMUM_CHANNELS
+from ..ops.window_attention import is_single_tile
+from ..settings import DTYPES as DTYPE_NAMES
+from ..settings import TUNED_OPS, ImageSize, image_sides
+from ..topology import EMBED_STRIDE, NAMED_TOPOLOGIES, Topology
 
 Tiles = dict[str, int]  # options of a launch, or features of a shape, by the names of a table's row
 Run = Callable[[], list[Tensor]]
 Draw = Callable[..., Tensor]
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-OPS = ("window_attention", "patch_embed", "patch_merge")
+DTYPES: dict[str, torch.dtype] = {short: getattr(torch, name) for short, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Workload:
+class _Call:
     """One call of an op in one type of activations."""
 
     dtype: str = "bf16"
 
     @property
     def bits(self) -> int:
-        """Of an element."""
+        """Bits of an element."""
         return torch.finfo(DTYPES[self.dtype]).bits
-
-    @property
-    def kernels(self) -> tuple[str, ...]:
-        """Rows of tiles that its kernels look up, forward first."""
-        raise NotImplementedError
-
-    @property
-    def kind(self) -> Hashable:
-        """Workloads of one row that differ in it are timed side by side, of others only the one of most ``work``."""
-        raise NotImplementedError
-
-    @property
-    def work(self) -> int:
-        """How long it takes, in units of its own."""
-        raise NotImplementedError
-
-    def features(self, kernel: str) -> Tiles:
-        """That the rows of a kernel are told apart by."""
-        raise NotImplementedError
-
-    def prepare(self, kernel: str, batch: int, device: torch.device) -> Run:
-        """Random inputs, and a call that starts ``kernel``: the op alone, or with its backward pass."""
-        raise NotImplementedError
 
     def _draw(self, device: torch.device) -> Draw:
         generator = torch.Generator(device).manual_seed(0)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, device=device).to(DTYPES[self.dtype])
-
-        return draw
+        return lambda *shape: torch.randn(shape, generator=generator, device=device).to(DTYPES[self.dtype])
 
 
 def _run(op: Callable[..., Tensor], inputs: Sequence[Tensor], fixed: Sequence[Tensor], backward: bool) -> Run:
@@ -86,7 +60,7 @@ def _run(op: Callable[..., Tensor], inputs: Sequence[Tensor], fixed: Sequence[Te
 
 
 @dataclass(frozen=True)
-class AttentionWorkload(Workload):
+class AttentionWorkload(_Call):
     """Windowed attention on a square map."""
 
     window: tuple[int, int]
@@ -101,24 +75,24 @@ class AttentionWorkload(Workload):
 
     @property
     def kernels(self) -> tuple[str, ...]:
+        """Rows of tiles that its kernels look up, forward first."""
         if is_single_tile(self.tokens, self.head_dim, self.bits):
             return "single_tile", "single_tile_backward"
         return "tiled", "q_gradient", "kv_gradient", *(("bias_gradient",) if self.biased else ())
 
     @property
     def kind(self) -> Hashable:
+        """Workloads of one row that differ in it are timed side by side, of others only that of largest ``size``."""
         return self.head_dim, self.biased
 
-    @property
-    def work(self) -> int:
-        return self.size
-
     def features(self, kernel: str) -> Tiles:
+        """The shape that tells the rows of a kernel apart."""
         from asvit_fast.kernels.tile_table import block
 
         return {"bits": self.bits, "tokens": self.tokens, "block_d": block(self.head_dim)}
 
     def prepare(self, kernel: str, batch: int, device: torch.device) -> Run:
+        """Random inputs, and a call that starts ``kernel``: the op alone, or with its backward pass."""
         height, width = (self.size or -(-56 // side) * side for side in self.window)
         draw = self._draw(device)
         inputs = [draw(batch, height, width, 3 * self.heads * self.head_dim)]
@@ -137,7 +111,7 @@ class AttentionWorkload(Workload):
 
 
 @dataclass(frozen=True)
-class EmbedWorkload(Workload):
+class EmbedWorkload(_Call):
     """Patch embedding with LayerNorm of a square image, parameters differentiated. The rows do not depend on stride and
     dilation, that is on re-tokenization."""
 
@@ -153,10 +127,6 @@ class EmbedWorkload(Workload):
     @property
     def kind(self) -> Hashable:
         return self.patch, self.channels
-
-    @property
-    def work(self) -> int:
-        return self.size
 
     def features(self, kernel: str) -> Tiles:
         from asvit_fast.kernels.patch_embed import channel_block, pixel_count
@@ -179,7 +149,7 @@ class EmbedWorkload(Workload):
 
 
 @dataclass(frozen=True)
-class MergeWorkload(Workload):
+class MergeWorkload(_Call):
     """Patch merging by two of a square map."""
 
     kernel: int  # tokens per side
@@ -194,10 +164,6 @@ class MergeWorkload(Workload):
     @property
     def kind(self) -> Hashable:
         return self.kernel, self.channels
-
-    @property
-    def work(self) -> int:
-        return self.size
 
     def features(self, kernel: str) -> Tiles:
         return {"bits": self.bits, "outputs": self.outputs}
@@ -215,6 +181,8 @@ class MergeWorkload(Workload):
         return f"{self.kernel}x{self.kernel}x{self.channels} to {self.outputs} {self.dtype}"
 
 
+Workload = AttentionWorkload | EmbedWorkload | MergeWorkload
+
 # stages of Swin-T and S, attention of Swin-B too, which has the same rows (arXiv 2103.14030)
 SWIN: dict[str, list[Workload]] = {
     "window_attention": [AttentionWorkload((7, 7), 32, 4, 56, biased=True)],
@@ -223,12 +191,10 @@ SWIN: dict[str, list[Workload]] = {
 }
 
 
-def topology_workloads(
-    topology: Topology, img_size: int | tuple[int, int], names: Sequence[str] = OPS
-) -> list[Workload]:
+def topology_workloads(topology: Topology, img_size: ImageSize, names: Sequence[str] = TUNED_OPS) -> list[Workload]:
     """The ops ``names`` of every stage, but for embeddings wider than their kernels go."""
-    side = max(img_size) if isinstance(img_size, tuple) else img_size
-    found: dict[str, list[Workload]] = {name: [] for name in OPS}
+    side = max(image_sides(img_size))
+    found: dict[str, list[Workload]] = {name: [] for name in TUNED_OPS}
     dims = topology.dims
     for index, (stage, dim, heads) in enumerate(zip(topology.stages, dims, topology.stage_heads, strict=True)):
         grid = math.ceil(side / (EMBED_STRIDE * 2**index))
@@ -242,10 +208,9 @@ def topology_workloads(
     return [workload for name in names for workload in found[name]]
 
 
-def default_workloads(img_size: int | tuple[int, int] = 224, names: Sequence[str] = OPS) -> list[Workload]:
+def default_workloads(img_size: ImageSize = 224, names: Sequence[str] = TUNED_OPS) -> list[Workload]:
     """The paper's topologies (arXiv 2202.11921, Table 4), the seed's with 16 and 64 heads too, and Swin-T, S and B."""
-    seed = Topology.parse("asvit_seed")
-    grown = [replace(seed, width=width) for width in (88, 116, 180)]
-    seeds = [replace(seed, heads=heads) for heads in (16, 32, 64)]
-    found = [w for topology in (*seeds, *grown) for w in topology_workloads(topology, img_size, names)]
+    named = [Topology.parse(name) for name in NAMED_TOPOLOGIES]  # depths make no difference
+    seeds = [replace(Topology.parse("asvit_seed"), heads=heads) for heads in (16, 64)]
+    found = [w for topology in (*named, *seeds) for w in topology_workloads(topology, img_size, names)]
     return [*found, *(workload for name in names for workload in SWIN[name])]

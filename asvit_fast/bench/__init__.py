@@ -1,0 +1,1 @@
+"""Timing the kernels of ops on the shapes of real networks, and refining their tiles."""

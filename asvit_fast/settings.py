@@ -1,0 +1,168 @@
+"""Settings of scores, searches, scalings and the tuning: each choice once, with its default and its meaning.
+
+The command line makes its options of the fields, so nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import Field, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from .errors import InputError
+from .topology import DEFAULT_WIDTH
+
+if TYPE_CHECKING:
+    import torch
+
+ImageSize = int | tuple[int, int]  # pixels: a side, or (height, width)
+
+MIN_IMG_SIZE = 32  # pixels per side that our networks take
+LARGEST_SEED = 2**63 - 1
+POS_EMBEDS = ("absolute", "none")
+CONVENTIONS = ("paper", "reference")
+METRICS = ("length_distortion", "curvature", "gauss_length", "ntk_condition")
+EXPORT_FORMATS = {  # and their files, the first of which makes a folder an export
+    "timm": ("config.json", "model.safetensors"),
+    "onnx": ("model.onnx",),
+    "exported": ("model.pt2",),
+}
+TUNED_OPS = ("window_attention", "patch_embed", "patch_merge")
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # short name -> torch's
+
+
+def image_sides(img_size: Any, minimum: int = 1) -> tuple[int, int]:
+    """(height, width) of an image size. Raises InputError for a side below ``minimum`` pixels, or no size at all."""
+    sides = tuple(img_size) if isinstance(img_size, Sequence) else (img_size, img_size)
+    if len(sides) != 2 or any(not isinstance(side, int) or side < minimum for side in sides):
+        raise InputError(f"img_size must be {minimum} pixels or more, one integer or (height, width), got {img_size!r}")
+    return sides
+
+
+def check_integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
+    """Raise InputError unless it is an integer in the range."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise InputError(f"{name} must be an integer of {minimum} or more, got {value!r}")
+    if maximum is not None and value > maximum:
+        raise InputError(f"{name} must be an integer of at most {maximum}, got {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise InputError unless it is one of the choices."""
+    if value not in choices:
+        raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_seed(seed: Any) -> None:
+    """Raise InputError for what some generator of random numbers does not take."""
+    check_integer("seed", seed, 0, LARGEST_SEED)
+
+
+def _setting(default: Any, help: str, **limits: Any) -> Any:
+    """A field with its help and its limits: ``minimum`` (included), ``above``, ``below``, ``choices``."""
+    return field(default=default, metadata={"help": help, **limits})
+
+
+class Settings:
+    """Checks integers and choices against the limits of their fields. Raises InputError for a value out of them."""
+
+    def __post_init__(self) -> None:
+        for one in fields(self):  # type: ignore[arg-type]
+            self._check(one, getattr(self, one.name))
+
+    @staticmethod
+    def _check(one: Field[Any], value: Any) -> None:
+        if value is None and "None" in str(one.type):
+            return
+        if "minimum" in one.metadata:
+            check_integer(one.name, value, one.metadata["minimum"])
+        elif "choices" in one.metadata and one.type == "str":
+            check_choice(one.name, value, one.metadata["choices"])
+        elif "choices" in one.metadata:
+            unknown = [str(name) for name in value if name not in one.metadata["choices"]]
+            if unknown or not value:
+                expected = ", ".join(one.metadata["choices"])
+                raise InputError(f"{one.name} must be some of {expected}, got {', '.join(unknown) or 'none'}")
+        elif one.name == "img_size":
+            image_sides(value)
+
+
+@dataclass(frozen=True)
+class ScoreSettings(Settings):
+    """Choices of a score.
+
+    ``norms``: "auto" takes the norms out of our networks for the curve (as the authors do) and keeps those of any
+    other; "identity" and "keep" do so for every network. Raises InputError for a value that cannot be used.
+    """
+
+    metrics: tuple[str, ...] = _setting(
+        ("length_distortion", "curvature", "ntk_condition"), "scores to compute, separated by commas", choices=METRICS
+    )
+    img_size: int | tuple[int, int] = _setting(224, "image size in pixels: a side, or HEIGHTxWIDTH")
+    thetas: int = _setting(10, "number of points on the circle of the curve measures", minimum=1)
+    repeats: int = _setting(5, "number of freshly initialised networks to average over", minimum=1)
+    batch: int = _setting(16, "number of images in the NTK's Gram matrix", minimum=1)
+    convention: str = _setting("paper", "formulas: of the paper, or of the authors' code", choices=CONVENTIONS)
+    norms: str = _setting(
+        "auto",
+        "norms on the curve: auto drops those of As-ViTs, keeps those of other models; identity | keep force one",
+        choices=("auto", "identity", "keep"),
+    )
+    device: str | torch.device | None = _setting(  # noqa: RUF009  (a field)
+        None, "where to compute: cpu, cuda, cuda:1, ...; without it, cuda if there is one"
+    )
+
+    def __post_init__(self) -> None:
+        names = self.metrics.split(",") if isinstance(self.metrics, str) else self.metrics
+        object.__setattr__(self, "metrics", tuple(names))
+        super().__post_init__()
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        return (3, *image_sides(self.img_size))
+
+
+@dataclass(frozen=True)
+class SearchSettings(Settings):
+    """Choices of a search and its policy. Raises InputError for a value that cannot be used."""
+
+    steps: int = _setting(500, "number of topologies to sample; a run on record goes on with more", minimum=1)
+    width: int = _setting(DEFAULT_WIDTH, "number of channels in the first stage of the scored networks", minimum=1)
+    history: int = _setting(20, "number of steps in the range of the reference convention's reward", minimum=2)
+    lr: float = _setting(0.08, "learning rate of the policy, a number above 0", above=0)
+    momentum: float = _setting(
+        0.9, "momentum of the moving average that rewards are compared with, a number below 1", below=1
+    )
+
+
+@dataclass(frozen=True)
+class ScaleSettings(Settings):
+    """Limits of a scaling. Raises InputError for a value that cannot be used."""
+
+    max_params: float | tuple[float, float] = _setting(
+        100_000_000,
+        "largest number of parameters, also of a run on record; or 80M:110M = stop from the first number on, never "
+        "exceed the second",
+    )
+    max_steps: int | None = _setting(None, "largest number of growth steps", minimum=1)
+    shrink: int | None = _setting(
+        None, "real width / scored width, a whole number; without it 1, or 4 in the reference convention", minimum=1
+    )
+
+
+@dataclass(frozen=True)
+class TuneSettings(Settings):
+    """Choices of the tuning of Triton kernels. Raises InputError for a value that cannot be used."""
+
+    ops: tuple[str, ...] = _setting(TUNED_OPS, f"ops whose kernels to tune: {', '.join(TUNED_OPS)}", choices=TUNED_OPS)
+    topology: tuple[str, ...] = _setting(
+        (),
+        "tune for the shapes of this topology (may be repeated), not for the paper's networks and Swin",
+        repeated=True,
+    )
+    shapes: tuple[str, ...] = _setting(
+        (), "tune for these windows: ROWSxCOLUMNSxHEAD_DIM in tokens and channels, and a b if there is a bias"
+    )
+    dtypes: tuple[str, ...] = _setting(tuple(DTYPES), f"of the activations: {', '.join(DTYPES)}", choices=tuple(DTYPES))
+    batch: int = _setting(32, "number of images in each timed call", minimum=1)

@@ -81,7 +81,7 @@ def available(op: str, backend: str, device: str | torch.device | None = None) -
     if backend not in _implementations[op]:
         _check_name(backend)
         return f"{op} has no {backend} implementation"
-    return _why_not(op, backend, resolve_device(device))
+    return _unavailable_reason(op, backend, resolve_device(device))
 
 
 def choose(op: str, device: torch.device, operands: Sequence[Any] = (), config: Any = None) -> str:
@@ -116,7 +116,7 @@ def best(op: str, device: torch.device, operands: Sequence[Any] = (), config: An
     """The best backend that can run `op` on `device`, and why a better one for such devices cannot, if there is one."""
     missed: str | None = None
     for backend in _implementations[op]:
-        why = _why_not(op, backend, device) or _refusal(op, backend, operands, config)
+        why = _unavailable_reason(op, backend, device) or _refusal(op, backend, operands, config)
         if why is None:
             return backend, missed
         if device.type in _DEVICES[backend]:
@@ -235,7 +235,7 @@ _REASONS: dict[str, Callable[[int | None], str | None]] = {
 }
 
 
-def _why_not(op: str, backend: str, device: torch.device) -> str | None:
+def _unavailable_reason(op: str, backend: str, device: torch.device) -> str | None:
     """Why `backend` can't run `op`, which it has an implementation of, on a device."""
     if (backend == device.type == "cpu" and op in _of_torch) or not _needs(backend):
         return None

@@ -1,4 +1,4 @@
-"""Taylor rules of LayerNorm, softmax and tanh against what torch offers for the same derivatives, and against memcpy.
+"""Taylor rules of LayerNorm, softmax, tanh and square against what torch offers for the same, and against memcpy.
 
     python benchmarks/bench_normalization_taylor.py [--device cpu|cuda] [--threads 2] [--rounds 20] [--csv FILE]
 
@@ -23,9 +23,10 @@ from timer import Row, compare, print_header, print_rows, save_rows
 from torch import Tensor
 
 from asvit_fast import _extension, backends
-from asvit_fast.ops import layer_norm_taylor, softmax_taylor, tanh_taylor
+from asvit_fast.ops import layer_norm_taylor, softmax_taylor, square_taylor, tanh_taylor
 from asvit_fast.ops.layer_norm_taylor import layer_norm_taylor_reference
 from asvit_fast.ops.softmax_taylor import softmax_taylor_reference
+from asvit_fast.ops.square_taylor import square_taylor_reference
 from asvit_fast.ops.tanh_taylor import tanh_taylor_reference
 
 TOLERANCE = 2e-5  # relative to the largest value of a row, in float32
@@ -71,6 +72,7 @@ OPS = {
     ),
     "softmax": Op(softmax_taylor, softmax_taylor_reference, softmax, softmax, SCORES),
     "tanh": Op(tanh_taylor, tanh_taylor_reference, torch.tanh, torch.tanh, ((10, 256), (10, 56, 56, 32))),
+    "square": Op(square_taylor, square_taylor_reference, torch.square, torch.square, ((10, 256), (10, 56, 56, 32))),
 }
 
 

@@ -108,6 +108,11 @@ def gelu_taylor(shape: Shape, dtype: str) -> object:
     return ops.gelu_taylor(x, "tanh" if shape["tanh"] else "none", bias)
 
 
+def square_taylor(shape: Shape, dtype: str) -> object:
+    """Rows of orders 0 to `orders`, [orders + 1, 3136 tokens, 128 channels]."""
+    return ops.square_taylor(torch.zeros(shape["orders"] + 1, 3136, 128, dtype=DTYPES[dtype]))
+
+
 def patch_embed(shape: Shape, dtype: str) -> object:
     """K x K pixels with stride 4, C channels, LayerNorm; forward and backward."""
     kernel, channels, pad = shape["K"], shape["C"], (shape["K"] - 4) // 2
@@ -131,6 +136,7 @@ def _leaves(dtype: str, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
 OPS = (
     Op("window_attention", (*PAPER, *SWIN), window_attention),
     Op("gelu_taylor", tuple(GELU), gelu_taylor),
+    Op("square_taylor", tuple({"orders": orders} for orders in (0, 1, 2)), square_taylor),
     Op("patch_embed", tuple(EMBEDS), patch_embed),
     Op("patch_merge", tuple(MERGES), patch_merge),
 )

@@ -80,6 +80,15 @@ struct Tanh {
   }
 };
 
+template <typename Math>
+struct Square {
+  using T = typename Math::Scalar;
+  using Value = typename Math::Value;
+  static ASVIT_FAST_DEVICE inline Derivatives<Value> at(Value x) {
+    return {x * x, T(2) * x, Math::broadcast(T(2))};
+  }
+};
+
 // Calls body(Function{}) with the type of `function`.
 template <typename Math, typename Body>
 inline void with_function(UnaryFunction function, Body body) {
@@ -90,6 +99,8 @@ inline void with_function(UnaryFunction function, Body body) {
       return body(Gelu<Math, LogisticGate<Math>>{});
     case UnaryFunction::tanh:
       return body(Tanh<Math>{});
+    case UnaryFunction::square:
+      return body(Square<Math>{});
   }
 }
 

@@ -1,4 +1,4 @@
-// asvit_fast_C::gelu_taylor, tanh_taylor: schemas, checks, allocation, threads and streams. The arithmetic is in cpu/
+// asvit_fast_C::gelu_taylor, tanh_taylor, square_taylor: schemas, checks, allocation, threads and streams. The arithmetic is in cpu/
 // and cuda/.
 #include "unary_taylor.h"
 
@@ -51,6 +51,8 @@ at::Tensor gelu_taylor_cpu(const at::Tensor& x, std::string_view approximate, co
 
 at::Tensor tanh_taylor_cpu(const at::Tensor& x) { return apply_cpu("tanh_taylor", UnaryFunction::tanh, x, {}); }
 
+at::Tensor square_taylor_cpu(const at::Tensor& x) { return apply_cpu("square_taylor", UnaryFunction::square, x, {}); }
+
 #ifdef ASVIT_FAST_CUDA
 at::Tensor apply_gpu(const char* op, UnaryFunction function, const at::Tensor& x, const OptionalTensor& bias) {
   check(op, x, bias);
@@ -66,6 +68,8 @@ at::Tensor gelu_taylor_gpu(const at::Tensor& x, std::string_view approximate, co
 }
 
 at::Tensor tanh_taylor_gpu(const at::Tensor& x) { return apply_gpu("tanh_taylor", UnaryFunction::tanh, x, {}); }
+
+at::Tensor square_taylor_gpu(const at::Tensor& x) { return apply_gpu("square_taylor", UnaryFunction::square, x, {}); }
 #endif
 
 }  // namespace
@@ -73,17 +77,20 @@ at::Tensor tanh_taylor_gpu(const at::Tensor& x) { return apply_gpu("tanh_taylor"
 TORCH_LIBRARY_FRAGMENT(asvit_fast_C, library) {
   library.def("gelu_taylor(Tensor x, str approximate, Tensor? bias=None) -> Tensor");
   library.def("tanh_taylor(Tensor x) -> Tensor");
+  library.def("square_taylor(Tensor x) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(asvit_fast_C, CPU, library) {
   library.impl("gelu_taylor", gelu_taylor_cpu);
   library.impl("tanh_taylor", tanh_taylor_cpu);
+  library.impl("square_taylor", square_taylor_cpu);
 }
 
 #ifdef ASVIT_FAST_CUDA
 TORCH_LIBRARY_IMPL(asvit_fast_C, CUDA, library) {
   library.impl("gelu_taylor", gelu_taylor_gpu);
   library.impl("tanh_taylor", tanh_taylor_gpu);
+  library.impl("square_taylor", square_taylor_gpu);
 }
 #endif
 

@@ -10,7 +10,7 @@
 namespace asvit_fast {
 
 // What f may be; unary_functions.h has the formulas.
-enum class UnaryFunction { gelu, gelu_tanh, tanh };
+enum class UnaryFunction { gelu, gelu_tanh, tanh, square };
 
 // A stack of `orders` + 1 contiguous rows of `count` values each: the value, then its derivatives with respect to t.
 template <typename T>

@@ -24,6 +24,7 @@ from torch import Tensor
 from asvit_fast.ops.gelu_taylor import gelu_taylor_reference
 from asvit_fast.ops.layer_norm_taylor import layer_norm_taylor_reference
 from asvit_fast.ops.softmax_taylor import softmax_taylor_reference
+from asvit_fast.ops.square_taylor import square_taylor_reference
 from asvit_fast.ops.tanh_taylor import tanh_taylor_reference
 from asvit_fast.ops.window_attention_taylor import window_attention_taylor_reference
 
@@ -150,15 +151,15 @@ def gelu_reference(x: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @every_type
 @every_order
-@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "tanh"])
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "tanh", "square"])
 def test_unary(kernels, name, orders, dtype):
-    function = ["gelu", "gelu_tanh", "tanh"].index(name)
-    reference = [gelu_reference, gelu_tanh_reference, tanh_taylor_reference][function]
+    function = ["gelu", "gelu_tanh", "tanh", "square"].index(name)
+    reference = [gelu_reference, gelu_tanh_reference, tanh_taylor_reference, square_taylor_reference][function]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for shape in ((1, 1), (3, 7), (2, 1024), (3, 1031)):
         for offset in (0, 1):
             x = rows(orders, *shape, dtype=dtype)
-            bias = None if name == "tanh" or offset else rows(0, shape[-1], dtype=dtype, scale=1.0)[0]
+            bias = None if name in ("tanh", "square") or offset else rows(0, shape[-1], dtype=dtype, scale=1.0)[0]
             channels = None if bias is None else bias.to(wide)
             count = ctypes.c_int64(x[0].numel()), orders, TYPES[dtype]
             end = pointer(channels), ctypes.c_int64(shape[-1] if bias is not None else 1), function

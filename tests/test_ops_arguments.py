@@ -114,7 +114,7 @@ def refused() -> list[tuple[str, Callable[[], object]]]:
         refuse(function, "bias", *misfits((12,)), x=ROWS)
     refuse(ops.layer_norm_taylor, "weight", *misfits((12,)), x=ROWS)
     refuse(ops.gelu_taylor, "approximate", "sigmoid", x=ROWS)
-    for function in (ops.gelu_taylor, ops.layer_norm_taylor, ops.tanh_taylor):
+    for function in (ops.gelu_taylor, ops.layer_norm_taylor, ops.square_taylor, ops.tanh_taylor):
         refuse(function, "x", ROWS[:0], torch.zeros(4, 12), ROWS.int(), ROWS.to(torch.float8_e5m2), torch.zeros(()))
     refuse(ops.softmax_taylor, "s", ROWS[:0], torch.zeros(4, 12), ROWS.int(), torch.zeros(2), ROWS[..., :0])
     for x in (SMALL, LARGE):

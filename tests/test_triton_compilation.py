@@ -55,6 +55,11 @@ def gelu(dtype: torch.dtype, approximate: str, biased: bool):
         )
 
 
+def square(dtype: torch.dtype):
+    for orders in range(3):
+        ops.square_taylor(torch.zeros(orders + 1, 4, 16, dtype=dtype))
+
+
 CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "attention 7 x 7, d 4, masked": functools.partial(attention, side=7, head_dim=4, layout="masked", size=9, shift=3),
     "attention 7 x 7, d 32, timm": functools.partial(attention, side=7, head_dim=32, layout="timm", size=9, shift=3),
@@ -74,6 +79,7 @@ CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "merge 3, 16 channels": functools.partial(merge, kernel=3, channels=16, order="unfold"),
     "gelu": functools.partial(gelu, approximate="none", biased=True),
     "gelu tanh": functools.partial(gelu, approximate="tanh", biased=False),
+    "square": square,
 }
 
 

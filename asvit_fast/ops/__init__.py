@@ -7,6 +7,7 @@ from .linear import linear
 from .patch_embed import patch_embed
 from .patch_merge import patch_merge
 from .softmax_taylor import softmax_taylor
+from .square_taylor import square_taylor
 from .tanh_taylor import tanh_taylor
 from .window_attention import window_attention
 from .window_attention_taylor import window_attention_taylor
@@ -18,6 +19,7 @@ __all__ = [
     "patch_embed",
     "patch_merge",
     "softmax_taylor",
+    "square_taylor",
     "tanh_taylor",
     "window_attention",
     "window_attention_taylor",

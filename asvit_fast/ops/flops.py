@@ -104,6 +104,7 @@ _TAYLOR: dict[str, Callable[..., int]] = {
     "gelu_taylor": _none,
     "layer_norm_taylor": _none,
     "softmax_taylor": _none,
+    "square_taylor": _none,
     "tanh_taylor": _none,
     "window_attention_taylor": _window_attention_taylor,
 }

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.gelu_taylor import gelu_taylor
+from ..ops.square_taylor import square_taylor
 from ..ops.tanh_taylor import tanh_taylor
 from ..ops.taylor_utils import chain_rule
 from .linear import _bind
@@ -86,10 +87,6 @@ def _log(x: Tensor) -> Derivatives:
     return torch.log(x), 1 / x, -1 / (x * x)
 
 
-def _square(x: Tensor) -> Derivatives:
-    return x * x, 2 * x, torch.full_like(x, 2.0)
-
-
 def _erf(x: Tensor) -> Derivatives:
     first = 2 / math.sqrt(math.pi) * torch.exp(-x * x)
     return torch.erf(x), first, -2 * x * first
@@ -140,7 +137,6 @@ FUNCTIONS: dict[str, Callable[..., Derivatives]] = {
     "erf": _erf,
     "rsqrt": _rsqrt,
     "reciprocal": _reciprocal,
-    "square": _square,
     "abs": lambda x: (torch.abs(x), torch.sign(x), None),  # not of complex numbers: torch.sign refuses them
     "absolute": lambda x: (torch.abs(x), torch.sign(x), None),
 }
@@ -168,6 +164,14 @@ def _same_layout(x: Taylor) -> Tensor:
 def tanh(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
     (x,) = _bind(args, kwargs, input=None)
     return Taylor(laid_out(tanh_taylor(x.coefficients), _same_layout(x)))
+
+
+@register_rule("square")
+def square(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
+    (x,) = _bind(args, kwargs, input=None)
+    if not x.is_floating_point():  # complex
+        return compose(x, (x.primal * x.primal, 2 * x.primal, torch.full_like(x.primal, 2.0)))
+    return Taylor(laid_out(square_taylor(x.coefficients), _same_layout(x)))
 
 
 @register_rule("gelu")
@@ -224,6 +228,8 @@ def power(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     base, exponent = _bind(args, kwargs, input=None, exponent=None)
     if func is Tensor.__rpow__:
         base, exponent = exponent, base
+    if isinstance(exponent, (int, float)) and exponent == 2 and function_name(func) == "pow":
+        return square(torch.square, (base,), {})
     value = torch.pow(*primals((base, exponent)))
     if function_name(func) == "float_power":
         value = torch.float_power(*primals((base, exponent)))

@@ -1,0 +1,60 @@
+"""The square's Taylor rule: every implementation against float64, gradients, transforms, compilation."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+import triton_versions
+from stacked import StackedOp, rows
+from torch import Tensor
+
+import asvit_fast as af
+from asvit_fast.ops.square_taylor import square_taylor, square_taylor_reference
+
+
+class TestSquare(StackedOp):
+    name = "square_taylor"
+    op = staticmethod(square_taylor)
+    reference = staticmethod(square_taylor_reference)
+    shapes: ClassVar = [*StackedOp.shapes, (1,), (17,), (3, 0)]
+
+    def function(self, x: Tensor) -> Tensor:
+        return x * x
+
+
+INTERPRETED = """
+import torch
+from asvit_fast.kernels.square_taylor import square_taylor
+from asvit_fast.ops.square_taylor import square_taylor_reference
+
+for dtype in (torch.float32, torch.float64):
+    for orders in (0, 1, 2):
+        for shape in ((1, 1), (3, 1031), (0, 4)):
+            x = torch.randn(orders + 1, *shape, dtype=dtype)
+            torch.testing.assert_close(square_taylor(x), square_taylor_reference(x))
+print("checked")
+"""
+
+
+@triton_versions.interpreter
+def test_triton_interpreter(root: Path) -> None:
+    pytest.importorskip("triton")
+    environment = {"TRITON_INTERPRET": "1", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", INTERPRETED]
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert result.stdout.strip() == "checked", result.stderr
+
+
+def test_propagation_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = rows(2, 3, 5, dtype=torch.float64)
+    for function in (torch.square, Tensor.square, lambda value: value**2, lambda value: torch.pow(value, 2.0)):
+        y, first, second = af.jet(function, x[0], x[1], x[2])
+        torch.testing.assert_close(torch.stack([y, first, second]), square_taylor_reference(x))
+    z = torch.complex(x, x.flip(0))
+    _, first = af.jvp(torch.square, z[0], z[1])
+    torch.testing.assert_close(first, 2 * z[0] * z[1])

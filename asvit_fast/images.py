@@ -161,13 +161,9 @@ def load_images(folder: str | Path, count: int, img_size: ImageSize = 224) -> Te
         std=IMAGENET_DEFAULT_STD,
         crop_pct=CROP_FRACTION,
     )
-    chosen = [files[index] for index in _spread(len(files), count)]
+    last, gaps = len(files) - 1, max(count - 1, 1)
+    chosen = [files[index * last // gaps] for index in range(count)]  # both ends, as evenly spaced as integers can be
     return torch.stack([_read(path, transform) for path in chosen])  # [count, 3, height, width]
-
-
-def _spread(total: int, count: int) -> list[int]:
-    """``count`` of the indices 0..total-1, both ends included, as evenly spaced as integers can be."""
-    return [index * (total - 1) // max(count - 1, 1) for index in range(count)]
 
 
 def _read(path: Path, transform) -> Tensor:

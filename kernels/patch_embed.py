@@ -233,7 +233,7 @@ def pixel_count(in_channels: int, kernel: int) -> int:
 
 @once_per_shape
 def _launch(problem: Problem) -> tuple[tuple[int, int, int, int], Launch]:
-    """The output's size, and how it is computed."""
+    """The output's size, and its launch."""
     arguments = problem.arguments() | problem.tiles("patch_embed")
     return problem.output_size, ((triton.cdiv(arguments["tokens"], arguments["BLOCK_M"]),), arguments)
 

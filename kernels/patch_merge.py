@@ -246,9 +246,8 @@ class Problem(NamedTuple):
         """Arguments of all kernels but that of the weights, besides tensors, by name."""
         batch, rows, columns = self.output_size
         top, _, left, _ = self.padding
-        return Sizes(batch * rows * columns, *self.size[1:3], rows, columns, top, left)._asdict() | {
-            "SHAPE": self.shape
-        }
+        sizes = Sizes(batch * rows * columns, *self.size[1:3], rows, columns, top, left)
+        return sizes._asdict() | {"SHAPE": self.shape}
 
     def tiles(self, kernel: str) -> dict[str, Any]:
         """BLOCK_M tokens, BLOCK_N outputs, BLOCK_C channels and Triton's options."""
@@ -257,7 +256,7 @@ class Problem(NamedTuple):
         return options | {"BLOCK_C": channel_block(self.size[3], bits)}
 
     def fold(self) -> Launch:
-        """How weights are folded: a program for each output."""
+        """Launch for the folded weights: a program for each output."""
         features = self.kernel**2 * self.size[3]
         block = min(1024, triton.next_power_of_2(features))
         return (self.outputs,), {"SHAPE": self.shape, "BLOCK": block, "enable_fp_fusion": True}
@@ -265,7 +264,7 @@ class Problem(NamedTuple):
 
 @once_per_shape
 def _launches(problem: Problem) -> tuple[Launch, Launch, Launch]:
-    """For the folded weights, the statistics and the output."""
+    """Launches for the folded weights, the statistics and the output."""
     arguments, tiles = problem.arguments(), problem.tiles("patch_merge")
     block_c = channel_block(problem.size[3], 8 * problem.x_dtype.itemsize)
     tokens = arguments["tokens"]

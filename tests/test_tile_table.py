@@ -15,7 +15,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from asvit_fast.kernels import tile_table
+from kernel_inspection import Launch, recorded_launches
+
+from asvit_fast.kernels import tile_table, window_attention
 from asvit_fast.kernels.window_attention_geometry import tails_of
 
 ATTENTION = ("single_tile", "single_tile_backward", "tiled", "q_gradient", "kv_gradient", "bias_gradient")
@@ -204,6 +206,30 @@ def test_trying():
         assert choose("q_gradient", "90", 784, 8, 16)["BLOCK_M"] != 128
         raise RuntimeError
     assert choose("tiled", "90", 784, 8, 16) == before
+
+
+def test_launches_are_decided_once_for_a_shape():
+    """And again when the tiles change, or what torch's own products may do."""
+    qkv, statistics = torch.empty(1, 9, 9, 24), torch.empty(2, 1, 9, 9, 1)
+
+    def launch() -> Launch:
+        with recorded_launches() as launches:
+            window_attention.window_attention(qkv, 1, [9, 9], [0, 0], 1.0, "masked", None, None, None, statistics)
+        return launches[0]
+
+    before, decided = launch(), window_attention._forward_launch.cache_info()
+    assert launch() == before
+    assert window_attention._forward_launch.cache_info().misses == decided.misses
+    trial = {"block_m": 128, "block_n": 16, "num_warps": 8, "num_stages": 1}
+    with tile_table.trying("tiled", trial):
+        tried = launch()
+    assert (tried.constants["BLOCK_M"], tried.options["num_warps"]) == (128, 8) and launch() == before
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        assert launch().constants["SHAPE"].precision == "tf32" != before.constants["SHAPE"].precision
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def test_tables_are_installed(root, tmp_path):

@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INPUT
     except OSError as error:
         _abandon_stdout()
-        return _fail(_describe(error))
+        reason = error.strerror or str(error) or type(error).__name__  # and the file, without the errno
+        return _fail(reason if error.filename is None else f"{reason}: {str(error.filename)!r}")
     except KeyboardInterrupt:
         resume = "; the same command continues where it stopped" if command is not None and command.resumable else ""
         print(f"\n{PROGRAM}: interrupted{resume}", file=sys.stderr)
@@ -156,12 +157,6 @@ def _in_options(message: str, command: Command) -> str:
     return message
 
 
-def _describe(error: OSError) -> str:
-    """The system's message and the file that it is about, without the errno."""
-    reason = error.strerror or str(error) or type(error).__name__
-    return f"{reason}: {str(error.filename)!r}" if error.filename is not None else reason
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=PROGRAM,
@@ -208,8 +203,5 @@ def _add(parser: argparse.ArgumentParser, option: Option) -> None:
 def _default(option: Option) -> str:
     if option.required:
         return "(required)"
-    if option.default in (None, {}, ""):
-        return "(default: none)"
-    if isinstance(option.default, tuple):
-        return f"(default: {','.join(map(str, option.default))})"
-    return f"(default: {option.default})"
+    text = ",".join(map(str, option.default)) if isinstance(option.default, tuple) else option.default
+    return f"(default: {'none' if text in (None, {}, '') else text})"

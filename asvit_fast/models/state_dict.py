@@ -44,7 +44,10 @@ def convert_asvit_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tens
                 name = new_name
                 break
         if name == "pos_embed" and value.ndim == 3:
-            value = _square_grid(value)
+            side = math.isqrt(value.shape[1])
+            if side * side != value.shape[1]:
+                raise InputError(f"absolute_pos_embed holds {value.shape[1]} tokens, which is no square grid")
+            value = value.reshape(1, side, side, value.shape[2])  # [1, tokens, C] -> [1, side, side, C]
         converted[name] = value
     return converted
 
@@ -52,14 +55,6 @@ def convert_asvit_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tens
 def drop_norms(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights that remain in a network without norms."""
     return {name: value for name, value in state_dict.items() if not re.search(r"(^|\.)norm\d?\.", name)}
-
-
-def _square_grid(pos_embed: Tensor) -> Tensor:
-    """[1, tokens, C] -> [1, side, side, C]."""
-    side = math.isqrt(pos_embed.shape[1])
-    if side * side != pos_embed.shape[1]:
-        raise InputError(f"absolute_pos_embed holds {pos_embed.shape[1]} tokens, which is no square grid")
-    return pos_embed.reshape(1, side, side, pos_embed.shape[2])
 
 
 def fit_state_dict(state_dict: Mapping[str, Any], model: Any) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..models import AsViT
-from ..settings import MIN_IMG_SIZE, check_choice
+from ..settings import MIN_IMG_SIZE
 from .memory import split_on_oom
 from .per_sample import RowSink, per_sample_gradients
 from .replica import replica
@@ -65,7 +65,8 @@ def ntk_gram_of(model: nn.Module, images: Tensor, parameters: str = "weights", d
 
     ``draws``: state of torch's generator to begin each forward pass with; None is what it has.
     """
-    check_choice("parameters", parameters, ("weights", "all"))
+    if parameters not in ("weights", "all"):
+        raise InputError(f"parameters must be 'weights' or 'all', got {parameters!r}")
     network = replica(model)
     originals = dict(model.named_parameters())
     chosen = {  # copies of a scripted module's parameters are functions of the originals

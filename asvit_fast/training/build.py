@@ -170,7 +170,7 @@ def pixel_statistics(what: What, recipe: Recipe, channels: int = 3) -> tuple[tup
 
 def _check_channels(name: str, values: Any, channels: int) -> None:
     if values is not None and len(values) not in (1, channels):
-        raise InputError(f"{name} must be one number or {channels}, one for each channel, got {values}")
+        raise InputError(f"{name} must be one number or {channels}, one for each channel, got {len(values)}")
 
 
 def _classifier(config: Mapping[str, Any]) -> tuple[str, ...]:

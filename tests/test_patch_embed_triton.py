@@ -3,10 +3,6 @@ on a GPU if there is one."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import triton_versions
@@ -15,15 +11,6 @@ from test_patch_embed import assert_as_exact, both_ways, embed, make_operands
 from asvit_fast.backends import use_backend
 
 pytest.importorskip("triton")
-
-INTERPRETED = """
-import sys
-import torch
-sys.path.insert(0, "tests")
-from test_patch_embed_triton import check
-check(sys.argv[1], torch.device("cpu"))
-print("checked")
-"""
 
 # batch, Cin, size, C, K, stride, dilation, padding, kinds of vectors: cut blocks of tokens, pixels and channels
 SHAPES = [
@@ -117,29 +104,15 @@ CHECKS = pytest.mark.parametrize("name", ["shapes", "details", "many_tokens", "a
 @triton_versions.interpreter
 @CHECKS
 def test_interpreted(name, root):
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", INTERPRETED, name],
-        cwd=root,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.stdout.strip() == "checked", result.stderr
+    triton_versions.run_interpreted(__name__, name, root)
 
 
 @pytest.mark.gpu
 @CHECKS
-def test_on_a_gpu(name):
+def test_on_a_gpu(name, poison_empty):
     if not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA GPU")
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    try:
-        check(name, torch.device("cuda"))
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+    check(name, torch.device("cuda"))
 
 
 # --------------------------------------------------------------------------- compiled

@@ -1,8 +1,13 @@
-"""What tests may ask of the Triton that is installed. torch pins Triton: 2.11 has 3.6."""
+"""Shared by the tests of Triton kernels: the version that is installed, and its interpreter. torch pins Triton: 2.11 has
+3.6."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy
 import pytest
@@ -32,3 +37,18 @@ interpreter = pytest.mark.skipif(
 def assert_no_spills(report) -> None:
     """No register is spilled: asked of the newest compiler, for which tiles are chosen."""
     assert OLD or report.spilled_bytes == 0, report
+
+
+def run_interpreted(module: str, name: str, root: Path) -> None:
+    """Run `check(name, CPU)` of a test module in Triton's interpreter, which needs a process of its own."""
+    program = f"import sys, torch; sys.path.insert(0, 'tests'); from {module} import check; "
+    program += f"check({name!r}, torch.device('cpu')); print('checked')"
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        cwd=root,
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.stdout.strip() == "checked", result.stderr

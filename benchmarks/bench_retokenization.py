@@ -26,8 +26,8 @@ from timer import machine, print_header
 import asvit_fast as af
 from asvit_fast import backends
 from asvit_fast.files import write_atomic
+from asvit_fast.malloc import disable_malloc_trim
 from asvit_fast.recipe import Recipe
-from asvit_fast.scoring.memory import disable_malloc_trim
 from asvit_fast.training.rng import random_state, set_random_state
 from asvit_fast.training.train import Trainer
 

@@ -50,8 +50,8 @@ from torch import Tensor, nn
 
 import asvit_fast as af
 from asvit_fast import backends
+from asvit_fast.malloc import disable_malloc_trim
 from asvit_fast.scoring import ScoreSettings, score_repeat
-from asvit_fast.scoring.memory import disable_malloc_trim
 from asvit_fast.scoring.score import WEIGHTS, stream
 from asvit_fast.topology import Topology
 

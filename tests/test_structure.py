@@ -36,6 +36,7 @@ LAYERS: dict[str, set[str]] = {
     "_extension": set(),
     "files": {"errors"},
     "machine": set(),
+    "malloc": set(),
     "topology": {"errors"},
     "settings": {"topology"},
     "backends": {"_extension", "errors"},
@@ -65,7 +66,7 @@ LAYERS: dict[str, set[str]] = {
     "cli": {"search", "training", "acceleration", "export", "report", "environment", "bench"},
     "timm": {"training"},
     "demo": {"cli"},
-    "__main__": {"cli"},
+    "__main__": {"cli", "malloc"},
     "__init__": {"cli", "_registration"},
 }
 

@@ -1,5 +1,4 @@
-"""Shared by the tests of Triton kernels: the version that is installed, and its interpreter. torch pins Triton: 2.11 has
-3.6."""
+"""Helpers of tests of Triton kernels: the installed version (torch 2.11 pins 3.6), and its interpreter."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from ..scoring.memory import disable_malloc_trim
 from ..search import ScaleStep, scale
 from ..settings import ScaleSettings, ScoreSettings
 from ..topology import Topology
@@ -17,7 +16,6 @@ from .options import chosen
 @long_run()
 def run(values: SimpleNamespace) -> int:
     check_output_folder(values.out)
-    disable_malloc_trim()
     topology = resolve_topology(values.topology)
     announce(values, topology)
     steps = scale(

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 from ..files import to_json
 from ..scoring import Score, score
-from ..scoring.memory import disable_malloc_trim
 from ..settings import ScoreSettings
 from ..what import resolve
 from .common import initialisations, size_text, source_text, table
@@ -21,7 +20,6 @@ DIRECTIONS = {
 
 
 def run(values: SimpleNamespace) -> int:
-    disable_malloc_trim()
     target = resolve(values.what)
     result = score(
         target.fresh if target.weights is None else target.load().model.eval(),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from types import SimpleNamespace
 
-from ..scoring.memory import disable_malloc_trim
 from ..search import Budget, SearchResult, search
 from ..settings import ScoreSettings, SearchSettings
 from ..topology import SearchSpace
@@ -17,7 +16,6 @@ from .options import chosen
 @long_run()
 def run(values: SimpleNamespace) -> int:
     check_output_folder(values.out)
-    disable_malloc_trim()
     space = SearchSpace().narrow(**values.space)
     announce(values, space)
     result = search(

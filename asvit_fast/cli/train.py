@@ -13,10 +13,8 @@ from .options import Command, Option, chosen, image_size, integer, keywords, opt
 
 def run(values: SimpleNamespace) -> int:
     check_output_folder(values.out)
-    from ..scoring.memory import disable_malloc_trim
     from ..training import train
 
-    disable_malloc_trim()
     print_on_main(f"Writing to {values.out}; stop at any time, the same command continues.", values.quiet)
     result = train(
         data=values.data,

@@ -294,7 +294,8 @@ class AsViT(nn.Module):
 
     def _set_windows(self, window_size: Any | None) -> None:
         windows = [w if w is None else to_2tuple(w) for w in to_ntuple(len(self.stages))(window_size)]
-        if len(windows) != len(self.stages):
+        integers = all(hasattr(side, "__index__") for window in windows if window is not None for side in window)
+        if len(windows) != len(self.stages) or not integers:
             raise InputError(
                 f"window_size must be one integer or one per stage ({len(self.stages)}), got {window_size!r}"
             )

@@ -56,7 +56,7 @@ class Case:
         return label_of(self.shape)
 
     def work(self) -> Work:
-        """The work of a round of its loop: scores for attention, else bytes, as many as the loop's instructions move."""
+        """The work of a round of its loop: scores for attention, else the bytes that the loop's instructions move."""
         if self.kernel not in ATTENTION:
             return Work("byte", 0.0)
         products, tensors = ATTENTION[self.kernel]

@@ -1,5 +1,5 @@
-"""Shared by the tests of Triton kernels: the version that is installed, and its interpreter. torch pins Triton: 2.11 has
-3.6."""
+"""Shared by the tests of Triton kernels: the version that is installed (torch pins it: 2.11 has 3.6), and its
+interpreter."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.h)
 CLANG_FORMAT := $(filter %.cpp %.h %.cu,$(SOURCES)) $(wildcard tests/cuda_on_cpu/*.* tests/cuda_on_cpu/cuda/*.h)
 
-.PHONY: install demo test test-oldest sanitize kernel-report resource-report lint format bench clean
+.PHONY: install demo test test-threads test-slow test-oldest sanitize kernel-report resource-report lint format bench clean
 
 install: $(VENV)/.installed
 
@@ -31,6 +31,15 @@ demo: install
 # one thread each: threads of several processes on the same cores wait for each other most of the time
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(PYTEST_ARGS)
+
+# what depends on the number of threads, with two
+test-threads: install
+	OMP_NUM_THREADS=2 $(BIN)/pytest $(wildcard tests/test_*_taylor.py) $(addprefix tests/,test_window_attention.py \
+		test_patch_embed.py test_patch_merge.py test_linear.py test_ntk.py test_scoring.py) -k "not opcheck and not interpret"
+
+# what `make test` leaves out
+test-slow: install
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow $(PYTEST_ARGS)
 
 # The oldest torch that is supported, with its Triton and torchvision: an environment of its own, and a copy of the sources,
 # as the extension is built against one torch. Ops, models and tracers, and all Triton kernels for all GPUs.

@@ -8,25 +8,18 @@ from __future__ import annotations
 
 import functools
 import importlib
-import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from ._build import build_report
+
 BUILD = "with `pip install --no-build-isolation --force-reinstall --no-deps .` in a checkout"
 
 _waiting: list[Callable[[], None]] = []  # to be called when the extension is loaded
-
-
-@functools.cache
-def build_report() -> dict[str, Any]:
-    """The record of the build: torch, CUDA, archs, compiler, flags, or why nothing was compiled; {} if not built."""
-    path = Path(__file__).with_name("_build.json")
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def unsupported_reason(report: dict[str, Any], running_torch: str) -> str | None:

@@ -25,8 +25,8 @@ import torch
 
 from asvit_fast import _extension
 from asvit_fast.errors import InputError
+from asvit_fast.settings import BACKENDS
 
-BACKENDS = ("reference", "triton", "cuda", "cpu", "sdpa")
 MINIMUM_CAPABILITY = (8, 0)  # Ampere
 
 Implementation = Callable[..., Any]  # tensors

@@ -1,17 +1,34 @@
-"""Facts about this installation: versions, GPUs, the build report, and every op with every backend."""
+"""Facts about this installation: versions, processor, the build report, then what torch and the ops can do here."""
 
 from __future__ import annotations
 
+import importlib.util
 import platform
+import runpy
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
-import torch
-
-from . import _extension, backends, ops  # noqa: F401  (every op declares its backends)
+from ._build import build_report
 from .machine import processor
 
 PACKAGES = ("asvit-fast", "torch", "torchvision", "triton", "timm", "numpy")
+BUILD_FACTS = {
+    "mode": "built with ASVIT_FAST_BUILD",
+    "torch": "built for torch",
+    "cuda": "built with CUDA",
+    "archs": "built for archs",
+    "compiler": "compiler",
+    "cxx_flags": "C++ flags",
+    "nvcc_flags": "nvcc flags",
+    "reason": "not compiled",
+}
+
+
+def installation() -> dict[str, Any]:
+    """ "versions", "cpu" (name, machine) and "build" (the build report), without importing torch."""
+    cpu = {"name": processor(), "machine": platform.machine()}
+    return {"versions": _versions(), "cpu": cpu, "build": build_report()}
 
 
 def environment() -> dict[str, Any]:
@@ -20,25 +37,19 @@ def environment() -> dict[str, Any]:
     Keys: "versions", "cpu", "gpus", "build" (the build report), "extension", "strict", and "ops": op -> device type ->
     backend -> None if it is available there, otherwise the reason why not.
     """
-    return {
-        "versions": _versions(),
-        "cpu": {
-            "name": processor(),
-            "machine": platform.machine(),
-            "threads": torch.get_num_threads(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-        },
-        "gpus": _gpus(),
-        "build": _extension.build_report(),
-        "extension": _extension_state(),
-        "ops": _ops(),
-        "strict": backends.strict(),
-    }
+    from .capabilities import capabilities  # and torch, which takes seconds
+
+    static, found = installation(), capabilities()
+    return {**static, **found, "cpu": {**static["cpu"], **found["cpu"]}}
 
 
 def show_config() -> None:
-    """Print `environment()` as text: versions, GPUs, compiled instruction sets and archs, every op x backend."""
-    print(format_environment(environment()))
+    """Print `environment()` as text: versions, GPUs, compiled instruction sets and archs, every op x backend.
+
+    What needs no torch comes first and at once: also where torch cannot be imported.
+    """
+    print(format_installation(installation()), end="\n\n", flush=True)
+    print(format_capabilities(environment()))
 
 
 def _versions() -> dict[str, str | None]:
@@ -48,37 +59,16 @@ def _versions() -> dict[str, str | None]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    return versions | {"torch": torch.__version__, "cuda of torch": torch.version.cuda}
+    return versions | _torch_version()
 
 
-def _gpus() -> list[dict[str, Any]]:
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    gpus = map(torch.cuda.get_device_properties, range(count))
-    return [{"name": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "memory": gpu.total_memory} for gpu in gpus]
-
-
-def _extension_state() -> dict[str, Any]:
-    module = _extension.extension()
-    if module is None:
-        return {"loaded": False, "reason": _extension.reason()}
-    return {
-        "loaded": True,
-        "isas compiled": module.compiled_isas(),
-        "isas available": module.available_isas(),
-        "isa active": module.get_isa(),
-        "cuda reason": _extension.cuda_reason(),
-    }
-
-
-def _ops() -> dict[str, dict[str, dict[str, str | None]]]:
-    devices = {"cpu": "cpu"} | ({"cuda": "cuda"} if torch.cuda.is_available() else {})
-    return {
-        op: {
-            kind: {backend: backends.available(op, backend, device) for backend in backends.BACKENDS}
-            for kind, device in devices.items()
-        }
-        for op in sorted(backends.declared())
-    }
+def _torch_version() -> dict[str, str | None]:
+    """With the build that it is, which its metadata do not say."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return {"torch": None, "cuda of torch": None}
+    facts = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
+    return {"torch": facts["__version__"], "cuda of torch": facts["cuda"]}
 
 
 # --------------------------------------------------------------------------- text
@@ -86,11 +76,23 @@ def _ops() -> dict[str, dict[str, dict[str, str | None]]]:
 
 def format_environment(state: dict[str, Any]) -> str:
     """The text of `show_config` for a result of `environment`."""
-    sections = [
-        ("Versions", [(name, version or "not installed") for name, version in state["versions"].items()]),
-        ("Machine", _machine_rows(state)),
-        ("Compiled extension", _extension_rows(state)),
-    ]
+    return f"{format_installation(state)}\n\n{format_capabilities(state)}"
+
+
+def format_installation(state: dict[str, Any]) -> str:
+    """The part of it for a result of `installation`."""
+    build = {name: state["build"][key] for key, name in BUILD_FACTS.items() if state["build"].get(key)}
+    rows = [(name, " ".join(value) if isinstance(value, list) else str(value)) for name, value in build.items()]
+    return "\n\n".join((
+        _section("Versions", [(name, version or "not installed") for name, version in state["versions"].items()]),
+        _section("Processor", [("cpu", state["cpu"]["name"])]),
+        _section("Build of the extension", rows or [("state", "never built")]),
+    ))  # fmt: skip
+
+
+def format_capabilities(state: dict[str, Any]) -> str:
+    """The part of it for a result of `capabilities`."""
+    sections = [("Devices", _device_rows(state)), ("Compiled extension", _extension_rows(state["extension"]))]
     for op, devices in state["ops"].items():
         for device, reasons in devices.items():
             verdicts = [(name, f"no: {reason}" if reason else "available") for name, reason in reasons.items()]
@@ -103,32 +105,19 @@ def _section(title: str, rows: list[tuple[str, str]]) -> str:
     return "\n".join([title, *(f"  {name:{width}}  {value}" for name, value in rows)])
 
 
-def _machine_rows(state: dict[str, Any]) -> list[tuple[str, str]]:
+def _device_rows(state: dict[str, Any]) -> list[tuple[str, str]]:
     cpu = state["cpu"]
-    rows = [("cpu", f"{cpu['name']}, {cpu['threads']} threads, torch uses {cpu['capability']}")]
+    rows = [("cpu", f"{cpu['threads']} threads, torch uses {cpu['capability']}")]
     gpus = [f"{gpu['name']}, capability {gpu['capability']}, {gpu['memory'] / 2**30:.0f} GiB" for gpu in state["gpus"]]
     rows += [(f"cuda:{index}", gpu) for index, gpu in enumerate(gpus)]
     return rows if gpus else [*rows, ("gpu", "none that torch can use")]
 
 
-def _extension_rows(state: dict[str, Any]) -> list[tuple[str, str]]:
-    extension, build = state["extension"], state["build"]
+def _extension_rows(extension: dict[str, Any]) -> list[tuple[str, str]]:
     if not extension["loaded"]:
-        rows = [("state", f"not loaded: {extension['reason']}")]
-    else:
-        rows = [
-            ("state", "loaded"),
-            ("instruction sets", f"{', '.join(extension['isas compiled'])} (active: {extension['isa active']})"),
-            ("cuda kernels", extension["cuda reason"] or "compiled"),
-        ]
-    shown = {
-        "mode": "built with ASVIT_FAST_BUILD",
-        "torch": "built for torch",
-        "cuda": "built with CUDA",
-        "archs": "built for archs",
-        "compiler": "compiler",
-        "cxx_flags": "C++ flags",
-        "nvcc_flags": "nvcc flags",
-    }
-    values = {name: build[key] for key, name in shown.items() if build.get(key)}
-    return rows + [(name, " ".join(v) if isinstance(v, list) else str(v)) for name, v in values.items()]
+        return [("state", f"not loaded: {extension['reason']}")]
+    return [
+        ("state", "loaded"),
+        ("instruction sets", f"{', '.join(extension['isas compiled'])} (active: {extension['isa active']})"),
+        ("cuda kernels", extension["cuda reason"] or "compiled"),
+    ]

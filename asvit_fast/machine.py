@@ -1,17 +1,10 @@
-"""The machine and the program: what stands beside every figure and every run."""
+"""The processor, which stands beside every figure and every run."""
 
 from __future__ import annotations
 
-import datetime
 import os
 import platform
-import shlex
-import sys
 from pathlib import Path
-
-import torch
-
-from ._version import __version__
 
 _CPUINFO = Path("/proc/cpuinfo")
 _ZEN_4 = (*range(0x10, 0x20), *range(0x60, 0x80), *range(0xA0, 0xB0))  # models of AMD's family 25; the others are Zen 3
@@ -37,16 +30,3 @@ def _generation(fields: dict[str, str]) -> str:
     family, model = int(fields.get("cpu family", 0)), int(fields.get("model", 0))
     zen = {23: "Zen 2" if model in _ZEN_2 else "Zen", 25: "Zen 4" if model in _ZEN_4 else "Zen 3", 26: "Zen 5"}
     return zen.get(family, f"family {family}")
-
-
-def start_record() -> dict[str, str]:
-    """This start of the program: date, command line, machine and versions, as text."""
-    program = Path(sys.argv[0]).name
-    program = "asvit-fast" if program == "__main__.py" else program
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {
-        "date": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
-        "command": shlex.join([program, *sys.argv[1:]]),
-        "machine": "; ".join([processor(), *sorted(set(gpus))]),
-        "versions": f"asvit_fast {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
-    }

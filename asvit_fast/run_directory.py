@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import io
 import os
+import platform
+import shlex
+import sys
 import tempfile
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -16,7 +20,7 @@ from ._version import __version__
 from .errors import InputError
 from .files import append_jsonl, as_float, folder_path, from_json, read_jsonl, remove_leftovers, to_json, write_atomic
 from .folder_lock import FolderLock
-from .machine import start_record
+from .machine import processor
 
 CONFIG, TRACE, STATE, RESULT, STARTS = "config.json", "trace.jsonl", "state.pt", "result.json", "starts.jsonl"
 BASELINE = "baseline"  # the folder of its random search inside that of a search
@@ -87,7 +91,7 @@ class RunDirectory:
         """A finished step: its trace entry and the state after it."""
         if self.path is not None:
             if not self._noted_start:  # a start that does nothing leaves the folder as it is
-                append_jsonl(self.path / STARTS, start_record())
+                append_jsonl(self.path / STARTS, _start_record())
                 self._noted_start = True
             append_jsonl(self.path / TRACE, self._line(len(self.trace), entry))
         self.trace.append(entry)
@@ -325,3 +329,16 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in config.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
+
+
+def _start_record() -> dict[str, str]:
+    """This start of the program: date, command line, machine and versions, as text."""
+    program = Path(sys.argv[0]).name
+    program = "asvit-fast" if program == "__main__.py" else program
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "date": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
+        "command": shlex.join([program, *sys.argv[1:]]),
+        "machine": "; ".join([processor(), *sorted(set(gpus))]),
+        "versions": f"asvit_fast {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+    }

@@ -27,6 +27,7 @@ EXPORT_FORMATS = {  # and their files, the first of which makes a folder an expo
     "onnx": ("model.onnx",),
     "exported": ("model.pt2",),
 }
+BACKENDS = ("reference", "triton", "cuda", "cpu", "sdpa")  # that an op may run on
 TUNED_OPS = ("window_attention", "patch_embed", "patch_merge")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # short name -> torch's
 

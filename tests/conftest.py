@@ -17,6 +17,25 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", "ignore::asvit_fast.backends.FallbackWarning")
 
 
+def _settings_of_torch() -> dict[str, object]:
+    return {
+        "threads": torch.get_num_threads(),
+        "default dtype": torch.get_default_dtype(),
+        "gradients": torch.is_grad_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "float32 products": torch.get_float32_matmul_precision(),
+        "oneDNN": torch.backends.mkldnn.enabled,
+    }
+
+
+@pytest.fixture(autouse=True)
+def settings_are_left_as_they_were() -> Iterator[None]:
+    """A test that leaves torch with other settings changes the numbers of those after it."""
+    before = _settings_of_torch()
+    yield
+    assert _settings_of_torch() == before
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The checkout."""

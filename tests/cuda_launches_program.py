@@ -36,7 +36,7 @@ def launch(op: FusedOp, operands: tuple[torch.Tensor, ...], config: tuple[object
 
 def launch_all(dtype: torch.dtype) -> None:
     """Each op's Triton implementation, forward and backward."""
-    from asvit_fast.kernels import gelu_taylor
+    from asvit_fast.kernels import gelu_taylor, square_taylor
 
     def new(*shape: int) -> torch.Tensor:
         return tensor(*shape, dtype=dtype)
@@ -53,6 +53,7 @@ def launch_all(dtype: torch.dtype) -> None:
     )
     launch(merging.PATCH_MERGE, (new(2, 9, 8, 16), new(32, 144), new(144), new(144), new(32)), (3, 2, 1e-5, False))
     gelu_taylor.gelu_taylor(new(3, 4, 16), "none", new(16))
+    square_taylor.square_taylor(new(3, 4, 16))
 
 
 def run_eagerly(model: torch.nn.Module, size: int) -> None:

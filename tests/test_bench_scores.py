@@ -103,6 +103,7 @@ def test_reference_must_be_a_clone(benchmark, tmp_path: Path) -> None:
         benchmark("against_asvit").rows(tmp_path, settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("topology", "side", "norm"),
     [("8,2,3|4,1,2|4,1,4|4,1,6|32", 32, "identity"), ("7,4,3,2|3,2,2,1|2,2,4,1|4,1,6,1|16", 52, "layer")],

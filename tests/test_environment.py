@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 import warnings
 
 import pytest
@@ -177,6 +179,31 @@ def test_environment_is_json_and_names_every_op():
     for devices in state["ops"].values():
         assert set(devices["cpu"]) == set(backends.BACKENDS)
         assert devices["cpu"]["reference"] is None
+
+
+def test_env_answers_before_torch_is_there():
+    """Versions, processor and build report come at once; the rest when torch has been imported."""
+    command = [sys.executable, "-X", "importtime", "-m", "asvit_fast", "env"]
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines = []
+    for line in process.stdout:
+        if line.startswith("Build of the extension"):
+            first = time.perf_counter() - started
+            assert not any(part.rpartition("|")[2].strip() == "torch" for part in lines)
+        lines.append(line)
+    assert process.wait() == 0 and first < 3  # 0.2 s, with room for a machine that is busy
+    assert any(line.startswith("gelu_taylor on cpu") for line in lines)
+
+
+def test_env_where_torch_does_not_load(tmp_path, monkeypatch):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('libtorch_cpu.so: cannot open')")
+    (tmp_path / "torch" / "version.py").write_text("__version__, cuda = '2.99.0', None")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    done = subprocess.run([sys.executable, "-m", "asvit_fast", "env"], capture_output=True, text=True, check=False)
+    assert done.stderr == "asvit-fast: torch cannot be imported: libtorch_cpu.so: cannot open\n"
+    assert done.returncode == 1 and "2.99.0" in done.stdout and "Build of the extension" in done.stdout
 
 
 def test_show_config(capsys):

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 import asvit_fast as af
 from asvit_fast.scoring import Curve, ScoreSettings, circle, score_repeat, theta_grid
 from asvit_fast.scoring.memory import split_on_oom
+from asvit_fast.scoring.ntk import score_features
 from asvit_fast.scoring.parallel import map_in_threads
-from asvit_fast.scoring.score import score_networks, stream, without_norms
+from asvit_fast.scoring.score import CIRCLE, WEIGHTS, score_networks, stream, without_norms
 
 SEED = "8,2,3|4,1,2|4,1,4|4,1,6|32"
 FAST = {"img_size": 32, "thetas": 4, "repeats": 2, "batch": 4}
@@ -235,9 +236,42 @@ def test_without_norms_shares_weights() -> None:
     assert isinstance(model.norm, nn.LayerNorm) and not any(isinstance(m, nn.LayerNorm) for m in bare.modules())
 
 
-def test_score_of_timm_names_and_modules() -> None:
-    by_name = af.score("vit_tiny_patch16_224", metrics=("length_distortion",), img_size=64, thetas=2, repeats=2)
-    assert by_name["length_distortion"].values[0] != by_name["length_distortion"].values[1]
+def length_by_differences(model: nn.Module, size: int, thetas: int, repeat: int) -> float:
+    """Length distortion of the paper: central differences along the circle, in float64."""
+    features, step = score_features(model.double().eval()), 1e-5
+    u0, u1 = circle((3, size, size), stream(0, CIRCLE, repeat))  # [3, H, W]
+
+    def at(theta: Tensor) -> Tensor:
+        cosine, sine = (function(theta)[:, None, None, None] for function in (torch.cos, torch.sin))
+        return features(math.sqrt(u0.numel()) * (cosine * u0 + sine * u1)).flatten(1)  # [n, F]
+
+    theta = theta_grid(thetas)
+    with torch.no_grad():
+        velocity = (at(theta + step) - at(theta - step)) / (2 * step)
+    return float(2 * math.pi * velocity.norm(dim=1).mean())
+
+
+def test_score_of_a_timm_name_is_that_of_freshly_drawn_networks() -> None:
+    name, size = "vit_tiny_patch16_224", 64
+    scored = af.score(name, metrics=("length_distortion",), img_size=size, thetas=2, repeats=2)
+    for repeat, value in enumerate(scored["length_distortion"].values):
+        with torch.random.fork_rng():
+            torch.manual_seed(stream(0, WEIGHTS, repeat).initial_seed())
+            model = timm.create_model(name, img_size=size)
+        assert value == pytest.approx(length_by_differences(model, size, 2, repeat), rel=1e-4)
+
+
+@pytest.mark.parametrize(("norms", "norm"), [("auto", "identity"), ("identity", "identity"), ("keep", "layer")])
+def test_norms_are_left_out_or_kept(norms: str, norm: str) -> None:
+    scored = af.score(SEED, metrics=("length_distortion",), norms=norms, **FAST)
+    for repeat, value in enumerate(scored["length_distortion"].values):
+        model = af.create_model(SEED, img_size=FAST["img_size"], num_classes=0, norm=norm)
+        model.init_weights(generator=stream(0, WEIGHTS, repeat))
+        by_differences = length_by_differences(model, FAST["img_size"], FAST["thetas"], repeat)
+        assert value == pytest.approx(by_differences, rel=1e-4)
+
+
+def test_score_of_a_module_leaves_it_as_it_was() -> None:
     torch.manual_seed(0)
     model = timm.create_model("resnet10t").train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -245,9 +279,6 @@ def test_score_of_timm_names_and_modules() -> None:
     assert len(of_module["ntk_condition"].values) == 1 and len(of_module["curvature"].values) == 2
     assert model.training and all(p.grad is None for p in model.parameters())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    kept = af.score("asvit_seed", metrics=("length_distortion",), norms="keep", **FAST)
-    bare = af.score("asvit_seed", metrics=("length_distortion",), **FAST)
-    assert kept["length_distortion"].mean != pytest.approx(bare["length_distortion"].mean, rel=0.01)
 
 
 def test_a_module_keeps_its_dtype_and_image_size() -> None:

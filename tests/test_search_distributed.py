@@ -51,7 +51,7 @@ def test_an_error_on_one_rank_ends_all(tmp_path: Path, rank: int) -> None:
     assert not (tmp_path / "result.json").exists()
 
 
-@pytest.mark.parametrize(("kind", "rank"), [("search", 0), ("scale", 1)])
+@pytest.mark.parametrize(("kind", "rank"), [("search", 0), pytest.param("scale", 1, marks=pytest.mark.slow)])
 def test_torchrun_restarts_after_a_kill(tmp_path: Path, kind: str, rank: int) -> None:
     """One process is killed, torchrun starts all of them again, and the result is that of an undisturbed one."""
     killed = tmp_path / "killed"

@@ -66,7 +66,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         {"parallel": "ddp"},
         {"parallel": "fsdp"},
-        {"parallel": "ddp", "batch_size": 2, "grad_accum_steps": 2},
+        pytest.param({"parallel": "ddp", "batch_size": 2, "grad_accum_steps": 2}, marks=pytest.mark.slow),
         {"parallel": "fsdp", "batch_size": 2, "grad_accum_steps": 2, "clip_grad": 100.0},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
@@ -91,7 +91,7 @@ def test_ranks_agree_on_their_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert least_of_ranks({4: 4, 2: 4, 1: 4}) == {4: 4, 2: 2, 1: 4}
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_a_dead_rank_is_restarted_to_the_same_bits(tmp_path: Path, parallel: str) -> None:
     """SIGKILL of rank 1 in the middle of an epoch; torchrun starts all anew, and they go on from the checkpoint."""
     options = {**HALF, "parallel": parallel}

@@ -89,6 +89,7 @@ def terminate_when_stalled(out: Path, process: Any) -> None:
     process.join(60) if hasattr(process, "join") else process.communicate(timeout=60)
 
 
+@pytest.mark.slow
 def test_other_numbers_of_processes(tmp_path: Path, whole: Path) -> None:
     """Of four updates an epoch the first two run in one process, the third in three, the next two in two."""
     die(tmp_path, 2, {**TWELVE, "batch_size": 12})

@@ -230,7 +230,10 @@ CHECKS = pytest.mark.parametrize("name", ["single_tile", "tiled", "layouts", "de
 
 
 @triton_versions.interpreter
-@CHECKS
+@pytest.mark.parametrize(
+    "name",
+    ["single_tile", "tiled", "layouts", *(pytest.param(name, marks=pytest.mark.slow) for name in ("details", "many"))],
+)
 def test_interpreted(name, root):
     triton_versions.run_interpreted(__name__, name, root)
 

@@ -6,20 +6,26 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
-from ..backends import BACKENDS, declared
-from ..environment import environment, format_environment
+from ..environment import environment, show_config
 from ..files import to_json
-from ..settings import check_choice
+from ..settings import BACKENDS, check_choice
 
 EXIT_UNAVAILABLE = 1
 
 
 def run(values: SimpleNamespace) -> int:
+    """Print what needs no torch at once, then the rest; exit code 1 where torch or what is required is missing."""
     if values.require is not None:
         check_choice("require", values.require, BACKENDS)
-    state = environment()
-    print(to_json(state, indent=2) if values.json else format_environment(state))
-    reason = None if values.require is None else unavailable(state, values.require)
+    try:
+        if values.json:
+            print(to_json(environment(), indent=2))
+        else:
+            show_config()
+    except ImportError as error:
+        print(f"asvit-fast: torch cannot be imported: {error}", file=sys.stderr)
+        return EXIT_UNAVAILABLE
+    reason = None if values.require is None else unavailable(environment(), values.require)
     if reason is None:
         return 0
     print(f"asvit-fast: {values.require} is not available: {reason}", file=sys.stderr)
@@ -28,6 +34,8 @@ def run(values: SimpleNamespace) -> int:
 
 def unavailable(state: dict[str, Any], backend: str) -> str | None:
     """None when every op that has this backend can run it on some device here, otherwise the first reason why not."""
+    from ..backends import declared
+
     ops = [op for op, backends in declared().items() if backend in backends]
     for op in ops:
         reasons = [devices[backend] for devices in state["ops"][op].values()]

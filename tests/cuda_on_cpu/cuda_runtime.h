@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <vector>
 
 #define __global__
@@ -110,16 +111,21 @@ inline void run_block(char* stacks) {
   }
 }
 
+// Stacks of the threads of a block, one after the other, for all kernels: only pages that are used take memory.
+inline char* thread_stacks() {
+  static const std::unique_ptr<char[]> stacks(new char[1024 * kStackBytes]);
+  return stacks.get();
+}
+
 template <typename Body>
 void run_grid(unsigned blocks, unsigned threads, Body body) {
-  static std::vector<char> stacks(1024 * kStackBytes);
   block.body = body;
   block.threads.resize(threads);
   block.lanes.resize(threads);
   block.warps.assign(threads / kWarp, Barrier{kWarp});
   block.all = {threads};
   blockDim.x = threads;
-  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) run_block(stacks.data());
+  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) run_block(thread_stacks());
 }
 
 }  // namespace cuda_on_cpu

@@ -134,37 +134,6 @@ def window_attention_reference(
     return merge_windows(out, size, window, shift, layout)
 
 
-def _window_attention_sdpa(
-    qkv: Tensor,
-    num_heads: int,
-    window: list[int],
-    shift: list[int],
-    bias: Tensor | None,
-    scale: float | None,
-    dropout: float,
-    layout: str,
-    padding: Tensor | None,
-) -> Tensor:
-    """The same through torch's fused attention, which has neither forward mode nor double backward."""
-    batch, size = qkv.shape[0], [qkv.shape[1], qkv.shape[2]]
-    # [B, windows, heads, tokens, d]
-    q, k, v = split_heads(partition_windows(qkv, window, shift, layout, padding), num_heads)
-    windows = q.shape[1]
-    mask = window_mask(size, window, shift, q.dtype, q.device, layout)  # [windows, tokens, tokens]
-    bias = None if bias is None else bias.to(q.dtype)
-    if mask is not None:
-        mask = mask.unsqueeze(1)
-        mask = mask if bias is None else mask + bias
-        mask = mask.expand(batch, -1, -1, -1, -1).flatten(0, 1)  # [B*windows, 1 or heads, tokens, tokens]
-    elif bias is not None:
-        mask = bias.unsqueeze(0)
-    out = F.scaled_dot_product_attention(
-        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), attn_mask=mask, dropout_p=dropout, scale=scale
-    )  # [B*windows, heads, tokens, d]
-    out = out.unflatten(0, (batch, windows)).transpose(2, 3).flatten(3)  # [B, windows, tokens, heads*d]
-    return merge_windows(out, size, window, shift, layout)
-
-
 # --------------------------------------------------------------------------- fused op
 
 
@@ -199,10 +168,26 @@ def _reference(operands: Operands, config: WindowAttentionConfig) -> Tensor:
 
 
 def _sdpa(operands: Operands, config: WindowAttentionConfig) -> Tensor:
+    """The op through torch's fused attention, which has neither forward mode nor double backward."""
     qkv, bias, padding, _ = operands
-    return _window_attention_sdpa(
-        qkv, config.num_heads, config.window, config.shift, bias, config.scale, config.dropout, config.layout, padding
-    )
+    window, shift, layout = config.window, config.shift, config.layout
+    batch, size = qkv.shape[0], [qkv.shape[1], qkv.shape[2]]
+    # [B, windows, heads, tokens, d]
+    q, k, v = split_heads(partition_windows(qkv, window, shift, layout, padding), config.num_heads)
+    windows = q.shape[1]
+    mask = window_mask(size, window, shift, q.dtype, q.device, layout)  # [windows, tokens, tokens]
+    bias = None if bias is None else bias.to(q.dtype)
+    if mask is not None:
+        mask = mask.unsqueeze(1)
+        mask = mask if bias is None else mask + bias
+        mask = mask.expand(batch, -1, -1, -1, -1).flatten(0, 1)  # [B*windows, 1 or heads, tokens, tokens]
+    elif bias is not None:
+        mask = bias.unsqueeze(0)
+    out = F.scaled_dot_product_attention(
+        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask, config.dropout, scale=config.scale
+    )  # [B*windows, heads, tokens, d]
+    out = out.unflatten(0, (batch, windows)).transpose(2, 3).flatten(3)  # [B, windows, tokens, heads*d]
+    return merge_windows(out, size, window, shift, layout)
 
 
 def _is_single_tile(qkv: Tensor, config: WindowAttentionConfig) -> bool:

@@ -12,7 +12,7 @@ import torch
 from training_program import SIZE, TOPOLOGY, run, write_images
 
 from asvit_fast.cli import main
-from asvit_fast.cli.train import COMMAND
+from asvit_fast.cli.commands import TRAIN
 from asvit_fast.training import Recipe
 from asvit_fast.training.checkpoint import LAST
 
@@ -31,7 +31,7 @@ def command(images: str, tmp_path: Path) -> list[str]:
 
 
 def test_every_choice_of_the_recipe_is_an_option() -> None:
-    options = {option.name: option for option in COMMAND.options}
+    options = {option.name: option for option in TRAIN.options}
     for field in dataclasses.fields(Recipe):
         assert options[field.name].default == field.default
         assert options[field.name].help == field.metadata["help"]

@@ -113,11 +113,11 @@ def _load(command: Command) -> Callable[[SimpleNamespace], int]:
     if replaceable:
         signal.signal(signal.SIGINT, _end_at_once)
     try:
-        module = importlib.import_module("timm" if command.run else f"{__package__}.{command.name}")
+        module = importlib.import_module(f"{__package__}.{command.name}")
     finally:
         if replaceable:
             signal.signal(signal.SIGINT, on_interrupt)
-    return command.run or module.run
+    return module.run
 
 
 def _end_at_once(*_: object) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from ..recipe import Recipe
 from ..settings import EXPORT_FORMATS, ScaleSettings, SearchSettings, TuneSettings
 from .common import DEVICE, IMG_SIZE, METRICS, QUIET, SCORING, WHAT
-from .eval import COMMAND as EVAL
 from .options import (
     Command,
     Option,
@@ -14,12 +14,14 @@ from .options import (
     flag,
     image_size,
     integer,
+    keywords,
     number,
+    numbers,
     options_of,
+    positive,
     seed,
     text,
 )
-from .train import COMMAND as TRAIN
 
 OUT = Option("out", text, None, "run directory, made or continued", "DIR", required=True)
 JSON = Option("json", flag, False, "print strict JSON and nothing else", flag=True)
@@ -89,6 +91,112 @@ SCALE = Command(
     ),
     epilog="example: asvit-fast scale '8,2,3|4,1,2|4,1,4|4,1,6|32' --out runs/scale --max-params 30M",
     resumable=True,
+)
+
+TRAIN = Command(
+    name="train",
+    summary="Train a network, coarse tokens first (progressive re-tokenization); also under torchrun.",
+    options=(
+        _what("what"),
+        Option("data", text, None, "folder of images, a subfolder per class in train/ and val/", "DIR", required=True),
+        OUT,
+        Option(
+            "schedule",
+            text,
+            "1",
+            "epochs:reduction of tokens per side, 40:4,30:2,230:1; fractions, 0.3:4,0.7:1; table6-40, -80, -120; "
+            "1 = full tokens",
+            "TEXT",
+        ),
+        Option("epochs", integer(1), 300, "epochs of the whole training; a run may go on with more", "N"),
+        Option("img_size", image_size, 224, "image size in pixels: a side, or HEIGHTxWIDTH", "PIXELS"),
+        Option("num_classes", integer(1), None, "number of classes; without it, as many as the data has", "N"),
+        Option(
+            "model_kwargs",
+            keywords,
+            None,
+            "further arguments of the network: --model-kwargs attn_scale=true; may be repeated",
+            "NAME=VALUE",
+            repeated=True,
+        ),
+        Option("initial_checkpoint", text, "", "weights to start from, in timm's format", "FILE"),
+        Option("resume", text, "", "checkpoint of timm's train.py whose training this one continues", "FILE"),
+        DEVICE,
+        *options_of(Recipe),
+        QUIET,
+    ),
+    epilog="example: asvit-fast train asvit_small --data imagenet/ --schedule 40:4,30:2,230:1 --out runs/train",
+    resumable=True,
+)
+
+EVAL = Command(
+    name="eval",
+    summary="Top-1, top-5 and loss of a trained network on labelled images, as timm's validation counts them.",
+    options=(
+        _what(
+            "checkpoint",
+            "a training's folder, a checkpoint in timm's format, an exported folder, or weights with --model",
+        ),
+        Option("data", text, None, "folder of the split's folder, or where its library keeps it", "DIR", required=True),
+        Option("dataset", text, "", "timm's name of the data set: folder, tar, hfds/NAME, wds/NAME, tfds/NAME", "NAME"),
+        Option(
+            "split", text, "validation", "split, or subfolder; '' for the folder itself", "NAME", parameter="val_split"
+        ),
+        Option(
+            "class_map",
+            text,
+            "",
+            "file that gives class folders their numbers: a name a line, or timm's mapping",
+            "FILE",
+        ),
+        Option("batch_size", integer(1), 256, "number of images in a batch, per process", "N"),
+        Option(
+            "workers",
+            integer(0),
+            None,
+            "number of processes that read images; 0: this one; without it, as training has it",
+            "N",
+        ),
+        Option("img_size", image_size, None, "image size in pixels; without it, the checkpoint's", "PIXELS"),
+        Option(
+            "crop_pct",
+            positive,
+            None,
+            "part of the image that is kept, a number up to 1; without it, the checkpoint's",
+            "X",
+        ),
+        Option("crop_mode", text, "", "center, squash, border; without it, the checkpoint's", "NAME"),
+        Option("interpolation", text, "", "bicubic, bilinear, ...; without it, the checkpoint's", "NAME"),
+        *(
+            Option(name, numbers, None, f"{what} of the pixels; without it, the checkpoint's", "X", several=True)
+            for name, what in (("mean", "mean"), ("std", "standard deviation"))
+        ),
+        Option("amp", flag, False, "mixed precision", flag=True),
+        Option("amp_dtype", choice("bfloat16", "float16"), "bfloat16", "half type of mixed precision", "NAME"),
+        Option("use_ema", flag, False, "the moving average of the weights", flag=True),
+        Option(
+            "token_reduction",
+            integer(1),
+            1,
+            "1, 2 or 4: how many times fewer tokens per side, the number that the network is measured at",
+            "N",
+        ),
+        Option("model", text, "", "timm's name of the network, for a file of weights alone", "NAME"),
+        Option(
+            "model_kwargs",
+            keywords,
+            {},
+            "argument of the network, text or number, such as topology=TEXT or depth=2; may be repeated",
+            "NAME=VALUE",
+            repeated=True,
+        ),
+        Option("num_classes", integer(1), None, "number of the network's outputs, for a file of weights alone", "N"),
+        DEVICE,
+        JSON,
+        QUIET,
+    ),
+    epilog="example: asvit-fast eval runs/train --data imagenet --use-ema\n"
+    "Under torchrun the processes share the images, and each image counts once.",
 )
 
 REPORT = Command(

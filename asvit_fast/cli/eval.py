@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import time
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
+from .. import processes
+from ..backends import notify_once, rank_device
 from ..errors import InputError
-from .common import DEVICE, QUIET, is_main_process, print_on_main
-from .options import Command, Option, choice, flag, image_size, integer, keywords, numbers, positive, text
+from ..files import to_json
+from ..models.library import takes_size
+from ..recipe import Recipe
+from ..training.build import CheckpointModel, build_from_checkpoint
+from ..training.data import Reader, load_validation
+from ..training.evaluate import Evaluation, evaluate
+from ..training.token_reduction import set_token_reduction
+from ..what import resolve
+from .common import is_main_process, print_on_main
 
 
 def run(values: SimpleNamespace) -> int:
-    from .. import processes
-    from ..backends import rank_device
-    from ..models.library import takes_size
-    from ..training.build import build_from_checkpoint
-    from ..what import resolve
-
     device = rank_device(values.device)
     where = values.checkpoint if values.model else resolve(values.checkpoint).trained
     kwargs = dict(values.model_kwargs)
@@ -49,18 +56,10 @@ def run(values: SimpleNamespace) -> int:
     return 0
 
 
-def measure(values: SimpleNamespace, built: Any, config: dict[str, Any], device: Any, ranks: int) -> Any:
-    """The Evaluation of a CheckpointModel on the images that the options name."""
-    import contextlib
-    import functools
-
-    import torch
-
-    from .. import processes
-    from ..recipe import Recipe
-    from ..training.data import Reader, load_validation
-    from ..training.evaluate import evaluate
-
+def measure(
+    values: SimpleNamespace, built: CheckpointModel, config: dict[str, Any], device: torch.device, ranks: int
+) -> Evaluation:
+    """The network on the images that the options name."""
     recipe = Recipe.of(
         dataset=values.dataset,
         val_split=values.split,
@@ -85,11 +84,9 @@ def measure(values: SimpleNamespace, built: Any, config: dict[str, Any], device:
     )
 
 
-def check_classes(built: Any, images: Any, mapped: bool) -> None:
+def check_classes(built: CheckpointModel, images: Any, mapped: bool) -> None:
     """The numbers of the classes mean the same only if there are as many, and of the same names where the network knows
     them, or if a map says what they mean."""
-    from ..backends import notify_once
-
     classes = images.num_classes
     outputs = getattr(built.model, "num_classes", classes)
     known, found = built.label_names, images.class_names
@@ -110,18 +107,14 @@ def check_classes(built: Any, images: Any, mapped: bool) -> None:
         )
 
 
-def prepare(built: Any, size: tuple[int, int], token_reduction: int) -> None:
+def prepare(built: CheckpointModel, size: tuple[int, int], token_reduction: int) -> None:
     """Fit the network to the images, and to fewer tokens when asked for."""
     built.fit_to(size)
     if token_reduction != 1:
-        from ..training.token_reduction import set_token_reduction
-
         set_token_reduction(built.model, token_reduction)
 
 
 def show(values: SimpleNamespace, result: dict[str, Any]) -> None:
-    from ..files import to_json
-
     if values.json:
         print(to_json(result))
         return
@@ -133,86 +126,3 @@ def show(values: SimpleNamespace, result: dict[str, Any]) -> None:
     )
     top1, top5 = result["top1"], result["top5"]
     print(f"Acc@1 {top1:.3f} ({100 - top1:.3f}) Acc@5 {top5:.3f} ({100 - top5:.3f}) Loss {result['loss']:.4f}")
-
-
-COMMAND = Command(
-    name="eval",
-    summary="Top-1, top-5 and loss of a trained network on labelled images, as timm's validation counts them.",
-    options=(
-        Option(
-            "checkpoint",
-            text,
-            None,
-            "a training's folder, a checkpoint in timm's format, an exported folder, or weights with --model",
-            positional=True,
-            required=True,
-        ),
-        Option(
-            "data",
-            text,
-            None,
-            "folder that holds the split's folder, or where its library keeps it",
-            "DIR",
-            required=True,
-        ),
-        Option("dataset", text, "", "timm's name of the data set: folder, tar, hfds/NAME, wds/NAME, tfds/NAME", "NAME"),
-        Option(
-            "split", text, "validation", "split, or subfolder; '' for the folder itself", "NAME", parameter="val_split"
-        ),
-        Option(
-            "class_map",
-            text,
-            "",
-            "file that gives class folders their numbers: a name a line, or timm's mapping",
-            "FILE",
-        ),
-        Option("batch_size", integer(1), 256, "number of images in a batch, per process", "N"),
-        Option(
-            "workers",
-            integer(0),
-            None,
-            "number of processes that read images; 0: this one; without it, as training has it",
-            "N",
-        ),
-        Option("img_size", image_size, None, "image size in pixels; without it, the checkpoint's", "PIXELS"),
-        Option(
-            "crop_pct",
-            positive,
-            None,
-            "part of the image that is kept, a number up to 1; without it, the checkpoint's",
-            "X",
-        ),
-        Option("crop_mode", text, "", "center, squash, border; without it, the checkpoint's", "NAME"),
-        Option("interpolation", text, "", "bicubic, bilinear, ...; without it, the checkpoint's", "NAME"),
-        *(
-            Option(name, numbers, None, f"{what} of the pixels; without it, the checkpoint's", "X", several=True)
-            for name, what in (("mean", "mean"), ("std", "standard deviation"))
-        ),
-        Option("amp", flag, False, "mixed precision", flag=True),
-        Option("amp_dtype", choice("bfloat16", "float16"), "bfloat16", "half type of mixed precision", "NAME"),
-        Option("use_ema", flag, False, "the moving average of the weights", flag=True),
-        Option(
-            "token_reduction",
-            integer(1),
-            1,
-            "1, 2 or 4: how many times fewer tokens per side, the number that the network is measured at",
-            "N",
-        ),
-        Option("model", text, "", "timm's name of the network, for a file of weights alone", "NAME"),
-        Option(
-            "model_kwargs",
-            keywords,
-            {},
-            "argument of the network, text or number, such as topology=TEXT or depth=2; may be repeated",
-            "NAME=VALUE",
-            repeated=True,
-        ),
-        Option("num_classes", integer(1), None, "number of the network's outputs, for a file of weights alone", "N"),
-        DEVICE,
-        Option("json", flag, False, "print strict JSON and nothing else", flag=True),
-        QUIET,
-    ),
-    run=run,
-    epilog="example: asvit-fast eval runs/train --data imagenet --use-ema\n"
-    "Under torchrun the processes share the images, and each image counts once.",
-)

@@ -44,16 +44,12 @@ class Option:
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: its options, and the function that does the work and returns the exit code.
-
-    Without ``run``, that is the ``run`` of the module of its name, which is imported when it is needed; ``resumable``
-    work goes on where it was stopped.
-    """
+    """A subcommand and its options. ``run`` of the module of its name, imported when it is needed, does the work and
+    returns the exit code; ``resumable`` work goes on where it was stopped."""
 
     name: str
     summary: str
     options: tuple[Option, ...]
-    run: Callable[[SimpleNamespace], int] | None = None
     epilog: str = ""
     resumable: bool = False
 

@@ -90,25 +90,23 @@ def group_norm(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     )
 
 
+def _bind_statistics(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], **switch: bool
+) -> tuple[Taylor, bool, float, dict[str, Any]]:
+    """x, the switch, eps and the tensors of a batch or instance norm, which torch's have in another order than F's."""
+    names = ["running_mean", "running_var", "weight", "bias"]
+    if func in (torch.batch_norm, torch.instance_norm):
+        names = names[2:] + names[:2]
+    defaults = {"input": None, **dict.fromkeys(names), **switch, "momentum": 0.1, "eps": 1e-5, "cudnn_enabled": True}
+    x, *tensors, is_on, _, eps, _ = _bind(args, kwargs, **defaults)
+    arguments = dict(zip(names, tensors, strict=True))
+    _unmoved(arguments, eps)
+    return x, is_on, eps, arguments
+
+
 @register_rule("batch_norm")
 def batch_norm(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
-    """F.batch_norm(input, running_mean, running_var, weight, bias, ...); torch.batch_norm has another order."""
-    names = ["running_mean", "running_var", "weight", "bias"]
-    if func is torch.batch_norm:
-        names = names[2:] + names[:2]
-    bound = _bind(
-        args,
-        kwargs,
-        input=None,
-        **dict.fromkeys(names),
-        training=False,
-        momentum=0.1,
-        eps=1e-5,
-        cudnn_enabled=True,
-    )
-    x, training, eps = bound[0], bound[5], bound[7]
-    arguments = dict(zip(names, bound[1:5], strict=True))
-    _unmoved(arguments, eps)
+    x, training, eps, arguments = _bind_statistics(func, args, kwargs, training=False)
     if training and arguments["running_mean"] is not None:
         raise TaylorError("batch_norm would change its running statistics; call model.eval() first")
     if training or arguments["running_mean"] is None:  # one group per channel, all samples in it
@@ -134,22 +132,7 @@ def _with_statistics(
 @register_rule("instance_norm")
 def instance_norm(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
     """Each channel of each sample on its own: a group norm of as many groups as channels."""
-    names = ["running_mean", "running_var", "weight", "bias"]
-    if func is torch.instance_norm:
-        names = names[2:] + names[:2]
-    bound = _bind(
-        args,
-        kwargs,
-        input=None,
-        **dict.fromkeys(names),
-        use_input_stats=True,
-        momentum=0.1,
-        eps=1e-5,
-        cudnn_enabled=True,
-    )
-    x, own_statistics, eps = bound[0], bound[5], bound[7]
-    arguments = dict(zip(names, bound[1:5], strict=True))
-    _unmoved(arguments, eps)
+    x, own_statistics, eps, arguments = _bind_statistics(func, args, kwargs, use_input_stats=True)
     if not own_statistics:
         return _with_statistics(x, eps=eps, **arguments)
     if arguments["running_mean"] is not None:

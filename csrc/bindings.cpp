@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/dispatch.h"
+#include "window_attention_taylor.h"
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "Compiled kernels of asvit_fast; the ops are in torch.ops.asvit_fast_C";
@@ -12,6 +13,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
 #else
   module.attr("has_cuda") = false;
 #endif
+  module.attr("maximum_head_dim_cuda") = asvit_fast::kMaximumHeadDimCuda;  // of window_attention_taylor
   module.def("compiled_isas", &asvit_fast::compiled_isas, "Instruction sets in this build, best first");
   module.def("available_isas", &asvit_fast::available_isas, "Those of them that this CPU can run, best first");
   module.def("get_isa", &asvit_fast::get_isa, "The one that kernels run with");

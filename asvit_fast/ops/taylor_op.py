@@ -9,7 +9,7 @@ The reference says everything: its signature is that of the op, its derivatives 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,29 +29,32 @@ def taylor_op(
     name: str,
     reference: Function,
     *,
-    compiled: Function | None = None,
     triton: Function | None = None,
     fake: Function | None = None,
     adjoint: Callable[..., Sequence[Tensor | None]] | None = None,
+    can_run: Mapping[str, backends.CanRun] | None = None,
 ) -> Function:
     """Define ``asvit_fast::name`` and return what calls it, with positional arguments.
 
     Args:
         name: of the op, and of the compiled ones for CPU and GPU.
         reference: in operations of torch, differentiable any number of times; its first argument is a tensor.
-        compiled, triton: other implementations; by default the compiled op of the same name and arguments.
+        triton: an implementation in Triton, where there is one.
         fake: the output of tensors without data; by default one like the first argument.
         adjoint: (gradient of the output, arguments) -> gradients of those that are tensors, in operations of torch; by
             default that of the reference.
+        can_run: by backend, (arguments, None) -> why it cannot run on them; None if it can.
     """
     signature = inspect.signature(reference).parameters
     names, defaults = tuple(signature), tuple(parameter.default for parameter in signature.values())
     others = {} if triton is None else {"triton": triton}
-    run_compiled = compiled or _compiled(name)
-    backends.declare(name, {**others, "cuda": run_compiled, "cpu": run_compiled, "reference": reference})
+    compiled = _compiled(name)
+    implementations = {**others, "cuda": compiled, "cpu": compiled, "reference": reference}
+    backends.declare(name, implementations, can_run=can_run)
 
     def run(*arguments: Any) -> Tensor:
-        return backends.select(name, arguments[0].device)(*arguments, *defaults[len(arguments) :]).contiguous()
+        backend = backends.choose(name, arguments[0].device, arguments)
+        return backends.implementation(name, backend)(*arguments, *defaults[len(arguments) :]).contiguous()
 
     def without_data(*arguments: Any) -> Tensor:
         named = zip(names, arguments, strict=False)  # torch.library leaves out what has its default

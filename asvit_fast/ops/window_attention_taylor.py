@@ -9,10 +9,13 @@ one exponential for all orders.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .. import _extension, backends
+from .. import _extension
 from ..errors import InputError
 from .checks import check_floats, check_length, check_scale
 from .taylor_op import taylor_op
@@ -21,7 +24,6 @@ from .windows import check_windows, merge_windows, padding_tokens, partition_win
 
 # Bytes of one piece of attention map and its derivatives: a core's L2 on a CPU; on a GPU enough to fill it.
 PIECE_BYTES = {"cpu": 2**20, "cuda": 2**28}
-MAXIMUM_HEAD_DIM_CUDA = 256
 
 # --------------------------------------------------------------------------- reference
 
@@ -118,19 +120,11 @@ def window_attention_taylor_reference(
 # --------------------------------------------------------------------------- fused op
 
 
-def _compiled(
-    q: Tensor, k: Tensor, v: Tensor, window: list[int], shift: list[int], bias: Tensor | None, scale: float
-) -> Tensor:
-    """C++ on the CPU, CUDA on a GPU: csrc/window_attention_taylor.cpp."""
-    if q.is_cuda and q.shape[-1] > MAXIMUM_HEAD_DIM_CUDA:
-        backends.notify_once(
-            "window_attention_taylor head_dim",
-            f"window_attention_taylor: the CUDA kernel goes up to head_dim {MAXIMUM_HEAD_DIM_CUDA}, "
-            f"got {q.shape[-1]}; the reference runs",
-        )
-        return window_attention_taylor_reference(q, k, v, window, shift, bias, scale)
-    _extension.extension()
-    return torch.ops.asvit_fast_C.window_attention_taylor(q, k, v, window, shift, bias, scale)
+def _cuda_cannot(arguments: Sequence[Any], config: None) -> str | None:
+    extension, head_dim = _extension.extension(), arguments[0].shape[-1]
+    if extension is None or head_dim <= extension.maximum_head_dim_cuda:
+        return None
+    return f"the CUDA kernel goes up to head_dim {extension.maximum_head_dim_cuda}, got {head_dim}"
 
 
 def _fake(
@@ -140,7 +134,7 @@ def _fake(
 
 
 WINDOW_ATTENTION_TAYLOR = taylor_op(
-    "window_attention_taylor", window_attention_taylor_reference, compiled=_compiled, fake=_fake
+    "window_attention_taylor", window_attention_taylor_reference, fake=_fake, can_run={"cuda": _cuda_cannot}
 )
 
 # --------------------------------------------------------------------------- public

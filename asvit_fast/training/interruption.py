@@ -13,17 +13,16 @@ import torch
 import torch.distributed as dist
 
 from .. import processes
-from ..errors import InputError
+from ..errors import EXIT_TERMINATED, InputError
 
 Item = TypeVar("Item")
-EXIT_CODE = 128 + signal.SIGTERM  # the shell's convention
 
 
 class Terminated(SystemExit):
     """SIGTERM has ended a training, after a checkpoint."""
 
     def __init__(self) -> None:
-        super().__init__(EXIT_CODE)
+        super().__init__(EXIT_TERMINATED)
 
 
 class Unreadable(InputError):

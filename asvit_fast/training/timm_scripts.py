@@ -26,7 +26,7 @@ import timm.scheduler
 import timm.utils
 from torch import nn
 
-from ..errors import InputError
+from ..errors import EXIT_INPUT, InputError
 from ..tokens import tokens_text
 from .retokenizer import Retokenizer
 from .schedule import RetokenizationSchedule
@@ -35,7 +35,6 @@ from .token_reduction import token_reduction
 
 PROGRAM = "asvit_fast.timm"
 OPTION = "--retokenize"
-EXIT_INPUT = 2
 AVERAGES: dict[Any, str] = {
     timm.utils.ModelEmaV3: "module",
     timm.utils.ModelEmaV2: "module",

@@ -1,4 +1,4 @@
-"""What this process can run: GPUs, the compiled extension, every op with every backend. Needs torch."""
+"""Capabilities of this process: GPUs, the compiled extension, every op with every backend. Needs torch."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def providers(model: nn.Module, compiled: bool) -> dict[str, nn.Module]:
 
 
 def relative_distance(got: list[Tensor], exact: list[Tensor]) -> float:
-    """Of all tensors together: a bias before a batch norm has a gradient of zero, and errors relative to that."""
+    """Error of all tensors together: a bias before a batch norm has a gradient of zero, and errors relative to that."""
     pairs = list(zip(got, exact, strict=True))
     apart = sum((a.double() - b).square().sum() for a, b in pairs)
     return (apart / sum(b.square().sum() for _, b in pairs)).sqrt().item()

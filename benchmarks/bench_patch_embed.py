@@ -68,7 +68,7 @@ class Case:
         return [image, *(parameter.requires_grad_() for parameter in parameters)]
 
     def flops(self, mode: str) -> int:
-        """Of the products that cannot be avoided: one for the output, one for the gradient of the weight."""
+        """FLOPs of the products that cannot be avoided: one for the output, one for the gradient of the weight."""
         once = 2 * self.batch * self.grid**2 * 3 * self.kernel**2 * self.channels
         return once * (2 if mode == "both" else 1)
 
@@ -199,7 +199,7 @@ def timed(mode: str, embed: Embed, operands: list[Tensor], gradient: Tensor) -> 
 
 
 def peak_megabytes(run: Callable[[], object], device: torch.device) -> float:
-    """Of one call, beyond its operands and what is only made once."""
+    """Memory of one call, beyond its operands and what is only made once."""
     run()
     return peak_allocation(run, device) / 1e6
 

@@ -125,13 +125,13 @@ def providers(case: Case, compiled: bool) -> dict[str, Operator]:
 
 @dataclass(frozen=True)
 class Roofline:
-    """What the machine does at best, measured with torch's own operations."""
+    """The rates that the machine reaches at best, measured with torch's own operations."""
 
     flops: float  # of a large matrix product, per second
     bandwidth: float  # of a copy, read and written bytes per second
 
     def share(self, row: OperatorRow) -> float:
-        """Of the rate that the forward pass's operations and bytes allow, the part that was reached."""
+        """Part of the rate that the forward pass's operations and bytes allow."""
         seconds, intensity = row.milliseconds / 1e3, row.gigaoperations_per_second / row.gigabytes_per_second
         moved = row.gigabytes_per_second * 1e9 * seconds
         return max(moved / self.bandwidth, moved * intensity / self.flops) / seconds

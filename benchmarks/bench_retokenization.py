@@ -76,7 +76,7 @@ def recipe_text() -> str:
 
 
 def trainer(model: str, schedule: str, seed: int, epochs: int, device: torch.device) -> Trainer:
-    """What ``asvit_fast.train`` runs."""
+    """The trainer that ``asvit_fast.train`` runs."""
     phases = af.RetokenizationSchedule.parse(schedule).for_epochs(epochs)
     recipe = Recipe.of(seed=seed, workers=0, eval_interval=5, **RECIPE)
     return Trainer(model, digits(), phases, recipe, epochs, device, img_size=IMG_SIZE, progress=False)

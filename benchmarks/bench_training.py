@@ -155,7 +155,7 @@ class Provider:
 
 @contextmanager
 def memory_kept() -> Iterator[list[str]]:
-    """What runs out of memory gives it back; the list then has the reason."""
+    """Give memory back after running out of it; the list then has the reason."""
     reasons: list[str] = []
     try:
         yield reasons
@@ -256,7 +256,7 @@ class Case:
                 )  # fmt: skip
 
     def _measure_switch(self, who: str, provider: Provider) -> None:
-        """From the last step of a phase to the end of the first one of the next, less a step of that phase."""
+        """Time from the last step of a phase to the end of the first one of the next, less a step of that phase."""
         if set(self.medians[who]) != set(REDUCTIONS):
             return
         torch.compiler.reset()  # as in a new process: nothing is compiled yet

@@ -105,7 +105,7 @@ def eager(qkv: Tensor, heads: int, window: list[int], shift: list[int], bias: Te
 
 
 def attention_mask(qkv: Tensor, window: list[int], shift: list[int], bias: Tensor | None, copies: int) -> Tensor | None:
-    """What SDPA takes for windows [B*windows, heads, tokens, d]: bias and mask in one."""
+    """Mask of SDPA for windows [B*windows, heads, tokens, d]: bias and mask in one."""
     mask = window_mask([qkv.shape[1], qkv.shape[2]], window, shift, qkv.dtype, qkv.device)
     if mask is None:
         return None if bias is None else bias.unsqueeze(0)

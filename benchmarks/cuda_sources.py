@@ -48,7 +48,7 @@ def compile_source(nvcc: str, source: Path, arch: int) -> list[Compiled]:
 
 
 def parse(text: str, arch: int, threads: dict[str, int]) -> dict[str, KernelReport]:
-    """What `ptxas -v` says of every kernel, by mangled name; `threads` of its blocks. A stack frame is no spill."""
+    """Figures of `ptxas -v` for every kernel, by mangled name; `threads` of its blocks. A stack frame is no spill."""
     found = {match["name"]: match for match in PTXAS.finditer(text)}
     return {
         mangled: _report(found[mangled], name, arch, threads.get(mangled, 0))

@@ -1,4 +1,4 @@
-"""What the benchmarks of whole networks share: settings, providers, the check before the clock, rows."""
+"""Helpers of the benchmarks of whole networks: settings, providers, the check before the clock, rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ THETAS = 10
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured. ``rounds`` are turns per provider, ``long_rounds`` those of work that takes many seconds."""
+    """Settings. ``rounds`` are turns per provider, ``long_rounds`` those of work that takes many seconds."""
 
     device: torch.device
     topology: Topology = field(default_factory=lambda: Topology.parse(SEED_TOPOLOGY))

@@ -1,4 +1,4 @@
-"""What the benchmarks of single operators share: modes, the check before the clock, memory, rows with rates."""
+"""Helpers of the benchmarks of single operators: modes, the check before the clock, memory, rows with rates."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Differentiable:
         return torch.autograd.grad(self.run(*self.operands), self.leaves, self.cotangent)
 
     def backward(self) -> tuple[Tensor, ...]:
-        """Of one recorded forward pass, again and again."""
+        """Backward passes of one recorded forward pass."""
         if self.output is None:
             self.output = self.run(*self.operands)
         return torch.autograd.grad(self.output, self.leaves, self.cotangent, retain_graph=True)

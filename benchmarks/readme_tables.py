@@ -32,7 +32,7 @@ NETWORKS = {
     "tiny_vit_5m_224": "TinyViT-5M",
     "maxvit_tiny_tf_224": "MaxViT-T",
     "pvt_v2_b1": "PVT-V2-B1",
-    "asvit_small": "As-ViT-S on our ops, against elementary operations of torch",
+    "asvit_small": "As-ViT-S on our ops, against plain PyTorch operations",
 }
 OPS: dict[str, tuple[str, Callable[[str], bool]]] = {  # title: file, which cases
     "windows of 784 tokens": ("window_attention", lambda case: case.startswith("N=784")),
@@ -141,7 +141,7 @@ def _spans(cases: dict[tuple[str, str], list[Row]]) -> list[str]:
 
 
 def _case_and_mode(row: Row) -> tuple[str, str]:
-    """Of patch_embed.csv the mode and the dtype end the case."""
+    """Mode and dtype, with which a case of patch_embed.csv ends."""
     if row.get("mode"):
         return row["case"], row["mode"]
     case, mode, _ = row["case"].rsplit(", ", 2)

@@ -1,4 +1,4 @@
-"""What a GPU can do at most: multiprocessors, clocks and rates, how many warps fit, how long a loop's round takes."""
+"""Peak rates of GPUs: multiprocessors, clocks and rates, how many warps fit, how long a loop's round takes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def occupancy(gpu: GPU, registers: int, shared_bytes: int, warps: int) -> float:
 
 @dataclass(frozen=True)
 class Work:
-    """What has to be done per unit ("score", "byte"), and how many units a block does per round of its loop."""
+    """Work per unit ("score", "byte"), and how many units a block does per round of its loop."""
 
     unit: str
     units: float
@@ -81,7 +81,7 @@ class Bounds:
 
 
 def bounds(gpu: GPU, loop: Loop, warps: int, work: Work, half: bool) -> Bounds:
-    """Of a loop that blocks of `warps` warps run, with the whole GPU full of them."""
+    """Rate of a loop that blocks of `warps` warps run, with the whole GPU full of them."""
 
     def picoseconds(clocks: float) -> float:
         return 1e12 * clocks * warps / (gpu.multiprocessors * gpu.clock * work.units) if work.units else 0.0

@@ -88,7 +88,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """What a figure depends on besides the code: the machine, versions, threads, the commit."""
+    """Facts that a figure depends on besides the code: the machine, versions, threads, the commit."""
     versions = environment()["versions"]
     extension = _extension.extension()
     return {

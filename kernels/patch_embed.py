@@ -40,7 +40,7 @@ class Shape(NamedTuple):
 
 
 class Images(NamedTuple):
-    """Where pixels are, and what tokens they become."""
+    """Strides of pixels, and the grid of tokens that they become."""
 
     pointer: tl.tensor  # to [B, in_channels, height, width], of any strides
     batch_stride: tl.tensor
@@ -61,7 +61,7 @@ class Images(NamedTuple):
 
 @triton.jit
 def locate(token, images, SHAPE: tl.constexpr):
-    """Where the images of tokens [M] begin, and the row and column of the tokens' first pixels."""
+    """Offsets of the images of tokens [M], and the row and column of the tokens' first pixels."""
     image = token // (images.rows * images.columns)
     y = token // images.columns % images.rows * SHAPE.stride
     x = token % images.columns * SHAPE.stride

@@ -81,7 +81,7 @@ def assuming(family: str) -> Iterator[None]:
 
 
 def user_folder() -> Path:
-    """Where tables of this machine's GPUs are: ASVIT_FAST_TILES, or the user's cache folder."""
+    """The folder of tables of this machine's GPUs: ASVIT_FAST_TILES, or the user's cache folder."""
     if os.environ.get(FOLDER):
         return Path(os.environ[FOLDER]).expanduser()
     if sys.platform == "win32":

@@ -123,7 +123,7 @@ class Inputs(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Where a window is."""
+    """The place of a window."""
 
     start: tl.tensor  # index of the image's first token, 64 bits
     row: tl.tensor  # of the window's first token on the shifted map

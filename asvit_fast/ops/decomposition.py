@@ -37,7 +37,7 @@ def register_decomposition(op: CustomOpDef, function: Callable[..., Any]) -> Non
 
 
 def _keep_in_inductor(overload: OpOverload) -> None:
-    """Where the environment has CI, Inductor refuses to call an op that has a decomposition, unless told to.
+    """Tell Inductor to call the op: with CI in the environment it refuses to where there is a decomposition.
 
     Called whenever the op is traced: Inductor is imported by then, which takes seconds, and has not lowered it yet.
     """

@@ -58,7 +58,7 @@ def _macs_text(macs: float) -> str:
 
 
 def training_result_table(run: Run) -> Table:
-    """Where the training stands, and what it has cost compared with full tokens throughout."""
+    """The state of the training, and its cost compared with full tokens throughout."""
     spent = sum(epoch_macs(run, row["token_reduction"]) for row in run.trace)
     saved = 1 - spent / (epoch_macs(run, 1) * len(run.trace))
     rows: list[Sequence[Any]] = [

@@ -91,7 +91,7 @@ def reverse_over_reverse(func: Callable[..., Any], args: tuple[Any, ...], kwargs
 
 
 def _refuse_points_without_derivative(name: str, inputs: list[Taylor], outputs: list[Taylor]) -> None:
-    """Where torch's formulas divide 0 by 0, a derivative that is not a number would spread silently."""
+    """Refuse derivatives that are not numbers, as torch's formulas give where they divide 0 by 0."""
     if transform_active() or torch.compiler.is_compiling() or any(x.coefficients.is_meta for x in inputs):
         return
     if not all(bool(x.coefficients.isfinite().all()) for x in inputs):

@@ -87,7 +87,7 @@ def _extremum(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 @register_rule("maximum", "minimum")
 def _larger_of_two(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Taylor:
-    """Where both are equal, the mean of their derivatives, as torch has it."""
+    """Maximum and minimum of two tensors; at equal elements the mean of their derivatives, as in torch."""
     a, b = _bind(args, kwargs, input=None, other=None)
     like = a if isinstance(a, Taylor) else b
     a, b = (x if isinstance(x, Taylor) else constant(x, like) for x in (a, b))

@@ -36,6 +36,14 @@ def settings_are_left_as_they_were() -> Iterator[None]:
     assert _settings_of_torch() == before
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The checkout."""

@@ -67,7 +67,7 @@ def test_other_threads_keep_their_own():
     assert seen == {"reference": "reference", "cpu": "cpu", "reference after": None, "cpu after": None}
 
 
-def test_scores_in_threads_obey(monkeypatch):
+def test_scores_in_threads_obey(monkeypatch, two_threads):
     """The networks of a score run in threads of their own."""
     if _extension.reason() is not None:
         pytest.skip(_extension.reason())
@@ -79,7 +79,6 @@ def test_scores_in_threads_obey(monkeypatch):
         return reference(*arguments)
 
     monkeypatch.setitem(backends._implementations["gelu_taylor"], "reference", noted)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     settings = {"img_size": 32, "repeats": 2, "batch": 2, "thetas": 2, "metrics": ("length_distortion",)}
     with af.use_backend("reference"):
         af.score("4,1,2|2,1,2|2,1,2|2,1,2|16", **settings)

@@ -40,6 +40,7 @@ def test_rows(script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(changes) == 2 and all("0 recompilations" in row["note"] for row in changes)
 
 
+@pytest.mark.slow
 @needs_extension
 def test_out_of_memory_is_a_row(script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measure = script.Case._measure_steps

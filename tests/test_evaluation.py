@@ -268,7 +268,7 @@ def test_warnings_and_logs_are_plain(
         shown.append(warnings.formatwarning("first line\nsecond line", FallbackWarning, "file.py", 1))
         return build_from_checkpoint(*arguments)
 
-    monkeypatch.setattr("asvit_fast.training.build.build_from_checkpoint", build)
+    monkeypatch.setattr("asvit_fast.cli.eval.build_from_checkpoint", build)
     assert main(["eval", str(checkpoint), "--data", str(images), "--device", "cpu", "--workers", "0"]) == 0
     assert shown == ["asvit-fast: warning: first line second line\n"]
     assert capsys.readouterr().err == ""  # no bar: it is no terminal

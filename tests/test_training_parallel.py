@@ -65,7 +65,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "options",
     [
         {"parallel": "ddp"},
-        {"parallel": "fsdp"},
+        pytest.param({"parallel": "fsdp"}, marks=pytest.mark.slow),
         pytest.param({"parallel": "ddp", "batch_size": 2, "grad_accum_steps": 2}, marks=pytest.mark.slow),
         {"parallel": "fsdp", "batch_size": 2, "grad_accum_steps": 2, "clip_grad": 100.0},
     ],

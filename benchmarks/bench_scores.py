@@ -14,7 +14,7 @@
     ops        the ops on the shapes of these networks (bench_<op>.py, whose rows go to <op>.csv beside --csv)
 
 All providers do the same work on the same float32 weights in one process, in turn. Their numbers are checked before
-anything is timed, against float64 in elementary operations (against ours for the authors' code): wrong numbers end the
+anything is timed, against float64 in plain operations (against ours for the authors' code): wrong numbers end the
 program with exit code 1.
 """
 
@@ -60,7 +60,7 @@ SCORE_TOLERANCE = 2e-3  # kappa squares the condition of the Jacobian
 METRICS = ("length_distortion", "ntk_condition")
 OPS = ("gelu_taylor", "normalization_taylor", "window_attention_taylor")
 SEARCH_STEPS = 500
-ELEMENTARY = "attention in elementary operations, as torch's fused one has no forward mode"
+ELEMENTARY = "attention in plain PyTorch operations, as torch's fused one has no forward mode"
 
 
 # --------------------------------------------------------------------------- providers
@@ -106,22 +106,22 @@ class Features(nn.Module):
 
 
 def with_reference(run: Run) -> object:
-    """Our path with every op in elementary torch operations."""
+    """Our path with every op in plain PyTorch operations."""
     with backends.use_backend("reference"):
         return run()
 
 
 def with_fused_attention(run: Run) -> object:
-    """Our network with torch's fused attention under torch.func too, where we take elementary operations."""
+    """Our network with torch's fused attention under torch.func too, where we take the reference."""
 
     attention = importlib.import_module("asvit_fast.ops.window_attention")
 
     def fused(
         qkv: Tensor, num_heads: int, window: tuple[int, int], dropout: float = 0.0, attn_scale: None = None
     ) -> Tensor:
-        return attention._window_attention_sdpa(
-            qkv, num_heads, list(window), [0, 0], None, None, dropout, "masked", None
-        )
+        scale = (qkv.shape[3] // (3 * num_heads)) ** -0.5
+        config = attention.WindowAttentionConfig(num_heads, list(window), [0, 0], scale, "masked", dropout)
+        return attention._sdpa((qkv, None, None, None), config)
 
     with mock.patch.object(importlib.import_module("asvit_fast.nn.attention"), "window_attention", fused):
         return run()

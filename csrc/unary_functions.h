@@ -84,9 +84,7 @@ template <typename Math>
 struct Square {
   using T = typename Math::Scalar;
   using Value = typename Math::Value;
-  static ASVIT_FAST_DEVICE inline Derivatives<Value> at(Value x) {
-    return {x * x, T(2) * x, Math::broadcast(T(2))};
-  }
+  static ASVIT_FAST_DEVICE inline Derivatives<Value> at(Value x) { return {x * x, T(2) * x, Math::broadcast(T(2))}; }
 };
 
 // Calls body(Function{}) with the type of `function`.

@@ -1,5 +1,5 @@
-// asvit_fast_C::gelu_taylor, tanh_taylor, square_taylor: schemas, checks, allocation, threads and streams. The arithmetic is in cpu/
-// and cuda/.
+// asvit_fast_C::gelu_taylor, tanh_taylor, square_taylor: schemas, checks, allocation, threads and streams. The
+// arithmetic is in cpu/ and cuda/.
 #include "unary_taylor.h"
 
 #include <torch/library.h>

@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.h)
 CLANG_FORMAT := $(filter %.cpp %.h %.cu,$(SOURCES)) $(wildcard tests/cuda_on_cpu/*.* tests/cuda_on_cpu/cuda/*.h)
 
-.PHONY: install demo test test-threads test-slow test-oldest sanitize kernel-report resource-report lint format bench clean
+.PHONY: install demo test test-threads test-slow test-oldest sanitize kernel-report lint format bench clean
 
 install: $(VENV)/.installed
 
@@ -82,11 +82,9 @@ sanitize: install
 
 # Registers, spills, shared memory, occupancy and the inner loop's instructions of every CUDA and Triton kernel, for GPUs that
 # need not be there, as a table and in benchmarks/results/kernel_report.csv; fails on spills on Hopper.
-# KERNEL_REPORT="--arch 80,90,100 --dtype bf16,fp32" widens it, "--kernel blocked --shape N=784" narrows it.
+# KERNEL_REPORT="--arch 80,90,100 --dtype bf16,fp32" widens it, "--kernel tiled --shape N=784" narrows it.
 kernel-report: install
 	$(BIN)/python benchmarks/kernel_report.py $(KERNEL_REPORT)
-
-resource-report: kernel-report
 
 lint: install
 	$(BIN)/ruff check .

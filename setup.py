@@ -67,7 +67,7 @@ class Toolkit:
 
 @dataclass
 class Plan:
-    """What this build compiles, and the report that travels with the install."""
+    """The parts that this build compiles, and the report that travels with the install."""
 
     mode: str
     extension: bool = False

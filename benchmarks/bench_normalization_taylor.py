@@ -43,7 +43,7 @@ class Op:
     ours: Function
     reference: Function
     torch: Function  # torch's own, order 1
-    elementary: Function  # whose nested forward mode is right
+    plain: Function  # whose nested forward mode is right
     shapes: tuple[tuple[int, ...], ...]
 
 
@@ -52,8 +52,8 @@ def layer_norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:])
 
 
-def elementary_layer_norm(x: Tensor) -> Tensor:
-    """LayerNorm in elementary operations."""
+def plain_layer_norm(x: Tensor) -> Tensor:
+    """LayerNorm in plain PyTorch operations."""
     c = x - x.mean(-1, keepdim=True)
     return c * torch.rsqrt(c.square().mean(-1, keepdim=True) + 1e-5)
 
@@ -68,7 +68,7 @@ MERGE_NORMS = ((10, 28 * 28, 512), (10, 14 * 14, 1024), (10, 7 * 7, 2048))
 SCORES = ((10, 3, 197, 197), (10, 12, 197, 197), (10 * 64, 3, 49, 49))  # ViT-Ti, ViT-B, first stage of Swin-T
 OPS = {
     "layer_norm": Op(
-        layer_norm_taylor, layer_norm_taylor_reference, layer_norm, elementary_layer_norm, BLOCK_NORMS + MERGE_NORMS
+        layer_norm_taylor, layer_norm_taylor_reference, layer_norm, plain_layer_norm, BLOCK_NORMS + MERGE_NORMS
     ),
     "softmax": Op(softmax_taylor, softmax_taylor_reference, softmax, softmax, SCORES),
     "tanh": Op(tanh_taylor, tanh_taylor_reference, torch.tanh, torch.tanh, ((10, 256), (10, 56, 56, 32))),
@@ -82,7 +82,7 @@ def along_curve(op: Op, *rows: Tensor) -> Rows:
         return torch.func.jvp(op.torch, rows[:1], rows[1:])
 
     def first(x: Tensor, x1: Tensor) -> Rows:
-        return torch.func.jvp(op.elementary, (x,), (x1,))
+        return torch.func.jvp(op.plain, (x,), (x1,))
 
     (value, velocity), (_, acceleration) = torch.func.jvp(first, rows[:2], rows[1:])
     return value, velocity, acceleration
@@ -130,7 +130,7 @@ def run_case(name: str, shape: tuple[int, ...], orders: int, device: torch.devic
     """Check and time every provider on one shape."""
     op = OPS[name]
     x = torch.randn(orders + 1, *shape, device=device)
-    exact = Op(op.ours, op.reference, op.elementary, op.elementary, op.shapes)
+    exact = Op(op.ours, op.reference, op.plain, op.plain, op.shapes)
     expected = along_curve(exact, *x.double().unbind(0))
     table = providers(op, x)
     errors = {provider: error(run(), expected) for provider, run in table.items()}

@@ -197,9 +197,9 @@ def ntk(settings: Settings) -> list[NetworkRow]:
     note = "one gradient per sample kept; attention "
     fused = f"{note}by SDPA, {'flash for CPU' if settings.device.type == 'cpu' else 'backend of its choice'}"
     providers = Providers(settings)
-    providers.add("vmap(grad), eager", eager, f"{note}in elementary operations")
+    providers.add("vmap(grad), eager", eager, f"{note}in plain PyTorch operations")
     providers.add("vmap(grad), SDPA, eager", partial(with_fused_attention, eager), fused)
-    providers.add_compiled("vmap(grad), compiled", make, f"{note}in elementary operations")
+    providers.add_compiled("vmap(grad), compiled", make, f"{note}in plain PyTorch operations")
     providers.add_compiled("vmap(grad), SDPA, compiled", lambda: partial(with_fused_attention, make()), fused)
     add_jax(providers, model, ("vmap(grad)",), images)
     ours = partial(af.ntk_gram, model, images)
@@ -226,7 +226,7 @@ def compiled(function: Callable[..., object], *arguments: object) -> Run:
 
 
 def exact_scores(settings: Settings, topology: Topology, seed: tuple[int, ...]) -> list[tuple[Tensor, ...]]:
-    """The measures of every network of ``af.score(topology)`` in float64 elementary operations, by metric."""
+    """The measures of every network of ``af.score(topology)`` in float64 plain PyTorch operations, by metric."""
     score_settings = ScoreSettings(METRICS, settings.img_size, THETAS, settings.repeats, settings.batch)
     results = []
     for repeat in range(settings.repeats):

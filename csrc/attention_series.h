@@ -55,7 +55,7 @@ ASVIT_FAST_HOST_DEVICE inline void add_product(V* x, const A* a, const B* b) {
   }
 }
 
-// What a row knows after some keys: the reference r(t) and the sum of all weights exp(s - r).
+// State of a row after some keys: the reference r(t) and the sum of all weights exp(s - r).
 template <int orders, typename V>
 struct SoftmaxState {
   V reference[orders + 1];

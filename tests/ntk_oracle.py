@@ -38,7 +38,7 @@ def linears(**names: int) -> dict[str, nn.Module]:
 
 
 def grams_one_by_one(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Of the weights and of all parameters, [B, B] each; ``model`` is left in evaluation mode, without caches."""
+    """NTK of the weights and of all parameters, [B, B] each; ``model`` is left in evaluation mode, without caches."""
     model.train().eval()
     chosen = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for parameter in chosen.values():

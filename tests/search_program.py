@@ -1,4 +1,4 @@
-"""What the kill and torchrun tests run in processes of their own: searches and scaling runs that die on the way.
+"""Searches and scaling runs that die on the way, for the kill and torchrun tests, in processes of their own.
 
     search_program.py KIND OUT [--fail-on-rank RANK] [--kill-once RANK:CALL:FILE]
 

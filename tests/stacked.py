@@ -91,7 +91,7 @@ class StackedOp:
     shapes: ClassVar[list[tuple[int, ...]]] = [(1, 1), (5, 7), (3, 16), (2, 33), (2, 3, 257), (1, 1024), (0, 4)]
 
     def function(self, x: Tensor, *parameters: Tensor) -> Tensor:
-        """f in elementary operations on x [..., C], whose nested forward mode torch gets right."""
+        """f in plain PyTorch operations on x [..., C], whose nested forward mode torch gets right."""
         raise NotImplementedError
 
     def parameters(self, channels: int, dtype: torch.dtype, device: Any = "cpu") -> tuple[Tensor, ...]:
@@ -192,7 +192,7 @@ class StackedOp:
         return getattr(torch.ops.asvit_fast, self.name).default
 
     def arguments(self, parameters: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        """What the raw op takes after x."""
+        """Arguments of the raw op after x."""
         return parameters
 
     def test_compile(self, device):

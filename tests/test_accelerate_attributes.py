@@ -35,7 +35,7 @@ def zero_mask(block: Any) -> None:
 
 
 def turn_mask(block: Any) -> None:
-    """Of a map with other proportions and as many windows."""
+    """Masks of a map with other proportions and as many windows."""
     rows, columns = block.input_resolution
     block.input_resolution = (rows // 2, columns * 2)
     block._init_buffers()

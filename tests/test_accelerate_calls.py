@@ -1,4 +1,4 @@
-"""What a user sees of an accelerated network's submodules: the calls of the source, in number, shape and order."""
+"""Everything a user sees of an accelerated network's submodules: the calls of the source, in number, shape and order."""
 
 from __future__ import annotations
 

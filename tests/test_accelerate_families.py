@@ -193,7 +193,7 @@ def test_every_family_is_tested_or_known_to_be_left():
     assert families_table() in (Path(__file__).parent.parent / "README.md").read_text()
 
 
-def test_embedding_without_norm_is_left_as_gainless():
+def test_embedding_without_norm_is_skipped_for_lack_of_gain():
     report = af.accelerate(PatchEmbed(32, 4, 3, 8), strict=True)
     assert report.swapped == report.left == [] and "nothing to fuse" in report.nothing_to_gain[0].reason
 

@@ -262,7 +262,7 @@ def test_shared_modules():
 
 @pytest.mark.filterwarnings("ignore::asvit_fast.backends.FallbackWarning")
 def test_compiled_networks_notice_changes():
-    """Of parts that are in no traced operation, too."""
+    """Changes of parts that are in no traced operation, too."""
     fast = block(swin()).eval()
     af.accelerate(fast)
     compiled = torch.compile(fast, backend="eager", fullgraph=True)

@@ -1,4 +1,4 @@
-"""What setup.py decides, the installed build report, and Triton kernels compiled for GPUs that are not here."""
+"""Decisions of setup.py, the installed build report, and Triton kernels compiled for GPUs that are not here."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ def test_install_survives_a_compiler_that_fails(root, tmp_path):
 
 @pytest.mark.skipif("address" not in os.environ.get("ASVIT_FAST_SANITIZE", ""), reason="for make sanitize")
 def test_sanitizer_sees_an_overrun():
-    """Of one value, in the memory of a tensor: what `make sanitize` would say if a kernel went too far."""
+    """An overrun of one value, in the memory of a tensor: what `make sanitize` would say if a kernel went too far."""
     program = (
         "import numpy, torch; from asvit_fast import _extension; _extension.extension()\n"
         "beyond = numpy.lib.stride_tricks.as_strided(numpy.zeros(1000, numpy.float32), (1, 1001))\n"
@@ -238,7 +238,7 @@ def test_sanitizer_sees_an_overrun():
 
 
 def test_archs_of_the_installed_build(build):
-    """What was compiled here, was compiled for every GPU that the package supports."""
+    """Whatever was compiled here was compiled for every GPU that the package supports."""
     report = _extension.build_report()
     if not report.get("cuda"):
         pytest.skip(f"no CUDA kernels: {report.get('cuda_reason', report.get('reason'))}")

@@ -88,7 +88,7 @@ def run(kernels: ctypes.CDLL, name: str, x: Tensor, *arguments: Any, offset: int
 def into_guarded(
     kernels: ctypes.CDLL, like: Tensor, function: Callable[[Tensor], None], offset: int = 0, finite: bool = True
 ) -> Tensor:
-    """What `function` writes into a guarded tensor, all of it and nothing else.
+    """Everything `function` writes into a guarded tensor, all of it and nothing else.
 
     The threads of a block take turns in order, then in reverse: without a barrier that they need, the results differ.
     """

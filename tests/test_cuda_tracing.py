@@ -29,7 +29,7 @@ def fake_runtime(tmp_path_factory) -> Path:
 
 
 def traced(library: Path, program: str, *arguments: str) -> dict:
-    """What a program of this folder prints when it thinks that there is a GPU."""
+    """The output of a program of this folder when it thinks that there is a GPU."""
     environment = os.environ | {"LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(FOLDER / program), *arguments]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)

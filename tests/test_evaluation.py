@@ -82,7 +82,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def evaluated(capsys: pytest.CaptureFixture[str], *arguments: Any) -> dict[str, Any]:
-    """What ``asvit-fast eval --json`` prints."""
+    """The output of ``asvit-fast eval --json``."""
     code = main(["eval", *map(str, arguments), "--device", "cpu", "--json", "--workers", "0"])
     captured = capsys.readouterr()
     assert code == 0, captured.err

@@ -113,7 +113,7 @@ def test_other_models_are_not_overwritten(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("use_ema", [False, True])
 def test_trained_weights(tmp_path: Path, use_ema: bool) -> None:
-    """Of a training's run directory, its best checkpoint."""
+    """The best checkpoint of a training's run directory."""
     from training_program import CLASSES, SIZE, run
 
     result = run(tmp_path / "train")

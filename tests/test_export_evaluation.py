@@ -59,7 +59,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluated(capsys: pytest.CaptureFixture[str], *arguments: Any) -> dict[str, Any]:
-    """What ``asvit-fast eval --json`` prints."""
+    """The output of ``asvit-fast eval --json``."""
     options = ["--device", "cpu", "--json", "--workers", "0", "--batch-size", "5"]
     assert main(["eval", *map(str, arguments), *options]) == 0
     return json.loads(capsys.readouterr().out)

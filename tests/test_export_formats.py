@@ -1,4 +1,4 @@
-"""What the formats of an export hold, and that a kill leaves the old export or the new one."""
+"""The contents of an export's formats; a kill leaves the old export or the new one."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_what_cannot_be_written_is_said_at_once(tmp_path: Path, monkeypatch: pyt
 
 
 def test_other_numbers_are_no_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the file computes is compared before it is there."""
+    """The file's output is compared before the file is there."""
     load = torch.export.load
 
     class Wrong:

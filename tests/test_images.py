@@ -220,7 +220,7 @@ def test_thirty_two_bits_fill_their_range() -> None:
 
 
 def reader(in_chans: int = 3, **options: str) -> Reader:
-    """Of the folder itself, if no split is named."""
+    """Images of the folder itself, if no split is named."""
     return Reader(Recipe.of(**{"train_split": "", **options}), 30, torch.device("cpu"), in_chans=in_chans)
 
 

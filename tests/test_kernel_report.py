@@ -76,7 +76,7 @@ def test_loops():
 
 
 def test_the_loop_with_more_exponentials():
-    """Of two loops beside each other, and not the one around both."""
+    """One of two loops beside each other, and not the one around both."""
     lines = [
         "IADD3 R1",
         *["FADD R1"] * 9,
@@ -207,7 +207,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 def test_triton_kernels(tmp_path, capsys):
-    """From the compiler to the table: one tile, and a loop over blocks whose exponentials are known."""
+    """The way from the compiler to the table: one tile, and a loop over blocks whose exponentials are known."""
     out = tmp_path / "report.csv"
     arguments = ["--out", str(out), "--jobs", "1", "--arch", "90"]
     assert kernel_report.main([*arguments, "--kernel", "window_attention_single_tile", "--shape", "N=49 d=8"]) == 0

@@ -16,7 +16,7 @@ EPS = 1e-5
 
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """In elementary operations: nested forward mode through torch's own is wrong."""
+    """In plain PyTorch operations: nested forward mode through torch's own is wrong."""
     c = x - x.mean(-1, keepdim=True)
     y = c / (c.square().mean(-1, keepdim=True) + EPS).sqrt()
     y = y if weight is None else y * weight

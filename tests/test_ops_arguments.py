@@ -1,4 +1,4 @@
-"""What ops ask of their arguments: the same on every backend, before anything is computed or read."""
+"""Demands of ops on their arguments: the same on every backend, before anything is computed or read."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def both_ways(operands: Operands, gradient: Tensor | None, *settings, **more) ->
 
 
 def assert_as_exact(operands: Operands, *settings, backend: str | None = None, tiny: float = 0.0, **more) -> None:
-    """Forward and all gradients: error(ours) < 2 error(elementary operations, same dtype) + tiny, against float64."""
+    """Forward and all gradients: error(ours) < 2 error(plain PyTorch ops, same dtype) + tiny, against float64."""
     with use_backend("reference"):
         wide = {name: x.double() for name, x in operands.items()}
         like = embed(wide, *settings, **more)

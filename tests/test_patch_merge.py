@@ -31,7 +31,7 @@ def operands(
     dtype: torch.dtype = torch.float32,
     batch: int = 2,
 ) -> list[Tensor]:
-    """Of every one a random tensor."""
+    """A random tensor for every one."""
     features = channels * kernel * kernel
     x = torch.randn(batch, height, width, channels)
     weight = torch.randn(outputs, features) / math.sqrt(features)
@@ -47,7 +47,7 @@ def both_ways(given: Given, kernel: int, stride: int, order: str, dtype: torch.d
 
 
 def assert_as_exact(given: Given, kernel: int, stride: int = 2, order: str = "unfold") -> None:
-    """Forward and all gradients: error(ours) < 2 error(elementary operations, same dtype) + tiny, against float64."""
+    """Forward and all gradients: error(ours) < 2 error(plain PyTorch ops, same dtype) + tiny, against float64."""
     ours = both_ways(given, kernel, stride, order)
     with use_backend("reference"):
         theirs = both_ways(given, kernel, stride, order)
@@ -211,7 +211,7 @@ def test_empty(shape: tuple[int, ...]) -> None:
 
 @needs_extension
 def test_single_gradients() -> None:
-    """What is not asked for is not found, and changes nothing."""
+    """Gradients that nobody needs are not computed, which changes nothing."""
     given = operands(7, 8, 8, 6, 3)
     everything = both_ways(given, 3, 2, "unfold")[1:]
     gradient = torch.randn((2, 4, 4, 6), generator=torch.Generator().manual_seed(9))

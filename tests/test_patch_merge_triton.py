@@ -45,7 +45,7 @@ def both_ways(given: list[Tensor | None], case: tuple, dtype: torch.dtype | None
 
 
 def compare(given: list[Tensor | None], case: tuple) -> None:
-    """Forward and all gradients: error(ours) < 2 error(elementary operations, same dtype) + tiny, against float64."""
+    """Forward and all gradients: error(ours) < 2 error(plain PyTorch ops, same dtype) + tiny, against float64."""
     x, weight = given[:2]
     shape = (x.shape[0], -(-x.shape[1] // case[5]), -(-x.shape[2] // case[5]), weight.shape[0])
     gradient = torch.randn(shape, device=x.device).to(weight.dtype)

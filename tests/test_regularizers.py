@@ -50,7 +50,7 @@ def vit(**options: object) -> nn.Module:
 
 
 def gradients(model: nn.Module, run: nn.Module, weights: dict[str, float] = ALL, **autocast: object) -> list[Tensor]:
-    """Of the regularization alone, for every parameter."""
+    """Gradients of the regularization alone, for every parameter."""
     regularization = Regularization(model, weights)
     with torch.autocast("cpu", **(autocast or {"enabled": False})), regularization:
         run(images())

@@ -1,4 +1,4 @@
-"""What stands beside the most probable topology: the best sampled one, and random search at the same cost."""
+"""The topologies beside the most probable one: the best sampled one, and random search at the same cost."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ def test_import_of_kernels_is_left_to_others():
 
 
 def public_objects() -> Iterator[tuple[str, object]]:
-    """What users import: the names of asvit_fast and asvit_fast.ops, and the public methods of their classes."""
+    """Everything users import: the names of asvit_fast and asvit_fast.ops, and the public methods of their classes."""
     for module in (importlib.import_module("asvit_fast"), importlib.import_module("asvit_fast.ops")):
         for name, value in ((name, getattr(module, name)) for name in dir(module)):
             if name.startswith("_") or not getattr(value, "__module__", "").startswith("asvit_fast"):

@@ -40,7 +40,7 @@ def test_special_values(isa, dtype):
 @every_isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_relative_accuracy(isa, dtype):
-    """Of small values, which 1 - e^-2x would spoil, and of the derivative far out, which 1 - y^2 would."""
+    """Accuracy of small values, which 1 - e^-2x would spoil, and of the derivative far out, which 1 - y^2 would."""
     small = torch.logspace(-30, 0, 1001, dtype=dtype)
     far = torch.linspace(1, 20, 1001, dtype=dtype)
     allowed = 4 * torch.finfo(dtype).eps

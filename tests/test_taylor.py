@@ -261,7 +261,7 @@ def test_transformer_encoder_layer() -> None:
         check(layer, *directions(3, 5, 8), tolerance=1e-6)
 
 
-def test_attention_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_split_on_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut anywhere, over batch or query rows, the result is the same."""
     from asvit_fast.ops.window_attention_taylor import PIECE_BYTES, attention_taylor_reference
 

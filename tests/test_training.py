@@ -176,7 +176,7 @@ def test_a_training_of_timm_goes_on_here(tmp_path: Path) -> None:
 
 
 def test_fine_tuning_starts_from_a_checkpoint(tmp_path: Path) -> None:
-    """Of the same classes with its classifier, of others with a new one, of another image size with resized places."""
+    """The same classes keep their classifier, others get a new one, another image size resizes position embeddings."""
     before = run(tmp_path)
     frozen = {**PLAIN, "lr": 1e-12, "warmup_lr": 0.0, "min_lr": 0.0, "weight_decay": 0.0, "model_ema": False}
     again = run(None, **frozen, initial_checkpoint=str(tmp_path / LAST))

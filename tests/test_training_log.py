@@ -1,4 +1,4 @@
-"""What a training shows and writes while it runs."""
+"""Everything a training shows and writes while it runs."""
 
 import csv
 import io

@@ -91,7 +91,7 @@ def terminate_when_stalled(out: Path, process: Any) -> None:
 
 @pytest.mark.slow
 def test_other_numbers_of_processes(tmp_path: Path, whole: Path) -> None:
-    """Of four updates an epoch the first two run in one process, the third in three, the next two in two."""
+    """Four updates an epoch, of which the first two run in one process, the third in three, the next two in two."""
     die(tmp_path, 2, {**TWELVE, "batch_size": 12})
     for processes, update in ((3, 3), (2, 5)):
         Path(f"{tmp_path}.died").unlink(missing_ok=True)
@@ -105,7 +105,7 @@ def test_other_numbers_of_processes(tmp_path: Path, whole: Path) -> None:
 
 
 def test_other_passes(tmp_path: Path, whole: Path) -> None:
-    """What is asked for on resuming counts: smaller passes where memory has run out, in each phase."""
+    """Requests on resuming count: smaller passes where memory has run out, in each phase."""
     die(tmp_path, 2, {**TWELVE, "batch_size": 12})
     with pytest.warns(FallbackWarning, match="grad_accum_steps 1 -> 3"):
         run(tmp_path, **TWELVE, batch_size=4, grad_accum_steps=3, phase_batch_sizes="1:6")

@@ -163,7 +163,7 @@ def test_dropout() -> None:
         ops.window_attention(qkv, 2, (4, 4), dropout=0.5)
 
 
-def test_dropout_with_attn_scale_says_that_it_is_elementary(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_with_attn_scale_warns_that_it_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eagerly and compiled; in evaluation and by wish of the caller nothing is said."""
     monkeypatch.setattr(backends, "_notified", set())
     qkv, scale = torch.randn(1, 8, 8, 48), torch.randn(2)
@@ -192,7 +192,7 @@ def both_ways(
 def assert_as_exact(
     qkv: Tensor, heads: int, window: tuple[int, int], shift: tuple[int, int], bias: Tensor | None, tiny: float
 ) -> None:
-    """Forward and all gradients: error(ours) < 2 error(elementary operations, same dtype) + tiny, against float64."""
+    """Forward and all gradients: error(ours) < 2 error(plain PyTorch ops, same dtype) + tiny, against float64."""
     gradient = torch.randn(*qkv.shape[:3], qkv.shape[3] // 3, dtype=torch.float64)
     ours = both_ways(qkv, heads, window, shift, bias, gradient)
     with use_backend("reference"):

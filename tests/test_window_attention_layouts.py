@@ -168,7 +168,7 @@ LARGER = [  # several vectors, groups and tiles; heads narrower and wider than a
 @pytest.mark.parametrize("case", LARGER, ids=lambda case: f"{case[-1]}-{case[0]}x{case[1]}x{case[2]}x{case[3]}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_every_isa(isa: str, case: tuple, dtype: torch.dtype) -> None:
-    """error(ours) < 2 error(elementary operations, same dtype) + tiny, against float64: forward and all gradients."""
+    """error(ours) < 2 error(plain PyTorch ops, same dtype) + tiny, against float64: forward and all gradients."""
     torch.manual_seed(1)
     tensors = {name: x.to(dtype) for name, x in random_tensors(case).items()}
     cotangent = torch.randn(2, case[0], case[1], case[2] * case[3]).to(dtype)

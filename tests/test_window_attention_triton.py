@@ -66,7 +66,7 @@ def both_ways(qkv, heads, window, shift, gradient, layout="masked", **tensors) -
 
 
 def compare(qkv, heads, window, shift, bias=None, layout="masked", padding=None, attn_scale=None) -> None:
-    """Forward and all gradients: error(ours) < 2 error(elementary operations, same dtype) + tiny, against float64."""
+    """Forward and all gradients: error(ours) < 2 error(plain PyTorch ops, same dtype) + tiny, against float64."""
     shape = (*qkv.shape[:3], qkv.shape[3] // 3)
     gradient = torch.randn(shape, dtype=torch.float64, device=qkv.device).to(qkv.dtype)
     tensors = {"bias": bias, "padding": padding, "attn_scale": attn_scale}

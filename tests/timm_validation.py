@@ -52,7 +52,7 @@ def replayed(model: nn.Module, images: Path, prefetcher: bool = True, /, **argum
 
 
 def validate_py(images: Path, *options: str) -> tuple[float, float, str]:
-    """What timm's own program prints: top-1 and top-5, and the loss to four digits."""
+    """The output of timm's own program: top-1 and top-5, and the loss to four digits."""
     program = [sys.executable, "-m", "asvit_fast.timm", f"{CHECKOUT}/validate.py", str(images), *options]
     fixed = ("-j", "0", "--device", "cpu", "--batch-size", "5", "--log-freq", "1")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

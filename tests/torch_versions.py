@@ -1,4 +1,4 @@
-"""What tests may ask of the torch that is installed."""
+"""Features of the torch that is installed, for tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the training tests run in processes of their own: small trainings, some of which die on the way.
+"""Small trainings, some of which die on the way, for the training tests, in processes of their own.
 
     training_program.py OUT [--die-at UPDATE] [--stall-at READ] [--options JSON]
 
@@ -99,7 +99,7 @@ class Stalling(Pictures):
 
 
 def stalling_data(where: str, at: int, marker: Path) -> tuple[Pictures, Pictures]:
-    """Of which reading "training" or "validation" images stalls."""
+    """Data of which reading "training" or "validation" images stalls."""
     return (
         Stalling(at, marker) if where == "training" else Pictures(),
         Stalling(at, marker, 16, 1) if where == "validation" else Pictures(16, seed=1),
@@ -141,7 +141,7 @@ def run(out: str | Path | None, data: Any = None, **options: Any) -> TrainResult
 
 
 def grad_norms() -> list[float]:
-    """Of the updates from now on, as they are logged."""
+    """Gradient norms of the updates from now on, as they are logged."""
     norms: list[float] = []
     original = TrainingLog.update
 
@@ -154,7 +154,7 @@ def grad_norms() -> list[float]:
 
 
 def die_at(update: int, marker: Path | None = None) -> None:
-    """From now on the process is killed before that update of the training; with a marker file, only once."""
+    """Kill the process before that update of the training; with a marker file, only once."""
     original = Step.__call__
 
     def call(self: Step, batches: Any, passes: int, number: int) -> Tensor:

@@ -11,7 +11,7 @@
 namespace asvit_fast {
 namespace {
 
-// What a piece adds to: rows of [patch + 3, padded channels].
+// Sums of a piece: rows of [patch + 3, padded channels].
 template <typename T>
 struct PatchEmbedSums {
   T *weight, *bias, *norm_weight, *norm_bias;
@@ -67,8 +67,8 @@ inline void find_means(const PatchEmbed<T>& problem, const T* block, const T* gr
   }
 }
 
-// From gradients of the output [tokens][padded channels] those of the convolution's output, in place; and the block's
-// share of the parameters'. Behind the `count` tokens that there are gradients are zero and stay so.
+// Turns gradients of the output [tokens][padded channels] into those of the convolution's output, in place, and adds
+// the block's share of the parameters'. Behind the `count` tokens that there are gradients are zero and stay so.
 template <typename T, typename Vectors>
 void differentiate_norm(const PatchEmbed<T>& problem, const T* block, int64_t count, Vector<T> last, Vectors vectors,
                         const PatchEmbedSums<T>* sums, T* gradients) {

@@ -29,13 +29,13 @@ struct TokenRow {
   const T* pixels;     // [in_channels, kernel, row]
 };
 
-// What lies beyond the image is written once and stays zero.
+// The part beyond the image is written once and stays zero.
 template <typename T>
 void clear(T* to, int64_t size) {
   for (int64_t i = 0; i < size; ++i) to[i] = T(0);
 }
 
-// What the next row of tokens will read, which hardware does not foresee: short pieces of many rows.
+// Prefetches what the next row of tokens will read, which hardware does not foresee: short pieces of many rows.
 template <typename T>
 inline void prefetch(const T* from, int64_t size) {
   for (int64_t i = 0; i < size; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(from + i);

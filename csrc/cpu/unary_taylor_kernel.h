@@ -24,7 +24,7 @@ constexpr double kTailDouble[] = {
     3.3496644962023683,    -3.8210836317657542,  3.4312102890852043,    -2.3758309002305618,    1.2399265454773847,
     -0.47193497191202621,  0.12383299025019227,  -0.020064528231825616, 0.0015157532914562785};
 
-// What unary_functions.h computes with.
+// The arithmetic of unary_functions.h.
 template <typename T>
 struct VectorMath {
   using Scalar = T;

@@ -37,7 +37,7 @@ void pack_gradient(const WindowAttentionBackward<T>& problem, const TokenWindow&
   }
 }
 
-// What a group of queries knows from the forward pass; padding gets the weight 0. `products` start with -<g, M>.
+// Statistics of a group of queries from the forward pass; padding gets the weight 0. `products` start with -<g, M>.
 template <typename T>
 void read_group(const WindowAttention<T>& forward, const TokenWindow& window, int64_t head, int64_t first,
                 int64_t count, const BackwardMemory<T>& memory) {

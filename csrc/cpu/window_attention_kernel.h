@@ -61,8 +61,8 @@ void transpose_bias(const T* bias, int64_t tokens, int64_t query, int64_t count,
   }
 }
 
-// What is added to the scores of a group of queries from `first` on and the keys from `key` on: the bias, and what sets
-// regions apart. Collected in `to` where it does not lie ready.
+// The terms added to the scores of a group of queries from `first` on and the keys from `key` on: the bias, and what
+// sets regions apart. Collected in `to` where it does not lie ready.
 template <typename T>
 Base<T> score_base(const WindowAttention<T>& problem, const TokenWindow& window, int64_t head, int64_t first,
                    int64_t count, int64_t key, int64_t keys, T* to) {

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// What unary_functions.h computes with. NaN passes all comparisons.
+// The arithmetic of unary_functions.h. NaN passes all comparisons.
 template <typename T>
 struct DeviceMath {
   using Scalar = T;

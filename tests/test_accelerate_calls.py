@@ -1,4 +1,4 @@
-"""Everything a user sees of an accelerated network's submodules: the calls of the source, in number, shape and order."""
+"""Everything a user sees of an accelerated network: its submodules' calls, as the source makes them, and their shapes."""
 
 from __future__ import annotations
 

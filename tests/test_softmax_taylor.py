@@ -27,7 +27,7 @@ class TestSoftmax(StackedOp):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [6, 49, 200])
 def test_common_offsets_cancel(isa, size, dtype):
-    """A number that all logits, or all their derivatives, of a row share: here exact in the dtype, so nothing may be lost."""
+    """A number that all logits, or all derivatives, of a row share: exact in the dtype, so nothing may be lost."""
     s = rows(2, 5, size, dtype=torch.float64, scale=1.0).mul(2**10).round().div(2**10).to(dtype)
     offset = torch.tensor([2.0**8, 2.0**10, -(2.0**10)], dtype=dtype)
     shifted = s + offset.reshape(3, 1, 1)

@@ -1,4 +1,4 @@
-"""Features that a training loop switches on around the ops: mixed precision, checkpointing, deterministic mode, DDP, FSDP2."""
+"""Around the ops in a training loop: mixed precision, checkpointing, deterministic mode, DDP, FSDP2."""
 
 from __future__ import annotations
 

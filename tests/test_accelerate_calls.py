@@ -1,4 +1,4 @@
-"""Everything a user sees of an accelerated network: its submodules' calls, as the source makes them, and their shapes."""
+"""Calls of an accelerated network's submodules, as users see them: those of the source, in its order and shapes."""
 
 from __future__ import annotations
 

@@ -57,6 +57,7 @@ class FusedOp:
         can_run: by backend, why it cannot run on these operands with this config; None if it can.
         saved: what the reference's forward pass hands on, so that any backend can run the backward pass.
         needs_output: whether a backward pass reads the output.
+        unread: operands whose values no gradient depends on: they may change before the backward pass.
         of_torch: whether all implementations are functions of torch, see ``backends.declare``.
     """
 
@@ -74,12 +75,14 @@ class FusedOp:
         can_run: Mapping[str, backends.CanRun] | None = None,
         saved: Callable[[Operands, Any], Tensor] | None = None,
         needs_output: bool = False,
+        unread: Sequence[str] = (),
         of_torch: bool = False,
     ) -> None:
         self.name, self.config, self.reference, self.fake = name, config, reference, fake
-        self.saved, self.needs_output = saved, needs_output
+        self.saved, self.needs_output, self.of_torch = saved, needs_output, of_torch
         declared = [part.strip() for part in operands.split(",")]
         self.operands = tuple(part.rstrip("?") for part in declared)
+        self.unread = [self.operands.index(name) for name in unread]
         self.backward = {**backward, "reference": self._reference_backward}
         self.composite = {**(composite or {}), "reference": reference}
         implementations = {**forward, **(composite or {}), "reference": self._reference_forward}
@@ -95,7 +98,7 @@ class FusedOp:
         if transform_active() or any(x is not None and x.numel() == 0 for x in operands):
             return self.reference(operands, config)
         device = operands[0].device
-        if device.type == "meta" and backends.forced_backend() is None:  # for its shape, and what it counts
+        if device.type == "meta" and not self.of_torch and backends.forced_backend() is None:  # for shape and FLOPs
             return self._op(*operands, *self._values(config))[0]
         backend = backends.choose(self.name, device, operands, config)
         if backend in self.composite:
@@ -104,7 +107,12 @@ class FusedOp:
             return self._op(*operands, *self._values(config))[0]
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
             return _Eager.apply(self, backend, config, *operands)
-        return backends.implementation(self.name, backend)(operands, config)[0]
+        return self.forward(backend, operands, config)[0]
+
+    def forward(self, backend: str, operands: Operands, config: Any) -> Result:
+        """The result on a backend; its output may be changed in place, which autograd refuses for views."""
+        output, saved = backends.implementation(self.name, backend)(operands, config)
+        return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output, saved
 
     # ------------------------------------------------------------------ reference
 
@@ -139,7 +147,7 @@ class FusedOp:
     def _custom_op(self, schema: str) -> Any:
         def run(*arguments: Any) -> Result:
             operands, config = self._split(arguments)
-            return backends.implementation(self.name, self._backend(operands, config))(operands, config)
+            return self.forward(self._backend(operands, config), operands, config)
 
         def fake(*arguments: Any) -> Result:
             operands, config = self._split(arguments)
@@ -236,16 +244,19 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, op: FusedOp, backend: str, config: Any, *operands: Any) -> Tensor:
-        output, saved = backends.implementation(op.name, backend)(operands, config)
+        output, saved = op.forward(backend, operands, config)
         ctx.op, ctx.backend, ctx.config = op, backend, config
-        ctx.save_for_backward(output if op.needs_output else None, saved, *operands)
+        kept = list(operands)
+        for place in op.unread:  # without autograd's check of their version
+            kept[place] = None if kept[place] is None else kept[place].data
+        ctx.save_for_backward(output if op.needs_output else None, saved, *kept)
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         output, saved, *operands = ctx.saved_tensors
         op, needs_grad = ctx.op, list(ctx.needs_input_grad[3:])
-        if torch.is_grad_enabled():  # the gradient will be differentiated
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():  # it will be differentiated, or is traced
             grads = op._backward_op(gradient, output, saved, *operands, *op._values(ctx.config), needs_grad)
             grads = [new if want else None for new, want in zip(grads, needs_grad, strict=True)]
         else:

@@ -103,6 +103,7 @@ LINEAR = FusedOp(
     forward={"cpu": _onednn} if torch.backends.mkldnn.is_available() else {},
     backward={"cpu": _onednn_backward},
     can_run={"cpu": _onednn_cannot},
+    unread=("bias",),
     of_torch=True,
 )
 

@@ -178,6 +178,7 @@ PATCH_MERGE = FusedOp(
     forward={"triton": _triton, "cpu": _compiled},
     backward={"triton": _triton_backward, "cpu": _compiled_backward},
     can_run={"triton": lambda operands, config: no_float64(*operands[:2])},
+    unread=("bias",),
 )
 
 # --------------------------------------------------------------------------- public

@@ -281,8 +281,7 @@ def _no_dropout(operands: Operands, config: WindowAttentionConfig) -> str | None
 
 def _sdpa_cannot(operands: Operands, config: WindowAttentionConfig) -> str | None:
     qkv, _, _, attn_scale = operands
-    needless = qkv.device.type == "cpu" and config.dropout == 0.0 and backends.forced_backend() is None
-    if qkv.dtype == torch.float64 or needless:
+    if qkv.device.type == "cpu" and config.dropout == 0.0 and backends.forced_backend() is None:
         return "it has no double backward"
     return None if attn_scale is None else "it has no attn_scale"
 

@@ -44,8 +44,11 @@ def _load() -> tuple[ModuleType | None, str | None]:
         module = importlib.import_module("asvit_fast._C")
     except ImportError as error:  # a missing library or symbol: the loader's text says which
         return None, f"asvit_fast._C does not load: {error}; rebuild it {BUILD}"
-    while _waiting:
-        _waiting.pop()()
+    try:
+        while _waiting:
+            _waiting.pop()()
+    except AttributeError as error:  # an op that is not in it
+        return None, f"the compiled kernels are older than the package ({error}): rebuild them {BUILD}"
     return module, None
 
 
@@ -74,6 +77,5 @@ def cuda_reason() -> str | None:
         return why
     if module.has_cuda:
         return None
-    return (
-        f"built without CUDA kernels: {build_report().get('cuda_reason', 'unknown')}; install nvcc, build them {BUILD}"
-    )
+    skipped = build_report().get("cuda_reason", "unknown")
+    return f"built without CUDA kernels ({skipped}): build them, where nvcc is, {BUILD}"

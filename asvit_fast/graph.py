@@ -24,7 +24,7 @@ def require(packages: Sequence[str], purpose: str) -> None:
     """Raise InputError unless all are installed, before any work."""
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
-        raise InputError(f"{purpose} needs {', '.join(missing)}: pip install {' '.join(missing)}")
+        raise InputError(f"{purpose} needs {', '.join(missing)}: pip install 'asvit-fast[onnx]'")
 
 
 def to_program(model: nn.Module, shape: tuple[int, int, int]) -> torch.export.ExportedProgram:

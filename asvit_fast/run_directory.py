@@ -159,9 +159,7 @@ class RunDirectory:
         for name in ("data", "images"):
             source = self.config.get(name)
             if isinstance(source, str) and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(source)):
-                raise InputError(
-                    f"run directory {path} is in the folder of the images, {source}; choose another with out"
-                )
+                raise InputError(f"run directory {path} is in the folder of the images, {source}; choose another")
 
     def _acquire(self, path: Path) -> FolderLock:
         try:
@@ -171,7 +169,7 @@ class RunDirectory:
             return FolderLock(path)
         except OSError as error:
             reason = error.strerror or str(error)
-            raise InputError(f"run directory {path} cannot be written: {reason}; choose another with out") from error
+            raise InputError(f"run directory {path} cannot be written: {reason}; choose another") from error
 
     def _open(self, path: Path) -> None:
         files = [name for name in (TRACE, self.state_file, RESULT) if name is not None]

@@ -124,6 +124,19 @@ def test_damaged_run_directory(fails, tmp_path: Path) -> None:
     assert contents(run) == before | {"config.json": b"{"}
 
 
+@pytest.mark.parametrize("size", [0, 100, 10_000])
+def test_truncated_checkpoint(fails, tmp_path: Path, size: int) -> None:
+    """Named however torch says it: without a file's beginning, directory, or content."""
+    whole, cut = tmp_path / "whole.pth", tmp_path / "cut.pth"
+    torch.save({"weight": torch.zeros(10_000)}, whole)
+    cut.write_bytes(whole.read_bytes()[:size])
+    fails(["score", str(cut), *TINY], "cut.pth", "damaged")
+
+
+def test_more_memory_than_there_is(fails) -> None:
+    fails(["score", TOPOLOGY, *TINY, "--batch", "1e13"], "memory has run out", "smaller batches")
+
+
 def test_impossible_budget(fails, tmp_path: Path) -> None:
     fails([*SEARCH, "--out", str(tmp_path / "run"), "--params", "1:2"], "budget")
     fails([*SEARCH, "--out", str(tmp_path / "run"), "--flops", "1T:"], "budget")

@@ -6,12 +6,14 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
 from asvit_fast import _extension
 
@@ -181,6 +183,18 @@ def test_loader_keeps_the_error(monkeypatch):
     try:
         assert _extension.extension() is None
         assert _extension.reason().startswith("asvit_fast._C does not load: undefined symbol: _ZN3c10; rebuild it with")
+    finally:
+        _extension._load.cache_clear()
+
+
+def test_kernels_of_older_sources(monkeypatch):
+    """An op without its compiled kernel, as after `git pull` in an editable install, is no AttributeError in a network."""
+    if _extension.reason() is not None:
+        pytest.skip(_extension.reason())
+    _extension._load.cache_clear()
+    monkeypatch.setattr(_extension, "_waiting", [lambda: torch.ops.asvit_fast_C.not_there])
+    try:
+        assert re.search("older than the package .*not_there.*: rebuild them with", _extension.reason())
     finally:
         _extension._load.cache_clear()
 

@@ -26,7 +26,7 @@ SMALL, LARGE, FEATURES = torch.ones(3, 64), torch.ones(6000, 64), torch.ones(32,
 NO_INTEGERS = (True, 1.0, "1", None, float("nan"))
 NO_NUMBERS = (True, "1", 1j, torch.ones(()), torch.ones(2))
 NO_EPS = (*NO_NUMBERS, None, -1.0, -1e-12, float("nan"), float("inf"))
-WITH_TRITON = ("attention ", "embedding", "merging", "gelu")
+WITH_TRITON = ("attention ", "embedding", "merging", "gelu", "square")
 HUGE = (2**31, 2**32, 2**62, 2**63, 2**64 + 2)
 
 

@@ -64,6 +64,18 @@ def test_killed_while_reading_image_files(tmp_path: Path, folder: str) -> None:
     assert_same_end(run(tmp_path, folder, workers=1), expected)
 
 
+def test_goes_on_without_the_image_that_stopped_it(tmp_path: Path) -> None:
+    """As if it had been told to skip such images from the start."""
+    data = write_images(tmp_path / "data")
+    (data / "train" / "class0" / "3.png").write_bytes(b"")
+    with pytest.warns(UserWarning, match="cannot be read"):
+        expected = run(None, str(data), workers=0, bad_images="skip")
+    with pytest.raises(InputError, match="bad_images=skip"):
+        run(tmp_path / "run", str(data), workers=0)
+    with pytest.warns(UserWarning, match="cannot be read"):
+        assert_same_end(run(tmp_path / "run", str(data), workers=0, bad_images="skip"), expected)
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
 def test_killed_while_writing(tmp_path: Path, count: int) -> None:
     killed(run_killed_in_write, str(tmp_path), count)

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 
 from .._version import __version__
-from ..errors import EXIT_INPUT, EXIT_INTERRUPTED, InputError
+from ..errors import EXIT_INPUT, EXIT_INTERRUPTED, InputError, first_line
 from .commands import COMMANDS
 from .options import Command, Option, require, settings, to_yaml
 
@@ -55,6 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _abandon_stdout()
         reason = error.strerror or str(error) or type(error).__name__  # and the file, without the errno
         return _fail(reason if error.filename is None else f"{reason}: {str(error.filename)!r}")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("allocate memory|out of memory", str(error)):
+            raise
+        return _fail(f"memory has run out ({first_line(error)}): give smaller batches, images or networks")
     except KeyboardInterrupt:
         resume = "; the same command continues where it stopped" if command is not None and command.resumable else ""
         print(f"\n{PROGRAM}: interrupted{resume}", file=sys.stderr)

@@ -37,6 +37,8 @@ def unavailable(state: dict[str, Any], backend: str) -> str | None:
     from ..backends import declared
 
     ops = [op for op, backends in declared().items() if backend in backends]
+    if backend in ("triton", "cuda") and not state["gpus"]:
+        return "torch sees no CUDA GPU here"
     for op in ops:
         reasons = [devices[backend] for devices in state["ops"][op].values()]
         if None not in reasons:

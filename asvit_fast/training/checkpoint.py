@@ -188,9 +188,9 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # timm keeps its options in one
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # anything: pickle, zip and torch each have their own
+        if isinstance(error, OSError) and error.filename is not None:  # it cannot be read
+            raise
         raise InputError(
             f"{str(path)!r} is not a checkpoint that can be loaded safely: it is damaged, or no checkpoint, or holds "
             "objects other than tensors, numbers and text"

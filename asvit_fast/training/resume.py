@@ -23,6 +23,7 @@ PASSES = ("batch_size", "grad_accum_steps", "phase_batch_sizes")  # how the imag
 SAME = ("images_per_update", "train_images")  # whatever else changes
 CHANGEABLE = (
     "processes", "epochs", "schedule", "saving", *(f"flops.{reduction}" for reduction in REDUCTIONS), *PASSES, *SAME,
+    "recipe.bad_images",
 )  # fmt: skip
 # choices that change how a training runs, not what it computes
 CHANGEABLE_ON_RESUME = (

@@ -1,4 +1,4 @@
-// CUDA kernel of gelu_taylor and tanh_taylor. No torch header: raw pointers and a stream, so that it compiles in
+// CUDA kernel of all elementwise Taylor ops. No torch header: raw pointers and a stream, so that it compiles in
 // seconds.
 #include "cuda/launch.h"
 #include "cuda/numbers.h"

@@ -41,7 +41,7 @@ class _Samples:
         self.dataset, self.classes, self.seed, self.mode = dataset, classes, reader.recipe.seed, reader.mode
         self.transform = make_transform(reader, training)
         self.reprob = reader.recipe.reprob if training and not reader.recipe.no_aug else 0.0
-        self.skip = reader.recipe.bad_images == "skip"
+        self.training, self.skip = training, reader.recipe.bad_images == "skip"
 
     def finish(self, image: Any, target: Any) -> Sample:
         """A sample with its image transformed and its target checked."""
@@ -99,9 +99,11 @@ class Samples(_Samples, Dataset):
             try:
                 return read(self.dataset, (index + offset) % len(self), self.mode)
             except UnreadableImage as error:
-                if not self.skip:
-                    raise
-                skipped.append(error.name)
+                if self.skip:
+                    skipped.append(error.name)
+                    continue
+                advice = ", or go on without such images with bad_images=skip" if self.training else ""
+                raise InputError(f"{error}{advice}") from error
         raise InputError(f"{len(skipped)} images in a row cannot be read, the last is {skipped[-1]!r}; check the disk")
 
 

@@ -188,7 +188,7 @@ def test_loader_keeps_the_error(monkeypatch):
 
 
 def test_kernels_of_older_sources(monkeypatch):
-    """An op without its compiled kernel, as after `git pull` in an editable install, is no AttributeError in a model."""
+    """An op without its compiled kernel, as after `git pull` in an editable install: no AttributeError in a model."""
     if _extension.reason() is not None:
         pytest.skip(_extension.reason())
     _extension._load.cache_clear()

@@ -103,7 +103,7 @@ def test_what_cannot_be_written_is_said_at_once(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(graph.importlib.util, "find_spec", lambda name: None if name in missing else object())
     assert main(["export", "no such run", "--to", str(tmp_path / "model"), "--format", "onnx"]) == 2
     error = capsys.readouterr().err
-    assert "needs onnx, onnxscript: pip install onnx onnxscript" in error and error.count("\n") == 1
+    assert "needs onnx, onnxscript: pip install 'asvit-fast[onnx]'" in error and error.count("\n") == 1
     assert not (tmp_path / "model").exists()
 
 

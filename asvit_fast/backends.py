@@ -132,7 +132,7 @@ def _refusal(op: str, backend: str, operands: Sequence[Any], config: Any) -> str
 
 @torch.compiler.assume_constant_result  # a warning would break the graph
 def _warn_slower(op: str, backend: str, device_type: str, why: str) -> None:
-    notify_once((op, device_type, why), f"asvit_fast runs the {backend} implementation of {op} on {device_type}: {why}")
+    notify_once(why, f"asvit_fast runs the {backend} implementation of {op} on {device_type}: {why}")
 
 
 @contextmanager

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo import compiled_autograd
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from asvit_fast import ops
+from asvit_fast import InputError, ops, use_backend
 
 Case = tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]
 
@@ -93,3 +97,35 @@ def test_float64_with_dropout_is_torchs() -> None:
         (gradient,) = torch.autograd.grad(output.square().sum(), qkv, create_graph=True)
         (second,) = torch.autograd.grad(gradient.sum(), qkv)
     assert second.isfinite().all() and second.any()
+
+
+def test_forced_backward_pass() -> None:
+    """`use_backend` holds for the backward pass alone, too."""
+    function, operands = prepared("window_attention")
+    output = function(*operands)
+    with use_backend("cuda"), pytest.raises(InputError, match="cannot run window_attention"):
+        output.sum().backward()
+    expected = torch.autograd.grad(function(*operands).sum(), operands)
+    output = function(*operands)
+    with use_backend("reference"), FlopCounterMode(display=False) as counter:
+        got = torch.autograd.grad(output.sum(), operands)
+    assert not any("asvit_fast_C" in str(name) for name in counter.get_flop_counts()["Global"])
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_linear_of_a_distributed_tensor(tmp_path: Path) -> None:
+    """As in tensor parallelism: torch's function has a sharding strategy, a custom op has none."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        function, operands = prepared("linear")
+        shared = [distribute_tensor(x.detach(), mesh, [Replicate()]).requires_grad_() for x in operands]
+        got = torch.autograd.grad(function(*shared).sum(), shared)
+        wanted = torch.autograd.grad(function(*operands).sum(), operands)
+    finally:
+        dist.destroy_process_group()
+    for ours, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(
+            ours.full_tensor(), theirs, rtol=1e-4, atol=1e-4
+        )  # sums of 784 products, in any order

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from .. import backends
 from .checks import check_devices
@@ -104,6 +105,8 @@ class FusedOp:
         if backend in self.composite:
             return self.composite[backend](operands, config)
         if torch.compiler.is_compiling() or not outside_of_modes(operands):
+            if self.of_torch and any(map(_is_subclass, operands)):  # DTensor knows how to share torch's own function
+                return self.reference(operands, config)
             return self._op(*operands, *self._values(config))[0]
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
             return _Eager.apply(self, backend, config, *operands)
@@ -240,7 +243,7 @@ class FusedOp:
 
 
 class _Eager(torch.autograd.Function):
-    """The op outside of torch.library. Forward and backward run on the backend that was chosen for the forward pass."""
+    """The op outside of torch.library. Its backward pass runs on the forward pass's backend, unless one is forced."""
 
     @staticmethod
     def forward(ctx: Any, op: FusedOp, backend: str, config: Any, *operands: Any) -> Tensor:
@@ -260,8 +263,13 @@ class _Eager(torch.autograd.Function):
             grads = op._backward_op(gradient, output, saved, *operands, *op._values(ctx.config), needs_grad)
             grads = [new if want else None for new, want in zip(grads, needs_grad, strict=True)]
         else:
-            grads = op.gradients(ctx.backend, gradient, operands, ctx.config, (output, saved), needs_grad)
+            backend = ctx.backend if backends.forced_backend() is None else op._backend(operands, ctx.config)
+            grads = op.gradients(backend, gradient, operands, ctx.config, (output, saved), needs_grad)
         return (None, None, None, *grads)
+
+
+def _is_subclass(x: Any) -> bool:
+    return isinstance(x, Tensor) and type(x) not in _PLAIN and not isinstance(x, FakeTensor)
 
 
 def outside_of_modes(operands: Operands) -> bool:

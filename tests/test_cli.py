@@ -142,7 +142,7 @@ def test_whole_numbers_are_read_exactly() -> None:
 def test_interrupt_while_loading(module: str) -> None:
     """Ctrl-C before the work has begun: no traceback, whatever is being imported (``-X importtime`` tells)."""
     process = subprocess.Popen(
-        [sys.executable, "-X", "importtime", "-m", "asvit_fast", "score", TOPOLOGY, *TINY[:-2], "--repeats", "100"],
+        [sys.executable, "-X", "importtime", "-m", "asvit_fast", "score", TOPOLOGY, *TINY[:-2], "--repeats", "10000"],
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),

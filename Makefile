@@ -35,7 +35,8 @@ test: install
 # what depends on the number of threads, with two
 test-threads: install
 	OMP_NUM_THREADS=2 $(BIN)/pytest $(wildcard tests/test_*_taylor.py) $(addprefix tests/,test_window_attention.py \
-		test_patch_embed.py test_patch_merge.py test_linear.py test_ntk.py test_scoring.py) -k "not opcheck and not interpret"
+		test_patch_embed.py test_patch_merge.py test_linear.py test_ntk.py test_scoring.py test_scoring_parts.py) \
+		-k "not opcheck and not interpret"
 
 # what `make test` leaves out
 test-slow: install

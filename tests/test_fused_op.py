@@ -125,7 +125,5 @@ def test_linear_of_a_distributed_tensor(tmp_path: Path) -> None:
         wanted = torch.autograd.grad(function(*operands).sum(), operands)
     finally:
         dist.destroy_process_group()
-    for ours, theirs in zip(got, wanted, strict=True):
-        torch.testing.assert_close(
-            ours.full_tensor(), theirs, rtol=1e-4, atol=1e-4
-        )  # sums of 784 products, in any order
+    for ours, theirs in zip(got, wanted, strict=True):  # sums of 784 products, in any order
+        torch.testing.assert_close(ours.full_tensor(), theirs, rtol=1e-4, atol=1e-4)

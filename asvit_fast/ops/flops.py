@@ -20,35 +20,43 @@ from .. import _extension
 Shape = Sequence[int]
 
 
-def window_pairs(size: Shape, window: Shape, layout: str = "masked") -> int:
-    """Pairs of tokens that share a window, of one map of ``size`` (height, width)."""
+def window_pairs(size: Shape, window: Shape, layout: str = "masked", kv_window: Shape = ()) -> int:
+    """Pairs of a query and a key that share a window, of one map of ``size`` (rows, columns) or (depth, rows,
+    columns)."""
     pairs = 1
-    for side, length in zip(size, window, strict=True):
+    for axis, (side, length) in enumerate(zip(size, window, strict=True)):
         whole, rest = divmod(side, length)
+        if kv_window:
+            pairs *= _axis_pairs(side, length, kv_window[axis], layout)
+            continue
         cut = rest if layout == "masked" or rest == 0 else length
         pairs *= whole * length**2 + cut**2
     return pairs
 
 
-def _window_attention(qkv: Shape, num_heads: int, window: Shape, shift: Shape, scale: float, layout: str, *_: Any,
-                      **__: Any) -> int:  # fmt: skip
-    """q k^T and attention v; qkv [B, H, W, 3*heads*d]."""
-    return 4 * qkv[0] * (qkv[3] // 3) * window_pairs(qkv[1:3], window, layout)
+def _axis_pairs(side: int, length: int, keys: int, layout: str) -> int:
+    """Pairs along one axis where windows of keys lie around those of queries."""
+    if layout != "masked":
+        return -(-side // length) * length * keys
+    margin = (keys - length) // 2
+    return sum(
+        min(length, side - start) * (min(side, start + length + margin) - max(0, start - margin))
+        for start in range(0, side, length)
+    )
 
 
-def _window_attention_op(qkv: Shape, bias: Any, padding: Any, attn_scale: Any, *config: Any, **__: Any) -> int:
-    """The same with the arguments of our op."""
-    return _window_attention(qkv, *config)
+def _window_attention(
+    q: Shape, k: Shape | None, v: Shape | None, bias: Any, padding: Any, attn_scale: Any, head_scale: Any,
+    num_heads: int, window: Shape, shift: Shape, kv_window: Shape, scale: float, layout: str, *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    """q k^T and attention v; q [B, *size, 3*heads*d], or with k and v [B, *size, heads*d]."""
+    channels = q[-1] // (3 if k is None else 1)
+    return 4 * q[0] * channels * window_pairs(q[1:-1], window, layout, kv_window)
 
 
-def _window_attention_backward(gradient: Shape, qkv: Shape, output: Shape, statistics: Shape, *arguments: Any,
-                               **named: Any) -> int:  # fmt: skip
+def _window_attention_backward(gradient: Shape, output: Shape, statistics: Shape, *arguments: Any, **__: Any) -> int:
     """Gradients of both factors of both products."""
-    return 2 * _window_attention(qkv, *arguments, **named)
-
-
-def _window_attention_backward_op(gradient: Shape, output: Shape, statistics: Shape, *arguments: Any, **__: Any) -> int:
-    return 2 * _window_attention_op(*arguments)
+    return 2 * _window_attention(*arguments)
 
 
 def _window_attention_taylor(q: Shape, k: Shape, v: Shape, window: Shape, *_: Any, **__: Any) -> int:
@@ -109,8 +117,8 @@ _TAYLOR: dict[str, Callable[..., int]] = {
     "window_attention_taylor": _window_attention_taylor,
 }
 FORMULAS = _TAYLOR | {
-    "window_attention": _window_attention_op,
-    "window_attention_gradients": _window_attention_backward_op,
+    "window_attention": _window_attention,
+    "window_attention_gradients": _window_attention_backward,
     "patch_embed": _patch_embed,
     "patch_embed_gradients": _patch_backward_op,
     "patch_merge": _patch_merge,

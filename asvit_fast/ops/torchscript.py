@@ -20,7 +20,7 @@ def _window_attention(
     qkv: Tensor,
     num_heads: int,
     window: tuple[int, int],
-    shift: tuple[int, int] = (0, 0),
+    shift: tuple[int, int] | None = None,
     bias: Tensor | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
@@ -28,12 +28,12 @@ def _window_attention(
     padding: Tensor | None = None,
     attn_scale: Tensor | None = None,
 ) -> Tensor:
-    windows, shifts = [window[0], window[1]], [shift[0], shift[1]]
+    windows, shifts = [window[0], window[1]], [0, 0] if shift is None else [shift[0], shift[1]]
     if layout == "masked":
         windows, shifts, bias = fit_windows([qkv.shape[1], qkv.shape[2]], windows, shifts, bias)
     bias = None if bias is None else lowest_scores(bias, qkv)
     return window_attention_reference(
-        qkv, num_heads, windows, shifts, bias, scale, dropout, layout, padding, attn_scale
+        [qkv], num_heads, windows, shifts, bias, scale, dropout, layout, padding, attn_scale
     )
 
 

@@ -1,4 +1,4 @@
-"""Attention inside (shifted) windows of a channels-last feature map, straight from the fused qkv projection.
+"""Attention inside (shifted) windows of a channels-last feature map, straight from the projections to q, k and v.
 
 The reference is made of plain PyTorch operations: any device and dtype, double backward, functorch, forward mode,
 export.
@@ -7,110 +7,140 @@ export.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _extension, backends
 from ..errors import InputError
-from .checks import check_floats, check_length, check_operand, check_scale
+from .checks import check_length, check_operand, check_scale
 from .fused_op import FusedOp, Gradients, Operands, Result, Saved, no_float64
 from .transforms import sizes
 from .windows import (
+    check_channels,
+    check_kv_window,
     check_windows,
     lowest_scores,
     merge_windows,
     padding_tokens,
-    partition_windows,
-    split_heads,
+    token_count,
     window_mask,
     window_padding,
+    window_projections,
 )
+
+Projections = Tensor | tuple[Tensor, Tensor, Tensor]  # the fused map q | k | v, or three maps
+
+
+def _check_projections(op: str, projections: list[Tensor], axes: int, num_heads: int) -> None:
+    """InputError unless this is a map [B, *size, 3*heads*head_dim], or three maps [B, *size, heads*head_dim]."""
+    first, *others = projections
+    shape, names = list(first.shape), ("q", "k", "v") if others else ("qkv",)
+    size, factor = "H, W" if axes == 2 else "D, H, W", "" if others else "3*"
+    if first.dim() != axes + 2:
+        raise InputError(f"{op}: {names[0]} must be [B, {size}, {factor}heads*head_dim], got {shape}")
+    check_channels(op, shape[-1], num_heads, 1 if others else 3)
+    for name, x in zip(names, projections, strict=True):
+        check_operand(op, name, x, shape, first)
+        if x.dtype != first.dtype:
+            raise InputError(f"{op}: {name} must be {first.dtype} as q is, got {x.dtype}")
+
+
+def _is_head_scale(scale: float | Tensor | None) -> TypeGuard[Tensor]:
+    """Whether there is a factor for each head; torch.jit.trace makes tensors of numbers."""
+    return isinstance(scale, Tensor) and not (torch.jit.is_tracing() and scale.dim() == 0)
 
 
 def _check(
-    qkv: Tensor,
+    projections: list[Tensor],
     num_heads: int,
     window: list[int],
     shift: list[int],
     bias: Tensor | None,
-    scale: float | None,
+    scale: float | Tensor | None,
     dropout: float,
     layout: str,
     padding: Tensor | None,
     attn_scale: Tensor | None,
+    kv_window: list[int] | None,
 ) -> tuple[list[int], list[int], Tensor | None]:
     """InputError for arguments that do not fit; window, shift and bias as ``check_windows`` returns them."""
     op = "window_attention"
-    if qkv.dim() != 4:
-        raise InputError(f"window_attention: qkv must be [B, H, W, 3*heads*head_dim], got {list(qkv.shape)}")
-    check_floats(op, "qkv", qkv)
+    x = projections[0]
+    _check_projections(op, projections, len(window), num_heads)
     if layout not in ("masked", "timm", "torchvision", "grid"):
         raise InputError(f"window_attention: layout must be masked, timm, torchvision or grid, got {layout}")
-    check_scale(op, scale)
+    if _is_head_scale(scale):
+        check_operand(op, "scale", scale, [num_heads], x)
+    else:
+        check_scale(op, scale)
     if not 0.0 <= dropout <= 1.0:
         raise InputError(f"window_attention: dropout must be from 0 to 1, got {dropout}")
-    size = [qkv.shape[1], qkv.shape[2]]
-    window, shift, bias = check_windows(op, size, num_heads, qkv.shape[3], window, shift, bias, qkv, layout)
+    size = list(x.shape[1:-1])
+    if kv_window is not None:
+        check_kv_window(op, window, shift, kv_window, layout)
+    window, shift, bias = check_windows(op, size, num_heads, window, shift, bias, x, layout, kv_window)
     if bias is not None:
-        bias = lowest_scores(bias, qkv)
+        bias = lowest_scores(bias, x)
     if layout == "grid":
-        if shift[0] != 0 or shift[1] != 0:
+        if max(shift) != 0:
             raise InputError(f"window_attention: the layout grid has no shift, got {shift}")
-        if window_padding(size[0], window[0]) != 0 or window_padding(size[1], window[1]) != 0:
+        if any(window_padding(n, w) != 0 for n, w in zip(size, window, strict=True)):
             raise InputError(f"window_attention: in the layout grid windows divide the map, got {window} for {size}")
     if padding is not None and (layout == "masked" or layout == "grid"):
         raise InputError(f"window_attention: padding is masked out in the layout {layout}, so it has no values")
-    check_operand(op, "padding", padding, [qkv.shape[3]], qkv)
-    check_operand(op, "attn_scale", attn_scale, [num_heads], qkv)
+    check_operand(op, "padding", padding, [x.shape[-1] * (3 // len(projections))], x)
+    check_operand(op, "attn_scale", attn_scale, [num_heads], x)
     return window, shift, bias
 
 
 def _high_pass(attention: Tensor, mask: Tensor | None, attn_scale: Tensor) -> Tensor:
-    """(1 + w) A - w U of attention [B, windows, heads, tokens, tokens], U the uniform attention on the same keys."""
+    """(1 + w) A - w U of attention [B, windows, heads, queries, keys], U the uniform attention on the same keys."""
     factor = attn_scale.to(attention.dtype).unsqueeze(1).unsqueeze(2)  # [heads, 1, 1]
     if mask is None:
         return (1.0 + factor) * attention - factor / attention.shape[-1]
-    allowed = (mask == 0).to(attention.dtype)  # [windows, tokens, tokens]
+    allowed = (mask == 0).to(attention.dtype)  # [windows, queries, keys]
     uniform = allowed / allowed.sum(-1, keepdim=True).clamp(min=1.0)
     return (1.0 + factor) * attention - factor * uniform.unsqueeze(1)
 
 
 def _scores(
-    qkv: Tensor,
-    num_heads: int,
+    q: Tensor,
+    k: Tensor,
+    size: list[int],
     window: list[int],
     shift: list[int],
     bias: Tensor | None,
     scale: float | None,
     layout: str,
-    padding: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Scores [B, windows, heads, tokens, tokens], masked; v [B, windows, heads, tokens, d]; the mask [windows, tokens,
-    tokens]."""
-    windows = partition_windows(qkv, window, shift, layout, padding)  # [B, windows, tokens, 3*heads*d]
-    q, k, v = split_heads(windows, num_heads)  # [B, windows, heads, tokens, d]
+    kv_window: list[int] | None,
+    head_scale: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Scores [B, windows, heads, queries, keys], masked, of q and k [B, windows, heads, tokens, d]; the mask [windows,
+    queries, keys]."""
     factor = float(q.shape[-1]) ** -0.5 if scale is None else scale
-    scores = (q * factor) @ k.transpose(-2, -1)
-    size = [qkv.shape[1], qkv.shape[2]]
+    q = q * factor
+    if head_scale is not None:
+        q = q * head_scale.to(q.dtype).unsqueeze(1).unsqueeze(2)
+    scores = q @ k.transpose(-2, -1)
     if bias is not None:
         scores = scores + bias
-        is_padding = padding_tokens(size, window, shift, qkv.device, layout)  # [windows, tokens]
+        is_padding = padding_tokens(size, window, shift, q.device, layout)  # [windows, queries]
         if is_padding is not None:  # such queries are dropped: what the bias has for them must not reach gradients
             scores = scores.masked_fill(is_padding.unsqueeze(1).unsqueeze(3), 0.0)
-    mask = window_mask(size, window, shift, scores.dtype, scores.device, layout)
+    mask = window_mask(size, window, shift, scores.dtype, scores.device, layout, kv_window)
     if mask is not None and layout == "masked":  # filled, not added: what is masked may be NaN
         scores = scores.masked_fill(mask.unsqueeze(1) < 0.0, float("-inf"))
     elif mask is not None:
         scores = scores + mask.unsqueeze(1)
-    return scores, v, mask
+    return scores, mask
 
 
 def window_attention_reference(
-    qkv: Tensor,
+    projections: list[Tensor],
     num_heads: int,
     window: list[int],
     shift: list[int],
@@ -120,17 +150,21 @@ def window_attention_reference(
     layout: str = "masked",
     padding: Tensor | None = None,
     attn_scale: Tensor | None = None,
+    kv_window: list[int] | None = None,
+    head_scale: Tensor | None = None,
 ) -> Tensor:
-    """``window_attention`` in plain PyTorch operations, the attention matrix materialised."""
-    size = [qkv.shape[1], qkv.shape[2]]
-    scores, v, mask = _scores(qkv, num_heads, window, shift, bias, scale, layout, padding)
+    """``window_attention`` in plain PyTorch operations, the attention matrix materialised. `projections` are qkv, or q,
+    k and v; `head_scale` [heads] is a further factor on q @ k."""
+    size = list(projections[0].shape[1:-1])
+    q, k, v = window_projections(projections, num_heads, window, shift, layout, padding, kv_window)
+    scores, mask = _scores(q, k, size, window, shift, bias, scale, layout, kv_window, head_scale)
     attention = torch.softmax(scores, dim=-1)
     if mask is not None and layout == "masked":  # again: a row of NaN stays among tokens that attend to each other
         attention = attention.masked_fill(mask.unsqueeze(1) < 0.0, 0.0)
     if attn_scale is not None:
         attention = _high_pass(attention, mask, attn_scale)
     attention = F.dropout(attention, dropout, training=dropout > 0.0).to(v.dtype)
-    out = (attention @ v).transpose(2, 3).flatten(3)  # [B, windows, tokens, heads*d]
+    out = (attention @ v).transpose(2, 3).flatten(3)  # [B, windows, queries, heads*d]
     return merge_windows(out, size, window, shift, layout)
 
 
@@ -149,90 +183,128 @@ class WindowAttentionConfig:
     num_heads: int
     window: list[int]
     shift: list[int]
+    kv_window: list[int]  # empty: as window
     scale: float
     layout: str
     dropout: float = 0.0
 
     @property
-    def compiled(self) -> tuple[Any, ...]:
-        """As kernels take it: none of them has dropout."""
-        return self.num_heads, self.window, self.shift, self.scale, self.layout
+    def kernel_arguments(self) -> tuple[Any, ...]:
+        """As kernels take them: none has dropout."""
+        return self.num_heads, self.window, self.shift, self.kv_window, self.scale, self.layout
+
+
+class _Operands(NamedTuple):
+    """Tensors of a call: the fused map q | k | v alone, or three maps; then parameters."""
+
+    q: Tensor  # [B, *size, 3*heads*d], or as the next two
+    k: Tensor | None  # [B, *size, heads*d]
+    v: Tensor | None
+    bias: Tensor | None  # [heads, queries, keys]
+    padding: Tensor | None  # [3*heads*d]
+    attn_scale: Tensor | None  # [heads], as the next
+    head_scale: Tensor | None
+
+    @property
+    def projections(self) -> list[Tensor]:
+        """qkv, or q, k and v."""
+        return [self.q] if self.k is None or self.v is None else [self.q, self.k, self.v]
+
+    @property
+    def size(self) -> list[int]:
+        """Tokens along each axis of the map."""
+        return list(self.q.shape[1:-1])
+
+    @property
+    def channels(self) -> int:
+        """heads * head_dim."""
+        return self.q.shape[-1] // (3 if self.k is None else 1)
 
 
 def _reference(operands: Operands, config: WindowAttentionConfig) -> Tensor:
-    qkv, bias, padding, attn_scale = operands
+    x = _Operands(*operands)
     return window_attention_reference(
-        qkv, config.num_heads, config.window, config.shift, bias, config.scale, config.dropout, config.layout, padding,
-        attn_scale,
+        x.projections, config.num_heads, config.window, config.shift, x.bias, config.scale, config.dropout,
+        config.layout, x.padding, x.attn_scale, config.kv_window or None, x.head_scale,
+    )  # fmt: skip
+
+
+def _window_projections(x: _Operands, config: WindowAttentionConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [B, windows, heads, tokens, d]."""
+    return window_projections(
+        x.projections, config.num_heads, config.window, config.shift, config.layout, x.padding,
+        config.kv_window or None,
     )  # fmt: skip
 
 
 def _sdpa(operands: Operands, config: WindowAttentionConfig) -> Tensor:
     """The op through torch's fused attention, which has neither forward mode nor double backward."""
-    qkv, bias, padding, _ = operands
-    window, shift, layout = config.window, config.shift, config.layout
-    batch, size = qkv.shape[0], [qkv.shape[1], qkv.shape[2]]
-    # [B, windows, heads, tokens, d]
-    q, k, v = split_heads(partition_windows(qkv, window, shift, layout, padding), config.num_heads)
-    windows = q.shape[1]
-    mask = window_mask(size, window, shift, q.dtype, q.device, layout)  # [windows, tokens, tokens]
-    bias = None if bias is None else bias.to(q.dtype)
+    x, window, shift, layout = _Operands(*operands), config.window, config.shift, config.layout
+    q, k, v = _window_projections(x, config)
+    batch, windows = q.shape[:2]
+    if x.head_scale is not None:
+        q = q * x.head_scale.to(q.dtype).unsqueeze(1).unsqueeze(2)
+    mask = window_mask(
+        x.size, window, shift, q.dtype, q.device, layout, config.kv_window or None
+    )  # [windows, queries, keys]
+    bias = None if x.bias is None else x.bias.to(q.dtype)
     if mask is not None:
         mask = mask.unsqueeze(1)
         mask = mask if bias is None else mask + bias
-        mask = mask.expand(batch, -1, -1, -1, -1).flatten(0, 1)  # [B*windows, 1 or heads, tokens, tokens]
+        mask = mask.expand(batch, -1, -1, -1, -1).flatten(0, 1)  # [B*windows, 1 or heads, queries, keys]
     elif bias is not None:
         mask = bias.unsqueeze(0)
     out = F.scaled_dot_product_attention(
         q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask, config.dropout, scale=config.scale
-    )  # [B*windows, heads, tokens, d]
-    out = out.unflatten(0, (batch, windows)).transpose(2, 3).flatten(3)  # [B, windows, tokens, heads*d]
-    return merge_windows(out, size, window, shift, layout)
+    )  # [B*windows, heads, queries, d]
+    out = out.unflatten(0, (batch, windows)).transpose(2, 3).flatten(3)  # [B, windows, queries, heads*d]
+    return merge_windows(out, x.size, window, shift, layout)
 
 
-def _is_single_tile(qkv: Tensor, config: WindowAttentionConfig) -> bool:
-    head_dim = qkv.shape[3] // (3 * config.num_heads)
-    return is_single_tile(config.window[0] * config.window[1], head_dim, 8 * qkv.element_size())
+def _is_single_tile(x: _Operands, config: WindowAttentionConfig) -> bool:
+    tokens, head_dim = token_count(config.kv_window or config.window), x.channels // config.num_heads
+    return is_single_tile(tokens, head_dim, 8 * x.q.element_size())
 
 
-def _statistics_shape(qkv: Tensor, config: WindowAttentionConfig) -> list[int]:
-    if qkv.device.type == "cuda" and _is_single_tile(qkv, config):
+def _statistics_shape(x: _Operands, config: WindowAttentionConfig) -> list[int]:
+    if x.q.device.type == "cuda" and _is_single_tile(x, config):
         return [0]
-    return [2, *qkv.shape[:3], config.num_heads]
+    return [2, *x.q.shape[:-1], config.num_heads]
 
 
-def _working_type(qkv: Tensor) -> torch.dtype:
-    return torch.float64 if qkv.dtype == torch.float64 else torch.float32
+def _working_type(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def _statistics(operands: Operands, config: WindowAttentionConfig) -> Tensor:
-    """[2, B, H, W, heads]: largest score of a row, 1 / sum of its weights; empty where the backward pass does not need
+    """[2, B, *size, heads]: largest score of a row, 1 / sum of its weights; empty where the backward pass does not need
     them."""
-    qkv, bias, padding, _ = operands
-    if _statistics_shape(qkv, config) == [0]:
-        return qkv.new_empty(0, dtype=torch.float32)
-    scores = _scores(qkv, config.num_heads, config.window, config.shift, bias, config.scale, config.layout, padding)[0]
-    scores = scores.to(_working_type(qkv))
-    largest = scores.amax(-1)  # [B, windows, heads, tokens]
+    x = _Operands(*operands)
+    if _statistics_shape(x, config) == [0]:
+        return x.q.new_empty(0, dtype=torch.float32)
+    q, k, _ = _window_projections(x, config)
+    scores = _scores(
+        q, k, x.size, config.window, config.shift, x.bias, config.scale, config.layout, config.kv_window or None,
+        x.head_scale,
+    )[0].to(_working_type(q))  # fmt: skip
+    largest = scores.amax(-1)  # [B, windows, heads, queries]
     inverse = 1.0 / torch.exp(scores - largest.unsqueeze(-1)).sum(-1)
-    size = [qkv.shape[1], qkv.shape[2]]
     return torch.stack([
-        merge_windows(rows.transpose(2, 3), size, config.window, config.shift, config.layout)
+        merge_windows(rows.transpose(2, 3), x.size, config.window, config.shift, config.layout)
         for rows in (largest, inverse)
     ])  # fmt: skip
 
 
 def _fake(operands: Operands, config: WindowAttentionConfig) -> Result:
-    qkv = operands[0]
-    statistics = qkv.new_empty(_statistics_shape(qkv, config), dtype=_working_type(qkv))
-    return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3), statistics
+    x = _Operands(*operands)
+    statistics = x.q.new_empty(_statistics_shape(x, config), dtype=_working_type(x.q))
+    return x.q.new_empty(*x.q.shape[:-1], x.channels), statistics
 
 
 def _compiled(operands: Operands, config: WindowAttentionConfig) -> Result:
     """C++: csrc/window_attention.cpp."""
     _extension.extension()
-    qkv, *others = operands
-    return torch.ops.asvit_fast_C.window_attention(qkv, *config.compiled, *others)
+    return torch.ops.asvit_fast_C.window_attention(*operands, *config.kernel_arguments)
 
 
 def _compiled_backward(
@@ -240,9 +312,8 @@ def _compiled_backward(
 ) -> Gradients:
     """Sums over windows in an order that only shapes decide."""
     _extension.extension()
-    qkv, *others = operands
     return torch.ops.asvit_fast_C.window_attention_backward(
-        gradient, qkv, *result, *config.compiled, *others, needs_grad[1:]
+        gradient, *result, *operands, *config.kernel_arguments, needs_grad
     )
 
 
@@ -250,11 +321,11 @@ def _triton(operands: Operands, config: WindowAttentionConfig) -> Result:
     """kernels/window_attention.py."""
     from asvit_fast.kernels.window_attention import window_attention
 
-    qkv, *others = operands
-    single = _is_single_tile(qkv, config)
+    x = _Operands(*operands)
+    single = _is_single_tile(x, config)
     allocate = torch.zeros if single else torch.empty  # the zeros, without elements on a GPU, are never read
-    statistics = allocate(_statistics_shape(qkv, config), dtype=torch.float32, device=qkv.device)
-    return window_attention(qkv, *config.compiled, *others, None if single else statistics), statistics
+    statistics = allocate(_statistics_shape(x, config), dtype=torch.float32, device=x.q.device)
+    return window_attention(*operands, *config.kernel_arguments, None if single else statistics), statistics
 
 
 def _triton_backward(
@@ -263,15 +334,15 @@ def _triton_backward(
     """Sums over windows in an order that only shapes decide."""
     from asvit_fast.kernels.window_attention import window_attention_backward
 
-    (qkv, *others), (output, statistics) = operands, result
-    saved = None if _is_single_tile(qkv, config) else statistics
-    return window_attention_backward(gradient, qkv, output, saved, *config.compiled, *others, needs_grad[1:])
+    output, statistics = result
+    saved = None if _is_single_tile(_Operands(*operands), config) else statistics
+    return window_attention_backward(gradient, output, saved, *operands, *config.kernel_arguments, needs_grad)
 
 
 def _no_dropout(operands: Operands, config: WindowAttentionConfig) -> str | None:
     if config.dropout == 0.0:
         return None
-    if operands[3] is None:
+    if _Operands(*operands).attn_scale is None:
         return f"it has no dropout, got {config.dropout}"
     return (
         "AttnScale with attention dropout has no kernel, and the reference holds every attention matrix: train without "
@@ -280,15 +351,15 @@ def _no_dropout(operands: Operands, config: WindowAttentionConfig) -> str | None
 
 
 def _sdpa_cannot(operands: Operands, config: WindowAttentionConfig) -> str | None:
-    qkv, _, _, attn_scale = operands
-    if qkv.device.type == "cpu" and config.dropout == 0.0 and backends.forced_backend() is None:
+    x = _Operands(*operands)
+    if x.q.device.type == "cpu" and config.dropout == 0.0 and backends.forced_backend() is None:
         return "it has no double backward"
-    return None if attn_scale is None else "it has no attn_scale"
+    return None if x.attn_scale is None else "it has no attn_scale"
 
 
 WINDOW_ATTENTION = FusedOp(
     "window_attention",
-    "qkv, bias?, padding?, attn_scale?",
+    "q, k?, v?, bias?, padding?, attn_scale?, head_scale?",
     WindowAttentionConfig,
     reference=_reference,
     fake=_fake,
@@ -308,30 +379,35 @@ WINDOW_ATTENTION = FusedOp(
 
 
 def window_attention(
-    qkv: Tensor,
+    qkv: Projections,
     num_heads: int,
-    window: tuple[int, int],
-    shift: tuple[int, int] = (0, 0),
+    window: tuple[int, ...],
+    shift: tuple[int, ...] | None = None,
     bias: Tensor | None = None,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     dropout: float = 0.0,
     layout: str = "masked",
     padding: Tensor | None = None,
     attn_scale: Tensor | None = None,
+    kv_window: tuple[int, ...] | None = None,
 ) -> Tensor:
-    """Softmax attention inside windows: qkv [B, H, W, 3*heads*head_dim] -> [B, H, W, heads*head_dim].
+    """Softmax attention inside windows of a map with two or three axes: qkv [B, H, W, 3*heads*head_dim] ->
+    [B, H, W, heads*head_dim], or qkv [B, D, H, W, 3*heads*head_dim] -> [B, D, H, W, heads*head_dim].
 
     Args:
-        qkv: the fused projection, channels ordered q | k | v, each [head][head_dim]; any floating dtype.
+        qkv: the fused projection, channels ordered q | k | v, each [head][head_dim]; or a tuple of three maps q, k and
+            v, [B, H, W, heads*head_dim] or [B, D, H, W, heads*head_dim] each, of any strides. Any floating dtype.
         num_heads: attention heads.
-        window: (height, width) in tokens. Windows need not divide the map: it is padded at the end. In the layout
-            "masked" a window larger than the map is the map.
-        shift: (rows, columns) of the cyclic shift, below ``window``; tokens that only the shift brings together do not
-            attend to each other (Swin, arXiv 2103.14030, section 3.2).
-        bias: [heads, tokens, tokens], added to the scaled scores of every window (tokens = height * width; where a
-            window is larger than the map, those of either). A query all of whose keys have the lowest number of the
-            bias' dtype attends them alike; one whose keys have -inf is NaN, as with torch.softmax.
-        scale: factor on q @ k; head_dim ** -0.5 by default.
+        window: (height, width) or (depth, height, width) in tokens. Windows need not divide the map: it is padded at
+            the end. In the layout "masked" a window larger than the map is the map.
+        shift: of the cyclic shift, a number per axis below ``window``; tokens that only the shift brings together do
+            not attend to each other (Swin, arXiv 2103.14030, section 3.2). None: no shift.
+        bias: [heads, queries, keys], added to the scaled scores of every window (both are the product of ``window``, or
+            keys of ``kv_window``; where a window is larger than the map, those of either). A query all of whose keys
+            have the lowest number of the bias' dtype attends them alike; one whose keys have -inf is NaN, as with
+            torch.softmax.
+        scale: factor on q @ k, a number, or [heads] with a gradient (cosine attention of Swin V2, arXiv 2111.09883,
+            equation 2, on q and k of unit length); head_dim ** -0.5 by default.
         dropout: probability of dropping an attention weight (pass 0 in evaluation).
         layout: "masked": padding is masked out. "timm" or "torchvision": padding is attended to, the mask of the
             shift is -100, and the map is rolled before it is padded ("timm") or after ("torchvision"). "grid": the
@@ -340,6 +416,8 @@ def window_attention(
             zeros, that is its bias. Zeros by default.
         attn_scale: [heads], w of AttnScale (arXiv 2203.05962, equation 6): the attention A becomes (1 + w) A - w U, U
             uniform over the keys that the query may attend.
+        kv_window: tokens of the windows that keys and values come from, as many more on either side of ``window``, where
+            windows overlap (HAT, arXiv 2205.04437, section 3.2). Beyond the map is padding. Without a shift.
 
     Raises:
         InputError: shapes, dtypes, devices or numbers that do not fit, naming the value. Parameters may have another
@@ -349,18 +427,35 @@ def window_attention(
     most two numbers per row. With dropout, in float64 on a GPU, and where Triton is missing, torch's fused attention,
     which has no double backward. With dropout and attn_scale plain PyTorch operations, with one warning.
     """
-    if has_torch_function_unary(qkv):
-        options = (bias, scale, dropout, layout, padding, attn_scale)
-        return handle_torch_function(window_attention, (qkv,), qkv, num_heads, window, shift, *options)
-    check_length("window_attention", "window", window, 2)
-    check_length("window_attention", "shift", shift, 2)
+    projections = list(qkv) if isinstance(qkv, (tuple, list)) else [qkv]
+    if has_torch_function(projections):
+        options = (bias, scale, dropout, layout, padding, attn_scale, kv_window)
+        return handle_torch_function(window_attention, projections, qkv, num_heads, window, shift, *options)
+    op = "window_attention"
+    if len(projections) not in (1, 3):
+        raise InputError(f"{op}: qkv must be a tensor or the three tensors q, k and v, got {len(projections)}")
+    axes = 3 if projections[0].dim() == 5 else 2
+    check_length(op, "window", window, axes)
+    shift = (0,) * axes if shift is None else shift
+    check_length(op, "shift", shift, axes)
+    if kv_window is not None:
+        check_length(op, "kv_window", kv_window, axes)
+    keys = None if kv_window is None else sizes(kv_window)
     windows, shifts, bias = _check(
-        qkv, num_heads, sizes(window), sizes(shift), bias, scale, dropout, layout, padding, attn_scale
+        projections, num_heads, sizes(window), sizes(shift), bias, scale, dropout, layout, padding, attn_scale, keys
     )
-    parameters = bias is not None or padding is not None or attn_scale is not None  # so gradients are needed
-    computed = qkv.device.type != "meta"  # there the op is called for its shape and what it counts
-    if windows == [1, 1] and dropout == 0.0 and not parameters and computed and backends.forced_backend() is None:
-        return qkv[..., qkv.shape[3] // 3 * 2 :].contiguous()  # a 1 x 1 window attends only to itself
-    factor = float(qkv.shape[3] // (3 * num_heads)) ** -0.5 if scale is None else scale
-    config = WindowAttentionConfig(num_heads, windows, shifts, factor, layout, dropout)
-    return WINDOW_ATTENTION((qkv, bias, padding, attn_scale), config)
+    head_scale = scale if _is_head_scale(scale) else None
+    parameters = [x for x in (bias, padding, attn_scale, head_scale) if x is not None]
+    computed = projections[0].device.type != "meta"  # there the op is called for its shape and what it counts
+    plain = dropout == 0.0 and not parameters and keys is None  # no gradient of a parameter is needed
+    if max(windows) == 1 and plain and computed and backends.forced_backend() is None:
+        return (
+            projections[-1] if projections[1:] else projections[0].chunk(3, -1)[2]
+        ).contiguous()  # such a window attends only to itself
+    x = _Operands(*(projections if len(projections) == 3 else (*projections, None, None)), bias, padding, attn_scale,
+                  head_scale)  # fmt: skip
+    if head_scale is not None:
+        factor = 1.0
+    else:
+        factor = float(x.channels // num_heads) ** -0.5 if scale is None else scale
+    return WINDOW_ATTENTION(x, WindowAttentionConfig(num_heads, windows, shifts, keys or [], factor, layout, dropout))

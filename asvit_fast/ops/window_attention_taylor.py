@@ -20,7 +20,7 @@ from ..errors import InputError
 from .checks import check_floats, check_length, check_scale
 from .taylor_op import taylor_op
 from .taylor_utils import compute_dtype
-from .windows import check_windows, merge_windows, padding_tokens, partition_windows, window_mask
+from .windows import check_channels, check_windows, merge_windows, padding_tokens, partition_windows, window_mask
 
 # Bytes of one piece of attention map and its derivatives: a core's L2 on a CPU; on a GPU enough to fill it.
 PIECE_BYTES = {"cpu": 2**20, "cuda": 2**28}
@@ -156,7 +156,8 @@ def _check(
     if bias is not None and bias.dtype != qkv.dtype:
         raise InputError(f"{name}: bias must be {qkv.dtype} as qkv is, got {bias.dtype}")
     size = [qkv.shape[2], qkv.shape[3]]
-    return check_windows(name, size, num_heads, qkv.shape[4], list(window), list(shift), bias, qkv)
+    check_channels(name, qkv.shape[4], num_heads, 3)
+    return check_windows(name, size, num_heads, list(window), list(shift), bias, qkv)
 
 
 def window_attention_taylor(

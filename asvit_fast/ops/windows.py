@@ -1,4 +1,4 @@
-"""Cutting a channels-last map into windows, and which tokens of a window attend each other, by layout.
+"""Cutting a channels-last map of two or three axes into windows, and which tokens attend each other, by layout.
 
 - "masked": zeros are appended until windows cover the map, which is then rolled. Padding is masked out, and tokens
   that only the roll brings together do not attend to each other.
@@ -7,6 +7,12 @@
   it then, torchvision pads first: on a map that windows divide they are the same.
 - "grid": the tokens of a window are spread evenly over the map (the grid attention of MaxViT, arXiv 2204.01697, section
   3.2). Windows divide the map, nothing is rolled.
+
+``size``, ``window``, ``shift`` and ``kv_window`` have a number for each axis of the map: (rows, columns), or
+(depth, rows, columns). Keys and values may come from larger windows around those of the queries, ``kv_window``, which
+overlap then (the overlapping cross-attention of HAT, arXiv 2205.04437, section 3.2); None: from the same ones.
+
+torch.jit.script compiles this file.
 """
 
 from __future__ import annotations
@@ -24,54 +30,107 @@ def window_padding(size: int, window: int) -> int:
     return -size % window
 
 
-def _pad(x: Tensor, window: list[int], padding: Tensor | None) -> Tensor:
-    """[B, H, W, C] -> [B, H', W', C]: what is appended is zeros, or `padding` [C]."""
-    size = [x.shape[1], x.shape[2]]
-    below, right = window_padding(size[0], window[0]), window_padding(size[1], window[1])
-    if below == 0 and right == 0:
+def token_count(window: list[int]) -> int:
+    """Tokens of a window."""
+    count = 1
+    for length in window:
+        count *= length
+    return count
+
+
+def _pad(x: Tensor, before: list[int], after: list[int], padding: Tensor | None) -> Tensor:
+    """[B, *size, C] with that many tokens more along each axis: zeros, or `padding` [C]."""
+    axes = len(before)
+    amounts = [0, 0]
+    for axis in range(axes - 1, -1, -1):
+        amounts += [before[axis], after[axis]]
+    if max(amounts) == 0:
         return x
-    x = F.pad(x, (0, 0, 0, right, 0, below))
+    size = x.shape[1 : 1 + axes]
+    x = F.pad(x, amounts)
     if padding is None:
         return x
-    rows = torch.arange(size[0] + below, device=x.device) >= size[0]  # [H']
-    columns = torch.arange(size[1] + right, device=x.device) >= size[1]  # [W']
-    appended = rows.unsqueeze(1) | columns.unsqueeze(0)  # [H', W']
-    return torch.where(appended.unsqueeze(2), padding.to(x.dtype), x)
+    appended = torch.zeros([1] * axes, dtype=torch.bool, device=x.device)
+    for axis in range(axes):
+        position = torch.arange(x.shape[1 + axis], device=x.device)
+        outside = (position < before[axis]) | (position >= before[axis] + size[axis])
+        shape = [1] * axes
+        shape[axis] = -1
+        appended = appended | outside.reshape(shape)  # [*size]
+    return torch.where(appended.unsqueeze(-1), padding.to(x.dtype), x)
+
+
+def _pad_to_windows(x: Tensor, window: list[int], padding: Tensor | None) -> Tensor:
+    """[B, *size, C], continued until windows cover it."""
+    return _pad(x, [0] * len(window), [window_padding(x.shape[1 + i], w) for i, w in enumerate(window)], padding)
 
 
 def _roll(x: Tensor, shift: list[int], sign: int) -> Tensor:
-    if shift[0] == 0 and shift[1] == 0:
+    if max(shift) == 0:
         return x
-    return torch.roll(x, shifts=(sign * shift[0], sign * shift[1]), dims=(1, 2))
+    return torch.roll(x, shifts=[sign * s for s in shift], dims=[1 + axis for axis in range(len(shift))])
+
+
+def _window_order(axes: int, grid: bool) -> list[int]:
+    """The axes of [B, windows, tokens, windows, tokens, ..., C], for each axis of the map, so that windows come first;
+    where `grid`, of [B, tokens, windows, ...]."""
+    first, second = [1 + 2 * axis for axis in range(axes)], [2 + 2 * axis for axis in range(axes)]
+    return [0, *second, *first, 1 + 2 * axes] if grid else [0, *first, *second, 1 + 2 * axes]
 
 
 def partition_windows(
     x: Tensor, window: list[int], shift: list[int], layout: str = "masked", padding: Tensor | None = None
 ) -> Tensor:
-    """Cut [B, H, W, C] into [B, windows, tokens, C]; `padding` [C] is a token of padding, zeros without it."""
-    height, width = window[0], window[1]
-    x = _pad(_roll(x, shift, -1), window, padding) if layout == "timm" else _roll(_pad(x, window, padding), shift, -1)
-    batch, rows, columns, channels = x.shape
-    down, across = rows // height, columns // width
-    if layout == "grid":
-        x = x.reshape(batch, height, down, width, across, channels).permute(0, 2, 4, 1, 3, 5)
+    """Cut [B, *size, C] into [B, windows, tokens, C]; `padding` [C] is a token of padding, zeros without it."""
+    if layout == "timm":
+        x = _pad_to_windows(_roll(x, shift, -1), window, padding)
     else:
-        x = x.reshape(batch, down, height, across, width, channels).transpose(2, 3)
-    return x.reshape(batch, down * across, height * width, channels)
+        x = _roll(_pad_to_windows(x, window, padding), shift, -1)
+    shape, windows = [x.shape[0]], 1
+    for axis, length in enumerate(window):
+        count = x.shape[1 + axis] // length
+        windows *= count
+        shape += [length, count] if layout == "grid" else [count, length]
+    channels = x.shape[-1]
+    x = x.reshape([*shape, channels]).permute(_window_order(len(window), layout == "grid"))
+    return x.reshape(shape[0], windows, token_count(window), channels)
+
+
+def partition_key_windows(x: Tensor, window: list[int], kv_window: list[int], padding: Tensor | None = None) -> Tensor:
+    """The windows of ``kv_window`` tokens around those of ``window``: [B, *size, C] -> [B, windows, keys, C]."""
+    before, after = [0] * 0, [0] * 0
+    for axis, length in enumerate(window):
+        margin = (kv_window[axis] - length) // 2
+        before.append(margin)
+        after.append(window_padding(x.shape[1 + axis], length) + kv_window[axis] - length - margin)
+    x, axes = _pad(x, before, after, padding), len(window)
+    for axis, length in enumerate(window):
+        x = x.unfold(1 + axis, kv_window[axis], length)
+    windows = 1
+    for axis in range(axes):
+        windows *= x.shape[1 + axis]
+    batch, channels = x.shape[0], x.shape[1 + axes]  # of [B, *windows, C, *kv_window]
+    x = x.permute([*range(1 + axes), *range(2 + axes, 2 + 2 * axes), 1 + axes])
+    return x.reshape(batch, windows, token_count(kv_window), channels)
 
 
 def merge_windows(x: Tensor, size: list[int], window: list[int], shift: list[int], layout: str = "masked") -> Tensor:
-    """The inverse of ``partition_windows``: [B, windows, tokens, C] -> [B, H, W, C], padding dropped."""
-    height, width = window[0], window[1]
-    rows = size[0] + window_padding(size[0], height)
-    columns = size[1] + window_padding(size[1], width)
-    batch, channels = x.shape[0], x.shape[3]
-    x = x.reshape(batch, rows // height, columns // width, height, width, channels)
-    x = x.permute(0, 3, 1, 4, 2, 5) if layout == "grid" else x.transpose(2, 3)
-    x = x.reshape(batch, rows, columns, channels)
-    if layout == "timm":
-        return _roll(x[:, : size[0], : size[1]], shift, 1)
-    return _roll(x, shift, 1)[:, : size[0], : size[1]]
+    """The inverse of ``partition_windows``: [B, windows, tokens, C] -> [B, *size, C], padding dropped."""
+    counts, padded = [0] * 0, [0] * 0
+    for axis, length in enumerate(window):
+        padded.append(size[axis] + window_padding(size[axis], length))
+        counts.append(padded[axis] // length)
+    axes, batch, channels = len(window), x.shape[0], x.shape[-1]
+    x = x.reshape([batch, *counts, *window, channels])
+    order = [0]
+    for axis in range(axes):
+        order += [1 + axes + axis, 1 + axis] if layout == "grid" else [1 + axis, 1 + axes + axis]
+    x = x.permute([*order, 1 + 2 * axes]).reshape([batch, *padded, channels])
+    if layout != "timm":
+        x = _roll(x, shift, 1)
+    for axis in range(axes):
+        x = x.narrow(1 + axis, 0, size[axis])
+    return _roll(x, shift, 1) if layout == "timm" else x
 
 
 def _regions(size: int, window: int, shift: int, device: torch.device) -> Tensor:
@@ -88,9 +147,12 @@ def padding_tokens(
     size: list[int], window: list[int], shift: list[int], device: torch.device, layout: str = "masked"
 ) -> Tensor | None:
     """Which tokens [windows, tokens] of windows are padding; None where windows divide the map."""
-    if window_padding(size[0], window[0]) == 0 and window_padding(size[1], window[1]) == 0:
+    rest = 0
+    for axis, length in enumerate(window):
+        rest += window_padding(size[axis], length)
+    if rest == 0:
         return None
-    is_real = torch.ones([1, size[0], size[1], 1], device=device)  # [1, H, W, 1]
+    is_real = torch.ones([1, *size, 1], device=device)
     return partition_windows(is_real, window, shift, layout)[0, :, :, 0] == 0
 
 
@@ -101,22 +163,36 @@ def window_mask(
     dtype: torch.dtype,
     device: torch.device,
     layout: str = "masked",
+    kv_window: list[int] | None = None,
 ) -> Tensor | None:
     """Additive mask [windows, query, key] of attention scores: 0 where a query attends to a key. None if all do.
 
     A padding query attends to everything, as it is dropped afterwards: no row is without keys.
     """
-    padding = padding_tokens(size, window, shift, device, layout) if layout == "masked" else None
-    shifted = shift[0] > 0 or shift[1] > 0
-    if layout == "grid" or (not shifted and padding is None):
+    if kv_window is not None and layout != "masked":
         return None
-    rows = _regions(size[0], window[0], shift[0], device)  # [H']
-    columns = _regions(size[1], window[1], shift[1], device)  # [W']
-    region = 3 * rows.unsqueeze(1) + columns.unsqueeze(0)  # [H', W']
-    region = partition_windows(region[None, :, :, None], window, [0, 0])[0, :, :, 0]  # [windows, tokens]
-    separated = region.unsqueeze(2) != region.unsqueeze(1)  # [windows, query, key]
-    if padding is not None:
-        separated = (separated | padding.unsqueeze(1)) & ~padding.unsqueeze(2)
+    padding = padding_tokens(size, window, shift, device, layout) if layout == "masked" else None
+    if kv_window is not None:
+        is_key = partition_key_windows(torch.ones([1, *size, 1], device=device), window, kv_window)[0, :, :, 0] > 0
+        separated = ~is_key.unsqueeze(1)  # [windows, 1, key]
+        separated = (
+            separated.expand(-1, token_count(window), -1) if padding is None else separated & ~padding.unsqueeze(2)
+        )
+    else:
+        if layout == "grid" or (max(shift) == 0 and padding is None):
+            return None
+        axes = len(window)
+        region = torch.zeros([1] * axes, dtype=torch.int64, device=device)
+        for axis, length in enumerate(window):
+            shape = [1] * axes
+            shape[axis] = -1
+            region = 3 * region + _regions(size[axis], length, shift[axis], device).reshape(shape)  # [*padded size]
+        region = partition_windows(region.unsqueeze(0).unsqueeze(-1), window, [0] * axes)[
+            0, :, :, 0
+        ]  # [windows, tokens]
+        separated = region.unsqueeze(2) != region.unsqueeze(1)  # [windows, query, key]
+        if padding is not None:
+            separated = (separated | padding.unsqueeze(1)) & ~padding.unsqueeze(2)
     # -100 is what Swin's public implementations add; nothing is lower than -inf, whatever the bias
     score = float("-inf") if layout == "masked" else -100.0
     return torch.zeros(separated.shape, dtype=dtype, device=device).masked_fill(separated, score)
@@ -141,42 +217,63 @@ def fit_windows(
 
     ``bias`` [heads, tokens, tokens] is that of the windows as they are, or already that of windows that fit.
     """
-    fitting = [min(window[0], max(size[0], 1)), min(window[1], max(size[1], 1))]
+    fitting = [min(length, max(size[axis], 1)) for axis, length in enumerate(window)]
     if fitting == window:
         return window, shift, bias
-    if bias is not None and bias.shape[1] != fitting[0] * fitting[1]:
-        rows = _places(size[0], window[0], shift[0], bias.device)
-        columns = _places(size[1], window[1], shift[1], bias.device)
-        tokens = (rows.unsqueeze(1) * window[1] + columns.unsqueeze(0)).flatten()  # [fitting tokens]
+    if bias is not None and bias.shape[1] != token_count(fitting):
+        tokens = torch.zeros([1], dtype=torch.int64, device=bias.device)
+        for axis, length in enumerate(window):
+            places = _places(size[axis], length, shift[axis], bias.device)
+            tokens = (tokens.unsqueeze(1) * length + places).flatten()  # [fitting tokens so far]
         bias = bias.index_select(1, tokens).index_select(2, tokens)
     # a shift by the whole map or more moves all of it
-    return fitting, [shift[0] if shift[0] < fitting[0] else 0, shift[1] if shift[1] < fitting[1] else 0], bias
+    return fitting, [s if s < fitting[axis] else 0 for axis, s in enumerate(shift)], bias
+
+
+def check_channels(op: str, channels: int, num_heads: int, parts: int) -> None:
+    """InputError unless the channels of a map are `parts` times num_heads * head_dim."""
+    check_integer(op, "num_heads", num_heads, 1)
+    if channels == 0 or channels % (parts * num_heads) != 0:
+        raise InputError(f"{op}: {channels} channels are not {'3 * ' * (parts == 3)}{num_heads} heads * head_dim")
 
 
 def check_windows(
-    op: str, size: list[int], num_heads: int, channels: int, window: list[int], shift: list[int], bias: Tensor | None,
-    x: Tensor, layout: str = "masked",
+    op: str, size: list[int], num_heads: int, window: list[int], shift: list[int], bias: Tensor | None,
+    x: Tensor, layout: str = "masked", kv_window: list[int] | None = None,
 ) -> tuple[list[int], list[int], Tensor | None]:  # fmt: skip
-    """Check the arguments of windowed attention on maps x of ``size`` [H, W] and ``channels`` (InputError).
+    """Check the arguments of windowed attention on maps x of ``size`` (InputError).
 
     Returns window, shift and bias: in the layout "masked" a window larger than the map is the map.
     """
-    check_integer(op, "num_heads", num_heads, 1)
-    for i in range(2):
-        check_integer(op, "window", window[i], 1)
-        check_integer(op, "shift", shift[i], 0)
-    if channels == 0 or channels % (3 * num_heads) != 0:
-        raise InputError(f"{op}: {channels} channels are not 3 * {num_heads} heads * head_dim")
-    if shift[0] >= window[0] or shift[1] >= window[1]:
+    for length, moved in zip(window, shift, strict=True):
+        check_integer(op, "window", length, 1)
+        check_integer(op, "shift", moved, 0)
+    if any(s >= w for s, w in zip(shift, window, strict=True)):
         raise InputError(f"{op}: shift must be from 0 to window - 1, got {shift} for windows {window}")
-    fitting = [min(window[0], max(size[0], 1)), min(window[1], max(size[1], 1))]
-    tokens, fitting_tokens = window[0] * window[1], fitting[0] * fitting[1]
-    if layout != "masked" and tokens > 0x7FFFFFFF:  # where padding is attended, all of a window is there
-        raise InputError(f"{op}: a window of {window} on a map of {size} is too large for the layout {layout}")
-    if bias is not None and layout == "masked" and bias.dim() == 3 and bias.shape[1] == fitting_tokens:
-        tokens = fitting_tokens
-    check_operand(op, "bias", bias, [num_heads, tokens, tokens], x)
-    return fit_windows(size, window, shift, bias) if layout == "masked" else (window, shift, bias)
+    fits = layout == "masked" and kv_window is None
+    fitting = [min(w, max(n, 1)) for w, n in zip(window, size, strict=True)]
+    tokens, keys = token_count(window), token_count(kv_window or window)
+    if not fits and max(tokens, keys) > 0x7FFFFFFF:  # where padding is attended, all of a window is there
+        raise InputError(
+            f"{op}: a window of {kv_window or window} on a map of {size} is too large for the layout {layout}"
+        )
+    if bias is not None and fits and bias.dim() == 3 and bias.shape[1] == token_count(fitting):
+        tokens = keys = token_count(fitting)
+    check_operand(op, "bias", bias, [num_heads, tokens, keys], x)
+    return fit_windows(size, window, shift, bias) if fits else (window, shift, bias)
+
+
+def check_kv_window(op: str, window: list[int], shift: list[int], kv_window: list[int], layout: str) -> None:
+    """InputError unless windows of keys can lie around those of queries."""
+    for axis, length in enumerate(kv_window):
+        check_integer(op, "kv_window", length, 1)
+        if length < window[axis] or (length - window[axis]) % 2 != 0:
+            raise InputError(
+                f"{op}: kv_window must be larger than window by an even number of tokens, as many on either side, got "
+                f"{kv_window} around {window}"
+            )
+    if max(shift) > 0 or layout == "grid":
+        raise InputError(f"{op}: with kv_window there is no shift and no layout grid, got {shift} and {layout}")
 
 
 def lowest_scores(bias: Tensor, qkv: Tensor) -> Tensor:
@@ -190,8 +287,32 @@ def lowest_scores(bias: Tensor, qkv: Tensor) -> Tensor:
     return bias
 
 
+# --------------------------------------------------------------------------- heads
+
+
 def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """[B, windows, tokens, 3*heads*d] -> three times [B, windows, heads, tokens, d]."""
     batch, windows, tokens, channels = qkv.shape
     qkv = qkv.reshape(batch, windows, tokens, 3, num_heads, channels // (3 * num_heads)).permute(3, 0, 1, 4, 2, 5)
     return qkv[0], qkv[1], qkv[2]
+
+
+def window_projections(
+    projections: list[Tensor], num_heads: int, window: list[int], shift: list[int], layout: str,
+    padding: Tensor | None, kv_window: list[int] | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """q, k, v of every window, [B, windows, heads, tokens, d], from the fused map [B, *size, 3*heads*d] or the three
+    maps [B, *size, heads*d]."""
+    if len(projections) == 1 and kv_window is None:
+        return split_heads(partition_windows(projections[0], window, shift, layout, padding), num_heads)
+    if len(projections) == 1:
+        projections = list(projections[0].chunk(3, -1))
+    found = [torch.empty(0)] * 0
+    for i in range(3):
+        token = None if padding is None else padding.chunk(3)[i]
+        if i > 0 and kv_window is not None:
+            x = partition_key_windows(projections[i], window, kv_window, token)
+        else:
+            x = partition_windows(projections[i], window, shift, layout, token)
+        found.append(x.unflatten(3, [num_heads, x.shape[3] // num_heads]).transpose(2, 3))
+    return found[0], found[1], found[2]

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..ops.patch_embed import patch_embed, patch_embed_reference
 from ..ops.patch_merge import patch_merge, patch_merge_reference
 from ..ops.window_attention import window_attention, window_attention_reference
 from ..ops.window_attention_taylor import window_attention_taylor
+from ..ops.windows import fit_windows
 from .linear import _bind
 from .products import plus_bias
 from .value import LinearCombination, Taylor, TaylorError, register_rule, taylors
@@ -18,29 +20,48 @@ from .value import LinearCombination, Taylor, TaylorError, register_rule, taylor
 
 @register_rule(window_attention)
 def windowed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    qkv, num_heads, window, shift, bias, scale, dropout, layout, padding, attn_scale = _bind(
+    qkv, num_heads, window, shift, bias, scale, dropout, layout, padding, attn_scale, kv_window = _bind(
         args,
         kwargs,
         qkv=None,
         num_heads=None,
         window=None,
-        shift=(0, 0),
+        shift=None,
         bias=None,
         scale=None,
         dropout=0.0,
         layout="masked",
         padding=None,
         attn_scale=None,
+        kv_window=None,
     )
     if dropout > 0.0:
         raise TaylorError("attention with dropout has no derivative to propagate; call model.eval() first")
-    if layout != "masked" or attn_scale is not None:
-        return window_attention_reference(
-            qkv, num_heads, window, shift, bias, scale, layout=layout, padding=padding, attn_scale=attn_scale
+    shift = (0,) * len(window) if shift is None else shift
+    is_plain = (
+        layout == "masked" and attn_scale is None and kv_window is None and not isinstance(scale, (Tensor, Taylor))
+    )
+    if not is_plain or isinstance(qkv, (tuple, list)) or len(window) == 3:
+        return _by_reference(
+            qkv, num_heads, list(window), list(shift), bias, scale, layout, padding, attn_scale, kv_window
         )
     if not isinstance(qkv, Taylor) or isinstance(bias, Taylor):
         raise TaylorError("window_attention propagates along qkv, its bias must not move")
     return Taylor(window_attention_taylor(qkv.coefficients, num_heads, window, shift, bias, scale))
+
+
+def _by_reference(
+    qkv: Any, num_heads: int, window: list[int], shift: list[int], bias: Any, scale: Any, layout: str, padding: Any,
+    attn_scale: Any, kv_window: Any,
+) -> Any:  # fmt: skip
+    projections = list(qkv) if isinstance(qkv, (tuple, list)) else [qkv]
+    if layout == "masked" and kv_window is None:
+        window, shift, bias = fit_windows(list(projections[0].shape[1:-1]), window, shift, bias)
+    factor, head_scale = (1.0, scale) if isinstance(scale, (Tensor, Taylor)) else (scale, None)
+    keys = None if kv_window is None else list(kv_window)
+    return window_attention_reference(
+        projections, num_heads, window, shift, bias, factor, 0.0, layout, padding, attn_scale, keys, head_scale
+    )
 
 
 @register_rule(patch_embed)

@@ -92,7 +92,7 @@ def _check(
             raise InputError(f"window_attention: in the layout grid windows divide the map, got {window} for {size}")
     if padding is not None and (layout == "masked" or layout == "grid"):
         raise InputError(f"window_attention: padding is masked out in the layout {layout}, so it has no values")
-    check_operand(op, "padding", padding, [x.shape[-1] * (3 // len(projections))], x)
+    check_operand(op, "padding", padding, [len(projections) * x.shape[-1]], x)
     check_operand(op, "attn_scale", attn_scale, [num_heads], x)
     return window, shift, bias
 
@@ -304,7 +304,8 @@ def _fake(operands: Operands, config: WindowAttentionConfig) -> Result:
 def _compiled(operands: Operands, config: WindowAttentionConfig) -> Result:
     """C++: csrc/window_attention.cpp."""
     _extension.extension()
-    return torch.ops.asvit_fast_C.window_attention(*operands, *config.kernel_arguments)
+    c = config
+    return torch.ops.asvit_fast_C.window_attention(operands[0], c.num_heads, c.window, c.shift, c.scale, c.layout, *operands[3:6])
 
 
 def _compiled_backward(
@@ -312,9 +313,9 @@ def _compiled_backward(
 ) -> Gradients:
     """Sums over windows in an order that only shapes decide."""
     _extension.extension()
-    return torch.ops.asvit_fast_C.window_attention_backward(
-        gradient, *result, *operands, *config.kernel_arguments, needs_grad
-    )
+    c = config
+    g = torch.ops.asvit_fast_C.window_attention_backward(gradient, operands[0], *result, c.num_heads, c.window, c.shift, c.scale, c.layout, *operands[3:6], needs_grad[3:6])
+    return [g[0], None, None, *g[1:], None]
 
 
 def _triton(operands: Operands, config: WindowAttentionConfig) -> Result:
@@ -325,7 +326,8 @@ def _triton(operands: Operands, config: WindowAttentionConfig) -> Result:
     single = _is_single_tile(x, config)
     allocate = torch.zeros if single else torch.empty  # the zeros, without elements on a GPU, are never read
     statistics = allocate(_statistics_shape(x, config), dtype=torch.float32, device=x.q.device)
-    return window_attention(*operands, *config.kernel_arguments, None if single else statistics), statistics
+    c = config
+    return window_attention(operands[0], c.num_heads, c.window, c.shift, c.scale, c.layout, *operands[3:6], None if single else statistics), statistics
 
 
 def _triton_backward(
@@ -336,7 +338,9 @@ def _triton_backward(
 
     output, statistics = result
     saved = None if _is_single_tile(_Operands(*operands), config) else statistics
-    return window_attention_backward(gradient, output, saved, *operands, *config.kernel_arguments, needs_grad)
+    c = config
+    g = window_attention_backward(gradient, operands[0], output, saved, c.num_heads, c.window, c.shift, c.scale, c.layout, *operands[3:6], needs_grad[3:6])
+    return [g[0], None, None, *g[1:], None]
 
 
 def _no_dropout(operands: Operands, config: WindowAttentionConfig) -> str | None:
@@ -357,6 +361,11 @@ def _sdpa_cannot(operands: Operands, config: WindowAttentionConfig) -> str | Non
     return None if x.attn_scale is None else "it has no attn_scale"
 
 
+def _old(operands: Operands, config: WindowAttentionConfig) -> str | None:
+    new = operands[1] is not None or operands[6] is not None or len(config.window) == 3 or config.kv_window
+    return "not yet" if new else None
+
+
 WINDOW_ATTENTION = FusedOp(
     "window_attention",
     "q, k?, v?, bias?, padding?, attn_scale?, head_scale?",
@@ -369,8 +378,8 @@ WINDOW_ATTENTION = FusedOp(
     backward={"triton": _triton_backward, "cpu": _compiled_backward},
     composite={"sdpa": _sdpa},
     can_run={
-        "triton": lambda operands, config: _no_dropout(operands, config) or no_float64(operands[0]),
-        "cpu": _no_dropout,
+        "triton": lambda operands, config: _no_dropout(operands, config) or no_float64(operands[0]) or _old(operands, config),
+        "cpu": lambda operands, config: _no_dropout(operands, config) or _old(operands, config),
         "sdpa": _sdpa_cannot,
     },
 )
@@ -416,8 +425,8 @@ def window_attention(
             zeros, that is its bias. Zeros by default.
         attn_scale: [heads], w of AttnScale (arXiv 2203.05962, equation 6): the attention A becomes (1 + w) A - w U, U
             uniform over the keys that the query may attend.
-        kv_window: tokens of the windows that keys and values come from, as many more on either side of ``window``, where
-            windows overlap (HAT, arXiv 2205.04437, section 3.2). Beyond the map is padding. Without a shift.
+        kv_window: tokens of the windows that keys and values come from, as many more on either side of ``window``,
+            which overlap (HAT, arXiv 2205.04437, section 3.2). Beyond the map is padding. Without a shift.
 
     Raises:
         InputError: shapes, dtypes, devices or numbers that do not fit, naming the value. Parameters may have another
@@ -454,8 +463,5 @@ def window_attention(
         ).contiguous()  # such a window attends only to itself
     x = _Operands(*(projections if len(projections) == 3 else (*projections, None, None)), bias, padding, attn_scale,
                   head_scale)  # fmt: skip
-    if head_scale is not None:
-        factor = 1.0
-    else:
-        factor = float(x.channels // num_heads) ** -0.5 if scale is None else scale
+    factor = float(x.channels // num_heads) ** -0.5 if scale is None else 1.0 if scale is head_scale else scale
     return WINDOW_ATTENTION(x, WindowAttentionConfig(num_heads, windows, shifts, keys or [], factor, layout, dropout))

@@ -51,10 +51,12 @@ inline int64_t patches_along(int64_t size, int64_t padding, int64_t span, int64_
   return size + padding < span ? 0 : (size + padding - span) / stride + 1;
 }
 
-// Whether windows of two sides may be cut after this shift.
-inline bool is_window(at::IntArrayRef window, at::IntArrayRef shift) {
-  const auto fits = [&](int i) { return is_count(window[i], 1) && shift[i] >= 0 && shift[i] < window[i]; };
-  return window.size() == 2 && shift.size() == 2 && fits(0) && fits(1);
+// Whether windows of a map with so many axes may be cut after this shift.
+inline bool is_window(at::IntArrayRef window, at::IntArrayRef shift, size_t axes) {
+  if (window.size() != axes || shift.size() != axes) return false;
+  for (size_t i = 0; i < axes; ++i)
+    if (!is_count(window[i], 1) || shift[i] < 0 || shift[i] >= window[i]) return false;
+  return true;
 }
 
 // ------------------------------------------------------------------------------------------------------------- types

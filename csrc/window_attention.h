@@ -10,24 +10,25 @@
 
 namespace asvit_fast {
 
-// The fused projection [batch, height, width, 3, heads, head_dim], the last three dimensions contiguous; or a map
-// [batch, height, width, heads, head_dim]. In elements.
+constexpr int kAxes = 3;  // depth, rows and columns; a map of rows and columns has a depth of 1
+
+// A map [batch, *axes, heads, head_dim], the last two dimensions contiguous. Distances of neighbours in elements.
 template <typename T>
 struct TokenMap {
   T* data;
-  int64_t batch, row, column;  // distances of neighbours
+  int64_t batch, axes[kAxes];
 };
 
 template <typename T>
 struct WindowAttention {
-  TokenMap<const T> qkv;
+  TokenMap<const T> q, k, v;
   const T* pad_token;   // [3, heads, head_dim], a token of padding; read where padding is attended only
-  const T* bias;        // [heads, queries, keys] or null
-  const T* bias_table;  // the same for small windows, [heads, keys, padded_to_vector(queries)]; or null
+  const T* bias;        // [heads, groups of queries, keys, kGroup], or null
   const T* attn_scale;  // [heads] or null
-  T* output;            // [batch, height, width, heads, head_dim]
-  T* statistics;        // [2, batch, height, width, heads]: a query's largest score, 1 / sum of its weights
-  WindowAxis rows, columns;
+  const T* head_scale;  // [heads] or null: further factors of the scores
+  T* output;            // [batch, *axes, heads, head_dim]
+  T* statistics;        // [2, batch, *axes, heads]: a query's largest score, 1 / sum of its weights
+  WindowAxis axes[kAxes];
   WindowLayout layout;
   int64_t batch, heads, head_dim;
   T scale;  // of the scores
@@ -38,11 +39,13 @@ struct WindowAttention {
 template <typename T>
 struct WindowAttentionBackward {
   WindowAttention<T> forward;
-  TokenMap<const T> gradient;  // of the output
-  T* grad_qkv;                 // [batch, height, width, 3, heads, head_dim], written whole
-  T* grad_bias;                // [pieces, heads, queries, keys]; or as the bias table
-  T* grad_pad_token;           // [pieces, 3, heads, head_dim]
-  T* grad_attn_scale;          // [pieces, heads]
+  TokenMap<const T> gradient;         // of the output
+  TokenMap<T> grad_q, grad_k, grad_v;  // written whole; where keys have a margin, the latter two are null, and
+  T *window_grad_k, *window_grad_v;   // [windows, keys of a window, heads, head_dim], zeros at first; null otherwise
+  T* grad_bias;                       // [pieces, *as bias]
+  T* grad_pad_token;                  // [pieces, 3, heads, head_dim]
+  T* grad_attn_scale;                 // [pieces, heads], as the next
+  T* grad_head_scale;
   int64_t pieces;
 };
 
@@ -59,25 +62,43 @@ constexpr int64_t kMaximumLanes = 16;
 constexpr int64_t kGroup = 64;           // queries that go through the keys together
 constexpr int64_t kKeyTile = 64;         // keys whose scores are in memory at a time
 constexpr int64_t kUnit = 2 * kGroup;    // queries of one window that work is handed out in
-constexpr int64_t kTableTokens = 256;    // up to which the bias is transposed for all windows at once
-constexpr int64_t kRegions = 4;          // parts of a window that a shift along both sides brings together
+constexpr int64_t kRegions = 8;          // parts of a window that a shift along all axes brings together
 constexpr double kRegionScore = -100.0;  // added to that of a query and a key in different regions
-
-// Whether the bias of windows of so many tokens is transposed once, to [heads, keys, queries].
-inline bool uses_bias_table(int64_t tokens) { return tokens <= kTableTokens; }
 
 inline int64_t padded_to_vector(int64_t count) { return (count + kMaximumLanes - 1) / kMaximumLanes * kMaximumLanes; }
 
+inline int64_t group_count(int64_t queries) { return (queries + kGroup - 1) / kGroup; }
+
 // ----------------------------------------------------------------------------------------------------------- windows
 
-template <typename T>
-inline int64_t window_count(const WindowAttention<T>& problem) {
-  return problem.batch * axis_windows(problem.rows, problem.layout) * axis_windows(problem.columns, problem.layout);
+inline int64_t window_count(const WindowAxis (&axes)[kAxes], WindowLayout layout) {
+  int64_t count = 1;
+  for (const WindowAxis& axis : axes) count *= axis_windows(axis, layout);
+  return count;
 }
 
 template <typename T>
+inline int64_t window_count(const WindowAttention<T>& problem) {
+  return problem.batch * window_count(problem.axes, problem.layout);
+}
+
+template <typename T>
+inline bool has_margin(const WindowAttention<T>& problem) {
+  return problem.axes[0].margin + problem.axes[1].margin + problem.axes[2].margin > 0;
+}
+
+// Queries of a whole window.
+template <typename T>
 inline int64_t window_tokens(const WindowAttention<T>& problem) {
-  return problem.rows.window * problem.columns.window;
+  return problem.axes[0].window * problem.axes[1].window * problem.axes[2].window;
+}
+
+// Keys of a whole window.
+template <typename T>
+inline int64_t window_keys(const WindowAttention<T>& problem) {
+  int64_t count = 1;
+  for (const WindowAxis& axis : problem.axes) count *= axis.window + 2 * axis.margin;
+  return count;
 }
 
 template <typename T>
@@ -87,62 +108,86 @@ inline int64_t query_units(const WindowAttention<T>& problem) {
 
 template <typename T>
 inline int64_t map_tokens(const WindowAttention<T>& problem) {
-  return problem.batch * problem.rows.size * problem.columns.size;
+  return problem.batch * problem.axes[0].size * problem.axes[1].size * problem.axes[2].size;
 }
 
 struct Token {
-  int64_t row, column;  // on the map; row -1: padding
+  int64_t axes[kAxes];  // position on the map; the first is -1: padding
   int32_t place;        // in the whole window, as the bias counts
   int32_t region;       // 0 ... kRegions - 1
 
-  bool is_padding() const { return row < 0; }
+  bool is_padding() const { return axes[0] < 0; }
+};
+
+struct TokenList {
+  const Token* data;
+  int64_t count;
+
+  const Token& operator[](int64_t i) const { return data[i]; }
 };
 
 // The tokens of one window of one image.
 struct TokenWindow {
-  int64_t batch, count;
-  Token* tokens;
+  int64_t index, batch;
+  TokenList queries, keys;
   bool complete;  // places are 0, 1, ...
   bool regions;   // there is more than one
-  bool padded;    // there is padding
 };
 
-template <typename T>
-inline TokenWindow window_at(const WindowAttention<T>& problem, int64_t index, Token* tokens) {
-  const int64_t across = axis_windows(problem.columns, problem.layout);
-  const int64_t down = axis_windows(problem.rows, problem.layout);
-  const AxisWindow columns(problem.columns, problem.layout, index % across);
-  const AxisWindow rows(problem.rows, problem.layout, index / across % down);
-  TokenWindow window = {index / across / down, rows.length * columns.length, tokens, true, false, false};
-  window.complete = window.count == window_tokens(problem);
-  for (int64_t i = 0; i < rows.length; ++i) {
-    const AxisToken row = rows.token(i);
-    for (int64_t j = 0; j < columns.length; ++j) {
-      const AxisToken column = columns.token(j);
-      const bool padding = row.position < 0 || column.position < 0;
-      const auto width = static_cast<int32_t>(problem.columns.window);
-      *tokens = {padding ? -1 : row.position, column.position, row.offset * width + column.offset,
-                 2 * row.region + column.region};
-      window.regions |= tokens->region != window.tokens->region;
-      window.padded |= padding;
-      ++tokens;
+inline TokenList list_tokens(const AxisWindow (&axes)[kAxes], const int64_t (&places)[kAxes], Token* tokens) {
+  Token* to = tokens;
+  for (int64_t i = 0; i < axes[0].length; ++i) {
+    const AxisToken slice = axes[0].token(i);
+    for (int64_t j = 0; j < axes[1].length; ++j) {
+      const AxisToken row = axes[1].token(j);
+      const int64_t before = (slice.offset * places[1] + row.offset) * places[2];
+      const int32_t region = 4 * slice.region + 2 * row.region;
+      const bool beyond = slice.position < 0 || row.position < 0;
+      for (int64_t k = 0; k < axes[2].length; ++k) {
+        const AxisToken column = axes[2].token(k);
+        const bool padding = beyond || column.position < 0;
+        *to++ = {{padding ? -1 : slice.position, row.position, column.position},
+                 static_cast<int32_t>(before) + column.offset,
+                 region + column.region};
+      }
     }
   }
-  return window;
+  return {tokens, to - tokens};
+}
+
+// `tokens` has room for window_tokens() + window_keys().
+template <typename T>
+inline TokenWindow window_at(const WindowAttention<T>& problem, int64_t index, Token* tokens) {
+  const WindowAxis(&axes)[kAxes] = problem.axes;
+  int64_t counts[kAxes], places[kAxes] = {axes[0].window, axes[1].window, axes[2].window};
+  for (int axis = 0; axis < kAxes; ++axis) counts[axis] = axis_windows(axes[axis], problem.layout);
+  const int64_t at[kAxes] = {index / counts[2] / counts[1] % counts[0], index / counts[2] % counts[1],
+                             index % counts[2]};
+  const auto window = [&](int axis) { return AxisWindow(axes[axis], problem.layout, at[axis]); };
+  const TokenList queries = list_tokens({window(0), window(1), window(2)}, places, tokens);
+  TokenWindow found = {index, index / counts[2] / counts[1] / counts[0], queries, queries, true, false};
+  if (has_margin(problem)) {
+    for (int axis = 0; axis < kAxes; ++axis) places[axis] += 2 * axes[axis].margin;
+    const auto keys = [&](int axis) { return AxisWindow::keys(axes[axis], problem.layout, at[axis]); };
+    found.keys = list_tokens({keys(0), keys(1), keys(2)}, places, tokens + window_tokens(problem));
+  }
+  found.complete = queries.count == window_tokens(problem) && found.keys.count == window_keys(problem);
+  for (int64_t i = 0; i < queries.count && !found.regions; ++i) found.regions = queries[i].region != queries[0].region;
+  return found;
 }
 
 // ------------------------------------------------------------------------------------------------------------ memory
 
-// One head's operands of one window: [token][component], read in vectors and so with a vector's room at the end.
+// `count` tokens of one head: [token][component], read in vectors and so with a vector's room at the end.
 template <typename T>
-struct PackedRows {
-  int64_t tokens, padded_dim;
+inline T* take_rows(Arena& arena, int64_t count, int64_t padded_dim) {
+  return arena.take<T>((count + kMaximumLanes) * padded_dim);
+}
 
-  explicit PackedRows(const WindowAttention<T>& problem)
-      : tokens(window_tokens(problem)), padded_dim(padded_to_vector(problem.head_dim)) {}
-
-  T* take(Arena& arena) const { return arena.take<T>(tokens * padded_dim + kMaximumLanes * padded_dim); }
-};
+template <typename T>
+inline Token* take_tokens(Arena& arena, const WindowAttention<T>& problem) {
+  return arena.take<Token>(2 * (window_tokens(problem) + window_keys(problem)));
+}
 
 template <typename T>
 struct ForwardMemory {
@@ -151,6 +196,7 @@ struct ForwardMemory {
   T* columns;                   // queries of a group, [component][query]
   T* scores;                    // of a group and a tile, [key][query]
   T* base;                      // what is added to them, [key][query]
+  T* region_scores;             // of a group, [region of a key][query]
   T* sums;                      // [query][padded_dim]
   T* column_sums;               // [component][query]
   T *maximum, *total, *factor;  // [query]
@@ -158,15 +204,16 @@ struct ForwardMemory {
   int64_t padded_dim;
 
   ForwardMemory(const WindowAttention<T>& problem, Arena& arena) {
-    const PackedRows<T> rows(problem);
-    padded_dim = rows.padded_dim;
-    tokens = arena.take<Token>(2 * rows.tokens);
-    queries = rows.take(arena);
-    keys = rows.take(arena);
-    values = rows.take(arena);
+    const int64_t query_count = window_tokens(problem), key_count = window_keys(problem);
+    padded_dim = padded_to_vector(problem.head_dim);
+    tokens = take_tokens(arena, problem);
+    queries = take_rows<T>(arena, query_count, padded_dim);
+    keys = take_rows<T>(arena, key_count, padded_dim);
+    values = take_rows<T>(arena, key_count, padded_dim);
     columns = arena.take<T>(padded_dim * kGroup);
     scores = arena.take<T>(kKeyTile * kGroup);
     base = arena.take<T>(kKeyTile * kGroup);
+    region_scores = arena.take<T>(kRegions * kGroup);
     sums = arena.take<T>(kGroup * padded_dim);
     column_sums = arena.take<T>(padded_dim * kGroup);
     maximum = arena.take<T>(kGroup);
@@ -184,6 +231,7 @@ struct BackwardMemory {
   T *query_columns, *gradient_columns;      // of a group, [component][query]
   T *weights, *scores;                      // of a group and a tile, [key][query]; scores: the gradients of
   T* base;                                  // [key][query]
+  T* region_scores;                         // [region of a key][query]
   T* grad_queries;                          // [query][padded_dim]
   T* column_sums;                           // [component][query]
   T *maximum, *inverse, *delta, *products;  // [query]
@@ -191,20 +239,21 @@ struct BackwardMemory {
   int64_t padded_dim;
 
   BackwardMemory(const WindowAttention<T>& problem, Arena& arena) {
-    const PackedRows<T> rows(problem);
-    padded_dim = rows.padded_dim;
-    tokens = arena.take<Token>(2 * rows.tokens);
-    queries = rows.take(arena);
-    keys = rows.take(arena);
-    values = rows.take(arena);
-    gradients = rows.take(arena);
-    grad_keys = rows.take(arena);
-    grad_values = rows.take(arena);
+    const int64_t query_count = window_tokens(problem), key_count = window_keys(problem);
+    padded_dim = padded_to_vector(problem.head_dim);
+    tokens = take_tokens(arena, problem);
+    queries = take_rows<T>(arena, query_count, padded_dim);
+    keys = take_rows<T>(arena, key_count, padded_dim);
+    values = take_rows<T>(arena, key_count, padded_dim);
+    gradients = take_rows<T>(arena, query_count, padded_dim);
+    grad_keys = take_rows<T>(arena, key_count, padded_dim);
+    grad_values = take_rows<T>(arena, key_count, padded_dim);
     query_columns = arena.take<T>(padded_dim * kGroup);
     gradient_columns = arena.take<T>(padded_dim * kGroup);
     weights = arena.take<T>(kKeyTile * kGroup);
     scores = arena.take<T>(kKeyTile * kGroup);
     base = arena.take<T>(kKeyTile * kGroup);
+    region_scores = arena.take<T>(kRegions * kGroup);
     grad_queries = arena.take<T>(kGroup * padded_dim);
     column_sums = arena.take<T>(padded_dim * kGroup);
     maximum = arena.take<T>(kGroup);

@@ -50,7 +50,7 @@ void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::In
                     ": q must be [orders + 1, B, H, W, heads, head_dim] with 0 to 2 orders, not ", q.sizes());
   TORCH_CHECK_VALUE(k.sizes() == q.sizes() && v.sizes() == q.sizes(), kOp, ": q ", q.sizes(), ", k ", k.sizes(),
                     " and v ", v.sizes(), " must have the same shape");
-  TORCH_CHECK_VALUE(is_window(window, shift), kOp, ": window ", window, " and shift ", shift,
+  TORCH_CHECK_VALUE(is_window(window, shift, 2), kOp, ": window ", window, " and shift ", shift,
                     " must be two numbers below 2^31 each, 0 <= shift < window");
   TORCH_CHECK_TYPE(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type() &&
                        (!bias || bias->scalar_type() == q.scalar_type()),

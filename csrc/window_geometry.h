@@ -12,9 +12,11 @@
 
 namespace asvit_fast {
 
-// One side of the map, cut into windows after a cyclic shift by `shift` < window.
+// One side of the map, cut into windows after a cyclic shift by `shift` < window. Where there is no shift, keys may come
+// from `margin` tokens more on either side of a window.
 struct WindowAxis {
   int64_t size, window, shift;
+  int64_t margin = 0;
 };
 
 // What becomes of windows at the edges of the map, as asvit_fast/ops/windows.py describes it.
@@ -67,15 +69,32 @@ struct AxisWindow {
 
   AxisWindow(const WindowAxis& axis, WindowLayout layout, int64_t index)
       : axis(axis), layout(layout), index(index), length(axis.window), windows(axis_windows(axis, layout)), segment{} {
+    this->axis.margin = 0;  // of keys only
     if (layout != WindowLayout::masked) return;
     segment = segment_at(axis, index);
     length = segment.length;
+  }
+
+  // Its keys, where the axis has a margin.
+  static AxisWindow keys(const WindowAxis& axis, WindowLayout layout, int64_t index) {
+    AxisWindow window(axis, layout, index);
+    const int64_t start = index * axis.window - axis.margin, length = axis.window + 2 * axis.margin;
+    const int64_t begin = start < 0 ? 0 : start, end = start + length < axis.size ? start + length : axis.size;
+    window.segment = layout == WindowLayout::masked ? WindowSegment{begin, end - begin, begin - start}
+                                                    : WindowSegment{start, length, 0};
+    window.length = window.segment.length;
+    window.axis.margin = axis.margin;
+    return window;
   }
 
   AxisToken token(int64_t i) const {
     const auto offset = static_cast<int32_t>(i);
     if (layout == WindowLayout::masked) return {segment.start + i, offset + static_cast<int32_t>(segment.offset), 0};
     if (layout == WindowLayout::grid) return {i * windows + index, offset, 0};
+    if (axis.margin > 0) {
+      const int64_t at = segment.start + i;
+      return {at >= 0 && at < axis.size ? at : -1, offset, 0};
+    }
     const int64_t padded = windows * axis.window;
     const int64_t place = index * axis.window + i;  // on the map as it is rolled and padded
     const int64_t around = layout == WindowLayout::timm ? axis.size : padded;

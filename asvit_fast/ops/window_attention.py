@@ -6,6 +6,7 @@ export.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
@@ -23,6 +24,7 @@ from .windows import (
     check_channels,
     check_kv_window,
     check_windows,
+    fold_key_windows,
     lowest_scores,
     merge_windows,
     padding_tokens,
@@ -304,8 +306,7 @@ def _fake(operands: Operands, config: WindowAttentionConfig) -> Result:
 def _compiled(operands: Operands, config: WindowAttentionConfig) -> Result:
     """C++: csrc/window_attention.cpp."""
     _extension.extension()
-    c = config
-    return torch.ops.asvit_fast_C.window_attention(operands[0], c.num_heads, c.window, c.shift, c.scale, c.layout, *operands[3:6])
+    return torch.ops.asvit_fast_C.window_attention(*operands, *config.kernel_arguments)
 
 
 def _compiled_backward(
@@ -313,9 +314,19 @@ def _compiled_backward(
 ) -> Gradients:
     """Sums over windows in an order that only shapes decide."""
     _extension.extension()
-    c = config
-    g = torch.ops.asvit_fast_C.window_attention_backward(gradient, operands[0], *result, c.num_heads, c.window, c.shift, c.scale, c.layout, *operands[3:6], needs_grad[3:6])
-    return [g[0], None, None, *g[1:], None]
+    grads = torch.ops.asvit_fast_C.window_attention_backward(
+        gradient, *result, *operands, *config.kernel_arguments, needs_grad
+    )
+    return _fold_gradients(grads, _Operands(*operands), config) if config.kv_window else grads
+
+
+def _fold_gradients(grads: Sequence[Tensor], x: _Operands, config: WindowAttentionConfig) -> Gradients:
+    """The gradients of k and v from those of overlapping windows, [B*windows, keys, heads*d]."""
+    q, *keys, bias, padding, attn_scale, head_scale = grads
+    keys = [fold_key_windows(rows.unflatten(0, (x.q.shape[0], -1)), x.size, config.window, config.kv_window)
+            for rows in keys]  # fmt: skip
+    maps = [torch.cat([q, *keys], -1), None, None] if x.k is None else [q, *keys]
+    return [*maps, bias, padding, attn_scale, head_scale]
 
 
 def _triton(operands: Operands, config: WindowAttentionConfig) -> Result:
@@ -379,7 +390,7 @@ WINDOW_ATTENTION = FusedOp(
     composite={"sdpa": _sdpa},
     can_run={
         "triton": lambda operands, config: _no_dropout(operands, config) or no_float64(operands[0]) or _old(operands, config),
-        "cpu": lambda operands, config: _no_dropout(operands, config) or _old(operands, config),
+        "cpu": _no_dropout,
         "sdpa": _sdpa_cannot,
     },
 )

@@ -114,6 +114,32 @@ def partition_key_windows(x: Tensor, window: list[int], kv_window: list[int], pa
     return x.reshape(batch, windows, token_count(kv_window), channels)
 
 
+def fold_key_windows(x: Tensor, size: list[int], window: list[int], kv_window: list[int]) -> Tensor:
+    """The adjoint of ``partition_key_windows``, sums over the windows that a token is in: [B, windows, keys, C] ->
+    [B, *size, C]."""
+    axes, counts = len(window), [0] * 0
+    for axis, length in enumerate(window):
+        counts.append((size[axis] + window_padding(size[axis], length)) // length)
+    x = x.reshape([x.shape[0], *counts, *kv_window, x.shape[-1]])
+    for axis, length in enumerate(window):
+        x = x.movedim(1 + axes, 2 + axis)  # [B, sizes so far, windows, keys, windows and keys of the others, C]
+        x = _overlap_add(x, 1 + axis, length).narrow(1 + axis, (kv_window[axis] - length) // 2, size[axis])
+    return x
+
+
+def _overlap_add(x: Tensor, axis: int, length: int) -> Tensor:
+    """Sums of windows that begin `length` tokens apart: `axis` (windows) and the next (their tokens) become one."""
+    windows, keys = x.shape[axis], x.shape[axis + 1]
+    steps = -(-keys // length)
+    x = F.pad(x, [0, 0] * (x.dim() - axis - 2) + [0, steps * length - keys])
+    shape = list(x.shape)
+    shape[axis], shape[axis + 1] = windows + steps - 1, length
+    total = x.new_zeros(shape)
+    for step, part in enumerate(x.split(length, axis + 1)):
+        total.narrow(axis, step, windows).add_(part)
+    return total.flatten(axis, axis + 1)
+
+
 def merge_windows(x: Tensor, size: list[int], window: list[int], shift: list[int], layout: str = "masked") -> Tensor:
     """The inverse of ``partition_windows``: [B, windows, tokens, C] -> [B, *size, C], padding dropped."""
     counts, padded = [0] * 0, [0] * 0

@@ -26,13 +26,13 @@ inline T dot(const T* a, const T* b, int64_t size) {
 template <typename T>
 void pack_gradient(const WindowAttentionBackward<T>& problem, const TokenWindow& window, int64_t head, T* to) {
   const int64_t size = problem.forward.head_dim;
-  for (int64_t i = 0; i < window.count; ++i) {
-    const Token& token = window.tokens[i];
+  for (int64_t i = 0; i < window.queries.count; ++i) {
+    const Token& token = window.queries[i];
     T* row = to + i * size;
     if (token.is_padding()) {
       for (int64_t j = 0; j < size; ++j) row[j] = T(0);
     } else {
-      copy_row(problem.gradient.data + token_offset(problem.gradient, window, token) + head * size, size, row);
+      copy_row(problem.gradient.data + token_offset(problem.gradient, window.batch, token) + head * size, size, row);
     }
   }
 }
@@ -44,13 +44,13 @@ void read_group(const WindowAttention<T>& forward, const TokenWindow& window, in
   const int64_t size = forward.head_dim, statistics = map_tokens(forward) * forward.heads;
   fill(memory.products, kGroup, T(0));
   for (int64_t i = 0; i < count; ++i) {
-    const Token& token = window.tokens[first + i];
+    const Token& token = window.queries[first + i];
     if (token.is_padding()) {
       memory.maximum[i] = -kLowest<T>;
       memory.inverse[i] = memory.delta[i] = T(0);
       continue;
     }
-    const int64_t row = token_index(forward, window, token) * forward.heads + head;
+    const int64_t row = token_index(forward, window.batch, token) * forward.heads + head;
     const T* gradient = memory.gradients + (first + i) * size;
     memory.maximum[i] = forward.statistics[row];
     memory.inverse[i] = forward.statistics[statistics + row];
@@ -80,66 +80,60 @@ void differentiate_tile(T attn_factor, int64_t count, int64_t keys, const Backwa
   }
 }
 
-// Gradients of scores [key][kGroup queries] of a group and a tile, to those of the bias of large windows [query][key].
+// Gradients of scores [key][kGroup queries] of a group of queries and a tile of keys, to those of one head's bias.
 template <typename T>
-void add_transposed_bias_gradient(int64_t tokens, int64_t first, int64_t count, int64_t key, int64_t keys,
-                                  const T* scores, T* grad_bias) {
-  for (int64_t i = 0; i < count; i += kLanes<T>) {
-    const int64_t lanes = count - i < kLanes<T> ? count - i : kLanes<T>;
-    for_each_width<T>(keys, [&](int64_t j, auto width) {
-      Vector<T> block[kLanes<T>] = {};  // of queries, then of keys
-#pragma GCC unroll 16
-      for (int k = 0; k < kLanes<T>; ++k)
-        if (k < width()) block[k] = load<T>(scores + (j + k) * kGroup + i);
-      transpose<T>(block);
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        T* to = grad_bias + (first + i + lane) * tokens + key + j;
-        __builtin_prefetch(to + kKeyTile, 1);  // of the next tile, as where the bias is read
-        Vector<T> sum = {};
-        std::memcpy(&sum, to, width() * sizeof(T));
-        sum += block[lane];
-        std::memcpy(to, &sum, width() * sizeof(T));
-      }
-    });
-  }
-}
-
-template <typename T>
-void add_bias_gradient(const TokenWindow& window, int64_t tokens, int64_t first, int64_t count, int64_t key,
-                       int64_t keys, const T* scores, T* grad_bias) {
-  if (window.complete && !uses_bias_table(tokens))
-    return add_transposed_bias_gradient(tokens, first, count, key, keys, scores, grad_bias);
-  const int64_t row = uses_bias_table(tokens) ? padded_to_vector(tokens) : 1,
-                column = uses_bias_table(tokens) ? 1 : tokens;
+void add_bias_gradient(const WindowAttention<T>& forward, const TokenWindow& window, int64_t first, int64_t count,
+                       int64_t key, int64_t keys, const T* scores, T* grad_bias) {
+  const int64_t group_size = window_keys(forward) * kGroup;
   for (int64_t i = 0; i < keys; ++i) {
-    T* to = grad_bias + window.tokens[key + i].place * row;
     const T* from = scores + i * kGroup;
-    for (int64_t j = 0; j < count && window.complete; j += kLanes<T>)
-      store<T>(to + first + j, load<T>(to + first + j) + load<T>(from + j));
-    for (int64_t j = 0; j < count && !window.complete; ++j) to[window.tokens[first + j].place * column] += from[j];
+    T* to = grad_bias + window.keys[key + i].place * kGroup;
+    if (window.complete) {
+      to += first / kGroup * group_size;
+      for (int64_t j = 0; j < count; j += kLanes<T>) store<T>(to + j, load<T>(to + j) + load<T>(from + j));
+    } else {
+      for (int64_t j = 0; j < count; ++j) {
+        const int64_t place = window.queries[first + j].place;
+        to[place / kGroup * group_size + place % kGroup] += from[j];
+      }
+    }
   }
 }
 
-// factor * sums [token][padded_dim] less shares [region][padded_dim], to part 0, 1 or 2 of the gradient of qkv; what
-// padding gets, to the gradient of padding.
+// Gradients of one head's queries (part 0), keys (1) or values (2) are written to `map`, or, where windows overlap, to
+// `window_rows` [windows, keys of a window, heads, head_dim].
 template <typename T>
-void write_gradient(const WindowAttentionBackward<T>& problem, const TokenWindow& window, int64_t task, int part,
-                    int64_t first, int64_t count, T factor, const T* shares, int64_t padded_dim, T* sums) {
+struct GradientRows {
+  int part;
+  TokenList tokens;
+  TokenMap<T> map;
+  T* window_rows;
+};
+
+// factor * sums [token][padded_dim] less shares [region][padded_dim], to the gradients of the tokens; what padding gets,
+// to the gradient of padding.
+template <typename T>
+void write_gradient(const WindowAttentionBackward<T>& problem, const TokenWindow& window, int64_t task,
+                    const GradientRows<T>& rows, T factor, const T* shares, int64_t padded_dim, T* sums) {
   const WindowAttention<T>& forward = problem.forward;
   const int64_t size = forward.head_dim, heads = forward.heads, head = task % heads;
-  T* padding =
-      problem.grad_pad_token ? problem.grad_pad_token + ((task / heads * 3 + part) * heads + head) * size : nullptr;
-  for (int64_t i = 0; i < count; ++i, sums += padded_dim) {
-    const Token& token = window.tokens[first + i];
+  T* padding = problem.grad_pad_token
+                   ? problem.grad_pad_token + ((task / heads * 3 + rows.part) * heads + head) * size
+                   : nullptr;
+  for (int64_t i = 0; i < rows.tokens.count; ++i, sums += padded_dim) {
+    const Token& token = rows.tokens[i];
     for (int64_t j = 0; j < size; j += kLanes<T>) {
       Vector<T> value = factor * load<T>(sums + j);
       if (shares) value -= load<T>(shares + token.region * padded_dim + j);
       store<T>(sums + j, value);
     }
-    if (!token.is_padding()) {
-      copy_row(sums, size, problem.grad_qkv + ((token_index(forward, window, token) * 3 + part) * heads + head) * size);
-    } else if (padding) {
-      for (int64_t j = 0; j < size; ++j) padding[j] += sums[j];
+    if (token.is_padding()) {
+      for (int64_t j = 0; j < size && padding; ++j) padding[j] += sums[j];
+    } else if (rows.window_rows) {
+      copy_row(sums, size,
+               rows.window_rows + ((window.index * window_keys(forward) + token.place) * heads + head) * size);
+    } else {
+      copy_row(sums, size, rows.map.data + token_offset(rows.map, window.batch, token) + head * size);
     }
   }
 }
@@ -178,27 +172,38 @@ struct NextWindowBackward {
 
   [[gnu::always_inline]] void prefetch_operands() const {
     const WindowAttention<T>& forward = problem.forward;
-    for (int64_t part = 0; part < 3; ++part)
-      prefetch<0>(forward.qkv, window, 0, window.count, (part * forward.heads + head) * forward.head_dim,
-                  forward.head_dim);
+    prefetch_head<0>(forward.q, window.queries);
+    prefetch_head<0>(forward.k, window.keys);
+    prefetch_head<0>(forward.v, window.keys);
   }
 
   [[gnu::always_inline]] void prefetch_outputs() const {
     const WindowAttention<T>& forward = problem.forward;
-    const int64_t size = forward.head_dim;
-    prefetch<0>(problem.gradient, window, 0, window.count, head * size, size);
-    prefetch<0>(contiguous_map(forward.rows, forward.columns, forward.heads * size, forward.output), window, 0,
-                window.count, head * size, size);
+    prefetch_head<0>(problem.gradient, window.queries);
+    prefetch_head<0>(contiguous_map(forward.axes, forward.heads * forward.head_dim, forward.output), window.queries);
   }
 
   [[gnu::always_inline]] void prefetch_gradients() const {
-    const WindowAttention<T>& forward = problem.forward;
-    const int64_t size = forward.head_dim;
-    const TokenMap<T> map = contiguous_map(forward.rows, forward.columns, 3 * forward.heads * size, problem.grad_qkv);
-    for (int64_t part = 0; part < 3; ++part)
-      prefetch<1>(map, window, 0, window.count, (part * forward.heads + head) * size, size);
+    prefetch_head<1>(problem.grad_q, window.queries);
+    if (problem.window_grad_k) return;
+    prefetch_head<1>(problem.grad_k, window.keys);
+    prefetch_head<1>(problem.grad_v, window.keys);
+  }
+
+  template <int write, typename U>
+  [[gnu::always_inline]] void prefetch_head(const TokenMap<U>& map, const TokenList& tokens) const {
+    const int64_t size = problem.forward.head_dim;
+    prefetch<write>(map, window.batch, tokens, 0, tokens.count, head * size, size);
   }
 };
+
+// The sum of the products of rows [token][size] and [token][padded_dim].
+template <typename T>
+T sum_products(const T* rows, const T* padded_rows, int64_t count, int64_t size, int64_t padded_dim) {
+  double sum = 0.;
+  for (int64_t i = 0; i < count; ++i) sum += dot(rows + i * size, padded_rows + i * padded_dim, size);
+  return static_cast<T>(sum);
+}
 
 // A group of queries against all keys of their window.
 template <typename T>
@@ -208,27 +213,31 @@ void differentiate_group(const WindowAttentionBackward<T>& problem, const TokenW
   const WindowAttention<T>& forward = problem.forward;
   const int64_t size = forward.head_dim, head = task % forward.heads, tokens = window_tokens(forward);
   const bool components = lanes_are_components<T>(tokens, size);
-  transpose_to_columns(memory.queries + first * size, count, size, forward.scale, memory.query_columns);
+  const T factor = head_factor(forward, head);
+  transpose_to_columns(memory.queries + first * size, count, size, factor, memory.query_columns);
+  if (window.regions) fill_region_scores(window.queries.data + first, count, memory.region_scores);
   transpose_to_columns(memory.gradients + first * size, count, size, T(1), memory.gradient_columns);
   read_group(forward, window, head, first, count, memory);
-  for (int64_t key = 0; key < window.count; key += kKeyTile) {
-    const int64_t keys = window.count - key < kKeyTile ? window.count - key : kKeyTile;
-    const Base<T> base = score_base(forward, window, head, first, count, key, keys, memory.base);
+  for (int64_t key = 0; key < window.keys.count; key += kKeyTile) {
+    const int64_t keys = window.keys.count - key < kKeyTile ? window.keys.count - key : kKeyTile;
+    const T* base = score_base(forward, window, head, first, count, key, keys, memory);
     score_tile(memory.keys + key * size, memory.query_columns, size, count, keys, base, memory.weights);
     if (first + key == 0) next.prefetch_operands();
-    score_tile(memory.values + key * size, memory.gradient_columns, size, count, keys, {}, memory.scores);
+    score_tile<T>(memory.values + key * size, memory.gradient_columns, size, count, keys, nullptr, memory.scores);
     if (first + key == 0) next.prefetch_outputs();
     differentiate_tile(T(1) + (forward.attn_scale ? forward.attn_scale[head] : T(0)), count, keys, memory);
     add_products(size, components, first, count, key, keys, memory);
     if (first + key == 0) next.prefetch_gradients();
     if (problem.grad_bias)
-      add_bias_gradient(
-          window, tokens, first, count, key, keys, memory.scores,
-          problem.grad_bias + task * tokens * (uses_bias_table(tokens) ? padded_to_vector(tokens) : tokens));
+      add_bias_gradient(forward, window, first, count, key, keys, memory.scores,
+                        problem.grad_bias + task * group_count(tokens) * window_keys(forward) * kGroup);
   }
   if (!components) transpose_to_rows(memory.column_sums, count, size, memory.padded_dim, memory.grad_queries);
-  write_gradient<T>(problem, window, task, 0, first, count, forward.scale, nullptr, memory.padded_dim,
-                    memory.grad_queries);
+  if (problem.grad_head_scale)
+    problem.grad_head_scale[task] += forward.scale * sum_products(memory.queries + first * size, memory.grad_queries,
+                                                                  count, size, memory.padded_dim);
+  write_gradient<T>(problem, window, task, {0, {window.queries.data + first, count}, problem.grad_q, nullptr}, factor,
+                    nullptr, memory.padded_dim, memory.grad_queries);
   if (!problem.grad_attn_scale) return;
   double sum = 0.;
   for (int64_t i = 0; i < count; ++i) sum += memory.products[i];
@@ -243,13 +252,15 @@ void differentiate_window(const WindowAttentionBackward<T>& problem, const Token
   const T attn_scale = forward.attn_scale ? forward.attn_scale[head] : T(0);
   pack_qkv(forward, window, head, memory.queries, memory.keys, memory.values);
   pack_gradient(problem, window, head, memory.gradients);
-  if (forward.attn_scale) mean_regions(window, memory.values, size, padded_dim, T(1), memory.means);
-  for (int64_t first = 0; first < window.count; first += kGroup)
-    differentiate_group(problem, window, task, first, window.count - first < kGroup ? window.count - first : kGroup,
-                        next, memory);
-  write_gradient<T>(problem, window, task, 1, 0, window.count, forward.scale, nullptr, padded_dim, memory.grad_keys);
-  if (forward.attn_scale) mean_regions(window, memory.gradients, size, padded_dim, attn_scale, memory.means);
-  write_gradient<T>(problem, window, task, 2, 0, window.count, T(1) + attn_scale,
+  if (forward.attn_scale) mean_regions(window, window.keys, memory.values, size, padded_dim, T(1), memory.means);
+  for (int64_t first = 0; first < window.queries.count; first += kGroup)
+    differentiate_group(problem, window, task, first,
+                        window.queries.count - first < kGroup ? window.queries.count - first : kGroup, next, memory);
+  write_gradient<T>(problem, window, task, {1, window.keys, problem.grad_k, problem.window_grad_k},
+                    head_factor(forward, head), nullptr, padded_dim, memory.grad_keys);
+  if (forward.attn_scale)
+    mean_regions(window, window.queries, memory.gradients, size, padded_dim, attn_scale, memory.means);
+  write_gradient<T>(problem, window, task, {2, window.keys, problem.grad_v, problem.window_grad_v}, T(1) + attn_scale,
                     forward.attn_scale ? memory.means : nullptr, padded_dim, memory.grad_values);
 }
 

@@ -34,61 +34,50 @@ inline Vector<T> maximum_of(Vector<T> a, Vector<T> b) {
   return a > b ? a : b;
 }
 
-// Rows of numbers [key][query], or null.
+// The bias of a group of queries and of all keys, [key][kGroup queries].
 template <typename T>
-struct Base {
-  const T* data;
-  int64_t row;
-};
-
-// to [key][kGroup queries] = the bias of `count` queries from `query` on and `keys` keys from `key` on.
-template <typename T>
-void transpose_bias(const T* bias, int64_t tokens, int64_t query, int64_t count, int64_t key, int64_t keys, T* to) {
-  for (int64_t i = 0; i < count; i += kLanes<T>) {
-    const int64_t lanes = count - i < kLanes<T> ? count - i : kLanes<T>;
-    for_each_width<T>(keys, [&](int64_t j, auto width) {
-      Vector<T> block[kLanes<T>] = {};  // of keys, then of queries
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        const T* from = bias + (query + i + lane) * tokens + key + j;
-        __builtin_prefetch(from + kKeyTile);  // of the next tile: neighbours in memory are few
-        std::memcpy(&block[lane], from, width() * sizeof(T));
-      }
-      transpose<T>(block);
-#pragma GCC unroll 16
-      for (int k = 0; k < kLanes<T>; ++k)
-        if (k < width()) store<T>(to + (j + k) * kGroup + i, block[k]);
-    });
-  }
+inline const T* bias_of_group(const WindowAttention<T>& problem, int64_t head, int64_t group) {
+  return problem.bias + (head * group_count(window_tokens(problem)) + group) * window_keys(problem) * kGroup;
 }
 
-// The terms added to the scores of a group of queries from `first` on and the keys from `key` on: the bias, and what
-// sets regions apart. Collected in `to` where it does not lie ready.
+// to [region of a key][kGroup queries]: what sets regions apart in the scores of `count` queries.
 template <typename T>
-Base<T> score_base(const WindowAttention<T>& problem, const TokenWindow& window, int64_t head, int64_t first,
-                   int64_t count, int64_t key, int64_t keys, T* to) {
-  const int64_t tokens = window_tokens(problem), row = padded_to_vector(tokens);
-  const T* bias = problem.bias ? problem.bias + head * tokens * tokens : nullptr;
-  if (!bias && !window.regions) return {nullptr, 0};
-  if (window.complete && !window.regions && problem.bias_table)
-    return {problem.bias_table + (head * tokens + key) * row + first, row};
-  const Token* queries = window.tokens + first;
-  if (bias && window.complete) transpose_bias(bias, tokens, first, count, key, keys, to);
+void fill_region_scores(const Token* queries, int64_t count, T* to) {
+  for (int32_t region = 0; region < kRegions; ++region)
+    for (int64_t i = 0; i < count; ++i)
+      to[region * kGroup + i] = queries[i].region == region ? T(0) : T(kRegionScore);
+}
+
+// The terms added to the scores of a group of queries from `first` on and the keys from `key` on, [key][kGroup queries],
+// or null: the bias, and what sets regions apart. Collected in memory where they do not lie ready.
+template <typename T, typename Memory>
+const T* score_base(const WindowAttention<T>& problem, const TokenWindow& window, int64_t head, int64_t first,
+                    int64_t count, int64_t key, int64_t keys, const Memory& memory) {
+  if (!problem.bias && !window.regions) return nullptr;
+  if (window.complete && !window.regions) return bias_of_group(problem, head, first / kGroup) + key * kGroup;
   for (int64_t i = 0; i < keys; ++i) {
-    const Token& token = window.tokens[key + i];
-    T* at = to + i * kGroup;
-    for (int64_t j = 0; j < count && !bias; ++j) at[j] = T(0);
-    for (int64_t j = 0; j < count && !window.complete; ++j) at[j] = bias[queries[j].place * tokens + token.place];
-    for (int64_t j = 0; j < count && window.regions; ++j)
-      at[j] += queries[j].region == token.region ? T(0) : T(kRegionScore);
+    const Token& token = window.keys[key + i];
+    T* to = memory.base + i * kGroup;
+    const T* apart = window.regions ? memory.region_scores + token.region * kGroup : nullptr;
+    if (window.complete) {
+      const T* bias = problem.bias ? bias_of_group(problem, head, first / kGroup) + (key + i) * kGroup : nullptr;
+      for (int64_t j = 0; j < count; j += kLanes<T>)
+        store<T>(to + j, bias ? load<T>(bias + j) + load<T>(apart + j) : load<T>(apart + j));
+    } else {  // a part of a window, and so of one region
+      for (int64_t j = 0; j < count; ++j) {
+        const int64_t place = window.queries[first + j].place;
+        to[j] = bias_of_group(problem, head, place / kGroup)[token.place * kGroup + place % kGroup];
+      }
+    }
   }
-  return {to, kGroup};
+  return memory.base;
 }
 
 // Scores [key][query] of a group and a tile.
 template <typename T>
 void score_tile(const T* keys, const T* columns, int64_t head_dim, int64_t count, int64_t key_count,
-                const Base<T>& base, T* scores) {
-  multiply<T>({keys, head_dim, 1, columns, kGroup, base.data, base.row, scores, kGroup}, key_count, count, head_dim);
+                const T* base, T* scores) {
+  multiply<T>({keys, head_dim, 1, columns, kGroup, base, kGroup, scores, kGroup}, key_count, count, head_dim);
 }
 
 // Scores of a tile to weights; `factor` is what sums over earlier tiles are to be multiplied with.
@@ -114,6 +103,12 @@ void online_softmax_step(T* scores, int64_t count, int64_t keys, T* maximum, T* 
     store<T>(factor + i, decay);
     store<T>(total + i, decay * load<T>(total + i) + sum);
   }
+}
+
+// The factor of one head's scores.
+template <typename T>
+inline T head_factor(const WindowAttention<T>& problem, int64_t head) {
+  return problem.head_scale ? problem.scale * problem.head_scale[head] : problem.scale;
 }
 
 // Whether components are the lanes of sums over keys: fewer lanes are empty then, or hardly more (and no result has to
@@ -149,15 +144,15 @@ void scale_columns(const T* factor, int64_t count, int64_t size, T* to) {
     }
 }
 
-// to [region][padded_dim] = factor * mean of the rows [token][size] of each region.
+// to [region][padded_dim] = factor * sum of the rows [token][size] of each region / its number of keys.
 template <typename T>
-void mean_regions(const TokenWindow& window, const T* rows, int64_t size, int64_t padded_dim, T factor, T* to) {
+void mean_regions(const TokenWindow& window, const TokenList& tokens, const T* rows, int64_t size, int64_t padded_dim,
+                  T factor, T* to) {
   int64_t counts[kRegions] = {};
   fill(to, kRegions * padded_dim, T(0));
-  for (int64_t i = 0; i < window.count; ++i) {
-    const int32_t region = window.tokens[i].region;
-    T* at = to + region * padded_dim;
-    ++counts[region];
+  for (int64_t i = 0; i < window.keys.count; ++i) ++counts[window.keys[i].region];
+  for (int64_t i = 0; i < tokens.count; ++i) {
+    T* at = to + tokens[i].region * padded_dim;
     for (int64_t j = 0; j < size; j += kLanes<T>) store<T>(at + j, load<T>(at + j) + load<T>(rows + i * size + j));
   }
   for (int64_t region = 0; region < kRegions; ++region) {
@@ -174,9 +169,9 @@ void write_group(const WindowAttention<T>& problem, const TokenWindow& window, i
   const T attn_scale = problem.attn_scale ? problem.attn_scale[head] : T(0);
   for (int64_t i = 0; i < count; i += kLanes<T>) store<T>(memory.factor + i, T(1) / load<T>(memory.total + i));
   for (int64_t i = 0; i < count; ++i) {
-    const Token& token = window.tokens[first + i];
+    const Token& token = window.queries[first + i];
     if (token.is_padding()) continue;
-    const int64_t row = token_index(problem, window, token) * problem.heads + head;
+    const int64_t row = token_index(problem, window.batch, token) * problem.heads + head;
     problem.statistics[row] = memory.maximum[i];
     problem.statistics[statistics + row] = memory.factor[i];
     T* sums = memory.sums + i * memory.padded_dim;
@@ -198,12 +193,19 @@ struct NextWindow {
   int64_t head;
 
   [[gnu::always_inline]] void prefetch_part(int64_t part, int64_t parts) const {
-    const int64_t channels = problem.heads * problem.head_dim, all = parts * problem.heads;
-    const int64_t begin = window.count * (head * parts + part) / all,
-                  end = window.count * (head * parts + part + 1) / all;
-    prefetch<0>(problem.qkv, window, begin, end, 0, 3 * channels);
-    prefetch<1>(contiguous_map(problem.rows, problem.columns, channels, problem.output), window, begin, end, 0,
-                channels);
+    prefetch_share<0>(problem.q, window.queries, part, parts);
+    prefetch_share<0>(problem.k, window.keys, part, parts);
+    prefetch_share<0>(problem.v, window.keys, part, parts);
+    prefetch_share<1>(contiguous_map(problem.axes, problem.heads * problem.head_dim, problem.output), window.queries,
+                      part, parts);
+  }
+
+  template <int write, typename U>
+  [[gnu::always_inline]] void prefetch_share(const TokenMap<U>& map, const TokenList& tokens, int64_t part,
+                                             int64_t parts) const {
+    const int64_t all = parts * problem.heads, begin = tokens.count * (head * parts + part) / all,
+                  end = tokens.count * (head * parts + part + 1) / all;
+    prefetch<write>(map, window.batch, tokens, begin, end, 0, problem.heads * problem.head_dim);
   }
 };
 
@@ -213,13 +215,14 @@ void attend_group(const WindowAttention<T>& problem, const TokenWindow& window, 
                   int64_t count, const NextWindow<T>& next, const ForwardMemory<T>& memory) {
   const int64_t size = problem.head_dim, padded_dim = memory.padded_dim;
   const bool components = lanes_are_components<T>(window_tokens(problem), size);
-  transpose_to_columns(memory.queries + first * size, count, size, problem.scale, memory.columns);
+  transpose_to_columns(memory.queries + first * size, count, size, head_factor(problem, head), memory.columns);
+  if (window.regions) fill_region_scores(window.queries.data + first, count, memory.region_scores);
   fill(memory.maximum, kGroup, kLowest<T>);
   fill(memory.total, kGroup, T(0));
   if (first == 0) next.prefetch_part(0, 3);
-  for (int64_t key = 0; key < window.count; key += kKeyTile) {
-    const int64_t keys = window.count - key < kKeyTile ? window.count - key : kKeyTile;
-    const Base<T> base = score_base(problem, window, head, first, count, key, keys, memory.base);
+  for (int64_t key = 0; key < window.keys.count; key += kKeyTile) {
+    const int64_t keys = window.keys.count - key < kKeyTile ? window.keys.count - key : kKeyTile;
+    const T* base = score_base(problem, window, head, first, count, key, keys, memory);
     score_tile(memory.keys + key * size, memory.columns, size, count, keys, base, memory.scores);
     if (first + key == 0) next.prefetch_part(1, 3);
     online_softmax_step(memory.scores, count, keys, memory.maximum, memory.total, memory.factor);
@@ -255,17 +258,17 @@ void window_attention(const WindowAttention<T>& problem, int64_t begin, int64_t 
   for (int64_t index = begin; index < end; ++index) {
     const int64_t first = index % units * kUnit, task = index / units, head = task % problem.heads;
     const TokenWindow& window = windows.at(task / problem.heads);
-    if (first >= window.count) continue;
+    if (first >= window.queries.count) continue;
     if (task != ready) {
       ready = task;
       pack_qkv(problem, window, head, memory.queries, memory.keys, memory.values);
       if (problem.attn_scale)
-        mean_regions(window, memory.values, problem.head_dim, memory.padded_dim, T(1), memory.means);
+        mean_regions(window, window.keys, memory.values, problem.head_dim, memory.padded_dim, T(1), memory.means);
     }
     const int64_t following = task / problem.heads + 1;
     const NextWindow<T> next = {problem, windows.next(task / problem.heads, following < count ? following : count - 1),
                                 head};
-    const int64_t last = first + kUnit < window.count ? first + kUnit : window.count;
+    const int64_t last = first + kUnit < window.queries.count ? first + kUnit : window.queries.count;
     for (int64_t query = first; query < last; query += kGroup)
       attend_group(problem, window, head, query, last - query < kGroup ? last - query : kGroup, next, memory);
   }

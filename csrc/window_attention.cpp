@@ -88,10 +88,23 @@ void check(const Arguments& a) {
   check_operand(kOp, "head_scale", a.head_scale, {a.heads}, a.q);
 }
 
-// In the type that is computed in (low precision is widened once), channels neighbours.
+// The distance of neighbouring tokens of a map [B, *size, channels], if all have the same.
+std::optional<int64_t> token_distance(const at::Tensor& map) {
+  std::optional<int64_t> distance;
+  int64_t tokens = 1;
+  for (int64_t i = map.dim() - 2; i >= 0; --i) {
+    if (map.size(i) == 1) continue;
+    if (!distance) distance = map.stride(i);
+    if (map.stride(i) != *distance * tokens) return std::nullopt;
+    tokens *= map.size(i);
+  }
+  return distance.value_or(map.size(-1));
+}
+
+// In the type that is computed in (low precision is widened once), channels neighbours, tokens evenly spaced.
 at::Tensor map_operand(const at::Tensor& map, at::ScalarType type) {
   const at::Tensor wide = map.to(type);
-  return wide.stride(-1) == 1 ? wide : wide.contiguous();
+  return wide.stride(-1) == 1 && token_distance(wide) ? wide : wide.contiguous();
 }
 
 // Part 0, 1 or 2 of the channels of a fused map.
@@ -102,10 +115,7 @@ at::Tensor channel_part(const at::Tensor& map, int64_t part) {
 
 template <typename T>
 TokenMap<T> token_map(const at::Tensor& map) {
-  TokenMap<T> found{const_cast<T*>(map.const_data_ptr<std::remove_const_t<T>>()), map.stride(0), {}};
-  for (int64_t axis = kAxes - 1, from = map.dim() - 2; axis >= 0 && from > 0; --axis, --from)
-    found.axes[axis] = map.stride(from);
-  return found;
+  return {const_cast<T*>(map.const_data_ptr<std::remove_const_t<T>>()), *token_distance(map)};
 }
 
 // A bias [heads, queries, keys] as [heads, groups of queries, keys, kGroup].

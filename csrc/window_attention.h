@@ -12,11 +12,11 @@ namespace asvit_fast {
 
 constexpr int kAxes = 3;  // depth, rows and columns; a map of rows and columns has a depth of 1
 
-// A map [batch, *axes, heads, head_dim], the last two dimensions contiguous. Distances of neighbours in elements.
+// A map [batch, *axes, heads, head_dim], the last two dimensions contiguous, tokens `distance` elements apart.
 template <typename T>
 struct TokenMap {
   T* data;
-  int64_t batch, axes[kAxes];
+  int64_t distance;
 };
 
 template <typename T>
@@ -112,11 +112,11 @@ inline int64_t map_tokens(const WindowAttention<T>& problem) {
 }
 
 struct Token {
-  int64_t axes[kAxes];  // position on the map; the first is -1: padding
-  int32_t place;        // in the whole window, as the bias counts
-  int32_t region;       // 0 ... kRegions - 1
+  int64_t index;   // on the map of all images; -1: padding
+  int32_t place;   // in the whole window, as the bias counts
+  int32_t region;  // 0 ... kRegions - 1
 
-  bool is_padding() const { return axes[0] < 0; }
+  bool is_padding() const { return index < 0; }
 };
 
 struct TokenList {
@@ -128,27 +128,28 @@ struct TokenList {
 
 // The tokens of one window of one image.
 struct TokenWindow {
-  int64_t index, batch;
+  int64_t index;
   TokenList queries, keys;
   bool complete;  // places are 0, 1, ...
   bool regions;   // there is more than one
 };
 
-inline TokenList list_tokens(const AxisWindow (&axes)[kAxes], const int64_t (&places)[kAxes], Token* tokens) {
+// The tokens of a window of one image, whose first token has the index `image`. `places` there are along each axis.
+inline TokenList list_tokens(int64_t image, const AxisWindow (&axes)[kAxes], const int64_t (&places)[kAxes],
+                             Token* tokens) {
   Token* to = tokens;
   for (int64_t i = 0; i < axes[0].length; ++i) {
     const AxisToken slice = axes[0].token(i);
     for (int64_t j = 0; j < axes[1].length; ++j) {
       const AxisToken row = axes[1].token(j);
-      const int64_t before = (slice.offset * places[1] + row.offset) * places[2];
-      const int32_t region = 4 * slice.region + 2 * row.region;
       const bool beyond = slice.position < 0 || row.position < 0;
+      const int64_t start = image + (slice.position * axes[1].axis.size + row.position) * axes[2].axis.size;
+      const auto place = static_cast<int32_t>((slice.offset * places[1] + row.offset) * places[2]);
+      const int32_t region = 4 * slice.region + 2 * row.region;
       for (int64_t k = 0; k < axes[2].length; ++k) {
         const AxisToken column = axes[2].token(k);
         const bool padding = beyond || column.position < 0;
-        *to++ = {{padding ? -1 : slice.position, row.position, column.position},
-                 static_cast<int32_t>(before) + column.offset,
-                 region + column.region};
+        *to++ = {padding ? -1 : start + column.position, place + column.offset, region + column.region};
       }
     }
   }
@@ -164,12 +165,14 @@ inline TokenWindow window_at(const WindowAttention<T>& problem, int64_t index, T
   const int64_t at[kAxes] = {index / counts[2] / counts[1] % counts[0], index / counts[2] % counts[1],
                              index % counts[2]};
   const auto window = [&](int axis) { return AxisWindow(axes[axis], problem.layout, at[axis]); };
-  const TokenList queries = list_tokens({window(0), window(1), window(2)}, places, tokens);
-  TokenWindow found = {index, index / counts[2] / counts[1] / counts[0], queries, queries, true, false};
+  const int64_t image =
+      index / counts[2] / counts[1] / counts[0] * axes[0].size * axes[1].size * axes[2].size;
+  const TokenList queries = list_tokens(image, {window(0), window(1), window(2)}, places, tokens);
+  TokenWindow found = {index, queries, queries, true, false};
   if (has_margin(problem)) {
     for (int axis = 0; axis < kAxes; ++axis) places[axis] += 2 * axes[axis].margin;
     const auto keys = [&](int axis) { return AxisWindow::keys(axes[axis], problem.layout, at[axis]); };
-    found.keys = list_tokens({keys(0), keys(1), keys(2)}, places, tokens + window_tokens(problem));
+    found.keys = list_tokens(image, {keys(0), keys(1), keys(2)}, places, tokens + window_tokens(problem));
   }
   found.complete = queries.count == window_tokens(problem) && found.keys.count == window_keys(problem);
   for (int64_t i = 0; i < queries.count && !found.regions; ++i) found.regions = queries[i].region != queries[0].region;
@@ -197,6 +200,7 @@ struct ForwardMemory {
   T* scores;                    // of a group and a tile, [key][query]
   T* base;                      // what is added to them, [key][query]
   T* region_scores;             // of a group, [region of a key][query]
+  int64_t* bias_places;         // of a group, [query]
   T* sums;                      // [query][padded_dim]
   T* column_sums;               // [component][query]
   T *maximum, *total, *factor;  // [query]
@@ -214,6 +218,7 @@ struct ForwardMemory {
     scores = arena.take<T>(kKeyTile * kGroup);
     base = arena.take<T>(kKeyTile * kGroup);
     region_scores = arena.take<T>(kRegions * kGroup);
+    bias_places = arena.take<int64_t>(kGroup);
     sums = arena.take<T>(kGroup * padded_dim);
     column_sums = arena.take<T>(padded_dim * kGroup);
     maximum = arena.take<T>(kGroup);
@@ -232,6 +237,7 @@ struct BackwardMemory {
   T *weights, *scores;                      // of a group and a tile, [key][query]; scores: the gradients of
   T* base;                                  // [key][query]
   T* region_scores;                         // [region of a key][query]
+  int64_t* bias_places;                     // [query]
   T* grad_queries;                          // [query][padded_dim]
   T* column_sums;                           // [component][query]
   T *maximum, *inverse, *delta, *products;  // [query]
@@ -254,6 +260,7 @@ struct BackwardMemory {
     scores = arena.take<T>(kKeyTile * kGroup);
     base = arena.take<T>(kKeyTile * kGroup);
     region_scores = arena.take<T>(kRegions * kGroup);
+    bias_places = arena.take<int64_t>(kGroup);
     grad_queries = arena.take<T>(kGroup * padded_dim);
     column_sums = arena.take<T>(padded_dim * kGroup);
     maximum = arena.take<T>(kGroup);

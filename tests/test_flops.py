@@ -94,12 +94,12 @@ def test_taylor(orders: int) -> None:
 
 @needs_extension
 def test_compiled_ops_called_by_themselves() -> None:
-    settings = (2, [2, 3], [1, 1], 0.5, "masked", None, None, None)
+    settings = (*[None] * 6, 2, [2, 3], [1, 1], [], 0.5, "masked")
     (qkv,) = tensors((2, 4, 6, 24))
     compiled, qkv = torch.ops.asvit_fast_C, qkv.detach()
     output, statistics = compiled.window_attention(qkv, *settings)
     forward = counted(lambda: compiled.window_attention(qkv, *settings)[0], backward=False)
-    arguments = (output, qkv, output, statistics, *settings, [False] * 3)
+    arguments = (output, output, statistics, qkv, *settings, [False] * 7)
     backward = counted(lambda: compiled.window_attention_backward(*arguments)[0], backward=False)
     assert (forward, backward) == (2 * 4 * 8 * 4 * 36, 2 * forward)
 

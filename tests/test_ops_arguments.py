@@ -81,8 +81,17 @@ def refused() -> list[tuple[str, Callable[[], object]]]:
     refuse(attention, "qkv", QKV[0], QKV[..., :0], QKV.int(), QKV.cfloat(), QKV.to(torch.float8_e5m2))
     refuse(attention_taylor, "qkv", QKV, STACK[:0], STACK.int(), STACK.repeat(2, 1, 1, 1, 1))
     refuse(attention_taylor, "bias", torch.zeros(2, 4, 4).double())
-    for function in (attention, attention_taylor):
-        refuse(function, "scale", *NO_NUMBERS, float("nan"), float("inf"), -float("inf"))
+    numbers = [value for value in NO_NUMBERS if not isinstance(value, Tensor)]  # a tensor is a factor for each head
+    refuse(attention, "scale", *numbers, *misfits((2,)), float("nan"), float("inf"), -float("inf"))
+    refuse(attention_taylor, "scale", *NO_NUMBERS, float("nan"), float("inf"), -float("inf"))
+    refuse(attention, "qkv", (QKV, QKV), (QKV[..., :4], QKV[..., :4], QKV[..., :2]), QKV[:, None])
+    odd = (QKV[..., :4], QKV[:, :2, :, :4], QKV[..., :4].double(), QKV[..., :4].to("meta"))
+    refuse(attention, "qkv", *((odd[0], x, odd[0]) for x in odd[1:]), *((odd[0], odd[0], x) for x in odd[1:]))
+    refuse(attention, "kv_window", 4, (4,), (4, 3), (2, 1), (1, 1), (4, 4, 4), *((number, 2) for number in NO_INTEGERS))
+    refuse(attention, "kv_window", (4, 4), shift=(1, 0))
+    refuse(attention, "kv_window", (4, 4), layout="grid", qkv=QKV[:, :, :4])
+    refuse(attention, "bias", torch.zeros(2, 4, 4), kv_window=(4, 4))
+    refuse(attention, "kv_window", *((huge, huge) for huge in HUGE if huge % 2 == 0))
     for function in (embedding, merging):
         refuse(function, "eps", *NO_EPS)
     refuse(ops.layer_norm_taylor, "eps", *NO_EPS, x=ROWS)
@@ -173,7 +182,7 @@ def test_windows_larger_than_the_map_keep_shift_and_bias(window: tuple[int, int]
     bias = torch.randn(2, tokens, tokens, dtype=torch.float64, generator=generator).requires_grad_()
     cotangent = torch.randn(1, 4, 5, 4, dtype=torch.float64, generator=generator)
     for shift in [(0, 0), (1, 1), (window[0] - 1, 0), (0, window[1] - 1), (3, 1)]:
-        want = window_attention_reference(qkv, 2, list(window), list(shift), bias)
+        want = window_attention_reference([qkv], 2, list(window), list(shift), bias)
         (to_bias,) = torch.autograd.grad(want, bias, cotangent)
         got = attention(window, shift, qkv=qkv, bias=bias)
         torch.testing.assert_close(got, want)
@@ -239,7 +248,8 @@ def test_a_masked_query_attends_all_keys_alike(dtype: torch.dtype) -> None:
 
 def test_a_meta_parameter_is_not_read_as_memory() -> None:
     """The custom ops themselves: torch sends such a call to their fake implementation."""
-    arguments = (torch.zeros(2, 4, 4, device="meta"), None, None, 2, [2, 2], [0, 0], 0.5, "masked", 0.0)
+    bias = torch.zeros(2, 4, 4, device="meta")
+    arguments = (None, None, bias, None, None, None, 2, [2, 2], [0, 0], [2, 2], 0.5, "masked", 0.0)
     with pytest.raises(af.InputError, match="bias must be on cpu, got one on meta"):
         torch.ops.asvit_fast.window_attention(QKV, *arguments)
     with pytest.raises(af.InputError, match="norm_weight must be on cpu"):
@@ -253,9 +263,9 @@ def test_a_meta_parameter_is_not_read_as_memory() -> None:
 @needs_extension
 def test_compiled_ops_check_what_they_read() -> None:
     compiled = torch.ops.asvit_fast_C
-    settings = (2, [2, 2], [0, 0], 0.5, "masked", None, None, None)
-    output, statistics = compiled.window_attention(QKV, *settings)
-    backward = (output, QKV, output, statistics, *settings, [False] * 3)
+    attend = (QKV, *[None] * 6, 2, [2, 2], [0, 0], [], 0.5, "masked")
+    output, statistics = compiled.window_attention(*attend)
+    backward = (output, output, statistics, *attend, [False] * 7)
     merge = (TOKENS, MERGE, 2, 2, torch.ones(12), None)
     merged, moments = compiled.patch_merge(*merge, None, 1e-5, False, [0] * 4)
     merged_backward = (merged, TOKENS, MERGE, moments, 2, 2, torch.ones(12), None, 1e-5, False, [0] * 4, True, True)
@@ -267,11 +277,17 @@ def test_compiled_ops_check_what_they_read() -> None:
             with pytest.raises((ValueError, TypeError)):
                 op(*arguments[:index], value, *arguments[index + 1 :])
 
-    wrong(compiled.window_attention, (QKV, *settings), 2, [2**31, 2**31], [2**32, 2**32], [2**62, 4], [0, 2], [2])
-    wrong(compiled.window_attention, (QKV, *settings), 6, torch.zeros(2, 4, 4).int(), torch.zeros(2, 4, 1))
-    wrong(compiled.window_attention_backward, backward, 0, output[:, :1], output[..., :2])
-    wrong(compiled.window_attention_backward, backward, 2, output[:, :1], output[..., :1])
-    wrong(compiled.window_attention_backward, backward, 3, statistics[:1], statistics.double(), statistics[..., :1])
+    windows = ([2**31, 2**31], [2**32, 2**32], [2**62, 4], [0, 2], [2], [2, 2, 2], [2, 2, 2, 2])
+    wrong(compiled.window_attention, attend, 8, *windows)
+    wrong(compiled.window_attention, attend, 10, [4], [3, 2], [1, 2], [2**31, 2**31], [2**62, 2], [4, 4, 4])
+    wrong(compiled.window_attention, attend, 1, QKV, QKV[..., :4])
+    wrong(compiled.window_attention, attend, 3, torch.zeros(2, 4, 4).int(), torch.zeros(2, 4, 1))
+    for index in (5, 6):
+        wrong(compiled.window_attention, attend, index, torch.zeros(3), torch.zeros(2).int())
+    for index in (0, 1):
+        wrong(compiled.window_attention_backward, backward, index, output[:, :1], output[..., :2])
+    wrong(compiled.window_attention_backward, backward, 2, statistics[:1], statistics.double(), statistics[..., :1])
+    wrong(compiled.window_attention_backward, backward, 16, [False] * 3, [True] * 7)
     wrong(compiled.patch_merge, (*merge, None, 1e-5, False, [0] * 4), 2, 2**31, 2**32, 2**62, 0, 3)
     wrong(compiled.patch_merge, (*merge, None, 1e-5, False, [0] * 4), 6, torch.zeros(3), torch.zeros(2).int())
     wrong(compiled.patch_merge, (*merge, None, 1e-5, False, [0] * 4), 9, [0] * 3, [-1, 0, 0, 0], [2**62] * 4)

@@ -296,7 +296,7 @@ def test_opcheck(device: torch.device) -> None:
     for requires_grad in (False, True):  # without and with a bias
         qkv = torch.randn(2, 5, 4, 12).requires_grad_(requires_grad)
         bias = torch.randn(2, 6, 6).requires_grad_() if requires_grad else None
-        settings = (bias, None, None, 2, [3, 2], [1, 0], 0.7, "masked", 0.0)
+        settings = (None, None, bias, None, None, None, 2, [3, 2], [1, 0], [3, 2], 0.7, "masked", 0.0)
         torch.library.opcheck(torch.ops.asvit_fast.window_attention.default, (qkv, *settings))
         out, statistics = torch.ops.asvit_fast.window_attention(qkv, *settings)
         arguments = (
@@ -305,7 +305,7 @@ def test_opcheck(device: torch.device) -> None:
             statistics.detach(),
             qkv,
             *settings,
-            [True, requires_grad, False, False],
+            [True, False, False, requires_grad, False, False, False],
         )
         torch.library.opcheck(torch.ops.asvit_fast.window_attention_gradients.default, arguments)
 

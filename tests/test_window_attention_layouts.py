@@ -234,15 +234,15 @@ def test_opcheck(layout: str) -> None:
     case = (6, 4, 2, 2, (3, 2), (0, 0) if layout == "grid" else (1, 0), layout)
     tensors = {name: x.requires_grad_() for name, x in random_tensors(case).items()}
     parameters = [tensors.get(name) for name in ("bias", "padding", "attn_scale")]
-    settings = (*parameters, 2, [3, 2], list(case[5]), 0.7, layout, 0.0)
+    settings = (None, None, *parameters, None, 2, [3, 2], list(case[5]), [3, 2], 0.7, layout, 0.0)
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.asvit_fast.window_attention.default, (tensors["qkv"], *settings))
     out, statistics = torch.ops.asvit_fast.window_attention(tensors["qkv"], *settings)
     arguments = (torch.randn_like(out), out.detach(), statistics.detach(), tensors["qkv"], *settings)
-    wanted = [True, *(parameter is not None for parameter in parameters)]
+    wanted = [True, False, False, *(parameter is not None for parameter in parameters), False]
     operation = torch.ops.asvit_fast.window_attention_gradients.default
     torch.library.opcheck(operation, (*arguments, wanted), test_utils=utilities)
-    torch.library.opcheck(operation, (*arguments, [False, wanted[1], False, False]), test_utils=utilities)
+    torch.library.opcheck(operation, (*arguments, [False, False, False, wanted[3], False, False, False]), test_utils=utilities)
 
 
 def test_dropout_keeps_the_layout() -> None:

@@ -185,15 +185,20 @@ class WindowAttentionConfig:
     num_heads: int
     window: list[int]
     shift: list[int]
-    kv_window: list[int]  # empty: as window
+    kv_window: list[int]  # as window where keys come from the same ones
     scale: float
     layout: str
     dropout: float = 0.0
 
     @property
+    def key_window(self) -> list[int] | None:
+        """Windows of keys around those of queries, if there are such."""
+        return None if self.kv_window == self.window else self.kv_window
+
+    @property
     def kernel_arguments(self) -> tuple[Any, ...]:
         """As kernels take them: none has dropout."""
-        return self.num_heads, self.window, self.shift, self.kv_window, self.scale, self.layout
+        return self.num_heads, self.window, self.shift, self.key_window or [], self.scale, self.layout
 
 
 class _Operands(NamedTuple):
@@ -227,7 +232,7 @@ def _reference(operands: Operands, config: WindowAttentionConfig) -> Tensor:
     x = _Operands(*operands)
     return window_attention_reference(
         x.projections, config.num_heads, config.window, config.shift, x.bias, config.scale, config.dropout,
-        config.layout, x.padding, x.attn_scale, config.kv_window or None, x.head_scale,
+        config.layout, x.padding, x.attn_scale, config.key_window, x.head_scale,
     )  # fmt: skip
 
 
@@ -235,7 +240,7 @@ def _window_projections(x: _Operands, config: WindowAttentionConfig) -> tuple[Te
     """q, k, v [B, windows, heads, tokens, d]."""
     return window_projections(
         x.projections, config.num_heads, config.window, config.shift, config.layout, x.padding,
-        config.kv_window or None,
+        config.key_window,
     )  # fmt: skip
 
 
@@ -247,7 +252,7 @@ def _sdpa(operands: Operands, config: WindowAttentionConfig) -> Tensor:
     if x.head_scale is not None:
         q = q * x.head_scale.to(q.dtype).unsqueeze(1).unsqueeze(2)
     mask = window_mask(
-        x.size, window, shift, q.dtype, q.device, layout, config.kv_window or None
+        x.size, window, shift, q.dtype, q.device, layout, config.key_window
     )  # [windows, queries, keys]
     bias = None if x.bias is None else x.bias.to(q.dtype)
     if mask is not None:
@@ -264,7 +269,7 @@ def _sdpa(operands: Operands, config: WindowAttentionConfig) -> Tensor:
 
 
 def _is_single_tile(x: _Operands, config: WindowAttentionConfig) -> bool:
-    tokens, head_dim = token_count(config.kv_window or config.window), x.channels // config.num_heads
+    tokens, head_dim = token_count(config.kv_window), x.channels // config.num_heads
     return is_single_tile(tokens, head_dim, 8 * x.q.element_size())
 
 
@@ -286,7 +291,7 @@ def _statistics(operands: Operands, config: WindowAttentionConfig) -> Tensor:
         return x.q.new_empty(0, dtype=torch.float32)
     q, k, _ = _window_projections(x, config)
     scores = _scores(
-        q, k, x.size, config.window, config.shift, x.bias, config.scale, config.layout, config.kv_window or None,
+        q, k, x.size, config.window, config.shift, x.bias, config.scale, config.layout, config.key_window,
         x.head_scale,
     )[0].to(_working_type(q))  # fmt: skip
     largest = scores.amax(-1)  # [B, windows, heads, queries]
@@ -317,7 +322,7 @@ def _compiled_backward(
     grads = torch.ops.asvit_fast_C.window_attention_backward(
         gradient, *result, *operands, *config.kernel_arguments, needs_grad
     )
-    return _fold_gradients(grads, _Operands(*operands), config) if config.kv_window else grads
+    return _fold_gradients(grads, _Operands(*operands), config) if config.key_window else grads
 
 
 def _fold_gradients(grads: Sequence[Tensor], x: _Operands, config: WindowAttentionConfig) -> Gradients:
@@ -373,7 +378,8 @@ def _sdpa_cannot(operands: Operands, config: WindowAttentionConfig) -> str | Non
 
 
 def _old(operands: Operands, config: WindowAttentionConfig) -> str | None:
-    new = operands[1] is not None or operands[6] is not None or len(config.window) == 3 or config.kv_window
+    new = operands[1] is not None or operands[6] is not None or len(config.window) == 3
+    new = new or config.key_window
     return "not yet" if new else None
 
 
@@ -475,4 +481,4 @@ def window_attention(
     x = _Operands(*(projections if len(projections) == 3 else (*projections, None, None)), bias, padding, attn_scale,
                   head_scale)  # fmt: skip
     factor = float(x.channels // num_heads) ** -0.5 if scale is None else 1.0 if scale is head_scale else scale
-    return WINDOW_ATTENTION(x, WindowAttentionConfig(num_heads, windows, shifts, keys or [], factor, layout, dropout))
+    return WINDOW_ATTENTION(x, WindowAttentionConfig(num_heads, windows, shifts, keys or windows, factor, layout, dropout))

@@ -71,13 +71,6 @@ def _roll(x: Tensor, shift: list[int], sign: int) -> Tensor:
     return torch.roll(x, shifts=[sign * s for s in shift], dims=[1 + axis for axis in range(len(shift))])
 
 
-def _window_order(axes: int, grid: bool) -> list[int]:
-    """The axes of [B, windows, tokens, windows, tokens, ..., C], for each axis of the map, so that windows come first;
-    where `grid`, of [B, tokens, windows, ...]."""
-    first, second = [1 + 2 * axis for axis in range(axes)], [2 + 2 * axis for axis in range(axes)]
-    return [0, *second, *first, 1 + 2 * axes] if grid else [0, *first, *second, 1 + 2 * axes]
-
-
 def partition_windows(
     x: Tensor, window: list[int], shift: list[int], layout: str = "masked", padding: Tensor | None = None
 ) -> Tensor:
@@ -86,40 +79,42 @@ def partition_windows(
         x = _pad_to_windows(_roll(x, shift, -1), window, padding)
     else:
         x = _roll(_pad_to_windows(x, window, padding), shift, -1)
-    shape, windows = [x.shape[0]], 1
+    shape, of_windows, of_tokens = [x.shape[0]], [0], [0] * 0  # of_*: the axes of windows and of their tokens
     for axis, length in enumerate(window):
         count = x.shape[1 + axis] // length
-        windows *= count
-        shape += [length, count] if layout == "grid" else [count, length]
-    channels = x.shape[-1]
-    x = x.reshape([*shape, channels]).permute(_window_order(len(window), layout == "grid"))
-    return x.reshape(shape[0], windows, token_count(window), channels)
+        if layout == "grid":
+            shape += [length, count]
+            of_tokens.append(1 + 2 * axis)
+            of_windows.append(2 + 2 * axis)
+        else:
+            shape += [count, length]
+            of_windows.append(1 + 2 * axis)
+            of_tokens.append(2 + 2 * axis)
+    shape.append(x.shape[-1])
+    of_tokens.append(len(shape) - 1)
+    x = x.reshape(shape).permute(of_windows + of_tokens)  # [B, *windows, *window, C]
+    return x.flatten(1, len(window)).flatten(2, -2)
 
 
 def partition_key_windows(x: Tensor, window: list[int], kv_window: list[int], padding: Tensor | None = None) -> Tensor:
     """The windows of ``kv_window`` tokens around those of ``window``: [B, *size, C] -> [B, windows, keys, C]."""
-    before, after = [0] * 0, [0] * 0
+    before, after, axes = [0] * 0, [0] * 0, len(window)
     for axis, length in enumerate(window):
         margin = (kv_window[axis] - length) // 2
         before.append(margin)
         after.append(window_padding(x.shape[1 + axis], length) + kv_window[axis] - length - margin)
-    x, axes = _pad(x, before, after, padding), len(window)
+    x = _pad(x, before, after, padding)
     for axis, length in enumerate(window):
         x = x.unfold(1 + axis, kv_window[axis], length)
-    windows = 1
-    for axis in range(axes):
-        windows *= x.shape[1 + axis]
-    batch, channels = x.shape[0], x.shape[1 + axes]  # of [B, *windows, C, *kv_window]
-    x = x.permute([*range(1 + axes), *range(2 + axes, 2 + 2 * axes), 1 + axes])
-    return x.reshape(batch, windows, token_count(kv_window), channels)
+    x = x.movedim(1 + axes, -1)  # [B, *windows, *kv_window, C]
+    return x.flatten(1, axes).flatten(2, -2)
 
 
 def fold_key_windows(x: Tensor, size: list[int], window: list[int], kv_window: list[int]) -> Tensor:
     """The adjoint of ``partition_key_windows``, sums over the windows that a token is in: [B, windows, keys, C] ->
     [B, *size, C]."""
-    axes, counts = len(window), [0] * 0
-    for axis, length in enumerate(window):
-        counts.append((size[axis] + window_padding(size[axis], length)) // length)
+    axes = len(window)
+    counts = [(n + window_padding(n, length)) // length for n, length in zip(size, window, strict=True)]
     x = x.reshape([x.shape[0], *counts, *kv_window, x.shape[-1]])
     for axis, length in enumerate(window):
         x = x.movedim(1 + axes, 2 + axis)  # [B, sizes so far, windows, keys, windows and keys of the others, C]
@@ -142,16 +137,16 @@ def _overlap_add(x: Tensor, axis: int, length: int) -> Tensor:
 
 def merge_windows(x: Tensor, size: list[int], window: list[int], shift: list[int], layout: str = "masked") -> Tensor:
     """The inverse of ``partition_windows``: [B, windows, tokens, C] -> [B, *size, C], padding dropped."""
-    counts, padded = [0] * 0, [0] * 0
+    counts, padded, order, axes = [x.shape[0]], [x.shape[0]], [0], len(window)
     for axis, length in enumerate(window):
         padded.append(size[axis] + window_padding(size[axis], length))
-        counts.append(padded[axis] // length)
-    axes, batch, channels = len(window), x.shape[0], x.shape[-1]
-    x = x.reshape([batch, *counts, *window, channels])
-    order = [0]
-    for axis in range(axes):
+        counts.append(padded[-1] // length)
         order += [1 + axes + axis, 1 + axis] if layout == "grid" else [1 + axis, 1 + axes + axis]
-    x = x.permute([*order, 1 + 2 * axes]).reshape([batch, *padded, channels])
+    counts += window
+    counts.append(x.shape[-1])
+    padded.append(x.shape[-1])
+    order.append(1 + 2 * axes)
+    x = x.reshape(counts).permute(order).reshape(padded)
     if layout != "timm":
         x = _roll(x, shift, 1)
     for axis in range(axes):
@@ -178,7 +173,7 @@ def padding_tokens(
         rest += window_padding(size[axis], length)
     if rest == 0:
         return None
-    is_real = torch.ones([1, *size, 1], device=device)
+    is_real = torch.ones(size, device=device).unsqueeze(0).unsqueeze(-1)  # [1, *size, 1]
     return partition_windows(is_real, window, shift, layout)[0, :, :, 0] == 0
 
 
@@ -199,7 +194,8 @@ def window_mask(
         return None
     padding = padding_tokens(size, window, shift, device, layout) if layout == "masked" else None
     if kv_window is not None:
-        is_key = partition_key_windows(torch.ones([1, *size, 1], device=device), window, kv_window)[0, :, :, 0] > 0
+        is_real = torch.ones(size, device=device).unsqueeze(0).unsqueeze(-1)  # [1, *size, 1]
+        is_key = partition_key_windows(is_real, window, kv_window)[0, :, :, 0] > 0  # [windows, keys]
         separated = ~is_key.unsqueeze(1)  # [windows, 1, key]
         separated = (
             separated.expand(-1, token_count(window), -1) if padding is None else separated & ~padding.unsqueeze(2)

@@ -32,7 +32,7 @@ void pack_gradient(const WindowAttentionBackward<T>& problem, const TokenWindow&
     if (token.is_padding()) {
       for (int64_t j = 0; j < size; ++j) row[j] = T(0);
     } else {
-      copy_row(problem.gradient.data + token_offset(problem.gradient, window.batch, token) + head * size, size, row);
+      copy_row(problem.gradient.data + token.index * problem.gradient.distance + head * size, size, row);
     }
   }
 }
@@ -50,7 +50,7 @@ void read_group(const WindowAttention<T>& forward, const TokenWindow& window, in
       memory.inverse[i] = memory.delta[i] = T(0);
       continue;
     }
-    const int64_t row = token_index(forward, window.batch, token) * forward.heads + head;
+    const int64_t row = token.index * forward.heads + head;
     const T* gradient = memory.gradients + (first + i) * size;
     memory.maximum[i] = forward.statistics[row];
     memory.inverse[i] = forward.statistics[statistics + row];
@@ -83,20 +83,14 @@ void differentiate_tile(T attn_factor, int64_t count, int64_t keys, const Backwa
 // Gradients of scores [key][kGroup queries] of a group of queries and a tile of keys, to those of one head's bias.
 template <typename T>
 void add_bias_gradient(const WindowAttention<T>& forward, const TokenWindow& window, int64_t first, int64_t count,
-                       int64_t key, int64_t keys, const T* scores, T* grad_bias) {
-  const int64_t group_size = window_keys(forward) * kGroup;
+                       int64_t key, int64_t keys, const BackwardMemory<T>& memory, T* grad_bias) {
+  const int64_t group = first / kGroup * window_keys(forward) * kGroup;
   for (int64_t i = 0; i < keys; ++i) {
-    const T* from = scores + i * kGroup;
+    const T* from = memory.scores + i * kGroup;
     T* to = grad_bias + window.keys[key + i].place * kGroup;
-    if (window.complete) {
-      to += first / kGroup * group_size;
-      for (int64_t j = 0; j < count; j += kLanes<T>) store<T>(to + j, load<T>(to + j) + load<T>(from + j));
-    } else {
-      for (int64_t j = 0; j < count; ++j) {
-        const int64_t place = window.queries[first + j].place;
-        to[place / kGroup * group_size + place % kGroup] += from[j];
-      }
-    }
+    for (int64_t j = 0; j < count && window.complete; j += kLanes<T>)
+      store<T>(to + group + j, load<T>(to + group + j) + load<T>(from + j));
+    for (int64_t j = 0; j < count && !window.complete; ++j) to[memory.bias_places[j]] += from[j];
   }
 }
 
@@ -133,7 +127,7 @@ void write_gradient(const WindowAttentionBackward<T>& problem, const TokenWindow
       copy_row(sums, size,
                rows.window_rows + ((window.index * window_keys(forward) + token.place) * heads + head) * size);
     } else {
-      copy_row(sums, size, rows.map.data + token_offset(rows.map, window.batch, token) + head * size);
+      copy_row(sums, size, rows.map.data + token.index * rows.map.distance + head * size);
     }
   }
 }
@@ -180,7 +174,7 @@ struct NextWindowBackward {
   [[gnu::always_inline]] void prefetch_outputs() const {
     const WindowAttention<T>& forward = problem.forward;
     prefetch_head<0>(problem.gradient, window.queries);
-    prefetch_head<0>(contiguous_map(forward.axes, forward.heads * forward.head_dim, forward.output), window.queries);
+    prefetch_head<0>(TokenMap<T>{forward.output, forward.heads * forward.head_dim}, window.queries);
   }
 
   [[gnu::always_inline]] void prefetch_gradients() const {
@@ -193,7 +187,7 @@ struct NextWindowBackward {
   template <int write, typename U>
   [[gnu::always_inline]] void prefetch_head(const TokenMap<U>& map, const TokenList& tokens) const {
     const int64_t size = problem.forward.head_dim;
-    prefetch<write>(map, window.batch, tokens, 0, tokens.count, head * size, size);
+    prefetch<write>(map, tokens, 0, tokens.count, head * size, size);
   }
 };
 
@@ -215,7 +209,7 @@ void differentiate_group(const WindowAttentionBackward<T>& problem, const TokenW
   const bool components = lanes_are_components<T>(tokens, size);
   const T factor = head_factor(forward, head);
   transpose_to_columns(memory.queries + first * size, count, size, factor, memory.query_columns);
-  if (window.regions) fill_region_scores(window.queries.data + first, count, memory.region_scores);
+  prepare_group(forward, window, first, count, memory);
   transpose_to_columns(memory.gradients + first * size, count, size, T(1), memory.gradient_columns);
   read_group(forward, window, head, first, count, memory);
   for (int64_t key = 0; key < window.keys.count; key += kKeyTile) {
@@ -229,7 +223,7 @@ void differentiate_group(const WindowAttentionBackward<T>& problem, const TokenW
     add_products(size, components, first, count, key, keys, memory);
     if (first + key == 0) next.prefetch_gradients();
     if (problem.grad_bias)
-      add_bias_gradient(forward, window, first, count, key, keys, memory.scores,
+      add_bias_gradient(forward, window, first, count, key, keys, memory,
                         problem.grad_bias + task * group_count(tokens) * window_keys(forward) * kGroup);
   }
   if (!components) transpose_to_rows(memory.column_sums, count, size, memory.padded_dim, memory.grad_queries);

@@ -34,18 +34,27 @@ inline Vector<T> maximum_of(Vector<T> a, Vector<T> b) {
   return a > b ? a : b;
 }
 
-// The bias of a group of queries and of all keys, [key][kGroup queries].
+// One head's bias, [groups of queries][keys][kGroup].
 template <typename T>
-inline const T* bias_of_group(const WindowAttention<T>& problem, int64_t head, int64_t group) {
-  return problem.bias + (head * group_count(window_tokens(problem)) + group) * window_keys(problem) * kGroup;
+inline const T* head_bias(const WindowAttention<T>& problem, int64_t head) {
+  return problem.bias + head * group_count(window_tokens(problem)) * window_keys(problem) * kGroup;
 }
 
-// to [region of a key][kGroup queries]: what sets regions apart in the scores of `count` queries.
-template <typename T>
-void fill_region_scores(const Token* queries, int64_t count, T* to) {
-  for (int32_t region = 0; region < kRegions; ++region)
+// What the terms added to the scores of `count` queries are found by: in windows of several regions, to [region of a
+// key][kGroup queries], what sets them apart; in parts of windows, places of queries in their head's bias.
+template <typename T, typename Memory>
+void prepare_group(const WindowAttention<T>& problem, const TokenWindow& window, int64_t first, int64_t count,
+                   const Memory& memory) {
+  const Token* queries = window.queries.data + first;
+  if (window.regions)
+    for (int32_t region = 0; region < kRegions; ++region)
+      for (int64_t i = 0; i < count; ++i)
+        memory.region_scores[region * kGroup + i] = queries[i].region == region ? T(0) : T(kRegionScore);
+  if (!window.complete) {
+    const int64_t group_size = window_keys(problem) * kGroup;
     for (int64_t i = 0; i < count; ++i)
-      to[region * kGroup + i] = queries[i].region == region ? T(0) : T(kRegionScore);
+      memory.bias_places[i] = queries[i].place / kGroup * group_size + queries[i].place % kGroup;
+  }
 }
 
 // The terms added to the scores of a group of queries from `first` on and the keys from `key` on, [key][kGroup queries],
@@ -54,20 +63,19 @@ template <typename T, typename Memory>
 const T* score_base(const WindowAttention<T>& problem, const TokenWindow& window, int64_t head, int64_t first,
                     int64_t count, int64_t key, int64_t keys, const Memory& memory) {
   if (!problem.bias && !window.regions) return nullptr;
-  if (window.complete && !window.regions) return bias_of_group(problem, head, first / kGroup) + key * kGroup;
+  const T* bias = problem.bias ? head_bias(problem, head) : nullptr;
+  const int64_t group = first / kGroup * window_keys(problem) * kGroup;
+  if (window.complete && !window.regions) return bias + group + key * kGroup;
   for (int64_t i = 0; i < keys; ++i) {
     const Token& token = window.keys[key + i];
     T* to = memory.base + i * kGroup;
-    const T* apart = window.regions ? memory.region_scores + token.region * kGroup : nullptr;
     if (window.complete) {
-      const T* bias = problem.bias ? bias_of_group(problem, head, first / kGroup) + (key + i) * kGroup : nullptr;
+      const T *apart = memory.region_scores + token.region * kGroup, *from = bias + group + (key + i) * kGroup;
       for (int64_t j = 0; j < count; j += kLanes<T>)
-        store<T>(to + j, bias ? load<T>(bias + j) + load<T>(apart + j) : load<T>(apart + j));
+        store<T>(to + j, bias ? load<T>(from + j) + load<T>(apart + j) : load<T>(apart + j));
     } else {  // a part of a window, and so of one region
-      for (int64_t j = 0; j < count; ++j) {
-        const int64_t place = window.queries[first + j].place;
-        to[j] = bias_of_group(problem, head, place / kGroup)[token.place * kGroup + place % kGroup];
-      }
+      const T* from = bias + token.place * kGroup;
+      for (int64_t j = 0; j < count; ++j) to[j] = from[memory.bias_places[j]];
     }
   }
   return memory.base;
@@ -171,7 +179,7 @@ void write_group(const WindowAttention<T>& problem, const TokenWindow& window, i
   for (int64_t i = 0; i < count; ++i) {
     const Token& token = window.queries[first + i];
     if (token.is_padding()) continue;
-    const int64_t row = token_index(problem, window.batch, token) * problem.heads + head;
+    const int64_t row = token.index * problem.heads + head;
     problem.statistics[row] = memory.maximum[i];
     problem.statistics[statistics + row] = memory.factor[i];
     T* sums = memory.sums + i * memory.padded_dim;
@@ -196,8 +204,7 @@ struct NextWindow {
     prefetch_share<0>(problem.q, window.queries, part, parts);
     prefetch_share<0>(problem.k, window.keys, part, parts);
     prefetch_share<0>(problem.v, window.keys, part, parts);
-    prefetch_share<1>(contiguous_map(problem.axes, problem.heads * problem.head_dim, problem.output), window.queries,
-                      part, parts);
+    prefetch_share<1>(TokenMap<T>{problem.output, problem.heads * problem.head_dim}, window.queries, part, parts);
   }
 
   template <int write, typename U>
@@ -205,7 +212,7 @@ struct NextWindow {
                                              int64_t parts) const {
     const int64_t all = parts * problem.heads, begin = tokens.count * (head * parts + part) / all,
                   end = tokens.count * (head * parts + part + 1) / all;
-    prefetch<write>(map, window.batch, tokens, begin, end, 0, problem.heads * problem.head_dim);
+    prefetch<write>(map, tokens, begin, end, 0, problem.heads * problem.head_dim);
   }
 };
 
@@ -216,7 +223,7 @@ void attend_group(const WindowAttention<T>& problem, const TokenWindow& window, 
   const int64_t size = problem.head_dim, padded_dim = memory.padded_dim;
   const bool components = lanes_are_components<T>(window_tokens(problem), size);
   transpose_to_columns(memory.queries + first * size, count, size, head_factor(problem, head), memory.columns);
-  if (window.regions) fill_region_scores(window.queries.data + first, count, memory.region_scores);
+  prepare_group(problem, window, first, count, memory);
   fill(memory.maximum, kGroup, kLowest<T>);
   fill(memory.total, kGroup, T(0));
   if (first == 0) next.prefetch_part(0, 3);

@@ -9,18 +9,6 @@ namespace asvit_fast {
 namespace {
 
 template <typename T>
-inline int64_t token_offset(const TokenMap<T>& map, int64_t batch, const Token& token) {
-  return batch * map.batch + token.axes[0] * map.axes[0] + token.axes[1] * map.axes[1] + token.axes[2] * map.axes[2];
-}
-
-// Index of the token on the map.
-template <typename T>
-inline int64_t token_index(const WindowAttention<T>& problem, int64_t batch, const Token& token) {
-  const WindowAxis(&axes)[kAxes] = problem.axes;
-  return ((batch * axes[0].size + token.axes[0]) * axes[1].size + token.axes[1]) * axes[2].size + token.axes[2];
-}
-
-template <typename T>
 inline void copy_row(const T* from, int64_t size, T* to) {
   for_each_width<T>(size, [&](int64_t i, auto width) { std::memcpy(to + i, from + i, width() * sizeof(T)); });
 }
@@ -28,23 +16,23 @@ inline void copy_row(const T* from, int64_t size, T* to) {
 // Prefetches the channels offset <= j < offset + size of the tokens begin <= i < end, to be read or written. Always
 // inlined: GCC drops calls of a function that does nothing else.
 template <int write, typename T>
-[[gnu::always_inline]] inline void prefetch(const TokenMap<T>& map, int64_t batch, const TokenList& tokens,
-                                            int64_t begin, int64_t end, int64_t offset, int64_t size) {
+[[gnu::always_inline]] inline void prefetch(const TokenMap<T>& map, const TokenList& tokens, int64_t begin,
+                                            int64_t end, int64_t offset, int64_t size) {
   constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
   for (int64_t i = begin; i < end; ++i) {
     if (tokens[i].is_padding()) continue;
-    const T* row = map.data + token_offset(map, batch, tokens[i]) + offset;
+    const T* row = map.data + tokens[i].index * map.distance + offset;
     for (int64_t j = 0; j < size; j += line) __builtin_prefetch(row + j, write, 3);
   }
 }
 
 // One head's rows of a map; padding has those of `padding`.
 template <typename T>
-void pack_rows(const TokenMap<const T>& map, int64_t batch, const TokenList& tokens, int64_t size, int64_t head,
-               const T* padding, T* to) {
+void pack_rows(const TokenMap<const T>& map, const TokenList& tokens, int64_t size, int64_t head, const T* padding,
+               T* to) {
   for (int64_t i = 0; i < tokens.count; ++i, to += size) {
     const Token& token = tokens[i];
-    const T* from = token.is_padding() ? padding : map.data + token_offset(map, batch, token);
+    const T* from = token.is_padding() ? padding : map.data + token.index * map.distance;
     copy_row(from + head * size, size, to);
   }
 }
@@ -54,16 +42,9 @@ template <typename T>
 void pack_qkv(const WindowAttention<T>& problem, const TokenWindow& window, int64_t head, T* queries, T* keys,
               T* values) {
   const int64_t size = problem.head_dim, part = problem.heads * size;
-  pack_rows(problem.q, window.batch, window.queries, size, head, problem.pad_token, queries);
-  pack_rows(problem.k, window.batch, window.keys, size, head, problem.pad_token + part, keys);
-  pack_rows(problem.v, window.batch, window.keys, size, head, problem.pad_token + 2 * part, values);
-}
-
-// A contiguous map of `channels`.
-template <typename T>
-inline TokenMap<T> contiguous_map(const WindowAxis (&axes)[kAxes], int64_t channels, T* data) {
-  const int64_t row = axes[2].size * channels, slice = axes[1].size * row;
-  return {data, axes[0].size * slice, {slice, row, channels}};
+  pack_rows(problem.q, window.queries, size, head, problem.pad_token, queries);
+  pack_rows(problem.k, window.keys, size, head, problem.pad_token + part, keys);
+  pack_rows(problem.v, window.keys, size, head, problem.pad_token + 2 * part, values);
 }
 
 // The tokens of the current window and of the next.

@@ -131,6 +131,36 @@ FAMILIES: tuple[Family, ...] = (
         "swin2sr.modeling_swin2sr",
         ("Swin2SRLayer", "transformers_swin2sr.FastSwin2SRLayer", ATTENTION),
     ),
+    *_transformers(
+        "florence2.modeling_florence2",
+        ("Florence2VisionWindowAttention", "transformers_florence2.FastFlorence2VisionWindowAttention", ATTENTION),
+        ("Florence2VisionMLP", "transformers_florence2.FastFlorence2VisionMLP", PARTS),
+    ),
+    *_transformers(
+        "hiera.modeling_hiera",
+        ("HieraMaskUnitAttention", "transformers_hiera.FastHieraMaskUnitAttention", ATTENTION),
+        ("HieraMlp", "transformers_hiera.FastHieraMlp", PARTS),
+    ),
+    *_transformers(
+        "sam2.modeling_sam2",
+        ("Sam2MultiScaleBlock", "transformers_sam2.FastSam2MultiScaleBlock", ATTENTION),
+    ),
+    *_transformers(
+        "vitdet.modeling_vitdet",
+        ("VitDetLayer", "transformers_vitdet.FastVitDetLayer", ATTENTION),
+    ),
+    *_transformers(
+        "segformer.modeling_segformer",
+        ("SegformerOverlapPatchEmbeddings", "transformers_segformer.FastSegformerOverlapPatchEmbeddings", EMBED),
+    ),
+    *_transformers(
+        "pvt_v2.modeling_pvt_v2",
+        ("PvtV2OverlapPatchEmbeddings", "transformers_pvt_v2.FastPvtV2OverlapPatchEmbeddings", EMBED),
+    ),
+    *_transformers(
+        "glpn.modeling_glpn",
+        ("GLPNOverlapPatchEmbeddings", "transformers_glpn.FastGLPNOverlapPatchEmbeddings", EMBED),
+    ),
     *_monai(
         ("nets.swin_unetr.SwinTransformerBlock", "monai_swin_unetr.FastSwinUNETRBlock", ATTENTION),
         ("nets.swin_unetr.BasicLayer", "monai_swin_unetr.FastSwinUNETRStage", "no mask is made"),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import FunctionType
 from typing import Any, ClassVar
@@ -41,6 +42,7 @@ GLOBAL_HOOKS = (
     torch_module._global_backward_pre_hooks,
     torch_module._global_backward_hooks,
 )
+COLLECTS = "transformers.utils.output_capturing"
 DROPOUT = "attention dropout has no kernel"
 LINEAR, DROP, SOFTMAX = (nn.Linear,), (nn.Dropout,), (nn.Softmax,)
 PLAIN = (nn.Parameter, Tensor, FakeTensor)
@@ -268,10 +270,19 @@ def counts_modules() -> bool:
     return len(hooks) > 0 and all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)
 
 
+def _collects_nothing(hook: Any) -> bool:
+    """Whether a hook is one of those by which transformers collects outputs, and now collects none of a part: it stays
+    on a module once any output was asked for."""
+    if getattr(hook, "__module__", None) != COLLECTS:
+        return False
+    return "attentions" not in (sys.modules[COLLECTS]._active_collector.get() or ())
+
+
 def hook_reason(module: nn.Module) -> str | None:
     """Why calling the module does more than its ``forward``."""
     for attribute, kind in HOOKS.items():
-        if getattr(module, attribute):
+        hooks = getattr(module, attribute)
+        if hooks and not all(map(_collects_nothing, hooks.values())):
             return f"has a {kind}"
     return None
 

@@ -51,6 +51,14 @@ def warn_wanted(name: str, why: str) -> None:
     backends.notify_once((name, why), f"asvit_fast runs {name} as its package does: {why}")
 
 
+def implementation_reason(attention: Any) -> str | None:
+    """Why an attention of transformers that chooses its implementation computes something else than the op."""
+    implementation = attention.config._attn_implementation
+    if implementation not in IMPLEMENTATIONS:
+        return f"its attention is {implementation!r}"
+    return "its attention is causal" if attention.is_causal else None
+
+
 def zeros_token(*layers: Any) -> Tensor | None:
     """What Linear layers q, k and v make of a token of zeros: [3*C], or None if it is zeros."""
     given = next((layer.bias for layer in layers if layer.bias is not None), None)
@@ -223,14 +231,7 @@ class JoinedLayer(WindowLayer):
 
     @classmethod
     def unsupported_reason(cls, module: Any) -> str | None:
-        why = super().unsupported_reason(module)
-        if why is not None:
-            return why
-        attention = module.attention
-        implementation = attention.config._attn_implementation
-        if implementation not in IMPLEMENTATIONS:
-            return f"its attention is {implementation!r}"
-        return "its attention is causal" if attention.is_causal else None
+        return super().unsupported_reason(module) or implementation_reason(module.attention)
 
     def _attend(self: Any, x: Tensor) -> Tensor:
         """A map [B, H, W, C] -> the same."""

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from ..ops.patch_embed import patch_embed
 from .replacement import Parts, Replacement, bypass_reason
 
-
 FEW = 16  # channels of an image up to which the op is faster; from 64 on torch's convolution is
 
 

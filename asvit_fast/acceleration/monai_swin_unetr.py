@@ -115,7 +115,9 @@ class FastSwinUNETRStage(Replacement, BasicLayer):
 
     @classmethod
     def skip_reason(cls, module: Any) -> str | None:
-        if all(issubclass(getattr(type(block), "source", type(block)), SwinTransformerBlock) for block in module.blocks):
+        if all(
+            issubclass(getattr(type(block), "source", type(block)), SwinTransformerBlock) for block in module.blocks
+        ):
             return None
         return "its blocks have no window attention"
 

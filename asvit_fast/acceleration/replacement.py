@@ -58,7 +58,9 @@ class Replacement:
     ops: ClassVar[Names] = ()  # that do the work; empty where it is done by torch's own
     parts: ClassVar[Parts] = {}  # submodules that are not called, by path: the classes that they must have exactly
     reads: ClassVar[Names] = ()  # attributes, by path, that another version of the package may not have
-    bypassed: ClassVar[Names] = ()  # methods, in some versions of the source, that only its own version of a method calls
+    bypassed: ClassVar[
+        Names
+    ] = ()  # methods, in some versions of the source, that only its own version of a method calls
     __jit_unused_properties__: ClassVar[list[str]] = ["qconfig"]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

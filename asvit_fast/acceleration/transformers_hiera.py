@@ -32,7 +32,9 @@ class FastHieraMaskUnitAttention(Replacement, HieraMaskUnitAttention):
     def forward(
         self: Any, hidden_states: Tensor, *args: Any, output_attentions: bool = False, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        wants = output_attentions or any(value is not None and value is not False for value in (*args, *kwargs.values()))
+        wants = output_attentions or any(
+            value is not None and value is not False for value in (*args, *kwargs.values())
+        )
         if wants:
             warn_wanted(self.source.__name__, "output_attentions or a head_mask needs the attention weights")
         if wants or not self.can_run():

@@ -108,7 +108,13 @@ class WindowLayer(Replacement):
         return why is None and self.can_run()
 
 
-SPLIT_READS = (*WindowLayer.reads, "intermediate", "output", "attention.self.num_attention_heads", "attention.self.window_size")
+SPLIT_READS = (
+    *WindowLayer.reads,
+    "intermediate",
+    "output",
+    "attention.self.num_attention_heads",
+    "attention.self.window_size",
+)
 
 
 class SplitLayer(WindowLayer):
@@ -195,7 +201,9 @@ class CosineLayer(SplitLayer):
         padding = None if masked else zeros_token(*layers)
         if padding is not None:
             padding = torch.cat(cosine_projections(padding.to(q.dtype), heads))
-        table = attention.continuous_position_bias_mlp(attention.relative_coords_table).flatten(0, -2)  # [offsets, heads]
+        table = attention.continuous_position_bias_mlp(attention.relative_coords_table).flatten(
+            0, -2
+        )  # [offsets, heads]
         bias = table_bias(16 * torch.sigmoid(table), attention.relative_position_index)
         maps, scale = (unit_heads(q, heads), unit_heads(k, heads), v), cosine_scale(attention.logit_scale)
         x = window_attention(

@@ -19,7 +19,9 @@ from .transformers_layers import SplitLayer, TokenMerging
 class FastMaskFormerSwinLayer(SplitLayer, MaskFormerSwinLayer):
     """Computes the attention of whole maps with the weights of its `attention`."""
 
-    parts: ClassVar[Parts] = SplitLayer.split_parts(MaskFormerSwinAttention, MaskFormerSwinSelfAttention, MaskFormerSwinSelfOutput)
+    parts: ClassVar[Parts] = SplitLayer.split_parts(
+        MaskFormerSwinAttention, MaskFormerSwinSelfAttention, MaskFormerSwinSelfOutput
+    )
 
 
 class FastMaskFormerSwinPatchMerging(TokenMerging, MaskFormerSwinPatchMerging):

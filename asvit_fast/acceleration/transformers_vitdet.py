@@ -49,4 +49,4 @@ class FastVitDetLayer(Replacement, VitDetLayer):
         x = window_attention(qkv, attention.num_heads, window, scale=attention.scale, layout="timm", padding=padding)
         x = shortcut + self.drop_path(project(attention.proj, x))
         x = (x + self.drop_path(self.mlp(self.norm2(x)))).permute(0, 3, 1, 2)
-        return (self.residual(x) if self.use_residual_block else x,)
+        return (self._modules["residual"](x) if self.use_residual_block else x,)

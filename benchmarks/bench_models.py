@@ -20,11 +20,11 @@ import timm
 import torch
 import torch.nn.functional as F
 from operators import DTYPES
-from timer import Row, Timing, compare, print_header, save_rows
 from torch import Tensor, nn
 
 import asvit_fast as af
 from asvit_fast import backends
+from asvit_fast.bench.timer import Row, Timing, compare, print_header, save_rows
 from asvit_fast.cost import peak_allocation
 
 MODELS = [

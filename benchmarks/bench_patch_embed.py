@@ -18,10 +18,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from timer import Row, compare, print_header, print_rows, save_rows
 from torch import Tensor
 
 from asvit_fast import _extension, backends
+from asvit_fast.bench.rooflines import Roofline
+from asvit_fast.bench.timer import Row, compare, print_header, print_rows, save_rows
 from asvit_fast.cost import peak_allocation
 from asvit_fast.nn.patch_embed import embed_patches
 from asvit_fast.ops.patch_embed import patch_embed_reference
@@ -204,16 +205,6 @@ def peak_megabytes(run: Callable[[], object], device: torch.device) -> float:
     return peak_allocation(run, device) / 1e6
 
 
-def roofline(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """FLOP and bytes per second that torch reaches on large matrices: what a kernel can hope for."""
-    side = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(side, side, device=device, dtype=dtype)
-    long = torch.empty((1 << 30) if device.type == "cuda" else (1 << 26), device=device, dtype=torch.uint8)
-    runs = {"product": partial(torch.mm, a, a), "copy": partial(long.copy_, long.clone())}
-    timings = compare(runs, device, 5)
-    return 2 * side**3 / timings["product"].lower_quartile, 2 * long.numel() / timings["copy"].lower_quartile
-
-
 @dataclass(frozen=True)
 class PatchRow(Row):
     """A row with what a product and a memory would say of it."""
@@ -230,7 +221,7 @@ def run_case(
     device: torch.device,
     rounds: int,
     compiled: bool,
-    peaks: tuple[float, float],
+    roofline: Roofline,
 ) -> list[PatchRow]:
     """Check and time every provider on one case."""
     operands = case.operands(device, dtype)
@@ -247,7 +238,7 @@ def run_case(
     memory = {name: peak_megabytes(run, device) for name, run in runs.items()}
     timings = compare(runs, device, rounds)
     flops, moved = case.flops(mode), case.moved_bytes(mode, operands[0].element_size())
-    floor = max(flops / peaks[0], moved / peaks[1])
+    floor = roofline.seconds(flops, moved)
     rows = []
     for name, timing in timings.items():
         row = Row.of("patch_embed", f"{case.name}, {mode}, {str(dtype)[6:]}", name, timing, moved, found[name])
@@ -274,11 +265,11 @@ def main() -> None:
     on_gpu = device.type == "cuda"
     dtype = getattr(torch, arguments.dtype or ("bfloat16" if on_gpu else "float32"))
     print_header(device)
-    peaks = roofline(device, dtype)
-    print(f"roofline: product {peaks[0] / 1e9:.0f} GFLOP/s, copy {peaks[1] / 1e9:.1f} GB/s")
+    roofline = Roofline.of(dtype, device)
+    print(f"roofline: {roofline}")
     for case in cases(arguments.batch or ([16, 128] if on_gpu else [1, 8])):
         for mode in arguments.mode:
-            rows = run_case(case, mode, dtype, device, arguments.rounds, not arguments.no_compile, peaks)
+            rows = run_case(case, mode, dtype, device, arguments.rounds, not arguments.no_compile, roofline)
             print_rows(rows, baseline=BASELINE)
             for row in rows:
                 share, rate = 100 * row.roofline_share, row.gigaflop_per_second

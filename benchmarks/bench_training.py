@@ -30,12 +30,12 @@ import torch.nn.functional as F
 from bench_models import TOLERANCE, relative_distance
 from bench_window_attention import sdpa
 from operators import DTYPES
-from timer import Row, Timing, compare, print_header, save_rows
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from asvit_fast import AsViT, RetokenizationSchedule, backends
+from asvit_fast.bench.timer import Row, Timing, compare, print_header, save_rows
 from asvit_fast.cost import count_macs, peak_allocation
 from asvit_fast.nn import Linear, OverlapPatchEmbed, PatchMerging, WindowAttention
 from asvit_fast.ops.patch_merge import patch_merge_reference

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import gc
 import platform
 import statistics
@@ -15,9 +16,9 @@ from typing import Any
 
 import torch
 
-from asvit_fast import _extension
-from asvit_fast.environment import environment
-from asvit_fast.machine import processor
+from .. import _extension
+from ..environment import installation
+from ..machine import processor
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,12 @@ def compare(
     return {name: _summary(values) for name, values in seconds.items()}
 
 
+def best_seconds(run: Callable[[], Any], device: torch.device, rounds: int = 8) -> float:
+    """The least of a few calls, after one that does not count: what a machine can do, where others disturb it."""
+    run()
+    return min(_measure(run, device, 1) for _ in range(rounds))
+
+
 def _measure(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
     _synchronize(device)
     start = time.perf_counter()
@@ -89,7 +96,7 @@ def _synchronize(device: torch.device) -> None:
 
 def machine(device: torch.device) -> dict[str, str]:
     """Facts that a figure depends on besides the code: the machine, versions, threads, the commit."""
-    versions = environment()["versions"]
+    versions = installation()["versions"]
     extension = _extension.extension()
     return {
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
@@ -103,8 +110,13 @@ def machine(device: torch.device) -> dict[str, str]:
     }
 
 
+@functools.cache
 def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    """The commit of a checkout; "none" of an installed package."""
+    checkout = Path(__file__).resolve().parents[2]
+    if not (checkout / ".git").exists():
+        return "none"
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from asvit_fast import _extension, backends
+from asvit_fast.bench.peers import embed_convolution
 from asvit_fast.bench.rooflines import Roofline
 from asvit_fast.bench.timer import Row, compare, print_header, print_rows, save_rows
 from asvit_fast.cost import peak_allocation
@@ -98,14 +99,10 @@ def ours(case: Case) -> Embed:
 
 def convolution(case: Case) -> Embed:
     """As a user of torch writes it; channels_last if the operands are."""
-    symmetric = len(set(case.padding)) == 1
 
     def run(image: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
-        if not symmetric:
-            image = F.pad(image, case.padding)
-        padding = case.padding[0] if symmetric else 0
-        tokens = F.conv2d(image, weight, bias, case.stride, padding, case.dilation).permute(0, 2, 3, 1)
-        return F.layer_norm(tokens, tokens.shape[-1:], norm_weight, norm_bias).contiguous()
+        geometry = (case.stride, case.dilation, case.padding)
+        return embed_convolution(image, weight, bias, *geometry, norm_weight, norm_bias)
 
     return run
 

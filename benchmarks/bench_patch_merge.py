@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from operators import DTYPES, Operator, Work, measure, operator_arguments, publish, start
 from torch import Tensor
 
+from asvit_fast.bench.peers import merge_unfolded
 from asvit_fast.bench.rooflines import Roofline
-from asvit_fast.ops.patch_merge import merge_padding, patch_merge, patch_merge_reference
+from asvit_fast.ops.patch_merge import patch_merge, patch_merge_reference
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 6e-2, "float16": 1e-2}  # relative to the largest value of a tensor
 STRIDE = 2
@@ -84,18 +85,6 @@ def on_case(
     return merge(x, weight, case.kernel, STRIDE, norm_weight, norm_bias, order=case.order)
 
 
-def unfolded(
-    x: Tensor, weight: Tensor, kernel: int, stride: int, norm_weight: Tensor, norm_bias: Tensor, order: str
-) -> Tensor:
-    """As As-ViT's authors merge; on Swin's shapes the timing is that of features in their order."""
-    rows, columns = (merge_padding(size, kernel, stride) for size in x.shape[1:3])
-    patches = F.unfold(F.pad(x.permute(0, 3, 1, 2), columns + rows), kernel, stride=stride).transpose(1, 2)
-    if order == "timm":  # a view of the features, so that the result is right
-        patches = patches.unflatten(2, (-1, kernel, kernel)).transpose(2, 4).flatten(2)
-    patches = F.layer_norm(patches, (patches.shape[2],), norm_weight, norm_bias)
-    return F.linear(patches, weight).unflatten(1, (-(-x.shape[1] // stride), -(-x.shape[2] // stride)))
-
-
 def reshaped(
     x: Tensor, weight: Tensor, kernel: int, stride: int, norm_weight: Tensor, norm_bias: Tensor, order: str
 ) -> Tensor:
@@ -109,7 +98,7 @@ def reshaped(
 
 PROVIDERS: dict[str, Callable[..., Tensor]] = {
     "ours": patch_merge,
-    "unfold + LN + Linear": unfolded,
+    "unfold + LN + Linear": merge_unfolded,
     "reshape + LN + Linear": reshaped,
 }
 

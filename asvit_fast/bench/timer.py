@@ -31,6 +31,12 @@ class Timing:
     rounds: int
 
     @property
+    def milliseconds(self) -> tuple[float, float, float]:
+        """Median, lower and upper quartile."""
+        median, lower, upper = (round(1e3 * x, 4) for x in (self.median, self.lower_quartile, self.upper_quartile))
+        return median, lower, upper
+
+    @property
     def spread(self) -> float:
         """Interquartile range relative to the median."""
         return (self.upper_quartile - self.lower_quartile) / self.median
@@ -139,12 +145,8 @@ class Row:
     @classmethod
     def of(cls, benchmark: str, case: str, provider: str, timing: Timing, moved_bytes: int, error: float) -> Row:
         """A row from seconds and the bytes that the work has to read and write at least."""
-        quartiles = (
-            round(1e3 * seconds, 4) for seconds in (timing.median, timing.lower_quartile, timing.upper_quartile)
-        )
-        return cls(
-            benchmark, case, provider, *quartiles, round(moved_bytes / timing.median / 1e9, 2), float(f"{error:.2e}")
-        )
+        rate = round(moved_bytes / timing.median / 1e9, 2)
+        return cls(benchmark, case, provider, *timing.milliseconds, rate, float(f"{error:.2e}"))
 
 
 def print_header(device: torch.device) -> None:

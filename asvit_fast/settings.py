@@ -213,3 +213,8 @@ class BenchSettings(Settings):
             raise InputError("batch_sizes must be one or more numbers of images, got none")
         if self.amp is not None and self.dtype != "fp32":
             raise InputError(f"amp {self.amp} keeps the weights in fp32, got dtype {self.dtype}; leave one of them out")
+
+    @property
+    def precision(self) -> str:
+        """Of weights and images, or of mixed precision."""
+        return self.dtype if self.amp is None else f"amp {self.amp}"

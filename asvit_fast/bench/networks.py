@@ -128,7 +128,7 @@ class _Sweep:
         self.source, self.settings, self.place, self.say = source, settings, place, say
         self.machine: dict[str, Any] = {**machine(place.device)}
         self.per_image: dict[tuple[str, str], float] = {}  # bytes, by provider and mode, of the last size
-        self.exact = functools.lru_cache(maxsize=1)(self._exact)
+        self.exact = functools.lru_cache(maxsize=1)(functools.partial(exact, source))
 
     def case(self, mode: str, size: int, table: Sequence[Provider]) -> list[BenchRow]:
         """Check every provider, then time those that are right in turn."""
@@ -177,7 +177,7 @@ class _Sweep:
     def _distance(self, provider: Provider, mode: str, size: int) -> tuple[float, Run]:
         """How far a provider is from float64, and the call that was made to know it."""
         of = self.source.sample.distinct(size)
-        want = self.exact(mode, of)
+        want = self.exact(mode, of, self.place.device)
         run = provider.prepare(mode, self.source.sample.batch(size, of, self.place.tensor))
         got = run()
         if mode == "inference":
@@ -202,11 +202,6 @@ class _Sweep:
             run = run_torch(model, place, False, mode, sample)
             self.per_image["", mode] = float(peak_allocation(run, place.device))
         return self.per_image["", mode]
-
-    def _exact(self, mode: str, images: int) -> list[Tensor]:
-        found = exact(self.source, mode, images, self.place.device)
-        release()
-        return found
 
     def _timed(self, runs: dict[str, Run], rows: dict[str, BenchRow]) -> dict[str, Timing]:
         """Times of all; one whose memory runs out now gets a row that says so, and the others are timed again."""
@@ -235,8 +230,8 @@ class _Sweep:
     def _row(self, provider: Provider, mode: str, size: int) -> BenchRow:
         return BenchRow(
             network=self.source.name, provider=provider.name, backend=provider.backend, mode=mode, batch=size,
-            image=self.source.sample.shape, dtype=provider.dtype,
-            channels_last=self.place.channels_last and provider.seen, **self.machine,
+            image=self.source.sample.shape, precision=self.settings.precision,
+            channels_last=self.settings.channels_last, dtype=provider.dtype, **self.machine,
         )  # fmt: skip
 
     def _with_time(self, row: BenchRow, provider: Provider, timing: Timing, memory: int | None) -> BenchRow:
@@ -252,8 +247,8 @@ class _Sweep:
             upper_quartile=upper,
             rounds=timing.rounds,
             peak_mebibytes=None if memory is None else round(memory / 2**20, 1),
-            gigamacs_per_second=None if rate is None else round(rate / 1e9, 3),
-            share_of_peak=None if rate is None else round(rate / peak.macs, 4),
+            gigamacs_per_second=None if rate is None else round(rate / 1e9, 4),
+            share_of_peak=None if rate is None else round(rate / peak.macs, 6),
             peak_gigamacs_per_second=round(peak.macs / 1e9, 2),
             peak_product=peak.name,
         )

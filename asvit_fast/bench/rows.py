@@ -24,7 +24,8 @@ class BenchRow:
         provider: source, ours, compiled, ...; ``backend``: what it ran on, in words.
         mode: inference, or train: forward and backward of a step.
         batch: images; ``image``: shape of one.
-        dtype: of weights and images, or of autocast; ``channels_last``: their memory format.
+        precision: that was asked for: fp32, bf16, fp16, amp bf16, ...; ``channels_last``: as was the memory format.
+        dtype: that the provider runs in.
         status: ok, wrong (its error is above the tolerance, it was not timed), out of memory (the end of its sizes), or
             failed; ``note`` says why.
         images_per_second: by the median time.
@@ -44,8 +45,9 @@ class BenchRow:
     mode: str
     batch: int
     image: str
-    dtype: str
+    precision: str
     channels_last: bool
+    dtype: str
     status: str = OK
     note: str = ""
     images_per_second: float | None = None
@@ -70,9 +72,18 @@ class BenchRow:
     commit: str
 
     @property
-    def case(self) -> tuple[str, str, int]:
+    def case(self) -> tuple[Any, ...]:
         """What rows that are compared have in common."""
-        return self.network, self.mode, self.batch
+        return (
+            self.network, self.mode, self.batch, self.image, self.precision, self.channels_last, self.machine,
+            self.threads,
+        )  # fmt: skip
+
+    @property
+    def title(self) -> str:
+        """The case in words."""
+        layout = ", channels_last" if self.channels_last else ""
+        return f"{self.network}, {self.mode}, batch {self.batch}, {self.image}, {self.precision}{layout}"
 
 
 COLUMNS = [column.name for column in fields(BenchRow)]

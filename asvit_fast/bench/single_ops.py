@@ -116,7 +116,7 @@ def measure_op(
             for mode in settings.modes:
                 checked = case.check(PASSES[mode])
                 rows = case.time(PASSES[mode], checked, settings.rounds)
-                yield _rows(f"{op} {workload}", case.work, mode, batch, checked, rows, roofline, settings.rounds)
+                yield _rows(f"{op} {workload}", case.work, mode, batch, checked, rows, roofline, settings)
 
 
 def _least_seconds(work: Work, mode: str, roofline: Roofline) -> float:
@@ -136,7 +136,7 @@ def _rows(
     checked: Check,
     timed: Sequence[OperatorRow],
     roofline: Roofline,
-    rounds: int,
+    settings: BenchSettings,
 ) -> list[BenchRow]:
     first = work.operands[0]
     facts: dict[str, Any] = {**machine(first.device)}
@@ -145,8 +145,8 @@ def _rows(
         words = f"torch {torch.__version__}, {'compiled' if name.endswith('compiled') else 'eager'}"
         return BenchRow(
             network=title, provider=name, backend=words, mode=mode, batch=batch,
-            image="x".join(map(str, first.shape[1:])), dtype=str(first.dtype).removeprefix("torch."),
-            channels_last=False, **values, **facts,
+            image="x".join(map(str, first.shape[1:])), precision=settings.precision, channels_last=False,
+            dtype=str(first.dtype).removeprefix("torch."), rounds=settings.rounds, **values, **facts,
         )  # fmt: skip
 
     least, times = _least_seconds(work, mode, roofline), 3 if mode == "train" else 1
@@ -156,11 +156,11 @@ def _rows(
         rate = times * work.operations / 2 / seconds
         rows.append(row(
             one.provider, images_per_second=round(batch / seconds, 3), milliseconds=one.milliseconds,
-            lower_quartile=one.lower_quartile, upper_quartile=one.upper_quartile, rounds=rounds,
-            peak_mebibytes=one.peak_mebibytes, gigamacs_per_second=round(rate / 1e9, 3),
-            share_of_peak=round(rate / roofline.product.macs, 4), peak_product=roofline.product.name,
+            lower_quartile=one.lower_quartile, upper_quartile=one.upper_quartile,
+            peak_mebibytes=one.peak_mebibytes, gigamacs_per_second=round(rate / 1e9, 4),
+            share_of_peak=round(rate / roofline.product.macs, 6), peak_product=roofline.product.name,
             peak_gigamacs_per_second=round(roofline.product.macs / 1e9, 2), error=one.error,
-            share_of_roofline=round(least / seconds, 4),
+            share_of_roofline=round(least / seconds, 6),
         ))  # fmt: skip
     for name, error in checked.wrong.items():
         rows.append(row(name, status=WRONG, note="it computes something else", error=float(f"{error:.3g}")))

@@ -48,11 +48,13 @@ def compare(
     """Time callables in turn (A B C, A B C, ...), so that clocks, heat and neighbours hit all of them alike.
 
     A turn repeats its callable until `minimum_seconds` have passed; on CUDA it ends with a synchronisation. Python's
-    garbage is collected between the turns: the search through what compilers left behind is nobody's work.
+    garbage is collected between the turns, never in one; what was there before is not searched each time.
     """
     repeats = {name: _calibrate(run, device, minimum_seconds) for name, run in candidates.items()}
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    enabled = gc.isenabled()
+    enabled, others = gc.isenabled(), gc.get_freeze_count() > 0
+    gc.collect()
+    gc.freeze()
     gc.disable()
     try:
         for _ in range(rounds):
@@ -60,12 +62,14 @@ def compare(
                 gc.collect()
                 seconds[name].append(_measure(run, device, repeats[name]))
     finally:
+        if not others:
+            gc.unfreeze()
         if enabled:
             gc.enable()
     return {name: _summary(values) for name, values in seconds.items()}
 
 
-def best_seconds(run: Callable[[], Any], device: torch.device, rounds: int = 8) -> float:
+def best_seconds(run: Callable[[], Any], device: torch.device, rounds: int = 5) -> float:
     """The least of a few calls, after one that does not count: what a machine can do, where others disturb it."""
     run()
     return min(_measure(run, device, 1) for _ in range(rounds))

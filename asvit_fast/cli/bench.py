@@ -70,9 +70,7 @@ class Output:
             write_rows(path, [*before, *self.rows])
         if self.to_stdout or not rows:
             return
-        first = rows[0]
-        title = f"{first.network}, {first.mode}, batch {first.batch}, {first.image}, {first.dtype}"
-        tqdm.write(f"\n{title}\n{table(table_lines(rows))}")
+        tqdm.write(f"\n{rows[0].title}\n{table(table_lines(rows))}")
         for row in rows:
             if row.status != OK:
                 tqdm.write(f"  {row.provider}: {row.status}, {row.note}")

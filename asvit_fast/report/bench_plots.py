@@ -34,21 +34,21 @@ def memory(rows: Sequence[BenchRow]) -> bytes:
 
 
 def _grid(rows: Sequence[BenchRow], label: str, value: Value, quartiles: bool) -> bytes:
-    panels = list(dict.fromkeys((row.network, row.mode) for row in rows))
+    panels = list(dict.fromkeys((row.network, row.mode, row.precision) for row in rows))
     columns = min(len(panels), 2)
     lines = -(-len(panels) // columns)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.5 * columns, 4.2 * lines))
         for axes, panel in zip(figure.subplots(lines, columns, squeeze=False).flat, panels, strict=False):
-            _panel(axes, [r for r in rows if (r.network, r.mode) == panel], label, value, quartiles)
-            axes.set_title(_short(panel[0]), fontsize=11)
+            _panel(axes, [r for r in rows if (r.network, r.mode, r.precision) == panel], label, value, quartiles)
+            axes.set_title(f"{_short(panel[0])}, {panel[1]}, {panel[2]}", fontsize=11)
         for axes in list(figure.axes)[len(panels) :]:
             axes.remove()
         return png(figure)
 
 
 def _short(network: str) -> str:
-    return network if len(network) <= 48 else f"{network[:45]}..."
+    return network if len(network) <= 40 else f"{network[:37]}..."
 
 
 def _panel(axes: Axes, rows: Sequence[BenchRow], label: str, value: Value, quartiles: bool) -> None:

@@ -24,7 +24,7 @@ def bench_section(
 ) -> Section:
     """Plots and tables of the rows of a file; of those that were measured again the last count. Raises InputError when
     nothing was timed."""
-    rows = list({(row.case, row.provider, row.dtype, row.image, row.machine): row for row in rows}.values())
+    rows = list({(row.case, row.provider): row for row in rows}.values())
     timed = [row for row in rows if row.milliseconds is not None]
     if not timed:
         raise InputError(f"{str(path)!r} has no row with a time: nothing to draw")
@@ -32,7 +32,7 @@ def bench_section(
     images = {f"{path.stem}-{mode}.png": throughput(timed_or_ended(rows), mode) for mode in modes}
     if any(row.peak_mebibytes is not None for row in timed):
         images[f"{path.stem}-memory.png"] = memory(timed_or_ended(rows))
-    cases: dict[tuple[str, str, int], list[BenchRow]] = {}
+    cases: dict[tuple[object, ...], list[BenchRow]] = {}
     for row in rows:
         cases.setdefault(row.case, []).append(row)
     tables = [_case_table(found) for found in cases.values()]
@@ -46,11 +46,9 @@ def timed_or_ended(rows: Sequence[BenchRow]) -> list[BenchRow]:
 
 
 def _case_table(rows: Sequence[BenchRow]):
-    first = rows[0]
-    title = f"{first.network}, {first.mode}, batch {first.batch}"
     notes = "; ".join(f"{row.provider}: {row.status}, {row.note}" for row in rows if row.status != OK)
     header, *lines = table_lines(rows)
-    return title, notes, header, lines
+    return rows[0].title, notes, header, lines
 
 
 def _machines(rows: Sequence[BenchRow]):

@@ -42,7 +42,7 @@ CAPTIONS = {  # by the ends of file names
     "train_cost.png": "The same training over what it has cost: multiply-adds of all forward passes on the left (the "
     "backward passes cost about twice as many again), time in training steps on the right.",
     "-inference.png": "Inference: medians; shades or whiskers are quartiles of the turns.",
-    "-train.png": "Forward and backward pass of a training step: medians; shades or whiskers are quartiles of the turns.",
+    "-train.png": "Forward and backward of a training step: medians; shades or whiskers are quartiles of the turns.",
     "-memory.png": "Largest memory that a call takes beyond weights and images.",
 }
 

@@ -5,6 +5,7 @@ from . import models, nn, ops, scoring, taylor, training
 from ._version import __version__
 from .acceleration import accelerate, restore, verify
 from .backends import use_backend
+from .bench import BenchRow, benchmark
 from .environment import show_config
 from .errors import InputError
 from .models import AsViT, convert_asvit_state_dict, create_model
@@ -24,6 +25,7 @@ from .training import RetokenizationSchedule, Retokenizer, TrainResult, set_toke
 
 __all__ = [
     "AsViT",
+    "BenchRow",
     "Budget",
     "InputError",
     "RetokenizationSchedule",
@@ -34,6 +36,7 @@ __all__ = [
     "TrainResult",
     "__version__",
     "accelerate",
+    "benchmark",
     "convert_asvit_state_dict",
     "create_model",
     "curvature",

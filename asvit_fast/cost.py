@@ -44,14 +44,26 @@ def count_macs(model: nn.Module, img_size: ImageSize = 224) -> int:
     padding, whichever implementation runs. The model is left as it was.
     """
     height, width = image_sides(img_size, MIN_IMG_SIZE)
+    return count_macs_of_call(model, torch.empty(1, _channels(model), height, width, device="meta"))  # [1, C, H, W]
+
+
+def count_macs_of_call(model: nn.Module, *inputs: Any, **named: Any) -> int:
+    """Multiply-adds of ``model(*inputs, **named)``, counted as ``count_macs`` does; numbers get the model's type."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     on_meta = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
     reference = next((tensor for tensor in tensors.values() if tensor.is_floating_point()), None)
     dtype = torch.get_default_dtype() if reference is None else reference.dtype
-    image = torch.empty(1, _channels(model), height, width, device="meta", dtype=dtype)  # [1, C, H, W]
+
+    def moved(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.detach().to("meta", dtype if value.is_floating_point() else value.dtype)
+
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), evaluation_mode(model), counter:
-        torch.func.functional_call(model, on_meta, (image,))
+        torch.func.functional_call(
+            model, on_meta, tuple(map(moved, inputs)), {name: moved(value) for name, value in named.items()}
+        )
     return counter.get_total_flops() // 2  # the counter takes a multiply-add as two operations
 
 

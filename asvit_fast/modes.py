@@ -1,4 +1,4 @@
-"""Training and evaluation mode for a while: every module gets its own flag back."""
+"""Training and evaluation mode for a while, where every module gets its own flag back; dropout off."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 
 @contextlib.contextmanager
@@ -25,3 +26,18 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     with restored_modes(model):
         model.eval()
         yield
+
+
+DROPOUT = ("dropout", "attention_dropout", "dropout_prob")  # probabilities that modules hand to a function
+
+
+def without_dropout(model: nn.Module, stochastic_depth: bool = False) -> nn.Module:
+    """Switch dropout off, in place; with ``stochastic_depth`` that of timm, torchvision and transformers, too."""
+    for module in model.modules():
+        if isinstance(module, _DropoutNd) or (stochastic_depth and type(module).__name__ == "StochasticDepth"):
+            module.p = 0.0  # type: ignore[assignment]
+        names = (*DROPOUT, "drop_prob") if stochastic_depth else DROPOUT
+        for name in names:
+            if isinstance(vars(module).get(name), float):
+                setattr(module, name, 0.0)
+    return model

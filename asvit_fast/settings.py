@@ -29,6 +29,8 @@ EXPORT_FORMATS = {  # and their files, the first of which makes a folder an expo
 }
 BACKENDS = ("reference", "triton", "cuda", "cpu", "sdpa")  # that an op may run on
 TUNED_OPS = ("window_attention", "patch_embed", "patch_merge")
+BENCH_MODES = ("inference", "train")
+PEERS = ("source", "compiled", "sdpa", "sdpa-compiled", "onnxruntime", "openvino", "openvino-f32")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # short name -> torch's
 
 
@@ -76,8 +78,9 @@ class Settings:
         if value is None and "None" in str(one.type):
             return
         if "minimum" in one.metadata:
-            check_integer(one.name, value, one.metadata["minimum"])
-        elif "choices" in one.metadata and one.type == "str":
+            for number in value if isinstance(value, tuple) else (value,):
+                check_integer(one.name, number, one.metadata["minimum"])
+        elif "choices" in one.metadata and str(one.type).startswith("str"):
             check_choice(one.name, value, one.metadata["choices"])
         elif "choices" in one.metadata:
             unknown = [str(name) for name in value if name not in one.metadata["choices"]]
@@ -167,3 +170,51 @@ class TuneSettings(Settings):
     )
     dtypes: tuple[str, ...] = _setting(tuple(DTYPES), f"of the activations: {', '.join(DTYPES)}", choices=tuple(DTYPES))
     batch: int = _setting(32, "number of images in each timed call", minimum=1)
+
+
+@dataclass(frozen=True)
+class BenchSettings(Settings):
+    """Choices of a benchmark of networks. Raises InputError for a value that cannot be used."""
+
+    batch_sizes: tuple[int, ...] = _setting(
+        (1, 8),
+        "numbers of images in a batch; sweep = 1,2,4,... The sizes of a provider end where its memory does",
+        minimum=1,
+    )
+    modes: tuple[str, ...] = _setting(
+        BENCH_MODES, "inference, train (a step's forward and backward pass), or both", choices=BENCH_MODES
+    )
+    against: tuple[str, ...] = _setting(
+        ("source", "compiled"),
+        "peers: source (as its library makes it), compiled (torch.compile of it), sdpa (the library's switch for "
+        "torch's fused attention), sdpa-compiled; on a CPU onnxruntime, openvino (as installed), openvino-f32",
+        choices=PEERS,
+    )
+    dtype: str = _setting("fp32", f"of weights and images: {', '.join(DTYPES)}", choices=tuple(DTYPES))
+    amp: str | None = _setting(None, "mixed precision (torch.autocast) in bf16 or fp16", choices=("bf16", "fp16"))
+    compile: bool = _setting(False, "run ours through torch.compile as well, as ours-compiled")
+    channels_last: bool = _setting(False, "weights and images in the memory format channels_last")
+    img_size: int | tuple[int, int] | None = _setting(
+        None, "image size in pixels: a side, or HEIGHTxWIDTH; without it the network's"
+    )
+    rounds: int = _setting(10, "number of turns of each provider; medians and quartiles are of these", minimum=2)
+    seed: int = _setting(0, "seed (a whole number) of weights and images that are drawn")
+    device: str | torch.device | None = _setting(  # noqa: RUF009  (a field)
+        None, "where to compute: cpu, cuda, cuda:1, ...; without it, cuda if there is one"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("batch_sizes", "modes", "against"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, (str, int)) else tuple(value))
+        super().__post_init__()
+        check_seed(self.seed)
+        if not self.batch_sizes:
+            raise InputError("batch_sizes must be one or more numbers of images, got none")
+        if self.amp is not None and self.dtype != "fp32":
+            raise InputError(f"amp {self.amp} keeps the weights in fp32, got dtype {self.dtype}; leave one of them out")
+
+    @property
+    def precision(self) -> str:
+        """Of weights and images, or of mixed precision."""
+        return self.dtype if self.amp is None else f"amp {self.amp}"

@@ -8,6 +8,7 @@ from typing import Any
 
 from .errors import InputError
 from .files import read_object
+from .models.foreign import is_foreign
 from .models.library import check_known, is_known
 from .run_directory import CONFIG
 from .runs import DESIGNS, Run, find_runs, has_run
@@ -31,12 +32,14 @@ class Target:
         options: further arguments of its constructor.
         weights: file or folder that has its weights, None where they are to be drawn.
         run: the search or the scaling that it is the result of.
+        foreign: the name is one of ``models.foreign``: hf:NAME or module:function.
     """
 
     name: str | None
     options: dict[str, Any] = field(default_factory=dict)
     weights: Path | None = None
     run: Run | None = None
+    foreign: bool = False
 
     @property
     def trained(self) -> Path:
@@ -64,13 +67,13 @@ class Target:
         return Topology.parse(self.options["topology"]) if "topology" in self.options else str(self.name)
 
 
-def resolve(what: str | Path | Topology, *, to_train: bool = False) -> Target:
+def resolve(what: str | Path | Topology, *, to_train: bool = False, foreign: bool = False) -> Target:
     """The network that ``what`` names.
 
     The name of a network comes before a folder of the same name, which ``./NAME`` means. Of a folder that holds a
     search and a scaling, as search/ and scale/, the scaling is meant; with a training beside them, as train/, it must
     be said which, but ``to_train`` the scaling again: the training is then the one that continues. No file that holds
-    weights is read yet.
+    weights is read yet. ``foreign`` allows hf:NAME and module:function, too.
 
     Raises:
         InputError: nothing of these, a run that is not finished, a damaged run, a folder of trainings and other runs.
@@ -79,6 +82,10 @@ def resolve(what: str | Path | Topology, *, to_train: bool = False) -> Target:
         return Target("asvit", {"topology": str(Topology.parse(what if isinstance(what, Topology) else str(what)))})
     if isinstance(what, str) and is_known(what):
         return Target(what)
+    if isinstance(what, str) and is_foreign(what):
+        if not foreign:
+            raise InputError(f"only asvit-fast bench takes {what!r}; give {FORMS}")
+        return Target(what, foreign=True)
     if not str(what).strip():
         raise InputError(f"WHAT is empty; give {FORMS}")
     path = Path(str(what).removeprefix("local-dir:"))  # timm's way to name an exported folder

@@ -28,11 +28,11 @@ from unittest import mock
 
 import torch
 from networks import SEED_TOPOLOGY, THETAS, NetworkRow, Settings, check_table, reject, show, summary
-from timer import print_header, save_rows
 from torch import Tensor, nn
 
 import asvit_fast as af
 from asvit_fast.backends import resolve_device
+from asvit_fast.bench.timer import print_header, save_rows
 from asvit_fast.cost import topology_cost
 from asvit_fast.topology import Topology
 

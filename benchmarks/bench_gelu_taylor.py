@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from timer import Row, compare, print_header, print_rows, save_rows
 from torch import Tensor
 
 from asvit_fast import _extension, backends
+from asvit_fast.bench.timer import Row, compare, print_header, print_rows, save_rows
 from asvit_fast.ops.gelu_taylor import gelu_taylor, gelu_taylor_reference
 
 SHAPES = [(10, 56, 56, 96), (10, 28, 28, 192), (10, 14, 14, 384), (10, 7, 7, 768)]

@@ -19,10 +19,10 @@ from types import FrameType
 
 import torch
 import torch.nn.functional as F
-from timer import Row, compare, print_header, save_rows
 from torch import Tensor
 
 from asvit_fast import ops
+from asvit_fast.bench.timer import Row, compare, print_header, save_rows
 
 QKV, WEIGHT = torch.randn(1, 4, 4, 24), torch.randn(8, 8)
 TOKENS, MERGE, NORM = torch.randn(1, 4, 4, 4), torch.randn(8, 16), torch.randn(16)

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from timer import Row, compare, print_header, print_rows, save_rows
 from torch import Tensor
 
 from asvit_fast import _extension, backends
+from asvit_fast.bench.timer import Row, compare, print_header, print_rows, save_rows
 from asvit_fast.ops import layer_norm_taylor, softmax_taylor, square_taylor, tanh_taylor
 from asvit_fast.ops.layer_norm_taylor import layer_norm_taylor_reference
 from asvit_fast.ops.softmax_taylor import softmax_taylor_reference

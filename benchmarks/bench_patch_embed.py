@@ -18,10 +18,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from timer import Row, compare, print_header, print_rows, save_rows
 from torch import Tensor
 
 from asvit_fast import _extension, backends
+from asvit_fast.bench.peers import embed_convolution
+from asvit_fast.bench.rooflines import Roofline
+from asvit_fast.bench.timer import Row, compare, print_header, print_rows, save_rows
 from asvit_fast.cost import peak_allocation
 from asvit_fast.nn.patch_embed import embed_patches
 from asvit_fast.ops.patch_embed import patch_embed_reference
@@ -97,14 +99,10 @@ def ours(case: Case) -> Embed:
 
 def convolution(case: Case) -> Embed:
     """As a user of torch writes it; channels_last if the operands are."""
-    symmetric = len(set(case.padding)) == 1
 
     def run(image: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
-        if not symmetric:
-            image = F.pad(image, case.padding)
-        padding = case.padding[0] if symmetric else 0
-        tokens = F.conv2d(image, weight, bias, case.stride, padding, case.dilation).permute(0, 2, 3, 1)
-        return F.layer_norm(tokens, tokens.shape[-1:], norm_weight, norm_bias).contiguous()
+        geometry = (case.stride, case.dilation, case.padding)
+        return embed_convolution(image, weight, bias, *geometry, norm_weight, norm_bias)
 
     return run
 
@@ -204,16 +202,6 @@ def peak_megabytes(run: Callable[[], object], device: torch.device) -> float:
     return peak_allocation(run, device) / 1e6
 
 
-def roofline(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """FLOP and bytes per second that torch reaches on large matrices: what a kernel can hope for."""
-    side = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(side, side, device=device, dtype=dtype)
-    long = torch.empty((1 << 30) if device.type == "cuda" else (1 << 26), device=device, dtype=torch.uint8)
-    runs = {"product": partial(torch.mm, a, a), "copy": partial(long.copy_, long.clone())}
-    timings = compare(runs, device, 5)
-    return 2 * side**3 / timings["product"].lower_quartile, 2 * long.numel() / timings["copy"].lower_quartile
-
-
 @dataclass(frozen=True)
 class PatchRow(Row):
     """A row with what a product and a memory would say of it."""
@@ -230,7 +218,7 @@ def run_case(
     device: torch.device,
     rounds: int,
     compiled: bool,
-    peaks: tuple[float, float],
+    roofline: Roofline,
 ) -> list[PatchRow]:
     """Check and time every provider on one case."""
     operands = case.operands(device, dtype)
@@ -247,7 +235,7 @@ def run_case(
     memory = {name: peak_megabytes(run, device) for name, run in runs.items()}
     timings = compare(runs, device, rounds)
     flops, moved = case.flops(mode), case.moved_bytes(mode, operands[0].element_size())
-    floor = max(flops / peaks[0], moved / peaks[1])
+    floor = roofline.seconds(flops, moved)
     rows = []
     for name, timing in timings.items():
         row = Row.of("patch_embed", f"{case.name}, {mode}, {str(dtype)[6:]}", name, timing, moved, found[name])
@@ -274,11 +262,11 @@ def main() -> None:
     on_gpu = device.type == "cuda"
     dtype = getattr(torch, arguments.dtype or ("bfloat16" if on_gpu else "float32"))
     print_header(device)
-    peaks = roofline(device, dtype)
-    print(f"roofline: product {peaks[0] / 1e9:.0f} GFLOP/s, copy {peaks[1] / 1e9:.1f} GB/s")
+    roofline = Roofline.of(dtype, device)
+    print(f"roofline: {roofline}")
     for case in cases(arguments.batch or ([16, 128] if on_gpu else [1, 8])):
         for mode in arguments.mode:
-            rows = run_case(case, mode, dtype, device, arguments.rounds, not arguments.no_compile, peaks)
+            rows = run_case(case, mode, dtype, device, arguments.rounds, not arguments.no_compile, roofline)
             print_rows(rows, baseline=BASELINE)
             for row in rows:
                 share, rate = 100 * row.roofline_share, row.gigaflop_per_second

@@ -10,17 +10,18 @@ products of the Linear layer, 2 FLOP per multiply-add; with --roofline they are 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from operators import DTYPES, Operator, OperatorRow, Work, measure, operator_arguments, publish, start
+from operators import DTYPES, Operator, Work, measure, operator_arguments, publish, start
 from torch import Tensor
 
-from asvit_fast.ops.patch_merge import merge_padding, patch_merge, patch_merge_reference
+from asvit_fast.bench.peers import merge_unfolded
+from asvit_fast.bench.rooflines import Roofline
+from asvit_fast.ops.patch_merge import patch_merge, patch_merge_reference
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 6e-2, "float16": 1e-2}  # relative to the largest value of a tensor
 STRIDE = 2
@@ -84,18 +85,6 @@ def on_case(
     return merge(x, weight, case.kernel, STRIDE, norm_weight, norm_bias, order=case.order)
 
 
-def unfolded(
-    x: Tensor, weight: Tensor, kernel: int, stride: int, norm_weight: Tensor, norm_bias: Tensor, order: str
-) -> Tensor:
-    """As As-ViT's authors merge; on Swin's shapes the timing is that of features in their order."""
-    rows, columns = (merge_padding(size, kernel, stride) for size in x.shape[1:3])
-    patches = F.unfold(F.pad(x.permute(0, 3, 1, 2), columns + rows), kernel, stride=stride).transpose(1, 2)
-    if order == "timm":  # a view of the features, so that the result is right
-        patches = patches.unflatten(2, (-1, kernel, kernel)).transpose(2, 4).flatten(2)
-    patches = F.layer_norm(patches, (patches.shape[2],), norm_weight, norm_bias)
-    return F.linear(patches, weight).unflatten(1, (-(-x.shape[1] // stride), -(-x.shape[2] // stride)))
-
-
 def reshaped(
     x: Tensor, weight: Tensor, kernel: int, stride: int, norm_weight: Tensor, norm_bias: Tensor, order: str
 ) -> Tensor:
@@ -109,7 +98,7 @@ def reshaped(
 
 PROVIDERS: dict[str, Callable[..., Tensor]] = {
     "ours": patch_merge,
-    "unfold + LN + Linear": unfolded,
+    "unfold + LN + Linear": merge_unfolded,
     "reshape + LN + Linear": reshaped,
 }
 
@@ -123,57 +112,15 @@ def providers(case: Case, compiled: bool) -> dict[str, Operator]:
     return {name: partial(on_case, merge, case) for name, merge in table.items()}
 
 
-@dataclass(frozen=True)
-class Roofline:
-    """The rates that the machine reaches at best, measured with torch's own operations."""
-
-    flops: float  # of a large matrix product, per second
-    bandwidth: float  # of a copy, read and written bytes per second
-
-    def share(self, row: OperatorRow) -> float:
-        """Part of the rate that the forward pass's operations and bytes allow."""
-        seconds, intensity = row.milliseconds / 1e3, row.gigaoperations_per_second / row.gigabytes_per_second
-        moved = row.gigabytes_per_second * 1e9 * seconds
-        return max(moved / self.bandwidth, moved * intensity / self.flops) / seconds
-
-
-def roofline(dtype: torch.dtype, device: torch.device) -> Roofline:
-    """The best of torch's matrix product, oneDNN's on a CPU, and the bandwidth of a copy."""
-    a, b = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
-    x = torch.randn(1 << 26, device=device)
-    products = [lambda: a @ b.t()]
-    if device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        products.append(lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
-    best = min(_seconds(product, device) for product in products)
-    return Roofline(
-        2.0 * 2048**3 / best,
-        2.0 * x.numel() * x.element_size() / _seconds(partial(torch.empty_like(x).fill_(0.0).copy_, x), device),
-    )
-
-
-def _seconds(run: Callable[[], Tensor], device: torch.device) -> float:
-    """The best of a few."""
-    times = []
-    for _ in range(8):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        begin = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - begin)
-    return min(times)
-
-
 def main() -> None:
     """Run all cases."""
     parser = operator_arguments(__doc__.splitlines()[0])
     parser.add_argument("--roofline", action="store_true", help="relate our forward rates to the machine's")
     arguments = parser.parse_args()
     device, dtype = start(arguments), DTYPES[arguments.dtype]
-    roof = roofline(dtype, device) if arguments.roofline else None
-    if roof is not None:
-        print(f"roofline: {roof.flops / 1e9:.0f} GFLOP/s, {roof.bandwidth / 1e9:.0f} GB/s")
+    roofline = Roofline.of(dtype, device) if arguments.roofline else None
+    if roofline is not None:
+        print(f"roofline: {roofline}")
     for case in CASES:
         if arguments.case not in case.name:
             continue
@@ -183,8 +130,9 @@ def main() -> None:
         rows = measure("patch_merge", work, table, arguments.modes, arguments.rounds, tolerance)
         publish(rows, arguments.csv, device)
         for row in rows:
-            if roof is not None and (row.provider, row.mode) == ("ours", "forward"):
-                print(f"{row.case}: {100 * roof.share(row):.0f} % of the roofline")
+            if roofline is not None and (row.provider, row.mode) == ("ours", "forward"):
+                least = roofline.seconds(work.operations, work.moved_bytes)
+                print(f"{row.case}: {100 * 1e3 * least / row.milliseconds:.0f} % of the roofline")
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 from digits import IMG_SIZE, digits
-from timer import machine, print_header
 
 import asvit_fast as af
 from asvit_fast import backends
+from asvit_fast.bench.timer import machine, print_header
 from asvit_fast.files import write_atomic
 from asvit_fast.malloc import disable_malloc_trim
 from asvit_fast.recipe import Recipe

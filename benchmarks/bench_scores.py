@@ -45,11 +45,11 @@ from networks import (
     show,
     summary,
 )
-from timer import Timing, print_header, save_rows
 from torch import Tensor, nn
 
 import asvit_fast as af
 from asvit_fast import backends
+from asvit_fast.bench.timer import Timing, print_header, save_rows
 from asvit_fast.malloc import disable_malloc_trim
 from asvit_fast.scoring import ScoreSettings, score_repeat
 from asvit_fast.scoring.score import WEIGHTS, stream

@@ -27,15 +27,15 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from bench_models import TOLERANCE, relative_distance
-from bench_window_attention import sdpa
 from operators import DTYPES
-from timer import Row, Timing, compare, print_header, save_rows
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from asvit_fast import AsViT, RetokenizationSchedule, backends
+from asvit_fast.bench.peers import attention_sdpa
+from asvit_fast.bench.providers import relative_distance, tolerance
+from asvit_fast.bench.timer import Row, Timing, compare, print_header, save_rows
 from asvit_fast.cost import count_macs, peak_allocation
 from asvit_fast.nn import Linear, OverlapPatchEmbed, PatchMerging, WindowAttention
 from asvit_fast.ops.patch_merge import patch_merge_reference
@@ -74,7 +74,7 @@ class PeerAttention(WindowAttention):
     def forward(self, x: Tensor) -> Tensor:
         qkv = F.linear(x, self.qkv.weight, self.qkv.bias)  # [B, H, W, 3*heads*head_dim]
         sides = [max(-(-side // self.splits), 1) for side in qkv.shape[1:3]] if self.window is None else self.window
-        x = sdpa(qkv, self.num_heads, list(sides), [0, 0], None)  # [B, H, W, heads*head_dim]
+        x = attention_sdpa(qkv, self.num_heads, list(sides), [0, 0], None)  # [B, H, W, heads*head_dim]
         return F.linear(x, self.proj.weight, self.proj.bias)
 
 
@@ -228,7 +228,7 @@ class Case:
                 runs[who] = provider.step
             if reasons:
                 self._row(case, who, NOT_TIMED, 0.0, reduction, note=reasons[0])
-        wrong = {who: error for who, error in errors.items() if not error < TOLERANCE[self.dtype]}
+        wrong = {who: error for who, error in errors.items() if not error < tolerance(DTYPES[self.dtype], self.device)}
         if wrong:
             raise SystemExit(f"{case}: wrong results, nothing timed: {wrong}")
         for who, timing in compare(runs, self.device, self.rounds).items():

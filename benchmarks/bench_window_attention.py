@@ -11,17 +11,16 @@ against float64 first.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from operators import DTYPES, Operator, Work, measure, operator_arguments, publish, start
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
+from asvit_fast.bench.peers import attention_eager, attention_sdpa
 from asvit_fast.ops.window_attention import window_attention, window_attention_reference
 from asvit_fast.ops.windows import merge_windows, partition_windows, split_heads, window_mask
 
@@ -90,51 +89,6 @@ def ours(qkv: Tensor, heads: int, window: list[int], shift: list[int], bias: Ten
     return window_attention(qkv, heads, (window[0], window[1]), (shift[0], shift[1]), bias)
 
 
-def eager(qkv: Tensor, heads: int, window: list[int], shift: list[int], bias: Tensor | None) -> Tensor:
-    """As timm's Swin computes it by default: every step an operation."""
-    size = [qkv.shape[1], qkv.shape[2]]
-    q, k, v = split_heads(partition_windows(qkv, window, shift), heads)  # [B, windows, heads, tokens, d]
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # [B, windows, heads, tokens, tokens]
-    if bias is not None:
-        scores = scores + bias
-    mask = window_mask(size, window, shift, scores.dtype, scores.device)
-    if mask is not None:
-        scores = scores + mask.unsqueeze(1)
-    out = (scores.softmax(-1) @ v).transpose(2, 3).flatten(3)  # [B, windows, tokens, heads*d]
-    return merge_windows(out, size, window, shift)
-
-
-def attention_mask(qkv: Tensor, window: list[int], shift: list[int], bias: Tensor | None, copies: int) -> Tensor | None:
-    """Mask of SDPA for windows [B*windows, heads, tokens, d]: bias and mask in one."""
-    mask = window_mask([qkv.shape[1], qkv.shape[2]], window, shift, qkv.dtype, qkv.device)
-    if mask is None:
-        return None if bias is None else bias.unsqueeze(0)
-    mask = mask.unsqueeze(1) if bias is None else mask.unsqueeze(1) + bias
-    return mask.expand(copies, -1, -1, -1, -1).flatten(0, 1)
-
-
-def sdpa(
-    qkv: Tensor,
-    heads: int,
-    window: list[int],
-    shift: list[int],
-    bias: Tensor | None,
-    backend: SDPBackend | None = None,
-    pad_to: int = 1,
-) -> Tensor:
-    """torch's fused attention with one of its backends; head_dim padded with zeros to a multiple of `pad_to`."""
-    batch, size = qkv.shape[0], [qkv.shape[1], qkv.shape[2]]
-    q, k, v = (x.flatten(0, 1) for x in split_heads(partition_windows(qkv, window, shift), heads))
-    mask = attention_mask(qkv, window, shift, bias, batch)
-    head_dim = q.shape[-1]
-    if head_dim % pad_to:
-        q, k, v = (F.pad(x, (0, -head_dim % pad_to)) for x in (q, k, v))
-    with nullcontext() if backend is None else sdpa_kernel(backend):
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=head_dim**-0.5)
-    out = out[..., :head_dim].unflatten(0, (batch, -1)).transpose(2, 3).flatten(3)
-    return merge_windows(out, size, window, shift)
-
-
 def flex(qkv: Tensor, heads: int, window: list[int], shift: list[int], bias: Tensor | None, attend: Any) -> Tensor:
     """FlexAttention with the bias as a score modification; the mask of a shift is part of the table."""
     batch, size = qkv.shape[0], [qkv.shape[1], qkv.shape[2]]
@@ -162,15 +116,15 @@ SDPA_BACKENDS = {
 
 def providers(case: Case, device: torch.device, compiled: bool) -> dict[str, Operator]:
     """Who takes part, by name. Those that refuse a case are left out with their reason when they are first run."""
-    table: dict[str, Callable[..., Tensor]] = {"ours": ours, "eager": eager, "SDPA, default": sdpa}
+    table: dict[str, Callable[..., Tensor]] = {"ours": ours, "eager": attention_eager, "SDPA, default": attention_sdpa}
     for backend in SDPA_BACKENDS[device.type]:
         name = backend.name.lower().removesuffix("_attention")
-        table[f"SDPA, {name}"] = partial(sdpa, backend=backend)
+        table[f"SDPA, {name}"] = partial(attention_sdpa, backend=backend)
     if case.head_dim % 8:
-        table["SDPA, head_dim padded to 8"] = partial(sdpa, pad_to=8)
+        table["SDPA, head_dim padded to 8"] = partial(attention_sdpa, pad_to=8)
     if compiled:
-        table["eager, compiled"] = torch.compile(eager, dynamic=False)
-        table["SDPA, compiled"] = torch.compile(sdpa, dynamic=False)
+        table["eager, compiled"] = torch.compile(attention_eager, dynamic=False)
+        table["SDPA, compiled"] = torch.compile(attention_sdpa, dynamic=False)
         if flex_attention is not None:
             table["FlexAttention"] = partial(flex, attend=torch.compile(flex_attention, dynamic=False))
     return {name: partial(with_flags, attend, case) for name, attend in table.items()}

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from timer import Row, compare, print_header, print_rows, save_rows
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from asvit_fast import _extension, backends
+from asvit_fast.bench.timer import Row, compare, print_header, print_rows, save_rows
 from asvit_fast.ops.window_attention_taylor import window_attention_taylor
 from asvit_fast.ops.windows import merge_windows, partition_windows, split_heads
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timer import Row, Timing, compare, machine, print_rows
 from torch import Tensor
 
 from asvit_fast import AsViT, create_model
+from asvit_fast.bench.timer import Row, Timing, compare, machine, print_rows
 from asvit_fast.topology import NAMED_TOPOLOGIES, Topology
 
 Run = Callable[[], Any]  # -> a tensor or a tuple of tensors

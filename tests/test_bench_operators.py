@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from asvit_fast.cost import peak_allocation
+
 QUICK = ["--device", "cpu", "--rounds", "2", "--no-compile", "--threads", "1"]
 
 
@@ -56,11 +58,11 @@ def test_a_provider_that_refuses_is_left_out(operators, capsys: pytest.CaptureFi
     assert "peer left out, not for this shape" in capsys.readouterr().out
 
 
-def test_peak_memory(operators) -> None:
+def test_peak_memory() -> None:
     def run() -> torch.Tensor:
         first = torch.empty(2**18)  # 1 MiB
         second = torch.empty(2**19)  # 2 MiB
         del first
         return second + 1
 
-    assert operators.peak_allocation(run, torch.device("cpu")) == pytest.approx(4 * 2**20, rel=0.01)
+    assert peak_allocation(run, torch.device("cpu")) == pytest.approx(4 * 2**20, rel=0.01)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..modes import without_dropout
 from .swap import accelerate, restore
 
 SLACK = 2.0  # how many times the source's own error is still rounding
@@ -124,7 +125,7 @@ def verify(
     modes = (modes,) if isinstance(modes, str) else tuple(modes)
     if not modes or not set(modes) <= {"eval", "train"}:
         raise InputError(f"verify: modes are 'eval' and 'train', got {list(modes)}")
-    if next(_tensors("input", sample), None) is None:
+    if next(named_tensors("input", sample), None) is None:
         raise InputError(
             "verify: sample must be a tensor, a tuple of arguments or a dict of keyword arguments with tensors, "
             f"got {type(sample).__name__}"
@@ -158,11 +159,7 @@ def _prepared(model: nn.Module, mode: str, fast: bool, dtype: torch.dtype | None
         accelerate(copied)
     copied.train(mode == "train")
     copied.zero_grad()
-    for module in copied.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):  # torchvision's
-            module.attention_dropout = module.dropout = 0.0  # type: ignore[assignment]
+    without_dropout(copied)
     return copied if dtype is None else copied.to(dtype)
 
 
@@ -189,21 +186,22 @@ def _nudged(sample: Any) -> Any:
     return tuple(map(_nudged, sample)) if isinstance(sample, (tuple, list)) else sample
 
 
-def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in nested containers, with the path to each."""
     if isinstance(value, Tensor):
         yield name, value
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _tensors(f"{name}.{key}", item)
+            yield from named_tensors(f"{name}.{key}", item)
     elif isinstance(value, (tuple, list)):
         for index, item in enumerate(value):
-            yield from _tensors(f"{name}.{index}", item)
+            yield from named_tensors(f"{name}.{index}", item)
 
 
 def _default_loss(output: Any) -> Tensor:
     total: Any = 0.0
     generator = torch.Generator().manual_seed(0)
-    for _, tensor in _tensors("output", output):
+    for _, tensor in named_tensors("output", output):
         if tensor.requires_grad:
             weights = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
             total = total + (tensor.double() * weights.to(tensor.device)).sum()
@@ -215,7 +213,7 @@ Run = dict[str, tuple[Tensor, float]]  # by name: a tensor in float64 on the CPU
 
 def _run(model: nn.Module, sample: Any, gradients: bool, loss: Callable[[Any], Tensor] | None, seed: int) -> Run:
     """Outputs and gradients."""
-    inputs = [(name, x) for name, x in _tensors("input", sample) if x.is_floating_point()]
+    inputs = [(name, x) for name, x in named_tensors("input", sample) if x.is_floating_point()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices), torch.set_grad_enabled(gradients):
         torch.manual_seed(seed)
@@ -225,7 +223,7 @@ def _run(model: nn.Module, sample: Any, gradients: bool, loss: Callable[[Any], T
             output = model(**sample)
         else:
             output = model(*sample) if isinstance(sample, tuple) else model(sample)
-        tensors = dict(_tensors("output", output))
+        tensors = dict(named_tensors("output", output))
         if not tensors:
             raise InputError(
                 f"verify: the model gives a {type(output).__name__}, in which there are no tensors to compare"

@@ -1,1 +1,6 @@
-"""Timing the kernels of ops on the shapes of real networks, and refining their tiles."""
+"""Benchmarks of networks and ops against their peers; tuning of kernels' tiles on the shapes of real networks."""
+
+from .networks import benchmark
+from .rows import BenchRow
+
+__all__ = ["BenchRow", "benchmark"]

@@ -1,4 +1,4 @@
-"""Workloads that `asvit-fast tune` times tiles of Triton kernels on: calls of ops on the shapes of real networks."""
+"""Calls of ops on the shapes of real networks, which `asvit-fast tune` and `asvit-fast bench op` time."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..errors import InputError
 from ..nn.patch_embed import embed_patches
 from ..ops.patch_embed import MAXIMUM_CHANNELS
 from ..ops.window_attention import is_single_tile
@@ -63,7 +64,7 @@ def _run(op: Callable[..., Tensor], inputs: Sequence[Tensor], fixed: Sequence[Te
 class AttentionWorkload(_Call):
     """Windowed attention on a square map."""
 
-    window: tuple[int, int]
+    window: tuple[int, ...]
     head_dim: int
     heads: int = 4
     size: int = 0  # tokens per side of the map; 0: as many windows as fill 56 x 56, Swin's and As-ViT's first map
@@ -71,7 +72,7 @@ class AttentionWorkload(_Call):
 
     @property
     def tokens(self) -> int:
-        return self.window[0] * self.window[1]
+        return math.prod(self.window)
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -91,22 +92,29 @@ class AttentionWorkload(_Call):
 
         return {"bits": self.bits, "tokens": self.tokens, "block_d": block(self.head_dim)}
 
+    @property
+    def shift(self) -> tuple[int, ...]:
+        return tuple(side // 2 if self.biased else 0 for side in self.window)
+
+    def operands(self, batch: int, device: torch.device) -> list[Tensor]:
+        """qkv [B, H, W, 3*heads*d], and the bias [heads, tokens, tokens] if there is one."""
+        depth = [2 * side for side in self.window[:-2]]  # of windows with three sides
+        sides = (self.size or -(-56 // side) * side for side in self.window[-2:])
+        draw = self._draw(device)
+        operands = [draw(batch, *depth, *sides, 3 * self.heads * self.head_dim)]
+        if self.biased:
+            operands.append(draw(self.heads, self.tokens, self.tokens).float())  # as under autocast
+        return operands
+
+    def ours(self, qkv: Tensor, bias: Tensor | None = None) -> Tensor:
+        return ops.window_attention(qkv, self.heads, self.window, self.shift, bias)  # type: ignore[arg-type]
+
     def prepare(self, kernel: str, batch: int, device: torch.device) -> Run:
         """Random inputs, and a call that starts ``kernel``: the op alone, or with its backward pass."""
-        height, width = (self.size or -(-56 // side) * side for side in self.window)
-        draw = self._draw(device)
-        inputs = [draw(batch, height, width, 3 * self.heads * self.head_dim)]
-        if self.biased:
-            inputs.append(draw(self.heads, self.tokens, self.tokens).float())  # as under autocast
-        shift = (self.window[0] // 2, self.window[1] // 2) if self.biased else (0, 0)
-
-        def attention(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
-            return ops.window_attention(qkv, self.heads, self.window, shift, bias)
-
-        return _run(attention, inputs, (), kernel not in ("single_tile", "tiled"))
+        return _run(self.ours, self.operands(batch, device), (), kernel not in ("single_tile", "tiled"))
 
     def __str__(self) -> str:
-        words = f"{self.window[0]}x{self.window[1]}x{self.head_dim} {self.dtype}"
+        words = f"{'x'.join(map(str, self.window))}x{self.head_dim} {self.dtype}"
         return f"{words} biased" if self.biased else words
 
 
@@ -134,15 +142,18 @@ class EmbedWorkload(_Call):
         pixels = pixel_count(3, self.patch)
         return {"bits": self.bits, "pixels": pixels, "block_d": channel_block(kernel, self.channels)}
 
-    def prepare(self, kernel: str, batch: int, device: torch.device) -> Run:
+    def operands(self, batch: int, device: torch.device) -> list[Tensor]:
+        """image [B, 3, size, size], weight, bias, norm_weight, norm_bias."""
         draw = self._draw(device)
         image = draw(batch, 3, self.size, self.size)
-        inputs = [draw(self.channels, 3, self.patch, self.patch), *(draw(self.channels) for _ in range(3))]
+        return [image, draw(self.channels, 3, self.patch, self.patch), *(draw(self.channels) for _ in range(3))]
 
-        def embed(image: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
-            return embed_patches(image, weight, bias, self.stride, 1, norm_weight, norm_bias, 1e-5)
+    def ours(self, image: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
+        return embed_patches(image, weight, bias, self.stride, 1, norm_weight, norm_bias, 1e-5)
 
-        return _run(embed, inputs, (image,), kernel != "patch_embed")
+    def prepare(self, kernel: str, batch: int, device: torch.device) -> Run:
+        image, *parameters = self.operands(batch, device)
+        return _run(self.ours, parameters, (image,), kernel != "patch_embed")
 
     def __str__(self) -> str:
         return f"{self.patch}x{self.patch} pixels to {self.channels} {self.dtype}"
@@ -168,20 +179,48 @@ class MergeWorkload(_Call):
     def features(self, kernel: str) -> Tiles:
         return {"bits": self.bits, "outputs": self.outputs}
 
-    def prepare(self, kernel: str, batch: int, device: torch.device) -> Run:
+    def operands(self, batch: int, device: torch.device) -> list[Tensor]:
+        """x [B, size, size, channels], weight [outputs, features], norm_weight, norm_bias."""
         draw, features = self._draw(device), self.channels * self.kernel**2
-        inputs = [draw(batch, self.size, self.size, self.channels), draw(self.outputs, features), draw(features)]
+        x = draw(batch, self.size, self.size, self.channels)
+        return [x, draw(self.outputs, features), draw(features), draw(features)]
 
-        def merge(x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
-            return ops.patch_merge(x, weight, self.kernel, 2, norm_weight, norm_bias)
+    def ours(self, x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
+        return ops.patch_merge(x, weight, self.kernel, 2, norm_weight, norm_bias)
 
-        return _run(merge, [*inputs, draw(features)], (), kernel != "patch_merge")
+    def prepare(self, kernel: str, batch: int, device: torch.device) -> Run:
+        return _run(self.ours, self.operands(batch, device), (), kernel != "patch_merge")
 
     def __str__(self) -> str:
         return f"{self.kernel}x{self.kernel}x{self.channels} to {self.outputs} {self.dtype}"
 
 
 Workload = AttentionWorkload | EmbedWorkload | MergeWorkload
+
+SHAPES = {  # of an op: what it is written like, how many numbers, its workload
+    "window_attention": "ROWSxCOLUMNSxHEAD_DIM, 7x7x32, with a b for bias and shift, 7x7x32b",
+    "patch_embed": "PATCHxCHANNELS, 4x96",
+    "patch_merge": "KERNELxCHANNELSxOUTPUTSxSIDE, 2x96x192x56",
+}
+
+
+def workload_of(op: str, shape: str) -> Workload:
+    """The workload that text describes, as ``SHAPES`` says. Raises InputError for other text."""
+    biased = op == "window_attention" and shape.endswith("b")
+    try:
+        numbers = [int(number) for number in shape.removesuffix("b" if biased else "").split("x")]
+        if min(numbers) < 1:
+            raise ValueError
+        if op == "window_attention" and len(numbers) in (3, 4):
+            return AttentionWorkload(tuple(numbers[:-1]), numbers[-1], biased=biased)
+        if op == "patch_embed":
+            patch, channels = numbers
+            return EmbedWorkload(patch, channels)
+        kernel, channels, outputs, side = numbers
+        return MergeWorkload(kernel, channels, outputs, side)
+    except ValueError:
+        raise InputError(f"shape of {op}: expected {SHAPES[op]}, got {shape!r}") from None
+
 
 # stages of Swin-T and S, attention of Swin-B too, which has the same rows (arXiv 2103.14030)
 SWIN: dict[str, list[Workload]] = {

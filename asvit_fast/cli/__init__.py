@@ -1,4 +1,4 @@
-"""The command line: ``asvit-fast env|score|search|scale|train|eval|report|export|tune``.
+"""The command line: ``asvit-fast env|bench|score|search|scale|train|eval|report|export|tune``.
 
 Parsing needs no torch, so ``--help`` and mistakes in options answer at once; each command imports what it needs when it
 runs. Mistakes of the user end with one line on stderr and exit code 2.
@@ -190,7 +190,8 @@ def _parser() -> argparse.ArgumentParser:
 def _add(parser: argparse.ArgumentParser, option: Option) -> None:
     """Absent options stay absent (SUPPRESS), so that a YAML file can fill them before the defaults do."""
     if option.positional:
-        parser.add_argument(option.name, nargs="?", default=argparse.SUPPRESS, metavar=option.label, help=option.help)
+        nargs = "*" if option.several else "?"
+        parser.add_argument(option.name, nargs=nargs, default=argparse.SUPPRESS, metavar=option.label, help=option.help)
     elif option.flag:
         parser.add_argument(option.label, action="store_true", default=argparse.SUPPRESS, help=option.help)
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..recipe import Recipe
-from ..settings import EXPORT_FORMATS, ScaleSettings, SearchSettings, TuneSettings
+from ..settings import EXPORT_FORMATS, TUNED_OPS, BenchSettings, ScaleSettings, SearchSettings, TuneSettings
 from .common import DEVICE, IMG_SIZE, METRICS, QUIET, SCORING, WHAT
 from .options import (
     Command,
@@ -20,6 +20,7 @@ from .options import (
     options_of,
     positive,
     seed,
+    strings,
     text,
 )
 
@@ -46,6 +47,40 @@ SCORE = Command(
     summary="Score a network without training it: length distortion, curvature, NTK condition number.",
     options=(_what("what"), METRICS, *SCORING, JSON),
     epilog="example: asvit-fast score '8,2,3|4,1,2|4,1,4|4,1,6|32' --img-size 224 --repeats 5",
+)
+
+BENCH = Command(
+    name="bench",
+    summary="Measure how fast networks run here: as their library makes them, compiled, and through accelerate.",
+    options=(
+        Option(
+            "what",
+            strings,
+            None,
+            f"one or more of: {WHAT}; hf:NAME of transformers (hf:swin, nothing is downloaded), module:function; or op "
+            f"and names of ops: {', '.join(TUNED_OPS)}",
+            positional=True,
+            required=True,
+            several=True,
+        ),
+        *options_of(BenchSettings),
+        Option(
+            "shape",
+            strings,
+            (),
+            "shape of an op: window_attention ROWSxCOLUMNSxHEAD_DIM, and a b for bias and shift (7x7x32b); patch_embed "
+            "PATCHxCHANNELS (4x96); patch_merge KERNELxCHANNELSxOUTPUTSxSIDE (2x96x192x56); may be repeated",
+            "TEXT",
+            repeated=True,
+        ),
+        Option("csv", text, None, "add the rows to this file after every case", "FILE"),
+        Option("json", text, None, "the same as JSON; - prints strict JSON and nothing else", "FILE"),
+        QUIET,
+    ),
+    epilog="example: asvit-fast bench swin_tiny_patch4_window7_224 asvit_small --batch-sizes 1,8,64 --against "
+    "source,compiled,sdpa --csv bench.csv\n"
+    "         asvit-fast bench op window_attention --shape 7x7x32b --dtype bf16\n"
+    "         asvit-fast report bench.csv",
 )
 
 SEARCH = Command(
@@ -204,7 +239,9 @@ REPORT = Command(
     summary="Draw a run: PNG plots and one self-contained report.html inside its directory; prints the page's path.",
     options=(
         _what(
-            "directory", "run directory of search, scale or train, or one that holds them as search/, scale/ and train/"
+            "directory",
+            "run directory of search, scale or train, one that holds them as search/, scale/ and train/, or the CSV or "
+            "JSON file of bench",
         ),
     ),
     epilog="example: asvit-fast report runs/search",
@@ -250,4 +287,4 @@ TUNE = Command(
     resumable=True,
 )
 
-COMMANDS = {command.name: command for command in (ENV, SCORE, SEARCH, SCALE, TRAIN, EVAL, REPORT, EXPORT, TUNE)}
+COMMANDS = {command.name: command for command in (ENV, BENCH, SCORE, SEARCH, SCALE, TRAIN, EVAL, REPORT, EXPORT, TUNE)}

@@ -210,6 +210,14 @@ def strings(value: Any) -> tuple[str, ...]:
     return tuple(text(item) for item in ([value] if isinstance(value, str) else value))
 
 
+def batches(value: Any) -> tuple[int, ...]:
+    """``1,8,64``, ``sweep`` (powers of two) or a YAML list."""
+    if value == "sweep":
+        return tuple(2**power for power in range(17))
+    read = integer(1)
+    return tuple(map(read, [value] if isinstance(value, int) else _parts(value)))
+
+
 def image_size(value: Any) -> int | tuple[int, int]:
     """``224`` or ``224x160`` (height x width), pixels."""
     try:
@@ -253,6 +261,8 @@ _READERS: dict[str, tuple[Reader, str]] = {  # and metavar, by a field's annotat
     "str": (text, "TEXT"),
     "str | torch.device | None": (text, "NAME"),
     "int | tuple[int, int]": (image_size, "PIXELS"),
+    "int | tuple[int, int] | None": (image_size, "PIXELS"),
+    "tuple[int, ...]": (batches, "NUMBERS"),
     "tuple[float, float]": (pair, "X,Y"),
     "tuple[float, ...] | None": (numbers, "X"),
     "tuple[str, ...]": (listed, "NAMES"),
@@ -272,7 +282,7 @@ def _option_of(field: Field[Any]) -> Option:
         read, metavar = (switch, "true|false") if field.default else (flag, None)
     elif repeated:
         read, metavar = strings, "NAME"
-    elif "choices" in limits and field.type == "str":
+    elif "choices" in limits and str(field.type).startswith("str"):
         read, metavar = choice(*limits["choices"]), "NAME"
     elif "choices" in limits:
         read, metavar = subset(limits["choices"]), "NAMES"
@@ -280,7 +290,7 @@ def _option_of(field: Field[Any]) -> Option:
         read, metavar = _READERS[str(field.type)]
     if field.name == "seed":
         read = seed
-    elif "minimum" in limits:
+    elif "minimum" in limits and read is not batches:
         read = integer(limits["minimum"])
     elif "above" in limits or "below" in limits:
         read = positive if "above" in limits else fraction

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 
 from ..bench.tuning import LIMIT, SECONDS, Found, Task, UserTable, find_gpu, tasks_of, tune
-from ..bench.workloads import AttentionWorkload, Workload, default_workloads, topology_workloads
+from ..bench.workloads import Workload, default_workloads, topology_workloads, workload_of
 from ..errors import InputError
 from ..topology import Topology
 from .common import print_on_main, table
@@ -35,21 +35,10 @@ def workloads_of(values: SimpleNamespace) -> list[Workload]:
         return default_workloads(values.img_size, values.ops)
     if values.shapes and "window_attention" not in values.ops:
         raise InputError("--shapes are windows: --ops must have window_attention")
-    found = [shape_workload(shape) for shape in values.shapes]
+    found: list[Workload] = [workload_of("window_attention", shape) for shape in values.shapes]
     for topology in values.topology:
         found += topology_workloads(Topology.parse(topology), values.img_size, values.ops)
     return found
-
-
-def shape_workload(shape: str) -> Workload:
-    """``28x28x8`` or ``7x7x32b``."""
-    try:
-        rows, columns, head_dim = (int(number) for number in shape.removesuffix("b").split("x"))
-        if min(rows, columns, head_dim) < 1:
-            raise ValueError
-    except ValueError:
-        raise InputError(f"--shapes: expected ROWSxCOLUMNSxHEAD_DIM such as 7x7x32, got {shape!r}") from None
-    return AttentionWorkload((rows, columns), head_dim, biased=shape.endswith("b"))
 
 
 def listing(tasks: list[Task]) -> str:

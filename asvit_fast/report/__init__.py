@@ -1,15 +1,17 @@
-"""A run directory as pictures: PNG plots and one self-contained ``report.html``."""
+"""A run directory, or the rows of a benchmark, as pictures: PNG plots and one self-contained page."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
+from ..bench.rows import read_rows
 from ..errors import InputError
 from ..files import write_atomic
 from ..run_directory import TRACE
 from ..runs import KINDS, Run, find_runs
-from .page import Section, render
+from .bench_tables import NOTE, bench_section
+from .page import DESIGN_NOTE, Section, render
 
 __all__ = ["report"]
 
@@ -18,25 +20,33 @@ def report(directory: str | Path) -> Path:
     """Draw the run of ``search``, ``scale`` or ``train`` in ``directory``, or those in its subfolders of these names.
 
     Writes the plots as PNG files and ``report.html``, which holds them too and needs no other file, into ``directory``.
-    A run that is still going, or was stopped, is drawn as far as it got. Returns the path of the page. Raises
-    InputError when there is no run, nothing to draw yet, a file that cannot be understood, or no way to write.
+    A run that is still going, or was stopped, is drawn as far as it got. Of a file of ``asvit-fast bench`` (CSV or
+    JSON), plots and page are written beside it, with its name. Returns the path of the page. Raises InputError when
+    there is no run, nothing to draw yet, a file that cannot be understood, or no way to write.
     """
     try:
-        from . import plots, training_plots
+        from . import bench_plots, plots, training_plots
     except ModuleNotFoundError as error:
         raise InputError(f"a report needs {error.name}; pip install 'asvit-fast[report]'") from None
     directory = Path(directory)
+    if directory.is_file():
+        rows = read_rows(directory)
+        section = bench_section(directory, rows, bench_plots.throughput, bench_plots.memory)
+        return _write(directory.with_suffix(".html"), directory.name, [section], NOTE)
     draw: dict[str, dict[str, Callable[[Run], bytes]]] = {
         "search": {"search_progress.png": plots.progress, "search_candidates.png": plots.search_candidates},
         "scale": {"scale_trajectory.png": plots.trajectory, "scale_candidates.png": plots.scale_candidates},
         "train": {"train_epochs.png": training_plots.epochs, "train_cost.png": training_plots.cost},
     }
     sections = [_section(run, draw[run.kind]) for run in find_runs(directory, KINDS)]
+    return _write(directory / "report.html", directory.resolve().name, sections)
+
+
+def _write(page: Path, name: str, sections: list[Section], note: str = DESIGN_NOTE) -> Path:
     for section in sections:
-        for name, png in section.images.items():
-            write_atomic(directory / name, png)
-    page = directory / "report.html"
-    write_atomic(page, render(directory.resolve().name, sections))
+        for file_name, png in section.images.items():
+            write_atomic(page.parent / file_name, png)
+    write_atomic(page, render(name, sections, note))
     return page
 
 

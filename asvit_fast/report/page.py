@@ -22,7 +22,12 @@ from .training_tables import phase_table, training_result_table
 
 TOP = 10  # rows in the tables of the best
 
-CAPTIONS = {
+DESIGN_NOTE = (
+    "Vision transformers designed without training (As-ViT, arXiv 2202.11921). Scores order untrained networks; only "
+    "training can tell accuracies. MACs are multiply-adds of one image."
+)
+
+CAPTIONS = {  # by the ends of file names
     "search_progress.png": "Measures of the topology that each step drew and scored, their moving mean with its "
     "standard error, and what random topologies reach: the mean of the baseline (search --baseline random), with one "
     "standard deviation to either side. Below, the entropy of the policy before each step.",
@@ -36,6 +41,9 @@ CAPTIONS = {
     "ones see fewer tokens, which makes their epochs cheaper. Validation sees as many tokens as its phase.",
     "train_cost.png": "The same training over what it has cost: multiply-adds of all forward passes on the left (the "
     "backward passes cost about twice as many again), time in training steps on the right.",
+    "-inference.png": "Inference: medians; shades or whiskers are quartiles of the turns.",
+    "-train.png": "Forward and backward of a training step: medians; shades or whiskers are quartiles of the turns.",
+    "-memory.png": "Largest memory that a call takes beyond weights and images.",
 }
 
 STYLE = """
@@ -88,15 +96,14 @@ class Section:
         return cls(title, status, run.topology, images, tables)
 
 
-def render(name: str, sections: Sequence[Section]) -> str:
-    """The whole page; ``name`` is the run directory's."""
+def render(name: str, sections: Sequence[Section], note: str = DESIGN_NOTE) -> str:
+    """The whole page; ``name`` is that of the run directory or the file."""
     body = "\n".join(_section(section) for section in sections)
     title = escape(f"asvit_fast: {name}")
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
         f'<meta name="viewport" content="width=device-width">\n<style>{STYLE}</style>\n</head>\n<body>\n'
-        f'<h1>{title}</h1>\n<p class="note">Vision transformers designed without training (As-ViT, arXiv 2202.11921). '
-        "Scores order untrained networks; only training can tell accuracies. MACs are multiply-adds of one image.</p>\n"
+        f'<h1>{title}</h1>\n<p class="note">{escape(note)}</p>\n'
         f'{body}\n<p class="note">Written by asvit_fast {escape(__version__)}.</p>\n</body>\n</html>\n'
     )
 
@@ -105,15 +112,13 @@ def _section(section: Section) -> str:
     figures = "\n".join(_figure(name, png) for name, png in section.images.items())
     tables = "\n".join(_table(*table) for table in section.tables)
     label = "Network" if section.title == "Training" else "Topology"
-    return (
-        f'<h2>{section.title}</h2>\n<p class="note">{escape(section.status)}</p>\n'
-        f'<div class="result">{label} <code>{escape(section.topology)}</code></div>\n{figures}\n{tables}'
-    )
+    result = f'<div class="result">{label} <code>{escape(section.topology)}</code></div>\n' if section.topology else ""
+    return f'<h2>{section.title}</h2>\n<p class="note">{escape(section.status)}</p>\n{result}{figures}\n{tables}'
 
 
 def _figure(name: str, png: bytes) -> str:
     data = base64.b64encode(png).decode()
-    caption = escape(CAPTIONS[name])
+    caption = escape(next(text for end, text in CAPTIONS.items() if name.endswith(end)))
     return (
         f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
     )

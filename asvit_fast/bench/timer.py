@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import gc
 import platform
 import statistics
@@ -15,9 +16,9 @@ from typing import Any
 
 import torch
 
-from asvit_fast import _extension
-from asvit_fast.environment import environment
-from asvit_fast.machine import processor
+from .. import _extension
+from ..environment import installation
+from ..machine import processor
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,12 @@ class Timing:
     lower_quartile: float
     upper_quartile: float
     rounds: int
+
+    @property
+    def milliseconds(self) -> tuple[float, float, float]:
+        """Median, lower and upper quartile."""
+        median, lower, upper = (round(1e3 * x, 4) for x in (self.median, self.lower_quartile, self.upper_quartile))
+        return median, lower, upper
 
     @property
     def spread(self) -> float:
@@ -41,11 +48,13 @@ def compare(
     """Time callables in turn (A B C, A B C, ...), so that clocks, heat and neighbours hit all of them alike.
 
     A turn repeats its callable until `minimum_seconds` have passed; on CUDA it ends with a synchronisation. Python's
-    garbage is collected between the turns: the search through what compilers left behind is nobody's work.
+    garbage is collected between the turns, never in one; what was there before is not searched each time.
     """
     repeats = {name: _calibrate(run, device, minimum_seconds) for name, run in candidates.items()}
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    enabled = gc.isenabled()
+    enabled, others = gc.isenabled(), gc.get_freeze_count() > 0
+    gc.collect()
+    gc.freeze()
     gc.disable()
     try:
         for _ in range(rounds):
@@ -53,9 +62,17 @@ def compare(
                 gc.collect()
                 seconds[name].append(_measure(run, device, repeats[name]))
     finally:
+        if not others:
+            gc.unfreeze()
         if enabled:
             gc.enable()
     return {name: _summary(values) for name, values in seconds.items()}
+
+
+def best_seconds(run: Callable[[], Any], device: torch.device, rounds: int = 5) -> float:
+    """The least of a few calls, after one that does not count: what a machine can do, where others disturb it."""
+    run()
+    return min(_measure(run, device, 1) for _ in range(rounds))
 
 
 def _measure(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
@@ -89,7 +106,7 @@ def _synchronize(device: torch.device) -> None:
 
 def machine(device: torch.device) -> dict[str, str]:
     """Facts that a figure depends on besides the code: the machine, versions, threads, the commit."""
-    versions = environment()["versions"]
+    versions = installation()["versions"]
     extension = _extension.extension()
     return {
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
@@ -103,8 +120,13 @@ def machine(device: torch.device) -> dict[str, str]:
     }
 
 
+@functools.cache
 def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    """The commit of a checkout; "none" of an installed package."""
+    checkout = Path(__file__).resolve().parents[2]
+    if not (checkout / ".git").exists():
+        return "none"
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -127,12 +149,8 @@ class Row:
     @classmethod
     def of(cls, benchmark: str, case: str, provider: str, timing: Timing, moved_bytes: int, error: float) -> Row:
         """A row from seconds and the bytes that the work has to read and write at least."""
-        quartiles = (
-            round(1e3 * seconds, 4) for seconds in (timing.median, timing.lower_quartile, timing.upper_quartile)
-        )
-        return cls(
-            benchmark, case, provider, *quartiles, round(moved_bytes / timing.median / 1e9, 2), float(f"{error:.2e}")
-        )
+        rate = round(moved_bytes / timing.median / 1e9, 2)
+        return cls(benchmark, case, provider, *timing.milliseconds, rate, float(f"{error:.2e}"))
 
 
 def print_header(device: torch.device) -> None:

@@ -1,0 +1,90 @@
+"""``asvit-fast bench``: how fast networks and ops run here, against their peers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+from tqdm import tqdm
+
+from ..backends import computing_device
+from ..bench.networks import measure
+from ..bench.rows import OK, BenchRow, read_rows, table_lines, write_rows
+from ..bench.single_ops import check_ops, measure_op
+from ..bench.sources import open_source
+from ..bench.timer import machine
+from ..errors import InputError
+from ..files import to_json
+from ..settings import BenchSettings
+from .common import table
+from .options import chosen
+
+
+def run(values: SimpleNamespace) -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # of torch's profiler, which measures memory: it talks otherwise
+    settings = BenchSettings(**chosen(values, BenchSettings))
+    show = Output(values)
+    device = computing_device(settings.device)
+    facts = machine(device)
+    show.line("  ".join(f"{name}: {facts[name]}" for name in ("machine", "threads", "torch", "isa", "commit")))
+    if values.what[0] == "op":
+        for name in check_ops(values.what[1:]):
+            for rows in measure_op(name, values.shape, settings, show.line):
+                show.case(rows)
+    elif values.shape:
+        raise InputError("shape is of single ops: asvit-fast bench op window_attention --shape 7x7x32b")
+    else:
+        for what in values.what:
+            source = open_source(what, img_size=settings.img_size, seed=settings.seed)
+            for rows in measure(source, settings, show.line, progress=not values.quiet):
+                show.case(rows)
+    show.end()
+    return 0
+
+
+class Output:
+    """The table on the terminal and the files, which hold all that is measured at any time."""
+
+    def __init__(self, values: SimpleNamespace) -> None:
+        self.to_stdout = values.json == "-"
+        self.quiet = values.quiet or self.to_stdout
+        self.rows: list[BenchRow] = []
+        paths = [Path(path) for path in (values.csv, None if self.to_stdout else values.json) if path is not None]
+        self.files = {path: read_rows(path) if path.exists() else [] for path in paths}
+        for path in paths:
+            if not path.parent.is_dir():
+                raise InputError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}; make it first")
+
+    def line(self, text: str) -> None:
+        """A line that explains; it stands above the progress bar."""
+        if not self.quiet:
+            tqdm.write(text)
+
+    def case(self, rows: Sequence[BenchRow]) -> None:
+        """The rows of one case."""
+        self.rows += rows
+        for path, before in self.files.items():
+            write_rows(path, [*before, *self.rows])
+        if self.to_stdout or not rows:
+            return
+        tqdm.write(f"\n{rows[0].title}\n{table(table_lines(rows))}")
+        for row in rows:
+            if row.status != OK:
+                tqdm.write(f"  {row.provider}: {row.status}, {row.note}")
+
+    def end(self) -> None:
+        """What the figures mean, and what to do with them."""
+        if self.to_stdout:
+            print(to_json([asdict(row) for row in self.rows], indent=2))
+            return
+        for name, words in {row.provider: row.backend for row in self.rows}.items():
+            self.line(f"{name}: {words}")
+        for words in {
+            f"{row.peak_gigamacs_per_second:g} GMAC/s, {row.peak_product}" for row in self.rows if row.peak_product
+        }:
+            self.line(f"peak: {words}")
+        for path in self.files:
+            self.line(f"look at it: asvit-fast report {path}")

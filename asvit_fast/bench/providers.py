@@ -245,7 +245,7 @@ def _check_graph(package: str, source: Source, place: Place) -> None:
 
 
 class _Tensors(nn.Module):
-    """A network whose output is its tensor, or the tuple of its tensors: no graph holds containers of other packages."""
+    """A network whose output is its tensor, or a tuple of its tensors: graphs hold no containers of other packages."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Settings of scores, searches, scalings and the tuning: each choice once, with its default and its meaning.
+"""Settings of scores, searches, scalings, benchmarks, tuning: each choice once, with its default and its meaning.
 
 The command line makes its options of the fields, so nothing here imports torch.
 """

@@ -17,14 +17,14 @@ from statistics import median
 RESULTS = Path(__file__).parent / "results"
 README = RESULTS.parent.parent / "README.md"
 ZEN4, ZEN5 = "zen4", "zen5"  # folders there, by the processor that measured
-OURS = "asvit_fast"
+OURS = "ours"
 EAGER = ("eager", "unfold + LN + Linear", "conv NCHW + permute + LN")  # whose memory ours is compared with
 Row = dict[str, str]
 
 NETWORKS = {
     "swin_tiny_patch4_window7_224": "Swin-T, batch 8",
     "swinv2_tiny_window8_256": "Swin-V2-T",
-    "torchvision/swin_t": "torchvision's swin_t",
+    "swin_t": "torchvision's swin_t",
     "nest_tiny_jx": "NesT-T",
     "twins_svt_small": "Twins-SVT-S",
     "davit_tiny": "DaViT-T",
@@ -49,7 +49,7 @@ def read(processor: str, name: str) -> list[Row]:
     """The rows of a file, of those with the same setting the last."""
     with open(RESULTS / processor / f"{name}.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    setting = ("case", "provider", "mode", "dtype", "model", "schedule", "seed")
+    setting = ("case", "network", "provider", "mode", "dtype", "batch", "model", "schedule", "seed")
     return list({tuple(row.get(key) for key in setting): row for row in rows}.values())
 
 
@@ -79,14 +79,14 @@ def networks() -> str:
         inference, train = _of_network(ZEN4, case, "inference"), _of_network(ZEN4, case, "train")
         memory = float(train[OURS]["peak_mebibytes"]) / float(train["source"]["peak_mebibytes"])
         lines.append([title, *_comparison(inference, train), f"{memory:.2f} x", *_speeds(ZEN5, case)])
-        if f"{OURS}, compiled" in inference:
-            lines.append(["&nbsp; both compiled", *_comparison(inference, train, ", compiled"), "", "", ""])
+        if f"{OURS}-compiled" in inference:
+            lines.append(["&nbsp; both compiled", *_comparison(inference, train, "-compiled"), "", "", ""])
     return markdown([*header, "Zen 5: inference", "training step"], lines)
 
 
 def _of_network(processor: str, case: str, mode: str) -> dict[str, Row]:
     rows = read(processor, "models")
-    return {row["provider"]: row for row in rows if row["case"] == case and row["mode"] == mode}
+    return {row["provider"]: row for row in rows if row["network"] == case and row["mode"] == mode}
 
 
 def _comparison(inference: dict[str, Row], train: dict[str, Row], compiled: str = "") -> list[str]:

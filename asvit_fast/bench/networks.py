@@ -4,6 +4,7 @@ ends."""
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from ..cost import count_macs_of_call, peak_allocation
 from ..errors import InputError, first_line
+from ..models import AsViT
 from ..settings import BENCH_MODES, BenchSettings
 from ..topology import Topology
 from .memory import available_memory, is_out_of_memory, release
@@ -127,7 +129,7 @@ class _Sweep:
     def __init__(self, source: Source, settings: BenchSettings, place: Place, say: Say) -> None:
         self.source, self.settings, self.place, self.say = source, settings, place, say
         self.machine: dict[str, Any] = {**machine(place.device)}
-        self.per_image: dict[tuple[str, str], float] = {}  # bytes, by provider and mode, of the last size
+        self.measured: dict[tuple[str, str], tuple[int, int]] = {}  # by provider and mode: a size, and its bytes
         self.exact = functools.lru_cache(maxsize=1)(functools.partial(exact, source))
 
     def case(self, mode: str, size: int, table: Sequence[Provider]) -> list[BenchRow]:
@@ -151,10 +153,10 @@ class _Sweep:
         """A row with the error, and the call to time; None where there is nothing to time."""
         row = self._row(provider, mode, size)
         name = provider.name
-        missing = self._missing(provider, mode, size)
-        if missing is not None:
-            return replace(row, status=OUT_OF_MEMORY, note=missing), None
         try:
+            missing = self._missing(provider, mode, size)
+            if missing is not None:
+                return replace(row, status=OUT_OF_MEMORY, note=missing), None
             distance, run = self._distance(provider, mode, size)
             row = replace(row, error=float(f"{distance:.3g}"))
             allowed = tolerance(provider.precision, self.place.device)
@@ -163,14 +165,12 @@ class _Sweep:
                 return replace(row, status=WRONG, note=note), None
             memory[name] = peak = peak_allocation(run, self.place.device) if provider.seen else None
             if peak:
-                self.per_image[name, mode] = peak / size
+                self.measured[name, mode] = size, peak
             return row, run
         except Exception as error:  # compilers and exporters raise anything
             kind = OUT_OF_MEMORY if is_out_of_memory(error) else FAILED
-            said = (
-                first_line(error) if isinstance(error, InputError) else f"{type(error).__name__}: {first_line(error)}"
-            )
-            row = replace(row, status=kind, note=said[:300])
+            name = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+            row = replace(row, status=kind, note=f"{name}{_plain(first_line(error))}"[:300])
         release()  # outside the handler, so that the tensors of the attempt are free
         return row, None
 
@@ -189,19 +189,23 @@ class _Sweep:
         available = available_memory(self.place.device)
         if available is None:
             return None
-        per_image = self.per_image.get((provider.name, mode)) or self._source_memory(mode)
-        if size * per_image <= available:
+        before, peak = self.measured.get((provider.name, mode)) or self._source_memory(mode)
+        fixed = 0  # bytes that do not grow with the batch
+        if mode == "train":
+            fixed = min(peak, sum(p.numel() * p.element_size() for p in self.source.model.parameters()))  # gradients
+        needed = fixed + (peak - fixed) * size / before
+        if needed <= available:
             return None
-        return f"about {size * per_image / 2**30:.1f} GiB are needed, {available / 2**30:.1f} GiB are available"
+        return f"about {needed / 2**30:.1f} GiB are needed, {available / 2**30:.1f} GiB are available"
 
-    def _source_memory(self, mode: str) -> float:
-        """Bytes that one image takes in the source, for sizes and providers that were not measured yet."""
-        if ("", mode) not in self.per_image:
+    def _source_memory(self, mode: str) -> tuple[int, int]:
+        """One image, and the bytes that it takes in the source: for providers that were not measured yet."""
+        if ("", mode) not in self.measured:
             model, place = self.source.model, self.place
             sample = self.source.sample.batch(1, 1, place.tensor)
-            run = run_torch(model, place, False, mode, sample)
-            self.per_image["", mode] = float(peak_allocation(run, place.device))
-        return self.per_image["", mode]
+            run = run_torch(model, place, isinstance(model, AsViT), mode, sample)
+            self.measured["", mode] = 1, peak_allocation(run, place.device)
+        return self.measured["", mode]
 
     def _timed(self, runs: dict[str, Run], rows: dict[str, BenchRow]) -> dict[str, Timing]:
         """Times of all; one whose memory runs out now gets a row that says so, and the others are timed again."""
@@ -262,6 +266,11 @@ class _Sweep:
         except Exception as error:  # of any network
             self.say(f"{self.source.name}: its multiply-adds cannot be counted: {first_line(error)}")
             return None
+
+
+def _plain(text: str) -> str:
+    """Without the colours of a terminal."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
 def _repeated(want: Tensor, got: Tensor, of: int, size: int) -> Tensor:

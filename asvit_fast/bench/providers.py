@@ -7,6 +7,7 @@ import copy
 import functools
 import importlib.util
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,9 +244,21 @@ def _check_graph(package: str, source: Source, place: Place) -> None:
         raise Impossible("it gets networks of one input")
 
 
+class _Tensors(nn.Module):
+    """A network whose output is its tensor, or a tuple of its tensors: graphs hold no containers of other packages."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        found = tuple(x for _, x in named_tensors("output", self.network(images)) if x.is_floating_point())
+        return found[0] if len(found) == 1 else found
+
+
 def _plain(model: nn.Module) -> nn.Module:
     """A copy for inference, float32, on the CPU."""
-    return copy.deepcopy(model).cpu().float().eval()
+    return _Tensors(copy.deepcopy(model).cpu().float()).eval()
 
 
 def _onnxruntime(name: str, source: Source, place: Place) -> Provider:
@@ -284,7 +297,7 @@ def _openvino(name: str, source: Source, place: Place) -> Provider:
     def prepare(mode: str, sample: Sample) -> Run:
         images = sample.value.float().contiguous()
         model = _plain(source.model)
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # of the tracer, about itself
             converted = openvino.convert_model(model, example_input=images, input=tuple(images.shape))
         compiled = openvino.Core().compile_model(converted, "CPU", options)
         return lambda: [torch.from_numpy(output) for output in compiled(images.numpy()).values()]

@@ -38,7 +38,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 1 (``env --require`` not met), 2 (bad input), 130 (interrupted)."""
+    """Run one command and return its exit code: 0, 1 (``env --require`` not met, ``bench`` without a time), 2 (bad
+    input), 130 (interrupted)."""
     command: Command | None = None
     if sys.stdout is None:  # closed by whoever called
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (as long as the process)

@@ -19,8 +19,11 @@ from ..bench.timer import machine
 from ..errors import InputError
 from ..files import to_json
 from ..settings import BenchSettings
+from ..what import resolve
 from .common import table
 from .options import chosen
+
+EXIT_NOTHING = 1  # no provider gave a time
 
 
 def run(values: SimpleNamespace) -> int:
@@ -38,11 +41,13 @@ def run(values: SimpleNamespace) -> int:
         raise InputError("shape is of single ops: asvit-fast bench op window_attention --shape 7x7x32b")
     else:
         for what in values.what:
+            resolve(what, foreign=True)  # a name that nobody knows is said before the first is measured
+        for what in values.what:
             source = open_source(what, img_size=settings.img_size, seed=settings.seed)
             for rows in measure(source, settings, show.line, progress=not values.quiet):
                 show.case(rows)
     show.end()
-    return 0
+    return 0 if any(row.milliseconds for row in show.rows) else EXIT_NOTHING
 
 
 class Output:
@@ -82,9 +87,7 @@ class Output:
             return
         for name, words in {row.provider: row.backend for row in self.rows}.items():
             self.line(f"{name}: {words}")
-        for words in {
-            f"{row.peak_gigamacs_per_second:g} GMAC/s, {row.peak_product}" for row in self.rows if row.peak_product
-        }:
-            self.line(f"peak: {words}")
+        for row in {row.peak_product: row for row in self.rows if row.peak_product}.values():
+            self.line(f"peak of products: {row.peak_gigamacs_per_second:g} GMAC/s ({row.dtype}, {row.peak_product})")
         for path in self.files:
             self.line(f"look at it: asvit-fast report {path}")

@@ -24,7 +24,7 @@ Value = Callable[[BenchRow], float | None]
 def throughput(rows: Sequence[BenchRow], mode: str) -> bytes:
     """Images per second of every provider over the batch, a plot for each network, with quartiles."""
     return _grid(
-        [row for row in rows if row.mode == mode], f"{mode}: images per second", lambda row: row.images_per_second, True
+        [row for row in rows if row.mode == mode], "images per second", lambda row: row.images_per_second, True
     )
 
 
@@ -48,7 +48,7 @@ def _grid(rows: Sequence[BenchRow], label: str, value: Value, quartiles: bool) -
 
 
 def _short(network: str) -> str:
-    return network if len(network) <= 40 else f"{network[:37]}..."
+    return network if len(network) <= 30 else f"{network[:27]}..."
 
 
 def _panel(axes: Axes, rows: Sequence[BenchRow], label: str, value: Value, quartiles: bool) -> None:
@@ -58,6 +58,8 @@ def _panel(axes: Axes, rows: Sequence[BenchRow], label: str, value: Value, quart
         own = sorted((r for r in rows if r.provider == provider and value(r) is not None), key=lambda row: row.batch)
         values = [value(row) or 0.0 for row in own]
         ended = any(row.provider == provider and row.status == OUT_OF_MEMORY for row in rows)
+        if not own and not ended:
+            continue  # nothing was measured of it
         name, style = f"{provider}, then out of memory" if ended else provider, COLOURS.get(provider)
         if len(batches) > 1:
             axes.plot([row.batch for row in own], values, "o-", color=style, label=name)

@@ -2,14 +2,15 @@
 
     python benchmarks/bench_window_attention.py [--device cpu|cuda] [--dtype float32] [--case N=49] [--csv FILE]
 
-All providers get the fused projection [B, H, W, 3*heads*head_dim] and return [B, H, W, heads*head_dim]: the copies that
-cut the map into windows and put it together again belong to the work. Shapes are those of As-ViT's stages (windows of
-784, 196 and 49 tokens, head_dim 8 to 45) and of Swin-T's, with its bias and shift. Outputs and gradients are checked
-against float64 first.
+All providers get the fused projection [B, *size, 3*heads*head_dim] and return [B, *size, heads*head_dim]: the copies
+that cut the map into windows and put it together again belong to the work. Shapes are those of As-ViT's stages (windows
+of 784, 196 and 49 tokens, head_dim 8 to 45), of Swin-T's, with its bias and shift, and of networks for volumes and
+videos. Outputs and gradients are checked against float64 first.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -38,44 +39,49 @@ class Case:
 
     name: str
     batch: int
-    side: int  # tokens of the square map
-    window: int
+    size: tuple[int, ...]  # of the map in tokens, as the next two
+    window: tuple[int, ...]
     heads: int
     head_dim: int
-    shift: int = 0
+    shift: tuple[int, ...] = ()
     bias: bool = False
 
     @property
     def geometry(self) -> tuple[list[int], list[int]]:
-        return [self.window] * 2, [self.shift] * 2
+        return list(self.window), list(self.shift or (0,) * len(self.window))
 
     def work(self, dtype: torch.dtype, device: torch.device) -> Work:
-        channels, tokens = self.heads * self.head_dim, self.window**2
-        qkv = torch.randn(self.batch, self.side, self.side, 3 * channels, device=device, dtype=dtype).requires_grad_()
+        channels, tokens = self.heads * self.head_dim, math.prod(self.window)
+        qkv = torch.randn(self.batch, *self.size, 3 * channels, device=device, dtype=dtype).requires_grad_()
         operands = [qkv]
         if self.bias:
             operands.append(torch.randn(self.heads, tokens, tokens, device=device, dtype=dtype).requires_grad_())
-        exact = partial(with_flags, partial(window_attention_reference), self)
-        windows = (-(-self.side // self.window)) ** 2 * self.batch
+        exact = partial(with_flags, reference, self)
+        windows = math.prod(-(-n // w) for n, w in zip(self.size, self.window, strict=True)) * self.batch
         moved = sum(operand.numel() for operand in operands) + qkv.numel() // 3
         scores = float(windows * self.heads * tokens**2)
         return Work(self.name, tuple(operands), exact, moved * qkv.element_size(), scores, "score")
 
 
 CASES = [
-    Case("N=784 d=8 (As-ViT stage 1)", 2, 56, 28, 4, 8),
-    Case("N=196 d=8 (As-ViT stage 2)", 2, 28, 14, 8, 8),
-    Case("N=49 d=8 (As-ViT stage 3)", 8, 14, 7, 16, 8),
-    Case("N=49 d=8, one window (stage 4)", 8, 7, 7, 32, 8),
-    Case("N=784 d=22 (As-ViT-B stage 1)", 2, 56, 28, 4, 22),
-    Case("N=196 d=45 (As-ViT-L stage 2)", 2, 28, 14, 8, 45),
-    Case("N=49 d=16", 8, 14, 7, 16, 16),
-    Case("N=49 d=32", 8, 14, 7, 12, 32),
-    Case("N=49 d=32, bias (Swin-T stage 1)", 4, 56, 7, 3, 32, bias=True),
-    Case("N=49 d=32, bias, shift (stage 1)", 4, 56, 7, 3, 32, shift=3, bias=True),
-    Case("N=49 d=32, bias, shift (stage 3)", 8, 14, 7, 12, 32, shift=3, bias=True),
-    Case("N=144 d=32, bias, shift", 2, 24, 12, 12, 32, shift=6, bias=True),
-    Case("N=49 d=32, bias, padded 50x50", 4, 50, 7, 3, 32, bias=True),
+    Case("N=784 d=8 (As-ViT stage 1)", 2, (56, 56), (28, 28), 4, 8),
+    Case("N=196 d=8 (As-ViT stage 2)", 2, (28, 28), (14, 14), 8, 8),
+    Case("N=49 d=8 (As-ViT stage 3)", 8, (14, 14), (7, 7), 16, 8),
+    Case("N=49 d=8, one window (stage 4)", 8, (7, 7), (7, 7), 32, 8),
+    Case("N=784 d=22 (As-ViT-B stage 1)", 2, (56, 56), (28, 28), 4, 22),
+    Case("N=196 d=45 (As-ViT-L stage 2)", 2, (28, 28), (14, 14), 8, 45),
+    Case("N=49 d=16", 8, (14, 14), (7, 7), 16, 16),
+    Case("N=49 d=32", 8, (14, 14), (7, 7), 12, 32),
+    Case("N=49 d=32, bias (Swin-T stage 1)", 4, (56, 56), (7, 7), 3, 32, bias=True),
+    Case("N=49 d=32, bias, shift (stage 1)", 4, (56, 56), (7, 7), 3, 32, (3, 3), True),
+    Case("N=49 d=32, bias, shift (stage 3)", 8, (14, 14), (7, 7), 12, 32, (3, 3), True),
+    Case("N=144 d=32, bias, shift", 2, (24, 24), (12, 12), 12, 32, (6, 6), True),
+    Case("N=49 d=32, bias, padded 50x50", 4, (50, 50), (7, 7), 3, 32, bias=True),
+    Case("7x7x7 d=16, bias (SwinUNETR stage 1)", 1, (28, 28, 28), (7, 7, 7), 3, 16, bias=True),
+    Case("7x7x7 d=16, bias, shift (SwinUNETR stage 1)", 1, (28, 28, 28), (7, 7, 7), 3, 16, (3, 3, 3), True),
+    Case("7x7x7 d=16, bias, shift, padded 24x24x24", 1, (24, 24, 24), (7, 7, 7), 6, 16, (3, 3, 3), True),
+    Case("8x7x7 d=32, bias, shift (Swin3D-T stage 1)", 1, (8, 56, 56), (8, 7, 7), 3, 32, (0, 3, 3), True),
+    Case("2x7x7 d=32, bias, shift", 1, (8, 28, 28), (2, 7, 7), 6, 32, (1, 3, 3), True),
 ]
 
 
@@ -85,13 +91,17 @@ def with_flags(attend: Operator, case: Case, qkv: Tensor, bias: Tensor | None = 
     return attend(qkv, case.heads, window, shift, bias)
 
 
+def reference(qkv: Tensor, heads: int, window: list[int], shift: list[int], bias: Tensor | None) -> Tensor:
+    return window_attention_reference([qkv], heads, window, shift, bias)
+
+
 def ours(qkv: Tensor, heads: int, window: list[int], shift: list[int], bias: Tensor | None) -> Tensor:
-    return window_attention(qkv, heads, (window[0], window[1]), (shift[0], shift[1]), bias)
+    return window_attention(qkv, heads, tuple(window), tuple(shift), bias)
 
 
 def flex(qkv: Tensor, heads: int, window: list[int], shift: list[int], bias: Tensor | None, attend: Any) -> Tensor:
     """FlexAttention with the bias as a score modification; the mask of a shift is part of the table."""
-    batch, size = qkv.shape[0], [qkv.shape[1], qkv.shape[2]]
+    batch, size = qkv.shape[0], list(qkv.shape[1:-1])
     q, k, v = (x.flatten(0, 1) for x in split_heads(partition_windows(qkv, window, shift), heads))
     mask = window_mask(size, window, shift, qkv.dtype, qkv.device)  # [windows, tokens, tokens]
     windows = 1 if mask is None else mask.shape[0]

@@ -68,7 +68,7 @@ void differentiate_tile(T attn_factor, int64_t count, int64_t keys, const Backwa
   for (int64_t i = 0; i < count; i += kLanes<T>) {
     const Vector<T> most = load<T>(memory.maximum + i), inverse = load<T>(memory.inverse + i);
     const Vector<T> delta = load<T>(memory.delta + i);
-    Vector<T> sum = load<T>(memory.products + i);
+    Vector<T> sum = {};  // of this tile: rounding errors grow with the length of a sum
     for (int64_t key = 0; key < keys; ++key) {
       T *weights = memory.weights + key * kGroup + i, *scores = memory.scores + key * kGroup + i;
       const Vector<T> p = weight_of(load<T>(weights) - most) * inverse, dp = load<T>(scores);
@@ -76,7 +76,7 @@ void differentiate_tile(T attn_factor, int64_t count, int64_t keys, const Backwa
       store<T>(weights, p);
       store<T>(scores, p * (attn_factor * dp - delta));
     }
-    store<T>(memory.products + i, sum);
+    store<T>(memory.products + i, load<T>(memory.products + i) + sum);
   }
 }
 

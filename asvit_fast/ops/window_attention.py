@@ -305,9 +305,7 @@ def _compiled(operands: Operands, config: WindowAttentionConfig) -> Result:
     """C++: csrc/window_attention.cpp."""
     _extension.extension()
     c = config
-    return torch.ops.asvit_fast_C.window_attention(
-        operands[0], c.num_heads, c.window, c.shift, c.scale, c.layout, *operands[3:6]
-    )
+    return torch.ops.asvit_fast_C.window_attention(operands[0], c.num_heads, c.window, c.shift, c.scale, c.layout, *operands[3:6])
 
 
 def _compiled_backward(
@@ -316,18 +314,7 @@ def _compiled_backward(
     """Sums over windows in an order that only shapes decide."""
     _extension.extension()
     c = config
-    g = torch.ops.asvit_fast_C.window_attention_backward(
-        gradient,
-        operands[0],
-        *result,
-        c.num_heads,
-        c.window,
-        c.shift,
-        c.scale,
-        c.layout,
-        *operands[3:6],
-        needs_grad[3:6],
-    )
+    g = torch.ops.asvit_fast_C.window_attention_backward(gradient, operands[0], *result, c.num_heads, c.window, c.shift, c.scale, c.layout, *operands[3:6], needs_grad[3:6])
     return [g[0], None, None, *g[1:], None]
 
 
@@ -340,9 +327,7 @@ def _triton(operands: Operands, config: WindowAttentionConfig) -> Result:
     allocate = torch.zeros if single else torch.empty  # the zeros, without elements on a GPU, are never read
     statistics = allocate(_statistics_shape(x, config), dtype=torch.float32, device=x.q.device)
     c = config
-    return window_attention(
-        operands[0], c.num_heads, c.window, c.shift, c.scale, c.layout, *operands[3:6], None if single else statistics
-    ), statistics
+    return window_attention(operands[0], c.num_heads, c.window, c.shift, c.scale, c.layout, *operands[3:6], None if single else statistics), statistics
 
 
 def _triton_backward(
@@ -354,19 +339,7 @@ def _triton_backward(
     output, statistics = result
     saved = None if _is_single_tile(_Operands(*operands), config) else statistics
     c = config
-    g = window_attention_backward(
-        gradient,
-        operands[0],
-        output,
-        saved,
-        c.num_heads,
-        c.window,
-        c.shift,
-        c.scale,
-        c.layout,
-        *operands[3:6],
-        needs_grad[3:6],
-    )
+    g = window_attention_backward(gradient, operands[0], output, saved, c.num_heads, c.window, c.shift, c.scale, c.layout, *operands[3:6], needs_grad[3:6])
     return [g[0], None, None, *g[1:], None]
 
 
@@ -405,9 +378,7 @@ WINDOW_ATTENTION = FusedOp(
     backward={"triton": _triton_backward, "cpu": _compiled_backward},
     composite={"sdpa": _sdpa},
     can_run={
-        "triton": lambda operands, config: (
-            _no_dropout(operands, config) or no_float64(operands[0]) or _old(operands, config)
-        ),
+        "triton": lambda operands, config: _no_dropout(operands, config) or no_float64(operands[0]) or _old(operands, config),
         "cpu": lambda operands, config: _no_dropout(operands, config) or _old(operands, config),
         "sdpa": _sdpa_cannot,
     },

@@ -10,6 +10,8 @@ import functools
 import importlib
 import inspect
 import os
+import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -193,6 +195,39 @@ def test_nothing_but_rounding_in_float64(name: str) -> None:
             torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["swinv2", "swinv2 padded"])
+def test_mask_that_is_added_twice(name: str) -> None:
+    """With cosines times 100 a key that is masked by -100 can outweigh all others; the source masks by -200."""
+    make, shape, _ = MODELS[name]
+    model = prepared(make).double().eval()
+    x = sample(shape, torch.float64)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "logit_scale" in parameter_name:
+                parameter.fill_(5.0)
+        expected = model(x).logits
+        af.accelerate(model)
+        torch.testing.assert_close(model(x).logits, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["swin padded", "swinv2 padded", "donut", "sam2"])
+def test_autocast(name: str) -> None:
+    make, shape, _ = MODELS[name]
+    model = prepared(make)
+    af.accelerate(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = af.verify(model, sample(shape), rows=0)
+    assert result.ok, result.table()
+
+
+def test_copied_and_pickled() -> None:
+    model = prepared(lambda: swin(44)).eval()
+    af.accelerate(model)
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    assert [type(module) for module in twin.modules()] == [type(module) for module in model.modules()]
+    assert torch.equal(twin(images(twin)).logits, model(images(model)).logits)
+
+
 def test_every_family_is_tested() -> None:
     tested = set().union(*(classes for _, _, classes in MODELS.values())) | {"FastSwinMLP"}
     families = [family for family in FAMILIES if family.source.startswith("transformers.") and family.replacement]
@@ -238,6 +273,24 @@ def test_attention_weights_are_those_of_the_source_and_said_once(make: Callable[
     assert len(actual.attentions) == len(expected.attentions) > 0
     for fast, source in zip(actual.attentions, expected.attentions, strict=True):
         close(fast, source)
+
+
+def test_attention_weights_that_hooks_collect() -> None:
+    """The source's hooks stay on its attention; they are looked at only while they collect."""
+    model = prepared(sam2).eval()
+    model.set_attn_implementation("eager")
+    x = sample(MODELS["sam2"][1])
+    with torch.no_grad():
+        expected = model(x, output_attentions=True).attentions
+        af.accelerate(model)
+        with pytest.warns(backends.FallbackWarning, match="its attn has a forward hook"):
+            actual = model(x, output_attentions=True).attentions
+        for fast, source in zip(actual, expected, strict=True):
+            close(fast, source)
+        backends._notified.clear()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="asvit_fast runs Sam2")
+            model(x, output_hidden_states=True)
 
 
 def test_head_masks_run_the_source() -> None:

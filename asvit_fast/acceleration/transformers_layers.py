@@ -11,10 +11,12 @@ from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends
 from ..ops.window_attention import window_attention
+from ..ops.windows import window_padding
 from .chunked_mlp import run_in_parts, tokens_at_a_time, visible_reason
 from .merging import Merging
 from .replacement import (
@@ -194,13 +196,16 @@ class CosineLayer(SplitLayer):
     )
 
     def _attend(self: Any, x: Tensor) -> Tensor:
-        """A map [B, H, W, C] -> the same. The source adds the mask of a shift, -100, twice: where windows divide the
-        map, masking altogether is closer to that than adding it once."""
+        """A map [B, H, W, C] -> the same. The source adds -100, the mask of a shift, twice, which hides the largest of
+        cosines times 100, as masking altogether does; the op adds it once, unless nothing is padding."""
         attention, window, shift = self.attention.self, (self.window_size,) * 2, (self.shift_size,) * 2
+        rows, columns = x.shape[1:3]
+        if self.shift_size > 0:
+            below, right = (window_padding(n, self.window_size) for n in (rows, columns))
+            x = F.pad(x, (0, 0, 0, right, 0, below))
         heads, layers = attention.num_attention_heads, (attention.query, attention.key, attention.value)
         q, k, v = project_each(layers, x)  # [B, H, W, C] each
-        masked = divides(window, x)
-        padding = None if masked else zeros_token(layers)
+        padding = None if divides(window, x) else zeros_token(layers)
         if padding is not None:
             padding = torch.cat(cosine_projections(padding.to(q.dtype), heads))
         table = attention.continuous_position_bias_mlp(attention.relative_coords_table).flatten(
@@ -208,9 +213,8 @@ class CosineLayer(SplitLayer):
         )  # [offsets, heads]
         bias = table_bias(16 * torch.sigmoid(table), attention.relative_position_index)
         maps, scale = (unit_heads(q, heads), unit_heads(k, heads), v), cosine_scale(attention.logit_scale)
-        x = window_attention(
-            maps, heads, window, shift, bias, scale, 0.0, "masked" if masked else LAYOUT, padding
-        )  # [B, H, W, C]
+        layout = "masked" if self.shift_size > 0 else LAYOUT
+        x = window_attention(maps, heads, window, shift, bias, scale, 0.0, layout, padding)[:, :rows, :columns]
         return project(self.attention.output.dense, x)
 
     def _layer(self: Any, hidden_states: Tensor, size: tuple[int, int]) -> Tensor:

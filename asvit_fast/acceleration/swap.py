@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from .. import backends
 from ..errors import InputError
 from .registry import Family, family_of, qualified_name, replacement_of
-from .replacement import Replacement, parts_of, patch_reason, source_type, unknown_reason, version_reason
+from .replacement import Replacement, is_decorated, parts_of, patch_reason, source_type, unknown_reason, version_reason
 from .report import Decision, OpRun, Report
 
 # --------------------------------------------------------------------------- which class becomes which
@@ -145,10 +145,11 @@ def accelerate(model: nn.Module, strict: bool = False) -> Report:
     parametrization, another class than expected (adapters, quantised layers), a method of its own; and where no kernel
     runs here. What turns up later, such as a hook, another mask or shift, or attention dropout in training, makes the
     module run as its package does at that call, with one warning (``FallbackWarning``); torch.compile looks at the
-    numbers of a mask when it compiles. No module is called here and no property read.
+    numbers of a mask when it compiles. Attention weights that are asked for (``output_attentions``) are the source's.
+    No module is called here and no property read.
 
     Args:
-        model: any model of timm, torchvision or your own; its modules are searched.
+        model: any model of timm, torchvision, Hugging Face's transformers, MONAI or your own; its modules are searched.
         strict: raise if a module that could be faster cannot be taken, for a reason in this model or this machine.
             Modules that would not be faster anyway do not count.
 
@@ -177,6 +178,11 @@ def restore(model: nn.Module) -> nn.Module:
     """
     for module in model.modules():
         if isinstance(module, Replacement):
+            bound_method = module.__dict__.get("forward")
+            if (
+                getattr(bound_method, "__func__", None) is type(module).forward
+            ):  # as some collectors of outputs leave it
+                del module.__dict__["forward"]
             module.__class__ = _original(type(module))
     return model
 
@@ -190,5 +196,9 @@ def _original(kind: type) -> type:
     name = kind.__name__
     for replaced, original in names.items():
         name = name.replace(replaced, original)
-    members = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
+    members = {
+        key: value
+        for key, value in vars(kind).items()
+        if key not in ("__dict__", "__weakref__") and not is_decorated(value)  # which the new class makes again
+    }
     return type(name, bases, members)

@@ -326,8 +326,7 @@ def _triton(operands: Operands, config: WindowAttentionConfig) -> Result:
     single = _is_single_tile(x, config)
     allocate = torch.zeros if single else torch.empty  # the zeros, without elements on a GPU, are never read
     statistics = allocate(_statistics_shape(x, config), dtype=torch.float32, device=x.q.device)
-    c = config
-    return window_attention(operands[0], c.num_heads, c.window, c.shift, c.scale, c.layout, *operands[3:6], None if single else statistics), statistics
+    return window_attention(*x, *config.kernel_arguments, None if single else statistics), statistics
 
 
 def _triton_backward(
@@ -338,9 +337,7 @@ def _triton_backward(
 
     output, statistics = result
     saved = None if _is_single_tile(_Operands(*operands), config) else statistics
-    c = config
-    g = window_attention_backward(gradient, operands[0], output, saved, c.num_heads, c.window, c.shift, c.scale, c.layout, *operands[3:6], needs_grad[3:6])
-    return [g[0], None, None, *g[1:], None]
+    return window_attention_backward(gradient, output, saved, *operands, *config.kernel_arguments, needs_grad)
 
 
 def _no_dropout(operands: Operands, config: WindowAttentionConfig) -> str | None:
@@ -378,7 +375,7 @@ WINDOW_ATTENTION = FusedOp(
     backward={"triton": _triton_backward, "cpu": _compiled_backward},
     composite={"sdpa": _sdpa},
     can_run={
-        "triton": lambda operands, config: _no_dropout(operands, config) or no_float64(operands[0]) or _old(operands, config),
+        "triton": lambda operands, config: _no_dropout(operands, config) or no_float64(operands[0]),
         "cpu": lambda operands, config: _no_dropout(operands, config) or _old(operands, config),
         "sdpa": _sdpa_cannot,
     },

@@ -40,7 +40,8 @@ Tensors = tuple[torch.Tensor, ...]
 def _tiles(kernel: str, problem: Problem) -> dict[str, Any]:
     shape, family = problem.shape(), family_of(problem.device)
     bits = 8 * problem.dtype.itemsize
-    return choose(kernel, family, bits=bits, tokens=shape.keys, block_d=block(shape.head_dim))
+    width = block(shape.head_dim)
+    return choose(kernel, family, bits=bits, tokens=shape.keys, block_d=width, axes=len(problem.size))
 
 
 def _single_tile_arguments(kernel: str, problem: Problem, waves: int) -> tuple[int, dict[str, Any]]:
@@ -216,8 +217,8 @@ def window_attention(
     statistics: Optional,
 ) -> torch.Tensor:
     """Attention inside windows on a GPU, [B, *size, heads*head_dim]: q is the fused map [B, *size, 3*heads*head_dim],
-    or q, k and v are maps [B, *size, heads*head_dim] with two or three axes, float32, float16 or bfloat16. They are read
-    in place where all tokens are as far apart and channels are neighbours, else copied.
+    or q, k and v are maps [B, *size, heads*head_dim], with two or three axes, float32, float16 or bfloat16. They are
+    read in place where all tokens are as far apart and channels are neighbours, else copied.
 
     bias [heads, tokens, keys], padding [3*heads*head_dim], attn_scale and head_scale [heads] are of any floating dtype.
     statistics [2, B, *size, heads], float32, is filled with the largest score of each query and 1 / sum of its weights;

@@ -60,7 +60,7 @@ def _parts(head_dim: int, bits: int) -> Size:
 
 
 def tails_of(tokens: int, keys: int, tiles: dict[str, Any]) -> dict[str, int]:
-    """The blocks that hold what is left of a window's queries behind BLOCK_M of them, and of its keys behind BLOCK_N."""
+    """The blocks that hold what is left of a window's queries and keys behind blocks of BLOCK_M and BLOCK_N."""
     return {f"TAIL_{axis}": block(n % tiles[f"BLOCK_{axis}"]) for axis, n in (("M", tokens), ("N", keys))}
 
 

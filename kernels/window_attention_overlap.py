@@ -13,14 +13,17 @@ BLOCK_C, BLOCK_M = 64, 32  # channels and tokens of a program
 
 
 @triton.jit
-def _in_window(position, size, turn, AXIS: tl.constexpr, SHAPE: tl.constexpr):
-    # along one axis, a window of keys with the token at `position`, which one it is in there, and whether there is one
+def _descend(number, key, present, position, size, turn, AXIS: tl.constexpr, SHAPE: tl.constexpr):
+    # along one more axis, the `turn`-th window back from `position`: the numbers so far of the window and of the key in
+    # it, and whether it is there and has the token
     WINDOW: tl.constexpr = SHAPE.window[AXIS]
     KEYS: tl.constexpr = SHAPE.key_window[AXIS]
+    count = tl.cdiv(size, WINDOW)
     position += (KEYS - WINDOW) // 2
     window = position // WINDOW - turn
-    key = position - window * WINDOW
-    return window, key, (window >= 0) & (window < tl.cdiv(size, WINDOW)) & (key < KEYS)
+    place = position - window * WINDOW
+    present &= (window >= 0) & (window < count) & (place < KEYS)
+    return number * count + window, key * KEYS + place, present
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -44,23 +47,21 @@ def window_attention_overlap_kernel(
     channel = tl.program_id(0) % ACROSS * BLOCK_C + tl.arange(0, BLOCK_C)
     column, row = token % width, token // width
     plane, row = row // height, row % height
-    deep, down = tl.cdiv(depth, SHAPE.window[0]), tl.cdiv(height, SHAPE.window[1])
-    across = tl.cdiv(width, SHAPE.window[2])
-    mask = (token < tokens)[:, None] & (channel < SHAPE.channels)[None, :]
     grad_k = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.float32)
     grad_v = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.float32)
     of_v = tl.cast(windows, tl.int64) * (SHAPE.keys * SHAPE.channels)
     for turn in range(PLANES * ROWS * COLUMNS):
-        i, a, in_planes = _in_window(plane, depth, turn // (ROWS * COLUMNS), 0, SHAPE)
-        j, b, in_rows = _in_window(row, height, turn // COLUMNS % ROWS, 1, SHAPE)
-        k, c, in_columns = _in_window(column, width, turn % COLUMNS, 2, SHAPE)
-        number = ((tl.cast(image, tl.int64) * deep + i) * down + j) * across + k
-        key = (a * SHAPE.key_window[1] + b) * SHAPE.key_window[2] + c
+        number, key, present = tl.cast(image, tl.int64), 0, token < tokens
+        if SHAPE.HAS_DEPTH:
+            number, key, present = _descend(number, key, present, plane, depth, turn // (ROWS * COLUMNS), 0, SHAPE)
+        number, key, present = _descend(number, key, present, row, height, turn // COLUMNS % ROWS, 1, SHAPE)
+        number, key, present = _descend(number, key, present, column, width, turn % COLUMNS, 2, SHAPE)
         elements = windows_pointer + ((number * SHAPE.keys + key) * SHAPE.channels)[:, None] + channel[None, :]
-        present = mask & (in_planes & in_rows & in_columns)[:, None]
-        grad_k += tl.load(elements, mask=present, other=0.0).to(tl.float32)
-        grad_v += tl.load(elements + of_v, mask=present, other=0.0).to(tl.float32)
+        mask = present[:, None] & (channel < SHAPE.channels)[None, :]
+        grad_k += tl.load(elements, mask=mask, other=0.0).to(tl.float32)
+        grad_v += tl.load(elements + of_v, mask=mask, other=0.0).to(tl.float32)
     k_pointer, v_pointer = kv_of(grad_q_pointer, grad_k_pointer, grad_v_pointer, SHAPE.FUSED, SHAPE)
+    mask = (token < tokens)[:, None] & (channel < SHAPE.channels)[None, :]
     place = (tl.cast(image, tl.int64) * tokens + token) * SHAPE.grad_strides[0]
     place = place[:, None] + channel[None, :]
     tl.store(k_pointer + place, grad_k.to(k_pointer.dtype.element_ty), mask=mask)

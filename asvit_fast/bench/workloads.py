@@ -192,8 +192,8 @@ class MergeWorkload(_Call):
 
 Workload = AttentionWorkload | EmbedWorkload | MergeWorkload
 
-# stages of Swin-T and S, attention of Swin-B too, which has the same rows (arXiv 2103.14030); attention of Swin UNETR on
-# volumes (arXiv 2201.01266) and of Video Swin (arXiv 2106.13230)
+# stages of Swin-T and S, attention of Swin-B too, which has the same rows (arXiv 2103.14030); attention of Swin UNETR
+# (arXiv 2201.01266) and of Video Swin (arXiv 2106.13230)
 SWIN: dict[str, list[Workload]] = {
     "window_attention": [
         AttentionWorkload((7, 7), 32, 4, 56, biased=True),

@@ -305,9 +305,7 @@ def _compiled(operands: Operands, config: WindowAttentionConfig) -> Result:
     """C++: csrc/window_attention.cpp."""
     _extension.extension()
     c = config
-    return torch.ops.asvit_fast_C.window_attention(
-        operands[0], c.num_heads, c.window, c.shift, c.scale, c.layout, *operands[3:6]
-    )
+    return torch.ops.asvit_fast_C.window_attention(operands[0], c.num_heads, c.window, c.shift, c.scale, c.layout, *operands[3:6])
 
 
 def _compiled_backward(
@@ -316,18 +314,7 @@ def _compiled_backward(
     """Sums over windows in an order that only shapes decide."""
     _extension.extension()
     c = config
-    g = torch.ops.asvit_fast_C.window_attention_backward(
-        gradient,
-        operands[0],
-        *result,
-        c.num_heads,
-        c.window,
-        c.shift,
-        c.scale,
-        c.layout,
-        *operands[3:6],
-        needs_grad[3:6],
-    )
+    g = torch.ops.asvit_fast_C.window_attention_backward(gradient, operands[0], *result, c.num_heads, c.window, c.shift, c.scale, c.layout, *operands[3:6], needs_grad[3:6])
     return [g[0], None, None, *g[1:], None]
 
 

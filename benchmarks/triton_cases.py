@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,10 +62,10 @@ class Case:
             return Work("byte", 0.0)
         products, tensors = ATTENTION[self.kernel]
         tokens, head_dim = self.shape["N"], self.shape["d"]
-        rows, columns = (self.launch.constants.get(f"BLOCK_{n}", tokens) for n in ("M", "N"))
+        rows, columns = self.launch.constants["BLOCK_M"], self.launch.constants["BLOCK_N"]
         return Work(
             "score",
-            min(rows, tokens) * min(columns, tokens),
+            min(rows, tokens) * min(columns, self.shape.get("keys", tokens)),
             exponentials=1.0,
             operations=2.0 * products * head_dim * (3 if self.dtype == "fp32" else 1),  # three TF32 products are one
             bytes=tensors * head_dim * DTYPES[self.dtype].itemsize / tokens,
@@ -86,6 +87,10 @@ PAPER = [  # windows and heads of As-ViT's topologies (arXiv 2202.11921, Table 4
     {"N": tokens, "d": head_dim, "bias": 0} for tokens in (49, 196, 784) for head_dim in (4, 8, 16, 22, 29, 32, 45)
 ]
 SWIN = [{"N": tokens, "d": 32, "bias": 1} for tokens in (49, 64, 144)]  # with bias, and half of the blocks shifted
+# Swin UNETR and Video Swin, three axes; HAT's overlapping cross-attention
+WINDOWS = {98: (2, 7, 7), 343: (7, 7, 7), 392: (8, 7, 7)}
+VOLUMES = [{"N": 343, "d": 16, "bias": 1}, *({"N": tokens, "d": 32, "bias": 1} for tokens in (98, 392))]
+OVERLAPS = [{"N": 256, "keys": 576, "d": 30, "bias": 1}]
 GELU = [
     {"orders": orders, "tanh": tanh, "bias": bias}
     for orders, tanh, bias in itertools.product((0, 1, 2), (0, 1), (0, 1))
@@ -95,9 +100,10 @@ MERGES = [{"K": 4, "C": channels} for channels in (32, 88, 116, 180)] + [{"K": 2
 
 
 def window_attention(shape: Shape, dtype: str) -> object:
-    """A square window of N tokens, heads of d channels; with a bias the map is shifted, too."""
-    side = round(shape["N"] ** 0.5)
-    workload = AttentionWorkload((side, side), shape["d"], biased=bool(shape["bias"]), dtype=dtype)
+    """A square window of N tokens, or one of WINDOWS, heads of d channels; with a bias the map is shifted, too."""
+    window = WINDOWS.get(shape["N"]) or (math.isqrt(shape["N"]),) * 2
+    keys = (math.isqrt(shape["keys"]),) * 2 if "keys" in shape else ()
+    workload = AttentionWorkload(window, shape["d"], biased=bool(shape["bias"]), kv_window=keys, dtype=dtype)
     return workload.prepare("backward", 1, torch.device("cpu"))()
 
 
@@ -134,7 +140,7 @@ def _leaves(dtype: str, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
 
 
 OPS = (
-    Op("window_attention", (*PAPER, *SWIN), window_attention),
+    Op("window_attention", (*PAPER, *SWIN, *VOLUMES, *OVERLAPS), window_attention),
     Op("gelu_taylor", tuple(GELU), gelu_taylor),
     Op("square_taylor", tuple({"orders": orders} for orders in (0, 1, 2)), square_taylor),
     Op("patch_embed", tuple(EMBEDS), patch_embed),

@@ -2,7 +2,8 @@
 `asvit-fast tune` made for a GPU goes before it. Nothing is tuned while a model runs.
 
 A row's names are features of a shape ("bits" of an element, "tokens", "pixels", "block_d", ...), which a look-up gives,
-and options of a launch: other "block_*", "num_warps", "num_stages". "tuned" says where a row comes from.
+and options of a launch: other "block_*", "num_warps", "num_stages". "tuned" says where a row comes from. A feature that
+a row does not have makes no difference to it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ Table = dict[str, list[Row]]  # rows of each kernel
 
 FOLDER = "ASVIT_FAST_TILES"  # environment variable: where the tables of this machine's GPUs are
 FAMILIES = {"80": "ampere", "90": "hopper", "100": "blackwell"}  # by the first compute capability
-WEIGHTS = {"bits": 16.0, "block_d": 4.0}  # of a distance, else 1: how wide a tile is decides more than how many tiles
+# of a distance, else 1: how wide a tile is decides more than how many tiles; kernels of three axes are other kernels
+WEIGHTS = {"bits": 16.0, "block_d": 4.0, "axes": 16.0}
+WIDTHS = ("bits", "block_d")
 _COMMENTS = ("tuned",)
 _trial: dict[str, Row] = {}  # by kernel, inside `trying`
 _assumed = "hopper"
@@ -168,7 +171,7 @@ def _nearest(kernel: str, family: str, items: tuple[tuple[str, int], ...]) -> Ro
         raise TileTableError(f"no table of tiles has rows of {kernel!r}: add some to kernels/tiles/hopper.json")
     row = min(rows, key=distance)  # of equals the first: the user's
     options = {name: row[name] for name in row if name.startswith(("block_", "num_")) and name not in features}
-    for name in WEIGHTS:
+    for name in WIDTHS:
         if len({other.get(name) for other in rows}) > 1:  # else the kernel's tiles do not depend on it
             options = _smaller(options, features.get(name, 1) / row.get(name, math.inf))
     return options

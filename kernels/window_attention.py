@@ -1,12 +1,15 @@
-"""Windowed attention on a GPU: q, k, v are read where the fused projection left them, and so are gradients written.
-Window, shift and padding are index arithmetic.
+"""Windowed attention on a GPU: q, k, v are read where the projections left them, one fused map or three, and so are
+gradients written. Window, shift and padding are index arithmetic.
 
 Kernels: window_attention_single_tile.py for windows that fit a tile, window_attention_tiled.py and its backward for
-larger ones. No float atomics: sums have an order that only shapes decide.
+larger ones, window_attention_overlap.py where windows of keys overlap. No float atomics: sums have an order that only
+shapes decide.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +18,8 @@ import triton
 from .dot import precision
 from .launch import Launch, device_guard, grouped
 from .tile_table import block, choose, family_of, once_per_shape
-from .window_attention_geometry import Problem, tails_of
+from .window_attention_geometry import Problem, Size, tails_of
+from .window_attention_overlap import BLOCK_C, BLOCK_M, window_attention_overlap_kernel
 from .window_attention_single_tile import (
     window_attention_single_tile_backward_kernel,
     window_attention_single_tile_kernel,
@@ -27,8 +31,8 @@ from .window_attention_tiled_backward import (
     window_attention_q_gradient_kernel,
 )
 
-Size = tuple[int, ...]
 Optional = torch.Tensor | None
+Tensors = tuple[torch.Tensor, ...]
 
 # --------------------------------------------------------------------------- decided once for a shape
 
@@ -36,22 +40,25 @@ Optional = torch.Tensor | None
 def _tiles(kernel: str, problem: Problem) -> dict[str, Any]:
     shape, family = problem.shape(), family_of(problem.device)
     bits = 8 * problem.dtype.itemsize
-    return choose(kernel, family, bits=bits, tokens=shape.tokens, block_d=block(shape.head_dim))
+    width = block(shape.head_dim)
+    return choose(kernel, family, bits=bits, tokens=shape.keys, block_d=width, axes=len(problem.size))
 
 
 def _single_tile_arguments(kernel: str, problem: Problem, waves: int) -> tuple[int, dict[str, Any]]:
     """Groups of windows that go through one program each, and arguments."""
-    windows = problem.windows
+    windows, shape = problem.windows, problem.shape()
     per_program, groups = grouped(windows, problem.heads, waves)
-    arguments = {"windows": windows, "per_program": per_program, "BLOCK": block(problem.shape().tokens)}
+    arguments = {"windows": windows, "per_program": per_program}
+    arguments |= {"BLOCK_M": block(shape.tokens), "BLOCK_N": block(shape.keys)}
     return groups, problem.arguments() | arguments | _tiles(kernel, problem)
 
 
 def _tiled_launch(kernel: str, axis: str, problem: Problem) -> Launch:
     """A program for each block of queries (M) or keys (N) of each window and head."""
-    tokens, tiles = problem.shape().tokens, _tiles(kernel, problem)
-    blocks = triton.cdiv(tokens, tiles[f"BLOCK_{axis}"])
-    return (problem.windows * problem.heads * blocks,), problem.arguments() | tiles | tails_of(tokens, tiles)
+    shape, tiles = problem.shape(), _tiles(kernel, problem)
+    blocks = triton.cdiv(shape.tokens if axis == "M" else shape.keys, tiles[f"BLOCK_{axis}"])
+    arguments = problem.arguments() | tiles | tails_of(shape.tokens, shape.keys, tiles)
+    return (problem.windows * problem.heads * blocks,), arguments
 
 
 @once_per_shape
@@ -62,20 +69,33 @@ def _forward_launch(problem: Problem, single_tile: bool) -> Launch:
     return (groups * problem.heads,), arguments
 
 
+class _Sums(NamedTuple):
+    """Sums over some windows, float32; any tensor stands for one that is not written."""
+
+    bias: torch.Tensor  # [groups of windows, heads, tokens, keys]
+    pad_token: torch.Tensor  # [windows, heads, blocks of keys, 2, d], of k and v
+    attn_scale: torch.Tensor  # [groups of windows, heads, blocks of queries], as the next
+    head_scale: torch.Tensor
+
+
 class _Backward(NamedTuple):
-    """Launches of a backward pass, and the shapes of its sums over some windows; None for those that nobody needs."""
+    """Launches of a backward pass, and the shapes of what they write besides gradients; None for what nobody needs."""
 
     launches: tuple[Launch, ...]
-    bias: Size | None  # [groups of windows, heads, tokens, tokens]
-    pad_token: Size | None  # [windows, heads, blocks of keys, 2, d], of k and v
-    attn_scale: Size | None  # [groups of windows, heads, blocks of queries]
+    bias: Size | None  # as in _Sums, as the next three
+    pad_token: Size | None
+    attn_scale: Size | None
+    head_scale: Size | None
+    in_windows: Size | None  # [2, windows, keys, channels], gradients of k and v where windows overlap
+    overlap: Launch | None  # which sums them
 
-    def new_sums(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Float32; any tensor stands for one that is not written."""
-        return (
-            qkv if self.bias is None else qkv.new_empty(self.bias, dtype=torch.float32),
-            qkv if self.pad_token is None else qkv.new_zeros(self.pad_token, dtype=torch.float32),
-            qkv if self.attn_scale is None else qkv.new_empty(self.attn_scale, dtype=torch.float32),
+    def new_sums(self, q: torch.Tensor) -> _Sums:
+        """Uninitialised, but for zeros where only some windows have padding."""
+        return _Sums(
+            q if self.bias is None else q.new_empty(self.bias, dtype=torch.float32),
+            q if self.pad_token is None else q.new_zeros(self.pad_token, dtype=torch.float32),
+            q if self.attn_scale is None else q.new_empty(self.attn_scale, dtype=torch.float32),
+            q if self.head_scale is None else q.new_empty(self.head_scale, dtype=torch.float32),
         )
 
     @classmethod
@@ -84,13 +104,25 @@ class _Backward(NamedTuple):
         bias_groups: int, key_blocks: int, groups: int, query_blocks: int,
     ) -> _Backward:  # fmt: skip
         """Shapes that follow from the numbers of programs."""
-        shape, heads = problem.shape(), problem.heads
+        shape, heads, windows = problem.shape(), problem.heads, problem.windows
         return cls(
             launches,
-            (bias_groups, heads, shape.tokens, shape.tokens) if bias_gradient else None,
-            (problem.windows, heads, key_blocks, 2, shape.head_dim) if shape.HAS_PAD_VALUE else None,
+            (bias_groups, heads, shape.tokens, shape.keys) if bias_gradient else None,
+            (windows, heads, key_blocks, 2, shape.head_dim) if shape.HAS_PAD_VALUE else None,
             (groups, heads, query_blocks) if shape.HAS_ATTN_SCALE else None,
+            (groups, heads, query_blocks) if shape.HAS_HEAD_SCALE else None,
+            (2, windows, shape.keys, shape.channels) if shape.OVERLAP else None,
+            _overlap_launch(problem) if shape.OVERLAP else None,
         )
+
+
+def _overlap_launch(problem: Problem) -> Launch:
+    """A program for each block of tokens and of channels."""
+    blocks = triton.cdiv(math.prod(problem.size), BLOCK_M) * triton.cdiv(problem.channels, BLOCK_C)
+    names = ("depth", "height", "width", "SHAPE")
+    arguments = {name: value for name, value in problem.arguments().items() if name in names}
+    options = {"BLOCK_M": BLOCK_M, "BLOCK_C": BLOCK_C, "num_warps": 4, "enable_fp_fusion": True}
+    return (problem.batch * blocks,), arguments | {"windows": problem.windows} | options
 
 
 @once_per_shape
@@ -102,64 +134,106 @@ def _single_tile_backward(problem: Problem, bias_gradient: bool) -> _Backward:
 
 @once_per_shape
 def _tiled_backward(problem: Problem, bias_gradient: bool) -> _Backward:
-    tokens, windows, tiles = problem.shape().tokens, problem.windows, _tiles("bias_gradient", problem)
-    pieces = problem.heads * triton.cdiv(tokens, tiles["BLOCK_M"]) * triton.cdiv(tokens, tiles["BLOCK_N"])
+    shape, windows, tiles = problem.shape(), problem.windows, _tiles("bias_gradient", problem)
+    pieces = problem.heads * triton.cdiv(shape.tokens, tiles["BLOCK_M"]) * triton.cdiv(shape.keys, tiles["BLOCK_N"])
     per_program, groups = grouped(windows, pieces)
     bias = (groups * pieces,), problem.arguments() | tiles | {"windows": windows, "per_program": per_program}
     q, kv = _tiled_launch("q_gradient", "M", problem), _tiled_launch("kv_gradient", "N", problem)
-    query_blocks, key_blocks = triton.cdiv(tokens, q[1]["BLOCK_M"]), triton.cdiv(tokens, kv[1]["BLOCK_N"])
+    query_blocks = triton.cdiv(shape.tokens, q[1]["BLOCK_M"])
+    key_blocks = triton.cdiv(shape.keys, kv[1]["BLOCK_N"])
     return _Backward.of(problem, bias_gradient, (q, kv, bias), groups, key_blocks, windows, query_blocks)
+
+
+# --------------------------------------------------------------------------- operands
+
+
+def _token_stride(x: torch.Tensor) -> int | None:
+    """Elements from each token of a map [B, *size, channels] to the next, None if they or channels lie otherwise."""
+    channels = x.shape[-1]
+    if x.is_contiguous():
+        return channels
+    if channels > 1 and x.stride(-1) != 1:
+        return None
+    distance, tokens = None, 1
+    for size, stride in zip(x.shape[-2::-1], x.stride()[-2::-1], strict=True):
+        if size == 1:
+            continue
+        distance = stride if distance is None else distance
+        if stride != distance * tokens:
+            return None
+        tokens *= size
+    return channels if distance is None else distance
+
+
+class _Operands(NamedTuple):
+    """Tensors of a call as kernels take them; any tensor stands for one that is not read."""
+
+    tensors: Tensors  # q, k, v, padding, bias, attn_scale, head_scale: the first arguments of all kernels
+    problem: Problem
+
+    @classmethod
+    def of(
+        cls, projections: Sequence[Optional], parameters: Sequence[Optional], num_heads: int, window: Sequence[int],
+        shift: Sequence[int], kv_window: Sequence[int], layout: str,
+    ) -> _Operands:  # fmt: skip
+        """Of the fused map and None twice, or three maps; of bias, padding, attn_scale and head_scale."""
+        found = [x for x in projections if x is not None]
+        strides = [_token_stride(x) for x in found]
+        maps = [x.contiguous() if stride is None else x for x, stride in zip(found, strides, strict=True)]
+        distances = [x.shape[-1] if stride is None else stride for x, stride in zip(maps, strides, strict=True)]
+        fused, q = len(maps) == 1, maps[0]
+        repeated = 3 if fused else 1
+        bias, padding, attn_scale, head_scale = parameters
+        tensors = (
+            *maps * repeated,
+            q if padding is None else padding.to(q.dtype).contiguous(),
+            *(q if x is None else x.contiguous() for x in (bias, attn_scale, head_scale)),
+        )
+        problem = Problem(
+            (*q.shape[1:-1],), q.shape[0], q.shape[-1] // repeated, (*distances * repeated,), fused, q.dtype, q.device,
+            num_heads, (*window,), (*shift,), (*kv_window,), layout, bias is not None, padding is not None,
+            attn_scale is not None, head_scale is not None, precision(q.dtype),
+        )  # fmt: skip
+        return cls(tensors, problem)
 
 
 # --------------------------------------------------------------------------- launches
 
 
-def _tensors(qkv: torch.Tensor, bias: Optional, pad_token: Optional, attn_scale: Optional) -> tuple[torch.Tensor, ...]:
-    """The first arguments of all kernels; any tensor stands for one that is not read."""
-    return (
-        qkv,
-        qkv if pad_token is None else pad_token.to(qkv.dtype).contiguous(),
-        qkv if bias is None else bias.contiguous(),
-        qkv if attn_scale is None else attn_scale.contiguous(),
-    )
-
-
-def _problem(
-    qkv: torch.Tensor, heads: int, window: list[int], shift: list[int], layout: str, bias: Optional,
-    pad_token: Optional, attn_scale: Optional,
-) -> Problem:  # fmt: skip
-    return Problem(
-        qkv.shape, qkv.dtype, qkv.device, heads, (*window,), (*shift,), layout,
-        bias is not None, pad_token is not None, attn_scale is not None, precision(qkv.dtype),
-    )  # fmt: skip
-
-
 def window_attention(
-    qkv: torch.Tensor,
+    q: torch.Tensor,
+    k: Optional,
+    v: Optional,
+    bias: Optional,
+    padding: Optional,
+    attn_scale: Optional,
+    head_scale: Optional,
     num_heads: int,
     window: list[int],
     shift: list[int],
+    kv_window: list[int],
     scale: float,
     layout: str,
-    bias: Optional,
-    pad_token: Optional,
-    attn_scale: Optional,
     statistics: Optional,
 ) -> torch.Tensor:
-    """Attention inside windows on a GPU: qkv [B, H, W, 3*heads*head_dim], float32, float16 or bfloat16.
+    """Attention inside windows on a GPU, [B, *size, heads*head_dim]: q is the fused map [B, *size, 3*heads*head_dim],
+    or q, k and v are maps [B, *size, heads*head_dim], with two or three axes, float32, float16 or bfloat16. They are
+    read in place where all tokens are as far apart and channels are neighbours, else copied.
 
-    bias [heads, tokens, tokens], pad_token [3*heads*head_dim] and attn_scale [heads] are of any floating dtype.
-    statistics [2, B, H, W, heads], float32, is filled with the largest score of each query and 1 / sum of its weights;
+    bias [heads, tokens, keys], padding [3*heads*head_dim], attn_scale and head_scale [heads] are of any floating dtype.
+    statistics [2, B, *size, heads], float32, is filled with the largest score of each query and 1 / sum of its weights;
     without it each window is one tile.
     """
-    qkv = qkv.contiguous()
-    output = qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)  # [B, H, W, heads*d]
-    if qkv.numel() == 0:
+    channels = q.shape[-1] // (3 if k is None else 1)
+    output = q.new_empty(*q.shape[:-1], channels)  # [B, *size, heads*d]
+    if q.numel() == 0:
         return output
-    problem = _problem(qkv, num_heads, window, shift, layout, bias, pad_token, attn_scale)
-    grid, arguments = _forward_launch(problem, statistics is None)
-    tensors = (*_tensors(qkv, bias, pad_token, attn_scale), output)
-    with device_guard(qkv):
+    operands = _Operands.of(
+        (q, k, v), (bias, padding, attn_scale, head_scale), num_heads, window, shift, kv_window, layout
+    )
+    grid, arguments = _forward_launch(operands.problem, statistics is None)
+    tensors = (*operands.tensors, output)
+    with device_guard(q):
         if statistics is None:
             window_attention_single_tile_kernel[grid](*tensors, scale=scale, **arguments)
         else:
@@ -168,63 +242,78 @@ def window_attention(
 
 
 def _start_tiled_backward(
-    plan: _Backward,
-    tensors: tuple[torch.Tensor, ...],
-    output: torch.Tensor,
-    statistics: torch.Tensor,
-    grad_qkv: torch.Tensor,
-    sums: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    scale: float,
-) -> None:
+    plan: _Backward, tensors: Tensors, output: torch.Tensor, statistics: torch.Tensor,
+    gradients: Sequence[torch.Tensor], sums: _Sums, scale: float,
+) -> None:  # fmt: skip
     largest, inverse = statistics.unbind()
-    delta = torch.empty_like(largest)  # [B, H, W, heads], as the next
+    delta = torch.empty_like(largest)  # [B, *size, heads], as the next
     share = delta if plan.attn_scale is None else torch.empty_like(largest)
     tensors = (*tensors, largest, inverse, delta, share)
     (q_grid, q_arguments), (kv_grid, kv_arguments), (bias_grid, bias_arguments) = plan.launches
-    window_attention_q_gradient_kernel[q_grid](*tensors, output, grad_qkv, sums[2], scale=scale, **q_arguments)
-    window_attention_kv_gradient_kernel[kv_grid](*tensors, grad_qkv, sums[1], scale=scale, **kv_arguments)
+    window_attention_q_gradient_kernel[q_grid](
+        *tensors, output, gradients[0], sums.attn_scale, sums.head_scale, scale=scale, **q_arguments
+    )
+    window_attention_kv_gradient_kernel[kv_grid](*tensors, *gradients, sums.pad_token, scale=scale, **kv_arguments)
     if plan.bias is not None:
-        window_attention_bias_gradient_kernel[bias_grid](*tensors, sums[0], scale=scale, **bias_arguments)
+        window_attention_bias_gradient_kernel[bias_grid](*tensors, sums.bias, scale=scale, **bias_arguments)
 
 
 def window_attention_backward(
-    grad_output: torch.Tensor,
-    qkv: torch.Tensor,
+    gradient: torch.Tensor,
     output: torch.Tensor,
     statistics: Optional,
+    q: torch.Tensor,
+    k: Optional,
+    v: Optional,
+    bias: Optional,
+    padding: Optional,
+    attn_scale: Optional,
+    head_scale: Optional,
     num_heads: int,
     window: list[int],
     shift: list[int],
+    kv_window: list[int],
     scale: float,
     layout: str,
-    bias: Optional,
-    pad_token: Optional,
-    attn_scale: Optional,
-    wanted: list[bool],
-) -> tuple[torch.Tensor, Optional, Optional, Optional]:
-    """Gradients of qkv and, where `wanted`, of bias, pad_token and attn_scale; None elsewhere."""
-    qkv, grad_output = qkv.contiguous(), grad_output.contiguous()
-    grad_qkv = torch.empty_like(qkv)
-    problem = _problem(qkv, num_heads, window, shift, layout, bias, pad_token, attn_scale)
-    bias_gradient = wanted[0] and bias is not None
-    tensors = (*_tensors(qkv, bias, pad_token, attn_scale), grad_output)
-    with device_guard(qkv):
+    needs_grad: list[bool],
+) -> list[Optional]:
+    """Gradients of the seven operands, contiguous; None for those that are not there or need none."""
+    parameters = (bias, padding, attn_scale, head_scale)
+    operands = _Operands.of((q, k, v), parameters, num_heads, window, shift, kv_window, layout)
+    problem, bias_gradient = operands.problem, bias is not None and needs_grad[3]
+    plan = (_single_tile_backward if statistics is None else _tiled_backward)(problem, bias_gradient)
+    tensors, sums = (*operands.tensors, gradient.contiguous()), plan.new_sums(q)
+    found = [q.new_empty(x.shape) for x in (q, k, v) if x is not None]
+    maps = found * 3 if problem.fused else found
+    in_windows = None if plan.in_windows is None else q.new_empty(plan.in_windows)
+    written = maps if in_windows is None else [maps[0], *in_windows]
+    with device_guard(q):
         if statistics is None:
-            plan = _single_tile_backward(problem, bias_gradient)
-            sums, ((grid, arguments),) = plan.new_sums(qkv), plan.launches
-            window_attention_single_tile_backward_kernel[grid](*tensors, grad_qkv, *sums, scale=scale, **arguments)
+            ((grid, arguments),) = plan.launches
+            window_attention_single_tile_backward_kernel[grid](*tensors, *written, *sums, scale=scale, **arguments)
         else:
-            plan = _tiled_backward(problem, bias_gradient)
-            sums = plan.new_sums(qkv)
-            _start_tiled_backward(plan, tensors, output.contiguous(), statistics, grad_qkv, sums, scale)
-    grad_bias = grad_pad_token = grad_attn_scale = None
-    if bias is not None and wanted[0]:
-        grad_bias = sums[0].sum(0).to(bias.dtype)
-    if pad_token is not None and wanted[1]:
-        grad_pad_token = torch.zeros_like(pad_token)  # nobody looks at q
-        if plan.pad_token is not None:
-            grad_kv = sums[1].sum((0, 2)).transpose(0, 1)  # [2, heads, d]
-            grad_pad_token.view(3, num_heads, -1)[1:].copy_(grad_kv)
-    if attn_scale is not None and wanted[2]:
-        grad_attn_scale = sums[2].sum((0, 2)).to(attn_scale.dtype)
-    return grad_qkv, grad_bias, grad_pad_token, grad_attn_scale
+            _start_tiled_backward(plan, tensors, output.contiguous(), statistics, written, sums, scale)
+        if plan.overlap is not None:
+            grid, arguments = plan.overlap
+            window_attention_overlap_kernel[grid](in_windows, *maps, **arguments)
+    if problem.fused:
+        found += [None, None]
+    found += _of_parameters(plan, sums, parameters, num_heads, scale)
+    return [new if want else None for new, want in zip(found, needs_grad, strict=True)]
+
+
+def _of_parameters(
+    plan: _Backward, sums: _Sums, parameters: Sequence[Optional], num_heads: int, scale: float
+) -> list[Optional]:
+    """Gradients of bias, padding, attn_scale and head_scale, as far as there are sums."""
+    bias, padding, attn_scale, head_scale = parameters
+    grad_padding = None if padding is None else torch.zeros_like(padding)  # nobody looks at q
+    if grad_padding is not None and plan.pad_token is not None:
+        grad_kv = sums.pad_token.sum((0, 2)).transpose(0, 1)  # [2, heads, d]
+        grad_padding.view(3, num_heads, -1)[1:].copy_(grad_kv)
+    return [
+        None if bias is None or plan.bias is None else sums.bias.sum(0).to(bias.dtype),
+        grad_padding,
+        None if attn_scale is None else sums.attn_scale.sum((0, 2)).to(attn_scale.dtype),
+        None if head_scale is None else (sums.head_scale.sum((0, 2)) * scale).to(head_scale.dtype),
+    ]

@@ -1,7 +1,11 @@
-"""The geometry of windowed attention in Triton: what kernels are compiled for, and where a window's tokens are."""
+"""The geometry of windowed attention in Triton: what kernels are compiled for, and where a window's tokens are.
+
+A map of two axes is one of three with a depth of 1, left out where kernels are compiled.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +16,9 @@ from .dot import LEAST_CHANNELS
 from .tile_table import block
 
 # integers whose value or divisibility must not compile another kernel: maps and batches change during training
-SIZES = ("windows", "per_program", "height", "width", "shift_rows", "shift_columns")
+SIZES = ("windows", "per_program", "depth", "shift_planes", "height", "width", "shift_rows", "shift_columns")
+
+Size = tuple[int, ...]
 
 
 class Shape(NamedTuple):
@@ -21,11 +27,18 @@ class Shape(NamedTuple):
     heads: int
     head_dim: int
     channels: int  # heads * head_dim
-    parts: tuple[int, ...]  # widths of a tile's tensors, together at least head_dim
-    rows: int  # of a window, in tokens
-    columns: int
-    tokens: int  # rows * columns
+    parts: Size  # widths of a tile's tensors, together at least head_dim
+    window: Size  # planes, rows and columns of queries
+    key_window: Size  # of keys: window, or more with it in the middle
+    tokens: int  # queries of a window
+    keys: int
+    strides: Size  # from one token of q, k, v to the next
+    grad_strides: Size  # of their gradients
     layout: str  # "masked", "timm", "torchvision" or "grid"
+    FUSED: bool  # q, k, v are channels of one map
+    FUSED_GRADIENT: bool  # and so are their gradients
+    HAS_DEPTH: bool  # the map has three axes
+    OVERLAP: bool  # windows of keys are larger than those of queries
     ATTEND_PADDING: bool  # whether padding is, as in timm and torchvision
     MASKED: bool  # scores between regions are -inf
     SHIFTED: bool
@@ -33,11 +46,12 @@ class Shape(NamedTuple):
     HAS_PAD_VALUE: bool  # padding has values other than 0
     HAS_BIAS: bool
     HAS_ATTN_SCALE: bool  # AttnScale
+    HAS_HEAD_SCALE: bool
     INDEX64: bool  # an image has 2^31 elements
     precision: str  # of float32 products
 
 
-def _parts(head_dim: int, bits: int) -> tuple[int, ...]:
+def _parts(head_dim: int, bits: int) -> Size:
     """Powers of two that hold head_dim: one, or 3/4 of it or less in two; each at least what tensor cores take."""
     least = 16 if bits == 16 else LEAST_CHANNELS
     power = max(least, triton.next_power_of_2(head_dim))
@@ -45,79 +59,103 @@ def _parts(head_dim: int, bits: int) -> tuple[int, ...]:
     return (power // 2, rest) if rest < power // 2 else (power,)
 
 
-def tails_of(tokens: int, tiles: dict[str, Any]) -> dict[str, int]:
-    """The blocks that hold what is left of a window's tokens behind BLOCK_M queries and BLOCK_N keys."""
-    return {f"TAIL_{axis}": block(tokens % tiles[f"BLOCK_{axis}"]) for axis in "MN"}
+def tails_of(tokens: int, keys: int, tiles: dict[str, Any]) -> dict[str, int]:
+    """The blocks that hold what is left of a window's queries and keys behind blocks of BLOCK_M and BLOCK_N."""
+    return {f"TAIL_{axis}": block(n % tiles[f"BLOCK_{axis}"]) for axis, n in (("M", tokens), ("N", keys))}
 
 
 class Problem(NamedTuple):
     """Everything that decides how an attention is launched."""
 
-    size: tuple[int, ...]  # of qkv, [B, H, W, 3*heads*head_dim]
+    size: Size  # of the map, (H, W) or (D, H, W)
+    batch: int
+    channels: int  # heads * head_dim
+    strides: Size  # from one token of q, k, v to the next
+    fused: bool  # q, k, v are channels of one map
     dtype: torch.dtype
     device: torch.device
     heads: int
-    window: tuple[int, ...]
-    shift: tuple[int, ...]
+    window: Size
+    shift: Size
+    kv_window: Size  # empty: as window
     layout: str
     has_bias: bool
     has_pad_token: bool
     has_attn_scale: bool
+    has_head_scale: bool
     precision: str
 
     @property
     def windows(self) -> int:
         """In the whole batch."""
-        batch, height, width, _ = self.size
-        return batch * triton.cdiv(height, self.window[0]) * triton.cdiv(width, self.window[1])
+        return self.batch * math.prod(map(triton.cdiv, self.size, self.window))
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of all kernels besides tensors, by name."""
-        names = ("height", "width", "shift_rows", "shift_columns")
-        return dict(zip(names, (*self.size[1:3], *self.shift), strict=True)) | {"SHAPE": self.shape()}
+        sizes = dict(zip(("depth", "height", "width"), _three(self.size, 1), strict=True))
+        shifts = dict(zip(("shift_planes", "shift_rows", "shift_columns"), _three(self.shift, 0), strict=True))
+        return sizes | shifts | {"SHAPE": self.shape()}
 
     def shape(self) -> Shape:
         """Constants of the kernels; layouts that are the same on this map get the same ones."""
-        _, height, width, channels = self.size
-        rows, columns = self.window
-        padded, shifted, layout = height % rows != 0 or width % columns != 0, any(self.shift), self.layout
+        padded = any(n % w != 0 for n, w in zip(self.size, self.window, strict=True))
+        shifted, overlap = any(self.shift), self.kv_window not in ((), self.window)
+        layout, keys = self.layout, self.kv_window or self.window
         if layout == "timm" and not (padded and shifted):
             layout = "torchvision"
-        if layout == "torchvision" and not padded and not shifted:
+        if layout == "torchvision" and not (padded or shifted or overlap):
             layout = "masked"
         attended = layout in ("timm", "torchvision")
-        head_dim = channels // (3 * self.heads)
+        grad_stride = 3 * self.channels if self.fused else self.channels
+        kv_grad_stride = self.channels if overlap else grad_stride  # for each window
         return Shape(
             heads=self.heads,
-            head_dim=head_dim,
-            channels=channels // 3,
-            parts=_parts(head_dim, 8 * self.dtype.itemsize),
-            rows=rows,
-            columns=columns,
-            tokens=rows * columns,
+            head_dim=self.channels // self.heads,
+            channels=self.channels,
+            parts=_parts(self.channels // self.heads, 8 * self.dtype.itemsize),
+            window=_three(self.window, 1),
+            key_window=_three(keys, 1),
+            tokens=math.prod(self.window),
+            keys=math.prod(keys),
+            strides=self.strides,
+            grad_strides=(grad_stride, kv_grad_stride, kv_grad_stride),
             layout=layout,
+            FUSED=self.fused,
+            FUSED_GRADIENT=self.fused and not overlap,
+            HAS_DEPTH=len(self.size) == 3,
+            OVERLAP=overlap,
             ATTEND_PADDING=attended,
-            MASKED=(padded or shifted) and not attended,
+            MASKED=(padded or shifted or overlap) and not attended,
             SHIFTED=shifted,
             PADDED=padded,
-            HAS_PAD_VALUE=self.has_pad_token and padded and attended,
+            HAS_PAD_VALUE=self.has_pad_token and (padded or overlap) and attended,
             HAS_BIAS=self.has_bias,
             HAS_ATTN_SCALE=self.has_attn_scale,
-            INDEX64=height * width * channels >= 2**31,
+            HAS_HEAD_SCALE=self.has_head_scale,
+            INDEX64=math.prod(self.size) * max(*self.strides, grad_stride) >= 2**31,
             precision=self.precision,
         )
+
+
+def _three(numbers: Size, first: int) -> Size:
+    """A number for each of three axes, `first` for the depth of a map of two."""
+    return numbers if len(numbers) == 3 else (first, *numbers)
 
 
 class Inputs(NamedTuple):
     """The operands of one head's attention."""
 
-    qkv: tl.tensor  # pointer to [B, H, W, 3, HEADS, HEAD_DIM], at the head
+    q: tl.tensor  # pointer to [B, D, H, W, HEADS, HEAD_DIM], at the head, as the next two
+    k: tl.tensor
+    v: tl.tensor
     pad_token: tl.tensor  # pointer to [3, HEADS, HEAD_DIM], at the head; read only if SHAPE.HAS_PAD_VALUE
-    bias_table: tl.tensor  # pointer to [TOKENS, TOKENS], added to scores; read only if SHAPE.HAS_BIAS
+    bias_table: tl.tensor  # pointer to [TOKENS, KEYS], added to scores; read only if SHAPE.HAS_BIAS
     factor: tl.tensor  # w of AttnScale, 0 if not SHAPE.HAS_ATTN_SCALE
     scale: tl.tensor
+    depth: tl.tensor
     height: tl.tensor
     width: tl.tensor
+    shift_planes: tl.tensor
     shift_rows: tl.tensor
     shift_columns: tl.tensor
 
@@ -125,10 +163,12 @@ class Inputs(NamedTuple):
 class Window(NamedTuple):
     """The place of a window."""
 
+    number: tl.tensor  # among all of a batch
     start: tl.tensor  # index of the image's first token, 64 bits
-    row: tl.tensor  # of the window's first token on the shifted map
+    plane: tl.tensor  # of the window's first token on the shifted map
+    row: tl.tensor
     column: tl.tensor
-    last: tl.tensor  # in the last row of windows: 2, in the last column: + 1; there a shift brings regions together
+    last: tl.tensor  # of its axis: 4 for planes + 2 for rows + 1 for columns; there a shift brings regions together
 
 
 class Tokens(NamedTuple):
@@ -147,86 +187,128 @@ class Tokens(NamedTuple):
 
 @triton.jit
 def inputs_of(
-    head, qkv_pointer, pad_token_pointer, bias_pointer, attn_scale_pointer,
-    height, width, shift_rows, shift_columns, scale, SHAPE: tl.constexpr,
+    head, q_pointer, k_pointer, v_pointer, pad_token_pointer, bias_pointer, attn_scale_pointer, head_scale_pointer,
+    depth, shift_planes, height, width, shift_rows, shift_columns, scale, SHAPE: tl.constexpr,
 ):  # fmt: skip
     """Arguments of a kernel -> Inputs of one head."""
     factor = 0.0
     if SHAPE.HAS_ATTN_SCALE:
         factor = tl.load(attn_scale_pointer + head).to(tl.float32)
+    if SHAPE.HAS_HEAD_SCALE:
+        scale *= tl.load(head_scale_pointer + head).to(tl.float32)
     offset = head * SHAPE.head_dim
-    bias_table = bias_pointer + tl.cast(head, tl.int64) * (SHAPE.tokens * SHAPE.tokens)
+    q = q_pointer + offset
+    k, v = kv_of(q, k_pointer + offset, v_pointer + offset, SHAPE.FUSED, SHAPE)
+    bias_table = bias_pointer + tl.cast(head, tl.int64) * (SHAPE.tokens * SHAPE.keys)
     return Inputs(
-        qkv_pointer + offset,
+        q,
+        k,
+        v,
         pad_token_pointer + offset,
         bias_table,
         factor,
         scale,
+        depth,
         height,
         width,
+        shift_planes,
         shift_rows,
         shift_columns,
     )
 
 
 @triton.jit
-def locate(number, inputs, SHAPE: tl.constexpr):
-    """The window of this number among all of a batch."""
-    down = tl.cdiv(inputs.height, SHAPE.rows)
-    across = tl.cdiv(inputs.width, SHAPE.columns)
-    image = number // (down * across)
-    number -= image * (down * across)
-    row = number // across
-    column = number - row * across
-    last = 2 * (row == down - 1).to(tl.int32) + (column == across - 1).to(tl.int32)
-    if SHAPE.layout != "grid":
-        row *= SHAPE.rows
-        column *= SHAPE.columns
-    return Window(tl.cast(image, tl.int64) * inputs.height * inputs.width, row, column, last)
+def kv_of(q, k, v, FUSED: tl.constexpr, SHAPE: tl.constexpr):
+    """Pointers to k and v, or to their gradients, from those of q, k and v; FUSED: q's is that of all three."""
+    if FUSED:
+        k, v = q + SHAPE.channels, q + 2 * SHAPE.channels
+    return k, v
 
 
 @triton.jit
-def _unroll(position, size, shift, WINDOW: tl.constexpr, SHAPE: tl.constexpr):
-    # positions on the shifted map -> positions on the map, and whether they are on it
-    if SHAPE.layout == "timm":  # the map was rolled, then padded
+def locate(number, inputs, SHAPE: tl.constexpr):
+    """The window of this number among all of a batch."""
+    down = tl.cdiv(inputs.height, SHAPE.window[1])
+    across = tl.cdiv(inputs.width, SHAPE.window[2])
+    image = number // (down * across)
+    rest = number - image * (down * across)
+    row = rest // across
+    column = rest - row * across
+    last = 2 * (row == down - 1).to(tl.int32) + (column == across - 1).to(tl.int32)
+    plane = 0
+    tokens = inputs.height
+    if SHAPE.HAS_DEPTH:
+        deep = tl.cdiv(inputs.depth, SHAPE.window[0])
+        plane = image % deep
+        image = image // deep
+        last += 4 * (plane == deep - 1).to(tl.int32)
+        tokens *= inputs.depth
+    if SHAPE.layout != "grid":
+        plane *= SHAPE.window[0]
+        row *= SHAPE.window[1]
+        column *= SHAPE.window[2]
+    return Window(number, tl.cast(image, tl.int64) * tokens * inputs.width, plane, row, column, last)
+
+
+@triton.jit
+def _on_map(position, size, shift, AXIS: tl.constexpr, KEYS: tl.constexpr, SHAPE: tl.constexpr):
+    # along one axis, positions on the shifted map -> positions on the map, and whether they are on it
+    if SHAPE.SHIFTED and SHAPE.layout == "timm":  # the map was rolled, then padded
         source, real = (position + shift) % size, position < size
-    else:
+    elif SHAPE.SHIFTED:
         padded = size
         if SHAPE.PADDED:
-            padded = tl.cdiv(size, WINDOW) * WINDOW
+            padded = tl.cdiv(size, SHAPE.window[AXIS]) * SHAPE.window[AXIS]
         source = position + shift
         source = tl.where(source >= padded, source - padded, source)
         real = source < size
+    elif KEYS and SHAPE.OVERLAP:
+        source = position - (SHAPE.key_window[AXIS] - SHAPE.window[AXIS]) // 2
+        real = (source >= 0) & (source < size)
+    else:
+        source, real = position, position < size
     return source, real
 
 
 @triton.jit
-def place(number, window, inputs, SHAPE: tl.constexpr):
-    """Tokens of these numbers in a window."""
-    row, column = number // SHAPE.columns, number % SHAPE.columns
-    is_key = number < SHAPE.tokens
+def place(number, window, inputs, KEYS: tl.constexpr, SHAPE: tl.constexpr):
+    """Tokens of these numbers in a window, as queries or as KEYS."""
+    COUNT: tl.constexpr = SHAPE.keys if KEYS else SHAPE.tokens
+    PLANES: tl.constexpr = SHAPE.key_window[0] if KEYS else SHAPE.window[0]
+    ROWS: tl.constexpr = SHAPE.key_window[1] if KEYS else SHAPE.window[1]
+    COLUMNS: tl.constexpr = SHAPE.key_window[2] if KEYS else SHAPE.window[2]
+    row, column = number // COLUMNS, number % COLUMNS
+    plane = row
+    if SHAPE.HAS_DEPTH:
+        plane, row = row // ROWS, row % ROWS
+    is_key = number < COUNT
     region = tl.zeros_like(number)
+    real = is_key
     if SHAPE.layout == "grid":
-        row = row * (inputs.height // SHAPE.rows) + window.row
-        column = column * (inputs.width // SHAPE.columns) + window.column
-        real = is_key
+        row = row * (inputs.height // ROWS) + window.row
+        column = column * (inputs.width // COLUMNS) + window.column
+        if SHAPE.HAS_DEPTH:
+            plane = plane * (inputs.depth // PLANES) + window.plane
     else:
         if SHAPE.SHIFTED:
-            below = row >= SHAPE.rows - inputs.shift_rows  # from the other side of the map, in the last windows
-            beyond = column >= SHAPE.columns - inputs.shift_columns
-            region = (2 * below.to(tl.int32) + beyond.to(tl.int32)) & window.last
-            row, on_rows = _unroll(row + window.row, inputs.height, inputs.shift_rows, SHAPE.rows, SHAPE)
-            column, on_columns = _unroll(
-                column + window.column, inputs.width, inputs.shift_columns, SHAPE.columns, SHAPE
-            )
-        else:
-            row, column = row + window.row, column + window.column
-            on_rows, on_columns = row < inputs.height, column < inputs.width
-        real = is_key
-        if SHAPE.PADDED:
-            real = is_key & on_rows & on_columns
+            below = row >= ROWS - inputs.shift_rows  # from the other side of the map, in the last windows
+            beyond = column >= COLUMNS - inputs.shift_columns
+            region = 2 * below.to(tl.int32) + beyond.to(tl.int32)
+            if SHAPE.HAS_DEPTH:
+                region += 4 * (plane >= PLANES - inputs.shift_planes).to(tl.int32)
+            region &= window.last
+        row, on_rows = _on_map(row + window.row, inputs.height, inputs.shift_rows, 1, KEYS, SHAPE)
+        column, on_columns = _on_map(column + window.column, inputs.width, inputs.shift_columns, 2, KEYS, SHAPE)
+        on_map = on_rows & on_columns
+        if SHAPE.HAS_DEPTH:
+            plane, on_planes = _on_map(plane + window.plane, inputs.depth, inputs.shift_planes, 0, KEYS, SHAPE)
+            on_map &= on_planes
+        if SHAPE.PADDED or (KEYS and SHAPE.OVERLAP):
+            real = is_key & on_map
         if not SHAPE.ATTEND_PADDING:
             is_key = real
     if SHAPE.INDEX64:
         row = row.to(tl.int64)
+    if SHAPE.HAS_DEPTH:
+        row += plane * inputs.height
     return Tokens(number, window.start, row * inputs.width + column, real, is_key, tl.where(is_key, region, -1))

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .window_attention_geometry import SIZES, inputs_of, locate, place
+from .window_attention_geometry import SIZES, inputs_of, kv_of, locate, place
 from .window_attention_tile_ops import (
     allowed,
     combine,
@@ -18,120 +18,141 @@ from .window_attention_tile_ops import (
     load,
     load_bias_table,
     load_projection,
+    row_sums,
     scores_of,
     store,
+    store_bias_gradient,
+    store_kv_gradient,
     store_padding_sums,
     times,
 )
 
 
 @triton.jit
-def _high_pass(weights, tokens, factor):
-    # (1 + w) A - w U, and U, of A [BLOCK, BLOCK]; U is uniform on the keys that a query may attend
-    uniform = allowed(tokens, tokens)
+def _high_pass(weights, queries, keys, factor):
+    # (1 + w) A - w U, and U, of A [BLOCK_M, BLOCK_N]; U is uniform on the keys that a query may attend
+    uniform = allowed(queries, keys)
     uniform *= (1.0 / tl.maximum(tl.sum(uniform, 1), 1.0))[:, None]
     return (1.0 + factor) * weights - factor * uniform, uniform
 
 
 @triton.jit(do_not_specialize=SIZES)
 def window_attention_single_tile_kernel(
-    qkv_pointer,  # [B, H, W, 3, HEADS, HEAD_DIM]
+    q_pointer,  # [B, D, H, W, HEADS, HEAD_DIM], tokens SHAPE.strides apart, as the next two
+    k_pointer,  # read only if not SHAPE.FUSED, as the next
+    v_pointer,
     pad_token_pointer,  # [3, HEADS, HEAD_DIM]; read only if SHAPE.HAS_PAD_VALUE
-    bias_pointer,  # [HEADS, TOKENS, TOKENS]; read only if SHAPE.HAS_BIAS
+    bias_pointer,  # [HEADS, TOKENS, KEYS]; read only if SHAPE.HAS_BIAS
     attn_scale_pointer,  # [HEADS]; read only if SHAPE.HAS_ATTN_SCALE
-    output_pointer,  # [B, H, W, HEADS, HEAD_DIM]
-    windows, per_program, height, width, shift_rows, shift_columns, scale,
-    SHAPE: tl.constexpr, BLOCK: tl.constexpr,
+    head_scale_pointer,  # [HEADS]; read only if SHAPE.HAS_HEAD_SCALE
+    output_pointer,  # [B, D, H, W, HEADS, HEAD_DIM]
+    windows, per_program, depth, shift_planes, height, width, shift_rows, shift_columns, scale,
+    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Each program: `per_program` windows of one head."""
     head = tl.program_id(0) % SHAPE.heads
     inputs = inputs_of(
-        head, qkv_pointer, pad_token_pointer, bias_pointer, attn_scale_pointer,
-        height, width, shift_rows, shift_columns, scale, SHAPE,
+        head, q_pointer, k_pointer, v_pointer, pad_token_pointer, bias_pointer, attn_scale_pointer, head_scale_pointer,
+        depth, shift_planes, height, width, shift_rows, shift_columns, scale, SHAPE,
     )  # fmt: skip
     output_pointer += head * SHAPE.head_dim
-    token = tl.arange(0, BLOCK)
-    bias_table = load_bias_table(inputs.bias_table, token, token, SHAPE.tokens, 1, SHAPE)
+    query, key = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    bias_table = load_bias_table(inputs, query, key, False, SHAPE)
     first = tl.program_id(0) // SHAPE.heads * per_program
     for number in range(first, tl.minimum(first + per_program, windows)):
-        tokens = place(token, locate(number, inputs, SHAPE), inputs, SHAPE)
-        q = load_projection(inputs, tokens, 0, SHAPE)
-        k = load_projection(inputs, tokens, 1, SHAPE)
-        v = load_projection(inputs, tokens, 2, SHAPE)
-        scores = scores_of(q, k, tokens, tokens, bias_table, scale, SHAPE.tokens < BLOCK, SHAPE)
+        window = locate(number, inputs, SHAPE)
+        queries, keys = place(query, window, inputs, False, SHAPE), place(key, window, inputs, True, SHAPE)
+        q = load_projection(inputs, queries, 0, SHAPE)
+        k = load_projection(inputs, keys, 1, SHAPE)
+        v = load_projection(inputs, keys, 2, SHAPE)
+        scores = scores_of(q, k, queries, keys, bias_table, inputs.scale, SHAPE.keys < BLOCK_N, SHAPE)
         largest = finite(tl.max(scores, 1))
-        weights = exp(scores - largest[:, None])  # [BLOCK, BLOCK]
+        weights = exp(scores - largest[:, None])  # [BLOCK_M, BLOCK_N]
         inverse = (1.0 / tl.sum(weights, 1))[:, None]
         if SHAPE.HAS_ATTN_SCALE:
-            weights, _ = _high_pass(weights * inverse, tokens, inputs.factor)
+            weights, _ = _high_pass(weights * inverse, queries, keys, inputs.factor)
             out = combine(weights, v, SHAPE)
         else:
             out = times(combine(weights, v, SHAPE), inverse, SHAPE)
-        store(output_pointer, out, tokens, SHAPE.channels, SHAPE)
+        store(output_pointer, out, queries, SHAPE.channels, SHAPE)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def window_attention_single_tile_backward_kernel(
-    qkv_pointer,  # [B, H, W, 3, HEADS, HEAD_DIM]
+    q_pointer,  # [B, D, H, W, HEADS, HEAD_DIM], tokens SHAPE.strides apart, as the next two
+    k_pointer,  # read only if not SHAPE.FUSED, as the next
+    v_pointer,
     pad_token_pointer,  # [3, HEADS, HEAD_DIM]; read only if SHAPE.HAS_PAD_VALUE
-    bias_pointer,  # [HEADS, TOKENS, TOKENS]; read only if SHAPE.HAS_BIAS
+    bias_pointer,  # [HEADS, TOKENS, KEYS]; read only if SHAPE.HAS_BIAS
     attn_scale_pointer,  # [HEADS]; read only if SHAPE.HAS_ATTN_SCALE
-    grad_output_pointer,  # [B, H, W, HEADS, HEAD_DIM]
-    grad_qkv_pointer,  # as qkv
-    grad_bias_pointer,  # [programs per head, HEADS, TOKENS, TOKENS]; written only if BIAS_GRADIENT
+    head_scale_pointer,  # [HEADS]; read only if SHAPE.HAS_HEAD_SCALE
+    grad_output_pointer,  # [B, D, H, W, HEADS, HEAD_DIM]
+    grad_q_pointer,  # as q, tokens SHAPE.grad_strides apart
+    grad_k_pointer,  # as k, or [windows, KEYS, HEADS, HEAD_DIM] if SHAPE.OVERLAP; only if not SHAPE.FUSED_GRADIENT
+    grad_v_pointer,  # as grad_k
+    grad_bias_pointer,  # [programs per head, HEADS, TOKENS, KEYS]; written only if BIAS_GRADIENT
     grad_pad_token_pointer,  # [windows, HEADS, 2, HEAD_DIM], of k and v: zeros, written where padding has values
     grad_attn_scale_pointer,  # [programs per head, HEADS]; written only if SHAPE.HAS_ATTN_SCALE
-    windows, per_program, height, width, shift_rows, shift_columns, scale,
-    SHAPE: tl.constexpr, BLOCK: tl.constexpr, BIAS_GRADIENT: tl.constexpr,
+    grad_head_scale_pointer,  # the same, less a factor of `scale`; written only if SHAPE.HAS_HEAD_SCALE
+    windows, per_program, depth, shift_planes, height, width, shift_rows, shift_columns, scale,
+    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS_GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """Each program: `per_program` windows of one head, and the sums of their gradients of what windows share."""
     head = tl.program_id(0) % SHAPE.heads
     inputs = inputs_of(
-        head, qkv_pointer, pad_token_pointer, bias_pointer, attn_scale_pointer,
-        height, width, shift_rows, shift_columns, scale, SHAPE,
+        head, q_pointer, k_pointer, v_pointer, pad_token_pointer, bias_pointer, attn_scale_pointer, head_scale_pointer,
+        depth, shift_planes, height, width, shift_rows, shift_columns, scale, SHAPE,
     )  # fmt: skip
     grad_output_pointer += head * SHAPE.head_dim
-    grad_q_pointer = grad_qkv_pointer + head * SHAPE.head_dim
-    token = tl.arange(0, BLOCK)
-    grad_bias = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
-    grad_factor = tl.zeros([BLOCK], dtype=tl.float32)
+    offset = head * SHAPE.head_dim
+    grad_q_pointer += offset
+    grad_k_pointer, grad_v_pointer = kv_of(
+        grad_q_pointer, grad_k_pointer + offset, grad_v_pointer + offset, SHAPE.FUSED_GRADIENT, SHAPE
+    )
+    query, key = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    grad_bias = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    grad_factor = tl.zeros([BLOCK_M], dtype=tl.float32)
+    grad_scale = tl.zeros([BLOCK_M], dtype=tl.float32)
     first = tl.program_id(0) // SHAPE.heads * per_program
     for number in range(first, tl.minimum(first + per_program, windows)):
-        tokens = place(token, locate(number, inputs, SHAPE), inputs, SHAPE)
-        q = load_projection(inputs, tokens, 0, SHAPE)
-        k = load_projection(inputs, tokens, 1, SHAPE)
-        v = load_projection(inputs, tokens, 2, SHAPE)
-        grad_output = load(grad_output_pointer, tokens, SHAPE.channels, SHAPE)
+        window = locate(number, inputs, SHAPE)
+        queries, keys = place(query, window, inputs, False, SHAPE), place(key, window, inputs, True, SHAPE)
+        q = load_projection(inputs, queries, 0, SHAPE)
+        k = load_projection(inputs, keys, 1, SHAPE)
+        v = load_projection(inputs, keys, 2, SHAPE)
+        grad_output = load(grad_output_pointer, queries, SHAPE.channels, SHAPE)
         # again for every window: registers are what limits this kernel
-        bias_table = load_bias_table(inputs.bias_table, token, token, SHAPE.tokens, 1, SHAPE)
-        scores = scores_of(q, k, tokens, tokens, bias_table, scale, SHAPE.tokens < BLOCK, SHAPE)
+        bias_table = load_bias_table(inputs, query, key, False, SHAPE)
+        scores = scores_of(q, k, queries, keys, bias_table, inputs.scale, SHAPE.keys < BLOCK_N, SHAPE)
         largest = finite(tl.max(scores, 1))
-        weights = exp(scores - largest[:, None])  # [BLOCK, BLOCK]
-        weights *= tl.where(tokens.real, 1.0 / tl.sum(weights, 1), 0.0)[:, None]
+        weights = exp(scores - largest[:, None])  # [BLOCK_M, BLOCK_N]
+        weights *= tl.where(queries.real, 1.0 / tl.sum(weights, 1), 0.0)[:, None]
         grad_scores = inner(grad_output, v, SHAPE)  # of the weights, so far
         means = tl.sum(weights * grad_scores, 1)
         applied = weights
         if SHAPE.HAS_ATTN_SCALE:
-            applied, uniform = _high_pass(weights, tokens, inputs.factor)
+            applied, uniform = _high_pass(weights, queries, keys, inputs.factor)
             grad_factor += means - tl.sum(uniform * grad_scores, 1)
         grad_v = combine_transposed(applied, grad_output, SHAPE)
-        store(grad_q_pointer + 2 * SHAPE.channels, grad_v, tokens, 3 * SHAPE.channels, SHAPE)
+        store_kv_gradient(grad_v_pointer, grad_v, keys, window, 2, SHAPE)
         if SHAPE.HAS_PAD_VALUE:
-            store_padding_sums(grad_pad_token_pointer, grad_v, number * SHAPE.heads + head, 1, tokens, SHAPE)
+            store_padding_sums(grad_pad_token_pointer, grad_v, number * SHAPE.heads + head, 1, keys, SHAPE)
         grad_scores = weights * (grad_scores - means[:, None])
         if SHAPE.HAS_ATTN_SCALE:
             grad_scores *= 1.0 + inputs.factor
         if BIAS_GRADIENT:
             grad_bias += grad_scores
-        grad_q = times(combine(grad_scores, k, SHAPE), scale, SHAPE)
-        store(grad_q_pointer, grad_q, tokens, 3 * SHAPE.channels, SHAPE)
-        grad_k = times(combine_transposed(grad_scores, q, SHAPE), scale, SHAPE)
-        store(grad_q_pointer + SHAPE.channels, grad_k, tokens, 3 * SHAPE.channels, SHAPE)
+        grad_q = combine(grad_scores, k, SHAPE)
+        if SHAPE.HAS_HEAD_SCALE:
+            grad_scale += row_sums(grad_q, q, SHAPE)
+        store(grad_q_pointer, times(grad_q, inputs.scale, SHAPE), queries, SHAPE.grad_strides[0], SHAPE)
+        grad_k = times(combine_transposed(grad_scores, q, SHAPE), inputs.scale, SHAPE)
+        store_kv_gradient(grad_k_pointer, grad_k, keys, window, 1, SHAPE)
         if SHAPE.HAS_PAD_VALUE:
-            store_padding_sums(grad_pad_token_pointer, grad_k, number * SHAPE.heads + head, 0, tokens, SHAPE)
+            store_padding_sums(grad_pad_token_pointer, grad_k, number * SHAPE.heads + head, 0, keys, SHAPE)
     if BIAS_GRADIENT:
-        start = grad_bias_pointer + tl.cast(tl.program_id(0), tl.int64) * (SHAPE.tokens * SHAPE.tokens)
-        mask = (token < SHAPE.tokens)[:, None] & (token < SHAPE.tokens)[None, :]
-        tl.store(start + token[:, None] * SHAPE.tokens + token[None, :], grad_bias, mask=mask)
+        store_bias_gradient(grad_bias_pointer, grad_bias, tl.program_id(0), query, key, SHAPE)
     if SHAPE.HAS_ATTN_SCALE:
         tl.store(grad_attn_scale_pointer + tl.program_id(0), tl.sum(grad_factor, 0))
+    if SHAPE.HAS_HEAD_SCALE:
+        tl.store(grad_head_scale_pointer + tl.program_id(0), tl.sum(grad_scale, 0))

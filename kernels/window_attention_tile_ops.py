@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .dot import dot
+from .window_attention_geometry import Tokens
 
 # --------------------------------------------------------------------------- tiles in and out
 
@@ -34,7 +35,8 @@ def load(pointer, tokens, STRIDE: tl.constexpr, SHAPE: tl.constexpr):
 @triton.jit
 def load_projection(inputs, tokens, WHICH: tl.constexpr, SHAPE: tl.constexpr):
     """q (0), k (1) or v (2) of tokens. Padding has the k and v of `inputs.pad_token`; nobody looks at its q."""
-    tile = load(inputs.qkv + WHICH * SHAPE.channels, tokens, 3 * SHAPE.channels, SHAPE)
+    pointer = inputs.q if WHICH == 0 else (inputs.k if WHICH == 1 else inputs.v)
+    tile = load(pointer, tokens, SHAPE.strides[WHICH], SHAPE)
     if SHAPE.HAS_PAD_VALUE and WHICH > 0:
         is_padding = tokens.is_key & ~tokens.real
         filled = ()
@@ -56,6 +58,16 @@ def store(pointer, tile, tokens, STRIDE: tl.constexpr, SHAPE: tl.constexpr):
 
 
 @triton.jit
+def store_kv_gradient(pointer, tile, keys, window, WHICH: tl.constexpr, SHAPE: tl.constexpr):
+    """The gradient of k (1) or v (2): on the map, or to [windows, KEYS, channels] where windows of keys overlap."""
+    tokens = keys
+    if SHAPE.OVERLAP:
+        start = tl.cast(window.number, tl.int64) * SHAPE.keys
+        tokens = Tokens(keys.number, start, keys.number, keys.real, keys.is_key, keys.region)
+    store(pointer, tile, tokens, SHAPE.grad_strides[WHICH], SHAPE)
+
+
+@triton.jit
 def store_padding_sums(pointer, tile, place, WHICH: tl.constexpr, tokens, SHAPE: tl.constexpr):
     """Sums of a tile over the tokens that are padding, if there are some, to [.., 2, HEAD_DIM] at [place, WHICH]."""
     is_padding = tokens.is_key & ~tokens.real
@@ -68,14 +80,27 @@ def store_padding_sums(pointer, tile, place, WHICH: tl.constexpr, tokens, SHAPE:
 
 
 @triton.jit
-def load_bias_table(pointer, rows, columns, ROW: tl.constexpr, COLUMN: tl.constexpr, SHAPE: tl.constexpr):
-    """Entries row * ROW + column * COLUMN of one head's bias [TOKENS, TOKENS], as float32; 0.0 without a bias."""
+def load_bias_table(inputs, queries, keys, TRANSPOSED: tl.constexpr, SHAPE: tl.constexpr):
+    """Entries of one head's bias [TOKENS, KEYS] for queries and keys of these numbers, as float32, [M, N], or [N, M] if
+    TRANSPOSED; 0.0 without a bias."""
     bias_table = 0.0
     if SHAPE.HAS_BIAS:
-        mask = (rows < SHAPE.tokens)[:, None] & (columns < SHAPE.tokens)[None, :]
-        elements = pointer + rows[:, None] * ROW + columns[None, :] * COLUMN
+        if TRANSPOSED:
+            mask = (keys < SHAPE.keys)[:, None] & (queries < SHAPE.tokens)[None, :]
+            elements = inputs.bias_table + keys[:, None] + queries[None, :] * SHAPE.keys
+        else:
+            mask = (queries < SHAPE.tokens)[:, None] & (keys < SHAPE.keys)[None, :]
+            elements = inputs.bias_table + queries[:, None] * SHAPE.keys + keys[None, :]
         bias_table = tl.load(elements, mask=mask, other=0.0).to(tl.float32)
     return bias_table
+
+
+@triton.jit
+def store_bias_gradient(pointer, tile, place, queries, keys, SHAPE: tl.constexpr):
+    """A tile [M, N] of queries and keys of these numbers to [.., TOKENS, KEYS] at `place`."""
+    start = pointer + tl.cast(place, tl.int64) * (SHAPE.tokens * SHAPE.keys)
+    mask = (queries < SHAPE.tokens)[:, None] & (keys < SHAPE.keys)[None, :]
+    tl.store(start + queries[:, None] * SHAPE.keys + keys[None, :], tile, mask=mask)
 
 
 # --------------------------------------------------------------------------- arithmetic of tiles

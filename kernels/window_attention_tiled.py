@@ -47,10 +47,10 @@ def online_softmax_step(
     state, q, queries, start, window, inputs, BLOCK: tl.constexpr, TAIL: tl.constexpr, SHAPE: tl.constexpr
 ):
     """The state after BLOCK more keys."""
-    keys = place(start + tl.arange(0, BLOCK), window, inputs, SHAPE)
+    keys = place(start + tl.arange(0, BLOCK), window, inputs, True, SHAPE)
     k = load_projection(inputs, keys, 1, SHAPE)
     v = load_projection(inputs, keys, 2, SHAPE)
-    bias_table = load_bias_table(inputs.bias_table, queries.number, keys.number, SHAPE.tokens, 1, SHAPE)
+    bias_table = load_bias_table(inputs, queries.number, keys.number, False, SHAPE)
     scores = scores_of(q, k, queries, keys, bias_table, inputs.scale, TAIL, SHAPE)
     larger = tl.maximum(state.largest, tl.max(scores, 1))
     base = finite(larger)
@@ -63,7 +63,7 @@ def online_softmax_step(
 @triton.jit
 def _add_values(sums, counts, queries, start, window, inputs, BLOCK: tl.constexpr, SHAPE: tl.constexpr):
     # sum of the values [M, D] that queries may attend, and their number [M], after BLOCK more keys
-    keys = place(start + tl.arange(0, BLOCK), window, inputs, SHAPE)
+    keys = place(start + tl.arange(0, BLOCK), window, inputs, True, SHAPE)
     v = load_projection(inputs, keys, 2, SHAPE)
     weights = allowed(queries, keys)
     return add(sums, combine(weights, v, SHAPE), SHAPE), counts + tl.sum(weights, 1)
@@ -75,11 +75,11 @@ def mean_values(
     QUERIES: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
     """The mean of the values that queries may attend, a tile, and 1 / their number [QUERIES]."""
-    FULL: tl.constexpr = SHAPE.tokens if TAIL_N == BLOCK_N else SHAPE.tokens // BLOCK_N * BLOCK_N
+    FULL: tl.constexpr = SHAPE.keys if TAIL_N == BLOCK_N else SHAPE.keys // BLOCK_N * BLOCK_N
     sums, counts = zeros(QUERIES, SHAPE), tl.zeros([QUERIES], dtype=tl.float32)
     for key in range(0, FULL, BLOCK_N):
         sums, counts = _add_values(sums, counts, queries, key, window, inputs, BLOCK_N, SHAPE)
-    if SHAPE.tokens > FULL:
+    if SHAPE.keys > FULL:
         sums, counts = _add_values(sums, counts, queries, FULL, window, inputs, TAIL_N, SHAPE)
     inverse = 1.0 / tl.maximum(counts, 1.0)
     return times(sums, inverse[:, None], SHAPE), inverse
@@ -91,14 +91,14 @@ def _forward_queries(
     QUERIES: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
     # QUERIES queries from `start` on, through all keys: blocks of BLOCK_N, then one of TAIL_N if they do not divide
-    FULL: tl.constexpr = SHAPE.tokens if TAIL_N == BLOCK_N else SHAPE.tokens // BLOCK_N * BLOCK_N  # keys in blocks
-    queries = place(start + tl.arange(0, QUERIES), window, inputs, SHAPE)
+    FULL: tl.constexpr = SHAPE.keys if TAIL_N == BLOCK_N else SHAPE.keys // BLOCK_N * BLOCK_N  # keys in blocks
+    queries = place(start + tl.arange(0, QUERIES), window, inputs, False, SHAPE)
     q = load_projection(inputs, queries, 0, SHAPE)
     largest = tl.full([QUERIES], float("-inf"), dtype=tl.float32)
     state = _SoftmaxState(zeros(QUERIES, SHAPE), largest, tl.zeros([QUERIES], dtype=tl.float32))
     for key in range(0, FULL, BLOCK_N):
         state = online_softmax_step(state, q, queries, key, window, inputs, BLOCK_N, FULL % BLOCK_N != 0, SHAPE)
-    if SHAPE.tokens > FULL:
+    if SHAPE.keys > FULL:
         state = online_softmax_step(state, q, queries, FULL, window, inputs, TAIL_N, True, SHAPE)
     inverse = 1.0 / state.total
     if SHAPE.HAS_ATTN_SCALE:
@@ -115,14 +115,17 @@ def _forward_queries(
 
 @triton.jit(do_not_specialize=SIZES)
 def window_attention_tiled_kernel(
-    qkv_pointer,  # [B, H, W, 3, HEADS, HEAD_DIM]
+    q_pointer,  # [B, D, H, W, HEADS, HEAD_DIM], tokens SHAPE.strides apart, as the next two
+    k_pointer,  # read only if not SHAPE.FUSED, as the next
+    v_pointer,
     pad_token_pointer,  # [3, HEADS, HEAD_DIM]; read only if SHAPE.HAS_PAD_VALUE
-    bias_pointer,  # [HEADS, TOKENS, TOKENS]; read only if SHAPE.HAS_BIAS
+    bias_pointer,  # [HEADS, TOKENS, KEYS]; read only if SHAPE.HAS_BIAS
     attn_scale_pointer,  # [HEADS]; read only if SHAPE.HAS_ATTN_SCALE
-    output_pointer,  # [B, H, W, HEADS, HEAD_DIM]
-    largest_pointer,  # [B, H, W, HEADS], largest score of each query
-    inverse_pointer,  # [B, H, W, HEADS], 1 / sum of exp(score - largest)
-    height, width, shift_rows, shift_columns, scale,
+    head_scale_pointer,  # [HEADS]; read only if SHAPE.HAS_HEAD_SCALE
+    output_pointer,  # [B, D, H, W, HEADS, HEAD_DIM]
+    largest_pointer,  # [B, D, H, W, HEADS], largest score of each query
+    inverse_pointer,  # [B, D, H, W, HEADS], 1 / sum of exp(score - largest)
+    depth, shift_planes, height, width, shift_rows, shift_columns, scale,
     SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
 ):  # fmt: skip
     """Each program: BLOCK_M queries, or the last TAIL_M, of one window and head."""
@@ -130,8 +133,8 @@ def window_attention_tiled_kernel(
     FULL: tl.constexpr = BLOCKS if TAIL_M == BLOCK_M else SHAPE.tokens // BLOCK_M
     block, head, number = job_of(BLOCKS, SHAPE)
     inputs = inputs_of(
-        head, qkv_pointer, pad_token_pointer, bias_pointer, attn_scale_pointer,
-        height, width, shift_rows, shift_columns, scale, SHAPE,
+        head, q_pointer, k_pointer, v_pointer, pad_token_pointer, bias_pointer, attn_scale_pointer, head_scale_pointer,
+        depth, shift_planes, height, width, shift_rows, shift_columns, scale, SHAPE,
     )  # fmt: skip
     window = locate(number, inputs, SHAPE)
     output_pointer += head * SHAPE.head_dim

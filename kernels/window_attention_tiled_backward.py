@@ -12,7 +12,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .window_attention_geometry import SIZES, inputs_of, locate, place
+from .window_attention_geometry import SIZES, inputs_of, kv_of, locate, place
 from .window_attention_tile_ops import (
     add,
     allowed,
@@ -25,6 +25,8 @@ from .window_attention_tile_ops import (
     row_sums,
     scores_of,
     store,
+    store_bias_gradient,
+    store_kv_gradient,
     store_padding_sums,
     times,
     zeros,
@@ -33,7 +35,7 @@ from .window_attention_tiled import job_of, mean_values
 
 
 class _QueryStatistics(NamedTuple):
-    """Pointers to numbers [B, H, W, HEADS] about queries, at a head."""
+    """Pointers to numbers [B, D, H, W, HEADS] about queries, at a head."""
 
     largest: tl.tensor
     inverse: tl.tensor
@@ -79,10 +81,10 @@ def _add_q_gradient(
     grad_q, products, queries, start, window, inputs, BLOCK: tl.constexpr, TAIL: tl.constexpr, SHAPE: tl.constexpr
 ):
     # grad_q, a tile, and (if scaled) sum of attention * its gradient [M] after BLOCK more keys
-    keys = place(start + tl.arange(0, BLOCK), window, inputs, SHAPE)
+    keys = place(start + tl.arange(0, BLOCK), window, inputs, True, SHAPE)
     k = load_projection(inputs, keys, 1, SHAPE)
     v = load_projection(inputs, keys, 2, SHAPE)
-    bias_table = load_bias_table(inputs.bias_table, queries.tokens.number, keys.number, SHAPE.tokens, 1, SHAPE)
+    bias_table = load_bias_table(inputs, queries.tokens.number, keys.number, False, SHAPE)
     scores = scores_of(queries.q, k, queries.tokens, keys, bias_table, inputs.scale, TAIL, SHAPE)
     weights = exp(scores - queries.largest[:, None]) * queries.inverse[:, None]  # [M, BLOCK]
     grad_weights = inner(queries.grad_output, v, SHAPE)
@@ -94,12 +96,13 @@ def _add_q_gradient(
 
 @triton.jit
 def _q_gradient(
-    inputs, saved, output_pointer, grad_output_pointer, grad_q_pointer, grad_attn_scale_pointer, start, window,
+    inputs, saved, output_pointer, grad_output_pointer, grad_q_pointer, grad_attn_scale_pointer,
+    grad_head_scale_pointer, start, window,
     QUERIES: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
     # the gradient of QUERIES queries from `start` on, through all keys
-    FULL: tl.constexpr = SHAPE.tokens if TAIL_N == BLOCK_N else SHAPE.tokens // BLOCK_N * BLOCK_N  # keys in blocks
-    tokens = place(start + tl.arange(0, QUERIES), window, inputs, SHAPE)
+    FULL: tl.constexpr = SHAPE.keys if TAIL_N == BLOCK_N else SHAPE.keys // BLOCK_N * BLOCK_N  # keys in blocks
+    tokens = place(start + tl.arange(0, QUERIES), window, inputs, False, SHAPE)
     row = (tokens.start + tokens.index) * SHAPE.heads
     grad_output = load(grad_output_pointer, tokens, SHAPE.channels, SHAPE)
     delta = row_sums(load(output_pointer, tokens, SHAPE.channels, SHAPE), grad_output, SHAPE)
@@ -117,28 +120,34 @@ def _q_gradient(
         grad_q, products = _add_q_gradient(
             grad_q, products, queries, key, window, inputs, BLOCK_N, FULL % BLOCK_N != 0, SHAPE
         )
-    if SHAPE.tokens > FULL:
+    if SHAPE.keys > FULL:
         grad_q, products = _add_q_gradient(grad_q, products, queries, FULL, window, inputs, TAIL_N, True, SHAPE)
-    store(grad_q_pointer, times(grad_q, inputs.scale, SHAPE), tokens, 3 * SHAPE.channels, SHAPE)
+    store(grad_q_pointer, times(grad_q, inputs.scale, SHAPE), tokens, SHAPE.grad_strides[0], SHAPE)
     if SHAPE.HAS_ATTN_SCALE:
         tl.store(grad_attn_scale_pointer + tl.program_id(0), tl.sum(products - of_means, 0))
+    if SHAPE.HAS_HEAD_SCALE:
+        tl.store(grad_head_scale_pointer + tl.program_id(0), tl.sum(row_sums(grad_q, queries.q, SHAPE), 0))
 
 
 @triton.jit(do_not_specialize=SIZES)
 def window_attention_q_gradient_kernel(
-    qkv_pointer,  # [B, H, W, 3, HEADS, HEAD_DIM]
+    q_pointer,  # [B, D, H, W, HEADS, HEAD_DIM], tokens SHAPE.strides apart, as the next two
+    k_pointer,  # read only if not SHAPE.FUSED, as the next
+    v_pointer,
     pad_token_pointer,  # [3, HEADS, HEAD_DIM]; read only if SHAPE.HAS_PAD_VALUE
-    bias_pointer,  # [HEADS, TOKENS, TOKENS]; read only if SHAPE.HAS_BIAS
+    bias_pointer,  # [HEADS, TOKENS, KEYS]; read only if SHAPE.HAS_BIAS
     attn_scale_pointer,  # [HEADS]; read only if SHAPE.HAS_ATTN_SCALE
-    grad_output_pointer,  # [B, H, W, HEADS, HEAD_DIM]
-    largest_pointer,  # [B, H, W, HEADS]
-    inverse_pointer,  # [B, H, W, HEADS]
-    delta_pointer,  # [B, H, W, HEADS], as the next: written, for the other kernels
+    head_scale_pointer,  # [HEADS]; read only if SHAPE.HAS_HEAD_SCALE
+    grad_output_pointer,  # [B, D, H, W, HEADS, HEAD_DIM]
+    largest_pointer,  # [B, D, H, W, HEADS]
+    inverse_pointer,  # [B, D, H, W, HEADS]
+    delta_pointer,  # [B, D, H, W, HEADS], as the next: written, for the other kernels
     share_pointer,
-    output_pointer,  # [B, H, W, HEADS, HEAD_DIM]
-    grad_qkv_pointer,  # as qkv; q's part is written
+    output_pointer,  # [B, D, H, W, HEADS, HEAD_DIM]
+    grad_q_pointer,  # as q, tokens SHAPE.grad_strides apart
     grad_attn_scale_pointer,  # [windows, HEADS, blocks of queries]; written only if SHAPE.HAS_ATTN_SCALE
-    height, width, shift_rows, shift_columns, scale,
+    grad_head_scale_pointer,  # the same, less a factor of `scale`; written only if SHAPE.HAS_HEAD_SCALE
+    depth, shift_planes, height, width, shift_rows, shift_columns, scale,
     SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
 ):  # fmt: skip
     """Each program: BLOCK_M queries, or the last TAIL_M, of one window and head."""
@@ -146,21 +155,21 @@ def window_attention_q_gradient_kernel(
     FULL: tl.constexpr = BLOCKS if TAIL_M == BLOCK_M else SHAPE.tokens // BLOCK_M
     block, head, number = job_of(BLOCKS, SHAPE)
     inputs = inputs_of(
-        head, qkv_pointer, pad_token_pointer, bias_pointer, attn_scale_pointer,
-        height, width, shift_rows, shift_columns, scale, SHAPE,
+        head, q_pointer, k_pointer, v_pointer, pad_token_pointer, bias_pointer, attn_scale_pointer, head_scale_pointer,
+        depth, shift_planes, height, width, shift_rows, shift_columns, scale, SHAPE,
     )  # fmt: skip
     saved = _QueryStatistics(largest_pointer + head, inverse_pointer + head, delta_pointer + head, share_pointer + head)
     window = locate(number, inputs, SHAPE)
     offset = head * SHAPE.head_dim
     if block < FULL:
         _q_gradient(
-            inputs, saved, output_pointer + offset, grad_output_pointer + offset, grad_qkv_pointer + offset,
-            grad_attn_scale_pointer, block * BLOCK_M, window, BLOCK_M, BLOCK_N, TAIL_N, SHAPE,
+            inputs, saved, output_pointer + offset, grad_output_pointer + offset, grad_q_pointer + offset,
+            grad_attn_scale_pointer, grad_head_scale_pointer, block * BLOCK_M, window, BLOCK_M, BLOCK_N, TAIL_N, SHAPE,
         )  # fmt: skip
     elif FULL < BLOCKS:
         _q_gradient(
-            inputs, saved, output_pointer + offset, grad_output_pointer + offset, grad_qkv_pointer + offset,
-            grad_attn_scale_pointer, FULL * BLOCK_M, window, TAIL_M, BLOCK_N, TAIL_N, SHAPE,
+            inputs, saved, output_pointer + offset, grad_output_pointer + offset, grad_q_pointer + offset,
+            grad_attn_scale_pointer, grad_head_scale_pointer, FULL * BLOCK_M, window, TAIL_M, BLOCK_N, TAIL_N, SHAPE,
         )  # fmt: skip
 
 
@@ -177,12 +186,12 @@ def _add_kv_gradient(
     grad_k, grad_v, keys, grad_output_pointer, saved, start, window, inputs, BLOCK: tl.constexpr, SHAPE: tl.constexpr
 ):
     # grad_k, grad_v, tiles of N keys, after BLOCK more queries; scores and weights are transposed, [N, BLOCK]
-    queries = place(start + tl.arange(0, BLOCK), window, inputs, SHAPE)
+    queries = place(start + tl.arange(0, BLOCK), window, inputs, False, SHAPE)
     q = load_projection(inputs, queries, 0, SHAPE)
     grad_output = load(grad_output_pointer, queries, SHAPE.channels, SHAPE)
     largest, inverse = _statistics(saved, queries, SHAPE)
     delta = _load_statistic(saved.delta, queries, 0.0, SHAPE)
-    bias_table = load_bias_table(inputs.bias_table, keys.tokens.number, queries.number, 1, SHAPE.tokens, SHAPE)
+    bias_table = load_bias_table(inputs, queries.number, keys.tokens.number, True, SHAPE)
     scores = scores_of(keys.k, q, keys.tokens, queries, bias_table, inputs.scale, False, SHAPE)
     weights = exp(scores - largest[None, :]) * inverse[None, :]
     applied = weights
@@ -196,12 +205,13 @@ def _add_kv_gradient(
 
 @triton.jit
 def _kv_gradient(
-    inputs, saved, grad_output_pointer, grad_q_pointer, grad_pad_token_pointer, start, window,
+    inputs, saved, grad_output_pointer, grad_q_pointer, grad_k_pointer, grad_v_pointer, grad_pad_token_pointer, start,
+    window,
     KEYS: tl.constexpr, BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
     # the gradients of KEYS keys and values from `start` on, through all queries
     FULL: tl.constexpr = SHAPE.tokens if TAIL_M == BLOCK_M else SHAPE.tokens // BLOCK_M * BLOCK_M  # queries in blocks
-    tokens = place(start + tl.arange(0, KEYS), window, inputs, SHAPE)
+    tokens = place(start + tl.arange(0, KEYS), window, inputs, True, SHAPE)
     keys = _Keys(tokens, load_projection(inputs, tokens, 1, SHAPE), load_projection(inputs, tokens, 2, SHAPE))
     grad_k, grad_v = zeros(KEYS, SHAPE), zeros(KEYS, SHAPE)
     for query in range(0, FULL, BLOCK_M):
@@ -213,8 +223,9 @@ def _kv_gradient(
             grad_k, grad_v, keys, grad_output_pointer, saved, FULL, window, inputs, TAIL_M, SHAPE
         )
     grad_k = times(grad_k, inputs.scale, SHAPE)
-    store(grad_q_pointer + SHAPE.channels, grad_k, tokens, 3 * SHAPE.channels, SHAPE)
-    store(grad_q_pointer + 2 * SHAPE.channels, grad_v, tokens, 3 * SHAPE.channels, SHAPE)
+    grad_k_pointer, grad_v_pointer = kv_of(grad_q_pointer, grad_k_pointer, grad_v_pointer, SHAPE.FUSED_GRADIENT, SHAPE)
+    store_kv_gradient(grad_k_pointer, grad_k, tokens, window, 1, SHAPE)
+    store_kv_gradient(grad_v_pointer, grad_v, tokens, window, 2, SHAPE)
     if SHAPE.HAS_PAD_VALUE:
         store_padding_sums(grad_pad_token_pointer, grad_k, tl.program_id(0), 0, tokens, SHAPE)
         store_padding_sums(grad_pad_token_pointer, grad_v, tl.program_id(0), 1, tokens, SHAPE)
@@ -222,85 +233,91 @@ def _kv_gradient(
 
 @triton.jit(do_not_specialize=SIZES)
 def window_attention_kv_gradient_kernel(
-    qkv_pointer,  # [B, H, W, 3, HEADS, HEAD_DIM]
+    q_pointer,  # [B, D, H, W, HEADS, HEAD_DIM], tokens SHAPE.strides apart, as the next two
+    k_pointer,  # read only if not SHAPE.FUSED, as the next
+    v_pointer,
     pad_token_pointer,  # [3, HEADS, HEAD_DIM]; read only if SHAPE.HAS_PAD_VALUE
-    bias_pointer,  # [HEADS, TOKENS, TOKENS]; read only if SHAPE.HAS_BIAS
+    bias_pointer,  # [HEADS, TOKENS, KEYS]; read only if SHAPE.HAS_BIAS
     attn_scale_pointer,  # [HEADS]; read only if SHAPE.HAS_ATTN_SCALE
-    grad_output_pointer,  # [B, H, W, HEADS, HEAD_DIM]
-    largest_pointer,  # [B, H, W, HEADS], as the next three
+    head_scale_pointer,  # [HEADS]; read only if SHAPE.HAS_HEAD_SCALE
+    grad_output_pointer,  # [B, D, H, W, HEADS, HEAD_DIM]
+    largest_pointer,  # [B, D, H, W, HEADS], as the next three
     inverse_pointer,
     delta_pointer,
     share_pointer,
-    grad_qkv_pointer,  # as qkv; the parts of k and v are written
+    grad_q_pointer,  # as the next two in the kernel of single tiles; only if SHAPE.FUSED_GRADIENT, of one map
+    grad_k_pointer,
+    grad_v_pointer,
     grad_pad_token_pointer,  # [windows, HEADS, blocks of keys, 2, HEAD_DIM]: as in the kernel of single tiles
-    height, width, shift_rows, shift_columns, scale,
+    depth, shift_planes, height, width, shift_rows, shift_columns, scale,
     SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
 ):  # fmt: skip
     """Each program: BLOCK_N keys, or the last TAIL_N, of one window and head."""
-    BLOCKS: tl.constexpr = (SHAPE.tokens + BLOCK_N - 1) // BLOCK_N
-    FULL: tl.constexpr = BLOCKS if TAIL_N == BLOCK_N else SHAPE.tokens // BLOCK_N
+    BLOCKS: tl.constexpr = (SHAPE.keys + BLOCK_N - 1) // BLOCK_N
+    FULL: tl.constexpr = BLOCKS if TAIL_N == BLOCK_N else SHAPE.keys // BLOCK_N
     block, head, number = job_of(BLOCKS, SHAPE)
     inputs = inputs_of(
-        head, qkv_pointer, pad_token_pointer, bias_pointer, attn_scale_pointer,
-        height, width, shift_rows, shift_columns, scale, SHAPE,
+        head, q_pointer, k_pointer, v_pointer, pad_token_pointer, bias_pointer, attn_scale_pointer, head_scale_pointer,
+        depth, shift_planes, height, width, shift_rows, shift_columns, scale, SHAPE,
     )  # fmt: skip
     saved = _QueryStatistics(largest_pointer + head, inverse_pointer + head, delta_pointer + head, share_pointer + head)
     window = locate(number, inputs, SHAPE)
     offset = head * SHAPE.head_dim
     if block < FULL:
         _kv_gradient(
-            inputs, saved, grad_output_pointer + offset, grad_qkv_pointer + offset, grad_pad_token_pointer,
-            block * BLOCK_N, window, BLOCK_N, BLOCK_M, TAIL_M, SHAPE,
+            inputs, saved, grad_output_pointer + offset, grad_q_pointer + offset, grad_k_pointer + offset,
+            grad_v_pointer + offset, grad_pad_token_pointer, block * BLOCK_N, window, BLOCK_N, BLOCK_M, TAIL_M, SHAPE,
         )  # fmt: skip
     elif FULL < BLOCKS:
         _kv_gradient(
-            inputs, saved, grad_output_pointer + offset, grad_qkv_pointer + offset, grad_pad_token_pointer,
-            FULL * BLOCK_N, window, TAIL_N, BLOCK_M, TAIL_M, SHAPE,
+            inputs, saved, grad_output_pointer + offset, grad_q_pointer + offset, grad_k_pointer + offset,
+            grad_v_pointer + offset, grad_pad_token_pointer, FULL * BLOCK_N, window, TAIL_N, BLOCK_M, TAIL_M, SHAPE,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
 def window_attention_bias_gradient_kernel(
-    qkv_pointer,  # [B, H, W, 3, HEADS, HEAD_DIM]
+    q_pointer,  # [B, D, H, W, HEADS, HEAD_DIM], tokens SHAPE.strides apart, as the next two
+    k_pointer,  # read only if not SHAPE.FUSED, as the next
+    v_pointer,
     pad_token_pointer,  # [3, HEADS, HEAD_DIM]; read only if SHAPE.HAS_PAD_VALUE
-    bias_pointer,  # [HEADS, TOKENS, TOKENS]
+    bias_pointer,  # [HEADS, TOKENS, KEYS]
     attn_scale_pointer,  # [HEADS]; read only if SHAPE.HAS_ATTN_SCALE
-    grad_output_pointer,  # [B, H, W, HEADS, HEAD_DIM]
-    largest_pointer,  # [B, H, W, HEADS], as the next three
+    head_scale_pointer,  # [HEADS]; read only if SHAPE.HAS_HEAD_SCALE
+    grad_output_pointer,  # [B, D, H, W, HEADS, HEAD_DIM]
+    largest_pointer,  # [B, D, H, W, HEADS], as the next three
     inverse_pointer,
     delta_pointer,
     share_pointer,
-    grad_bias_pointer,  # [groups of windows, HEADS, TOKENS, TOKENS]
-    windows, per_program, height, width, shift_rows, shift_columns, scale,
+    grad_bias_pointer,  # [groups of windows, HEADS, TOKENS, KEYS]
+    windows, per_program, depth, shift_planes, height, width, shift_rows, shift_columns, scale,
     SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Each program: one tile of one head's bias_table, summed over `per_program` windows."""
     DOWN: tl.constexpr = (SHAPE.tokens + BLOCK_M - 1) // BLOCK_M
-    ACROSS: tl.constexpr = (SHAPE.tokens + BLOCK_N - 1) // BLOCK_N
+    ACROSS: tl.constexpr = (SHAPE.keys + BLOCK_N - 1) // BLOCK_N
     tile, head, group = job_of(DOWN * ACROSS, SHAPE)
     inputs = inputs_of(
-        head, qkv_pointer, pad_token_pointer, bias_pointer, attn_scale_pointer,
-        height, width, shift_rows, shift_columns, scale, SHAPE,
+        head, q_pointer, k_pointer, v_pointer, pad_token_pointer, bias_pointer, attn_scale_pointer, head_scale_pointer,
+        depth, shift_planes, height, width, shift_rows, shift_columns, scale, SHAPE,
     )  # fmt: skip
     saved = _QueryStatistics(largest_pointer + head, inverse_pointer + head, delta_pointer + head, share_pointer + head)
     query = tile // ACROSS * BLOCK_M + tl.arange(0, BLOCK_M)
     key = tile % ACROSS * BLOCK_N + tl.arange(0, BLOCK_N)
     grad_output_pointer += head * SHAPE.head_dim
-    bias_table = load_bias_table(inputs.bias_table, query, key, SHAPE.tokens, 1, SHAPE)
+    bias_table = load_bias_table(inputs, query, key, False, SHAPE)
     grad_bias = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     first = group * per_program
     for number in range(first, tl.minimum(first + per_program, windows)):
         window = locate(number, inputs, SHAPE)
-        queries, keys = place(query, window, inputs, SHAPE), place(key, window, inputs, SHAPE)
+        queries, keys = place(query, window, inputs, False, SHAPE), place(key, window, inputs, True, SHAPE)
         q = load_projection(inputs, queries, 0, SHAPE)
         k = load_projection(inputs, keys, 1, SHAPE)
         v = load_projection(inputs, keys, 2, SHAPE)
         grad_output = load(grad_output_pointer, queries, SHAPE.channels, SHAPE)
         largest, inverse = _statistics(saved, queries, SHAPE)
         delta = _load_statistic(saved.delta, queries, 0.0, SHAPE)
-        scores = scores_of(q, k, queries, keys, bias_table, scale, False, SHAPE)
+        scores = scores_of(q, k, queries, keys, bias_table, inputs.scale, False, SHAPE)
         weights = exp(scores - largest[:, None]) * inverse[:, None]  # [BLOCK_M, BLOCK_N]
         grad_bias += _score_gradient(weights, inner(grad_output, v, SHAPE), delta[:, None], inputs.factor, SHAPE)
-    start = grad_bias_pointer + (tl.cast(group, tl.int64) * SHAPE.heads + head) * (SHAPE.tokens * SHAPE.tokens)
-    mask = (query < SHAPE.tokens)[:, None] & (key < SHAPE.tokens)[None, :]
-    tl.store(start + query[:, None] * SHAPE.tokens + key[None, :], grad_bias, mask=mask)
+    store_bias_gradient(grad_bias_pointer, grad_bias, tl.cast(group, tl.int64) * SHAPE.heads + head, query, key, SHAPE)

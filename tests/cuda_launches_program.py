@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import warnings
+from collections.abc import Sequence
 
 import fake_cuda
 import torch
@@ -27,11 +28,11 @@ def tensor(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(shape, dtype=dtype, device="cuda")
 
 
-def launch(op: FusedOp, operands: tuple[torch.Tensor, ...], config: tuple[object, ...]) -> None:
+def launch(op: FusedOp, operands: Sequence[torch.Tensor | None], config: tuple[object, ...]) -> None:
     settings, everything = op.config(*config), [True] * len(operands)
     result = backends.implementation(op.name, "triton")(operands, settings)
     found = op.gradients("triton", result[0], operands, settings, result, everything)
-    assert [x.shape for x in found if x is not None] == [x.shape for x in operands]
+    assert [x.shape for x in found if x is not None] == [x.shape for x in operands if x is not None]
 
 
 def launch_all(dtype: torch.dtype) -> None:
@@ -42,9 +43,12 @@ def launch_all(dtype: torch.dtype) -> None:
         return tensor(*shape, dtype=dtype)
 
     for side, head_dim in ((7, 8), (12, 45)):
-        qkv, channels = new(2, 2 * side - 1, 2 * side, 6 * head_dim), 6 * head_dim
-        others = (new(2, side**2, side**2), new(channels), new(2))
-        launch(attention.WINDOW_ATTENTION, (qkv, *others), (2, [side, side], [2, 3], 0.5, "timm"))
+        size, channels, parameters = (2, 2 * side - 1, 2 * side), 2 * head_dim, (new(6 * head_dim), new(2), new(2))
+        for maps in ((new(*size, 3 * channels), None, None), [new(*size, channels) for _ in range(3)]):
+            operands = (*maps, new(2, side**2, side**2), *parameters)
+            launch(attention.WINDOW_ATTENTION, operands, (2, [side, side], [2, 3], [], 0.5, "timm"))
+        operands = (new(2, 3, 5, 6, 3 * channels), None, None, new(2, 12, 48), *parameters)
+        launch(attention.WINDOW_ATTENTION, operands, (2, [2, 2, 3], [0, 0, 0], [4, 4, 3], 0.5, "timm"))
     vectors = (new(32), new(32), new(32))
     launch(
         embedding.PATCH_EMBED,

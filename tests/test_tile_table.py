@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -41,12 +42,12 @@ def write(kernels: dict) -> Path:
     return path
 
 
-FEATURES = ("bits", "tokens", "pixels", "block_d", "outputs")
+FEATURES = ("bits", "axes", "tokens", "pixels", "block_d", "outputs")
 
 
-def choose(kernel: str, family: str, tokens: int, head_dim: int, bits: int) -> dict:
+def choose(kernel: str, family: str, tokens: int, head_dim: int, bits: int, axes: int = 2) -> dict:
     """Tiles as attention looks them up."""
-    return tile_table.choose(kernel, family, bits=bits, tokens=tokens, block_d=tile_table.block(head_dim))
+    return tile_table.choose(kernel, family, bits=bits, tokens=tokens, block_d=tile_table.block(head_dim), axes=axes)
 
 
 @pytest.mark.parametrize("family", tile_table.FAMILIES.values())
@@ -68,16 +69,15 @@ def test_shipped_tables(family, root):
 @pytest.mark.parametrize("capability", tile_table.FAMILIES)
 def test_every_shape_has_tiles(kernel, capability):
     """Token counts that change during training look up the same rows: nothing depends on them but tails."""
-    for tokens in (1, 9, 49, 50, 144, 196, 784, 3136):
-        for head_dim in (1, 4, 22, 45, 96, 300):
-            for bits in (16, 32):
-                options = choose(kernel, capability, tokens, head_dim, bits)
-                assert {"num_warps", "num_stages", "enable_fp_fusion"} <= set(options)
-                tails = tails_of(tokens, options) if "BLOCK_M" in options else {}
-                for name, tail in tails.items():
-                    size = options[name.replace("TAIL", "BLOCK")]
-                    assert 16 <= tail <= size
-                    assert tail >= tokens % size
+    shapes = itertools.product((1, 9, 49, 50, 144, 196, 343, 784, 3136), (1, 4, 22, 45, 96, 300), (16, 32), (2, 3))
+    for tokens, head_dim, bits, axes in shapes:
+        options = choose(kernel, capability, tokens, head_dim, bits, axes)
+        assert {"num_warps", "num_stages", "enable_fp_fusion"} <= set(options)
+        tails = tails_of(tokens, 2 * tokens, options) if "BLOCK_M" in options else {}
+        for name, tail in tails.items():
+            size, count = options[name.replace("TAIL", "BLOCK")], tokens * (2 if name.endswith("N") else 1)
+            assert 16 <= tail <= size
+            assert tail >= count % size
 
 
 def test_nearest_shape(folder):
@@ -112,6 +112,13 @@ def test_what_tiles_do_not_depend_on(folder):
     write({"new": [row | {"tokens": 64}, row | {"tokens": 256}]})
     assert tile_table.nearest("new", FAMILY, bits=16, tokens=64, block_d=1024)["block_m"] == 64
     assert choose("new", FAMILY, 64, 1024, 16)["BLOCK_M"] == 64
+
+
+def test_three_axes():
+    """Rows of their own, however near the others are; those that do not say so are for all."""
+    assert choose("tiled", "hopper", 343, 16, 32, axes=3)["BLOCK_N"] == 32
+    assert choose("tiled", "hopper", 343, 16, 32)["BLOCK_N"] == 64
+    assert choose("tiled", "hopper", 343, 16, 16, axes=3) == choose("tiled", "hopper", 343, 16, 16)
 
 
 def test_other_families_and_kernels(monkeypatch):
@@ -151,7 +158,7 @@ def test_a_users_rows_go_first(folder):
     assert path.parent == folder and path.name == "nvidia-h200-141-gb.json"
     chosen = choose("tiled", FAMILY, 784, 8, 16)
     assert chosen == {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 2, "num_stages": 4, "enable_fp_fusion": True}
-    assert tails_of(784, chosen) == {"TAIL_M": 16, "TAIL_N": 16}
+    assert tails_of(784, 784, chosen) == {"TAIL_M": 16, "TAIL_N": 16}
     assert chosen != shipped
     assert choose("tiled", FAMILY, 784, 45, 16) == other
     assert choose("tiled", "hopper/Another GPU", 784, 8, 16) == shipped
@@ -214,7 +221,8 @@ def test_launches_are_decided_once_for_a_shape():
 
     def launch() -> Launch:
         with recorded_launches() as launches:
-            window_attention.window_attention(qkv, 1, [9, 9], [0, 0], 1.0, "masked", None, None, None, statistics)
+            nothing = (None,) * 6
+            window_attention.window_attention(qkv, *nothing, 1, [9, 9], [0, 0], [], 1.0, "masked", statistics)
         return launches[0]
 
     before, decided = launch(), window_attention._forward_launch.cache_info()

@@ -4,6 +4,7 @@ supported in `make test-oldest`. Kernels and arguments are what ops start, forwa
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -33,6 +34,25 @@ def attention(dtype: torch.dtype, side: int, head_dim: int, layout: str, size: i
     padding = padding if layout in ("timm", "torchvision") else None
     operands = {"bias": bias, "padding": padding, "attn_scale": scale} if extras else {}
     ops.window_attention(qkv, 2, (side, side), (shift, shift), layout=layout, **operands).sum().backward()
+
+
+def volume(
+    dtype: torch.dtype, window: tuple[int, ...], head_dim: int, layout: str, shift: int = 0, margin: int = 0,
+    separate: bool = False,
+):  # fmt: skip
+    """Windows that do not divide a map of as many axes, with everything that kernels may be asked for; with a `margin`
+    there are as many keys more on all sides of a window."""
+    keys, channels = tuple(side + 2 * margin for side in window), 2 * head_dim
+    size = [2 * side if layout == "grid" else 2 * side - 1 for side in window]
+    widths = (channels,) * 3 if separate else (3 * channels,)
+    maps = _leaves(dtype, *((1, *size, width) for width in widths))
+    tokens = math.prod(window), math.prod(keys)
+    bias, padding, attn_scale, scale = _leaves(dtype, (2, *tokens), (3 * channels,), (2,), (2,))
+    ops.window_attention(
+        tuple(maps) if separate else maps[0], 2, window, tuple(min(shift, side - 1) for side in window), bias, scale,
+        layout=layout, padding=padding if layout in ("timm", "torchvision") else None, attn_scale=attn_scale,
+        kv_window=keys if margin else None,
+    ).sum().backward()  # fmt: skip
 
 
 def embed(dtype: torch.dtype, kernel: int, channels: int, dilation: int, norm: bool):
@@ -71,6 +91,23 @@ CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "attention 12 x 12, d 4, plain": functools.partial(attention, side=12, head_dim=4, layout="masked", extras=False),
     "attention 28 x 28, d 45, masked": functools.partial(attention, side=28, head_dim=45, layout="masked", size=30),
     "attention 10 x 10, d 70, grid": functools.partial(attention, side=10, head_dim=70, layout="grid"),
+    "volume 7 x 7 x 7, d 16, torchvision": functools.partial(
+        volume, window=(7, 7, 7), head_dim=16, layout="torchvision", shift=3
+    ),
+    "volume 8 x 7 x 7, d 32, masked, three maps": functools.partial(
+        volume, window=(8, 7, 7), head_dim=32, layout="masked", shift=3, separate=True
+    ),
+    "volume 2 x 7 x 7, d 32, timm": functools.partial(volume, window=(2, 7, 7), head_dim=32, layout="timm", shift=3),
+    "volume 4 x 4 x 4, d 8, masked": functools.partial(
+        volume, window=(4, 4, 4), head_dim=8, layout="masked", shift=1, separate=True
+    ),
+    "volume 4 x 4 x 4, d 16, grid": functools.partial(volume, window=(4, 4, 4), head_dim=16, layout="grid"),
+    "keys around 2 x 2 x 2, d 8, timm": functools.partial(
+        volume, window=(2, 2, 2), head_dim=8, layout="timm", margin=1, separate=True
+    ),
+    "keys around 16 x 16, d 30, masked": functools.partial(
+        volume, window=(16, 16), head_dim=30, layout="masked", margin=4
+    ),
     "embed 8, 88 channels": functools.partial(embed, kernel=8, channels=88, dilation=1, norm=True),
     "embed 4, 32 channels, dilated": functools.partial(embed, kernel=4, channels=32, dilation=2, norm=True),
     "embed 7, 180 channels, no norm": functools.partial(embed, kernel=7, channels=180, dilation=1, norm=False),

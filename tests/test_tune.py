@@ -97,7 +97,7 @@ def check_tasks(tasks: list[Task]) -> None:
 
 
 def test_default_workloads():
-    assert {w.tokens for w in attention()} == {49, 196, 784}
+    assert {w.tokens for w in attention()} == {49, 196, 784, 343, 392}
     assert {w.head_dim for w in attention()} == {4, 8, 16, 22, 29, 32, 45}
     tasks = tasks_of(attention(), ("bf16", "fp16", "fp32"))
     check_tasks(tasks)
@@ -115,7 +115,7 @@ def test_every_kernel_with_tiles_is_tuned():
         features = {
             name for name in shipped[task.kernel][0] if not name.startswith(("block_m", "block_n", "block_k", "num_"))
         }
-        assert {name for name, _ in task.features} == features
+        assert {name for name, _ in task.features} - {"axes"} == features  # only kernels of three axes say so
 
 
 def test_workloads_of_patch_embedding_and_merging():

@@ -242,7 +242,8 @@ def test_opcheck(layout: str) -> None:
     wanted = [True, False, False, *(parameter is not None for parameter in parameters), False]
     operation = torch.ops.asvit_fast.window_attention_gradients.default
     torch.library.opcheck(operation, (*arguments, wanted), test_utils=utilities)
-    torch.library.opcheck(operation, (*arguments, [False, False, False, wanted[3], False, False, False]), test_utils=utilities)
+    only_bias = [False] * 3 + [wanted[3]] + [False] * 3
+    torch.library.opcheck(operation, (*arguments, only_bias), test_utils=utilities)
 
 
 def test_dropout_keeps_the_layout() -> None:

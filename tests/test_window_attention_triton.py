@@ -53,42 +53,50 @@ LAYOUTS = [
 TINY = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 
-def both_ways(qkv, heads, window, shift, gradient, layout="masked", **tensors) -> dict[str, torch.Tensor]:
-    """Output, and gradients of qkv and of bias, padding and attn_scale where they are."""
-    inputs = {"qkv": qkv} | {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    inputs = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
-    others = {name: tensor for name, tensor in inputs.items() if name != "qkv"}
-    out = ops.window_attention(inputs["qkv"], heads, window, shift, layout=layout, **others)
+def both_ways(qkv, heads, window, shift, gradient, layout="masked", kv_window=None, **tensors) -> dict:
+    """Output, and gradients of qkv or of q, k and v, and of bias, padding, attn_scale and scale where they are."""
+    maps = {"qkv": qkv} if isinstance(qkv, torch.Tensor) else dict(zip("qkv", qkv, strict=True))
+    maps = {name: tensor.detach().requires_grad_() for name, tensor in maps.items()}
+    others = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items() if tensor is not None}
+    given = maps["qkv"] if "qkv" in maps else tuple(maps.values())
+    out = ops.window_attention(given, heads, window, shift, layout=layout, kv_window=kv_window, **others)
+    inputs = maps | others
     gradients = torch.autograd.grad(
         out, list(inputs.values()), gradient.to(out.dtype), allow_unused=True, materialize_grads=True
     )
     return {"output": out.detach()} | dict(zip(inputs, gradients, strict=True))
 
 
-def compare(qkv, heads, window, shift, bias=None, layout="masked", padding=None, attn_scale=None) -> None:
+def compare(
+    qkv, heads, window, shift, bias=None, layout="masked", padding=None, attn_scale=None, scale=None, kv_window=None
+) -> None:
     """Forward and all gradients: error(ours) < 2 error(plain PyTorch ops, same dtype) + tiny, against float64."""
-    shape = (*qkv.shape[:3], qkv.shape[3] // 3)
-    gradient = torch.randn(shape, dtype=torch.float64, device=qkv.device).to(qkv.dtype)
-    tensors = {"bias": bias, "padding": padding, "attn_scale": attn_scale}
+    maps = [qkv] if isinstance(qkv, torch.Tensor) else list(qkv)
+    first = maps[0]
+    shape = (*first.shape[:-1], first.shape[-1] // (1 if maps[1:] else 3))
+    gradient = torch.randn(shape, dtype=torch.float64, device=first.device).to(first.dtype)
+    tensors = {"bias": bias, "padding": padding, "attn_scale": attn_scale, "scale": scale}
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def run(dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
         cast = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in tensors.items()}
-        return both_ways(qkv.to(dtype or qkv.dtype), heads, window, shift, gradient, layout, **cast)
+        given = [x.to(dtype or x.dtype) for x in maps]
+        given = given if maps[1:] else given[0]
+        return both_ways(given, heads, window, shift, gradient, layout, kv_window, **cast)
 
     with use_backend("triton"):
         ours = run(None)
     with use_backend("reference"):
-        theirs, exact = run(qkv.dtype), run(torch.float64)
+        theirs, exact = run(first.dtype), run(torch.float64)
     for name, got in ours.items():
         want = exact[name]
         assert got.shape == want.shape and got.is_contiguous(), name
-        assert got.dtype == (tensors[name].dtype if name in tensors else qkv.dtype), name
+        assert got.dtype == (tensors[name].dtype if name in tensors else first.dtype), name
         error, allowed = (got - want).abs().max().item(), (theirs[name] - want).abs().max().item()
         tiny = TINY[got.dtype] * max(1.0, want.abs().max().item())
-        if name == "attn_scale":  # a sum over all tokens that may cancel
-            tiny *= qkv[..., 0].numel() ** 0.5
-        message = f"{name} of {tuple(qkv.shape)} {qkv.dtype} {layout} {list(tensors)}: {error} against {allowed}"
+        if name in ("attn_scale", "scale"):  # a sum over all tokens that may cancel
+            tiny *= first[..., 0].numel() ** 0.5
+        message = f"{name} of {tuple(first.shape)} {first.dtype} {layout} {list(tensors)}: {error} against {allowed}"
         assert error < 2 * allowed + tiny, message
 
 
@@ -174,27 +182,29 @@ def check_nothing(device: torch.device) -> None:
     from asvit_fast.kernels.window_attention import window_attention, window_attention_backward
 
     for dtype, statistics in ((torch.bfloat16, None), (torch.float32, torch.empty(2, 0, 6, 8, 2, device=device))):
-        qkv, bias = torch.empty(0, 6, 8, 24, dtype=dtype, device=device), torch.ones(2, 25, 25, device=device)
-        arguments = (2, [5, 5], [1, 0], 1.0, "timm", bias, torch.ones(24, device=device), torch.ones(2, device=device))
-        out = window_attention(qkv, *arguments, statistics)
+        qkv, ones = torch.empty(0, 6, 8, 24, dtype=dtype, device=device), torch.ones(2, device=device)
+        parameters = (torch.ones(2, 25, 25, device=device), torch.ones(24, device=device), ones, ones)
+        arguments = (qkv, None, None, *parameters, 2, [5, 5], [1, 0], [], 1.0, "timm")
+        out = window_attention(*arguments, statistics)
         assert out.shape == (0, 6, 8, 8)
-        found = window_attention_backward(out, qkv, out, statistics, *arguments, [True] * 3)
-        assert found[0].shape == qkv.shape
-        for gradient, tensor in zip(found[1:], arguments[5:], strict=True):
+        found = window_attention_backward(out, out, statistics, *arguments, [True, False, False] + [True] * 4)
+        assert found[0].shape == qkv.shape and found[1] is None and found[2] is None
+        for gradient, tensor in zip(found[3:], parameters, strict=True):
             assert torch.equal(gradient, torch.zeros_like(tensor))
 
 
 def check_fake(device: torch.device) -> None:
     """Results are what the fake ops promise, also those of gradients that nobody wants."""
     qkv, padding = torch.randn(1, 3, 4, 6, device=device).to(torch.bfloat16), torch.randn(6, device=device)
-    bias, attn_scale = torch.randn(1, 4, 4, device=device), torch.ones(1, device=device)
-    settings = (bias, padding, attn_scale, 1, [2, 2], [1, 0], 1.0, "timm", 0.0)
+    bias, ones = torch.randn(1, 4, 4, device=device), torch.ones(1, device=device)
     tests = ("test_schema", "test_faketensor")
-    with use_backend("triton"):
-        torch.library.opcheck(torch.ops.asvit_fast.window_attention, (qkv, *settings), test_utils=tests)
-        out, statistics = torch.ops.asvit_fast.window_attention(qkv, *settings)
-        backward = (out, out, statistics, qkv, *settings, [True, False, True, False])
-        torch.library.opcheck(torch.ops.asvit_fast.window_attention_gradients, backward, test_utils=tests)
+    for maps, needs_grad in (((qkv, None, None), [True, False, False]), (qkv.chunk(3, -1), [True, False, True])):
+        settings = (*maps, bias, padding, ones, ones, 1, [2, 2], [1, 0], [], 1.0, "timm", 0.0)
+        with use_backend("triton"):
+            torch.library.opcheck(torch.ops.asvit_fast.window_attention, settings, test_utils=tests)
+            out, statistics = torch.ops.asvit_fast.window_attention(*settings)
+            backward = (out, out, statistics, *settings, [*needs_grad, False, True, False, True])
+            torch.library.opcheck(torch.ops.asvit_fast.window_attention_gradients, backward, test_utils=tests)
 
 
 def check_many_windows(device: torch.device) -> None:
@@ -226,20 +236,18 @@ def check(name: str, device: torch.device) -> None:
     }[name]()
 
 
-CHECKS = pytest.mark.parametrize("name", ["single_tile", "tiled", "layouts", "details", "many"])
+QUICK = ("single_tile", "tiled", "layouts")
+SLOW = ("details", "many")
 
 
 @triton_versions.interpreter
-@pytest.mark.parametrize(
-    "name",
-    ["single_tile", "tiled", "layouts", *(pytest.param(name, marks=pytest.mark.slow) for name in ("details", "many"))],
-)
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_interpreted(name, root):
     triton_versions.run_interpreted(__name__, name, root)
 
 
 @pytest.mark.gpu
-@CHECKS
+@pytest.mark.parametrize("name", [*QUICK, *SLOW])
 def test_on_a_gpu(name, poison_empty):
     if not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA GPU")

@@ -62,22 +62,29 @@ def _run(op: Callable[..., Tensor], inputs: Sequence[Tensor], fixed: Sequence[Te
 
 @dataclass(frozen=True)
 class AttentionWorkload(_Call):
-    """Windowed attention on a square map."""
+    """Windowed attention on a square map, or on one of three axes."""
 
     window: tuple[int, ...]
     head_dim: int
     heads: int = 4
-    size: int = 0  # tokens per side of the map; 0: as many windows as fill 56 x 56, Swin's and As-ViT's first map
+    # tokens per side of the map; 0: as many windows as fill 56 x 56, Swin's and As-ViT's first map, or 8 x 56 x 56
+    size: int = 0
     biased: bool = False  # a relative position bias, and a shift by half a window
+    kv_window: tuple[int, ...] = ()  # of keys, empty: as window; without a shift
 
     @property
     def tokens(self) -> int:
         return math.prod(self.window)
 
     @property
+    def keys(self) -> int:
+        """Tokens of a window that are attended to."""
+        return math.prod(self.kv_window or self.window)
+
+    @property
     def kernels(self) -> tuple[str, ...]:
         """Rows of tiles that its kernels look up, forward first."""
-        if is_single_tile(self.tokens, self.head_dim, self.bits):
+        if is_single_tile(self.keys, self.head_dim, self.bits):
             return "single_tile", "single_tile_backward"
         return "tiled", "q_gradient", "kv_gradient", *(("bias_gradient",) if self.biased else ())
 
@@ -90,31 +97,32 @@ class AttentionWorkload(_Call):
         """The shape that tells the rows of a kernel apart."""
         from asvit_fast.kernels.tile_table import block
 
-        return {"bits": self.bits, "tokens": self.tokens, "block_d": block(self.head_dim)}
+        width = block(self.head_dim)
+        return {"bits": self.bits, "tokens": self.keys, "block_d": width, "axes": len(self.window)}
 
     @property
     def shift(self) -> tuple[int, ...]:
-        return tuple(side // 2 if self.biased else 0 for side in self.window)
+        return tuple(side // 2 if self.biased and not self.kv_window else 0 for side in self.window)
 
     def operands(self, batch: int, device: torch.device) -> list[Tensor]:
         """qkv [B, H, W, 3*heads*d], and the bias [heads, tokens, tokens] if there is one."""
-        depth = [2 * side for side in self.window[:-2]]  # of windows with three sides
-        sides = (self.size or -(-56 // side) * side for side in self.window[-2:])
+        least = (8, 56, 56)[-len(self.window) :]
+        sizes = (self.size or math.ceil(n / side) * side for n, side in zip(least, self.window, strict=True))
         draw = self._draw(device)
-        operands = [draw(batch, *depth, *sides, 3 * self.heads * self.head_dim)]
+        operands = [draw(batch, *sizes, 3 * self.heads * self.head_dim)]
         if self.biased:
-            operands.append(draw(self.heads, self.tokens, self.tokens).float())  # as under autocast
+            operands.append(draw(self.heads, self.tokens, self.keys).float())  # as under autocast
         return operands
 
     def ours(self, qkv: Tensor, bias: Tensor | None = None) -> Tensor:
-        return ops.window_attention(qkv, self.heads, self.window, self.shift, bias)  # type: ignore[arg-type]
+        return ops.window_attention(qkv, self.heads, self.window, self.shift, bias, kv_window=self.kv_window or None)
 
     def prepare(self, kernel: str, batch: int, device: torch.device) -> Run:
         """Random inputs, and a call that starts ``kernel``: the op alone, or with its backward pass."""
         return _run(self.ours, self.operands(batch, device), (), kernel not in ("single_tile", "tiled"))
 
     def __str__(self) -> str:
-        words = f"{'x'.join(map(str, self.window))}x{self.head_dim} {self.dtype}"
+        words = f"{'x'.join(map(str, (*self.window, self.head_dim)))} {self.dtype}"
         return f"{words} biased" if self.biased else words
 
 
@@ -222,9 +230,14 @@ def workload_of(op: str, shape: str) -> Workload:
         raise InputError(f"shape of {op}: expected {SHAPES[op]}, got {shape!r}") from None
 
 
-# stages of Swin-T and S, attention of Swin-B too, which has the same rows (arXiv 2103.14030)
+# stages of Swin-T and S, attention of Swin-B too, which has the same rows (arXiv 2103.14030); attention of Swin UNETR
+# (arXiv 2201.01266) and of Video Swin (arXiv 2106.13230)
 SWIN: dict[str, list[Workload]] = {
-    "window_attention": [AttentionWorkload((7, 7), 32, 4, 56, biased=True)],
+    "window_attention": [
+        AttentionWorkload((7, 7), 32, 4, 56, biased=True),
+        AttentionWorkload((7, 7, 7), 16, biased=True),
+        AttentionWorkload((8, 7, 7), 32, biased=True),
+    ],
     "patch_embed": [EmbedWorkload(4, 96)],
     "patch_merge": [MergeWorkload(2, 96 * 2**i, 192 * 2**i, 56 // 2**i) for i in range(3)],
 }

@@ -1,14 +1,12 @@
-"""Attention inside (shifted) windows of a channels-last feature map, straight from the projections to q, k and v.
-
-The reference is made of plain PyTorch operations: any device and dtype, double backward, functorch, forward mode,
-export.
+"""Attention inside (shifted) windows of a channels-last feature map, straight from the projections to q, k and v:
+softmax(scale q k^T + bias) v of each window and head. window_attention_reference.py has the reference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +18,7 @@ from ..errors import InputError
 from .checks import check_length, check_operand, check_scale
 from .fused_op import FusedOp, Gradients, Operands, Result, Saved, no_float64
 from .transforms import sizes
+from .window_attention_reference import masked_scores, window_attention_reference
 from .windows import (
     check_channels,
     check_kv_window,
@@ -27,7 +26,6 @@ from .windows import (
     fold_key_windows,
     lowest_scores,
     merge_windows,
-    padding_tokens,
     token_count,
     window_mask,
     window_padding,
@@ -51,9 +49,11 @@ def _check_projections(op: str, projections: list[Tensor], axes: int, num_heads:
             raise InputError(f"{op}: {name} must be {first.dtype} as q is, got {x.dtype}")
 
 
-def _is_head_scale(scale: float | Tensor | None) -> TypeGuard[Tensor]:
-    """Whether there is a factor for each head; torch.jit.trace makes tensors of numbers."""
-    return isinstance(scale, Tensor) and not (torch.jit.is_tracing() and scale.dim() == 0)
+def _split_scale(scale: float | Tensor | None) -> tuple[float | None, Tensor | None]:
+    """A number, and a factor for each head; torch.jit.trace makes tensors of numbers."""
+    if isinstance(scale, Tensor) and not (torch.jit.is_tracing() and scale.dim() == 0):
+        return 1.0, scale
+    return scale, None  # type: ignore[return-value]
 
 
 def _check(
@@ -75,10 +75,9 @@ def _check(
     _check_projections(op, projections, len(window), num_heads)
     if layout not in ("masked", "timm", "torchvision", "grid"):
         raise InputError(f"window_attention: layout must be masked, timm, torchvision or grid, got {layout}")
-    if _is_head_scale(scale):
-        check_operand(op, "scale", scale, [num_heads], x)
-    else:
-        check_scale(op, scale)
+    factor, head_scale = _split_scale(scale)
+    check_scale(op, factor)
+    check_operand(op, "scale", head_scale, [num_heads], x)
     if not 0.0 <= dropout <= 1.0:
         raise InputError(f"window_attention: dropout must be from 0 to 1, got {dropout}")
     size = list(x.shape[1:-1])
@@ -97,77 +96,6 @@ def _check(
     check_operand(op, "padding", padding, [len(projections) * x.shape[-1]], x)
     check_operand(op, "attn_scale", attn_scale, [num_heads], x)
     return window, shift, bias
-
-
-def _high_pass(attention: Tensor, mask: Tensor | None, attn_scale: Tensor) -> Tensor:
-    """(1 + w) A - w U of attention [B, windows, heads, queries, keys], U the uniform attention on the same keys."""
-    factor = attn_scale.to(attention.dtype).unsqueeze(1).unsqueeze(2)  # [heads, 1, 1]
-    if mask is None:
-        return (1.0 + factor) * attention - factor / attention.shape[-1]
-    allowed = (mask == 0).to(attention.dtype)  # [windows, queries, keys]
-    uniform = allowed / allowed.sum(-1, keepdim=True).clamp(min=1.0)
-    return (1.0 + factor) * attention - factor * uniform.unsqueeze(1)
-
-
-def _scores(
-    q: Tensor,
-    k: Tensor,
-    size: list[int],
-    window: list[int],
-    shift: list[int],
-    bias: Tensor | None,
-    scale: float | None,
-    layout: str,
-    kv_window: list[int] | None,
-    head_scale: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Scores [B, windows, heads, queries, keys], masked, of q and k [B, windows, heads, tokens, d]; the mask [windows,
-    queries, keys]."""
-    factor = float(q.shape[-1]) ** -0.5 if scale is None else scale
-    q = q * factor
-    if head_scale is not None:
-        q = q * head_scale.to(q.dtype).unsqueeze(1).unsqueeze(2)
-    scores = q @ k.transpose(-2, -1)
-    if bias is not None:
-        scores = scores + bias
-        is_padding = padding_tokens(size, window, shift, q.device, layout)  # [windows, queries]
-        if is_padding is not None:  # such queries are dropped: what the bias has for them must not reach gradients
-            scores = scores.masked_fill(is_padding.unsqueeze(1).unsqueeze(3), 0.0)
-    mask = window_mask(size, window, shift, scores.dtype, scores.device, layout, kv_window)
-    if mask is not None and layout == "masked":  # filled, not added: what is masked may be NaN
-        scores = scores.masked_fill(mask.unsqueeze(1) < 0.0, float("-inf"))
-    elif mask is not None:
-        scores = scores + mask.unsqueeze(1)
-    return scores, mask
-
-
-def window_attention_reference(
-    projections: list[Tensor],
-    num_heads: int,
-    window: list[int],
-    shift: list[int],
-    bias: Tensor | None = None,
-    scale: float | None = None,
-    dropout: float = 0.0,
-    layout: str = "masked",
-    padding: Tensor | None = None,
-    attn_scale: Tensor | None = None,
-    kv_window: list[int] | None = None,
-    head_scale: Tensor | None = None,
-) -> Tensor:
-    """``window_attention`` in plain PyTorch operations, the attention matrix materialised. `projections` are qkv, or q,
-    k and v; `head_scale` [heads] is a further factor on q @ k."""
-    size = list(projections[0].shape[1:-1])
-    q, k, v = window_projections(projections, num_heads, window, shift, layout, padding, kv_window)
-    scores, mask = _scores(q, k, size, window, shift, bias, scale, layout, kv_window, head_scale)
-    attention = torch.softmax(scores, dim=-1)
-    if mask is not None and layout == "masked":  # again: a row of NaN stays among tokens that attend to each other
-        attention = attention.masked_fill(mask.unsqueeze(1) < 0.0, 0.0)
-    if attn_scale is not None:
-        attention = _high_pass(attention, mask, attn_scale)
-    attention = F.dropout(attention, dropout, training=dropout > 0.0).to(v.dtype)
-    out = (attention @ v).transpose(2, 3).flatten(3)  # [B, windows, queries, heads*d]
-    return merge_windows(out, size, window, shift, layout)
 
 
 # --------------------------------------------------------------------------- fused op
@@ -251,9 +179,7 @@ def _sdpa(operands: Operands, config: WindowAttentionConfig) -> Tensor:
     batch, windows = q.shape[:2]
     if x.head_scale is not None:
         q = q * x.head_scale.to(q.dtype).unsqueeze(1).unsqueeze(2)
-    mask = window_mask(
-        x.size, window, shift, q.dtype, q.device, layout, config.key_window
-    )  # [windows, queries, keys]
+    mask = window_mask(x.size, window, shift, q.dtype, q.device, layout, config.key_window)  # [windows, queries, keys]
     bias = None if x.bias is None else x.bias.to(q.dtype)
     if mask is not None:
         mask = mask.unsqueeze(1)
@@ -290,7 +216,7 @@ def _statistics(operands: Operands, config: WindowAttentionConfig) -> Tensor:
     if _statistics_shape(x, config) == [0]:
         return x.q.new_empty(0, dtype=torch.float32)
     q, k, _ = _window_projections(x, config)
-    scores = _scores(
+    scores = masked_scores(
         q, k, x.size, config.window, config.shift, x.bias, config.scale, config.layout, config.key_window,
         x.head_scale,
     )[0].to(_working_type(q))  # fmt: skip
@@ -342,8 +268,7 @@ def _triton(operands: Operands, config: WindowAttentionConfig) -> Result:
     single = _is_single_tile(x, config)
     allocate = torch.zeros if single else torch.empty  # the zeros, without elements on a GPU, are never read
     statistics = allocate(_statistics_shape(x, config), dtype=torch.float32, device=x.q.device)
-    c = config
-    return window_attention(operands[0], c.num_heads, c.window, c.shift, c.scale, c.layout, *operands[3:6], None if single else statistics), statistics
+    return window_attention(*x, *config.kernel_arguments, None if single else statistics), statistics
 
 
 def _triton_backward(
@@ -354,9 +279,7 @@ def _triton_backward(
 
     output, statistics = result
     saved = None if _is_single_tile(_Operands(*operands), config) else statistics
-    c = config
-    g = window_attention_backward(gradient, operands[0], output, saved, c.num_heads, c.window, c.shift, c.scale, c.layout, *operands[3:6], needs_grad[3:6])
-    return [g[0], None, None, *g[1:], None]
+    return window_attention_backward(gradient, output, saved, *operands, *config.kernel_arguments, needs_grad)
 
 
 def _no_dropout(operands: Operands, config: WindowAttentionConfig) -> str | None:
@@ -377,12 +300,6 @@ def _sdpa_cannot(operands: Operands, config: WindowAttentionConfig) -> str | Non
     return None if x.attn_scale is None else "it has no attn_scale"
 
 
-def _old(operands: Operands, config: WindowAttentionConfig) -> str | None:
-    new = operands[1] is not None or operands[6] is not None or len(config.window) == 3
-    new = new or config.key_window
-    return "not yet" if new else None
-
-
 WINDOW_ATTENTION = FusedOp(
     "window_attention",
     "q, k?, v?, bias?, padding?, attn_scale?, head_scale?",
@@ -395,7 +312,7 @@ WINDOW_ATTENTION = FusedOp(
     backward={"triton": _triton_backward, "cpu": _compiled_backward},
     composite={"sdpa": _sdpa},
     can_run={
-        "triton": lambda operands, config: _no_dropout(operands, config) or no_float64(operands[0]) or _old(operands, config),
+        "triton": lambda operands, config: _no_dropout(operands, config) or no_float64(operands[0]),
         "cpu": _no_dropout,
         "sdpa": _sdpa_cannot,
     },
@@ -470,15 +387,15 @@ def window_attention(
     windows, shifts, bias = _check(
         projections, num_heads, sizes(window), sizes(shift), bias, scale, dropout, layout, padding, attn_scale, keys
     )
-    head_scale = scale if _is_head_scale(scale) else None
+    factor, head_scale = _split_scale(scale)
     parameters = [x for x in (bias, padding, attn_scale, head_scale) if x is not None]
     computed = projections[0].device.type != "meta"  # there the op is called for its shape and what it counts
     plain = dropout == 0.0 and not parameters and keys is None  # no gradient of a parameter is needed
     if max(windows) == 1 and plain and computed and backends.forced_backend() is None:
-        return (
-            projections[-1] if projections[1:] else projections[0].chunk(3, -1)[2]
-        ).contiguous()  # such a window attends only to itself
-    x = _Operands(*(projections if len(projections) == 3 else (*projections, None, None)), bias, padding, attn_scale,
-                  head_scale)  # fmt: skip
-    factor = float(x.channels // num_heads) ** -0.5 if scale is None else 1.0 if scale is head_scale else scale
-    return WINDOW_ATTENTION(x, WindowAttentionConfig(num_heads, windows, shifts, keys or windows, factor, layout, dropout))
+        v = projections[2] if projections[1:] else projections[0].chunk(3, -1)[2]
+        return v.contiguous()  # such a window attends only to itself
+    first, *others = projections
+    x = _Operands(first, *(others or (None, None)), bias, padding, attn_scale, head_scale)
+    factor = float(x.channels // num_heads) ** -0.5 if factor is None else factor
+    config = WindowAttentionConfig(num_heads, windows, shifts, keys or windows, factor, layout, dropout)
+    return WINDOW_ATTENTION(x, config)

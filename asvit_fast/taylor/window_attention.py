@@ -37,17 +37,15 @@ def windowed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     )
     if dropout > 0.0:
         raise TaylorError("attention with dropout has no derivative to propagate; call model.eval() first")
-    shift = (0,) * len(window) if shift is None else shift
+    shift = [0] * len(window) if shift is None else list(shift)
     is_plain = (
         layout == "masked" and attn_scale is None and kv_window is None and not isinstance(scale, (Tensor, Taylor))
     )
     if not is_plain or isinstance(qkv, (tuple, list)) or len(window) == 3:
-        return _by_reference(
-            qkv, num_heads, list(window), list(shift), bias, scale, layout, padding, attn_scale, kv_window
-        )
+        return _by_reference(qkv, num_heads, list(window), shift, bias, scale, layout, padding, attn_scale, kv_window)
     if not isinstance(qkv, Taylor) or isinstance(bias, Taylor):
         raise TaylorError("window_attention propagates along qkv, its bias must not move")
-    return Taylor(window_attention_taylor(qkv.coefficients, num_heads, window, shift, bias, scale))
+    return Taylor(window_attention_taylor(qkv.coefficients, num_heads, window, (shift[0], shift[1]), bias, scale))
 
 
 def _by_reference(
@@ -57,7 +55,8 @@ def _by_reference(
     projections = list(qkv) if isinstance(qkv, (tuple, list)) else [qkv]
     if layout == "masked" and kv_window is None:
         window, shift, bias = fit_windows(list(projections[0].shape[1:-1]), window, shift, bias)
-    factor, head_scale = (1.0, scale) if isinstance(scale, (Tensor, Taylor)) else (scale, None)
+    per_head = isinstance(scale, (Tensor, Taylor))
+    factor, head_scale = 1.0 if per_head else scale, scale if per_head else None
     keys = None if kv_window is None else list(kv_window)
     return window_attention_reference(
         projections, num_heads, window, shift, bias, factor, 0.0, layout, padding, attn_scale, keys, head_scale

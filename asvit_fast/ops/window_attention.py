@@ -394,8 +394,8 @@ def window_attention(
     if max(windows) == 1 and plain and computed and backends.forced_backend() is None:
         v = projections[2] if projections[1:] else projections[0].chunk(3, -1)[2]
         return v.contiguous()  # such a window attends only to itself
-    first, *others = projections
-    x = _Operands(first, *(others or (None, None)), bias, padding, attn_scale, head_scale)
+    k, v = (projections[1], projections[2]) if projections[1:] else (None, None)
+    x = _Operands(projections[0], k, v, bias, padding, attn_scale, head_scale)
     factor = float(x.channels // num_heads) ** -0.5 if factor is None else factor
     config = WindowAttentionConfig(num_heads, windows, shifts, keys or windows, factor, layout, dropout)
     return WINDOW_ATTENTION(x, config)

@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 import torchvision.models.swin_transformer as torchvision_swin
+import torchvision.models.video.swin_transformer as torchvision_video
 from timm.layers import PatchEmbed
 from timm.models import davit, nest, pvt_v2, swin_transformer_v2, swin_transformer_v2_cr, tiny_vit, twins
 from tiny_swin import needs_kernels
@@ -88,6 +89,10 @@ def pvt_model() -> nn.Module:
     )
 
 
+def video_model() -> nn.Module:
+    return torchvision_video.SwinTransformer3d([2, 4, 4], 16, [2, 2], [2, 4], [2, 3, 3], num_classes=3)
+
+
 def torchvision_model(version: int, window: int) -> nn.Module:
     block = torchvision_swin.SwinTransformerBlock if version == 1 else torchvision_swin.SwinTransformerBlockV2
     merging = torchvision_swin.PatchMerging if version == 1 else torchvision_swin.PatchMergingV2
@@ -97,8 +102,9 @@ def torchvision_model(version: int, window: int) -> nn.Module:
 
 
 FIRST = {"FastSwinTransformerBlock", "FastMlp", "FastPatchEmbed", "FastLinear"}
-# name: model, side of the image, classes that have to be there afterwards
-MODELS: dict[str, tuple[Callable[[], nn.Module], int, set[str]]] = {
+VIDEO = {"FastShiftedWindowAttention3d", "FastTorchvisionPatchMerging", "FastTorchvisionMLP"}
+# name: model, sides of the image or video, classes that have to be there afterwards
+MODELS: dict[str, tuple[Callable[[], nn.Module], int | tuple[int, ...], set[str]]] = {
     "swin": (lambda: swin(56), 56, FIRST),
     "swin padded": (lambda: swin(44, window_size=4), 44, {"FastSwinTransformerBlock", "FastPatchMerging"}),
     "swin always partitioned": (
@@ -136,6 +142,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int, set[str]]] = {
     "torchvision padded": (lambda: torchvision_model(1, 7), 44, {"FastShiftedWindowAttention"}),
     "torchvision v2": (lambda: torchvision_model(2, 4), 32, {"FastShiftedWindowAttentionV2"}),
     "torchvision v2 padded": (lambda: torchvision_model(2, 7), 44, {"FastShiftedWindowAttentionV2"}),
+    "torchvision3d": (video_model, (8, 24, 24), VIDEO),
+    "torchvision3d padded": (video_model, (6, 40, 28), VIDEO),
+    "torchvision3d clipped": (video_model, (2, 8, 28), VIDEO),
 }
 
 
@@ -151,8 +160,9 @@ def prepared(make: Callable[[], nn.Module]) -> nn.Module:
     return model
 
 
-def image(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1)).to(dtype)
+def image(size: int | tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    sides = (size, size) if isinstance(size, int) else size
+    return torch.randn(2, 3, *sides, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
 def fast_classes(model: nn.Module) -> set[str]:
@@ -187,7 +197,8 @@ def test_nothing_but_rounding_in_float64(name):
 
 def test_every_family_is_tested_or_known_to_be_left():
     tested = set().union(*(classes for _, _, classes in MODELS.values()))
-    fast = {family.replacement.rpartition(".")[2] for family in FAMILIES if family.replacement}
+    here = [f for f in FAMILIES if f.replacement and not f.source.startswith(("transformers.", "monai."))]
+    fast = {family.replacement.rpartition(".")[2] for family in here}
     assert {name for name in fast if "Authors" not in name} <= tested
     assert families_table().count("\n") == len(FAMILIES) + 1
     assert families_table() in (Path(__file__).parent.parent / "README.md").read_text()
@@ -234,13 +245,15 @@ def test_mlp_stays_whole_where_parts_would_change_or_cost_something(monkeypatch)
     mlp = importlib.import_module("asvit_fast.acceleration.chunked_mlp")
     monkeypatch.setattr(mlp, "LARGE", 0)
     module = timm.layers.Mlp(8, 16, drop=0.5)
+    layers = list(module.children())
     x = torch.randn(3, 5, 8)
-    assert mlp.tokens_at_a_time(module, x) is None  # gradients are wanted
+    assert mlp.tokens_at_a_time(layers, x) is None  # gradients are wanted
     with torch.no_grad():
-        assert mlp.tokens_at_a_time(module, x) is None  # dropout draws in the order of calls
-        assert mlp.tokens_at_a_time(module.eval(), x) is not None
+        assert mlp.tokens_at_a_time(layers, x) is None  # dropout draws in the order of calls
+        module.eval()
+        assert mlp.tokens_at_a_time(layers, x) is not None
         monkeypatch.setattr(mlp, "LARGE", 1 << 30)
-        assert mlp.tokens_at_a_time(module, x) is None
+        assert mlp.tokens_at_a_time(layers, x) is None
 
 
 # --------------------------------------------------------------------------- the authors' code

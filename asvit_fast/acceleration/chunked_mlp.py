@@ -8,6 +8,7 @@ see a few hundred of them at a time. GELU needs no kernel of its own: on numbers
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import timm.layers
@@ -26,22 +27,43 @@ ACTIVATIONS = (
     *(timm.layers.GELU, timm.layers.GELUTanh, timm.layers.QuickGELU),
 )
 TOKENWISE = (nn.Linear, nn.Identity, nn.Dropout, nn.LayerNorm, timm.layers.LayerNorm, *ACTIVATIONS)
+ACTIVATION_MODULE = "transformers.activations"  # Hugging Face's own: functions of single numbers
 
 
-def tokens_at_a_time(module: nn.Module, x: Tensor) -> int | None:
-    """How many of the tokens x [..., C] make a part; None to leave them together."""
+def is_tokenwise(layer: nn.Module) -> bool:
+    """Whether a layer is known to look at one token at a time."""
+    return source_type(layer) in TOKENWISE or type(layer).__module__ == ACTIVATION_MODULE
+
+
+def tokens_at_a_time(layers: Sequence[nn.Module], x: Tensor) -> int | None:
+    """How many of the tokens x [..., C] make a part for layers that they go through; None to leave them together."""
     if torch.is_grad_enabled() or x.device.type != "cpu" or x.dim() < 2 or torch.compiler.is_compiling():
         return None
     if has_torch_function_unary(x) or transform_active() or torch.jit.is_tracing():
         return None
-    children = list(module.children())
-    if any(isinstance(child, nn.Dropout) and child.training and child.p > 0.0 for child in children):
+    if any(isinstance(layer, nn.Dropout) and layer.training and layer.p > 0.0 for layer in layers):
         return None  # it draws its mask in the order of calls
-    width = max((child.out_features for child in children if isinstance(child, nn.Linear)), default=0)
+    width = max((layer.out_features for layer in layers if isinstance(layer, nn.Linear)), default=0)
     token = width * x.element_size()  # bytes
     if x.numel() // max(x.shape[-1], 1) * token <= LARGE:
         return None
     return max(PART * torch.get_num_threads() // token, 1)
+
+
+def run_in_parts(run: Callable[[Tensor], Tensor], x: Tensor, tokens: int) -> Tensor:
+    """A function of single tokens x [..., C] on that many at a time."""
+    return torch.cat([run(part) for part in x.flatten(0, -2).split(tokens)]).unflatten(0, x.shape[:-1])
+
+
+def visible_reason(layers: Iterable[tuple[str, nn.Module]]) -> str | None:
+    """Why layers, by name, must be called once: one looks at several tokens, is not known, or its calls may be seen."""
+    for name, layer in layers:
+        if not is_tokenwise(layer):
+            return f"its {name} is a {type(layer).__name__}"
+        why = call_reason(layer)
+        if why is not None:
+            return f"its {name} {why}"
+    return None
 
 
 class ChunkedMlp(Replacement):
@@ -57,25 +79,16 @@ class ChunkedMlp(Replacement):
         if any(isinstance(child, nn.Conv2d) for child in module._modules.values()):
             return "it is made of convolutions"
         for name, child in module._modules.items():  # as its package makes it, where it was not changed since
-            if made_by_package(child) and source_type(child) not in TOKENWISE:
+            if made_by_package(child) and not is_tokenwise(child):
                 return f"its {name} is a {type(child).__name__}"
         device = next((parameter.device.type for parameter in module.parameters()), "cpu")
         return None if device in ("cpu", "meta") else f"on {device} parts would not be faster"
 
     @classmethod
     def unsupported_reason(cls, module: Any) -> str | None:
-        """A layer that looks at several tokens, is not known or whose calls may be seen."""
-        for name, child in module._modules.items():
-            if source_type(child) not in TOKENWISE:
-                return f"its {name} is a {type(child).__name__}"
-            why = call_reason(child)
-            if why is not None:
-                return f"its {name} {why}"
-        return None
+        return visible_reason(module._modules.items())
 
     def forward(self, x: Tensor) -> Tensor:
         run = super().forward  # type: ignore[misc]
-        tokens = tokens_at_a_time(self, x)  # type: ignore[arg-type]
-        if tokens is None or not self.can_run():
-            return run(x)
-        return torch.cat([run(part) for part in x.flatten(0, -2).split(tokens)]).unflatten(0, x.shape[:-1])
+        tokens = tokens_at_a_time(list(self.children()), x)  # type: ignore[attr-defined]
+        return run(x) if tokens is None or not self.can_run() else run_in_parts(run, x, tokens)

@@ -33,6 +33,14 @@ def _torchvision(*rows: tuple[Any, ...]) -> tuple[Family, ...]:
     return tuple(Family(f"torchvision.{row[0]}", *row[1:]) for row in rows)
 
 
+def _monai(*rows: tuple[Any, ...]) -> tuple[Family, ...]:
+    return tuple(Family(f"monai.networks.{row[0]}", *row[1:]) for row in rows)
+
+
+def _transformers(module: str, *rows: tuple[Any, ...]) -> tuple[Family, ...]:
+    return tuple(Family(f"transformers.models.{module}.{row[0]}", *row[1:]) for row in rows)
+
+
 ATTENTION = "window attention without copies of windows"
 PARTS = "inference on a CPU: tokens in parts that stay in the cache"
 MERGE = "neighbourhoods normalised and projected in one op"
@@ -86,7 +94,79 @@ FAMILIES: tuple[Family, ...] = (
         ),
         ("models.swin_transformer.PatchMerging", "torchvision_swin.FastTorchvisionPatchMerging", MERGE),
         ("models.swin_transformer.PatchMergingV2", None, POST_NORM),
+        (
+            "models.video.swin_transformer.ShiftedWindowAttention3d",
+            "torchvision_swin3d.FastShiftedWindowAttention3d",
+            ATTENTION,
+        ),
         ("ops.misc.MLP", "torchvision_swin.FastTorchvisionMLP", PARTS),
+    ),
+    *_transformers(
+        "swin.modeling_swin",
+        ("SwinLayer", "transformers_swin.FastSwinLayer", ATTENTION),
+        ("SwinPatchMerging", "transformers_swin.FastSwinPatchMerging", MERGE),
+        ("SwinMLP", "transformers_swin_mlp.FastSwinMLP", PARTS),
+    ),
+    *_transformers(
+        "donut.modeling_donut_swin",
+        ("DonutSwinLayer", "transformers_donut.FastDonutSwinLayer", ATTENTION),
+        ("DonutSwinPatchMerging", "transformers_donut.FastDonutSwinPatchMerging", MERGE),
+    ),
+    *_transformers(
+        "maskformer.modeling_maskformer_swin",
+        ("MaskFormerSwinLayer", "transformers_maskformer.FastMaskFormerSwinLayer", ATTENTION),
+        ("MaskFormerSwinPatchMerging", "transformers_maskformer.FastMaskFormerSwinPatchMerging", MERGE),
+    ),
+    *_transformers(
+        "clap.modeling_clap",
+        ("ClapAudioLayer", "transformers_clap.FastClapAudioLayer", ATTENTION),
+        ("ClapAudioPatchMerging", "transformers_clap.FastClapAudioPatchMerging", MERGE),
+    ),
+    *_transformers(
+        "swinv2.modeling_swinv2",
+        ("Swinv2Layer", "transformers_swinv2.FastSwinv2Layer", ATTENTION),
+        ("Swinv2PatchMerging", None, POST_NORM),
+    ),
+    *_transformers(
+        "swin2sr.modeling_swin2sr",
+        ("Swin2SRLayer", "transformers_swin2sr.FastSwin2SRLayer", ATTENTION),
+    ),
+    *_transformers(
+        "florence2.modeling_florence2",
+        ("Florence2VisionWindowAttention", "transformers_florence2.FastFlorence2VisionWindowAttention", ATTENTION),
+        ("Florence2VisionMLP", "transformers_florence2.FastFlorence2VisionMLP", PARTS),
+    ),
+    *_transformers(
+        "hiera.modeling_hiera",
+        ("HieraMaskUnitAttention", "transformers_hiera.FastHieraMaskUnitAttention", ATTENTION),
+        ("HieraMlp", "transformers_hiera.FastHieraMlp", PARTS),
+    ),
+    *_transformers(
+        "sam2.modeling_sam2",
+        ("Sam2MultiScaleBlock", "transformers_sam2.FastSam2MultiScaleBlock", ATTENTION),
+    ),
+    *_transformers(
+        "vitdet.modeling_vitdet",
+        ("VitDetLayer", "transformers_vitdet.FastVitDetLayer", ATTENTION),
+    ),
+    *_transformers(
+        "segformer.modeling_segformer",
+        ("SegformerOverlapPatchEmbeddings", "transformers_segformer.FastSegformerOverlapPatchEmbeddings", EMBED),
+    ),
+    *_transformers(
+        "pvt_v2.modeling_pvt_v2",
+        ("PvtV2OverlapPatchEmbeddings", "transformers_pvt_v2.FastPvtV2OverlapPatchEmbeddings", EMBED),
+    ),
+    *_transformers(
+        "glpn.modeling_glpn",
+        ("GLPNOverlapPatchEmbeddings", "transformers_glpn.FastGLPNOverlapPatchEmbeddings", EMBED),
+    ),
+    *_monai(
+        ("nets.swin_unetr.SwinTransformerBlock", "monai_swin_unetr.FastSwinUNETRBlock", ATTENTION),
+        ("nets.swin_unetr.BasicLayer", "monai_swin_unetr.FastSwinUNETRStage", "no mask is made"),
+        ("nets.swin_unetr.PatchMerging", "monai_swin_unetr.FastSwinUNETRPatchMerging", f"of images: {MERGE}"),
+        ("nets.swin_unetr.PatchMergingV2", "monai_swin_unetr.FastSwinUNETRPatchMergingV2", f"of images: {MERGE}"),
+        ("blocks.mlp.MLPBlock", "monai_swin_unetr.FastMonaiMLP", PARTS),
     ),
     Family("cell_operations.TransformerBlock", "asvit_original.FastAuthorsTransformerBlock", ATTENTION),
     Family("cell_operations.PatchMerging", "asvit_original.FastAuthorsPatchMerging", MERGE),

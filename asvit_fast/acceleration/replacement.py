@@ -12,7 +12,8 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import FunctionType
 from typing import Any, ClassVar
 
@@ -41,10 +42,11 @@ GLOBAL_HOOKS = (
     torch_module._global_backward_pre_hooks,
     torch_module._global_backward_hooks,
 )
+COLLECTS = "transformers.utils.output_capturing"
 DROPOUT = "attention dropout has no kernel"
 LINEAR, DROP, SOFTMAX = (nn.Linear,), (nn.Dropout,), (nn.Softmax,)
 PLAIN = (nn.Parameter, Tensor, FakeTensor)
-WEIGHTED = (nn.Linear, nn.Conv2d, nn.LayerNorm)
+WEIGHTED = (nn.Linear, nn.Conv2d, nn.Conv3d, nn.LayerNorm)
 Names = tuple[str, ...]
 Parts = Mapping[str, tuple[type, ...]]
 
@@ -56,7 +58,9 @@ class Replacement:
     ops: ClassVar[Names] = ()  # that do the work; empty where it is done by torch's own
     parts: ClassVar[Parts] = {}  # submodules that are not called, by path: the classes that they must have exactly
     reads: ClassVar[Names] = ()  # attributes, by path, that another version of the package may not have
-    bypassed: ClassVar[Names] = ()  # methods of the source that only its own version of a method calls
+    bypassed: ClassVar[
+        Names
+    ] = ()  # methods, in some versions of the source, that only its own version of a method calls
     __jit_unused_properties__: ClassVar[list[str]] = ["qconfig"]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -153,9 +157,9 @@ def source_type(module: object) -> type:
 
 
 def made_by_package(module: object) -> bool:
-    """Whether a module is of a class that torch.nn or timm have for networks: nobody put it there afterwards to adapt,
-    quantise or wrap something."""
-    return type(module).__module__.startswith(("torch.nn.modules.", "timm.", "torchvision."))
+    """Whether a module is of a class that torch.nn or a known package has for networks: nobody put it there afterwards to
+    adapt, quantise or wrap something."""
+    return type(module).__module__.startswith(("torch.nn.modules.", "timm.", "torchvision.", "transformers.", "monai."))
 
 
 # --------------------------------------------------------------------------- methods that were replaced
@@ -166,8 +170,8 @@ def overridden(replacement: Any) -> frozenset[str]:
     """The methods of the source that do not run any more."""
     own = [kind for kind in replacement.__mro__ if issubclass(kind, Replacement) and kind is not Replacement]
     names = {name for kind in own for name, value in vars(kind).items() if inspect.isfunction(value)}
-    names = {name for name in names if hasattr(replacement.source, name) and not name.startswith("__")}
-    return frozenset(names | set(replacement.bypassed))
+    names = {name for name in names if not name.startswith("__")} | set(replacement.bypassed)
+    return frozenset(name for name in names if hasattr(replacement.source, name))
 
 
 @functools.cache
@@ -179,6 +183,7 @@ def _bypassed_methods(replacement: Any) -> tuple[tuple[type, str], ...]:
 
 
 _original_methods: set[Any] = set()  # functions that were seen to be those of their class
+DECORATES = "transformers.modeling_layers"  # whose layers wrap the forward of every class derived from them
 
 
 def _is_original(kind: type, name: str) -> bool:
@@ -187,7 +192,9 @@ def _is_original(kind: type, name: str) -> bool:
     if method in _original_methods:
         return True
     owner = next(base for base in kind.__mro__ if name in vars(base))
-    if not isinstance(method, FunctionType) or hasattr(method, "__wrapped__"):
+    if not isinstance(method, FunctionType):
+        return False
+    if hasattr(method, "__wrapped__") and method.__globals__["__name__"] != DECORATES:
         return False
     if (method.__module__, method.__qualname__) != (owner.__module__, f"{owner.__qualname__}.{name}"):
         return False
@@ -265,10 +272,19 @@ def counts_modules() -> bool:
     return len(hooks) > 0 and all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)
 
 
+def _collects_nothing(hook: Any) -> bool:
+    """Whether a hook is one of those by which transformers collects outputs, and now collects none of a part: it stays
+    on a module once any output was asked for."""
+    if getattr(hook, "__module__", None) != COLLECTS:
+        return False
+    return "attentions" not in (sys.modules[COLLECTS]._active_collector.get() or ())
+
+
 def hook_reason(module: nn.Module) -> str | None:
     """Why calling the module does more than its ``forward``."""
     for attribute, kind in HOOKS.items():
-        if getattr(module, attribute):
+        hooks = getattr(module, attribute)
+        if hooks and not all(map(_collects_nothing, hooks.values())):
             return f"has a {kind}"
     return None
 
@@ -337,14 +353,14 @@ def project(layer: Any, x: Tensor) -> Tensor:
     return linear(x, layer.weight, layer.bias)
 
 
-def divides(window: tuple[int, int], x: Tensor) -> bool:
-    """Whether windows divide a map [B, H, W, C]."""
-    return window_padding(x.shape[1], window[0]) == 0 and window_padding(x.shape[2], window[1]) == 0
+def divides(window: Sequence[int], x: Tensor) -> bool:
+    """Whether windows divide a map [B, *size, C]."""
+    return all(window_padding(n, w) == 0 for n, w in zip(x.shape[1:-1], window, strict=True))
 
 
-def padding_token(bias: Tensor | None, x: Tensor, window: tuple[int, int]) -> Tensor | None:
+def padding_token(bias: Tensor | None, x: Tensor, window: Sequence[int]) -> Tensor | None:
     """Projection of a token of zeros by a layer with that bias: [channels], or None if it is zeros or windows divide
-    the map x [B, H, W, C]."""
+    the map x [B, *size, C]."""
     return None if divides(window, x) else bias
 
 
@@ -369,14 +385,14 @@ def _warn_dropout() -> None:
 
 
 def window_dropout(
-    x: Tensor, probability: float, window: tuple[int, int], shift: tuple[int, int] = (0, 0), layout: str = "timm"
+    x: Tensor, probability: float, window: Sequence[int], shift: Sequence[int], layout: str = "timm"
 ) -> Tensor:
-    """Dropout of a map x [B, H, W, C] with the mask that its windows [B*windows, tokens, C] would draw."""
+    """Dropout of a map x [B, *size, C] with the mask that its windows [B*windows, tokens, C] would draw."""
     if probability == 0.0:
         return x
-    size = [x.shape[1], x.shape[2]]
+    size = list(x.shape[1:-1])
     windows = math.prod((n + window_padding(n, w)) // w for n, w in zip(size, window, strict=True))
-    ones = x.new_ones(x.shape[0] * windows, window[0] * window[1], x.shape[3])
+    ones = x.new_ones(x.shape[0] * windows, math.prod(window), x.shape[-1])
     mask = F.dropout(ones, probability).unflatten(0, (x.shape[0], windows))  # [B, windows, tokens, C]
     return x * merge_windows(mask, size, list(window), list(shift), layout)
 
@@ -391,14 +407,21 @@ def by_projection(qkv: Tensor, num_heads: int) -> Tensor:
     return qkv.unflatten(-1, (num_heads, 3, -1)).transpose(-3, -2).flatten(-3)
 
 
-def cosine_attention(qkv: Tensor, num_heads: int, logit_scale: Tensor) -> Tensor:
-    """Queries and keys of unit length, queries times their head's factor: softmax attention of scale 1 is cosine
-    attention then (Swin V2, arXiv 2111.09883, equation 2).
+# --------------------------------------------------------------------------- cosine attention
 
-    Args:
-        qkv: [..., 3*heads*d]. logit_scale: the logarithm of the factors, any shape with one number per head.
-    """
-    qkv = qkv.unflatten(-1, (3, num_heads, -1))
-    factor = logit_scale.flatten().clamp(max=math.log(100.0)).exp().unsqueeze(1)  # [heads, 1]
-    q, k = F.normalize(qkv[..., :2, :, :], dim=-1).unbind(-3)  # [..., heads, d]
-    return torch.stack([(q * factor).to(qkv.dtype), k.to(qkv.dtype), qkv[..., 2, :, :]], dim=-3).flatten(-3)
+
+def unit_heads(x: Tensor, num_heads: int) -> Tensor:
+    """Queries or keys [..., heads*d] with heads of unit length, whose products are cosines (Swin V2, arXiv 2111.09883,
+    equation 2)."""
+    return F.normalize(x.unflatten(-1, (num_heads, -1)), dim=-1).to(x.dtype).flatten(-2)
+
+
+def cosine_projections(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys of unit length and values, [..., heads*d] each, of qkv [..., 3*heads*d]."""
+    q, k, v = qkv.chunk(3, -1)
+    return unit_heads(q, num_heads), unit_heads(k, num_heads), v
+
+
+def cosine_scale(logit_scale: Tensor) -> Tensor:
+    """Factors on cosines, [heads], of their logarithms, any shape with one number per head."""
+    return logit_scale.flatten().clamp(max=math.log(100.0)).exp()

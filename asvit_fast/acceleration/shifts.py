@@ -18,8 +18,10 @@ _compared: Any = WeakTensorKeyDictionary()
 
 
 def window_reason(window: Sequence[int], shift: Sequence[int]) -> str | None:
-    """Why the op does not take windows and a shift, as pairs of numbers of tokens."""
-    if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in (window, shift)):
+    """Why the op does not take windows and a shift, as numbers of tokens along each of two or three axes."""
+    if not all(isinstance(lengths, (tuple, list)) for lengths in (window, shift)) or len(window) != len(shift):
+        return f"its windows are {window}, its shift {shift}"
+    if len(window) not in (2, 3):
         return f"its windows are {window}, its shift {shift}"
     if not all(0 <= s < w for s, w in zip(shift, window, strict=True)):
         return f"its shift {tuple(shift)} is not within its windows {tuple(window)}"
@@ -27,7 +29,7 @@ def window_reason(window: Sequence[int], shift: Sequence[int]) -> str | None:
 
 
 def mask_reason(mask: Tensor | None, size: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> str | None:
-    """Why a mask [windows, tokens, tokens] is not that of a shift of a map of `size` (rows, columns).
+    """Why a mask [windows, tokens, tokens] is not that of a shift of a map of `size`.
 
     Its numbers are compared once, and again after an operation in place.
     """

@@ -18,7 +18,8 @@ from .replacement import (
     SOFTMAX,
     Names,
     Parts,
-    cosine_attention,
+    cosine_projections,
+    cosine_scale,
     drop_probability,
     padding_token,
     project,
@@ -37,12 +38,12 @@ def _attend(block: Any, qkv: Tensor, qkv_bias: Tensor | None, position_bias: Cal
         position_bias: gives [heads, N, N].
     """
     attn, window, shift = block.attn, block.window_size, block.shift_size
-    heads, logit_scale = attn.num_heads, attn.logit_scale
+    heads, scale = attn.num_heads, cosine_scale(attn.logit_scale)
     padding = padding_token(qkv_bias, qkv, window)
     if padding is not None:
-        padding = cosine_attention(padding.to(qkv.dtype), heads, logit_scale)
-    qkv = cosine_attention(qkv, heads, logit_scale)
-    x = window_attention(qkv, heads, window, shift, position_bias(), 1.0, 0.0, "timm", padding)
+        padding = torch.cat(cosine_projections(padding.to(qkv.dtype), heads))
+    maps = cosine_projections(qkv, heads)  # [B, H, W, C] each
+    x = window_attention(maps, heads, window, shift, position_bias(), scale, 0.0, "timm", padding)
     return window_dropout(project(attn.proj, x), drop_probability(attn.proj_drop), window, shift)
 
 

@@ -11,7 +11,7 @@ from torchvision.models.swin_transformer import PatchMerging, ShiftedWindowAtten
 from torchvision.ops.misc import MLP
 
 from ..ops.linear import linear
-from ..ops.window_attention import window_attention
+from ..ops.window_attention import Projections, window_attention
 from ..ops.windows import window_padding
 from .chunked_mlp import ChunkedMlp
 from .merging import Merging
@@ -21,7 +21,8 @@ from .replacement import (
     Parts,
     Replacement,
     bypass_reason,
-    cosine_attention,
+    cosine_projections,
+    cosine_scale,
     drops,
     padding_token,
     project,
@@ -30,21 +31,29 @@ from .replacement import (
 from .shifts import window_reason
 
 
-def _shift(size: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> tuple[int, int]:
+def _shift(size: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> tuple[int, ...]:
     """No shift along an axis that a single window covers."""
-    rows, columns = (0 if w >= n + window_padding(n, w) else s for n, w, s in zip(size, window, shift, strict=True))
-    return rows, columns
+    return tuple(0 if w >= n + window_padding(n, w) else s for n, w, s in zip(size, window, shift, strict=True))
 
 
-def _attend(attention: Any, qkv: Tensor, padding: Tensor | None, bias: Tensor, scale: float) -> Tensor:
-    """Attention inside the windows of a map by a module of either version: qkv [B, H, W, 3*C] -> [B, H, W, C].
+def attend(
+    attention: Any,
+    qkv: Projections,
+    window: Sequence[int],
+    shift: Sequence[int],
+    bias: Tensor,
+    scale: float | Tensor,
+    padding: Tensor | None,
+) -> Tensor:
+    """Attention inside the windows of a map by a module of any version: qkv [B, *size, 3*C], or three times [B, *size,
+    C] -> [B, *size, C].
 
     Args:
-        padding: a token of padding in qkv, [3*C], or None.
         bias: of positions, [heads, N, N].
+        scale: one, or [heads].
+        padding: a token of padding in qkv, [3*C], or None.
     """
-    window = (attention.window_size[0], attention.window_size[1])
-    shift = _shift(qkv.shape[1:3], window, attention.shift_size)
+    window, shift = tuple(window), tuple(shift)
     x = window_attention(qkv, attention.num_heads, window, shift, bias, scale, 0.0, "torchvision", padding)
     probability = attention.dropout if attention.training else 0.0
     return window_dropout(project(attention.proj, x), probability, window, shift, "torchvision")
@@ -70,9 +79,11 @@ class FastShiftedWindowAttention(MapAttention, ShiftedWindowAttention):
     def forward(self, x: Tensor) -> Tensor:
         if not self.can_run() or drops(self.attention_dropout, self.training):
             return super().forward(x)
-        bias = self.get_relative_position_bias()[0]  # [heads, N, N]
-        padding = padding_token(self.qkv.bias, x, (self.window_size[0], self.window_size[1]))
-        return _attend(self, project(self.qkv, x), padding, bias, (x.shape[3] // self.num_heads) ** -0.5)
+        window, bias = self.window_size, self.get_relative_position_bias()[0]  # [heads, N, N]
+        shift = _shift(x.shape[1:3], window, self.shift_size)
+        scale = (x.shape[3] // self.num_heads) ** -0.5
+        padding = padding_token(self.qkv.bias, x, window)
+        return attend(self, project(self.qkv, x), window, shift, bias, scale, padding)
 
 
 class FastShiftedWindowAttentionV2(MapAttention, ShiftedWindowAttentionV2):
@@ -89,20 +100,23 @@ class FastShiftedWindowAttentionV2(MapAttention, ShiftedWindowAttentionV2):
             q, k, v = bias.chunk(3)
             bias = torch.cat([q, torch.zeros_like(k), v])
         qkv = linear(x, self.qkv.weight, bias)  # [B, H, W, 3*C]
-        logit_scale = self.logit_scale  # once, as it may be parametrized
-        padding = padding_token(bias, x, (self.window_size[0], self.window_size[1]))
+        window, shift = self.window_size, _shift(x.shape[1:3], self.window_size, self.shift_size)
+        padding = padding_token(bias, x, window)
         if padding is not None:
-            padding = cosine_attention(padding.to(qkv.dtype), self.num_heads, logit_scale)
-        return _attend(self, cosine_attention(qkv, self.num_heads, logit_scale), padding, position_bias, 1.0)
+            padding = torch.cat(cosine_projections(padding.to(qkv.dtype), self.num_heads))
+        maps, scale = cosine_projections(qkv, self.num_heads), cosine_scale(self.logit_scale)
+        return attend(self, maps, window, shift, position_bias, scale, padding)
 
 
 class FastTorchvisionPatchMerging(Merging, PatchMerging):
-    """[..., H, W, C] -> [..., ceil(H/2), ceil(W/2), 2*C]."""
+    """[..., H, W, C] -> [..., ceil(H/2), ceil(W/2), 2*C]: of a video, image by image."""
 
     parts: ClassVar[Parts] = {"norm": (nn.LayerNorm,), "reduction": LINEAR}
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._merge(x) if x.dim() == 4 and self.can_run() else super().forward(x)
+        if x.dim() < 4 or not self.can_run():
+            return super().forward(x)
+        return self._merge(x.flatten(0, -4)).unflatten(0, x.shape[:-3])
 
 
 class FastTorchvisionMLP(ChunkedMlp, MLP):

@@ -136,17 +136,21 @@ class Replacement:
         )
 
 
-_bound: dict[tuple[type, type], type[Replacement]] = {}
+_bound: dict[tuple[Any, ...], type[Replacement]] = {}
 
 
-def bound(replacement: type[Replacement], source: type[nn.Module]) -> type[Replacement]:
+def bound(
+    replacement: type[Replacement], source: type[nn.Module], parts: tuple[tuple[str, type], ...] = ()
+) -> type[Replacement]:
     """A replacement for the classes of one package is itself; one that can only be recognised when it is met, of code
-    that is no package, is derived from it here, once for each."""
+    that is no package, is derived from it here, once for each, with the classes of `parts` that were met."""
     if "source" in vars(replacement):
         return replacement
-    key = (replacement, source)
+    key = (replacement, source, parts)
     if key not in _bound:
-        _bound[key] = type(replacement.__name__, key, {"source": source})
+        known = {path: (kind,) for path, kind in parts}
+        members = {"source": source, "parts": {**known, **replacement.parts}}
+        _bound[key] = type(replacement.__name__, (replacement, source), members)
     return _bound[key]
 
 

@@ -3,7 +3,7 @@
 
 from . import models, nn, ops, scoring, taylor, training
 from ._version import __version__
-from .acceleration import accelerate, restore, verify
+from .acceleration import accelerate, check_replacement, restore, verify
 from .backends import use_backend
 from .environment import show_config
 from .errors import InputError
@@ -34,6 +34,7 @@ __all__ = [
     "TrainResult",
     "__version__",
     "accelerate",
+    "check_replacement",
     "convert_asvit_state_dict",
     "create_model",
     "curvature",

@@ -41,38 +41,29 @@ def build_dropout(config: Any) -> nn.Module:
     return timm.layers.DropPath(config.get("drop_prob", 0.0))
 
 
+KNOWN = {
+    "BaseModule": BaseModule,
+    "ModuleList": nn.ModuleList,
+    "build_norm_layer": build_norm_layer,
+    "build_dropout": build_dropout,
+    "to_2tuple": timm.layers.to_2tuple,
+    "trunc_normal_": timm.layers.trunc_normal_,
+    "Linear": nn.Linear,
+    "LayerNorm": nn.LayerNorm,
+    "digit_version": lambda text: tuple(int(part) for part in text.split("+")[0].split(".")[:2]),
+}
+
+
 class Named(types.ModuleType):
     """A module in which every name that is asked for is there."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        known = {
-            "BaseModule": BaseModule,
-            "ModuleList": nn.ModuleList,
-            "build_norm_layer": build_norm_layer,
-            "build_dropout": build_dropout,
-            "to_2tuple": timm.layers.to_2tuple,
-            "trunc_normal_": timm.layers.trunc_normal_,
-            "Linear": nn.Linear,
-            "LayerNorm": nn.LayerNorm,
-            "digest_version": None,
-            "digit_version": lambda text: tuple(int(part) for part in text.split("+")[0].split(".")[:2]),
-        }
-        return known.get(name, Registry() if name.isupper() else nn.Identity)
+        return KNOWN.get(name, Registry() if name.isupper() else nn.Identity)
 
 
 STANDS_IN = ("mmcv", "mmengine", "mmdet", "mmseg", "mmaction", "mmpretrain", "mmcls", "mmcv_custom", "basicsr")
-
-
-def _stand_in(name: str) -> None:
-    parts = name.split(".")
-    for end in range(1, len(parts) + 1):
-        parent = ".".join(parts[:end])
-        if parent not in sys.modules:
-            module = Named(parent)
-            module.__path__ = []
-            sys.modules[parent] = module
 
 
 class _Finder:
@@ -81,6 +72,10 @@ class _Finder:
     @staticmethod
     def find_spec(name: str, path: Any = None, target: Any = None) -> Any:
         if name.partition(".")[0] not in STANDS_IN and not name.startswith("of_checkout"):
+            return None
+        parent, _, leaf = name.rpartition(".")
+        if parent in sys.modules and leaf in KNOWN:  # installed, in another version
+            setattr(sys.modules[parent], leaf, KNOWN[leaf])
             return None
         return importlib.util.spec_from_loader(name, _Finder, is_package=True)
 

@@ -22,7 +22,7 @@ from .replacement import (
     window_dropout,
 )
 from .shifts import mask_reason, window_reason
-from .structure import Structural
+from .structure import Structural, Structure
 
 MAYBE_NORM = (nn.LayerNorm, nn.Identity)  # switch_norm exchanges them
 
@@ -41,7 +41,7 @@ class FastAuthorsTransformerBlock(Structural):
     ops = ("window_attention",)
 
     origin = f"{FILE}/cell_operations.py: TransformerBlock"
-    structure = {
+    structure: ClassVar[Structure] = {
         "": {"forward": ("6df0155108626bb0",)},
         "attn": {"forward": ("75e220575783d891",)},
         "attn.mat": {"forward": ("87d2978b742fac31",)},
@@ -90,7 +90,7 @@ class FastAuthorsPatchMerging(Structural):
 
     ops = ("patch_merge",)
     origin = f"{FILE}/cell_operations.py: PatchMerging"
-    structure = {"": {"forward": ("2c1845df68fcc1da",)}}
+    structure: ClassVar[Structure] = {"": {"forward": ("2c1845df68fcc1da",)}}
     reads = ("input_resolution", "kernel")
     parts: ClassVar[Parts] = {
         "norm": MAYBE_NORM,
@@ -113,7 +113,7 @@ class FastAuthorsPatchEmbed(Structural):
 
     ops = ("patch_embed",)
     origin = f"{FILE}/cell_infers/transformer.py: PatchEmbed"
-    structure = {"": {"forward": ("6aa0668e01c66847",)}}
+    structure: ClassVar[Structure] = {"": {"forward": ("6aa0668e01c66847",)}}
     reads = ("img_size",)
     parts: ClassVar[Parts] = {"proj": (nn.Conv2d,), "padding": (nn.ZeroPad2d,), "norm": (*MAYBE_NORM, type(None))}
 

@@ -1,5 +1,5 @@
-"""Replacements for transformers of image restoration: SwinIR (arXiv 2108.10257), HAT (arXiv 2205.04437) and SwinFIR (arXiv
-2208.11247), as in JingyunLiang/SwinIR, XPixelGroup/HAT and Zdafeng/SwinFIR."""
+"""Replacements for transformers of image restoration: SwinIR (arXiv 2108.10257), HAT (arXiv 2205.04437) and SwinFIR
+(arXiv 2208.11247), as in JingyunLiang/SwinIR, XPixelGroup/HAT and Zdafeng/SwinFIR."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..ops.window_attention import window_attention
 from .microsoft_swin import SIZED, SizedBlock
 from .replacement import LINEAR, SOFTMAX, Parts, bypass_reason, call_reason, divides, project
 from .shift_masks import OF_SHIFT, Mask, is_of_shift, mask_tensor
-from .structure import Structural
+from .structure import Structural, Structure
 from .swin_layers import (
     ATTENTION,
     INDEXED_ATTENTION,
@@ -33,7 +33,7 @@ class FastSwinIRBlock(SizedBlock):
     """Computes the attention of whole maps with the weights of its `attn`, and no mask for maps of other sizes."""
 
     origin = "JingyunLiang/SwinIR models/network_swinir.py: SwinTransformerBlock"
-    structure = {
+    structure: ClassVar[Structure] = {
         "": {"forward": ("e586397a8d75002a", "dc8dd5f2fae14a01")},
         "attn": {"forward": ATTENTION},
     }
@@ -54,7 +54,7 @@ class FastHybridAttentionBlock(SquareBlock):
     """Computes the attention of whole maps with the weights of its `attn`; tokens [B, H*W, C]."""
 
     origin = f"{HAT}: HAB"
-    structure = {"": {"forward": ("e63419b3c1ceb73f",)}, "attn": {"forward": INDEXED_ATTENTION}}
+    structure: ClassVar[Structure] = {"": {"forward": ("e63419b3c1ceb73f",)}, "attn": {"forward": INDEXED_ATTENTION}}
     reads = (
         *("window_size", "shift_size", "norm1", "norm2", "mlp", "drop_path", "conv_block", "conv_scale"),
         *attention_reads(),
@@ -75,12 +75,12 @@ class FastHybridAttentionBlock(SquareBlock):
 
 
 class FastOverlappingCrossAttention(Structural):
-    """Attention of windows to larger ones around them, of whole maps; tokens [B, H*W, C]. Beyond the map keys and values
-    are zeros, which are attended."""
+    """Attention of windows to larger ones around them, of whole maps; tokens [B, H*W, C]. Beyond the map keys and
+    values are zeros, which are attended."""
 
     ops = ("window_attention",)
     origin = f"{HAT}: OCAB"
-    structure = {"": {"forward": ("cd97062e58fe5621",)}}
+    structure: ClassVar[Structure] = {"": {"forward": ("cd97062e58fe5621",)}}
     reads = (
         *("window_size", "overlap_win_size", "num_heads", "dim", "scale", "relative_position_bias_table"),
         *("norm1", "norm2", "mlp"),
@@ -124,7 +124,7 @@ class FastHybridAttentionTransformer(Structural):
     """Computes no mask where its blocks need none."""
 
     origin = f"{HAT}: HAT"
-    structure = {"": {"forward_features": ("0aba97646b5d3f71",)}}
+    structure: ClassVar[Structure] = {"": {"forward_features": ("0aba97646b5d3f71",)}}
     reads = ("layers", "window_size", "shift_size", "calculate_mask")
 
     @classmethod

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .merging import Merging
 from .replacement import LINEAR, Parts, call_reason
 from .shift_masks import OF_SHIFT, Mask, is_of_shift, mask_tensor
-from .structure import Structural
+from .structure import Structural, Structure
 from .swin_layers import ATTENTION, SquareBlock, attend, attention_drops, attention_parts, attention_reads
 
 FILE = "SwinTransformer/Swin-Transformer-Object-Detection mmdet/models/backbones/swin_transformer.py"
@@ -26,7 +26,7 @@ class FastBackboneBlock(SquareBlock):
     """Computes the attention of whole maps with the weights of its `attn`; tokens [B, H*W, C]."""
 
     origin = f"{FILE}: SwinTransformerBlock"
-    structure = {"": {"forward": ("4a2b878f50ecf1cf",)}, "attn": {"forward": ATTENTION}}
+    structure: ClassVar[Structure] = {"": {"forward": ("4a2b878f50ecf1cf",)}, "attn": {"forward": ATTENTION}}
     reads = (
         *("H", "W", "window_size", "shift_size", "norm1", "norm2", "mlp", "drop_path"),
         *(*attention_reads(), "attn.relative_position_index"),
@@ -47,7 +47,7 @@ class FastBackboneStage(Structural):
     """Computes no mask where its blocks need none."""
 
     origin = f"{FILE}: BasicLayer"
-    structure = {"": {"forward": ("65d60a65c15ff5ed",)}}
+    structure: ClassVar[Structure] = {"": {"forward": ("65d60a65c15ff5ed",)}}
     reads = ("blocks", "downsample", "use_checkpoint", "window_size", "shift_size")
 
     @classmethod
@@ -72,7 +72,7 @@ class FastBackbonePatchMerging(Merging, Structural):
     """Tokens [B, H*W, C] -> [B, ceil(H/2)*ceil(W/2), 2*C]."""
 
     origin = f"{FILE}: PatchMerging"
-    structure = {"": {"forward": ("ad52b1b0c6d821fb",)}}
+    structure: ClassVar[Structure] = {"": {"forward": ("ad52b1b0c6d821fb",)}}
     parts: ClassVar[Parts] = {"norm": (nn.LayerNorm,), "reduction": LINEAR}
 
     def forward(self: Any, x: Tensor, H: int, W: int) -> Tensor:

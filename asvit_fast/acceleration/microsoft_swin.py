@@ -1,5 +1,5 @@
-"""Replacements for Microsoft's Swin Transformer (arXiv 2103.14030) and Swin V2 (arXiv 2111.09883) for images of one size,
-as in microsoft/Swin-Transformer."""
+"""Replacements for Microsoft's Swin Transformer (arXiv 2103.14030) and Swin V2 (arXiv 2111.09883) for images of one
+size, as in microsoft/Swin-Transformer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .embedding import Embedding
 from .merging import Merging
 from .replacement import LINEAR, Names, Parts, divides
 from .shifts import mask_reason
-from .structure import Structural
+from .structure import Structural, Structure
 from .swin_layers import (
     ATTENTION,
     COSINE_ATTENTION,
@@ -53,7 +53,7 @@ class FastMicrosoftSwinBlock(SizedBlock):
     """Computes the attention of whole maps with the weights of its `attn`."""
 
     origin = "microsoft/Swin-Transformer models/swin_transformer.py: SwinTransformerBlock"
-    structure = {
+    structure: ClassVar[Structure] = {
         "": {"forward": ("995c81d74cf60e8d", "52e9d8146a281673", "6018ace02eee3568")},
         "attn": {"forward": ATTENTION},
     }
@@ -72,7 +72,7 @@ class FastMicrosoftSwinV2Block(SizedBlock):
     """The same with cosine attention; it normalises after attention and feed-forward network."""
 
     origin = "microsoft/Swin-Transformer models/swin_transformer_v2.py: SwinTransformerBlock"
-    structure = {"": {"forward": ("4fccee5bb45a86b0",)}, "attn": {"forward": COSINE_ATTENTION}}
+    structure: ClassVar[Structure] = {"": {"forward": ("4fccee5bb45a86b0",)}, "attn": {"forward": COSINE_ATTENTION}}
     reads = (*SIZED, *cosine_reads())
 
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class FastMicrosoftPatchMerging(Merging, Structural):
     """Tokens [B, H*W, C] -> [B, H/2*W/2, 2*C]."""
 
     origin = "microsoft/Swin-Transformer models/swin_transformer.py: PatchMerging"
-    structure = {"": {"forward": ("28440ff9d8c50491",)}}
+    structure: ClassVar[Structure] = {"": {"forward": ("28440ff9d8c50491",)}}
     reads = ("input_resolution",)
     parts: ClassVar[Parts] = {"norm": (nn.LayerNorm,), "reduction": LINEAR}
 
@@ -103,7 +103,7 @@ class FastMicrosoftPatchEmbed(Embedding, Structural):
     """Images [B, Cin, H, W] of one size -> tokens [B, Ho*Wo, C]."""
 
     origin = "microsoft/Swin-Transformer models/swin_transformer.py: PatchEmbed"
-    structure = {"": {"forward": ("b4a984d79e08dbf0",)}}
+    structure: ClassVar[Structure] = {"": {"forward": ("b4a984d79e08dbf0",)}}
     reads = ("img_size",)
     parts: ClassVar[Parts] = {"proj": (nn.Conv2d,), "norm": (nn.LayerNorm,)}
 
@@ -121,5 +121,5 @@ class FastMicrosoftMlp(ChunkedMlp, Structural):
     """The feed-forward network of Swin Transformers and of what descends from them."""
 
     origin = "microsoft/Swin-Transformer models/swin_transformer.py: Mlp"
-    structure = {"": {"forward": ("b6bd3216a2413800",)}}
+    structure: ClassVar[Structure] = {"": {"forward": ("b6bd3216a2413800",)}}
     reads = ("fc1", "act", "fc2", "drop")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .replacement import Parts, bypass_reason
 from .shifts import window_reason
-from .structure import Structural
+from .structure import Structural, Structure
 from .swin_layers import (
     ATTENTION,
     COSINE_ATTENTION,
@@ -25,7 +25,7 @@ READS = ("window_size", "shift_size", "drop")
 
 
 class ShiftedWindows(Structural):
-    """Base class: an attention that cuts windows of tokens [B, H*W, C] for its `w_msa` and makes a mask with every call."""
+    """Base class: an attention that cuts windows of tokens [B, H*W, C] for its `w_msa`, and makes a mask every time."""
 
     ops = ("window_attention",)
     parts: ClassVar[Parts] = attention_parts("w_msa")
@@ -57,7 +57,7 @@ class FastShiftWindowMSA(ShiftedWindows):
     """That of backbones for detection and segmentation."""
 
     origin = "open-mmlab/mmdetection mmdet/models/backbones/swin.py: ShiftWindowMSA"
-    structure = {"": {"forward": ("0844ed98cd926e89",)}, "w_msa": {"forward": ATTENTION}}
+    structure: ClassVar[Structure] = {"": {"forward": ("0844ed98cd926e89",)}, "w_msa": {"forward": ATTENTION}}
     reads = (*READS, *attention_reads("w_msa"), "w_msa.relative_position_index")
 
 
@@ -74,7 +74,7 @@ class FastPretrainShiftWindowMSA(SmallMaps):
     """That of classifiers."""
 
     origin = "open-mmlab/mmpretrain mmpretrain/models/utils/attention.py: ShiftWindowMSA"
-    structure = {"": {"forward": ("b8b52b81b72fe9ab",)}, "w_msa": {"forward": ATTENTION}}
+    structure: ClassVar[Structure] = {"": {"forward": ("b8b52b81b72fe9ab",)}, "w_msa": {"forward": ATTENTION}}
     reads = (*READS, "pad_small_map", *attention_reads("w_msa"), "w_msa.relative_position_index")
 
 
@@ -82,6 +82,6 @@ class FastPretrainShiftWindowMSAV2(SmallMaps):
     """The same with cosine attention (Swin V2)."""
 
     origin = "open-mmlab/mmpretrain mmpretrain/models/utils/attention.py: ShiftWindowMSA of WindowMSAV2"
-    structure = {"": {"forward": ("b8b52b81b72fe9ab",)}, "w_msa": {"forward": COSINE_ATTENTION}}
+    structure: ClassVar[Structure] = {"": {"forward": ("b8b52b81b72fe9ab",)}, "w_msa": {"forward": COSINE_ATTENTION}}
     reads = (*READS, "pad_small_map", *cosine_reads("w_msa"))
     attend = staticmethod(attend_by_cosines)

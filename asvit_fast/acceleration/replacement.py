@@ -161,8 +161,8 @@ def source_type(module: object) -> type:
 
 
 def made_by_package(module: object) -> bool:
-    """Whether a module is of a class that torch.nn or a known package has for networks: nobody put it there afterwards to
-    adapt, quantise or wrap something."""
+    """Whether a module is of a class that torch.nn or a known package has for networks: nobody put it there afterwards
+    to adapt, quantise or wrap something."""
     return type(module).__module__.startswith(("torch.nn.modules.", "timm.", "torchvision.", "transformers.", "monai."))
 
 
@@ -223,7 +223,7 @@ def instance_patch_reason(module: nn.Module, methods: Iterable[str]) -> str | No
 
 
 @functools.cache
-def _names_in_code(kind: Any) -> frozenset[str]:
+def names_in_code(kind: Any) -> frozenset[str]:
     """Every name and string in the methods of a class: among them all that it registers."""
     names: set[str] = set()
     for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
@@ -236,7 +236,7 @@ def _names_in_code(kind: Any) -> frozenset[str]:
 
 def unknown_reason(module: nn.Module) -> str | None:
     """Why an instance is not in a state that its class makes: it has more, or lacks its weights."""
-    known = _names_in_code(source_type(module))
+    known = names_in_code(source_type(module))
     submodules = {} if isinstance(module, nn.Sequential) else module._modules
     for what, names in (("parameter", module._parameters), ("buffer", module._buffers), ("submodule", submodules)):
         for name in names:

@@ -29,12 +29,10 @@ def _warn(name: str, why: str) -> None:
     backends.notify_once((name, why), f"asvit_fast runs {name} as its source does: {why}")
 
 
-def is_of_shift(
-    name: str, mask: Mask, size: Sequence[int], window: Sequence[int], shift: Sequence[int]
-) -> bool:
+def is_of_shift(name: str, mask: Mask, size: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> bool:
     """Whether a mask that is handed to a block is that of its shift; if not, warns once for each class `name`.
 
-    Its numbers are compared with those of the shift, once for each tensor. While torch.compile traces they are not known.
+    Its numbers are compared with those of the shift, once for each tensor. torch.compile cannot see them.
     """
     if not any(shift) or isinstance(mask, _OfShift):
         return True
@@ -47,7 +45,9 @@ def is_of_shift(
     return why is None
 
 
-def mask_tensor(mask: Mask, size: Sequence[int], window: Sequence[int], shift: Sequence[int], x: Tensor) -> Tensor | None:
+def mask_tensor(
+    mask: Mask, size: Sequence[int], window: Sequence[int], shift: Sequence[int], x: Tensor
+) -> Tensor | None:
     """The mask as the source of a block has it, on the device of x."""
     if not isinstance(mask, _OfShift):
         return mask

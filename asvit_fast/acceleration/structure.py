@@ -61,7 +61,9 @@ def _has(module: nn.Module, path: str) -> bool:
 
 def looks_like(replacement: type[Structural], module: nn.Module) -> bool:
     """Whether a module has the attributes of those that a replacement stands for."""
-    return all(_has(module, path) for path in (*replacement.reads, *replacement.parts, *filter(None, replacement.structure)))
+    return all(
+        _has(module, path) for path in (*replacement.reads, *replacement.parts, *filter(None, replacement.structure))
+    )
 
 
 @functools.cache

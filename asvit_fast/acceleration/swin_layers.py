@@ -1,5 +1,5 @@
-"""What the descendants of Microsoft's Swin Transformer have in common, whose code people copy: attention with one Linear
-layer for queries, keys and values, a table of position biases and the index of every pair in it."""
+"""What the descendants of Microsoft's Swin Transformer have in common, whose code people copy: attention with one
+Linear layer for queries, keys and values, a table of position biases and the index of every pair in it."""
 
 from __future__ import annotations
 
@@ -90,9 +90,7 @@ def _windowed(attn: Any, maps: Projections, window: Sequence[int], shift: Sequen
     return window_dropout(project(attn.proj, x), drop_probability(attn.proj_drop), window, shift, LAYOUT)
 
 
-def attend(
-    attn: Any, x: Tensor, window: Sequence[int], shift: Sequence[int], index: Tensor | None = None
-) -> Tensor:
+def attend(attn: Any, x: Tensor, window: Sequence[int], shift: Sequence[int], index: Tensor | None = None) -> Tensor:
     """A map [B, *size, C] -> the same; windows that were clipped to the map have the first rows of the index."""
     tokens = math.prod(window)
     if index is None:

@@ -174,12 +174,11 @@ class _Writer:
     def on_Attribute(self, node: ast.Attribute) -> str:
         """An attribute; a method of the class itself is part of what its caller does."""
         owner = node.value
-        if isinstance(owner, ast.Name) and owner.id not in self.local:
-            if owner.id == self.first or self.known.get(owner.id) in self.kind.__mro__:
-                written = self.attribute(inspect.getattr_static(self.kind, node.attr, None))
-                if written is not None:
-                    return f"<method {written}>"
-        return self.plain(node)
+        if not isinstance(owner, ast.Name) or owner.id in self.local:
+            return self.plain(node)
+        own = owner.id == self.first or any(self.known.get(owner.id) is kind for kind in self.kind.__mro__)
+        written = self.attribute(inspect.getattr_static(self.kind, node.attr, None)) if own else None
+        return self.plain(node) if written is None else f"<method {written}>"
 
     def on_Call(self, node: ast.Call) -> str:
         if isinstance(node.func, ast.Name) and node.func.id == "super":

@@ -12,13 +12,15 @@ from .microsoft_detection import blocks_reason
 from .replacement import LINEAR, Parts, bypass_reason
 from .shift_masks import OF_SHIFT, Mask, is_of_shift, mask_tensor
 from .shifts import window_reason
-from .structure import Structural
+from .structure import Structural, Structure
 from .swin_layers import attend, attention_drops, attention_parts, attention_reads, attention_reason
 
 FILE = "SwinTransformer/Video-Swin-Transformer mmaction/models/backbones/swin_transformer.py"
 
 
-def clipped(size: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def clipped(
+    size: Sequence[int], window: Sequence[int], shift: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Windows that are not larger than the map; no shift along an axis that one covers."""
     fitting = tuple(min(n, w) for n, w in zip(size, window, strict=True))
     return fitting, tuple(0 if n <= w else s for n, w, s in zip(size, window, shift, strict=True))
@@ -29,7 +31,10 @@ class FastVideoSwinBlock(Structural):
 
     ops = ("window_attention",)
     origin = f"{FILE}: SwinTransformerBlock3D"
-    structure = {"": {"forward_part1": ("da47a017ddf2bc1c",)}, "attn": {"forward": ("db4afdc024fa8dec",)}}
+    structure: ClassVar[Structure] = {
+        "": {"forward_part1": ("da47a017ddf2bc1c",)},
+        "attn": {"forward": ("db4afdc024fa8dec",)},
+    }
     reads = ("window_size", "shift_size", "norm1", *attention_reads(), "attn.relative_position_index")
     parts: ClassVar[Parts] = attention_parts()
 
@@ -52,7 +57,7 @@ class FastVideoSwinStage(Structural):
     """Computes no mask where its blocks need none; [B, C, D, H, W] -> the same, or merged."""
 
     origin = f"{FILE}: BasicLayer"
-    structure = {"": {"forward": ("7ef7487fd9c63bc3",)}}
+    structure: ClassVar[Structure] = {"": {"forward": ("7ef7487fd9c63bc3",)}}
     reads = ("blocks", "downsample", "window_size", "shift_size")
 
     @classmethod
@@ -80,7 +85,7 @@ class FastVideoPatchMerging(Merging, Structural):
     """[B, D, H, W, C] -> [B, D, ceil(H/2), ceil(W/2), 2*C], image by image."""
 
     origin = f"{FILE}: PatchMerging"
-    structure = {"": {"forward": ("5c93830878f4d781",)}}
+    structure: ClassVar[Structure] = {"": {"forward": ("5c93830878f4d781",)}}
     parts: ClassVar[Parts] = {"norm": (nn.LayerNorm,), "reduction": LINEAR}
 
     def forward(self: Any, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.h)
 CLANG_FORMAT := $(filter %.cpp %.h %.cu,$(SOURCES)) $(wildcard tests/cuda_on_cpu/*.* tests/cuda_on_cpu/cuda/*.h)
 
-.PHONY: install demo test test-threads test-slow test-oldest sanitize kernel-report lint format bench clean
+.PHONY: install demo test test-threads test-integrations test-slow test-oldest sanitize kernel-report lint format bench clean
 
 install: $(VENV)/.installed
 
@@ -37,6 +37,15 @@ test-threads: install
 	OMP_NUM_THREADS=2 $(BIN)/pytest $(wildcard tests/test_*_taylor.py) $(addprefix tests/,test_window_attention.py \
 		test_patch_embed.py test_patch_merge.py test_linear.py test_ntk.py test_scoring.py test_scoring_parts.py) \
 		-k "not opcheck and not interpret"
+
+# networks of other libraries, which are installed for this only: the extra [integrations]
+$(VENV)/.integrations: $(VENV)/.installed pyproject.toml
+	$(BIN)/python -c 'import tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+		print(*extras["integrations"])' | xargs $(BIN)/python -m pip install --progress-bar off
+	@touch $@
+
+test-integrations: $(VENV)/.integrations
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(addprefix tests/test_accelerate_,transformers.py monai.py) $(PYTEST_ARGS)
 
 # what `make test` leaves out
 test-slow: install

@@ -92,6 +92,15 @@ def test_nothing_but_rounding_in_float64(name: str) -> None:
             torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-9)
 
 
+def test_autocast() -> None:
+    make, shape, _ = MODELS["volumes padded"]
+    model = prepared(make)
+    af.accelerate(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = af.verify(model, sample(shape), rows=0)
+    assert result.ok, result.table()
+
+
 def test_every_family_is_tested() -> None:
     tested = set().union(*(classes for _, _, classes in MODELS.values()))
     families = [family for family in FAMILIES if family.source.startswith("monai.") and family.replacement]

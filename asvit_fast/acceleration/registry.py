@@ -69,6 +69,9 @@ MERGE = "neighbourhoods normalised and projected in one op"
 NO_MASK = "no mask is made"
 PRODUCT = "float32 on a CPU: products by oneDNN"
 EMBED = "convolution and LayerNorm in one op"
+SMALL = "below 1 percent of the network's time"
+CUT_ONCE = "windows are cut once for the whole network, with torch's fused attention inside"
+QUERY_BIAS = "its bias depends on the query (decomposed relative positions)"
 POST_NORM = "it normalises after the projection: nothing to fuse"
 FAMILIES: tuple[Family, ...] = (
     *_timm(
@@ -99,12 +102,12 @@ FAMILIES: tuple[Family, ...] = (
     *_timm(
         "davit",
         ("SpatialBlock", "timm_davit.FastSpatialBlock", ATTENTION),
-        ("Stem", None, "below 1 percent of the network's time"),
+        ("Stem", None, SMALL),
     ),
     *_timm("twins", ("LocallyGroupedAttn", "timm_twins.FastLocallyGroupedAttn", ATTENTION)),
     *_timm("nest", ("Attention", "timm_nest.FastNestAttention", ATTENTION)),
     *_timm("pvt_v2", ("OverlapPatchEmbed", "timm_pvt.FastOverlapPatchEmbed", EMBED)),
-    *_timm("convnext", ("ConvNeXt", None, "its stem: below 1 percent of the network's time")),
+    *_timm("convnext", ("ConvNeXt", None, f"its stem: {SMALL}")),
     Family("timm.layers.patch_embed.PatchEmbed", "timm_layers.FastPatchEmbed", EMBED),
     Family("timm.layers.mlp.Mlp", "timm_layers.FastMlp", PARTS),
     Family("torch.nn.modules.linear.Linear", "torch_linear.FastLinear", PRODUCT),
@@ -122,6 +125,7 @@ FAMILIES: tuple[Family, ...] = (
             "torchvision_swin3d.FastShiftedWindowAttention3d",
             ATTENTION,
         ),
+        ("models.video.swin_transformer.PatchEmbed3d", None, SMALL),
         ("ops.misc.MLP", "torchvision_swin.FastTorchvisionMLP", PARTS),
     ),
     *_transformers(
@@ -129,6 +133,7 @@ FAMILIES: tuple[Family, ...] = (
         ("SwinLayer", "transformers_swin.FastSwinLayer", ATTENTION),
         ("SwinPatchMerging", "transformers_swin.FastSwinPatchMerging", MERGE),
         ("SwinMLP", "transformers_swin_mlp.FastSwinMLP", PARTS),
+        ("SwinEmbeddings", None, SMALL),
     ),
     *_transformers(
         "donut.modeling_donut_swin",
@@ -184,11 +189,27 @@ FAMILIES: tuple[Family, ...] = (
         "glpn.modeling_glpn",
         ("GLPNOverlapPatchEmbeddings", "transformers_glpn.FastGLPNOverlapPatchEmbeddings", EMBED),
     ),
+    *(
+        Family(f"transformers.models.{source}", None, QUERY_BIAS)
+        for source in (
+            *("sam.modeling_sam.SamVisionLayer", "sam_hq.modeling_sam_hq.SamHQVisionLayer"),
+            *("got_ocr2.modeling_got_ocr2.GotOcr2VisionLayer", "slanext.modeling_slanext.SLANeXtVisionLayer"),
+            "pp_formulanet.modeling_pp_formulanet.PPFormulaNetVisionLayer",
+            "deepseek_ocr2.modeling_deepseek_ocr2.DeepseekOcr2SamVisionLayer",
+            "unlimited_ocr.modeling_unlimited_ocr.UnlimitedOcrSamVisionLayer",
+        )
+    ),
+    *_transformers(
+        "sam3.modeling_sam3", ("Sam3ViTLayer", None, "rotary positions within windows, which the op has not")
+    ),
+    *_transformers("rf_detr.modeling_rf_detr", ("RfDetrDinov2Layer", None, CUT_ONCE)),
+    *_transformers("lw_detr.modeling_lw_detr", ("LwDetrViTLayer", None, CUT_ONCE)),
     *_monai(
         ("nets.swin_unetr.SwinTransformerBlock", "monai_swin_unetr.FastSwinUNETRBlock", ATTENTION),
         ("nets.swin_unetr.BasicLayer", "monai_swin_unetr.FastSwinUNETRStage", NO_MASK),
         ("nets.swin_unetr.PatchMerging", "monai_swin_unetr.FastSwinUNETRPatchMerging", f"of images: {MERGE}"),
         ("nets.swin_unetr.PatchMergingV2", "monai_swin_unetr.FastSwinUNETRPatchMergingV2", f"of images: {MERGE}"),
+        ("blocks.patchembedding.PatchEmbed", None, SMALL),
         ("blocks.mlp.MLPBlock", "monai_swin_unetr.FastMonaiMLP", PARTS),
     ),
     *_structures(

@@ -47,6 +47,7 @@ DROPOUT = "attention dropout has no kernel"
 LINEAR, DROP, SOFTMAX = (nn.Linear,), (nn.Dropout,), (nn.Softmax,)
 PLAIN = (nn.Parameter, Tensor, FakeTensor)
 WEIGHTED = (nn.Linear, nn.Conv2d, nn.Conv3d, nn.LayerNorm)
+PACKAGES = ("torch.nn.modules.", "timm.", "torchvision.", "transformers.", "monai.")
 Names = tuple[str, ...]
 Parts = Mapping[str, tuple[type, ...]]
 
@@ -163,7 +164,7 @@ def source_type(module: object) -> type:
 def made_by_package(module: object) -> bool:
     """Whether a module is of a class that torch.nn or a known package has for networks: nobody put it there afterwards
     to adapt, quantise or wrap something."""
-    return type(module).__module__.startswith(("torch.nn.modules.", "timm.", "torchvision.", "transformers.", "monai."))
+    return type(module).__module__.startswith(PACKAGES)
 
 
 # --------------------------------------------------------------------------- methods that were replaced

@@ -151,7 +151,8 @@ def accelerate(model: nn.Module, strict: bool = False) -> Report:
     parametrization, another class than expected (adapters, quantised layers), a method of its own; and where no kernel
     runs here. What turns up later, such as a hook, another mask or shift, or attention dropout in training, makes the
     module run as its package does at that call, with one warning (``FallbackWarning``); torch.compile looks at the
-    numbers of a mask when it compiles. No module is called here and no property read.
+    numbers of a mask when it compiles. Attention weights that are asked for (``output_attentions``) are the source's.
+    No module is called here and no property read.
 
     Args:
         model: any model of timm, torchvision, transformers, MONAI, code that is no package or your own; its modules are

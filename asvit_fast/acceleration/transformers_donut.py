@@ -1,4 +1,5 @@
-"""Replacements for the Swin Transformer of Donut (arXiv 2111.15664) and Nougat (arXiv 2308.13418) in Hugging Face's transformers."""
+"""Replacements for the Swin Transformer of Donut (arXiv 2111.15664) and Nougat (arXiv 2308.13418) in Hugging Face's
+transformers."""
 
 from __future__ import annotations
 

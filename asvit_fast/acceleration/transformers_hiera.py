@@ -1,5 +1,5 @@
-"""Replacements for Hiera (arXiv 2306.00989) in Hugging Face's transformers, whose windows are the columns of a matrix of
-tokens."""
+"""Replacements for Hiera (arXiv 2306.00989) in Hugging Face's transformers, whose windows are the columns of a matrix
+of tokens."""
 
 from __future__ import annotations
 

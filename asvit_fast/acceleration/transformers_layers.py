@@ -7,13 +7,16 @@ its ``forward`` is replaced as a whole, so that maps are neither padded, rolled 
 from __future__ import annotations
 
 import inspect
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends
 from ..ops.window_attention import window_attention
+from ..ops.windows import window_padding
 from .chunked_mlp import run_in_parts, tokens_at_a_time, visible_reason
 from .merging import Merging
 from .replacement import (
@@ -36,6 +39,7 @@ from .replacement import (
 from .shifts import window_reason
 
 LAYOUT = "torchvision"  # maps are padded, then rolled
+Layers = tuple[Any, Any, Any]  # Linear layers for queries, keys and values
 IMPLEMENTATIONS = (None, "eager", "sdpa")  # of attention, that compute the same
 
 
@@ -59,8 +63,14 @@ def implementation_reason(attention: Any) -> str | None:
     return "its attention is causal" if attention.is_causal else None
 
 
-def zeros_token(*layers: Any) -> Tensor | None:
-    """What Linear layers q, k and v make of a token of zeros: [3*C], or None if it is zeros."""
+def project_each(layers: Layers, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of a map x [*, K]: [*, C] each."""
+    q, k, v = layers
+    return project(q, x), project(k, x), project(v, x)
+
+
+def zeros_token(layers: Layers) -> Tensor | None:
+    """What layers for queries, keys and values make of a token of zeros: [3*C], or None if it is zeros."""
     given = next((layer.bias for layer in layers if layer.bias is not None), None)
     if given is None:
         return None
@@ -78,6 +88,7 @@ class WindowLayer(Replacement):
     ops = ("window_attention",)
     reads: ClassVar[Names] = ("window_size", "shift_size", "layernorm_before", "layernorm_after", "drop_path")
     bypassed = ("get_attn_mask", "maybe_pad", "cyclic_shift")
+    attention_windows: ClassVar[str] = ""  # path of the sides of windows that the attention has a bias for
     options: ClassVar[Names] = ()  # names of the arguments of ``forward`` after tokens and the size of the map
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -86,17 +97,13 @@ class WindowLayer(Replacement):
             cls.options = tuple(inspect.signature(cls.source.forward).parameters)[3:]
 
     @classmethod
-    def _attention_windows(cls, module: Any) -> tuple[int, ...]:
-        """Sides of the windows that the attention has a bias for."""
-        raise NotImplementedError
-
-    @classmethod
     def unsupported_reason(cls, module: Any) -> str | None:
         window, shift = (module.window_size,) * 2, (module.shift_size,) * 2
-        why = bypass_reason(module, cls.bypassed_parts()) or window_reason(window, shift)
-        if why is None and window != tuple(cls._attention_windows(module)):
-            why = f"its windows are {window}, those of its attention {tuple(cls._attention_windows(module))}"
-        return why
+        why = bypass_reason(module, cls.parts) or window_reason(window, shift)
+        if why is not None:
+            return why
+        known = tuple(attrgetter(cls.attention_windows)(module))
+        return None if window == known else f"its windows are {window}, those of its attention {known}"
 
     def _can_attend(self: Any, size: tuple[int, int], options: dict[str, Any]) -> bool:
         """Whether attention may run in one op on a map of that size, called with these options."""
@@ -121,6 +128,7 @@ class SplitLayer(WindowLayer):
     """A layer whose attention is made of `self` and `output`, its feed-forward network of `intermediate` and `output`,
     as most of the library's are."""
 
+    attention_windows = "attention.self.window_size"
     reads: ClassVar[Names] = (
         *(*SPLIT_READS, "attention.self.attention_head_size"),
         *("attention.self.relative_position_bias_table", "attention.self.relative_position_index"),
@@ -134,10 +142,6 @@ class SplitLayer(WindowLayer):
         classes = {"attention": (attention,), "attention.self": (of_windows,), "attention.output": (output,)}
         return {**classes, **layers, **dropouts, "attention.output.dense": LINEAR}
 
-    @classmethod
-    def _attention_windows(cls, module: Any) -> tuple[int, ...]:
-        return module.attention.self.window_size
-
     def _attention_drops(self: Any) -> bool:
         attention = self.attention
         return any(drops(part.p, part.training) for part in (attention.self.dropout, attention.output.dropout))
@@ -146,8 +150,8 @@ class SplitLayer(WindowLayer):
         """A map [B, H, W, C] -> the same."""
         attention, window, shift = self.attention.self, (self.window_size,) * 2, (self.shift_size,) * 2
         layers = attention.query, attention.key, attention.value
-        maps = tuple(project(layer, x) for layer in layers)  # [B, H, W, C] each
-        padding = None if divides(window, x) else zeros_token(*layers)
+        maps = project_each(layers, x)  # [B, H, W, C] each
+        padding = None if divides(window, x) else zeros_token(layers)
         bias = table_bias(attention.relative_position_bias_table, attention.relative_position_index)
         heads, scale = attention.num_attention_heads, attention.attention_head_size**-0.5
         x = window_attention(maps, heads, window, shift, bias, scale, 0.0, LAYOUT, padding)
@@ -192,13 +196,16 @@ class CosineLayer(SplitLayer):
     )
 
     def _attend(self: Any, x: Tensor) -> Tensor:
-        """A map [B, H, W, C] -> the same. The source adds the mask of a shift, -100, twice: where windows divide the map,
-        masking altogether is closer to that than adding it once."""
+        """A map [B, H, W, C] -> the same. The source adds -100, the mask of a shift, twice, which hides the largest of
+        cosines times 100, as masking altogether does; the op adds it once, unless nothing is padding."""
         attention, window, shift = self.attention.self, (self.window_size,) * 2, (self.shift_size,) * 2
+        rows, columns = x.shape[1:3]
+        if self.shift_size > 0:
+            below, right = (window_padding(n, self.window_size) for n in (rows, columns))
+            x = F.pad(x, (0, 0, 0, right, 0, below))
         heads, layers = attention.num_attention_heads, (attention.query, attention.key, attention.value)
-        q, k, v = (project(layer, x) for layer in layers)  # [B, H, W, C] each
-        masked = divides(window, x)
-        padding = None if masked else zeros_token(*layers)
+        q, k, v = project_each(layers, x)  # [B, H, W, C] each
+        padding = None if divides(window, x) else zeros_token(layers)
         if padding is not None:
             padding = torch.cat(cosine_projections(padding.to(q.dtype), heads))
         table = attention.continuous_position_bias_mlp(attention.relative_coords_table).flatten(
@@ -206,9 +213,8 @@ class CosineLayer(SplitLayer):
         )  # [offsets, heads]
         bias = table_bias(16 * torch.sigmoid(table), attention.relative_position_index)
         maps, scale = (unit_heads(q, heads), unit_heads(k, heads), v), cosine_scale(attention.logit_scale)
-        x = window_attention(
-            maps, heads, window, shift, bias, scale, 0.0, "masked" if masked else LAYOUT, padding
-        )  # [B, H, W, C]
+        layout = "masked" if self.shift_size > 0 else LAYOUT
+        x = window_attention(maps, heads, window, shift, bias, scale, 0.0, layout, padding)[:, :rows, :columns]
         return project(self.attention.output.dense, x)
 
     def _layer(self: Any, hidden_states: Tensor, size: tuple[int, int]) -> Tensor:
@@ -221,21 +227,18 @@ class CosineLayer(SplitLayer):
 class JoinedLayer(WindowLayer):
     """A layer whose attention and feed-forward network are a module each, as Swin has them since transformers 5."""
 
+    attention_windows = "attention.relative_position_bias.window_size"
     reads: ClassVar[Names] = (
         *(*WindowLayer.reads, "mlp", "attention.num_attention_heads", "attention.scaling"),
-        *("attention.relative_position_bias", "attention.attention_dropout", "attention.config"),
-        "attention.is_causal",
+        *("attention.attention_dropout", "attention.config", "attention.is_causal"),
+        *("attention.relative_position_bias", "attention.relative_position_bias.window_size"),
     )
 
     @staticmethod
-    def joined_parts(attention: type) -> Parts:
-        """`parts` of a layer with an attention of that class."""
+    def joined_parts(attention: type, bias: type) -> Parts:
+        """`parts` of a layer with an attention and a bias of these classes."""
         layers = {f"attention.{name}": LINEAR for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
-        return {"attention": (attention,), **layers, "dropout": DROP}
-
-    @classmethod
-    def _attention_windows(cls, module: Any) -> tuple[int, ...]:
-        return module.attention.relative_position_bias.window_size
+        return {"attention": (attention,), "attention.relative_position_bias": (bias,), **layers, "dropout": DROP}
 
     @classmethod
     def unsupported_reason(cls, module: Any) -> str | None:
@@ -245,8 +248,8 @@ class JoinedLayer(WindowLayer):
         """A map [B, H, W, C] -> the same."""
         attention, window, shift = self.attention, (self.window_size,) * 2, (self.shift_size,) * 2
         layers = attention.q_proj, attention.k_proj, attention.v_proj
-        maps = tuple(project(layer, x) for layer in layers)  # [B, H, W, C] each
-        padding = None if divides(window, x) else zeros_token(*layers)
+        maps = project_each(layers, x)  # [B, H, W, C] each
+        padding = None if divides(window, x) else zeros_token(layers)
         bias = attention.relative_position_bias()[0]  # [heads, N, N]
         heads = attention.num_attention_heads
         x = window_attention(maps, heads, window, shift, bias, attention.scaling, 0.0, LAYOUT, padding)

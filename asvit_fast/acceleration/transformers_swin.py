@@ -19,7 +19,7 @@ class FastSwinLayer(Layer, SwinLayer):
     """Computes the attention of whole maps with the weights of its `attention`."""
 
     parts: ClassVar[Parts] = (
-        JoinedLayer.joined_parts(SwinAttention)
+        JoinedLayer.joined_parts(SwinAttention, modeling_swin.SwinRelativePositionBias)
         if JOINED
         else SplitLayer.split_parts(SwinAttention, modeling_swin.SwinSelfAttention, modeling_swin.SwinSelfOutput)
     )

@@ -53,6 +53,9 @@ class FastSwinIRBlock(SizedBlock):
 class FastHybridAttentionBlock(SquareBlock):
     """Computes the attention of whole maps with the weights of its `attn`; tokens [B, H*W, C]."""
 
+    window_size: int
+    shift_size: int
+
     origin = f"{HAT}: HAB"
     structure: ClassVar[Structure] = {"": {"forward": ("e63419b3c1ceb73f",)}, "attn": {"forward": INDEXED_ATTENTION}}
     reads = (

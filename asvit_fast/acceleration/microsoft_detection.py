@@ -25,6 +25,8 @@ def blocks_reason(blocks: nn.Module) -> str | None:
 class FastBackboneBlock(SquareBlock):
     """Computes the attention of whole maps with the weights of its `attn`; tokens [B, H*W, C]."""
 
+    shift_size: int
+
     origin = f"{FILE}: SwinTransformerBlock"
     structure: ClassVar[Structure] = {"": {"forward": ("4a2b878f50ecf1cf",)}, "attn": {"forward": ATTENTION}}
     reads = (

@@ -39,7 +39,7 @@ class Family:
         if not isinstance(self.replacement, str):
             return self.replacement
         file, _, name = self.replacement.rpartition(".")
-        return getattr(importlib.import_module(f"{__package__}.{file}"), name)  # type: ignore[no-any-return]
+        return getattr(importlib.import_module(f"{__package__}.{file}"), name)
 
 
 def _timm(module: str, *rows: tuple[Any, ...]) -> tuple[Family, ...]:
@@ -340,12 +340,13 @@ def family_of(module: nn.Module) -> tuple[Family, type[nn.Module]] | None:
 
 
 def likeness(module: nn.Module) -> str | None:
-    """Why the code of a module that has all attributes of a known one is not recognised; None if it has those of
-    none. Of several, that of which most is the same."""
+    """Why the code of a module that has all attributes of a known windowed attention is not recognised; None if it has
+    those of none."""
     if not is_own_code(module):
         return None
-    alike = [replacement for _, replacement in _structural() if looks_like(replacement, module)]
-    alike.sort(key=lambda replacement: -len(replacement.reads))
+    windowed = (replacement for _, replacement in _structural() if "window_attention" in replacement.ops)
+    alike = [replacement for replacement in windowed if looks_like(replacement, module)]
+    alike.sort(key=lambda replacement: -len(replacement.reads))  # the most particular first
     reasons = (structure_reason(replacement, module) for replacement in alike)
     return next((why for why in reasons if why is not None), None)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -42,7 +41,7 @@ def make(replacement: type[Replacement], source: type[nn.Module], parts: tuple[t
 def _source_class(module: nn.Module) -> type[nn.Module]:
     """The class that somebody wrote."""
     kind = type(module)
-    return kind.__mro__[1] if parametrize.is_parametrized(module) else kind  # type: ignore[return-value]
+    return kind.__mro__[1] if parametrize.is_parametrized(module) else kind
 
 
 def is_own_code(module: nn.Module) -> bool:
@@ -66,15 +65,13 @@ def looks_like(replacement: type[Structural], module: nn.Module) -> bool:
     )
 
 
-@functools.cache
 def _code_reason(replacement: type[Structural], path: str, kind: type) -> str | None:
-    where = f"its {path}" if path else "it"
     for name, digests in replacement.structure[path].items():
-        digest = method_digest(kind, name)
+        method, digest = ".".join(filter(None, (path, name))), method_digest(kind, name)
         if digest is None:
-            return f"the source of the {name} of {where} cannot be read".replace(" of it ", " ")
+            return f"its {method} has no source that can be read"
         if digest not in digests:
-            return f"the {name} of {where} is not that of {replacement.origin}".replace(" of it ", " ")
+            return f"its {method} is not that of {replacement.origin}"
     return None
 
 

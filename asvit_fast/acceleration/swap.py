@@ -20,7 +20,7 @@ from ..errors import InputError
 from .registry import Family, family_of, qualified_name, replacement_of
 from .replacement import Replacement, parts_of, patch_reason, source_type, unknown_reason, version_reason
 from .report import Decision, OpRun, Report
-from .unknown import is_windowed, unknown_attention
+from .unknown import attends, is_windowed, unknown_attention
 
 # --------------------------------------------------------------------------- which class becomes which
 
@@ -131,7 +131,8 @@ def _plans(model: nn.Module) -> Iterator[_Plan]:
 
 def _claims_attention(plan: _Plan) -> bool:
     """Whether a plan, whatever it decides, is one for windowed attention."""
-    return "window_attention" in getattr(plan.kind, "ops", ()) or is_windowed(plan.module)
+    left = plan.decision.nothing_to_gain and attends(plan.module)
+    return "window_attention" in getattr(plan.kind, "ops", ()) or left or is_windowed(plan.module)
 
 
 def accelerate(model: nn.Module, strict: bool = False) -> Report:

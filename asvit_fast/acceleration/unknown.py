@@ -30,19 +30,26 @@ class Unknown:
     reason: str | None  # why it is not recognised, if it is like a known one
 
 
+def _names(module: nn.Module) -> frozenset[str]:
+    """Every name in the methods of its class."""
+    return frozenset(name for name in names_in_code(source_type(module)) if name.isidentifier())
+
+
+def attends(module: nn.Module) -> bool:
+    """Whether a module, or one in it, seems to be an attention, by the names in its methods."""
+    return any(ATTENDS.search(name) for part in module.modules() for name in _names(part))
+
+
 def is_windowed(module: nn.Module) -> bool:
     """Whether a module seems to attend inside windows, by its attributes and the names in its methods."""
-    kind = source_type(module)
-    if kind.__module__.startswith("torch.") or next(module.parameters(), None) is None:
+    where = source_type(module).__module__
+    if where.startswith(("torch.", "asvit_fast.")) or next(module.parameters(), None) is None:
         return False
-    names = names_in_code(kind)
-    cuts = any(CUTS.search(name) for name in names)
+    cuts = any(CUTS.search(name) for name in _names(module))
     places = (module.__dict__, module._parameters, module._buffers)
     has_windows = any(name in place for place in places for name in OF_WINDOWS)
-    if not cuts and (not has_windows or is_package(kind.__module__)):  # in packages it may be the whole map
-        return False
-    of_parts = (names_in_code(source_type(part)) for part in module.modules() if part is not module)
-    return any(ATTENDS.search(name) for part in (names, *of_parts) for name in part)
+    # in packages it may be the whole map that has such attributes
+    return (cuts or (has_windows and not is_package(where))) and attends(module)
 
 
 def _file(kind: type) -> str:
@@ -60,10 +67,13 @@ def _within(name: str, others: Set[str]) -> bool:
 
 def _candidates(model: nn.Module, claimed: Set[str]) -> Iterator[tuple[str, nn.Module, str | None]]:
     """(name, module, reason) of windowed modules that neither are in a claimed one nor have one in them."""
-    around = {".".join(name.split(".")[:end]) for name in claimed for end in range(name.count(".") + 1)} | {""}
+    around = {".".join(name.split(".")[:end]) for name in claimed for end in range(name.count(".") + 1)}
     for name, module in model.named_modules():
-        if (not claimed or name not in around) and not _within(name, claimed) and is_windowed(module):
-            yield name, module, likeness(module)
+        if name in around or (claimed and not name) or _within(name, claimed):
+            continue
+        reason = likeness(module)
+        if reason is not None or is_windowed(module):
+            yield name, module, reason
 
 
 def unknown_attention(model: nn.Module, claimed: Set[str]) -> tuple[Unknown, ...]:

@@ -29,6 +29,9 @@ def clipped(
 class FastVideoSwinBlock(Structural):
     """Computes the attention of whole maps [B, D, H, W, C] with the weights of its `attn`."""
 
+    window_size: tuple[int, int, int]
+    shift_size: tuple[int, int, int]
+
     ops = ("window_attention",)
     origin = f"{FILE}: SwinTransformerBlock3D"
     structure: ClassVar[Structure] = {

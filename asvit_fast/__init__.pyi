@@ -3,7 +3,7 @@
 
 from . import models, nn, ops, scoring, taylor, training
 from ._version import __version__
-from .acceleration import accelerate, restore, verify
+from .acceleration import accelerate, check_replacement, restore, verify
 from .backends import use_backend
 from .bench import BenchRow, benchmark
 from .environment import show_config
@@ -37,6 +37,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "benchmark",
+    "check_replacement",
     "convert_asvit_state_dict",
     "create_model",
     "curvature",

@@ -337,3 +337,14 @@ def notify_once(key: object, message: str) -> None:
     if key not in _notified:
         _notified.add(key)
         warnings.warn(message, FallbackWarning, stacklevel=3)
+
+
+@contextmanager
+def forget_notices() -> Iterator[None]:
+    """Inside the `with` block everything is said again, once."""
+    said = set(_notified)
+    _notified.clear()
+    try:
+        yield
+    finally:
+        _notified.update(said)

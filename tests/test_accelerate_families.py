@@ -197,9 +197,9 @@ def test_nothing_but_rounding_in_float64(name):
 
 def test_every_family_is_tested_or_known_to_be_left():
     tested = set().union(*(classes for _, _, classes in MODELS.values()))
-    here = [f for f in FAMILIES if f.replacement and not f.source.startswith(("transformers.", "monai."))]
-    fast = {family.replacement.rpartition(".")[2] for family in here}
-    assert {name for name in fast if "Authors" not in name} <= tested
+    elsewhere = ("transformers.", "monai.")
+    here = [f for f in FAMILIES if f.replacement and not f.by_structure and not f.source.startswith(elsewhere)]
+    assert {family.replacement_name for family in here} <= tested
     assert families_table().count("\n") == len(FAMILIES) + 1
     assert families_table() in (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -284,11 +284,8 @@ def authors_model() -> nn.Module:
 def test_authors_code(dtype):
     model = prepared(authors_model).to(dtype)
     af.accelerate(model, strict=True)
-    assert fast_classes(model) - {"FastLinear"} == {
-        family.replacement.rpartition(".")[2]
-        for family in FAMILIES
-        if family.replacement and "Authors" in family.replacement
-    }
+    authors = {family.replacement_name for family in FAMILIES if "Authors" in family.replacement_name}
+    assert fast_classes(model) - {"FastLinear"} == {"FastMicrosoftMlp", *authors} and len(authors) == 3
     result = af.verify(model, image(64, dtype), rows=0)
     assert result.ok, result.table()
 

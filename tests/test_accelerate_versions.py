@@ -88,11 +88,15 @@ def check_declared_attributes(file: str) -> None:
     kinds = [kind for kind in vars(module).values() if inspect.isclass(kind) and issubclass(kind, Replacement)]
     declared = {path.rpartition(".")[2] for kind in kinds for path in kind.reads}
     declared |= {path.rpartition(".")[2] for kind in kinds for path in kind.parts}  # looked at by bypass_reason
-    of_module = {"training", "_modules", "_parameters"}
+    declared |= {path for kind in kinds for path in getattr(kind, "structure", ())}
+    of_module = {"training", "_modules", "_parameters", "source"}
     own = {name for kind in kinds for base in kind.__mro__ if issubclass(base, Replacement) for name in vars(base)}
     assert attributes_read(ast.parse(inspect.getsource(module))) <= declared | own | of_module
 
 
-@pytest.mark.parametrize("file", [*files_of("timm"), *files_of("torchvision")])
+STRUCTURES = sorted({family.replacement.partition(".")[0] for family in FAMILIES if family.by_structure})
+
+
+@pytest.mark.parametrize("file", [*files_of("timm"), *files_of("torchvision"), *STRUCTURES])
 def test_attributes_that_are_read_are_declared(file: str) -> None:
     check_declared_attributes(file)

@@ -1,12 +1,7 @@
-"""Replacements for the modules of As-ViT's original code (arXiv 2202.11921), recognised where it is met.
-
-That code is no package: its classes are found by name when a model has them, and what stands here becomes a subclass
-of them then.
-"""
+"""Replacements for the modules of As-ViT's original code (arXiv 2202.11921), VITA-Group/AsViT."""
 
 from __future__ import annotations
 
-import sys
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -14,15 +9,12 @@ from torch import Tensor, nn
 from ..ops.patch_embed import patch_embed
 from ..ops.patch_merge import patch_merge
 from ..ops.window_attention import window_attention
-from .chunked_mlp import ChunkedMlp
 from .embedding import convolution_reason
 from .replacement import (
     DROP,
     LINEAR,
     SOFTMAX,
     Parts,
-    Replacement,
-    bound,
     bypass_reason,
     drop_probability,
     drops,
@@ -30,6 +22,7 @@ from .replacement import (
     window_dropout,
 )
 from .shifts import mask_reason, window_reason
+from .structure import Structural, Structure
 
 MAYBE_NORM = (nn.LayerNorm, nn.Identity)  # switch_norm exchanges them
 
@@ -39,41 +32,36 @@ def _norm(norm: Any) -> tuple[Tensor | None, Tensor | None, float]:
     return (norm.weight, norm.bias, norm.eps) if isinstance(norm, nn.LayerNorm) else (None, None, 1e-5)
 
 
-class FromAuthors(Replacement):
-    """Pickles as its source and the name of the replacement, as its class is made at run time."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return make, (type(self).__bases__[0], self.source), vars(self)
+FILE = "VITA-Group/AsViT lib/models"
 
 
-def make(replacement: type[Replacement], source: type[nn.Module]) -> Any:
-    """An instance without state, for unpickling and deepcopy."""
-    kind = bound(replacement, source)
-    return kind.__new__(kind)
-
-
-class FastAuthorsTransformerBlock(FromAuthors):
+class FastAuthorsTransformerBlock(Structural):
     """Tokens [B, H*W, C]; computes the attention of whole maps with the weights of its `attn`."""
 
     ops = ("window_attention",)
 
-    @classmethod
-    def bypassed_parts(cls) -> Parts:
-        code: Any = sys.modules[cls.source.__module__]
-        return {
-            "attn": (code.WindowAttention,),
-            "attn.mat": (code.matmul,),
-            "attn.qkv": LINEAR,
-            "attn.softmax": SOFTMAX,
-            "attn.attn_drop": DROP,
-            "attn.proj": LINEAR,
-            "attn.proj_drop": DROP,
-        }
+    origin = f"{FILE}/cell_operations.py: TransformerBlock"
+    structure: ClassVar[Structure] = {
+        "": {"forward": ("6df0155108626bb0",)},
+        "attn": {"forward": ("75e220575783d891",)},
+        "attn.mat": {"forward": ("87d2978b742fac31",)},
+    }
+    reads = (
+        *("input_resolution", "window_size", "shift_size", "attn_mask", "norm1", "mlps", "drop_path"),
+        *("attn.num_heads", "attn.scale"),
+    )
+    parts: ClassVar[Parts] = {
+        "attn.qkv": LINEAR,
+        "attn.softmax": SOFTMAX,
+        "attn.attn_drop": DROP,
+        "attn.proj": LINEAR,
+        "attn.proj_drop": DROP,
+    }
 
     @classmethod
     def unsupported_reason(cls, module: Any) -> str | None:
         window, shift = (module.window_size, module.window_size), (module.shift_size, module.shift_size)
-        why = bypass_reason(module, cls.bypassed_parts()) or window_reason(window, shift)
+        why = bypass_reason(module, cls.parts) or window_reason(window, shift)
         return why or mask_reason(module.attn_mask, module.input_resolution, window, shift)
 
     def _attend(self: Any, x: Tensor) -> Tensor:
@@ -97,10 +85,13 @@ class FastAuthorsTransformerBlock(FromAuthors):
         return x
 
 
-class FastAuthorsPatchMerging(FromAuthors):
+class FastAuthorsPatchMerging(Structural):
     """Tokens [B, H*W, C] -> [B, H/2*W/2, Cout]."""
 
     ops = ("patch_merge",)
+    origin = f"{FILE}/cell_operations.py: PatchMerging"
+    structure: ClassVar[Structure] = {"": {"forward": ("2c1845df68fcc1da",)}}
+    reads = ("input_resolution", "kernel")
     parts: ClassVar[Parts] = {
         "norm": MAYBE_NORM,
         "reduction": LINEAR,
@@ -117,10 +108,13 @@ class FastAuthorsPatchMerging(FromAuthors):
         return patch_merge(maps, self.reduction.weight, self.kernel, 2, weight, bias, None, eps).flatten(1, 2)
 
 
-class FastAuthorsPatchEmbed(FromAuthors):
+class FastAuthorsPatchEmbed(Structural):
     """Images [B, Cin, H, W] -> tokens [B, Ho*Wo, C]."""
 
     ops = ("patch_embed",)
+    origin = f"{FILE}/cell_infers/transformer.py: PatchEmbed"
+    structure: ClassVar[Structure] = {"": {"forward": ("6aa0668e01c66847",)}}
+    reads = ("img_size",)
     parts: ClassVar[Parts] = {"proj": (nn.Conv2d,), "padding": (nn.ZeroPad2d,), "norm": (*MAYBE_NORM, type(None))}
 
     @classmethod
@@ -138,7 +132,3 @@ class FastAuthorsPatchEmbed(FromAuthors):
         stride, dilation, zeros = proj.stride[0], proj.dilation[0], self.padding.padding
         tokens = patch_embed(x, proj.weight, proj.bias, stride, dilation, zeros, weight, bias, eps)
         return tokens.flatten(1, 2)
-
-
-class FastAuthorsMlp(FromAuthors, ChunkedMlp):
-    """Their feed-forward network."""

@@ -1,28 +1,45 @@
-"""The classes of other packages that are known, and what each becomes."""
+"""The classes of other packages, and of code that is no package, that are known, and what each becomes."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from ..errors import InputError
 from .replacement import Replacement, bound
+from .structure import Structural, bound_to, is_own_code, looks_like, structure_reason
 
 
 @dataclass(frozen=True)
 class Family:
     """A class of another package: what it becomes and what that brings, or why it is left alone."""
 
-    source: str  # package.module.Class, or the end of it for code that is not a package
-    replacement: str | None  # module.Class of this package, or None
+    source: str  # package.module.Class; of code that is no package repository, file and class where it was seen
+    replacement: str | type[Replacement] | None  # module.Class of this package, or a registered class, or None
     notes: str
+    by_structure: bool = False  # recognised by its attributes and its code, whatever its name
 
     def table_row(self) -> str:
         """A row of the Markdown table that ``families_table`` makes."""
-        becomes = "left alone" if self.replacement is None else f"`{self.replacement.rpartition('.')[2]}`"
+        becomes = "left alone" if self.replacement is None else f"`{self.replacement_name}`"
         return f"| `{self.source}` | {becomes} | {self.notes} |"
+
+    @property
+    def replacement_name(self) -> str:
+        """The name of the class that it becomes; empty if it is left alone."""
+        known = self.replacement.__name__ if isinstance(self.replacement, type) else self.replacement or ""
+        return known.rpartition(".")[2]
+
+    def load(self) -> type[Replacement] | None:
+        """The class that it becomes; ImportError or AttributeError if its package is of another version."""
+        if not isinstance(self.replacement, str):
+            return self.replacement
+        file, _, name = self.replacement.rpartition(".")
+        return getattr(importlib.import_module(f"{__package__}.{file}"), name)
 
 
 def _timm(module: str, *rows: tuple[Any, ...]) -> tuple[Family, ...]:
@@ -41,9 +58,15 @@ def _transformers(module: str, *rows: tuple[Any, ...]) -> tuple[Family, ...]:
     return tuple(Family(f"transformers.models.{module}.{row[0]}", *row[1:]) for row in rows)
 
 
+def _structures(file: str, *rows: tuple[str, str, str]) -> tuple[Family, ...]:
+    """Families of a file of this package: where the code was seen, the class, notes."""
+    return tuple(Family(source, f"{file}.{name}", notes, by_structure=True) for source, name, notes in rows)
+
+
 ATTENTION = "window attention without copies of windows"
 PARTS = "inference on a CPU: tokens in parts that stay in the cache"
 MERGE = "neighbourhoods normalised and projected in one op"
+NO_MASK = "no mask is made"
 PRODUCT = "float32 on a CPU: products by oneDNN"
 EMBED = "convolution and LayerNorm in one op"
 SMALL = "below 1 percent of the network's time"
@@ -183,16 +206,55 @@ FAMILIES: tuple[Family, ...] = (
     *_transformers("lw_detr.modeling_lw_detr", ("LwDetrViTLayer", None, CUT_ONCE)),
     *_monai(
         ("nets.swin_unetr.SwinTransformerBlock", "monai_swin_unetr.FastSwinUNETRBlock", ATTENTION),
-        ("nets.swin_unetr.BasicLayer", "monai_swin_unetr.FastSwinUNETRStage", "no mask is made"),
+        ("nets.swin_unetr.BasicLayer", "monai_swin_unetr.FastSwinUNETRStage", NO_MASK),
         ("nets.swin_unetr.PatchMerging", "monai_swin_unetr.FastSwinUNETRPatchMerging", f"of images: {MERGE}"),
         ("nets.swin_unetr.PatchMergingV2", "monai_swin_unetr.FastSwinUNETRPatchMergingV2", f"of images: {MERGE}"),
         ("blocks.patchembedding.PatchEmbed", None, SMALL),
         ("blocks.mlp.MLPBlock", "monai_swin_unetr.FastMonaiMLP", PARTS),
     ),
-    Family("cell_operations.TransformerBlock", "asvit_original.FastAuthorsTransformerBlock", ATTENTION),
-    Family("cell_operations.PatchMerging", "asvit_original.FastAuthorsPatchMerging", MERGE),
-    Family("cell_operations.Mlp", "asvit_original.FastAuthorsMlp", PARTS),
-    Family("cell_infers.transformer.PatchEmbed", "asvit_original.FastAuthorsPatchEmbed", EMBED),
+    *_structures(
+        "microsoft_swin",
+        ("microsoft/Swin-Transformer: SwinTransformerBlock", "FastMicrosoftSwinBlock", ATTENTION),
+        ("microsoft/Swin-Transformer: SwinTransformerBlock of V2", "FastMicrosoftSwinV2Block", ATTENTION),
+        ("microsoft/Swin-Transformer: PatchMerging", "FastMicrosoftPatchMerging", MERGE),
+        ("microsoft/Swin-Transformer: PatchEmbed", "FastMicrosoftPatchEmbed", EMBED),
+        ("microsoft/Swin-Transformer: Mlp", "FastMicrosoftMlp", PARTS),
+    ),
+    *_structures(
+        "microsoft_detection",
+        ("SwinTransformer/Swin-Transformer-Object-Detection: SwinTransformerBlock", "FastBackboneBlock", ATTENTION),
+        ("SwinTransformer/Swin-Transformer-Object-Detection: BasicLayer", "FastBackboneStage", NO_MASK),
+        ("SwinTransformer/Swin-Transformer-Object-Detection: PatchMerging", "FastBackbonePatchMerging", MERGE),
+    ),
+    *_structures(
+        "video_swin",
+        ("SwinTransformer/Video-Swin-Transformer: SwinTransformerBlock3D", "FastVideoSwinBlock", ATTENTION),
+        ("SwinTransformer/Video-Swin-Transformer: BasicLayer", "FastVideoSwinStage", NO_MASK),
+        ("SwinTransformer/Video-Swin-Transformer: PatchMerging", "FastVideoPatchMerging", MERGE),
+    ),
+    *_structures(
+        "image_restoration",
+        ("JingyunLiang/SwinIR: SwinTransformerBlock", "FastSwinIRBlock", f"{ATTENTION}; {NO_MASK}"),
+        ("XPixelGroup/HAT: HAB", "FastHybridAttentionBlock", ATTENTION),
+        ("XPixelGroup/HAT: OCAB", "FastOverlappingCrossAttention", ATTENTION),
+        ("XPixelGroup/HAT: HAT", "FastHybridAttentionTransformer", NO_MASK),
+    ),
+    *_structures(
+        "mm_swin",
+        ("open-mmlab/mmdetection: ShiftWindowMSA", "FastShiftWindowMSA", f"{ATTENTION}; {NO_MASK}"),
+        ("open-mmlab/mmpretrain: ShiftWindowMSA", "FastPretrainShiftWindowMSA", f"{ATTENTION}; {NO_MASK}"),
+        (
+            "open-mmlab/mmpretrain: ShiftWindowMSA of WindowMSAV2",
+            "FastPretrainShiftWindowMSAV2",
+            f"{ATTENTION}; {NO_MASK}",
+        ),
+    ),
+    *_structures(
+        "asvit_original",
+        ("VITA-Group/AsViT: TransformerBlock", "FastAuthorsTransformerBlock", ATTENTION),
+        ("VITA-Group/AsViT: PatchMerging", "FastAuthorsPatchMerging", MERGE),
+        ("VITA-Group/AsViT: PatchEmbed", "FastAuthorsPatchEmbed", EMBED),
+    ),
 )
 
 
@@ -202,24 +264,95 @@ def families_table() -> str:
     return "\n".join([*head, *(family.table_row() for family in FAMILIES)])
 
 
+_registered: list[Family] = []  # the last first
+
+
+def register(replacement: type[Replacement], notes: str = ATTENTION) -> type[Replacement]:
+    """Make ``accelerate`` give modules a class of your own. A decorator of that class, too.
+
+    Args:
+        replacement: derived from ``Replacement`` and the class that it replaces; or from ``Structural``, for code that
+            people copy, which is recognised by its attributes and methods.
+        notes: what it brings, for tables.
+
+    Returns:
+        The class. What is registered later comes first, and before ``FAMILIES``.
+
+    Raises:
+        InputError: it is not derived from ``Replacement``, or does not say what it replaces.
+    """
+    if not (isinstance(replacement, type) and issubclass(replacement, Replacement)):
+        raise InputError(f"register: a class derived from Replacement is needed, got {replacement!r}")
+    by_structure = issubclass(replacement, Structural)
+    if by_structure and not (getattr(replacement, "structure", None) and hasattr(replacement, "origin")):
+        raise InputError(f"register: {replacement.__name__} needs a structure and an origin, as it is Structural")
+    if not by_structure and not hasattr(replacement, "source"):
+        raise InputError(f"register: {replacement.__name__} must also be derived from the class that it replaces")
+    source = replacement.origin if issubclass(replacement, Structural) else qualified_name(replacement.source)
+    unregister(replacement)
+    _registered.insert(0, Family(source, replacement, notes, by_structure))
+    return replacement
+
+
+def unregister(replacement: type[Replacement]) -> None:
+    """Undo ``register``; nothing happens if it was not."""
+    _registered[:] = [family for family in _registered if family.replacement is not replacement]
+
+
 def qualified_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
+def _families() -> tuple[Family, ...]:
+    return (*_registered, *FAMILIES)
+
+
+def _structural() -> Iterator[tuple[Family, type[Structural]]]:
+    for family in _families():
+        if family.by_structure:
+            yield family, family.load()  # type: ignore[misc]
+
+
+def _by_template(template: type) -> Family | None:
+    """The family of a replacement that was given to a module."""
+    found = (family for family, replacement in _structural() if replacement is template)
+    return next(found, None)
+
+
 def family_of(module: nn.Module) -> tuple[Family, type[nn.Module]] | None:
     """The family of the class of a module or of the nearest known base, and that class."""
-    for kind in type(module).__mro__:
+    kinds: Any = type(module).__mro__
+    for kind in kinds:
+        if issubclass(kind, Structural) and "source" in vars(kind):
+            family = _by_template(kind.__bases__[0])
+            return None if family is None else (Family(family.source, kind, family.notes, True), kind.source)
         name = qualified_name(kind)
-        for family in FAMILIES:
-            if name == family.source or name.endswith(f".{family.source}"):
+        for family in _families():
+            if name == family.source:
                 return family, kind
+    if not is_own_code(module):
+        return None
+    for family, replacement in _structural():
+        if looks_like(replacement, module) and structure_reason(replacement, module) is None:
+            kind = bound_to(replacement, module)
+            return Family(family.source, kind, family.notes, True), kind.source
     return None
+
+
+def likeness(module: nn.Module) -> str | None:
+    """Why the code of a module that has all attributes of a known windowed attention is not recognised; None if it has
+    those of none."""
+    if not is_own_code(module):
+        return None
+    windowed = (replacement for _, replacement in _structural() if "window_attention" in replacement.ops)
+    alike = [replacement for replacement in windowed if looks_like(replacement, module)]
+    alike.sort(key=lambda replacement: -len(replacement.reads))  # the most particular first
+    reasons = (structure_reason(replacement, module) for replacement in alike)
+    return next((why for why in reasons if why is not None), None)
 
 
 def replacement_of(family: Family, source: type[nn.Module]) -> type[Replacement] | None:
     """The class that instances of a known class may become; ImportError or AttributeError if its package is of another
     version."""
-    if family.replacement is None:
-        return None
-    file, _, name = family.replacement.rpartition(".")
-    return bound(getattr(importlib.import_module(f"{__package__}.{file}"), name), source)
+    replacement = family.load()
+    return None if replacement is None else bound(replacement, source)

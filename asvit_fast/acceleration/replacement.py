@@ -137,17 +137,21 @@ class Replacement:
         )
 
 
-_bound: dict[tuple[type, type], type[Replacement]] = {}
+_bound: dict[tuple[Any, ...], type[Replacement]] = {}
 
 
-def bound(replacement: type[Replacement], source: type[nn.Module]) -> type[Replacement]:
+def bound(
+    replacement: type[Replacement], source: type[nn.Module], parts: tuple[tuple[str, type], ...] = ()
+) -> type[Replacement]:
     """A replacement for the classes of one package is itself; one that can only be recognised when it is met, of code
-    that is no package, is derived from it here, once for each."""
+    that is no package, is derived from it here, once for each, with the classes of `parts` that were met."""
     if "source" in vars(replacement):
         return replacement
-    key = (replacement, source)
+    key = (replacement, source, parts)
     if key not in _bound:
-        _bound[key] = type(replacement.__name__, key, {"source": source})
+        known = {path: (kind,) for path, kind in parts}
+        members = {"source": source, "parts": {**known, **replacement.parts}}
+        _bound[key] = type(replacement.__name__, (replacement, source), members)
     return _bound[key]
 
 
@@ -223,7 +227,7 @@ def instance_patch_reason(module: nn.Module, methods: Iterable[str]) -> str | No
 
 
 @functools.cache
-def _names_in_code(kind: Any) -> frozenset[str]:
+def names_in_code(kind: Any) -> frozenset[str]:
     """Every name and string in the methods of a class: among them all that it registers."""
     names: set[str] = set()
     for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
@@ -236,7 +240,7 @@ def _names_in_code(kind: Any) -> frozenset[str]:
 
 def unknown_reason(module: nn.Module) -> str | None:
     """Why an instance is not in a state that its class makes: it has more, or lacks its weights."""
-    known = _names_in_code(source_type(module))
+    known = names_in_code(source_type(module))
     submodules = {} if isinstance(module, nn.Sequential) else module._modules
     for what, names in (("parameter", module._parameters), ("buffer", module._buffers), ("submodule", submodules)):
         for name in names:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import InputError
+from .unknown import HOW_TO_ADD, Unknown
 
 SHOWN_NAMES = 2  # modules named per row
 SHOWN_ROWS = 8  # rows per part of the report
@@ -56,6 +57,7 @@ class Report:
 
     decisions: tuple[Decision, ...]
     ops: tuple[OpRun, ...] = ()
+    unknown: tuple[Unknown, ...] = ()  # windowed attention that no family claims
 
     @property
     def swapped(self) -> list[Decision]:
@@ -73,12 +75,13 @@ class Report:
         return [decision for decision in self.decisions if decision.nothing_to_gain]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON: the numbers of modules swapped and left, "ops" and "modules"."""
+        """Plain values, for JSON: the numbers of modules swapped and left, "ops", "modules" and "unknown"."""
         return {
             "swapped": len(self.swapped),
             "left": len(self.left),
             "ops": [asdict(run) for run in self.ops],
             "modules": [asdict(decision) for decision in self.decisions],
+            "unknown": [asdict(kind) for kind in self.unknown],
         }
 
     def to_dataframe(self) -> Any:
@@ -121,8 +124,18 @@ class Report:
             lines += [_cut(f"  {count:>4} {name:<{width}}  {text}") for count, name, text in rows[:SHOWN_ROWS]]
             if len(rows) > SHOWN_ROWS:
                 lines.append(f"  and {sum(row[0] for row in rows[SHOWN_ROWS:])} more: see to_dict()")
+        if self.unknown:
+            lines += ["windowed attention that is not known:", *(f"  {text}" for text in self._unknown_lines())]
         lines += ["ops:", *(f"  {names} {what}" for names, what in self._op_rows())] if self.ops else []
         return "\n".join(lines)
+
+    def _unknown_lines(self) -> list[str]:
+        """The class and file of each, why it is not recognised, and how to add it."""
+        lines = []
+        for kind in self.unknown[:SHOWN_ROWS]:
+            lines.append(f"{len(kind.modules):>4} {kind.source.rpartition('.')[2]}  {kind.file}")
+            lines += [_cut(f"     {kind.reason}")] if kind.reason else []
+        return [*lines, HOW_TO_ADD]
 
     def _op_rows(self) -> list[tuple[str, str]]:
         """(ops, what runs them)."""
@@ -138,6 +151,7 @@ class Report:
     def _repr_html_(self) -> str:
         rows = [(title, str(count), name, text) for title, part in self._parts() for count, name, text in part]
         rows += [("ops", "", names, what) for names, what in self._op_rows()]
+        rows += [("not known", str(len(kind.modules)), kind.source, kind.reason or HOW_TO_ADD) for kind in self.unknown]
         cells = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
         head = "<tr><th></th><th>modules</th><th>class</th><th></th></tr>"
         return f"<table><caption>{html.escape(self._summary())}</caption>{head if rows else ''}{cells}</table>"

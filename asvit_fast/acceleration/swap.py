@@ -20,6 +20,7 @@ from ..errors import InputError
 from .registry import Family, family_of, qualified_name, replacement_of
 from .replacement import Replacement, is_decorated, parts_of, patch_reason, source_type, unknown_reason, version_reason
 from .report import Decision, OpRun, Report
+from .unknown import attends, is_windowed, unknown_attention
 
 # --------------------------------------------------------------------------- which class becomes which
 
@@ -128,6 +129,12 @@ def _plans(model: nn.Module) -> Iterator[_Plan]:
             yield plan
 
 
+def _claims_attention(plan: _Plan) -> bool:
+    """Whether a plan, whatever it decides, is one for windowed attention."""
+    left = plan.decision.nothing_to_gain and attends(plan.module)
+    return "window_attention" in getattr(plan.kind, "ops", ()) or left or is_windowed(plan.module)
+
+
 def accelerate(model: nn.Module, strict: bool = False) -> Report:
     """Give the modules of known classes (``FAMILIES``) in a model a class that runs fused ops, in place.
 
@@ -149,19 +156,24 @@ def accelerate(model: nn.Module, strict: bool = False) -> Report:
     No module is called here and no property read.
 
     Args:
-        model: any model of timm, torchvision, Hugging Face's transformers, MONAI or your own; its modules are searched.
+        model: any model of timm, torchvision, transformers, MONAI, code that is no package or your own; its modules are
+            searched.
         strict: raise if a module that could be faster cannot be taken, for a reason in this model or this machine.
             Modules that would not be faster anyway do not count.
 
     Returns:
-        What was done: print it, or use ``swapped``, ``left``, ``ops`` and ``to_dict()``.
+        What was done: print it, or use ``swapped``, ``left``, ``ops``, ``unknown`` and ``to_dict()``. ``unknown`` are
+        classes that seem to attend inside windows and are not known: ``acceleration.register`` adds one. They do not
+        count for ``strict``.
 
     Raises:
         InputError: with ``strict``, the modules left and why; the model is as it was.
     """
     plans = list(_plans(model))
     runs = dict.fromkeys(run for plan in plans for run in plan.runs)
-    report = Report(tuple(plan.decision for plan in plans), tuple(runs))
+    claimed = {plan.decision.name for plan in plans if _claims_attention(plan)}
+    decisions = tuple(plan.decision for plan in plans)
+    report = Report(decisions, tuple(runs), unknown_attention(model, claimed))
     if strict and report.left:
         raise InputError(f"accelerate(strict=True) cannot take {len(report.left)} modules: {report.why_left()}")
     for plan in plans:

@@ -394,8 +394,10 @@ def window_attention(
     if max(windows) == 1 and plain and computed and backends.forced_backend() is None:
         v = projections[2] if projections[1:] else projections[0].chunk(3, -1)[2]
         return v.contiguous()  # such a window attends only to itself
-    k, v = (projections[1], projections[2]) if projections[1:] else (None, None)
-    x = _Operands(projections[0], k, v, bias, padding, attn_scale, head_scale)
+    first, *others = projections
+    x = _Operands(
+        first, others[0] if others else None, others[1] if others else None, bias, padding, attn_scale, head_scale
+    )
     factor = float(x.channels // num_heads) ** -0.5 if factor is None else factor
     config = WindowAttentionConfig(num_heads, windows, shifts, keys or windows, factor, layout, dropout)
     return WINDOW_ATTENTION(x, config)

@@ -1,4 +1,4 @@
-"""Code that is no package, as its repositories have it: what it becomes, outputs and gradients. ASVIT_FAST_SOURCES names
+"""Code that is no package, as its repositories have it: what it becomes, outputs and gradients. ASVIT_FAST_SOURCES is
 a folder with checkouts, each as owner/name."""
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ def blocks_reason(blocks: nn.Module) -> str | None:
 class FastBackboneBlock(SquareBlock):
     """Computes the attention of whole maps with the weights of its `attn`; tokens [B, H*W, C]."""
 
+    window_size: int
     shift_size: int
 
     origin = f"{FILE}: SwinTransformerBlock"
@@ -53,14 +54,21 @@ class FastBackboneStage(Structural):
     reads = ("blocks", "downsample", "use_checkpoint", "window_size", "shift_size")
 
     @classmethod
+    def skip_reason(cls, module: Any) -> str | None:
+        return "it checkpoints its blocks, with its mask" if module.use_checkpoint else None
+
+    @classmethod
     def unsupported_reason(cls, module: Any) -> str | None:
-        return "it checkpoints its blocks" if module.use_checkpoint else blocks_reason(module.blocks)
+        return blocks_reason(module.blocks)
 
     def forward(self: Any, x: Tensor, H: int, W: int) -> tuple[Any, ...]:
         alike = all(
-            isinstance(block, FastBackboneBlock) and block.shift_size in (0, self.shift_size) for block in self.blocks
+            isinstance(block, FastBackboneBlock)
+            and block.window_size == self.window_size
+            and block.shift_size in (0, self.shift_size)
+            for block in self.blocks
         )
-        if not alike or not self.can_run():
+        if self.use_checkpoint or not alike or not self.can_run():
             return self.source.forward(self, x, H, W)
         for block in self.blocks:
             block.H, block.W = H, W

@@ -150,7 +150,7 @@ def bound(
     key = (replacement, source, parts)
     if key not in _bound:
         known = {path: (kind,) for path, kind in parts}
-        members = {"source": source, "parts": {**known, **replacement.parts}}
+        members = {"source": source, "parts": {**known, **replacement.parts}, "__module__": replacement.__module__}
         _bound[key] = type(replacement.__name__, (replacement, source), members)
     return _bound[key]
 

@@ -38,6 +38,8 @@ def is_of_shift(name: str, mask: Mask, size: Sequence[int], window: Sequence[int
         return True
     if torch.compiler.is_compiling():
         why: str | None = "torch.compile cannot see the numbers of the mask that it is called with"
+    elif mask is not None and mask.requires_grad:
+        why = "the mask that it is called with wants a gradient"
     else:
         why = mask_reason(mask, size, window, shift)
     if why is not None:

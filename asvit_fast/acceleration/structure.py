@@ -27,9 +27,11 @@ class Structural(Replacement):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles as its source and the name of the replacement, as its class is made at run time."""
-        template, source = type(self).__bases__[:2]
-        parts = tuple((path, type(self).parts[path][0]) for path in self.structure if path)
-        return make, (template, source, parts), vars(self)
+        kind = type(self)
+        if "source" not in vars(kind):  # sharding or a parametrization has derived one of its own
+            return super().__reduce_ex__(protocol)
+        parts = tuple((path, kind.parts[path][0]) for path in self.structure if path)
+        return make, (kind.__bases__[0], kind.source, parts), vars(self)
 
 
 def make(replacement: type[Replacement], source: type[nn.Module], parts: tuple[tuple[str, type], ...]) -> Any:

@@ -35,7 +35,7 @@ test: install
 # what depends on the number of threads, with two
 test-threads: install
 	OMP_NUM_THREADS=2 $(BIN)/pytest $(wildcard tests/test_*_taylor.py) $(addprefix tests/,test_window_attention.py \
-		test_patch_embed.py test_patch_merge.py test_linear.py test_ntk.py test_scoring.py test_scoring_parts.py) \
+		test_window_attention_maps.py test_patch_embed.py test_patch_merge.py test_linear.py test_ntk.py test_scoring.py test_scoring_parts.py) \
 		-k "not opcheck and not interpret"
 
 # networks of other libraries, which are installed for this only: the extra [integrations]

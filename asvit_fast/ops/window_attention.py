@@ -366,9 +366,11 @@ def window_attention(
         InputError: shapes, dtypes, devices or numbers that do not fit, naming the value. Parameters may have another
             floating dtype than qkv, whose dtype the output has.
 
-    On a CPU one compiled kernel each for forward and backward, on a GPU Triton kernels: they copy nothing and keep at
-    most two numbers per row. With dropout, in float64 on a GPU, and where Triton is missing, torch's fused attention,
-    which has no double backward. With dropout and attn_scale plain PyTorch operations, with one warning.
+    On a CPU one compiled kernel each for forward and backward, on a GPU Triton kernels: they keep at most two numbers
+    per row and copy nothing, unless the tokens of a map are unevenly spaced or its channels no neighbours; gradients of
+    ``kv_window`` are summed over the windows of a token afterwards. With dropout, in float64 on a GPU, and where Triton
+    is missing, torch's fused attention, which has no double backward. With dropout and attn_scale plain PyTorch
+    operations, with one warning.
     """
     projections = list(qkv) if isinstance(qkv, (tuple, list)) else [qkv]
     if has_torch_function(projections):

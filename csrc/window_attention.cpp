@@ -238,14 +238,13 @@ struct Pieces {
   }
 };
 
-// Gradients of q, k and v: parts of one fused map, or maps of their own. Where windows of keys overlap, those of k and v
-// are of each window, [B * windows, keys, heads * head_dim], zeros at first.
+// Gradients of q, k and v: parts of one fused map, or maps of their own. Where windows of keys overlap, those of k and
+// v are of each window, [B * windows, keys, heads * head_dim], zeros at first.
 struct MapGradients {
   at::Tensor q, k, v;
   bool overlap;
 
-  MapGradients(const Arguments& a, int64_t windows, const at::TensorOptions& options)
-      : overlap(!a.kv_window.empty()) {
+  MapGradients(const Arguments& a, int64_t windows, const at::TensorOptions& options) : overlap(!a.kv_window.empty()) {
     const auto sizes = map_sizes(a, a.channels());
     if (overlap || !a.fused()) {
       q = at::empty(sizes, options);
@@ -297,7 +296,8 @@ std::vector<at::Tensor> window_attention_backward_cpu(
   const OptionalTensor* const optional[] = {&k, &v, &bias, &padding, &attn_scale, &head_scale};
   TORCH_CHECK_VALUE(needs_grad.size() == kOperands, op, ": needs_grad must be ", int{kOperands}, " values");
   for (int i = kBias; i < kOperands; ++i)
-    TORCH_CHECK_VALUE(!needs_grad[i] || optional[i - 1]->has_value(), op, ": no operand ", i, " to find the gradient of");
+    TORCH_CHECK_VALUE(!needs_grad[i] || optional[i - 1]->has_value(), op, ": no operand ", i,
+                      " to find the gradient of");
   const Operands operands(arguments);
   std::vector<at::Tensor> found(kOperands);
   with_compute_type(kOp, arguments.type(), [&](auto zero) {
@@ -313,10 +313,16 @@ std::vector<at::Tensor> window_attention_backward_cpu(
                        maps.window_rows<T>(maps.k), maps.window_rows<T>(maps.v), mutable_or_null<T>(pieces.bias),
                        mutable_or_null<T>(pieces.padding), mutable_or_null<T>(pieces.attn_scale),
                        mutable_or_null<T>(pieces.head_scale), pieces.count});
-    found = {maps.q, maps.k, maps.v, sum_pieces(pieces.bias, q), sum_pieces(pieces.padding, q),
-             sum_pieces(pieces.attn_scale, q), sum_pieces(pieces.head_scale, q)};
+    found = {maps.q,
+             maps.k,
+             maps.v,
+             sum_pieces(pieces.bias, q),
+             sum_pieces(pieces.padding, q),
+             sum_pieces(pieces.attn_scale, q),
+             sum_pieces(pieces.head_scale, q)};
   });
-  for (int i = kQ; i <= kV; ++i) found[i] = found[i].defined() ? found[i].to(q.scalar_type()) : at::empty({0}, q.options());
+  for (int i = kQ; i <= kV; ++i)
+    found[i] = found[i].defined() ? found[i].to(q.scalar_type()) : at::empty({0}, q.options());
   if (needs_grad[kBias]) found[kBias] = ungroup_bias(found[kBias], arguments.tokens());
   for (int i = kBias; i < kOperands; ++i)
     if (needs_grad[i]) found[i] = found[i].to((*optional[i - 1])->scalar_type());
@@ -325,7 +331,7 @@ std::vector<at::Tensor> window_attention_backward_cpu(
 
 }  // namespace
 
-#define ASVIT_FAST_WINDOW_ATTENTION_ARGUMENTS                                                                        \
+#define ASVIT_FAST_WINDOW_ATTENTION_ARGUMENTS                                                                          \
   "Tensor q, Tensor? k, Tensor? v, Tensor? bias, Tensor? padding, Tensor? attn_scale, Tensor? head_scale, int heads, " \
   "int[] window, int[] shift, int[] kv_window, float scale, str layout"
 

@@ -39,12 +39,12 @@ struct WindowAttention {
 template <typename T>
 struct WindowAttentionBackward {
   WindowAttention<T> forward;
-  TokenMap<const T> gradient;         // of the output
+  TokenMap<const T> gradient;          // of the output
   TokenMap<T> grad_q, grad_k, grad_v;  // written whole; where keys have a margin, the latter two are null, and
-  T *window_grad_k, *window_grad_v;   // [windows, keys of a window, heads, head_dim], zeros at first; null otherwise
-  T* grad_bias;                       // [pieces, *as bias]
-  T* grad_pad_token;                  // [pieces, 3, heads, head_dim]
-  T* grad_attn_scale;                 // [pieces, heads], as the next
+  T *window_grad_k, *window_grad_v;    // [windows, keys of a window, heads, head_dim], zeros at first; null otherwise
+  T* grad_bias;                        // [pieces, *as bias]
+  T* grad_pad_token;                   // [pieces, 3, heads, head_dim]
+  T* grad_attn_scale;                  // [pieces, heads], as the next
   T* grad_head_scale;
   int64_t pieces;
 };
@@ -165,8 +165,7 @@ inline TokenWindow window_at(const WindowAttention<T>& problem, int64_t index, T
   const int64_t at[kAxes] = {index / counts[2] / counts[1] % counts[0], index / counts[2] % counts[1],
                              index % counts[2]};
   const auto window = [&](int axis) { return AxisWindow(axes[axis], problem.layout, at[axis]); };
-  const int64_t image =
-      index / counts[2] / counts[1] / counts[0] * axes[0].size * axes[1].size * axes[2].size;
+  const int64_t image = index / counts[2] / counts[1] / counts[0] * axes[0].size * axes[1].size * axes[2].size;
   const TokenList queries = list_tokens(image, {window(0), window(1), window(2)}, places, tokens);
   TokenWindow found = {index, queries, queries, true, false};
   if (has_margin(problem)) {

@@ -12,8 +12,8 @@
 
 namespace asvit_fast {
 
-// One side of the map, cut into windows after a cyclic shift by `shift` < window. Where there is no shift, keys may come
-// from `margin` tokens more on either side of a window.
+// One side of the map, cut into windows after a cyclic shift by `shift` < window. Where there is no shift, keys may
+// come from `margin` tokens more on either side of a window.
 struct WindowAxis {
   int64_t size, window, shift;
   int64_t margin = 0;

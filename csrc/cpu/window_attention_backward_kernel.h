@@ -104,16 +104,15 @@ struct GradientRows {
   T* window_rows;
 };
 
-// factor * sums [token][padded_dim] less shares [region][padded_dim], to the gradients of the tokens; what padding gets,
-// to the gradient of padding.
+// factor * sums [token][padded_dim] less shares [region][padded_dim], to the gradients of the tokens; what padding
+// gets, to the gradient of padding.
 template <typename T>
 void write_gradient(const WindowAttentionBackward<T>& problem, const TokenWindow& window, int64_t task,
                     const GradientRows<T>& rows, T factor, const T* shares, int64_t padded_dim, T* sums) {
   const WindowAttention<T>& forward = problem.forward;
   const int64_t size = forward.head_dim, heads = forward.heads, head = task % heads;
-  T* padding = problem.grad_pad_token
-                   ? problem.grad_pad_token + ((task / heads * 3 + rows.part) * heads + head) * size
-                   : nullptr;
+  T* padding = problem.grad_pad_token ? problem.grad_pad_token + ((task / heads * 3 + rows.part) * heads + head) * size
+                                      : nullptr;
   for (int64_t i = 0; i < rows.tokens.count; ++i, sums += padded_dim) {
     const Token& token = rows.tokens[i];
     for (int64_t j = 0; j < size; j += kLanes<T>) {

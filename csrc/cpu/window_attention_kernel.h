@@ -57,8 +57,8 @@ void prepare_group(const WindowAttention<T>& problem, const TokenWindow& window,
   }
 }
 
-// The terms added to the scores of a group of queries from `first` on and the keys from `key` on, [key][kGroup queries],
-// or null: the bias, and what sets regions apart. Collected in memory where they do not lie ready.
+// The terms added to the scores of a group of queries from `first` on and the keys from `key` on, [key][kGroup
+// queries], or null: the bias, and what sets regions apart. Collected in memory where they do not lie ready.
 template <typename T, typename Memory>
 const T* score_base(const WindowAttention<T>& problem, const TokenWindow& window, int64_t head, int64_t first,
                     int64_t count, int64_t key, int64_t keys, const Memory& memory) {
@@ -83,8 +83,8 @@ const T* score_base(const WindowAttention<T>& problem, const TokenWindow& window
 
 // Scores [key][query] of a group and a tile.
 template <typename T>
-void score_tile(const T* keys, const T* columns, int64_t head_dim, int64_t count, int64_t key_count,
-                const T* base, T* scores) {
+void score_tile(const T* keys, const T* columns, int64_t head_dim, int64_t count, int64_t key_count, const T* base,
+                T* scores) {
   multiply<T>({keys, head_dim, 1, columns, kGroup, base, kGroup, scores, kGroup}, key_count, count, head_dim);
 }
 

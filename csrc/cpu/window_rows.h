@@ -16,8 +16,8 @@ inline void copy_row(const T* from, int64_t size, T* to) {
 // Prefetches the channels offset <= j < offset + size of the tokens begin <= i < end, to be read or written. Always
 // inlined: GCC drops calls of a function that does nothing else.
 template <int write, typename T>
-[[gnu::always_inline]] inline void prefetch(const TokenMap<T>& map, const TokenList& tokens, int64_t begin,
-                                            int64_t end, int64_t offset, int64_t size) {
+[[gnu::always_inline]] inline void prefetch(const TokenMap<T>& map, const TokenList& tokens, int64_t begin, int64_t end,
+                                            int64_t offset, int64_t size) {
   constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
   for (int64_t i = begin; i < end; ++i) {
     if (tokens[i].is_padding()) continue;

@@ -191,15 +191,18 @@ _original_methods: set[Any] = set()  # functions that were seen to be those of t
 DECORATES = "transformers.modeling_layers"  # whose layers wrap the forward of every class derived from them
 
 
+def is_decorated(method: Any) -> bool:
+    """Whether a method is what such a package makes of one when its class is defined."""
+    return isinstance(method, FunctionType) and method.__globals__["__name__"] == DECORATES
+
+
 def _is_original(kind: type, name: str) -> bool:
     """Whether the method of a class is the one that its own file defines."""
     method = getattr(kind, name)
     if method in _original_methods:
         return True
     owner = next(base for base in kind.__mro__ if name in vars(base))
-    if not isinstance(method, FunctionType):
-        return False
-    if hasattr(method, "__wrapped__") and method.__globals__["__name__"] != DECORATES:
+    if not isinstance(method, FunctionType) or (hasattr(method, "__wrapped__") and not is_decorated(method)):
         return False
     if (method.__module__, method.__qualname__) != (owner.__module__, f"{owner.__qualname__}.{name}"):
         return False

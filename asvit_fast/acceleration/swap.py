@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from .. import backends
 from ..errors import InputError
 from .registry import Family, family_of, qualified_name, replacement_of
-from .replacement import Replacement, parts_of, patch_reason, source_type, unknown_reason, version_reason
+from .replacement import Replacement, is_decorated, parts_of, patch_reason, source_type, unknown_reason, version_reason
 from .report import Decision, OpRun, Report
 from .unknown import attends, is_windowed, unknown_attention
 
@@ -190,6 +190,11 @@ def restore(model: nn.Module) -> nn.Module:
     """
     for module in model.modules():
         if isinstance(module, Replacement):
+            bound_method = module.__dict__.get("forward")
+            if (
+                getattr(bound_method, "__func__", None) is type(module).forward
+            ):  # as some collectors of outputs leave it
+                del module.__dict__["forward"]
             module.__class__ = _original(type(module))
     return model
 
@@ -203,5 +208,9 @@ def _original(kind: type) -> type:
     name = kind.__name__
     for replaced, original in names.items():
         name = name.replace(replaced, original)
-    members = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
+    members = {
+        key: value
+        for key, value in vars(kind).items()
+        if key not in ("__dict__", "__weakref__") and not is_decorated(value)  # which the new class makes again
+    }
     return type(name, bases, members)

@@ -223,7 +223,7 @@ struct ForwardMemory {
     maximum = arena.take<T>(kGroup);
     total = arena.take<T>(kGroup);
     factor = arena.take<T>(kGroup);
-    means = arena.take<T>(kRegions * padded_dim);
+    means = arena.take<T>(2 * kRegions * padded_dim);
   }
 };
 
@@ -266,7 +266,7 @@ struct BackwardMemory {
     inverse = arena.take<T>(kGroup);
     delta = arena.take<T>(kGroup);
     products = arena.take<T>(kGroup);
-    means = arena.take<T>(kRegions * padded_dim);
+    means = arena.take<T>(2 * kRegions * padded_dim);
   }
 };
 

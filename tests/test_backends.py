@@ -134,11 +134,12 @@ def test_statistics_of_the_reference_are_those_of_the_kernels():
     qkv, bias = torch.randn(2, 7, 9, 12, dtype=torch.double), torch.randn(2, 16, 16, dtype=torch.double)
     x, weight, norm = (torch.randn(shape, dtype=torch.double) for shape in ((2, 5, 6, 4), (8, 36), (36,)))
     for layout in ("masked", "timm", "torchvision"):
+        attend = (qkv, None, None, bias, None, None, None, 2, [4, 4], [1, 2], [4, 4], 0.5, layout, 0.0)
         results = []
         for backend in ("cpu", "reference"):
             with af.use_backend(backend):
                 results += [
-                    torch.ops.asvit_fast.window_attention(qkv, bias, None, None, 2, [4, 4], [1, 2], 0.5, layout, 0.0),
+                    torch.ops.asvit_fast.window_attention(*attend),
                     torch.ops.asvit_fast.patch_merge(x, weight, norm, None, None, 3, 2, 1e-5, False),
                 ]
         torch.testing.assert_close(results[:2], results[2:])

@@ -97,7 +97,7 @@ def test_reference_equals_nested_forward_mode():
 
     def attend(t: Tensor) -> Tensor:
         at = qkv[0] + t * (qkv[1] + t / 2 * qkv[2])
-        return window_attention_reference(at, heads, list(window), list(shift), bias)
+        return window_attention_reference([at], heads, list(window), list(shift), bias)
 
     def velocity(t: Tensor) -> tuple[Tensor, Tensor]:
         return torch.func.jvp(attend, (t,), (torch.ones_like(t),))

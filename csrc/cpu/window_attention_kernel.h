@@ -152,16 +152,23 @@ void scale_columns(const T* factor, int64_t count, int64_t size, T* to) {
     }
 }
 
-// to [region][padded_dim] = factor * sum of the rows [token][size] of each region / its number of keys.
+// to [region][padded_dim] = factor * sum of the rows [token][size] of each region / its number of keys. Compensated
+// sums (Kahan): where most tokens are padding, they grow by one and the same number.
 template <typename T>
 void mean_regions(const TokenWindow& window, const TokenList& tokens, const T* rows, int64_t size, int64_t padded_dim,
                   T factor, T* to) {
   int64_t counts[kRegions] = {};
-  fill(to, kRegions * padded_dim, T(0));
+  T* const lost = to + kRegions * padded_dim;  // by rounding, as `to`
+  fill(to, 2 * kRegions * padded_dim, T(0));
   for (int64_t i = 0; i < window.keys.count; ++i) ++counts[window.keys[i].region];
   for (int64_t i = 0; i < tokens.count; ++i) {
-    T* at = to + tokens[i].region * padded_dim;
-    for (int64_t j = 0; j < size; j += kLanes<T>) store<T>(at + j, load<T>(at + j) + load<T>(rows + i * size + j));
+    const int64_t region = tokens[i].region * padded_dim;
+    for (int64_t j = 0; j < size; j += kLanes<T>) {
+      const Vector<T> before = load<T>(to + region + j), row = load<T>(rows + i * size + j) - load<T>(lost + region + j);
+      const Vector<T> after = before + row;
+      store<T>(lost + region + j, (after - before) - row);
+      store<T>(to + region + j, after);
+    }
   }
   for (int64_t region = 0; region < kRegions; ++region) {
     const T share = factor / T(counts[region] > 0 ? counts[region] : 1);

@@ -49,6 +49,7 @@ from torch import Tensor, nn
 
 import asvit_fast as af
 from asvit_fast import backends
+from asvit_fast.bench.peers import attention_sdpa
 from asvit_fast.bench.timer import Timing, print_header, save_rows
 from asvit_fast.malloc import disable_malloc_trim
 from asvit_fast.scoring import ScoreSettings, score_repeat
@@ -114,14 +115,10 @@ def with_reference(run: Run) -> object:
 def with_fused_attention(run: Run) -> object:
     """Our network with torch's fused attention under torch.func too, where we take the reference."""
 
-    attention = importlib.import_module("asvit_fast.ops.window_attention")
-
     def fused(
         qkv: Tensor, num_heads: int, window: tuple[int, int], dropout: float = 0.0, attn_scale: None = None
     ) -> Tensor:
-        scale = (qkv.shape[3] // (3 * num_heads)) ** -0.5
-        config = attention.WindowAttentionConfig(num_heads, list(window), [0, 0], scale, "masked", dropout)
-        return attention._sdpa((qkv, None, None, None), config)
+        return attention_sdpa(qkv, num_heads, list(window), [0, 0], None)
 
     with mock.patch.object(importlib.import_module("asvit_fast.nn.attention"), "window_attention", fused):
         return run()

@@ -188,7 +188,7 @@ def test_another_mask_runs_the_source() -> None:
     expected = block(x, mask), block(x, other)
     af.accelerate(model)
     close(block(x, mask), expected[0])
-    with pytest.warns(backends.FallbackWarning, match="its mask_matrix is not that of its shift"):
+    with pytest.warns(backends.FallbackWarning, match="the mask that it is called with is not that of its shift"):
         close(block(x, other), expected[1])
 
 

@@ -13,14 +13,11 @@ from monai.networks.nets.swin_unetr import (
     PatchMergingV2,
     SwinTransformerBlock,
     WindowAttention,
-    compute_mask,
     get_window_size,
 )
 from torch import Tensor, nn
 
-from .. import backends
 from ..ops.window_attention import window_attention
-from ..ops.windows import window_padding
 from .chunked_mlp import ChunkedMlp
 from .merging import Merging
 from .replacement import (
@@ -38,10 +35,10 @@ from .replacement import (
     project,
     window_dropout,
 )
-from .shifts import mask_reason, window_reason
+from .shift_masks import OF_SHIFT, Mask, is_of_shift, mask_tensor
+from .shifts import window_reason
 
 LAYOUT = "torchvision"  # maps are padded, then rolled
-OF_SHIFT = "the mask of the shift"  # in place of that mask, where nobody needs its numbers
 
 
 class FastSwinUNETRBlock(Replacement, SwinTransformerBlock):
@@ -69,17 +66,6 @@ class FastSwinUNETRBlock(Replacement, SwinTransformerBlock):
             why = f"its windows are {window}, those of its attention {module.attn.window_size}"
         return why
 
-    def _mask_fits(
-        self: Any, mask: Tensor | str | None, size: Sequence[int], window: Sequence[int], shift: Sequence[int]
-    ) -> bool:
-        """Whether a mask that the source would add is that of the shift; warns once where not."""
-        if not any(shift) or mask is OF_SHIFT:
-            return True
-        why = mask_reason(mask, size, window, shift)  # type: ignore[arg-type]
-        if why is not None:
-            _warn_mask(self.source.__name__, why.replace("its attn_mask", "its mask_matrix"))
-        return why is None
-
     def _attend(self: Any, x: Tensor, window: Sequence[int], shift: Sequence[int]) -> Tensor:
         """A map [B, *size, C] -> the same."""
         attn, window, shift = self.attn, tuple(window), tuple(shift)
@@ -91,21 +77,13 @@ class FastSwinUNETRBlock(Replacement, SwinTransformerBlock):
         x = window_attention(qkv, attn.num_heads, window, shift, bias, attn.scale, 0.0, LAYOUT, padding)
         return window_dropout(project(attn.proj, x), drop_probability(attn.proj_drop), window, shift, LAYOUT)
 
-    def forward_part1(self: Any, x: Tensor, mask_matrix: Tensor | str | None) -> Tensor:
+    def forward_part1(self: Any, x: Tensor, mask_matrix: Mask) -> Tensor:
         size = tuple(x.shape[1:-1])
         window, shift = get_window_size(size, self.window_size, self.shift_size)
         runs = self.can_run() and not drops(self.attn.attn_drop.p, self.attn.attn_drop.training)
-        if runs and self._mask_fits(mask_matrix, size, window, shift):
+        if runs and is_of_shift(self.source.__name__, mask_matrix, size, window, shift):
             return self._attend(self.norm1(x), window, shift)
-        if mask_matrix is OF_SHIFT:
-            padded = [n + window_padding(n, w) for n, w in zip(size, window, strict=True)]
-            mask_matrix = compute_mask(padded, window, shift, x.device)
-        return super().forward_part1(x, mask_matrix)
-
-
-@torch.compiler.assume_constant_result  # a warning would break the graph: this one is given while tracing
-def _warn_mask(name: str, why: str) -> None:
-    backends.notify_once((name, why), f"asvit_fast runs {name} as its package does: {why}")
+        return super().forward_part1(x, mask_tensor(mask_matrix, size, window, shift, x))
 
 
 class FastSwinUNETRStage(Replacement, BasicLayer):

@@ -80,6 +80,17 @@ def test_every_shape_has_tiles(kernel, capability):
             assert tail >= count % size
 
 
+@pytest.mark.parametrize(
+    ("kernel", "rows"), [("tiled", "block_m"), ("q_gradient", "block_m"), ("kv_gradient", "block_n")]
+)
+def test_no_more_warps_than_rows_on_hopper(kernel, rows):
+    """Of float32: four warps take 64 rows of a product there; with eight on 64 Triton 3.6's products have read outside
+    of shared memory (compute-sanitizer on an H200)."""
+    table = tile_table.read_table(Path(tile_table.__file__).parent / "tiles" / "hopper.json")
+    wide = [row for row in table[kernel] if row["bits"] == 32 and row[rows] >= 64]
+    assert all(16 * row["num_warps"] <= row[rows] for row in wide), wide
+
+
 def test_nearest_shape(folder):
     rows = [
         {"bits": 16, "tokens": 49, "block_d": 32, "block_m": 64, "num_warps": 1, "num_stages": 1},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,6 @@ from asvit_fast.bench.workloads import workload_of
 from asvit_fast.cli import main
 from asvit_fast.cost import count_macs
 from asvit_fast.errors import InputError
-from asvit_fast.export import export
-from asvit_fast.models.foreign import create_foreign
 from asvit_fast.report import report
 from asvit_fast.settings import BenchSettings
 
@@ -299,76 +296,6 @@ def test_available_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_peak_of_products() -> None:
     peak = product_peak(torch.float32, torch.device("cpu"), torch.get_num_threads())
     assert peak.macs > 1e8 and peak.name.endswith(("128x128x128", "256x256x256"))
-
-
-# WHAT
-
-
-def test_names_and_folders(tmp_path: Path) -> None:
-    folder = export(TOPOLOGY, tmp_path / "model", img_size=32, num_classes=3)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text(json.dumps({"kind": "search", "img_size": 64}))
-    (tmp_path / "run" / "trace.jsonl").write_text(json.dumps({"topology": TOPOLOGY, "most_probable": TOPOLOGY}) + "\n")
-    (tmp_path / "run" / "result.json").write_text(json.dumps({"topology": TOPOLOGY}))
-    shapes = {
-        what: open_source(what).sample.shape
-        for what in (TOPOLOGY, str(folder), str(tmp_path / "run"), "swinv2_tiny_window8_256", "squeezenet1_1")
-    }
-    assert list(shapes.values()) == ["3x224x224", "3x32x32", "3x64x64", "3x256x256", "3x224x224"]
-    assert open_source(folder).model.num_classes == 3
-    assert torch.equal(next(open_source(TOPOLOGY).model.parameters()), next(open_source(TOPOLOGY).model.parameters()))
-    assert open_source("resnet18", img_size=(32, 64)).sample.shape == "3x32x64"
-
-
-def test_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_networks.py").write_text(
-        "from torch import nn\ndef small(): return nn.Sequential(nn.Flatten(), nn.Linear(12, 2))\n"
-        "def number(): return 3\ndef broken(): raise KeyError('x')\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    assert isinstance(create_foreign("my_networks:small"), nn.Sequential)
-    assert open_source("my_networks:small", img_size=2).sample.shape == "3x2x2"
-    assert str(tmp_path) not in sys.path
-    for name, message in (
-        ("my_networks:number", "must return a torch.nn.Module, got int"),
-        ("my_networks:nothing", "has no function nothing"),
-        ("my_networks:broken", "raised KeyError"),
-        ("no_such_module:small", "no_such_module cannot be imported"),
-    ):
-        with pytest.raises(InputError, match=message):
-            open_source(name)
-
-
-def test_transformers_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="needs transformers, which is not installed"):
-        open_source("hf:swin")
-
-
-def test_other_commands_refuse_foreign_names(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["score", "hf:swin"]) == 2
-    assert "only asvit-fast bench takes 'hf:swin'" in capsys.readouterr().err
-
-
-def test_transformers(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.SwinConfig(
-        image_size=32, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4, num_labels=3
-    )
-    config.save_pretrained(tmp_path)
-    source = open_source(f"hf:{tmp_path}")
-    assert type(source.model).__name__ == "SwinForImageClassification" and source.sample.shape == "3x32x32"
-    found = af.benchmark(f"hf:{tmp_path}", None, (1, 2), against=("source", "sdpa"), **QUICK)
-    assert {row.provider for row in found} >= {"source", "ours"}
-    assert all(row.status == "ok" and row.error < 1e-5 for row in found), found
-    assert open_source(f"hf:{tmp_path}", img_size=64).sample.shape == "3x64x64"
-    for name, message in (
-        ("hf:swiin", "no such type of model or class"),
-        ("hf:nobody/nothing", "nothing is downloaded"),
-        ("hf:bert", "takes input_ids, not images"),
-    ):
-        with pytest.raises(InputError, match=message):
-            open_source(name)
 
 
 # files, the command, the report

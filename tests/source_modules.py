@@ -50,6 +50,7 @@ KNOWN = {
     "trunc_normal_": timm.layers.trunc_normal_,
     "Linear": nn.Linear,
     "LayerNorm": nn.LayerNorm,
+    "scandir": lambda folder: [],  # of what a package would import all
     "digit_version": lambda text: tuple(int(part) for part in text.split("+")[0].split(".")[:2]),
 }
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import asvit_fast as af
 from asvit_fast import backends
 from asvit_fast.acceleration import Structural, method_digest, register, registry
+from asvit_fast.acceleration.replacement import token_major
 from asvit_fast.acceleration.shift_masks import OF_SHIFT, is_of_shift, mask_tensor
 from asvit_fast.acceleration.structure import looks_like
 from asvit_fast.ops.windows import window_mask
@@ -294,3 +295,21 @@ def test_masks_of_the_shift():
         assert not is_of_shift("A", mask - 1.0, size, window, shift)
     with pytest.warns(backends.FallbackWarning, match="shift and no"):
         assert not is_of_shift("A", None, size, window, shift)
+
+
+def test_token_major():
+    """Channels lie side by side in tokens and gradients, whatever comes in; of any order, under transforms."""
+    x = torch.randn(2, 5, 6, dtype=torch.float64).transpose(1, 2).requires_grad_()  # [B, N, C], as from a convolution
+    strided = torch.randn(2, 5, 6, dtype=torch.float64).transpose(1, 2)
+    y = token_major(x)
+    assert y.is_contiguous()
+    assert torch.equal(y, x)
+    (gradient,) = torch.autograd.grad(y, x, strided)
+    assert gradient.is_contiguous()
+    assert torch.equal(gradient, strided)
+    assert torch.autograd.gradcheck(token_major, x)
+    assert torch.autograd.gradgradcheck(token_major, x)
+    _, tangent = torch.func.jvp(token_major, (x,), (strided,))
+    assert torch.equal(tangent, strided)
+    assert torch.equal(torch.func.vmap(token_major)(x), x)
+    assert torch.equal(torch.compile(token_major, fullgraph=True, backend="aot_eager")(x), x)

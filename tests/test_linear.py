@@ -15,6 +15,7 @@ from asvit_fast.backends import use_backend
 
 module = importlib.import_module("asvit_fast.ops.linear")
 
+OF_LIBRARIES = [False, True]  # weight gradients are MKL's or oneDNN's: the processor decides
 SHAPES = [((7, 5), 3), ((2, 3, 4, 33), 65), ((1, 1), 1), ((300, 64), 192), ((400, 16), 48), ((0, 8), 4), ((5, 129), 16)]
 
 
@@ -38,9 +39,17 @@ def error(found: list[Tensor], exact: list[Tensor]) -> float:
 @pytest.mark.parametrize(("shape", "features"), SHAPES)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.parametrize("narrow", OF_LIBRARIES)
 def test_values_and_gradients(
-    shape: tuple[int, ...], features: int, bias: bool, activation: str, poison_empty: None
+    shape: tuple[int, ...],
+    features: int,
+    bias: bool,
+    activation: str,
+    narrow: bool,
+    poison_empty: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(module, "mkl_is_narrow", lambda: narrow)
     tensors = operands(shape, features, bias)
     wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
 

@@ -9,6 +9,7 @@ see a few hundred of them at a time. GELU needs no kernel of its own: on numbers
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import timm.layers
@@ -52,7 +53,12 @@ def tokens_at_a_time(layers: Sequence[nn.Module], x: Tensor) -> int | None:
 
 def run_in_parts(run: Callable[[Tensor], Tensor], x: Tensor, tokens: int) -> Tensor:
     """A function of single tokens x [..., C] on that many at a time."""
-    return torch.cat([run(part) for part in x.flatten(0, -2).split(tokens)]).unflatten(0, x.shape[:-1])
+    parts = (run(part) for part in x.flatten(0, -2).split(tokens))
+    first = next(parts)
+    result = first.new_empty(*x.shape[:-1], first.shape[-1])  # parts put together at the end would be there twice
+    for into, part in zip(result.flatten(0, -2).split(tokens), chain([first], parts), strict=True):
+        into.copy_(part)
+    return result
 
 
 def visible_reason(layers: Iterable[tuple[str, nn.Module]]) -> str | None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ops.window_attention import window_attention
 from .microsoft_swin import SIZED, SizedBlock
-from .replacement import LINEAR, SOFTMAX, Parts, bypass_reason, call_reason, divides, project
+from .replacement import LINEAR, SOFTMAX, Parts, bypass_reason, call_reason, divides, project, token_major
 from .shift_masks import OF_SHIFT, Mask, is_of_shift, mask_tensor
 from .structure import Structural, Structure
 from .swin_layers import (
@@ -45,6 +45,7 @@ class FastSwinIRBlock(SizedBlock):
         runs = x.shape[1] == size[0] * size[1] and self.can_run() and not attention_drops(self.attn)
         if not runs or not divides(window, x.unflatten(1, size)):
             return self.source.forward(self, x, x_size)
+        x = token_major(x)
         attended = attend(self.attn, self.norm1(x).unflatten(1, size), window, shift).flatten(1, 2)
         x = x + self.drop_path(attended)
         return x + self.drop_path(self.mlp(self.norm2(x)))
@@ -70,6 +71,7 @@ class FastHybridAttentionBlock(SquareBlock):
         runs = runs and divides(window, x.unflatten(1, size))
         if not runs or not is_of_shift(self.source.__name__, attn_mask, size, window, shift):
             return self.source.forward(self, x, x_size, rpi_sa, mask_tensor(attn_mask, size, window, shift, x))
+        x = token_major(x)
         tokens = self.norm1(x).unflatten(1, size)  # [B, H, W, C]
         convolved = self.conv_block(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)  # [B, H*W, C]
         attended = attend(self.attn, tokens, window, shift, rpi_sa).flatten(1, 2)
@@ -118,6 +120,7 @@ class FastOverlappingCrossAttention(Structural):
         runs = x.shape[1] == size[0] * size[1] and self.can_run()
         if not runs or not divides((self.window_size,) * 2, x.unflatten(1, size)):
             return self.source.forward(self, x, x_size, rpi)
+        x = token_major(x)
         attended = self._attend(self.norm1(x).unflatten(1, size), rpi).flatten(1, 2)  # [B, H*W, C]
         x = project(self.proj, attended) + x
         return x + self.mlp(self.norm2(x))

@@ -33,6 +33,7 @@ from .replacement import (
     drops,
     padding_token,
     project,
+    token_major,
     window_dropout,
 )
 from .shift_masks import OF_SHIFT, Mask, is_of_shift, mask_tensor
@@ -110,7 +111,7 @@ class FastSwinUNETRStage(Replacement, BasicLayer):
             return super().forward(x)
         if not all(isinstance(block, FastSwinUNETRBlock) for block in self.blocks):
             return super().forward(x)
-        x = x.movedim(1, -1)
+        x = token_major(x.movedim(1, -1))
         for block in self.blocks:
             x = block(x, OF_SHIFT)
         if self.downsample is not None:

@@ -361,6 +361,37 @@ def project(layer: Any, x: Tensor) -> Tensor:
     return linear(x, layer.weight, layer.bias)
 
 
+class _TokenMajor(torch.autograd.Function):
+    """`contiguous` whose gradients are contiguous, too."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.contiguous()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.contiguous()
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent.contiguous()
+
+
+def token_major(x: Tensor) -> Tensor:
+    """x [..., C] with the channels of every token side by side. Tokens made of a convolution's maps have them a map
+    apart, and sums with what attention returns would stay so, and gradients as well: every LayerNorm would copy them.
+    """
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # compilers choose strides themselves
+    recorded = x.requires_grad and torch.is_grad_enabled()
+    return _TokenMajor.apply(x) if recorded and not traced else x.contiguous()
+
+
 def divides(window: Sequence[int], x: Tensor) -> bool:
     """Whether windows divide a map [B, *size, C]."""
     return all(window_padding(n, w) == 0 for n, w in zip(x.shape[1:-1], window, strict=True))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ops.linear import linear
-from ..ops.window_attention import Projections, window_attention
+from ..ops.window_attention import window_attention
 from .replacement import (
     DROP,
     LINEAR,
@@ -83,35 +83,41 @@ def position_bias(table: Tensor, index: Tensor, queries: int, keys: int) -> Tens
     return table[index.reshape(-1)].reshape(queries, keys, -1).permute(2, 0, 1)
 
 
-def _windowed(attn: Any, maps: Projections, window: Sequence[int], shift: Sequence[int], *options: Any) -> Tensor:
-    window, shift = tuple(window), tuple(shift)
-    bias, scale, padding = options
-    x = window_attention(maps, attn.num_heads, window, shift, bias, scale, 0.0, LAYOUT, padding)  # [B, *size, C]
+def _output(attn: Any, x: Tensor, window: Sequence[int], shift: Sequence[int]) -> Tensor:
     return window_dropout(project(attn.proj, x), drop_probability(attn.proj_drop), window, shift, LAYOUT)
+
+
+# Below, x is first a map, then its projections, then what attention makes of them: each is freed when the next is
+# there, as large images need it.
 
 
 def attend(attn: Any, x: Tensor, window: Sequence[int], shift: Sequence[int], index: Tensor | None = None) -> Tensor:
     """A map [B, *size, C] -> the same; windows that were clipped to the map have the first rows of the index."""
-    tokens = math.prod(window)
+    tokens, window, shift = math.prod(window), tuple(window), tuple(shift)
     if index is None:
         index = attn.relative_position_index[:tokens, :tokens]
     bias = position_bias(attn.relative_position_bias_table, index, tokens, tokens)
     padding = padding_token(attn.qkv.bias, x, window)
-    return _windowed(attn, project(attn.qkv, x), window, shift, bias, attn.scale, padding)
+    x = project(attn.qkv, x)  # [B, *size, 3*C]
+    x = window_attention(x, attn.num_heads, window, shift, bias, attn.scale, 0.0, LAYOUT, padding)  # [B, *size, C]
+    return _output(attn, x, window, shift)
 
 
 def attend_by_cosines(attn: Any, x: Tensor, window: Sequence[int], shift: Sequence[int]) -> Tensor:
     """A map [B, H, W, C] -> the same by an attention of Swin V2 (arXiv 2111.09883), whose keys have no bias."""
+    tokens, window, shift = math.prod(window), tuple(window), tuple(shift)
     bias = None if attn.q_bias is None else torch.cat((attn.q_bias, torch.zeros_like(attn.v_bias), attn.v_bias))
-    qkv = linear(x, attn.qkv.weight, bias)  # [B, H, W, 3*C]
+    table = 16 * torch.sigmoid(attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads))  # [offsets, heads]
+    biases = position_bias(table, attn.relative_position_index, tokens, tokens)
+    scale = cosine_scale(attn.logit_scale)
+    x = linear(x, attn.qkv.weight, bias)  # [B, H, W, 3*C]
     padding = padding_token(bias, x, window)
     if padding is not None:
-        padding = torch.cat(cosine_projections(padding.to(qkv.dtype), attn.num_heads))
-    table = 16 * torch.sigmoid(attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads))  # [offsets, heads]
-    tokens = math.prod(window)
-    biases = position_bias(table, attn.relative_position_index, tokens, tokens)
-    maps = cosine_projections(qkv, attn.num_heads)  # [B, H, W, C] each
-    return _windowed(attn, maps, window, shift, biases, cosine_scale(attn.logit_scale), padding)
+        padding = torch.cat(cosine_projections(padding.to(x.dtype), attn.num_heads))
+    maps = cosine_projections(x, attn.num_heads)  # [B, H, W, C] each
+    x = window_attention(maps, attn.num_heads, window, shift, biases, scale, 0.0, LAYOUT, padding)  # [B, H, W, C]
+    del maps
+    return _output(attn, x, window, shift)
 
 
 class SquareBlock(Structural):

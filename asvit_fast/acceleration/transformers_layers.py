@@ -33,6 +33,7 @@ from .replacement import (
     drop_probability,
     drops,
     project,
+    token_major,
     unit_heads,
     window_dropout,
 )
@@ -176,7 +177,7 @@ class SplitLayer(WindowLayer):
         options = dict(zip(self.options, args, strict=False)) | kwargs
         if not self._can_attend(input_dimensions, options) or self._attention_drops():
             return super().forward(hidden_states, input_dimensions, *args, **kwargs)  # type: ignore[misc]
-        return (self._layer(hidden_states, input_dimensions),)
+        return (self._layer(token_major(hidden_states), input_dimensions),)
 
     def _layer(self: Any, hidden_states: Tensor, size: tuple[int, int]) -> Tensor:
         """Tokens [B, H*W, C] -> the same."""

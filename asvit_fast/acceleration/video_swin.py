@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .merging import Merging
 from .microsoft_detection import blocks_reason
-from .replacement import LINEAR, Parts, bypass_reason
+from .replacement import LINEAR, Parts, bypass_reason, token_major
 from .shift_masks import OF_SHIFT, Mask, is_of_shift, mask_tensor
 from .shifts import window_reason
 from .structure import Structural, Structure
@@ -76,7 +76,7 @@ class FastVideoSwinStage(Structural):
         )
         if not alike or not self.can_run():
             return self.source.forward(self, x)
-        x = x.movedim(1, -1)
+        x = token_major(x.movedim(1, -1))
         for block in self.blocks:
             x = block(x, OF_SHIFT)
         if self.downsample is not None:

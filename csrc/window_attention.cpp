@@ -118,17 +118,33 @@ TokenMap<T> token_map(const at::Tensor& map) {
   return {const_cast<T*>(map.const_data_ptr<std::remove_const_t<T>>()), *token_distance(map)};
 }
 
+// A matrix for each head [heads, queries, keys] -> a view [heads, whole groups of queries, keys, kGroup] of it.
+at::Tensor whole_groups(const at::Tensor& matrix) {
+  const int64_t groups = matrix.size(1) / kGroup;
+  const at::Tensor whole = matrix.narrow(1, 0, groups * kGroup);
+  return whole.unflatten(1, {groups, kGroup}).transpose(2, 3);
+}
+
 // A bias [heads, queries, keys] as [heads, groups of queries, keys, kGroup].
 at::Tensor group_bias(const at::Tensor& bias) {
-  const int64_t groups = group_count(bias.size(1));
-  at::Tensor padded = at::zeros({bias.size(0), groups * kGroup, bias.size(2)}, bias.options());
-  padded.narrow(1, 0, bias.size(1)).copy_(bias);
-  return padded.view({bias.size(0), groups, kGroup, bias.size(2)}).transpose(2, 3).contiguous();
+  const int64_t whole = bias.size(1) / kGroup, rest = bias.size(1) % kGroup;
+  const at::Tensor grouped = at::empty({bias.size(0), group_count(bias.size(1)), bias.size(2), kGroup}, bias.options());
+  grouped.narrow(1, 0, whole).copy_(whole_groups(bias));
+  if (rest > 0) {
+    const at::Tensor last = grouped.select(1, whole);
+    last.narrow(2, 0, rest).copy_(bias.narrow(1, whole * kGroup, rest).transpose(1, 2));
+    last.narrow(2, rest, kGroup - rest).zero_();
+  }
+  return grouped;
 }
 
 // The inverse for its gradient.
 at::Tensor ungroup_bias(const at::Tensor& grouped, int64_t queries) {
-  return grouped.transpose(2, 3).flatten(1, 2).narrow(1, 0, queries).contiguous();
+  const int64_t whole = queries / kGroup, rest = queries % kGroup;
+  const at::Tensor bias = at::empty({grouped.size(0), queries, grouped.size(2)}, grouped.options());
+  whole_groups(bias).copy_(grouped.narrow(1, 0, whole));
+  if (rest > 0) bias.narrow(1, whole * kGroup, rest).copy_(grouped.select(1, whole).narrow(2, 0, rest).transpose(1, 2));
+  return bias;
 }
 
 // Operands as the kernels want them.

@@ -6,6 +6,7 @@ FLOPs are multiply-adds (MACs) of one image, as in the tables of the paper (As-V
 from __future__ import annotations
 
 import functools
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .backends import resolve_device
 from .errors import InputError
-from .modes import evaluation_mode
+from .modes import evaluation_mode, restored_attributes
 from .ops.flops import window_pairs
 from .settings import MIN_IMG_SIZE, POS_EMBEDS, ImageSize, check_choice, image_sides
 from .topology import EMBED_STRIDE, Topology
@@ -60,7 +61,7 @@ def count_macs_of_call(model: nn.Module, *inputs: Any, **named: Any) -> int:
         return value.detach().to("meta", dtype if value.is_floating_point() else value.dtype)
 
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), evaluation_mode(model), counter:
+    with torch.no_grad(), evaluation_mode(model), restored_attributes(model), counter:
         torch.func.functional_call(
             model, on_meta, tuple(map(moved, inputs)), {name: moved(value) for name, value in named.items()}
         )
@@ -151,6 +152,7 @@ def peak_allocation(run: Callable[[], object], device: torch.device) -> int:
         run()
         _synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler talks otherwise
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     current = peak = 0

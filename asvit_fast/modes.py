@@ -1,4 +1,5 @@
-"""Training and evaluation mode for a while, where every module gets its own flag back; dropout off."""
+"""What modules get back after a while: their flags of training and evaluation mode, attributes that a forward pass set;
+dropout off."""
 
 from __future__ import annotations
 
@@ -26,6 +27,18 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     with restored_modes(model):
         model.eval()
         yield
+
+
+@contextlib.contextmanager
+def restored_attributes(model: nn.Module) -> Iterator[None]:
+    """What a forward pass keeps in its modules, such as a constant on the device of its input, goes with it."""
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
 
 
 DROPOUT = ("dropout", "attention_dropout", "dropout_prob")  # probabilities that modules hand to a function

@@ -3,6 +3,7 @@ import random
 import pytest
 import timm
 import torch
+from torch import nn
 
 from asvit_fast.cost import count_macs, measure_latency, measure_memory, params, topology_cost
 from asvit_fast.errors import InputError
@@ -83,3 +84,25 @@ def test_measurements_are_real() -> None:
 def test_bad_sizes(size: object) -> None:
     with pytest.raises(InputError, match="img_size"):
         topology_cost(Topology.parse(SEED), img_size=size)
+
+
+class KeepsConstant(nn.Module):
+    """A network that moves a constant to its input's device and remembers it, as SwinIR does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 4)
+        self.mean = torch.ones(1, 3, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.mean = self.mean.type_as(x)
+        self.seen = x
+        return self.linear((x - self.mean).mean((2, 3)))
+
+
+def test_counting_leaves_attributes() -> None:
+    model = KeepsConstant()
+    assert count_macs(model, 32) == 12
+    assert model.mean.device.type == "cpu"
+    assert not hasattr(model, "seen")
+    assert model(torch.ones(2, 3, 4, 4)).isfinite().all()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +26,6 @@ EXIT_NOTHING = 1  # no provider gave a time
 
 
 def run(values: SimpleNamespace) -> int:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # of torch's profiler, which measures memory: it talks otherwise
     settings = BenchSettings(**chosen(values, BenchSettings))
     show = Output(values)
     device = computing_device(settings.device)

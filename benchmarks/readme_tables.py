@@ -114,6 +114,32 @@ def _milliseconds(row: Row) -> float:
     return float(row["milliseconds"])
 
 
+def families() -> str:
+    """Networks of other libraries and repositories, each against itself."""
+    rows = read(ZEN4, "families")
+    header = ["network", "image", "inference: source", "ours", "speed", "memory", "training step", "memory of a step"]
+    lines = []
+    for name in dict.fromkeys(row["network"] for row in rows):
+        modes = [
+            {row["provider"]: row for row in rows if row["network"] == name and row["mode"] == mode}
+            for mode in ("inference", "train")
+        ]
+        source, ours = (modes[0][provider] for provider in ("source", OURS))
+        pace = [f"{float(row['images_per_second']):.3g}" for row in (source, ours)]
+        speeds = [_gain(found) for found in modes]
+        lines.append([name, f"{source['batch']} x {source['image']}", *pace, *speeds[0], *speeds[1]])
+    return markdown(header, lines)
+
+
+def _gain(found: dict[str, Row]) -> list[str]:
+    """Speed and memory of ours against the source, where both were measured."""
+    if not found:
+        return ["", ""]
+    source, ours = found["source"], found[OURS]
+    memory = float(ours["peak_mebibytes"]) / float(source["peak_mebibytes"])
+    return [times(_milliseconds(source) / _milliseconds(ours)), f"{memory:.2f} x"]
+
+
 def ops() -> str:
     """Ops against the fastest of torch's ways to do the same."""
     header = ["op", "forward", "forward and backward", "peak memory of both, of eager"]
@@ -204,7 +230,13 @@ def scores() -> str:
     return markdown(["work", "ours", "torch.func, eager", "compiled", "JAX"], lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"networks": networks, "ops": ops, "trainings": trainings, "scores": scores}
+TABLES: dict[str, Callable[[], str]] = {
+    "networks": networks,
+    "families": families,
+    "ops": ops,
+    "trainings": trainings,
+    "scores": scores,
+}
 
 
 def filled(text: str) -> str:

@@ -45,7 +45,8 @@ $(VENV)/.integrations: $(VENV)/.installed pyproject.toml
 	@touch $@
 
 test-integrations: $(VENV)/.integrations
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(addprefix tests/test_accelerate_,transformers.py transformers_use.py monai.py) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(addprefix tests/test_,accelerate_transformers.py \
+		accelerate_transformers_use.py accelerate_monai.py bench_sources.py) $(PYTEST_ARGS)
 
 # what `make test` leaves out
 test-slow: install

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import asvit_fast as af
 from asvit_fast import backends
 from asvit_fast.acceleration import Structural, method_digest, register, registry
-from asvit_fast.acceleration.replacement import token_major
+from asvit_fast.acceleration.computing import token_major
 from asvit_fast.acceleration.shift_masks import OF_SHIFT, is_of_shift, mask_tensor
 from asvit_fast.acceleration.structure import looks_like
 from asvit_fast.ops.windows import window_mask

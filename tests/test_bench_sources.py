@@ -80,6 +80,7 @@ def test_transformers(tmp_path: Path) -> None:
     assert {row.provider for row in found} >= {"source", "ours"}
     assert all(row.status == "ok" and row.error < 1e-5 for row in found), found
     assert open_source(f"hf:{tmp_path}", img_size=64).sample.shape == "3x64x64"
+    assert open_source("hf:hiera", img_size=64).sample.shape == "3x64x64"  # whose configuration has a pair
     for name, message in (
         ("hf:swiin", "no such type of model or class"),
         ("hf:nobody/nothing", "nothing is downloaded"),

@@ -9,18 +9,9 @@ from torch import Tensor, nn
 from ..ops.patch_embed import patch_embed
 from ..ops.patch_merge import patch_merge
 from ..ops.window_attention import window_attention
+from .computing import drop_probability, drops, project, window_dropout
 from .embedding import convolution_reason
-from .replacement import (
-    DROP,
-    LINEAR,
-    SOFTMAX,
-    Parts,
-    bypass_reason,
-    drop_probability,
-    drops,
-    project,
-    window_dropout,
-)
+from .replacement import DROP, LINEAR, SOFTMAX, Parts, bypass_reason
 from .shifts import mask_reason, window_reason
 from .structure import Structural, Structure
 

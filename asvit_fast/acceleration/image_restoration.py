@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..ops.window_attention import window_attention
+from .computing import divides, project, token_major
 from .microsoft_swin import SIZED, SizedBlock
-from .replacement import LINEAR, SOFTMAX, Parts, bypass_reason, call_reason, divides, project, token_major
+from .replacement import LINEAR, SOFTMAX, Parts, bypass_reason, call_reason
 from .shift_masks import OF_SHIFT, Mask, is_of_shift, mask_tensor
 from .structure import Structural, Structure
 from .swin_layers import (

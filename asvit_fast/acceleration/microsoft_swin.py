@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from .chunked_mlp import ChunkedMlp
+from .computing import divides
 from .embedding import Embedding
 from .merging import Merging
-from .replacement import LINEAR, Names, Parts, divides
+from .replacement import LINEAR, Names, Parts
 from .shifts import mask_reason
 from .structure import Structural, Structure
 from .swin_layers import (

@@ -19,23 +19,9 @@ from torch import Tensor, nn
 
 from ..ops.window_attention import window_attention
 from .chunked_mlp import ChunkedMlp
+from .computing import drop_probability, drops, padding_token, project, token_major, window_dropout
 from .merging import Merging
-from .replacement import (
-    DROP,
-    LINEAR,
-    SOFTMAX,
-    Names,
-    Parts,
-    Replacement,
-    bypass_reason,
-    call_reason,
-    drop_probability,
-    drops,
-    padding_token,
-    project,
-    token_major,
-    window_dropout,
-)
+from .replacement import DROP, LINEAR, SOFTMAX, Names, Parts, Replacement, bypass_reason, call_reason
 from .shift_masks import OF_SHIFT, Mask, is_of_shift, mask_tensor
 from .shifts import window_reason
 

@@ -12,21 +12,8 @@ from torch import Tensor
 
 from ..ops.linear import linear
 from ..ops.window_attention import window_attention
-from .replacement import (
-    DROP,
-    LINEAR,
-    SOFTMAX,
-    Names,
-    Parts,
-    bypass_reason,
-    cosine_projections,
-    cosine_scale,
-    drop_probability,
-    drops,
-    padding_token,
-    project,
-    window_dropout,
-)
+from .computing import cosine_projections, cosine_scale, drop_probability, drops, padding_token, project, window_dropout
+from .replacement import DROP, LINEAR, SOFTMAX, Names, Parts, bypass_reason
 from .shifts import window_reason
 from .structure import Structural
 

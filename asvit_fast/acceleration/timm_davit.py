@@ -8,7 +8,8 @@ from timm.models.davit import SpatialBlock, WindowAttention
 from torch import Tensor
 
 from ..ops.window_attention import window_attention
-from .replacement import LINEAR, SOFTMAX, Names, Parts, Replacement, bypass_reason, padding_token, project
+from .computing import padding_token, project
+from .replacement import LINEAR, SOFTMAX, Names, Parts, Replacement, bypass_reason
 
 
 class FastSpatialBlock(Replacement, SpatialBlock):

@@ -10,19 +10,8 @@ from timm.models.maxxvit import AttentionCl, ParallelPartitionAttention, Partiti
 from torch import Tensor
 
 from ..ops.window_attention import window_attention
-from .replacement import (
-    DROP,
-    LINEAR,
-    Names,
-    Parts,
-    Replacement,
-    attention_drops,
-    by_projection,
-    divides,
-    drop_probability,
-    project,
-    window_dropout,
-)
+from .computing import attention_drops, by_projection, divides, drop_probability, project, window_dropout
+from .replacement import DROP, LINEAR, Names, Parts, Replacement
 
 
 def _parts(name: str) -> Parts:

@@ -8,7 +8,8 @@ from timm.models.nest import Attention
 from torch import Tensor
 
 from ..ops.window_attention import window_attention
-from .replacement import DROP, Names, Parts, Replacement, attention_drops
+from .computing import attention_drops
+from .replacement import DROP, Names, Parts, Replacement
 
 
 class FastNestAttention(Replacement, Attention):

@@ -11,21 +11,9 @@ from torch import Tensor, nn
 
 from ..ops.window_attention import window_attention
 from ..ops.windows import window_padding
+from .computing import attention_drops, drop_probability, padding_token, project, window_dropout
 from .merging import Merging
-from .replacement import (
-    DROP,
-    LINEAR,
-    SOFTMAX,
-    Names,
-    Parts,
-    Replacement,
-    attention_drops,
-    bypass_reason,
-    drop_probability,
-    padding_token,
-    project,
-    window_dropout,
-)
+from .replacement import DROP, LINEAR, SOFTMAX, Names, Parts, Replacement, bypass_reason
 from .shifts import mask_reason, window_reason
 
 

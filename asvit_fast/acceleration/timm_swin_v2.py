@@ -12,19 +12,8 @@ from torch import Tensor
 
 from ..ops.linear import linear
 from ..ops.window_attention import window_attention
-from .replacement import (
-    DROP,
-    LINEAR,
-    SOFTMAX,
-    Names,
-    Parts,
-    cosine_projections,
-    cosine_scale,
-    drop_probability,
-    padding_token,
-    project,
-    window_dropout,
-)
+from .computing import cosine_projections, cosine_scale, drop_probability, padding_token, project, window_dropout
+from .replacement import DROP, LINEAR, SOFTMAX, Names, Parts
 from .timm_swin import ShiftedWindows
 
 ATTENTION = {"attn.qkv": LINEAR, "attn.attn_drop": DROP, "attn.proj": LINEAR, "attn.proj_drop": DROP}

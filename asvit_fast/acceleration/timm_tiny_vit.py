@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..ops.window_attention import window_attention
 from .chunked_mlp import ChunkedMlp
-from .replacement import LINEAR, Names, Parts, Replacement, by_projection, bypass_reason, divides, project
+from .computing import by_projection, divides, project
+from .replacement import LINEAR, Names, Parts, Replacement, bypass_reason
 
 
 class FastTinyVitBlock(Replacement, TinyVitBlock):

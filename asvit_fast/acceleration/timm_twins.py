@@ -8,7 +8,8 @@ from timm.models.twins import LocallyGroupedAttn
 from torch import Tensor
 
 from ..ops.window_attention import window_attention
-from .replacement import DROP, LINEAR, Names, Parts, Replacement, attention_drops, padding_token, project
+from .computing import attention_drops, padding_token, project
+from .replacement import DROP, LINEAR, Names, Parts, Replacement
 
 
 class FastLocallyGroupedAttn(Replacement, LocallyGroupedAttn):

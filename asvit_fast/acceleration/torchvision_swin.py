@@ -14,20 +14,9 @@ from ..ops.linear import linear
 from ..ops.window_attention import Projections, window_attention
 from ..ops.windows import window_padding
 from .chunked_mlp import ChunkedMlp
+from .computing import cosine_projections, cosine_scale, drops, padding_token, project, window_dropout
 from .merging import Merging
-from .replacement import (
-    LINEAR,
-    Names,
-    Parts,
-    Replacement,
-    bypass_reason,
-    cosine_projections,
-    cosine_scale,
-    drops,
-    padding_token,
-    project,
-    window_dropout,
-)
+from .replacement import LINEAR, Names, Parts, Replacement, bypass_reason
 from .shifts import window_reason
 
 

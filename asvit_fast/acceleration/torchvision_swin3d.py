@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 
-from .replacement import drops, padding_token, project
+from .computing import drops, padding_token, project
 from .torchvision_swin import MapAttention, attend
 
 

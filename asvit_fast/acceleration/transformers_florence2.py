@@ -9,7 +9,8 @@ from transformers.models.florence2.modeling_florence2 import Florence2VisionMLP,
 
 from ..ops.window_attention import window_attention
 from .chunked_mlp import ChunkedMlp
-from .replacement import LINEAR, Names, Parts, Replacement, padding_token, project
+from .computing import padding_token, project
+from .replacement import LINEAR, Names, Parts, Replacement
 from .transformers_layers import implementation_reason
 
 

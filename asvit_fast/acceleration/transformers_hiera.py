@@ -10,7 +10,8 @@ from transformers.models.hiera.modeling_hiera import HieraMaskUnitAttention, Hie
 
 from ..ops.window_attention import window_attention
 from .chunked_mlp import ChunkedMlp
-from .replacement import LINEAR, Names, Parts, Replacement, project
+from .computing import project
+from .replacement import LINEAR, Names, Parts, Replacement
 from .transformers_layers import warn_wanted
 
 

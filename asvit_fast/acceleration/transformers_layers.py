@@ -18,15 +18,7 @@ from .. import backends
 from ..ops.window_attention import window_attention
 from ..ops.windows import window_padding
 from .chunked_mlp import run_in_parts, tokens_at_a_time, visible_reason
-from .merging import Merging
-from .replacement import (
-    DROP,
-    LINEAR,
-    Names,
-    Parts,
-    Replacement,
-    bypass_reason,
-    call_reason,
+from .computing import (
     cosine_projections,
     cosine_scale,
     divides,
@@ -37,6 +29,8 @@ from .replacement import (
     unit_heads,
     window_dropout,
 )
+from .merging import Merging
+from .replacement import DROP, LINEAR, Names, Parts, Replacement, bypass_reason, call_reason
 from .shifts import window_reason
 
 LAYOUT = "torchvision"  # maps are padded, then rolled

@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers.models.sam2.modeling_sam2 import Sam2MultiScaleAttention, Sam2MultiScaleBlock
 
 from ..ops.window_attention import window_attention
-from .replacement import LINEAR, Names, Parts, Replacement, padding_token, project
+from .computing import padding_token, project
+from .replacement import LINEAR, Names, Parts, Replacement
 from .transformers_layers import implementation_reason
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers.models.vitdet.modeling_vitdet import VitDetAttention, VitDetLayer
 
 from ..ops.window_attention import window_attention
-from .replacement import LINEAR, Names, Parts, Replacement, padding_token, project
+from .computing import padding_token, project
+from .replacement import LINEAR, Names, Parts, Replacement
 from .transformers_layers import wanted_reason, warn_wanted
 
 OPTIONS = tuple(inspect.signature(VitDetLayer.forward).parameters)[2:]

@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from .computing import token_major
 from .merging import Merging
 from .microsoft_detection import blocks_reason
-from .replacement import LINEAR, Parts, bypass_reason, token_major
+from .replacement import LINEAR, Parts, bypass_reason
 from .shift_masks import OF_SHIFT, Mask, is_of_shift, mask_tensor
 from .shifts import window_reason
 from .structure import Structural, Structure

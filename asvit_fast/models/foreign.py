@@ -60,10 +60,11 @@ def _of_transformers(name: str, img_size: ImageSize | None) -> nn.Module:
         config = _configuration(name)
         named = (getattr(config, "architectures", None) or [""])[0]
         model_class = getattr(transformers, named, None) or _auto_class(config)
-    if img_size is not None and hasattr(config, "image_size"):
-        config.image_size = img_size
     make = getattr(model_class, "_from_config", None) or model_class.from_config  # type: ignore[union-attr]
     try:
+        if img_size is not None and hasattr(config, "image_size"):
+            pair = isinstance(config.image_size, (list, tuple))
+            config.image_size = image_sides(img_size) if pair else img_size
         model = make(config)
     except Exception as error:  # whatever a constructor makes of a configuration
         raise InputError(f"hf:{name} cannot be made from its configuration: {one_line(error)}") from error

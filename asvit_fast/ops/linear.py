@@ -21,7 +21,7 @@ from .fused_op import FusedOp, Gradients, Operands, Result, Saved
 from .reference_gradients import gradients
 from .transforms import autocast_active
 
-SMALL = 10**7  # multiply-adds below which calling an op of our own costs more than it gains
+SMALL = 10**7 if mkl_is_narrow() else 4 * 10**7  # multiply-adds below which calling an op of ours costs what it gains
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:

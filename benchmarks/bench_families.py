@@ -79,8 +79,8 @@ class OfSize(nn.Module):
 
 
 def shifted(repository: str, file: str) -> nn.Module:
-    kind = partial(of_checkout, repository, file, "ShiftWindowMSA", window_size=7, shift_size=3)
-    return OfSize(kind(96, 3))
+    options = {"embed_dims": 96, "num_heads": 3, "window_size": 7, "shift_size": 3}
+    return OfSize(of_checkout(repository, file, "ShiftWindowMSA", **options))
 
 
 @dataclass(frozen=True)

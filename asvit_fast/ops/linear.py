@@ -89,13 +89,18 @@ def _weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     return _product(x.t(), gradient.t()).t()
 
 
+def is_small(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch's own function is at least as fast on x [*, K] and weight [N, K]."""
+    return x.numel() * weight.shape[0] < SMALL
+
+
 def _onednn_cannot(operands: Operands, config: LinearConfig) -> str | None:
     x, weight, bias = operands
     if x.dtype != torch.float32 or autocast_active("cpu"):
         return "it is for float32; in other types torch chooses the library itself"
     if weight.dim() != 2 or x.dim() < 2 or (bias is not None and bias.shape != weight.shape[:1]):
         return "it takes x [*, K], weight [N, K] and bias [N]"
-    return "the product is small" if x.numel() * weight.shape[0] < SMALL else None
+    return "the product is small" if is_small(x, weight) else None
 
 
 LINEAR = FusedOp(

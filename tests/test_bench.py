@@ -239,6 +239,26 @@ def test_nan_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     assert by_provider(found)["compiled"].status == "wrong"
 
 
+class IllConditioned(nn.Module):
+    """A network whose results have few digits in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.linear(x) + 3e5) - 3e5
+
+
+def test_rounding_of_the_source_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = IllConditioned()
+    with_provider(monkeypatch, lambda mode, sample: lambda: [1.1 * model(sample.value).detach()])
+    found = by_provider(af.benchmark(model, torch.randn(2, 3), (2,), "inference", ("source", "compiled"), **QUICK))
+    assert 1e-3 < found["source"].error < 5e-2
+    assert {name: row.status for name, row in found.items()} == {"source": "ok", "ours": "ok", "compiled": "wrong"}
+
+
 @pytest.mark.parametrize("when", ["checked", "timed"])
 def test_the_end_of_memory_ends_the_sizes_of_a_provider(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     model, calls = nn.Linear(3, 3), {"count": 0}

@@ -4,6 +4,7 @@ ends."""
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -130,6 +131,7 @@ class _Sweep:
         self.source, self.settings, self.place, self.say = source, settings, place, say
         self.machine: dict[str, Any] = {**machine(place.device)}
         self.measured: dict[tuple[str, str], tuple[int, int]] = {}  # by provider and mode: a size, and its bytes
+        self.rounding: dict[str, float] = {}  # by mode: the source's own distance from float64
         self.exact = functools.lru_cache(maxsize=1)(functools.partial(exact, source))
 
     def case(self, mode: str, size: int, table: Sequence[Provider]) -> list[BenchRow]:
@@ -159,7 +161,7 @@ class _Sweep:
                 return replace(row, status=OUT_OF_MEMORY, note=missing), None
             distance, run = self._distance(provider, mode, size)
             row = replace(row, error=float(f"{distance:.3g}"))
-            allowed = tolerance(provider.precision, self.place.device)
+            allowed = self._allowed(provider, mode, distance)
             if not distance < allowed:
                 note = f"relative error {distance:.1e} against float64, allowed is {allowed:.0e}"
                 return replace(row, status=WRONG, note=note), None
@@ -173,6 +175,13 @@ class _Sweep:
             row = replace(row, status=kind, note=f"{name}{_plain(first_line(error))}"[:300])
         release()  # outside the handler, so that the tensors of the attempt are free
         return row, None
+
+    def _allowed(self, provider: Provider, mode: str, distance: float) -> float:
+        """The distance that is still rounding: where a network is so ill conditioned that the source itself is farther
+        off, twice its own."""
+        if provider.name == "source" and math.isfinite(distance):
+            self.rounding[mode] = distance
+        return max(tolerance(provider.precision, self.place.device), 2 * self.rounding.get(mode, 0.0))
 
     def _distance(self, provider: Provider, mode: str, size: int) -> tuple[float, Run]:
         """How far a provider is from float64, and the call that was made to know it."""

@@ -41,7 +41,7 @@ LAYERS: dict[str, set[str]] = {
     "topology": {"errors"},
     "settings": {"topology"},
     "backends": {"_extension", "errors", "settings"},
-    "ops": {"backends"},
+    "ops": {"backends", "machine"},
     "tokens": {"errors"},
     "nn": {"ops", "tokens"},
     "taylor": {"ops"},

@@ -15,6 +15,7 @@ import timm
 import torch
 import torchvision.models.swin_transformer as torchvision_swin
 import torchvision.models.video.swin_transformer as torchvision_video
+from family_checks import check_float64, fast_classes, prepared
 from timm.layers import PatchEmbed
 from timm.models import davit, nest, pvt_v2, swin_transformer_v2, swin_transformer_v2_cr, tiny_vit, twins
 from tiny_swin import needs_kernels
@@ -22,7 +23,6 @@ from torch import Tensor, nn
 
 import asvit_fast as af
 from asvit_fast.acceleration import FAMILIES, families_table
-from asvit_fast.acceleration.replacement import Replacement
 
 pytestmark = needs_kernels
 SWIN = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 3}
@@ -148,25 +148,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int | tuple[int, ...], set[str]
 }
 
 
-def prepared(make: Callable[[], nn.Module]) -> nn.Module:
-    """Weights so large that attention is far from uniform and no bias is zero."""
-    torch.manual_seed(0)
-    model = make()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            spread = 1.0 if "bias_table" in name or "attention_biases" in name else 0.1
-            parameter.add_(spread * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
 def image(size: int | tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     sides = (size, size) if isinstance(size, int) else size
     return torch.randn(2, 3, *sides, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-
-def fast_classes(model: nn.Module) -> set[str]:
-    return {type(module).__name__ for module in model.modules() if isinstance(module, Replacement)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -184,15 +168,8 @@ def test_same_outputs_and_gradients(name, dtype):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_nothing_but_rounding_in_float64(name):
-    """Far below what a wrong mask, padding or order of channels would make."""
-    make, size, _ = MODELS[name]
-    model = prepared(make).double().eval()
-    x = image(size, torch.float64)
-    with torch.no_grad():
-        expected = model(x)
-        report = af.accelerate(model)
-        assert len(report.swapped) > 0
-        torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
+    make, size, classes = MODELS[name]
+    check_float64((make, tuple(image(size).shape), classes))
 
 
 def test_every_family_is_tested_or_known_to_be_left():

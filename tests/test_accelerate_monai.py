@@ -5,14 +5,12 @@ Needs ``pip install -e .[integrations]``.
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from test_accelerate_families import fast_classes, prepared
+from family_checks import Model, check_float64, check_swapped, prepared, sample
 from test_accelerate_versions import check_declared_attributes, check_renamed_attributes, files_of
 from tiny_swin import close, needs_kernels
 from torch import Tensor, nn
@@ -37,7 +35,6 @@ def encoder(axes: int, **kwargs: Any) -> nn.Module:
 
 COMMON = {"FastSwinUNETRBlock", "FastSwinUNETRStage", "FastMonaiMLP"}
 MERGING, MERGING_V2 = {"FastSwinUNETRPatchMerging"}, {"FastSwinUNETRPatchMergingV2"}
-Model = tuple[Callable[[], nn.Module], tuple[int, ...], set[str]]
 # name: model, shape of its input, classes that have to be there afterwards
 MODELS: dict[str, Model] = {
     "images": (lambda: encoder(2), (2, 1, 48, 48), COMMON | MERGING),
@@ -59,37 +56,17 @@ def nothing_said_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_notified", set())
 
 
-def sample(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_same_outputs_and_gradients(name: str, dtype: torch.dtype) -> None:
     if name == "volumes v2" and dtype == torch.bfloat16:
         pytest.skip("torch's convolutions of so few voxels have gradients of 1e38 in bfloat16, MONAI's as ours")
-    make, shape, expected = MODELS[name]
-    model = prepared(make).to(dtype)
-    kinds, state = [type(module) for module in model.modules()], copy.deepcopy(model.state_dict())
-    report = af.accelerate(model, strict=True)
-    assert expected <= fast_classes(model)
-    assert expected <= {decision.replacement for decision in report.swapped}
-    result = af.verify(model, sample(shape, dtype), rows=0)
-    assert result.ok, result.table()
-    assert model.state_dict().keys() == state.keys()
-    assert [type(module) for module in af.restore(model).modules()] == kinds
+    check_swapped(MODELS[name], dtype)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_nothing_but_rounding_in_float64(name: str) -> None:
-    make, shape, _ = MODELS[name]
-    model = prepared(make).double().eval()
-    x = sample(shape, torch.float64)
-    with torch.no_grad():
-        expected = model(x)
-        af.accelerate(model)
-        for actual, wanted in zip(model(x), expected, strict=True):
-            torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-9)
+    check_float64(MODELS[name])
 
 
 def test_autocast() -> None:

@@ -5,18 +5,16 @@ Needs ``pip install -e .[integrations]``; nothing is downloaded.
 
 from __future__ import annotations
 
-import copy
 import importlib
 import os
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from test_accelerate_families import fast_classes, prepared
+from family_checks import Model, check_float64, check_swapped, prepared, sample
 from test_accelerate_versions import check_declared_attributes, check_renamed_attributes, files_of
 from tiny_swin import needs_kernels
-from torch import Tensor, nn
+from torch import nn
 
 import asvit_fast as af
 from asvit_fast import backends
@@ -111,7 +109,6 @@ DONUT_CLASSES = {"FastDonutSwinLayer", "FastDonutSwinPatchMerging"}
 MASKFORMER_CLASSES = {"FastMaskFormerSwinLayer", "FastMaskFormerSwinPatchMerging"}
 CLAP_CLASSES = {"FastClapAudioLayer", "FastClapAudioPatchMerging"}
 FLORENCE2_CLASSES = {"FastFlorence2VisionWindowAttention", "FastFlorence2VisionMLP"}
-Model = tuple[Callable[[], nn.Module], tuple[int, ...], set[str]]
 # name: model, shape of its input, classes that have to be there afterwards
 MODELS: dict[str, Model] = {
     "swin": (lambda: swin(32), (2, 3, 32, 32), SWIN_CLASSES),
@@ -150,40 +147,15 @@ def nothing_said_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_notified", set())
 
 
-def sample(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-
-def tensors(output: Any) -> tuple[Tensor, ...]:
-    return (output,) if isinstance(output, Tensor) else output.to_tuple()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_same_outputs_and_gradients(name: str, dtype: torch.dtype) -> None:
-    make, shape, expected = MODELS[name]
-    model = prepared(make).to(dtype)
-    kinds, state = [type(module) for module in model.modules()], copy.deepcopy(model.state_dict())
-    report = af.accelerate(model, strict=True)
-    assert expected <= fast_classes(model)
-    assert expected <= {decision.replacement for decision in report.swapped}
-    result = af.verify(model, sample(shape, dtype), rows=0)
-    assert result.ok, result.table()
-    assert model.state_dict().keys() == state.keys()
-    assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
-    assert [type(module) for module in af.restore(model).modules()] == kinds
+    check_swapped(MODELS[name], dtype)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_nothing_but_rounding_in_float64(name: str) -> None:
-    make, shape, _ = MODELS[name]
-    model = prepared(make).double().eval()
-    x = sample(shape, torch.float64)
-    with torch.no_grad():
-        expected = tensors(model(x))
-        af.accelerate(model)
-        for actual, wanted in zip(tensors(model(x)), expected, strict=True):
-            torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-9)
+    check_float64(MODELS[name])
 
 
 @pytest.mark.parametrize("name", ["swinv2", "swinv2 padded"])

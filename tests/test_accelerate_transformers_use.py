@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_accelerate_families import fast_classes, prepared
+from family_checks import fast_classes, prepared
 from test_accelerate_transformers import MODELS, SWIN, SWIN_CLASSES, sam2, sample, swin, swin_v2, vitdet
 from tiny_swin import close, needs_kernels
 from torch import Tensor, nn

@@ -71,9 +71,10 @@ def save_onnx(model: nn.Module, path: Path, metadata: Mapping[str, Any]) -> None
     require(("onnx", "onnxscript"), "ONNX")
     program = to_program(model, metadata["input_size"])
     try:
-        onnx: Any = torch.onnx.export(
-            program, input_names=["images"], output_names=["logits"], dynamic_shapes=({0: "batch"},), verbose=False
-        )
+        with torch.no_grad():  # with gradients torch decomposes its attention into views of strides that are not there
+            onnx: Any = torch.onnx.export(
+                program, input_names=["images"], output_names=["logits"], dynamic_shapes=({0: "batch"},), verbose=False
+            )
     except Exception as error:
         raise InputError(f"{type(model).__name__} cannot be written as ONNX: {first_line(error)}") from error
     onnx.model.metadata_props.update({name: json.dumps(value) for name, value in metadata.items()})

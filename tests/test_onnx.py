@@ -10,6 +10,7 @@ from test_accelerate_families import MODELS, image, prepared
 from torch import Tensor, nn
 
 import asvit_fast as af
+from asvit_fast.graph import save_onnx
 
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -100,3 +101,28 @@ def test_taylor_ops(tmp_path):
     x = torch.randn(3, 2, 4, 5, 8)
     torch.onnx.export(Rules(), (x,), tmp_path / "rules.onnx", dynamo=True, verbose=False)
     torch.testing.assert_close(run(tmp_path / "rules.onnx", x), Rules()(x), rtol=1e-4, atol=1e-5)
+
+
+class FusedAttention(nn.Module):
+    """Torch's attention with a bias, as transformers call it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(64, 64) for _ in range(3))
+        self.table = nn.Parameter(torch.randn(169, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(2).transpose(1, 2)  # [B, 49, 64]
+        q, k, v = (layer(x).view(x.shape[0], -1, 2, 32).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        bias = self.table[torch.arange(49 * 49) % 169].view(49, 49, 2).permute(2, 0, 1).contiguous()
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])  # [B, 2, 49, 32]
+        return y.transpose(1, 2).contiguous().reshape(*x.shape[:-1], -1).mean(1)
+
+
+def test_attention_of_torch(tmp_path):
+    """With weights that need gradients, as they have after training."""
+    model = FusedAttention().eval()
+    save_onnx(model, tmp_path / "network.onnx", {"input_size": (64, 7, 7)})
+    images = torch.randn(3, 64, 7, 7)
+    with torch.no_grad():
+        torch.testing.assert_close(run(tmp_path / "network.onnx", images), model(images), rtol=1e-4, atol=1e-5)

@@ -1,5 +1,7 @@
 """The one exception that says: what you gave cannot be used; and what programs end with."""
 
+import re
+
 
 class InputError(ValueError):
     """An argument, file or option cannot be used.
@@ -12,11 +14,12 @@ class InputError(ValueError):
 EXIT_INPUT = 2  # a mistake in what was given, or a file that cannot be read or written
 EXIT_INTERRUPTED = 130  # the shell's convention for Ctrl-C
 EXIT_TERMINATED = 143  # and for SIGTERM
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # for terminals: torch writes them into messages
 
 
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, or the name of its class."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return next(iter(_COLOURS.sub("", str(error)).strip().splitlines()), type(error).__name__)
 
 
 def one_line(error: Exception) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -172,7 +171,7 @@ class _Sweep:
         except Exception as error:  # compilers and exporters raise anything
             kind = OUT_OF_MEMORY if is_out_of_memory(error) else FAILED
             name = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-            row = replace(row, status=kind, note=f"{name}{_plain(first_line(error))}"[:300])
+            row = replace(row, status=kind, note=f"{name}{first_line(error)}"[:300])
         release()  # outside the handler, so that the tensors of the attempt are free
         return row, None
 
@@ -275,11 +274,6 @@ class _Sweep:
         except Exception as error:  # of any network
             self.say(f"{self.source.name}: its multiply-adds cannot be counted: {first_line(error)}")
             return None
-
-
-def _plain(text: str) -> str:
-    """Without the colours of a terminal."""
-    return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
 def _repeated(want: Tensor, got: Tensor, of: int, size: int) -> Tensor:

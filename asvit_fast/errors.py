@@ -22,7 +22,7 @@ def first_line(error: BaseException) -> str:
     return next(iter(_COLOURS.sub("", str(error)).strip().splitlines()), type(error).__name__)
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """The text of an error without line breaks and without torch's advice to load a file unsafely."""
     text = " ".join(str(error).split())
     if "weights_only" in text:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import asvit_fast as af
 from asvit_fast import backends
 from asvit_fast.acceleration import Structural, method_digest, register, registry
-from asvit_fast.acceleration.computing import token_major
+from asvit_fast.acceleration.computing import token_major, with_token_major_gradient
 from asvit_fast.acceleration.shift_masks import OF_SHIFT, is_of_shift, mask_tensor
 from asvit_fast.acceleration.structure import looks_like
 from asvit_fast.ops.windows import window_mask
@@ -301,15 +301,18 @@ def test_token_major():
     """Channels lie side by side in tokens and gradients, whatever comes in; of any order, under transforms."""
     x = torch.randn(2, 5, 6, dtype=torch.float64).transpose(1, 2).requires_grad_()  # [B, N, C], as from a convolution
     strided = torch.randn(2, 5, 6, dtype=torch.float64).transpose(1, 2)
-    y = token_major(x)
-    assert y.is_contiguous()
-    assert torch.equal(y, x)
+
+    def twice(x: Tensor) -> Tensor:
+        return with_token_major_gradient(2 * token_major(x))
+
+    y = twice(x)
+    assert y.is_contiguous() and torch.equal(y, 2 * x)
+    y.mul_(1.0)  # as a hook of the user's may
     (gradient,) = torch.autograd.grad(y, x, strided)
-    assert gradient.is_contiguous()
-    assert torch.equal(gradient, strided)
-    assert torch.autograd.gradcheck(token_major, x)
-    assert torch.autograd.gradgradcheck(token_major, x)
-    _, tangent = torch.func.jvp(token_major, (x,), (strided,))
-    assert torch.equal(tangent, strided)
-    assert torch.equal(torch.func.vmap(token_major)(x), x)
-    assert torch.equal(torch.compile(token_major, fullgraph=True, backend="aot_eager")(x), x)
+    assert gradient.is_contiguous() and torch.equal(gradient, 2 * strided)
+    assert torch.autograd.gradcheck(twice, x, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(twice, x)
+    _, tangent = torch.func.jvp(twice, (x,), (strided,))
+    assert torch.equal(tangent, 2 * strided)
+    assert torch.equal(torch.func.vmap(torch.func.grad(lambda x: twice(x).sum()))(x), torch.full_like(x, 2))
+    assert torch.equal(torch.compile(twice, fullgraph=True, backend="aot_eager")(x), 2 * x)

@@ -66,3 +66,15 @@ def test_peak_memory() -> None:
         return second + 1
 
     assert peak_allocation(run, torch.device("cpu")) == pytest.approx(4 * 2**20, rel=0.01)
+
+
+def test_peak_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a type that oneDNN has no instructions for on this processor."""
+    from asvit_fast.bench import rooflines
+
+    def refuse(*arguments: object) -> torch.Tensor:
+        raise RuntimeError("could not create a primitive descriptor")
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", refuse)
+    a = torch.ones(4, 4)
+    assert [name for name, _ in rooflines._products(a, a)] == ["torch.mm"]

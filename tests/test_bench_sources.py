@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -88,3 +89,27 @@ def test_transformers(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=message):
             open_source(name)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [("1 +", "SyntaxError"), ("missing", "NameError"), ("raise SystemExit('bye')", "SystemExit: bye")],
+)
+def test_modules_that_cannot_be_imported(
+    code: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_module.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"broken_module cannot be imported: {message}"):
+        open_source("broken_module:make")
+
+
+def test_size_that_a_network_of_timm_was_made_for() -> None:
+    model = timm.create_model("swin_tiny_patch4_window7_224", img_size=56, embed_dim=16, depths=(1,), num_heads=(1,))
+    assert open_source(model).sample.shape == "3x56x56"
+
+
+def test_files_are_tried_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path, message in ((tmp_path, "it is a folder"), (Path("/proc/rows.csv"), "cannot write /proc/rows.csv")):
+        assert main(["bench", "asvit_seed", "--csv", str(path)]) == 2
+        assert message in capsys.readouterr().err

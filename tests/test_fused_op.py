@@ -127,3 +127,38 @@ def test_linear_of_a_distributed_tensor(tmp_path: Path) -> None:
         dist.destroy_process_group()
     for ours, theirs in zip(got, wanted, strict=True):  # sums of 784 products, in any order
         torch.testing.assert_close(ours.full_tensor(), theirs, rtol=1e-4, atol=1e-4)
+
+
+@every_op
+def test_batches_of_gradients(case: str) -> None:
+    """Those of ``is_grads_batched``, as Jacobians are computed with."""
+    function, tensors = prepared(case)
+    output = function(*tensors)
+    batch = torch.randn(3, *output.shape, dtype=output.dtype)
+    options = {"retain_graph": True, "allow_unused": True}
+    found = torch.autograd.grad(output, tensors, batch, is_grads_batched=True, **options)
+    for index, gradient in enumerate(batch):
+        expected = torch.autograd.grad(output, tensors, gradient, **options)
+        torch.testing.assert_close([x[index] for x in found], list(expected), rtol=2e-4, atol=2e-4)
+
+
+@every_op
+def test_saved_tensors_are_read_once(case: str) -> None:
+    """As selective checkpoints want it, also where a dispatch mode looks on."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    function, tensors = prepared(case)
+    kept: list[Tensor] = []
+    read: list[int] = []
+
+    def keep(x: Tensor) -> int:
+        kept.append(x)
+        return len(kept) - 1
+
+    def give(index: int) -> Tensor:
+        read.append(index)
+        return kept[index]
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, give), FlopCounterMode(display=False):
+        function(*tensors).sum().backward()
+    assert len(read) == len(set(read)) > 0

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..ops.linear import linear
+from ..ops.transforms import transform_active
 from ..ops.windows import merge_windows, window_padding
 
 DROPOUT = "attention dropout has no kernel"
@@ -22,35 +23,18 @@ def project(layer: Any, x: Tensor) -> Tensor:
     return linear(x, layer.weight, layer.bias)
 
 
-class _TokenMajor(torch.autograd.Function):
-    """`contiguous` whose gradients are contiguous, too."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.contiguous()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient.contiguous()
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        return tangent.contiguous()
-
-
 def token_major(x: Tensor) -> Tensor:
     """x [..., C] with the channels of every token side by side. Tokens made of a convolution's maps have them a map
-    apart, and sums with what attention returns would stay so, and gradients as well: every LayerNorm would copy them.
-    """
+    apart, and sums with what attention returns would stay so: every LayerNorm would copy them."""
+    return x.contiguous()
+
+
+def with_token_major_gradient(x: Tensor) -> Tensor:
+    """x [..., C], a result, whose gradient gets that order: one that comes from a convolution has the other."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # compilers choose strides themselves
-    recorded = x.requires_grad and torch.is_grad_enabled()
-    return _TokenMajor.apply(x) if recorded and not traced else x.contiguous()
+    if x.requires_grad and torch.is_grad_enabled() and not traced and not transform_active():
+        x.register_hook(lambda gradient: None if gradient is None else gradient.contiguous())
+    return x
 
 
 def divides(window: Sequence[int], x: Tensor) -> bool:

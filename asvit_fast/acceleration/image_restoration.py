@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..ops.window_attention import window_attention
-from .computing import divides, project, token_major
+from .computing import divides, project, token_major, with_token_major_gradient
 from .microsoft_swin import SIZED, SizedBlock
 from .replacement import LINEAR, SOFTMAX, Parts, bypass_reason, call_reason
 from .shift_masks import OF_SHIFT, Mask, is_of_shift, mask_tensor
@@ -49,7 +49,7 @@ class FastSwinIRBlock(SizedBlock):
         x = token_major(x)
         attended = attend(self.attn, self.norm1(x).unflatten(1, size), window, shift).flatten(1, 2)
         x = x + self.drop_path(attended)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        return with_token_major_gradient(x + self.drop_path(self.mlp(self.norm2(x))))
 
 
 class FastHybridAttentionBlock(SquareBlock):
@@ -77,7 +77,7 @@ class FastHybridAttentionBlock(SquareBlock):
         convolved = self.conv_block(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)  # [B, H*W, C]
         attended = attend(self.attn, tokens, window, shift, rpi_sa).flatten(1, 2)
         x = x + self.drop_path(attended) + convolved * self.conv_scale
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        return with_token_major_gradient(x + self.drop_path(self.mlp(self.norm2(x))))
 
 
 class FastOverlappingCrossAttention(Structural):
@@ -124,7 +124,7 @@ class FastOverlappingCrossAttention(Structural):
         x = token_major(x)
         attended = self._attend(self.norm1(x).unflatten(1, size), rpi).flatten(1, 2)  # [B, H*W, C]
         x = project(self.proj, attended) + x
-        return x + self.mlp(self.norm2(x))
+        return with_token_major_gradient(x + self.mlp(self.norm2(x)))
 
 
 class FastHybridAttentionTransformer(Structural):

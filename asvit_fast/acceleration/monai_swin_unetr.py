@@ -19,7 +19,15 @@ from torch import Tensor, nn
 
 from ..ops.window_attention import window_attention
 from .chunked_mlp import ChunkedMlp
-from .computing import drop_probability, drops, padding_token, project, token_major, window_dropout
+from .computing import (
+    drop_probability,
+    drops,
+    padding_token,
+    project,
+    token_major,
+    window_dropout,
+    with_token_major_gradient,
+)
 from .merging import Merging
 from .replacement import DROP, LINEAR, SOFTMAX, Names, Parts, Replacement, bypass_reason, call_reason
 from .shift_masks import OF_SHIFT, Mask, is_of_shift, mask_tensor
@@ -102,7 +110,7 @@ class FastSwinUNETRStage(Replacement, BasicLayer):
             x = block(x, OF_SHIFT)
         if self.downsample is not None:
             x = self.downsample(x)
-        return x.movedim(-1, 1)
+        return with_token_major_gradient(x).movedim(-1, 1)
 
 
 class ImageMerging(Merging):

@@ -24,6 +24,8 @@ class FastLinear(Replacement, nn.Linear):
         weight = module._parameters.get("weight")
         if weight is None or weight.is_meta:
             return None
+        if weight.layout != torch.strided:
+            return f"its weight is {str(weight.layout).removeprefix('torch.')}"
         if weight.device.type != "cpu" or weight.dtype != torch.float32:
             return f"on {weight.device.type} in {str(weight.dtype).removeprefix('torch.')} torch's product is as fast"
         return None

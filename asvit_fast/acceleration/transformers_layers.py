@@ -28,6 +28,7 @@ from .computing import (
     token_major,
     unit_heads,
     window_dropout,
+    with_token_major_gradient,
 )
 from .merging import Merging
 from .replacement import DROP, LINEAR, Names, Parts, Replacement, bypass_reason, call_reason
@@ -171,7 +172,7 @@ class SplitLayer(WindowLayer):
         options = dict(zip(self.options, args, strict=False)) | kwargs
         if not self._can_attend(input_dimensions, options) or self._attention_drops():
             return super().forward(hidden_states, input_dimensions, *args, **kwargs)  # type: ignore[misc]
-        return (self._layer(token_major(hidden_states), input_dimensions),)
+        return (with_token_major_gradient(self._layer(token_major(hidden_states), input_dimensions)),)
 
     def _layer(self: Any, hidden_states: Tensor, size: tuple[int, int]) -> Tensor:
         """Tokens [B, H*W, C] -> the same."""

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .computing import token_major
+from .computing import token_major, with_token_major_gradient
 from .merging import Merging
 from .microsoft_detection import blocks_reason
 from .replacement import LINEAR, Parts, bypass_reason
@@ -82,7 +82,7 @@ class FastVideoSwinStage(Structural):
             x = block(x, OF_SHIFT)
         if self.downsample is not None:
             x = self.downsample(x)
-        return x.movedim(-1, 1)
+        return with_token_major_gradient(x).movedim(-1, 1)
 
 
 class FastVideoPatchMerging(Merging, Structural):

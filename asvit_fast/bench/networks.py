@@ -177,10 +177,11 @@ class _Sweep:
 
     def _allowed(self, provider: Provider, mode: str, distance: float) -> float:
         """The distance that is still rounding: where a network is so ill conditioned that the source itself is farther
-        off, twice its own."""
+        off, twice its own; more than ten times what is common is none."""
         if provider.name == "source" and math.isfinite(distance):
             self.rounding[mode] = distance
-        return max(tolerance(provider.precision, self.place.device), 2 * self.rounding.get(mode, 0.0))
+        common = tolerance(provider.precision, self.place.device)
+        return max(common, min(2 * self.rounding.get(mode, 0.0), 10 * common))
 
     def _distance(self, provider: Provider, mode: str, size: int) -> tuple[float, Run]:
         """How far a provider is from float64, and the call that was made to know it."""
@@ -207,12 +208,13 @@ class _Sweep:
         return f"about {needed / 2**30:.1f} GiB are needed, {available / 2**30:.1f} GiB are available"
 
     def _source_memory(self, mode: str) -> tuple[int, int]:
-        """One image, and the bytes that it takes in the source: for providers that were not measured yet."""
+        """A few images, and the bytes that they take in the source: for providers that were not measured yet. Two are
+        trained on, as batch norms need them."""
         if ("", mode) not in self.measured:
-            model, place = self.source.model, self.place
-            sample = self.source.sample.batch(1, 1, place.tensor)
+            model, place, images = self.source.model, self.place, 1 + (mode == "train")
+            sample = self.source.sample.batch(images, self.source.sample.distinct(images), place.tensor)
             run = run_torch(model, place, isinstance(model, AsViT), mode, sample)
-            self.measured["", mode] = 1, peak_allocation(run, place.device)
+            self.measured["", mode] = images, peak_allocation(run, place.device)
         return self.measured["", mode]
 
     def _timed(self, runs: dict[str, Run], rows: dict[str, BenchRow]) -> dict[str, Timing]:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import importlib.util
+import math
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -130,7 +131,10 @@ def _loss(output: Any) -> Tensor:
     if len(wide) == 1 and wide[0].ndim == 2:
         return F.cross_entropy(wide[0], torch.zeros(len(wide[0]), dtype=torch.long, device=wide[0].device))
     if not wide:
-        raise InputError("the network's output has nothing to differentiate; give modes inference")
+        raise InputError(
+            "there is nothing to differentiate: the network's output holds no tensor in a list, tuple or dict, or "
+            "depends on no parameter that requires a gradient; give modes inference"
+        )
     return torch.stack([x.square().mean() for x in wide]).sum()
 
 
@@ -157,10 +161,21 @@ def exact(source: Source, mode: str, images: int, device: torch.device) -> list[
 
 
 def relative_distance(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """Error of all tensors together: a bias before a batch norm has a gradient of zero, and errors relative to that."""
-    pairs = list(zip(got, exact, strict=True))
-    apart = sum((a.double() - b).square().sum() for a, b in pairs)
-    return (apart / sum(b.square().sum() for _, b in pairs)).sqrt().item()  # type: ignore[union-attr]
+    """Error of all tensors together: a bias before a batch norm has a gradient of zero, and errors relative to that.
+    Infinities that are the same are right, as those of masked logits are; zeros, too.
+
+    Raises:
+        InputError: there is no tensor of numbers to compare.
+    """
+    if not exact:
+        raise InputError("the network's output holds no tensor of floating-point numbers in a list, tuple or dict")
+    apart = total = 0.0
+    for a, b in zip(got, exact, strict=True):
+        wide = a.double()
+        same = (wide == b) & wide.isinf()
+        apart += (wide - b).masked_fill(same, 0.0).square().sum().item()
+        total += b.masked_fill(same, 0.0).square().sum().item()
+    return math.sqrt(apart / total) if total else math.sqrt(apart)
 
 
 def tolerance(precision: torch.dtype, device: torch.device) -> float:

@@ -42,7 +42,15 @@ def product_peak(dtype: torch.dtype, device: torch.device, threads: int) -> Peak
 def _products(a: Tensor, b: Tensor) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     yield "torch.mm", lambda: a @ b.t()
     if a.device.type == "cpu" and torch.backends.mkldnn.is_available() and a.dtype is not torch.float64:
-        yield "oneDNN", lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+
+        def onednn() -> Tensor:
+            return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+
+        try:
+            onednn()
+        except RuntimeError:  # float16 on a processor without instructions for it
+            return
+        yield "oneDNN", onednn
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..bench.single_ops import check_ops, measure_op
 from ..bench.sources import open_source
 from ..bench.timer import machine
 from ..errors import InputError
-from ..files import to_json
+from ..files import file_errors, to_json
 from ..settings import BenchSettings
 from ..what import resolve
 from .common import table
@@ -56,10 +57,14 @@ class Output:
         self.quiet = values.quiet or self.to_stdout
         self.rows: list[BenchRow] = []
         paths = [Path(path) for path in (values.csv, None if self.to_stdout else values.json) if path is not None]
-        self.files = {path: read_rows(path) if path.exists() else [] for path in paths}
         for path in paths:
             if not path.parent.is_dir():
                 raise InputError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}; make it first")
+            if path.is_dir():
+                raise InputError(f"cannot write {str(path)!r}: it is a folder; name a file")
+            with file_errors("write", path), tempfile.TemporaryFile(dir=path.parent):
+                pass  # known before anything is measured
+        self.files = {path: read_rows(path) if path.exists() else [] for path in paths}
 
     def line(self, text: str) -> None:
         """A line that explains; it stands above the progress bar."""

@@ -44,8 +44,15 @@ def input_shape(model: nn.Module, img_size: ImageSize | None = None) -> tuple[in
     config: Any = getattr(model, "config", None)
     known = (getattr(model, "pretrained_cfg", None) or {}).get("input_size") or (3, 224, 224)
     channels = getattr(config, "num_channels", None) or getattr(model, "in_chans", None) or known[0]
-    size = img_size or getattr(config, "image_size", None) or getattr(model, "img_size", None) or tuple(known[1:])
+    embedding = getattr(model, "patch_embed", None)  # of timm, which knows the size that the network was made for
+    made_for = getattr(config, "image_size", None) or getattr(model, "img_size", None) or _size(embedding)
+    size = img_size or made_for or tuple(known[1:])
     return (channels, *image_sides(size))
+
+
+def _size(embedding: object) -> ImageSize | None:
+    found = getattr(embedding, "img_size", None)
+    return found if isinstance(found, (int, tuple)) else None
 
 
 def _of_transformers(name: str, img_size: ImageSize | None) -> nn.Module:
@@ -107,8 +114,9 @@ def _of_function(module_name: str, function_name: str) -> nn.Module:
     sys.path.insert(0, str(Path.cwd()))  # a script beside which the command is called, as with python -m
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise InputError(f"{name}: {module_name} cannot be imported: {one_line(error)}") from error
+    except (Exception, SystemExit) as error:  # the user's code
+        what = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+        raise InputError(f"{name}: {module_name} cannot be imported: {what}{one_line(error)}") from error
     finally:
         sys.path[:] = before
     function = getattr(module, function_name, None)
@@ -116,7 +124,7 @@ def _of_function(module_name: str, function_name: str) -> nn.Module:
         raise InputError(f"{name}: {module_name} has no function {function_name}")
     try:
         model = function()
-    except Exception as error:  # the user's code
+    except (Exception, SystemExit) as error:  # the user's code
         raise InputError(f"{name} raised {type(error).__name__}: {one_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise InputError(f"{name} must return a torch.nn.Module, got {type(model).__name__}")

@@ -15,6 +15,7 @@ whose dispatch takes longer than a small kernel.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -181,14 +182,28 @@ class FusedOp:
             return (*(None for _ in self.operands), *nothing)
         *output, saved, operands = self._saved(ctx)
         needs_grad = list(ctx.needs_input_grad[: len(self.operands)])
+        if _is_batch(gradient):
+            return (*self._gradients_of_batch(gradient, operands, ctx.config, needs_grad), *nothing)
         grads = self._backward_op(
             gradient, *(output or (None,)), saved, *operands, *self._values(ctx.config), needs_grad
         )
         return (*(new if want else None for new, want in zip(grads, needs_grad, strict=True)), *nothing)
 
     def _saved(self, ctx: Any) -> Sequence[Any]:
-        count = 2 if self.needs_output else 1
-        return (*ctx.saved_tensors[:count], restored(ctx.saved_tensors[count:], ctx.is_present))
+        count, tensors = 2 if self.needs_output else 1, ctx.saved_tensors  # read once: checkpoints give them once
+        return (*tensors[:count], restored(tensors[count:], ctx.is_present))
+
+    def _gradients_of_batch(
+        self, gradient: Tensor, operands: Operands, config: Any, needs_grad: list[bool]
+    ) -> list[Tensor | None]:
+        """In operations of torch, which have rules for batches of gradients (``is_grads_batched``)."""
+        with torch.enable_grad():
+            leaves = [
+                None if x is None else x.detach().requires_grad_(w) for x, w in zip(operands, needs_grad, strict=True)
+            ]
+            output = self.reference(leaves, config)
+        found = iter(torch.autograd.grad(output, list(itertools.compress(leaves, needs_grad)), gradient))
+        return [next(found) if want else None for want in needs_grad]
 
     def _custom_backward_op(self, schema: str) -> Any:
         def run(gradient: Tensor, output: Tensor | None, saved: Tensor, *arguments: Any) -> list[Tensor]:
@@ -259,13 +274,20 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         output, saved, *operands = ctx.saved_tensors
         op, needs_grad = ctx.op, list(ctx.needs_input_grad[3:])
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():  # it will be differentiated, or is traced
+        if _is_batch(gradient):
+            grads = op._gradients_of_batch(gradient, operands, ctx.config, needs_grad)
+        elif torch.is_grad_enabled() or torch.compiler.is_compiling():  # it will be differentiated, or is traced
             grads = op._backward_op(gradient, output, saved, *operands, *op._values(ctx.config), needs_grad)
             grads = [new if want else None for new, want in zip(grads, needs_grad, strict=True)]
         else:
             backend = ctx.backend if backends.forced_backend() is None else op._backend(operands, ctx.config)
             grads = op.gradients(backend, gradient, operands, ctx.config, (output, saved), needs_grad)
         return (None, None, None, *grads)
+
+
+def _is_batch(gradient: Tensor) -> bool:
+    """Whether it stands for a batch of gradients, of ``torch.autograd.grad(..., is_grads_batched=True)``."""
+    return torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
 def _is_subclass(x: Any) -> bool:

@@ -119,6 +119,11 @@ LINEAR = FusedOp(
 # --------------------------------------------------------------------------- public
 
 
+def _is_dense(x: Tensor) -> bool:
+    """Not sparse, not nested."""
+    return x.layout == torch.strided and not x.is_nested
+
+
 def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
     """Whether a tensor of this shape can be added to one of the other shape."""
     sides = zip(reversed(shape), reversed(to), strict=False)
@@ -158,7 +163,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
         InputError: shapes, dtypes or devices that do not fit, or an unknown activation, naming the value.
     """
     operands = (x, weight, bias)
-    if has_torch_function(operands):
+    if has_torch_function(operands) or not (_is_dense(x) and _is_dense(weight)):
         return linear_reference(x, weight, bias, activation)
     _check(x, weight, bias, activation)
     if activation == "none":

@@ -197,10 +197,9 @@ class FusedOp:
         self, gradient: Tensor, operands: Operands, config: Any, needs_grad: list[bool]
     ) -> list[Tensor | None]:
         """In operations of torch, which have rules for batches of gradients (``is_grads_batched``)."""
+        pairs = zip(operands, needs_grad, strict=True)
         with torch.enable_grad():
-            leaves = [
-                None if x is None else x.detach().requires_grad_(w) for x, w in zip(operands, needs_grad, strict=True)
-            ]
+            leaves: list[Any] = [None if x is None else x.detach().requires_grad_(want) for x, want in pairs]
             output = self.reference(leaves, config)
         found = iter(torch.autograd.grad(output, list(itertools.compress(leaves, needs_grad)), gradient))
         return [next(found) if want else None for want in needs_grad]
@@ -287,7 +286,7 @@ class _Eager(torch.autograd.Function):
 
 def _is_batch(gradient: Tensor) -> bool:
     """Whether it stands for a batch of gradients, of ``torch.autograd.grad(..., is_grads_batched=True)``."""
-    return torch._C._functorch.is_legacy_batchedtensor(gradient)
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
 def _is_subclass(x: Any) -> bool:

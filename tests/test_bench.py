@@ -395,6 +395,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ([TOPOLOGY, "--csv", "nowhere/rows.csv"], "there is no folder 'nowhere'"),
         (["op"], "op must be followed by some of window_attention"),
         (["op", "window_attention", "--shape", "7x7"], "expected ROWSxCOLUMNSxHEAD_DIM"),
+        (["op", "window_attention", "patch_embed", "--shape", "7x7x8"], "expected PATCHxCHANNELS"),
         ([TOPOLOGY, "--shape", "7x7x32"], "--shape is of single ops"),
         ([TOPOLOGY, "--batch-sizes", "1,x"], "expected a number"),
     ],

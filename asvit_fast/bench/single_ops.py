@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from math import ceil
@@ -26,11 +27,13 @@ TOLERANCE = {"fp32": 2e-4, "bf16": 6e-2, "fp16": 1e-2}  # relative to the larges
 PASSES = {"inference": "forward", "train": "both"}
 
 
-def check_ops(names: Sequence[str]) -> Sequence[str]:
-    """Raise InputError unless all are ops that have a benchmark."""
+def check_ops(names: Sequence[str], shapes: Sequence[str]) -> Sequence[str]:
+    """Raise InputError unless all are ops that have a benchmark, and all shapes are of each: before any is measured."""
     wrong = [name for name in names if name not in TUNED_OPS]
     if wrong or not names:
         raise InputError(f"op must be followed by some of {', '.join(TUNED_OPS)}, got {', '.join(wrong) or 'none'}")
+    for name, shape in itertools.product(names, shapes):
+        workload_of(name, shape)
     return names
 
 

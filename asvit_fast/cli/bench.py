@@ -33,7 +33,7 @@ def run(values: SimpleNamespace) -> int:
     facts = machine(device)
     show.line("  ".join(f"{name}: {facts[name]}" for name in ("machine", "threads", "torch", "isa", "commit")))
     if values.what[0] == "op":
-        for name in check_ops(values.what[1:]):
+        for name in check_ops(values.what[1:], values.shape):
             for rows in measure_op(name, values.shape, settings, show.line):
                 show.case(rows)
     elif values.shape:

@@ -386,6 +386,25 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(read_rows(table)) == 8  # added to those that were there
 
 
+def test_what_a_network_prints_is_no_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "printing_network.py").write_text(
+        "from torch import nn\n"
+        "class Prints(nn.Conv2d):\n"
+        "    def forward(self, x):\n"
+        "        print('here')\n"
+        "        return super().forward(x)\n"
+        "def make():\n"
+        "    return Prints(3, 4, 8)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    command = ["bench", "printing_network:make", "--batch-sizes", "1", "--modes", "inference", "--against", "source"]
+    assert main([*command, *QUICK_OPTIONS, "--json", "-"]) == 0
+    captured = capsys.readouterr()
+    assert len(json.loads(captured.out)) == 2 and "here" in captured.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -113,3 +113,8 @@ def test_files_are_tried_first(tmp_path: Path, capsys: pytest.CaptureFixture[str
     for path, message in ((tmp_path, "it is a folder"), (Path("/proc/rows.csv"), "cannot write /proc/rows.csv")):
         assert main(["bench", "asvit_seed", "--csv", str(path)]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_function_is_no_network() -> None:
+    with pytest.raises(InputError, match="create_model is a function or class; give the network that it returns"):
+        open_source(timm.create_model)

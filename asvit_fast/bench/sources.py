@@ -107,6 +107,8 @@ def open_source(
     if isinstance(what, nn.Module):
         name, model = type(what).__name__, restore(copy.deepcopy(what)).cpu().float()
         shape = input_shape(model, img_size)
+    elif callable(what):
+        raise InputError(f"{getattr(what, '__name__', what)} is a function or class; give the network that it returns")
     else:
         name = str(what)
         model, shape = _named(what, img_size, seed)

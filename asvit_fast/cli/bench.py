@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -32,6 +34,14 @@ def run(values: SimpleNamespace) -> int:
     device = computing_device(settings.device)
     facts = machine(device)
     show.line("  ".join(f"{name}: {facts[name]}" for name in ("machine", "threads", "torch", "isa", "commit")))
+    # what a network prints itself is not JSON
+    with contextlib.redirect_stdout(sys.stderr) if show.to_stdout else contextlib.nullcontext():
+        _measure(values, settings, show)
+    show.end()
+    return 0 if any(row.milliseconds for row in show.rows) else EXIT_NOTHING
+
+
+def _measure(values: SimpleNamespace, settings: BenchSettings, show: Output) -> None:
     if values.what[0] == "op":
         for name in check_ops(values.what[1:], values.shape):
             for rows in measure_op(name, values.shape, settings, show.line):
@@ -45,8 +55,6 @@ def run(values: SimpleNamespace) -> int:
             source = open_source(what, img_size=settings.img_size, seed=settings.seed)
             for rows in measure(source, settings, show.line, progress=not values.quiet):
                 show.case(rows)
-    show.end()
-    return 0 if any(row.milliseconds for row in show.rows) else EXIT_NOTHING
 
 
 class Output:
@@ -88,8 +96,9 @@ class Output:
         if self.to_stdout:
             print(to_json([asdict(row) for row in self.rows], indent=2))
             return
-        for name, words in {row.provider: row.backend for row in self.rows}.items():
-            self.line(f"{name}: {words}")
+        mixed = len({row.dtype for row in self.rows}) > 1  # ONNX Runtime runs in float32, whatever was asked for
+        for name, row in {row.provider: row for row in self.rows}.items():
+            self.line(f"{name}: {row.backend}{f', {row.dtype}' if mixed else ''}")
         for row in {row.peak_product: row for row in self.rows if row.peak_product}.values():
             self.line(f"peak of products: {row.peak_gigamacs_per_second:g} GMAC/s ({row.dtype}, {row.peak_product})")
         for path in self.files:

@@ -29,7 +29,7 @@ from asvit_fast.models.foreign import create_foreign
 from asvit_fast.settings import BenchSettings
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from source_modules import load
+from source_modules import OfSize, load
 
 SOURCES = os.environ.get("ASVIT_FAST_SOURCES", "")
 RESTORES = {"upscale": 2, "img_size": 64, "img_range": 1.0, "depths": [6] * 6, "embed_dim": 180, "num_heads": [6] * 6}
@@ -65,17 +65,6 @@ def swin_unetr(axes: int, encoder: bool = False, **options: Any) -> nn.Module:
 
     network = SwinUNETR(in_channels=1, out_channels=14, feature_size=24, spatial_dims=axes, **options)
     return Encoder(network) if encoder else network
-
-
-class OfSize(nn.Module):
-    """An attention that is called with tokens and the size of their map, for maps [B, H, W, C]."""
-
-    def __init__(self, attention: nn.Module):
-        super().__init__()
-        self.attention = attention
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.attention(x.flatten(1, 2), x.shape[1:3])
 
 
 def shifted(repository: str, file: str) -> nn.Module:

@@ -230,12 +230,40 @@ def scores() -> str:
     return markdown(["work", "ours", "torch.func, eager", "compiled", "JAX"], lines)
 
 
+def gpus() -> str:
+    """What was timed on a GPU, in bfloat16, against the fastest peer."""
+    attention = _cases("h200", "window_attention_volumes", lambda case: True)
+    lines = []
+    for case in dict.fromkeys(case for case, _ in attention):
+        lines.append(
+            [f"window attention {case}", "H200", *(_factor(attention[case, mode]) for mode in ("forward", "both"))]
+        )
+    for file in ("models", "families"):
+        rows = read("h100", file)
+        for name in dict.fromkeys(row["network"] for row in rows):
+            modes = (
+                [row for row in rows if (row["network"], row["mode"]) == (name, mode)]
+                for mode in ("inference", "train")
+            )
+            lines.append([f"{name}, batch {_batch(rows, name)}", "H100", *map(_factor, modes)])
+    return markdown(["work", "GPU", "forward", "forward and backward"], lines)
+
+
+def _batch(rows: Sequence[Row], name: str) -> str:
+    return next(row["batch"] for row in rows if row["network"] == name)
+
+
+def _factor(rows: Sequence[Row]) -> str:
+    return times(_speed(rows)) if rows else ""
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "networks": networks,
     "families": families,
     "ops": ops,
     "trainings": trainings,
     "scores": scores,
+    "gpus": gpus,
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import timm.layers
-from torch import nn
+from torch import Tensor, nn
 
 
 class Registry:
@@ -62,6 +62,17 @@ class Named(types.ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         return KNOWN.get(name, Registry() if name.isupper() else nn.Identity)
+
+
+class OfSize(nn.Module):
+    """An attention that is called with tokens and the size of their map, for maps [B, H, W, C]."""
+
+    def __init__(self, attention: nn.Module):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x.flatten(1, 2), x.shape[1:3])
 
 
 STANDS_IN = ("mmcv", "mmengine", "mmdet", "mmseg", "mmaction", "mmpretrain", "mmcls", "mmcv_custom", "basicsr")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from source_modules import load
+from source_modules import OfSize, load
 from tiny_swin import needs_kernels
 from torch import Tensor, nn
 
@@ -40,17 +40,6 @@ def source(repository: str, file: str) -> Any:
 def images(*sizes: tuple[int, ...]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(1, 3, *size, generator=generator) for size in sizes]
-
-
-class OfSize(nn.Module):
-    """An attention that is called with tokens and the size of their map, for maps [B, H, W, C]."""
-
-    def __init__(self, attention: nn.Module):
-        super().__init__()
-        self.attention = attention
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.attention(x.flatten(1, 2), x.shape[1:3])
 
 
 def shifted(repository: str, file: str, cosine: bool = False) -> Callable[[], nn.Module]:

@@ -3,7 +3,8 @@
     ASVIT_FAST_SOURCES=DIR python benchmarks/bench_families.py [--case NAME ...] [--dtype bf16] [--csv FILE]
 
 Rows are those of ``asvit-fast bench``: inference, training step, memory. Needs the extra [integrations]; DIR holds
-checkouts as owner/name, and networks of those that are missing are left out. Sizes are those of the papers.
+checkouts as owner/name, and networks of those that are missing are left out. Sizes are those of
+the papers, or smaller where a step would take too long.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from asvit_fast import ops
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Float32 products go through TF32 instructions of their own; those of the 16-bit types are the same. Calls take turns:
-# compiling every one for all six takes a quarter of an hour, and kernels have several calls.
+# to compile every one for all six would take the time of most other tests; kernels have several calls.
 TARGETS = (((80, "fp32"), (90, "bf16"), (100, "fp32")), ((80, "fp16"), (90, "fp32"), (100, "bf16")))
 
 

@@ -18,7 +18,6 @@ from .window_attention_tile_ops import (
     load,
     load_bias_table,
     load_projection,
-    row_sums,
     scores_of,
     store,
     store_bias_gradient,
@@ -142,9 +141,9 @@ def window_attention_single_tile_backward_kernel(
             grad_scores *= 1.0 + inputs.factor
         if BIAS_GRADIENT:
             grad_bias += grad_scores
+        if SHAPE.HAS_HEAD_SCALE:  # not of grad_q, which is made of rounded scores: what is left of these sums is small
+            grad_scale += tl.sum(grad_scores * inner(q, k, SHAPE), 1)
         grad_q = combine(grad_scores, k, SHAPE)
-        if SHAPE.HAS_HEAD_SCALE:
-            grad_scale += row_sums(grad_q, q, SHAPE)
         store(grad_q_pointer, times(grad_q, inputs.scale, SHAPE), queries, SHAPE.grad_strides[0], SHAPE)
         grad_k = times(combine_transposed(grad_scores, q, SHAPE), inputs.scale, SHAPE)
         store_kv_gradient(grad_k_pointer, grad_k, keys, window, 1, SHAPE)

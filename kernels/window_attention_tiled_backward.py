@@ -78,9 +78,10 @@ class _Queries(NamedTuple):
 
 @triton.jit
 def _add_q_gradient(
-    grad_q, products, queries, start, window, inputs, BLOCK: tl.constexpr, TAIL: tl.constexpr, SHAPE: tl.constexpr
+    grad_q, sums, queries, start, window, inputs, BLOCK: tl.constexpr, TAIL: tl.constexpr, SHAPE: tl.constexpr
 ):
-    # grad_q, a tile, and (if scaled) sum of attention * its gradient [M] after BLOCK more keys
+    # grad_q, a tile, and sums [M] after BLOCK more keys, as far as scales need them: of attention times its gradient,
+    # times the products of q and k, and times both
     keys = place(start + tl.arange(0, BLOCK), window, inputs, True, SHAPE)
     k = load_projection(inputs, keys, 1, SHAPE)
     v = load_projection(inputs, keys, 2, SHAPE)
@@ -88,10 +89,15 @@ def _add_q_gradient(
     scores = scores_of(queries.q, k, queries.tokens, keys, bias_table, inputs.scale, TAIL, SHAPE)
     weights = exp(scores - queries.largest[:, None]) * queries.inverse[:, None]  # [M, BLOCK]
     grad_weights = inner(queries.grad_output, v, SHAPE)
-    if SHAPE.HAS_ATTN_SCALE:
-        products += tl.sum(weights * grad_weights, 1)
+    of_gradients, of_products, of_both = sums
+    if SHAPE.HAS_ATTN_SCALE or SHAPE.HAS_HEAD_SCALE:
+        of_gradients += tl.sum(weights * grad_weights, 1)
+    if SHAPE.HAS_HEAD_SCALE:
+        weighted = weights * inner(queries.q, k, SHAPE)
+        of_products += tl.sum(weighted, 1)
+        of_both += tl.sum(weighted * grad_weights, 1)
     grad_scores = _score_gradient(weights, grad_weights, queries.delta[:, None], inputs.factor, SHAPE)
-    return add(grad_q, combine(grad_scores, k, SHAPE), SHAPE), products
+    return add(grad_q, combine(grad_scores, k, SHAPE), SHAPE), (of_gradients, of_products, of_both)
 
 
 @triton.jit
@@ -115,18 +121,21 @@ def _q_gradient(
     tl.store(saved.delta + row, delta, mask=tokens.real)
     largest, inverse = _statistics(saved, tokens, SHAPE)
     queries = _Queries(tokens, load_projection(inputs, tokens, 0, SHAPE), grad_output, largest, inverse, delta)
-    grad_q, products = zeros(QUERIES, SHAPE), tl.zeros([QUERIES], dtype=tl.float32)
+    grad_q, zero = zeros(QUERIES, SHAPE), tl.zeros([QUERIES], dtype=tl.float32)
+    sums = (zero, zero, zero)
     for key in range(0, FULL, BLOCK_N):
-        grad_q, products = _add_q_gradient(
-            grad_q, products, queries, key, window, inputs, BLOCK_N, FULL % BLOCK_N != 0, SHAPE
-        )
+        grad_q, sums = _add_q_gradient(grad_q, sums, queries, key, window, inputs, BLOCK_N, FULL % BLOCK_N != 0, SHAPE)
     if SHAPE.keys > FULL:
-        grad_q, products = _add_q_gradient(grad_q, products, queries, FULL, window, inputs, TAIL_N, True, SHAPE)
+        grad_q, sums = _add_q_gradient(grad_q, sums, queries, FULL, window, inputs, TAIL_N, True, SHAPE)
     store(grad_q_pointer, times(grad_q, inputs.scale, SHAPE), tokens, SHAPE.grad_strides[0], SHAPE)
     if SHAPE.HAS_ATTN_SCALE:
-        tl.store(grad_attn_scale_pointer + tl.program_id(0), tl.sum(products - of_means, 0))
+        tl.store(grad_attn_scale_pointer + tl.program_id(0), tl.sum(sums[0] - of_means, 0))
     if SHAPE.HAS_HEAD_SCALE:
-        tl.store(grad_head_scale_pointer + tl.program_id(0), tl.sum(row_sums(grad_q, queries.q, SHAPE), 0))
+        # of sums that nothing was rounded in, as delta and grad_q were: what is left of them is small
+        grad_scale = tl.sum(sums[2] - sums[0] * sums[1], 0)
+        if SHAPE.HAS_ATTN_SCALE:
+            grad_scale *= 1.0 + inputs.factor
+        tl.store(grad_head_scale_pointer + tl.program_id(0), grad_scale)
 
 
 @triton.jit(do_not_specialize=SIZES)

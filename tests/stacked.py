@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
+from accuracy import TINY
 from torch import Tensor
 
 from asvit_fast import _extension, backends
 
-TINY = {torch.float32: 1e-6, torch.float64: 1e-14, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 EXTENSION = _extension.extension()
 needs_extension = pytest.mark.skipif(EXTENSION is None, reason=str(_extension.reason()))
 every_isa = pytest.mark.parametrize("isa", EXTENSION.available_isas() if EXTENSION else [], indirect=True)

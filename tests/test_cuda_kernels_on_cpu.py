@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 import torch
-from stacked import TINY, assert_as_exact, far_apart, rows
+from accuracy import TINY
+from stacked import assert_as_exact, far_apart, rows
 from torch import Tensor
 
 from asvit_fast.ops.gelu_taylor import gelu_taylor_reference

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton_versions
-from stacked import EXTENSION, TINY, TRANSFORMS, every_isa, needs_extension, rows
+from accuracy import TINY
+from stacked import EXTENSION, TRANSFORMS, every_isa, needs_extension, rows
 from torch import Tensor
 
 from asvit_fast import _extension, backends

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from stacked import TINY, StackedOp, assert_as_exact, every_isa, needs_extension, rows
+from accuracy import TINY
+from stacked import StackedOp, assert_as_exact, every_isa, needs_extension, rows
 from torch import Tensor
 
 from asvit_fast.errors import InputError

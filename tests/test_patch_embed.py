@@ -9,7 +9,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from stacked import TINY, every_isa, needs_extension
+from accuracy import assert_accurate
+from stacked import every_isa, needs_extension
 from torch import Tensor
 from torch_versions import DYNAMIC_DOUBLE_BACKWARD
 
@@ -86,10 +87,8 @@ def assert_as_exact(operands: Operands, *settings, backend: str | None = None, t
             ours = both_ways(operands, gradient, *settings, **more)
     for name, want in exact.items():
         got, other = ours[name], theirs[name]
-        assert got.dtype == other.dtype and got.shape == want.shape and got.is_contiguous(), name
-        error, allowed = (got - want).abs().max().item(), (other - want).abs().max().item()
-        small = (tiny or TINY[got.dtype]) * max(1.0, want.abs().max().item())
-        assert error < 2 * allowed + small, f"{name}: {error} against {allowed}"
+        assert got.dtype == other.dtype and got.is_contiguous(), name
+        assert_accurate(name, got, other, want, tiny)
 
 
 # batch, Cin, size, C, K, stride, dilation, padding, kinds: one and several vectors of channels, cut vectors and blocks

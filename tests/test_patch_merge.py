@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from accuracy import TINY, assert_accurate
 from stacked import TRANSFORMS, every_isa, needs_extension
 from torch import Tensor
 from torch_versions import DYNAMIC_DOUBLE_BACKWARD
@@ -18,7 +19,6 @@ from asvit_fast import ops
 from asvit_fast.backends import use_backend
 from asvit_fast.nn import PatchMerging
 
-TINY = {torch.float32: 1e-6, torch.float64: 1e-14, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 Given = list[Tensor | None]  # x, weight, norm_weight, norm_bias, bias
 
 
@@ -54,10 +54,8 @@ def assert_as_exact(given: Given, kernel: int, stride: int = 2, order: str = "un
         exact = both_ways(given, kernel, stride, order, torch.float64)
     types = [given[1].dtype, *(t.dtype for t in given if t is not None)]
     for got, other, want, dtype in zip(ours, theirs, exact, types, strict=True):
-        assert got.dtype == dtype and got.shape == want.shape
-        error, allowed = (got - want).abs().max().item(), (other - want).abs().max().item()
-        tiny = TINY[dtype] * max(1.0, want.abs().max().item())
-        assert error < 2 * allowed + tiny, f"{tuple(want.shape)}: {error} against {allowed}"
+        assert got.dtype == dtype
+        assert_accurate(f"{tuple(want.shape)}", got, other, want)
 
 
 def features_of(patch: Tensor, order: str) -> Tensor:

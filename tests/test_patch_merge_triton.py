@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 import triton_versions
+from accuracy import TINY, assert_accurate
 from torch import Tensor
 
 from asvit_fast import ops
@@ -23,7 +24,7 @@ CASES = [
     (6, 7, 17, 5, 1, 2, "unfold", False, False),
     (7, 7, 9, 4, 5, 3, "unfold", True, True),
 ]
-TINY = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 2e-2}  # the interpreter cuts bfloat16, not rounds
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def operands(case: tuple, dtype: torch.dtype, device: torch.device, batch: int = 2) -> list[Tensor | None]:
@@ -56,16 +57,14 @@ def compare(given: list[Tensor | None], case: tuple) -> None:
         exact = both_ways(given, case, torch.float64, gradient)
     expected = [weight.dtype, *(t.dtype for t in given if t is not None)]
     for got, other, want, dtype in zip(ours, theirs, exact, expected, strict=True):
-        assert got.shape == want.shape and got.dtype == dtype and got.is_contiguous()
-        error, allowed = (got - want).abs().max().item(), (other - want).abs().max().item()
-        tiny = TINY[weight.dtype] * max(1.0, want.abs().max().item())
-        assert error < 2 * allowed + tiny, f"{tuple(want.shape)} of {case} {weight.dtype}: {error} against {allowed}"
+        assert got.dtype == dtype and got.is_contiguous()
+        assert_accurate(f"{tuple(want.shape)} of {case} {weight.dtype}", got, other, want, TINY[weight.dtype])
 
 
 def check_shapes(device: torch.device) -> None:
     """Every dtype, memory poisoned."""
     for number, case in enumerate(CASES):
-        for index, dtype in enumerate(TINY):
+        for index, dtype in enumerate(DTYPES):
             if device.type == "cpu" and index > 0 and index % 2 != number % 2:
                 continue  # the interpreter is slow
             compare(operands(case, dtype, device), case)
@@ -86,7 +85,7 @@ def check_details(device: torch.device) -> None:
         large = operands(inside, torch.float32, device)
         large[0] = large[0] + mean
         compare(large, inside)
-    for dtype in TINY:  # where 16 bits overflow before the normalisation, and constants hide what they are added to
+    for dtype in DTYPES:  # where 16 bits overflow before the normalisation, and constants hide what they are added to
         inside = (6, 6, 24, 8, 2, 2, "timm", True, True)
         huge = operands(inside, dtype, device)
         huge[0] = 6e4 * huge[0].sign()

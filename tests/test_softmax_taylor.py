@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from stacked import TINY, StackedOp, assert_as_exact, every_isa, needs_extension, rows
+from accuracy import TINY
+from stacked import StackedOp, assert_as_exact, every_isa, needs_extension, rows
 from torch import Tensor
 
 from asvit_fast.errors import InputError

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from accuracy import assert_accurate
 from stacked import every_isa, needs_extension
 from torch import Tensor
 
@@ -190,7 +191,7 @@ def both_ways(
 
 
 def assert_as_exact(
-    qkv: Tensor, heads: int, window: tuple[int, int], shift: tuple[int, int], bias: Tensor | None, tiny: float
+    qkv: Tensor, heads: int, window: tuple[int, int], shift: tuple[int, int], bias: Tensor | None, tiny: float = 0.0
 ) -> None:
     """Forward and all gradients: error(ours) < 2 error(plain PyTorch ops, same dtype) + tiny, against float64."""
     gradient = torch.randn(*qkv.shape[:3], qkv.shape[3] // 3, dtype=torch.float64)
@@ -200,9 +201,8 @@ def assert_as_exact(
         wide = None if bias is None else bias.double()
         exact = both_ways(qkv.double(), heads, window, shift, wide, gradient.to(qkv.dtype).double())
     for name, got, other, want in zip(("output", "qkv", "bias"), ours, theirs, exact, strict=False):
-        assert got.dtype == qkv.dtype and got.shape == want.shape
-        error, allowed = (got - want).abs().max().item(), (other - want).abs().max().item()
-        assert error < 2 * allowed + tiny * max(1.0, want.abs().max().item()), f"{name}: {error} against {allowed}"
+        assert got.dtype == qkv.dtype
+        assert_accurate(name, got, other, want, tiny)
 
 
 SHAPES = [  # H, W, heads, head_dim, window, shift: one and many vectors and tiles, cut windows, every remainder
@@ -229,8 +229,7 @@ def test_every_isa(isa: str, shape: tuple, dtype: torch.dtype, with_bias: bool) 
     qkv = torch.randn(2, height, width, 3 * heads * head_dim).to(dtype)
     tokens = window[0] * window[1]
     bias = torch.randn(heads, tokens, tokens).to(dtype) if with_bias else None
-    tiny = {torch.float32: 1e-6, torch.float64: 1e-14, torch.float16: 1e-3, torch.bfloat16: 1e-2}[dtype]
-    assert_as_exact(qkv, heads, window, shift, bias, tiny)
+    assert_as_exact(qkv, heads, window, shift, bias)
 
 
 @needs_extension

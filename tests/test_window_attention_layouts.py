@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from accuracy import TINY, assert_accurate
 from stacked import every_isa, needs_extension
 from torch import Tensor
 
@@ -176,12 +177,11 @@ def test_every_isa(isa: str, case: tuple, dtype: torch.dtype) -> None:
     with use_backend("reference"):
         theirs = both_ways(case, tensors, cotangent)
         exact = both_ways(case, {name: x.double() for name, x in tensors.items()}, cotangent.double())
-    tiny = {torch.float32: 1e-6, torch.float64: 1e-14, torch.float16: 1e-3, torch.bfloat16: 1e-2}[dtype]
     for name, want in exact.items():
-        assert ours[name].dtype == dtype and ours[name].shape == want.shape
-        error, allowed = (ours[name] - want).abs().max().item(), (theirs[name] - want).abs().max().item()
-        slack = 10 * tiny if name == "attn_scale" else tiny  # a sum over the map, of which there are few to compare
-        assert error < 2 * allowed + slack * max(1.0, want.abs().max().item()), f"{name}: {error} against {allowed}"
+        assert ours[name].dtype == dtype
+        # a sum over the map, of which there are few to compare
+        tiny = 10 * TINY[dtype] if name == "attn_scale" else TINY[dtype]
+        assert_accurate(name, ours[name], theirs[name], want, tiny)
 
 
 @needs_extension

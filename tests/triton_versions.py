@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy
 import pytest
+import torch
 
 
 def _version(text: str) -> tuple[int, int]:
@@ -38,9 +39,26 @@ def assert_no_spills(report) -> None:
     assert OLD or report.spilled_bytes == 0, report
 
 
+def round_to_bfloat16() -> None:
+    """Let the interpreter round float32 to bfloat16 as GPUs do; it cuts the digits off."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(data: numpy.ndarray, source: language.dtype, target: language.dtype, mode: object) -> numpy.ndarray:
+        if (source, target) != (language.float32, language.bfloat16):
+            return convert(data, source, target, mode)
+        values = torch.from_numpy(numpy.array(data, numpy.float32))
+        return values.bfloat16().view(torch.int16).numpy().view(numpy.uint16)
+
+    interpreter._convert_float = rounded
+
+
 def run_interpreted(module: str, name: str, root: Path) -> None:
     """Run `check(name, CPU)` of a test module in Triton's interpreter, which needs a process of its own."""
-    program = f"import sys, torch; sys.path.insert(0, 'tests'); from {module} import check; "
+    program = "import sys, torch; sys.path.insert(0, 'tests'); import triton_versions; "
+    program += f"triton_versions.round_to_bfloat16(); from {module} import check; "
     program += f"check({name!r}, torch.device('cpu')); print('checked')"
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program],

@@ -41,7 +41,7 @@ class Grams:
 
 
 class _Product(torch.autograd.Function):
-    """x [networks, B, ..., K], weight [networks, N, K] -> [networks, B, ..., N]; the backward pass adds to ``grams``."""
+    """x [networks, B, ..., K], weight [networks, N, K] -> [networks, B, ..., N]; backward adds to ``grams``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, grams: Grams) -> Tensor:

@@ -165,6 +165,15 @@ def test_one_copy_of_all_weights() -> None:
     assert biases - weights.neutral == {"patch_embed.proj.bias"}
 
 
+def test_weights_do_not_depend_on_threads(two_threads: None) -> None:
+    settings, topology = ScoreSettings(**FAST, device="cpu", convention="reference"), af.Topology.parse(SEED)
+    members = [(repeat, (3, 1)) for repeat in range(5)]
+    several = stacked_weights.stack_weights(topology, members, settings, pinned=False)
+    torch.set_num_threads(1)
+    one = stacked_weights.stack_weights(topology, members, settings, pinned=False)
+    assert torch.equal(several.flat, one.flat) and several.places == one.places
+
+
 # ------------------------------------------------------------------ launches
 
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from queue import SimpleQueue
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models import AsViT
 from ..nn import WindowAttention
 from ..settings import ScoreSettings
 from ..topology import Topology
 from .draws import Seed, blank_network, redraw
+from .parallel import map_in_threads, worker_count
 from .patch_merge import channels_last_features
+
+CPU = torch.device("cpu")
 
 ALIGNMENT = 64  # numbers between which weights begin: products read 16 bytes at a time
 
@@ -60,11 +66,26 @@ def stack_weights(
     dtype = model.patch_embed.proj.weight.dtype
     # zeros: what alignment leaves between weights is copied, too
     stacked = StackedWeights(torch.zeros(size, dtype=dtype, pin_memory=pinned), places)
-    for i, (repeat, seed) in enumerate(networks):
-        redraw(model, repeat, settings, seed)
-        for name, weight in _arranged(model):
-            stacked[name][i].copy_(weight)
+    models: SimpleQueue[AsViT] = SimpleQueue()  # one for each worker
+    for worker in range(worker_count(len(networks), CPU)):
+        models.put(_with_memory_of_its_own(model) if worker else model)
+
+    def draw_into(place: int) -> None:
+        own = models.get()
+        repeat, seed = networks[place]
+        redraw(own, repeat, settings, seed)
+        for name, weight in _arranged(own):
+            stacked[name][place].copy_(weight)
+        models.put(own)
+
+    map_in_threads(draw_into, range(len(networks)), CPU)
     return replace(stacked, neutral=frozenset(name for name in places if _is_neutral(name, stacked[name])))
+
+
+def _with_memory_of_its_own(model: AsViT) -> AsViT:
+    """The same network with other, uninitialised weights."""
+    memory: dict[int, Any] = {id(weight): nn.Parameter(torch.empty_like(weight)) for weight in model.parameters()}
+    return copy.deepcopy(model, memory)
 
 
 def _is_neutral(name: str, weight: Tensor) -> bool:

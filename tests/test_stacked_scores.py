@@ -3,6 +3,7 @@ that a CUDA graph can hold. On the CPU, which by itself scores them side by side
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 import threading
@@ -19,7 +20,7 @@ from asvit_fast import backends
 from asvit_fast.backends import FallbackWarning
 from asvit_fast.models import AsViT
 from asvit_fast.scoring import ScoreSettings, draws, score_repeat, stacked_score, stacked_weights
-from asvit_fast.scoring.cuda_graphs import GraphCache, Recorded, copy_into
+from asvit_fast.scoring.cuda_graphs import GraphCache, Recorded, capture, copy_into
 
 score_module = importlib.import_module("asvit_fast.scoring.score")
 CPU = torch.device("cpu")
@@ -300,6 +301,63 @@ def test_memory_for_a_graph_runs_out() -> None:
     recorder.error = None
     graphs.run("a test", "b", twice, [ones], CPU)
     assert len(graphs.graphs) == 1
+
+
+class FakeStream:
+    device = CPU
+
+    def __init__(self, name: str, calls: list[str]) -> None:
+        self.name, self.calls = name, calls
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.calls.append(f"{self.name} waits for {other.name}")
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("not permitted")], ids=["works", "fails"])
+def test_the_steps_of_a_capture(error: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of torch's functions, in their order: here they only say that they were called."""
+    calls: list[str] = []
+    caller, side = FakeStream("caller", calls), FakeStream("side", calls)
+
+    class FakeGraph:
+        def capture_begin(self, pool: object, capture_error_mode: str) -> None:
+            calls.append(f"begin in {pool}, {capture_error_mode}")
+
+        def capture_end(self) -> None:
+            calls.append("end")
+
+        def replay(self) -> None:
+            calls.append("replay")
+
+        def pool(self) -> str:
+            return "pool of the graph"
+
+    @contextlib.contextmanager
+    def stream(one: FakeStream) -> Iterator[None]:
+        calls.append(f"on {one.name}")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: caller)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+
+    def run(x: Tensor) -> Tensor:
+        calls.append("run")
+        if error is not None and calls.count("run") == 2:
+            raise error
+        return 2 * x
+
+    inputs, captured = [torch.ones(3)], "side waits for caller, on side, run, begin in pool, thread_local, run, end"
+    if error is not None:
+        with pytest.raises(RuntimeError, match="not permitted"):
+            capture(run, inputs, side, "pool")
+        assert ", ".join(calls) == captured
+        return
+    recorded = capture(run, inputs, side, "pool")
+    recorded.replay()
+    assert ", ".join(calls) == f"{captured}, caller waits for side, replay"
+    assert recorded.pool == "pool of the graph" and recorded.output.tolist() == [2.0] * 3
+    assert recorded.inputs[0] is not inputs[0] and torch.equal(recorded.inputs[0], inputs[0])
 
 
 def test_an_error_of_the_pass_itself() -> None:

@@ -42,16 +42,24 @@ class Recorded:
 
 
 def capture(function: Pass, inputs: Sequence[Tensor], stream: torch.cuda.Stream, pool: Any) -> Recorded:
-    """Capture ``function`` on copies of ``inputs`` [any shapes], on the current GPU."""
+    """Capture ``function`` on copies of ``inputs`` [any shapes], on the current GPU.
+
+    Without ``torch.cuda.graph``, which waits for the GPU and gives all cached memory back each time.
+    """
     static = [torch.empty_like(x, device=stream.device) for x in inputs]
     copy_into(static, inputs)
-    stream.wait_stream(torch.cuda.current_stream())
+    caller = torch.cuda.current_stream()
+    stream.wait_stream(caller)
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
         function(*static)  # compiles kernels; libraries take their workspaces for this stream
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        output = function(*static)
+        # threads of others may use the GPU meanwhile; autograd's work for the stream that is captured
+        graph.capture_begin(pool, capture_error_mode="thread_local")
+        try:
+            output = function(*static)
+        finally:
+            graph.capture_end()
+    caller.wait_stream(stream)
     return Recorded(static, output, graph.replay, graph.pool())
 
 

@@ -73,8 +73,8 @@ def score(
             other; "identity" and "keep" do so for every network.
         images: for the NTK: [batch or more, 3, H, W], a folder of images, or None for standard normal ones.
         seed: of weights, circles and images; the same seed gives the same scores to the bit on one kind of processor,
-            with any number of threads: networks share the threads, each computes with one. torch's own generator is
-            left as it was.
+            with any number of threads: networks share the threads, each computes with one. On a GPU the networks of a
+            topology are run together, and their number shows in the rounding. torch's own generator is left as it was.
 
     Returns:
         A mapping: ``score(...)["length_distortion"].mean``, ``.std``, ``.seconds``, ``.values``.

@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
@@ -371,12 +372,17 @@ def test_an_error_of_the_pass_itself() -> None:
 def test_threads_take_turns() -> None:
     """Buffers are used by one at a time."""
     graphs, wrong = GraphCache(Recorder()), []
+
+    def slowly(x: Tensor) -> Tensor:
+        time.sleep(1e-3)
+        return 2 * x
+
     for _ in range(2):
-        graphs.run("a test", "key", twice, [torch.ones(1000)], CPU)
+        graphs.run("a test", "key", slowly, [torch.ones(3)], CPU)
 
     def work(number: int) -> None:
-        for _ in range(50):
-            result = graphs.run("a test", "key", twice, [torch.full((1000,), float(number))], CPU)
+        for _ in range(10):
+            result = graphs.run("a test", "key", slowly, [torch.full((3,), float(number))], CPU)
             if not (result == 2 * number).all():
                 wrong.append(number)
 

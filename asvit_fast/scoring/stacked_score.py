@@ -26,8 +26,6 @@ MOST_TOGETHER = 8  # networks: a GPU is full, and activations take memory
 Results = list[dict[str, dict[str, float]]]
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
 def score_stacked(
     topology: Topology,
     networks: Sequence[tuple[int, Seed]],

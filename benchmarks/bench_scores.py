@@ -53,7 +53,7 @@ from asvit_fast.bench.peers import attention_sdpa
 from asvit_fast.bench.timer import Timing, print_header, save_rows
 from asvit_fast.malloc import disable_malloc_trim
 from asvit_fast.scoring import ScoreSettings, score_repeat
-from asvit_fast.scoring.score import WEIGHTS, stream
+from asvit_fast.scoring.draws import WEIGHTS, stream
 from asvit_fast.topology import Topology
 
 TOLERANCE = 1e-3  # float32 against float64, relative to the largest value

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 import asvit_fast as af
 from asvit_fast.scoring import Curve, ScoreSettings, circle, score_repeat, theta_grid
+from asvit_fast.scoring.draws import CIRCLE, WEIGHTS, draw, stream
 from asvit_fast.scoring.ntk import score_features
-from asvit_fast.scoring.score import CIRCLE, WEIGHTS, stream, without_norms
+from asvit_fast.scoring.score import without_norms
 
 SEED = "8,2,3|4,1,2|4,1,4|4,1,6|32"
 FAST = {"img_size": 32, "thetas": 4, "repeats": 2, "batch": 4}
@@ -198,12 +199,10 @@ def test_streams() -> None:
 
 
 def test_reference_convention_shares_the_convolution() -> None:
-    from asvit_fast.scoring.score import _draw
-
     topology = af.Topology.parse(SEED)
     for convention, shared in (("reference", True), ("paper", False)):
         settings = ScoreSettings(**FAST, convention=convention)
-        one, two = (_draw(topology, repeat, settings, 0) for repeat in (0, 1))
+        one, two = (draw(topology, repeat, settings, 0) for repeat in (0, 1))
         assert torch.equal(one.patch_embed.proj.weight, two.patch_embed.proj.weight) is shared
         assert not torch.equal(one.stages[0].blocks[0].mlp.fc1.weight, two.stages[0].blocks[0].mlp.fc1.weight)
 
@@ -211,10 +210,8 @@ def test_reference_convention_shares_the_convolution() -> None:
 def test_reference_convention_by_hand() -> None:
     """score(convention="reference") is the sum over the closed grid on the unit circle, without norms, of the drawn
     network."""
-    from asvit_fast.scoring.score import CIRCLE, _draw
-
     settings = ScoreSettings(**FAST, convention="reference")
-    model = _draw(af.Topology.parse(SEED), 0, settings, 5)
+    model = draw(af.Topology.parse(SEED), 0, settings, 5)
     u0, u1 = (u.float() for u in circle((3, 32, 32), stream(5, CIRCLE, 0)))
     with torch.no_grad():
         c = af.curve(without_norms(model).score_features, theta_grid(4, "reference"), u0, u1)

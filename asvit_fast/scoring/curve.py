@@ -48,6 +48,21 @@ def circle(shape: Sequence[int], generator: torch.Generator | None = None) -> tu
     return u0, u1 / u1.norm()
 
 
+def radius(shape: Sequence[int], convention: str) -> float:
+    """Of the circle of inputs of ``shape`` that a score sends through a network."""
+    return math.sqrt(math.prod(shape)) if convention == "paper" else 1.0
+
+
+def circle_mix(theta: Tensor, scale: float, order: int, dtype: torch.dtype) -> Tensor:
+    """[order + 1, n, 2]: how much of u0 and u1 is in the circle of radius ``scale`` at ``theta`` [n] (radians), and in
+    its derivatives."""
+    position, velocity = (
+        scale * torch.stack(mix, 1).to(dtype)  # [n, 2]
+        for mix in ((theta.cos(), theta.sin()), (-theta.sin(), theta.cos()))
+    )
+    return torch.stack([position, velocity, -position][: order + 1])
+
+
 def curve(
     fn: Callable[[Any], Tensor], theta: Tensor, u0: Tensor, u1: Tensor, scale: float = 1.0, order: int = 2
 ) -> Curve:
@@ -70,12 +85,7 @@ def curve(
         raise InputError(f"u0 and u1 must have one shape, got {list(u0.shape)} and {list(u1.shape)}")
 
     def run(part: slice) -> list[Tensor]:
-        angle = theta[part].to(u0.device)  # [n]
-        position, velocity = (
-            scale * torch.stack(mix, 1).to(u0.dtype)  # [n, 2]: how much of u0 and u1
-            for mix in ((angle.cos(), angle.sin()), (-angle.sin(), angle.cos()))
-        )
-        mix = torch.stack([position, velocity, -position][: order + 1])  # [order + 1, n, 2]
+        mix = circle_mix(theta[part], scale, order, u0.dtype).to(u0.device)
         return [value.flatten(1) for value in propagate_taylor(fn, LinearCombination(mix, torch.stack([u0, u1])))]
 
     pieces = split_on_oom(run, len(theta), "the curve")

@@ -13,6 +13,11 @@ from ..errors import first_line
 Result = TypeVar("Result")
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether it says that memory ran out, on a GPU or a CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def split_on_oom(run: Callable[[slice], Result], total: int, what: str) -> list[Result]:
     """``run`` on slices that cover ``total`` samples: all at once, and in halves of halves whenever memory runs out.
 
@@ -25,8 +30,7 @@ def split_on_oom(run: Callable[[slice], Result], total: int, what: str) -> list[
             results.append(run(slice(start, min(start + size, total))))
             start += size
         except RuntimeError as error:
-            out_of_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-            if size <= 1 or not out_of_memory:
+            if size <= 1 or not out_of_memory(error):
                 raise
             reason = first_line(error)
         else:

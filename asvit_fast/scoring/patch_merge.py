@@ -12,16 +12,22 @@ from torch.autograd.function import once_differentiable
 from ..ops.patch_merge import merge_padding
 
 
-class _Neighbourhoods(torch.autograd.Function):
-    """x [B, H, W, C] -> [B, Ho, Wo, K, K, C], and its adjoint: runs of K*C and of stride*C numbers are copied."""
+def neighbourhoods(x: Tensor, kernel: int, stride: int) -> Tensor:
+    """Maps x [B, H, W, ..., C] -> [B, Ho, Wo, ..., K, K, C], contiguous: a copy, in runs of C numbers or more."""
+    (top, bottom), (left, right) = (merge_padding(size, kernel, stride) for size in x.shape[1:3])
+    if max(top, bottom, left, right) > 0:
+        x = F.pad(x, (*[0, 0] * (x.dim() - 3), left, right, top, bottom))
+    patches = x.unfold(1, kernel, stride).unfold(2, kernel, stride)  # [B, Ho, Wo, ..., C, K, K]
+    return patches.movedim(-3, -1).contiguous()
+
+
+class Neighbourhoods(torch.autograd.Function):
+    """``neighbourhoods`` of x [B, H, W, C], and its adjoint: runs of K*C and of stride*C numbers are copied."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernel: int, stride: int) -> Tensor:
         ctx.shape, ctx.kernel, ctx.stride = x.shape, kernel, stride
-        (top, bottom), (left, right) = (merge_padding(size, kernel, stride) for size in x.shape[1:3])
-        x = F.pad(x, (0, 0, left, right, top, bottom))
-        patches = x.unfold(1, kernel, stride).unfold(2, kernel, stride)  # [B, Ho, Wo, C, K, K]
-        return patches.permute(0, 1, 2, 4, 5, 3).contiguous()
+        return neighbourhoods(x, kernel, stride)
 
     @staticmethod
     @once_differentiable
@@ -59,5 +65,5 @@ def patch_merge_channels_last(
     eps: float = 1e-5,
 ) -> Tensor:
     """``patch_merge`` with LayerNorm, of parameters that ``channels_last_features`` returned; reverse mode only."""
-    patches = _Neighbourhoods.apply(x, kernel, stride).flatten(3)  # [B, Ho, Wo, K*K*C]
+    patches = Neighbourhoods.apply(x, kernel, stride).flatten(3)  # [B, Ho, Wo, K*K*C]
     return F.linear(F.layer_norm(patches, (patches.shape[3],), norm_weight, norm_bias, eps), weight, bias)

@@ -3,46 +3,49 @@
 from __future__ import annotations
 
 import copy
-import functools
-import math
 import statistics
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..backends import computing_device
-from ..errors import InputError
+from ..backends import computing_device, notify_once
+from ..errors import InputError, first_line
 from ..images import fingerprint, load_images
-from ..models import AsViT, create_model
-from ..models.library import check_known, create_by_name, takes_size
+from ..models import AsViT
+from ..models.library import check_known
 from ..nn import OverlapPatchEmbed, PatchMerging
 from ..settings import ImageSize, ScoreSettings, check_seed
 from ..topology import Topology
-from .curve import circle, curve, theta_grid
+from .cuda_graphs import GRAPHS
+from .curve import curve, radius, theta_grid
+from .draws import (
+    DRAWS,
+    Seed,
+    Target,
+    circle_of,
+    draw,
+    drawing_from,
+    placement,
+    root_of,
+    standard_normal_images,
+    stream,
+)
+from .memory import out_of_memory
 from .ntk import ntk_condition, ntk_gram_of, score_features
 from .parallel import map_in_threads, worker_count
-from .replica import replica
 from .result import CURVE_METRICS, Measure, Score
+from .stacked_score import MOST_TOGETHER, score_stacked
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
 
-Target = Topology | nn.Module | str
-Seed = int | tuple[int, ...]
 Task = tuple[tuple[Target, int, Seed], tuple[str, ...]]  # (network, repeat, seed), metrics
-
-# What a random stream is for: streams of different purposes never coincide.
-WEIGHTS, CONVOLUTION, CIRCLE, IMAGES, DRAWS = range(5)
-
-_torch_generator = threading.Lock()  # held while weights are drawn from torch's own generator
 
 
 def score(
@@ -70,8 +73,8 @@ def score(
             other; "identity" and "keep" do so for every network.
         images: for the NTK: [batch or more, 3, H, W], a folder of images, or None for standard normal ones.
         seed: of weights, circles and images; the same seed gives the same scores to the bit on one kind of processor,
-            with any number of threads: networks share the threads, each computes with one. torch's own generator is
-            left as it was.
+            with any number of threads: networks share the threads, each computes with one. On a GPU the networks of a
+            topology are run together, and their number shows in the rounding. torch's own generator is left as it was.
 
     Returns:
         A mapping: ``score(...)["length_distortion"].mean``, ``.std``, ``.seconds``, ``.values``.
@@ -86,7 +89,7 @@ def score(
     where = computing_device(device)
     pixels = load(images, settings)
     if isinstance(target, nn.Module):
-        where = _placement(target)[0] if device is None else where
+        where = placement(target)[0] if device is None else where
         results = _score_module(target, settings, pixels, where, seed)
     else:
         results = score_networks([(target, r, seed) for r in range(repeats)], settings, pixels, where)
@@ -102,10 +105,57 @@ def score(
 def score_networks(
     networks: Sequence[tuple[Target, int, Seed]], settings: ScoreSettings, images: Tensor | None, device: torch.device
 ) -> list[dict[str, dict[str, float]]]:
-    """``score_repeat`` of each (target, repeat, seed), side by side on a CPU.
+    """``score_repeat`` of each (target, repeat, seed): side by side on a CPU, those of a topology together on a GPU."""
+    if stacks_networks(device):
+        return _score_in_stacks(networks, settings, images, device)
+    return _score_side_by_side(networks, settings, images, device)
 
-    Networks left over when every worker has had its share are done in two parts, the NTK and the curve.
-    """
+
+def stacks_networks(device: torch.device) -> bool:
+    """Whether networks of one topology are run as one there. A CPU has enough to do with one network."""
+    return device.type == "cuda" and not torch.is_autocast_enabled("cuda")
+
+
+def _score_in_stacks(
+    networks: Sequence[tuple[Target, int, Seed]], settings: ScoreSettings, images: Tensor | None, device: torch.device
+) -> list[dict[str, dict[str, float]]]:
+    """Networks of other kinds one by one; those of a topology too if they do not fit into memory together."""
+    results: dict[int, dict[str, dict[str, float]]] = {}
+    stacks: dict[tuple[Topology, int], list[int]] = defaultdict(list)  # places by topology and root seed
+    for place, (target, _, seed) in enumerate(networks):
+        parsed = parse_target(target)
+        if isinstance(parsed, Topology):
+            stacks[parsed, root_of(seed)].append(place)
+        else:
+            results[place] = _score_side_by_side([networks[place]], settings, images, device)[0]
+    for (topology, _), places in stacks.items():
+        for start in range(0, len(places), MOST_TOGETHER):
+            part = places[start : start + MOST_TOGETHER]
+            try:
+                done = score_stacked(topology, [networks[place][1:] for place in part], settings, images, device)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                reason = first_line(error)
+            else:
+                results |= zip(part, done, strict=True)
+                continue
+            # outside the handler, so that the failed attempt's tensors are free
+            GRAPHS.clear()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            notify_once(
+                ("memory", "networks"), f"asvit_fast: networks are scored one by one, memory ran out ({reason})"
+            )
+            alone = _score_side_by_side([networks[place] for place in part], settings, images, device)
+            results |= zip(part, alone, strict=True)
+    return [results[place] for place in range(len(networks))]
+
+
+def _score_side_by_side(
+    networks: Sequence[tuple[Target, int, Seed]], settings: ScoreSettings, images: Tensor | None, device: torch.device
+) -> list[dict[str, dict[str, float]]]:
+    """Networks left over when every worker has had its share are done in two parts, the NTK and the curve."""
     parts = _parts(settings.metrics)
     workers = worker_count(len(networks) * len(parts), device)
     whole = len(networks) // workers * workers if workers > 1 and len(parts) > 1 else len(networks)
@@ -172,16 +222,16 @@ def score_repeat(
             any at the same time. torch's generator is then left as it was.
     """
     target = parse_target(target)
-    model = _draw(target, repeat, settings, seed)
-    device = _placement(model)[0]
-    draws = partial(_drawing_from, stream(_root(seed), DRAWS, repeat), device) if own_generator else nullcontext
+    model = draw(target, repeat, settings, seed)
+    device = placement(model)[0]
+    draws = partial(drawing_from, stream(root_of(seed), DRAWS, repeat), device) if own_generator else nullcontext
     results: dict[str, dict[str, float]] = {}
     try:
         if "ntk_condition" in settings.metrics:
             started = time.perf_counter()
             if images is None:
-                images = _standard_normal_images((settings.batch, *settings.image_shape), _root(seed)).clone()
-            pixels = images[: settings.batch].to(*_placement(model))  # [batch, 3, H, W]
+                images = standard_normal_images((settings.batch, *settings.image_shape), root_of(seed)).clone()
+            pixels = images[: settings.batch].to(*placement(model))  # [batch, 3, H, W]
             with draws():
                 value = ntk_condition(ntk_gram_of(model, pixels))
             results["ntk_condition"] = {"value": value, "seconds": time.perf_counter() - started}
@@ -189,7 +239,7 @@ def score_repeat(
         if curve_metrics:
             started = time.perf_counter()
             with draws():
-                values = _curve_values(model, curve_metrics, repeat, settings, _root(seed))
+                values = _curve_values(model, curve_metrics, repeat, settings, root_of(seed))
             passed = time.perf_counter() - started
             results |= {name: {"value": value, "seconds": passed} for name, value in values.items()}
     except AssertionError as error:  # how timm refuses an image size
@@ -221,12 +271,6 @@ def load(images: Tensor | str | Path | None, settings: ScoreSettings) -> Tensor 
     return images[: settings.batch]
 
 
-def stream(*key: int) -> torch.Generator:
-    """A random generator that is a pure function of its key (non-negative integers)."""
-    state = np.random.SeedSequence([int(part) for part in key]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
-
-
 def without_norms(model: nn.Module) -> nn.Module:
     """A copy that shares the weights and has no normalisation layers (As-ViT measures the curve so)."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
@@ -239,69 +283,13 @@ def without_norms(model: nn.Module) -> nn.Module:
     return bare
 
 
-def _root(seed: Seed) -> int:
-    return seed if isinstance(seed, int) else seed[0]
-
-
-def _draw(target: Topology | nn.Module | str, repeat: int, settings: ScoreSettings, seed: Seed) -> nn.Module:
-    """Network number ``repeat``, on the device of the settings; a module stays on its own unless they name another."""
-    device = computing_device(settings.device)
-    if isinstance(target, nn.Module):
-        moves = settings.device is not None and _placement(target)[0] != device
-        return copy.deepcopy(target).eval().to(device) if moves else replica(target)
-    key = (seed,) if isinstance(seed, int) else seed
-    if isinstance(target, Topology):
-        with torch.device("meta"):
-            model = create_model(target, img_size=settings.image_shape[1:], num_classes=0, weight_init="skip")
-        model = model.to_empty(device="cpu")
-        model.init_weights(generator=stream(*key, WEIGHTS, repeat))
-        if settings.convention == "reference":  # the authors' code draws the convolution once for all repeats
-            model.init_convolution(stream(*key, CONVOLUTION))
-        return model.eval().to(device)
-    options: dict[str, Any] = {"img_size": settings.image_shape[1:]} if takes_size(target) else {}
-    cpu = torch.device("cpu")
-    with _torch_generator, cpu, _drawing_from(stream(*key, WEIGHTS, repeat), cpu):
-        try:
-            return create_by_name(target, **options).eval().to(device)
-        except (AssertionError, TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"cannot build {target!r} for images of {settings.image_shape}: {error}") from error
-
-
-@contextmanager
-def _drawing_from(generator: torch.Generator, device: torch.device) -> Iterator[None]:
-    """torch's generators, of the CPU and of ``device``, draw what ``generator``'s seed decides, and forget it."""
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        torch.default_generator.manual_seed(generator.initial_seed())
-        for one in cuda:
-            with torch.cuda.device(one):
-                torch.cuda.manual_seed(generator.initial_seed())
-        yield
-
-
-def _placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of a module's parameters."""
-    parameter = next(model.parameters(), torch.empty(0))
-    return parameter.device, parameter.dtype
-
-
-@functools.lru_cache(maxsize=1)  # the same for all networks of a search, and slow to draw
-def _standard_normal_images(shape: tuple[int, ...], root: int) -> Tensor:
-    return torch.randn(shape, generator=stream(root, IMAGES))
-
-
-@functools.lru_cache(maxsize=8)  # of the repeats, the same for all topologies of a search
-def _circle(shape: tuple[int, ...], root: int, repeat: int) -> tuple[Tensor, Tensor]:
-    return circle(shape, stream(root, CIRCLE, repeat))
-
-
 def _curve_values(
     model: nn.Module, metrics: list[str], repeat: int, settings: ScoreSettings, root: int
 ) -> dict[str, float]:
     bare = settings.norms == "identity" or (settings.norms == "auto" and isinstance(model, AsViT))
     network = without_norms(model) if bare else model
-    u0, u1 = (u.to(*_placement(model)) for u in _circle(settings.image_shape, root, repeat))
-    scale = math.sqrt(u0.numel()) if settings.convention == "paper" else 1.0
+    u0, u1 = (u.to(*placement(model)) for u in circle_of(settings.image_shape, root, repeat))
+    scale = radius(settings.image_shape, settings.convention)
     theta = theta_grid(settings.thetas, settings.convention)
     order = 1 if metrics == ["length_distortion"] else 2
     with torch.no_grad():

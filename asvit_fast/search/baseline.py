@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..run_directory import RunDirectory
-from ..scoring.score import stream
+from ..scoring.draws import stream
 from ..settings import SearchSettings
 from ..topology import SearchSpace, Topology
 from .budget import Budget

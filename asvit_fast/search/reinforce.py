@@ -57,7 +57,7 @@ def search(
     ones (``result.best_sampled``) and the better scored of the two (``result.best``) are there as well. It is a pure
     function of the arguments: a run that was killed continues from ``out`` and ends as if it had not been, one that is
     called with more ``steps`` goes on as if it had been begun with them. Under torchrun the repeats are shared over all
-    processes, with the same result.
+    processes, with the same result (on GPUs scores are the same to rounding).
 
     Args:
         space: the choices; by default Table 1 of the paper, 4,556,250 topologies.

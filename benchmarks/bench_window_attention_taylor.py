@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from asvit_fast import _extension, backends
-from asvit_fast.bench.timer import Row, compare, print_header, print_rows, save_rows
+from asvit_fast.bench.timer import Row, compare, compare_replayed, print_header, print_rows, save_rows
 from asvit_fast.ops.window_attention_taylor import window_attention_taylor
 from asvit_fast.ops.windows import merge_windows, partition_windows, split_heads
 
@@ -146,10 +146,13 @@ def run_case(case: Case, orders: int, device: torch.device, rounds: int, compile
         wrong = {name: value for name, value in errors.items() if not value < TOLERANCE}
         if wrong:
             raise SystemExit(f"wrong results, nothing timed: {wrong}")
-        timings = compare(table, device, rounds)
+        timings, replays = compare(table, device, rounds), compare_replayed(table, device, rounds)
     moved = (qkv.numel() + qkv.numel() // 3) * qkv.element_size()  # read qkv, write the output
     name = f"{case.name}, {case.window}x{case.window} tokens, order {orders}"
-    return [Row.of("window_attention_taylor", name, who, timings[who], moved, errors[who]) for who in table]
+    return [
+        Row.of("window_attention_taylor", name, who, timings[who], moved, errors[who], replays.get(who))
+        for who in table
+    ]
 
 
 def main() -> None:

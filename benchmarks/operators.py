@@ -50,8 +50,8 @@ def print_operator_rows(rows: list[OperatorRow], ours: str = "ours") -> None:
         replayed = f"{replays[0] / replays[1]:7.2f}x" if replays[0] and replays[1] else ""
         print(
             f"{row.case:34} {row.mode:8} {row.provider:30} {row.milliseconds:9.3f} {quartiles:>19} "
-            f"{row.replay_text:>8} {row.gigabytes_per_second:7.1f} {row.gigaoperations_per_second:8.2f} {row.peak_mebibytes:8.1f} "
-            f"{row.error:8.1e} {speed:>8} {replayed:>8}"
+            f"{row.replay_text:>8} {row.gigabytes_per_second:7.1f} {row.gigaoperations_per_second:8.2f} "
+            f"{row.peak_mebibytes:8.1f} {row.error:8.1e} {speed:>8} {replayed:>8}"
         )
 
 

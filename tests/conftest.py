@@ -20,11 +20,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # --------------------------------------------------------------------------- tests of the GPU
 
+REHEARSED = os.environ.get("ASVIT_FAST_REHEARSE", "0") == "1"  # tests that take the fixture ``gpu`` run on the CPU
 MAY_SKIP = ("not enough memory", "one GPU only")  # what a machine with a GPU may lack, as such a reason begins
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+    rehearsed = REHEARSED and "gpu" in getattr(item, "fixturenames", ())
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available() and not rehearsed:
         pytest.skip("torch sees no CUDA GPU")
 
 
@@ -98,6 +100,22 @@ def root() -> Path:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The CPU, and the GPU if there is one."""
     return torch.device(request.param)
+
+
+@pytest.fixture
+def gpu() -> torch.device:
+    """The GPU of a test that is marked so; the CPU in a rehearsal."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def repeatable_float32() -> Iterator[None]:
+    """cuDNN's convolutions of float32 multiply in float32, and sum in the same order each time."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32, cudnn.deterministic
+    cudnn.allow_tf32, cudnn.deterministic = False, True
+    yield
+    cudnn.allow_tf32, cudnn.deterministic = before
 
 
 @pytest.fixture

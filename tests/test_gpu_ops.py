@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -24,15 +24,6 @@ from asvit_fast.bench.operators import Case, Work
 every_case = pytest.mark.parametrize("one", CASES, ids=str)
 CUDA = torch.device("cuda")
 OURS = [one for one in CASES if one.backend != "reference"]
-
-
-@pytest.fixture
-def cudnn_repeats() -> Iterator[None]:
-    """The gradient of an image is cuDNN's, which may sum in another order each time."""
-    before = torch.backends.cudnn.deterministic
-    torch.backends.cudnn.deterministic = True
-    yield
-    torch.backends.cudnn.deterministic = before
 
 
 def assert_close(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
@@ -54,7 +45,7 @@ def test_against_float64(one: OpCase, dtype: torch.dtype, device: torch.device, 
 
 @every_case
 @pytest.mark.parametrize("dtype", list(TINY), ids=str)
-def test_twice_the_same_bits(one: OpCase, dtype: torch.dtype, device: torch.device, cudnn_repeats: None) -> None:
+def test_twice_the_same_bits(one: OpCase, dtype: torch.dtype, device: torch.device, repeatable_float32: None) -> None:
     operands = one.operands(dtype, device)
     assert all(map(torch.equal, one.both(operands), one.both(operands)))
 

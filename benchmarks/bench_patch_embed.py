@@ -235,8 +235,11 @@ def run_case(
     }
     found = {name: errors(case, embed, own, gradient, exact) for name, (embed, own) in table.items()}
     wrong = {name: value for name, value in found.items() if not value < TOLERANCE[dtype]}
+    if any(name.startswith("ours") for name in wrong):
+        raise SystemExit(f"{case.name}, {mode}: wrong results, nothing timed: {wrong}")
     if wrong:
-        raise SystemExit(f"wrong results, nothing timed: {wrong}")
+        print(f"{case.name}, {mode}: left out, wrong by more than {TOLERANCE[dtype]:g}: {wrong}")
+        table = {name: provider for name, provider in table.items() if name not in wrong}
     runs = {name: timed(mode, embed, own, gradient) for name, (embed, own) in table.items()}
     memory = {name: peak_megabytes(run, device) for name, run in runs.items()}
     timings = compare(runs, device, rounds)

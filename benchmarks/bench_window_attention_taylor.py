@@ -161,6 +161,7 @@ def main() -> None:
     parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
     parser.add_argument("--rounds", type=int, default=10, help="turns per provider")
+    parser.add_argument("--case", default="", help="only cases whose name contains this")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--csv", type=Path, default=None, help="append the rows to this file")
     arguments = parser.parse_args()
@@ -169,7 +170,7 @@ def main() -> None:
     device = backends.resolve_device(arguments.device)
     torch.manual_seed(0)
     print_header(device)
-    for case in CASES:
+    for case in [case for case in CASES if arguments.case in case.name]:
         for orders in (1, 2):
             torch.compiler.reset()
             rows = run_case(case, orders, device, arguments.rounds, not arguments.no_compile)

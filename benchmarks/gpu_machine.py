@@ -2,7 +2,7 @@
 
 python benchmarks/gpu_machine.py [--device cuda] [--json FILE]     # all of it
 python benchmarks/gpu_machine.py --facts                           # GPU, driver, torch, Triton; as JSON
-python benchmarks/gpu_machine.py --arch                            # 9.0, for TORCH_CUDA_ARCH_LIST; empty without a GPU
+python benchmarks/gpu_machine.py --arch                            # 9.0, as TORCH_CUDA_ARCH_LIST takes it
 """
 
 from __future__ import annotations

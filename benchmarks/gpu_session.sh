@@ -210,7 +210,7 @@ step_3() {
         --rounds "$ROUNDS" $( ((DRY)) && echo --ops tanh) --csv "$OUT/taylor.csv"
     part "GELU along curves" 60 "$PYTHON" benchmarks/bench_gelu_taylor.py "${options[@]}" --csv "$OUT/taylor.csv"
     part "attention along curves" 60 "$PYTHON" benchmarks/bench_window_attention_taylor.py "${options[@]}" \
-        --csv "$OUT/taylor.csv"
+        --case "$( ((DRY)) && echo "stage 4")" --csv "$OUT/taylor.csv"
     SUMMARY="ops.csv embed.csv taylor.csv"
 }
 

@@ -18,10 +18,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def measure(
     benchmark: str, work: Work, providers: dict[str, Operator], modes: Sequence[str], rounds: int, tolerance: float
 ) -> list[OperatorRow]:
-    """Check every provider's output and gradients against float64, then time them in turn.
+    """Check every provider's output and gradients against float64, then time those that are right in turn.
 
     Raises:
-        SystemExit: one is wrong by more than `tolerance`; nothing is timed.
+        SystemExit: ours is wrong by more than `tolerance`; nothing is timed.
     """
     case = Case(benchmark, work, providers, tolerance)
     rows = []
@@ -29,8 +29,10 @@ def measure(
         checked = case.check(mode)
         for name, reason in checked.refused.items():
             print(f"{work.name}, {mode}: {name} left out, {reason}")
-        if checked.wrong:
+        if any(name.startswith("ours") for name in checked.wrong):
             raise SystemExit(f"{work.name}, {mode}: wrong results, nothing timed: {checked.wrong}")
+        if checked.wrong:
+            print(f"{work.name}, {mode}: left out, wrong by more than {tolerance:g}: {checked.wrong}")
         rows += case.time(mode, checked, rounds, replayed=True)
     return rows
 

@@ -100,10 +100,13 @@ def compare(
         assert error < 2 * allowed + tiny, message
 
 
-def check_shapes(cases: list, device: torch.device) -> None:
-    """Every dtype, with and without a bias, memory poisoned."""
+ALL = slice(None)  # cases of a list
+
+
+def check_shapes(cases: list, device: torch.device, dtypes: list = list(TINY)) -> None:  # noqa: B006
+    """With and without a bias, memory poisoned."""
     for number, (height, width, heads, head_dim, window, shift) in enumerate(cases):
-        for dtype in TINY:
+        for dtype in dtypes:
             for biased in (False, True):
                 if device.type == "cpu" and biased == bool(number % 2) ^ (dtype == torch.float32):
                     continue  # the interpreter is slow
@@ -113,9 +116,9 @@ def check_shapes(cases: list, device: torch.device) -> None:
                 compare(qkv, heads, window, shift, bias)
 
 
-def check_layouts(device: torch.device) -> None:
+def check_layouts(device: torch.device, chosen: slice = ALL) -> None:
     """Every layout, with everything that can be given at once and with less; padding and AttnScale of other dtypes."""
-    for number, (height, width, heads, head_dim, window, shift, layout) in enumerate(LAYOUTS):
+    for number, (height, width, heads, head_dim, window, shift, layout) in list(enumerate(LAYOUTS))[chosen]:
         for half in (False, True):
             for everything in (False, True):
                 if device.type == "cpu" and everything != (half == bool(number % 2)):
@@ -222,15 +225,17 @@ def check_many_windows(device: torch.device) -> None:
         compare(torch.randn(1, 300, 440, 12, device=device), 2, (2, 1), (0, 0), torch.randn(2, 2, 2, device=device))
 
 
-def check(name: str, device: torch.device) -> None:
-    """One of the checks."""
+def check(name: str, device: torch.device, case: int | None = None, dtype: torch.dtype | None = None) -> None:
+    """One of the checks, or one case of it."""
+    one = ALL if case is None else slice(case, case + 1)
+    dtypes = list(TINY) if dtype is None else [dtype]
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     {
-        "single_tile": lambda: check_shapes(SINGLE_TILE, device),
-        "tiled": lambda: check_shapes(TILED, device),
-        "layouts": lambda: check_layouts(device),
+        "single_tile": lambda: check_shapes(SINGLE_TILE[one], device, dtypes),
+        "tiled": lambda: check_shapes(TILED[one], device, dtypes),
+        "layouts": lambda: check_layouts(device, one),
         "details": lambda: check_details(device),
         "many": lambda: check_many_windows(device),
     }[name]()
@@ -246,12 +251,18 @@ def test_interpreted(name, root):
     triton_versions.run_interpreted(__name__, name, root)
 
 
+ON_A_GPU = [  # one by one, as most of the time is the compiler's
+    *(("single_tile", case, dtype) for case in range(len(SINGLE_TILE)) for dtype in TINY),
+    *(("tiled", case, dtype) for case in range(len(TILED)) for dtype in TINY),
+    *(("layouts", case, None) for case in range(len(LAYOUTS))),
+    *((name, None, None) for name in SLOW),
+]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [*QUICK, *SLOW])
-def test_on_a_gpu(name, poison_empty):
-    if not torch.cuda.is_available():
-        pytest.skip("torch sees no CUDA GPU")
-    check(name, torch.device("cuda"))
+@pytest.mark.parametrize(("name", "case", "dtype"), ON_A_GPU)
+def test_on_a_gpu(name, case, dtype, poison_empty):
+    check(name, torch.device("cuda"), case, dtype)
 
 
 # --------------------------------------------------------------------------- compiled

@@ -141,7 +141,7 @@ def test_shape_on_a_gpu(case, poison_empty):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["details", "many"])
+@pytest.mark.parametrize("name", [name for name in CHECKS.args[1] if name != "shapes"])
 def test_on_a_gpu(name, poison_empty):
     check(name, torch.device("cuda"))
 

@@ -255,7 +255,7 @@ ON_A_GPU = [  # one by one, as most of the time is the compiler's
     *(("single_tile", case, dtype) for case in range(len(SINGLE_TILE)) for dtype in TINY),
     *(("tiled", case, dtype) for case in range(len(TILED)) for dtype in TINY),
     *(("layouts", case, None) for case in range(len(LAYOUTS))),
-    *((name, None, None) for name in SLOW),
+    *((name, None, None) for name in (*QUICK, *SLOW) if name not in ("single_tile", "tiled", "layouts")),
 ]
 
 

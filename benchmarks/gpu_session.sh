@@ -53,7 +53,7 @@ part() {
         code=124
         echo "not begun: the step has no time left" | tee "$PART_LOG" >>"$LOG"
     else
-        timeout -k 10 $((limit < left ? limit : left)) "$@" >"$PART_LOG" 2>&1 </dev/null
+        timeout -s INT -k 15 $((limit < left ? limit : left)) "$@" >"$PART_LOG" 2>&1 </dev/null
         code=$?
         cat "$PART_LOG" >>"$LOG"
     fi

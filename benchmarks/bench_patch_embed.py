@@ -265,6 +265,7 @@ def main() -> None:
     parser.add_argument("--dtype", default=None, help="float32, bfloat16 or float16 (default: float32 on a CPU)")
     parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--batch", nargs="+", type=int, default=None, help="images (default: 1 8, on CUDA 16 128)")
+    parser.add_argument("--case", default="", help="only cases whose name contains this")
     parser.add_argument("--rounds", type=int, default=10, help="turns per provider")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--csv", type=Path, default=None, help="append the rows to this file")
@@ -277,7 +278,8 @@ def main() -> None:
     print_header(device)
     roofline = Roofline.of(dtype, device)
     print(f"roofline: {roofline}")
-    for case in cases(arguments.batch or ([16, 128] if on_gpu else [1, 8])):
+    chosen = cases(arguments.batch or ([16, 128] if on_gpu else [1, 8]))
+    for case in (case for case in chosen if arguments.case in case.name):
         for mode in arguments.mode:
             rows = run_case(case, mode, dtype, device, arguments.rounds, not arguments.no_compile, roofline)
             print_rows(rows, baseline=BASELINE)

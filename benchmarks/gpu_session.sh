@@ -195,12 +195,11 @@ step_2() {
 }
 
 step_3() {
-    local case batch options=(--device "$DEVICE" --rounds "$ROUNDS" --no-compile)
-    for case in N=49:128 N=196:128 N=144:64 N=784:32 x7x7:2; do
-        ((DRY)) && case="one window:1" && [[ -n ${batch:-} ]] && continue
-        batch=${case#*:}
+    local case cases=(N=49:128 N=196:128 N=144:64 N=784:32 x7x7:2) options=(--device "$DEVICE" --rounds "$ROUNDS" --no-compile)
+    ((DRY)) && cases=("one window:1")
+    for case in "${cases[@]}"; do # part of the names, images
         part "attention, ${case%:*}" 100 "$PYTHON" benchmarks/bench_window_attention.py "${options[@]}" --dtype bfloat16 \
-            --case "${case%:*}" --batch "$batch" --modes forward both --csv "$OUT/ops.csv"
+            --case "${case%:*}" --batch "${case#*:}" --modes forward both --csv "$OUT/ops.csv"
     done
     part "patch merging" 80 "$PYTHON" benchmarks/bench_patch_merge.py "${options[@]}" --dtype bfloat16 \
         --case "$( ((DRY)) && echo 14x14)" --batch "$BATCH" --modes forward both --csv "$OUT/ops.csv"

@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.h)
 CLANG_FORMAT := $(filter %.cpp %.h %.cu,$(SOURCES)) $(wildcard tests/cuda_on_cpu/*.* tests/cuda_on_cpu/cuda/*.h)
 
-.PHONY: install demo test test-threads test-integrations test-slow test-oldest sanitize kernel-report lint format bench clean
+.PHONY: install demo test test-threads test-integrations test-slow test-oldest sanitize kernel-report gpu lint format bench clean
 
 install: $(VENV)/.installed
 
@@ -96,6 +96,13 @@ sanitize: install
 # KERNEL_REPORT="--arch 80,90,100 --dtype bf16,fp32" widens it, "--kernel tiled --shape N=784" narrows it.
 kernel-report: install
 	$(BIN)/python benchmarks/kernel_report.py $(KERNEL_REPORT)
+
+# The first minutes on a GPU, see benchmarks/gpu_session.sh: GPU_STEPS="1 3" runs some of the steps, GPU_STEPS="all --dry-run"
+# the same programs without a GPU. It needs no network and no environment: .venv if there is one, else PYTHON as it is.
+GPU_STEPS ?= all
+
+gpu:
+	PYTHON=$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) bash benchmarks/gpu_session.sh $(GPU_STEPS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from asvit_fast import _extension, backends
-from asvit_fast.bench.timer import Row, compare, print_header, print_rows, save_rows
+from asvit_fast.bench.timer import Row, compare, compare_replayed, print_header, print_rows, save_rows
 from asvit_fast.ops.gelu_taylor import gelu_taylor, gelu_taylor_reference
 
 SHAPES = [(10, 56, 56, 96), (10, 28, 28, 192), (10, 14, 14, 384), (10, 7, 7, 768)]
@@ -58,15 +58,17 @@ def with_backend(backend: str, x: Tensor) -> Tensor:
         return gelu_taylor(x)
 
 
-def providers(x: Tensor) -> dict[str, Run]:
+def providers(x: Tensor, compiled: bool) -> dict[str, Run]:
     """Who takes part, by name, ready to run on x [orders + 1, ...]; torch.func gets and returns separate rows."""
     rows = tuple(row.clone() for row in x)
     table: dict[str, Run] = {
         "torch.func.jvp, eager": partial(along_curve, *rows),
-        "torch.func.jvp, compiled": partial(torch.compile(along_curve, fullgraph=True, dynamic=False), *rows),
         "reference, eager": partial(gelu_taylor_reference, x),
-        "reference, compiled": partial(torch.compile(gelu_taylor_reference, fullgraph=True, dynamic=False), x),
     }
+    if compiled:
+        compile = partial(torch.compile, fullgraph=True, dynamic=False)
+        table["torch.func.jvp, compiled"] = partial(compile(along_curve), *rows)
+        table["reference, compiled"] = partial(compile(gelu_taylor_reference), x)
     extension = _extension.extension()
     if x.device.type == "cpu" and extension is not None:
         table |= {f"ours, {isa}": partial(with_isa, isa, x) for isa in extension.available_isas()}
@@ -94,19 +96,19 @@ def error(y: Tensor | Rows, expected: Tensor) -> float:
     return max(((row.double() - exact).abs().max() / exact.abs().max()).item() for row, exact in rows)
 
 
-def run_case(shape: tuple[int, ...], orders: int, device: torch.device, rounds: int) -> list[Row]:
+def run_case(shape: tuple[int, ...], orders: int, device: torch.device, rounds: int, compiled: bool) -> list[Row]:
     """Check and time every provider on one shape."""
     x = torch.randn(orders + 1, *shape, device=device)
     expected = truth(x)
-    table = providers(x)
+    table = providers(x, compiled)
     errors = {name: error(run(), expected) for name, run in table.items()}
     wrong = {name: value for name, value in errors.items() if not value < TOLERANCE}
     if wrong:
         raise SystemExit(f"wrong results, nothing timed: {wrong}")
-    timings = compare(table, device, rounds)
+    timings, replays = compare(table, device, rounds), compare_replayed(table, device, rounds)
     moved = 2 * x.numel() * x.element_size()  # read every row, write every row
     case = f"{list(shape)} order {orders}"
-    return [Row.of("gelu_taylor", case, name, timings[name], moved, errors[name]) for name in table]
+    return [Row.of("gelu_taylor", case, name, timings[name], moved, errors[name], replays.get(name)) for name in table]
 
 
 def main() -> None:
@@ -115,6 +117,7 @@ def main() -> None:
     parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
     parser.add_argument("--rounds", type=int, default=30, help="turns per provider")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--csv", type=Path, default=None, help="append the rows to this file")
     arguments = parser.parse_args()
     if arguments.threads is not None:
@@ -122,7 +125,12 @@ def main() -> None:
     device = backends.resolve_device(arguments.device)
     torch.manual_seed(0)
     print_header(device)
-    rows = [row for shape in SHAPES for orders in (1, 2) for row in run_case(shape, orders, device, arguments.rounds)]
+    rows = [
+        row
+        for shape in SHAPES
+        for orders in (1, 2)
+        for row in run_case(shape, orders, device, arguments.rounds, not arguments.no_compile)
+    ]
     print_rows(rows, baseline="torch.func.jvp, eager")
     if arguments.csv is not None:
         save_rows(arguments.csv, rows, device)

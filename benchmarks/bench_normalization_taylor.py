@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from asvit_fast import _extension, backends
-from asvit_fast.bench.timer import Row, compare, print_header, print_rows, save_rows
+from asvit_fast.bench.timer import Row, compare, compare_replayed, print_header, print_rows, save_rows
 from asvit_fast.ops import layer_norm_taylor, softmax_taylor, square_taylor, tanh_taylor
 from asvit_fast.ops.layer_norm_taylor import layer_norm_taylor_reference
 from asvit_fast.ops.softmax_taylor import softmax_taylor_reference
@@ -137,11 +137,12 @@ def run_case(name: str, shape: tuple[int, ...], orders: int, device: torch.devic
     wrong = {provider: value for provider, value in errors.items() if not value < TOLERANCE}
     if wrong:
         raise SystemExit(f"wrong results, nothing timed: {wrong}")
-    timings = compare(table | {"copy": x.clone}, device, rounds)
+    table |= {"copy": x.clone}
+    timings, replays = compare(table, device, rounds), compare_replayed(table, device, rounds)
     moved = 2 * x.numel() * x.element_size()  # read every row, write every row
     case = f"{name} {list(shape)} order {orders}"
     return [
-        Row.of("normalization_taylor", case, provider, timing, moved, errors.get(provider, 0.0))
+        Row.of("normalization_taylor", case, provider, timing, moved, errors.get(provider, 0.0), replays.get(provider))
         for provider, timing in timings.items()
     ]
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from asvit_fast import _extension, backends
 from asvit_fast.bench.peers import embed_convolution
 from asvit_fast.bench.rooflines import Roofline
-from asvit_fast.bench.timer import Row, compare, print_header, print_rows, save_rows
+from asvit_fast.bench.timer import Row, compare, compare_replayed, print_header, print_rows, save_rows
 from asvit_fast.cost import peak_allocation
 from asvit_fast.nn.patch_embed import embed_patches
 from asvit_fast.ops.patch_embed import patch_embed_reference
@@ -192,8 +192,14 @@ def timed(mode: str, embed: Embed, operands: list[Tensor], gradient: Tensor) -> 
 
     if mode != "backward":
         return forward if mode == "forward" else both
-    out = embed(*operands)
-    return lambda: torch.autograd.grad(out, operands[1:], gradient, retain_graph=True)
+    recorded: list[Tensor] = []  # by the first call, whose stream a graph of the others has to be captured on
+
+    def backward() -> tuple[Tensor, ...]:
+        if not recorded:
+            recorded.append(embed(*operands))
+        return torch.autograd.grad(recorded[0], operands[1:], gradient, retain_graph=True)
+
+    return backward
 
 
 def peak_megabytes(run: Callable[[], object], device: torch.device) -> float:
@@ -229,16 +235,23 @@ def run_case(
     }
     found = {name: errors(case, embed, own, gradient, exact) for name, (embed, own) in table.items()}
     wrong = {name: value for name, value in found.items() if not value < TOLERANCE[dtype]}
+    if any(name.startswith("ours") for name in wrong):
+        raise SystemExit(f"{case.name}, {mode}: wrong results, nothing timed: {wrong}")
     if wrong:
-        raise SystemExit(f"wrong results, nothing timed: {wrong}")
+        print(f"{case.name}, {mode}: left out, wrong by more than {TOLERANCE[dtype]:g}: {wrong}")
+        table = {name: provider for name, provider in table.items() if name not in wrong}
     runs = {name: timed(mode, embed, own, gradient) for name, (embed, own) in table.items()}
     memory = {name: peak_megabytes(run, device) for name, run in runs.items()}
     timings = compare(runs, device, rounds)
+    replays = compare_replayed(
+        {name: timed(mode, embed, own, gradient) for name, (embed, own) in table.items()}, device, rounds
+    )
     flops, moved = case.flops(mode), case.moved_bytes(mode, operands[0].element_size())
     floor = roofline.seconds(flops, moved)
     rows = []
     for name, timing in timings.items():
-        row = Row.of("patch_embed", f"{case.name}, {mode}, {str(dtype)[6:]}", name, timing, moved, found[name])
+        title = f"{case.name}, {mode}, {str(dtype)[6:]}"
+        row = Row.of("patch_embed", title, name, timing, moved, found[name], replays.get(name))
         rate, share = round(flops / timing.median / 1e9, 1), round(floor / timing.median, 3)
         rows.append(PatchRow(**vars(row), gigaflop_per_second=rate, roofline_share=share, peak_megabytes=memory[name]))
     return rows
@@ -252,6 +265,7 @@ def main() -> None:
     parser.add_argument("--dtype", default=None, help="float32, bfloat16 or float16 (default: float32 on a CPU)")
     parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--batch", nargs="+", type=int, default=None, help="images (default: 1 8, on CUDA 16 128)")
+    parser.add_argument("--case", default="", help="only cases whose name contains this")
     parser.add_argument("--rounds", type=int, default=10, help="turns per provider")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--csv", type=Path, default=None, help="append the rows to this file")
@@ -264,7 +278,8 @@ def main() -> None:
     print_header(device)
     roofline = Roofline.of(dtype, device)
     print(f"roofline: {roofline}")
-    for case in cases(arguments.batch or ([16, 128] if on_gpu else [1, 8])):
+    chosen = cases(arguments.batch or ([16, 128] if on_gpu else [1, 8]))
+    for case in (case for case in chosen if arguments.case in case.name):
         for mode in arguments.mode:
             rows = run_case(case, mode, dtype, device, arguments.rounds, not arguments.no_compile, roofline)
             print_rows(rows, baseline=BASELINE)

@@ -11,7 +11,7 @@ products of the Linear layer, 2 FLOP per multiply-add; with --roofline they are 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -121,7 +121,7 @@ def main() -> None:
     roofline = Roofline.of(dtype, device) if arguments.roofline else None
     if roofline is not None:
         print(f"roofline: {roofline}")
-    for case in CASES:
+    for case in dict.fromkeys(replace(case, batch=arguments.batch or case.batch) for case in CASES):
         if arguments.case not in case.name:
             continue
         torch.compiler.reset()

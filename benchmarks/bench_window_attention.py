@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -147,6 +147,7 @@ def main() -> None:
     for case in CASES:
         if arguments.case not in case.name:
             continue
+        case = replace(case, batch=arguments.batch or case.batch)
         torch.compiler.reset()
         work = case.work(DTYPES[arguments.dtype], device)
         table = providers(case, device, not arguments.no_compile)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from asvit_fast import _extension, backends
-from asvit_fast.bench.timer import Row, compare, print_header, print_rows, save_rows
+from asvit_fast.bench.timer import Row, compare, compare_replayed, print_header, print_rows, save_rows
 from asvit_fast.ops.window_attention_taylor import window_attention_taylor
 from asvit_fast.ops.windows import merge_windows, partition_windows, split_heads
 
@@ -146,10 +146,13 @@ def run_case(case: Case, orders: int, device: torch.device, rounds: int, compile
         wrong = {name: value for name, value in errors.items() if not value < TOLERANCE}
         if wrong:
             raise SystemExit(f"wrong results, nothing timed: {wrong}")
-        timings = compare(table, device, rounds)
+        timings, replays = compare(table, device, rounds), compare_replayed(table, device, rounds)
     moved = (qkv.numel() + qkv.numel() // 3) * qkv.element_size()  # read qkv, write the output
     name = f"{case.name}, {case.window}x{case.window} tokens, order {orders}"
-    return [Row.of("window_attention_taylor", name, who, timings[who], moved, errors[who]) for who in table]
+    return [
+        Row.of("window_attention_taylor", name, who, timings[who], moved, errors[who], replays.get(who))
+        for who in table
+    ]
 
 
 def main() -> None:
@@ -158,6 +161,7 @@ def main() -> None:
     parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
     parser.add_argument("--rounds", type=int, default=10, help="turns per provider")
+    parser.add_argument("--case", default="", help="only cases whose name contains this")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--csv", type=Path, default=None, help="append the rows to this file")
     arguments = parser.parse_args()
@@ -166,7 +170,7 @@ def main() -> None:
     device = backends.resolve_device(arguments.device)
     torch.manual_seed(0)
     print_header(device)
-    for case in CASES:
+    for case in [case for case in CASES if arguments.case in case.name]:
         for orders in (1, 2):
             torch.compiler.reset()
             rows = run_case(case, orders, device, arguments.rounds, not arguments.no_compile)

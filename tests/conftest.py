@@ -1,8 +1,9 @@
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests, and what becomes of tests of the GPU where there is none."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,51 @@ def pytest_configure(config: pytest.Config) -> None:
     """Without the extension, falling back to the references is expected; test_build.py asks why it is missing."""
     if _extension.extension() is None:
         config.addinivalue_line("filterwarnings", "ignore::asvit_fast.backends.FallbackWarning")
+
+
+# --------------------------------------------------------------------------- tests of the GPU
+
+REHEARSED = os.environ.get("ASVIT_FAST_REHEARSE", "0") == "1"  # tests that take the fixture ``gpu`` run on the CPU
+MAY_SKIP = ("not enough memory", "one GPU only")  # what a machine with a GPU may lack, as such a reason begins
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    rehearsed = REHEARSED and "gpu" in getattr(item, "fixturenames", ())
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available() and not rehearsed:
+        pytest.skip("torch sees no CUDA GPU")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """ASVIT_FAST_REQUIRE_GPU=1: a test of the GPU that would skip fails."""
+    report = yield
+    if item.get_closest_marker("gpu"):
+        _fail_if_skipped(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """So does a module that has some."""
+    report = yield
+    if report.skipped and isinstance(collector, pytest.Module) and "pytest.mark.gpu" in collector.path.read_text():
+        _fail_if_skipped(report)
+    return report
+
+
+def _fail_if_skipped(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Unless the reason is one that may be, or the test is expected to fail."""
+    if not report.skipped or hasattr(report, "wasxfail") or os.environ.get("ASVIT_FAST_REQUIRE_GPU", "0") != "1":
+        return
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    if not reason.removeprefix("Skipped: ").startswith(MAY_SKIP):
+        report.outcome = "failed"
+        report.longrepr = f"ASVIT_FAST_REQUIRE_GPU=1, and this test of the GPU would be skipped: {reason}"
+
+
+# --------------------------------------------------------------------------- fixtures
 
 
 def _settings_of_torch() -> dict[str, object]:
@@ -53,9 +99,23 @@ def root() -> Path:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The CPU, and the GPU if there is one."""
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("torch sees no CUDA GPU")
     return torch.device(request.param)
+
+
+@pytest.fixture
+def gpu() -> torch.device:
+    """The GPU of a test that is marked so; the CPU in a rehearsal."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def repeatable_float32() -> Iterator[None]:
+    """cuDNN's convolutions of float32 multiply in float32, and sum in the same order each time."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32, cudnn.deterministic
+    cudnn.allow_tf32, cudnn.deterministic = False, True
+    yield
+    cudnn.allow_tf32, cudnn.deterministic = before
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
-"""Run by torchrun: one step of a small As-ViT under DDP or FSDP2, with its gradients as one process would have them."""
+"""Run by torchrun: one step of a small As-ViT under DDP or FSDP2, with its gradients as one process would have them.
+
+parallel_program.py ddp|fsdp [cuda]
+"""
 
 import os
 import sys
@@ -26,27 +29,33 @@ def gradients(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]
     }
 
 
-def main(kind: str) -> None:
-    dist.init_process_group("gloo")
+def main(kind: str, device: str = "cpu") -> None:
+    """In float64 with gloo on the CPU, in float32 with NCCL on GPUs."""
+    on_gpu = device == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_gpu else "gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
-    model = af.create_model(TOPOLOGY, img_size=64, num_classes=5, attn_scale=True).double()
-    images = torch.randn(2 * ranks, 3, 52, 64, dtype=torch.float64)
+    dtype = torch.float32 if on_gpu else torch.float64
+    model = af.create_model(TOPOLOGY, img_size=64, num_classes=5, attn_scale=True).to(device, dtype)
+    images = torch.randn(2 * ranks, 3, 52, 64, dtype=torch.float64).to(device, dtype)
     expected = gradients(model, images)
     model.zero_grad(set_to_none=True)
     if kind == "ddp":
         model = DistributedDataParallel(model)
     else:
-        mesh = init_device_mesh("cpu", (ranks,))
+        mesh = init_device_mesh(device, (ranks,))
         for stage in model.stages:
             fully_shard(stage, mesh=mesh)
         fully_shard(model, mesh=mesh)
     found = gradients(model, images[2 * rank : 2 * rank + 2])
+    rtol, atol = (1e-3, 1e-5) if on_gpu else (1e-9, 1e-12)
     for name, want in expected.items():
-        torch.testing.assert_close(found[name], want, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: name + text)
+        torch.testing.assert_close(found[name], want, rtol=rtol, atol=atol, msg=lambda text, name=name: name + text)
     print(f"agree {rank}")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

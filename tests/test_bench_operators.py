@@ -39,12 +39,17 @@ def test_window_attention(root: Path, tmp_path: Path) -> None:
     assert all(float(row["error"]) < 1e-5 for row in rows)
 
 
-def test_a_wrong_provider_is_not_timed(operators) -> None:
+def test_a_wrong_provider_is_not_timed(operators, capsys: pytest.CaptureFixture[str]) -> None:
+    """A peer is left out with a word; if ours is wrong, nothing is timed."""
     x = torch.randn(3, 4, requires_grad=True)
     work = operators.Work("double", (x,), lambda x: 2 * x, x.numel() * 8, x.numel(), "number")
-    providers = {"ours": lambda x: 2 * x, "wrong": lambda x: x + x.detach()}  # right values, wrong gradients
-    with pytest.raises(SystemExit, match=r"backward: wrong results, nothing timed: \{'wrong'"):
-        operators.measure("test", work, providers, ["forward", "backward"], 2, 1e-5)
+    right, wrong = (lambda x: 2 * x), (lambda x: x + x.detach())  # right values, wrong gradients
+    rows = operators.measure("test", work, {"ours": right, "wrong": wrong}, ["forward", "backward"], 2, 1e-5)
+    timed = [(row.mode, row.provider) for row in rows]
+    assert timed == [("forward", "ours"), ("forward", "wrong"), ("backward", "ours")]
+    assert "double, backward: left out, wrong by more than 1e-05: {'wrong': " in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"backward: wrong results, nothing timed: \{'ours'"):
+        operators.measure("test", work, {"ours": wrong, "peer": right}, ["forward", "backward"], 2, 1e-5)
 
 
 def test_a_provider_that_refuses_is_left_out(operators, capsys: pytest.CaptureFixture[str]) -> None:

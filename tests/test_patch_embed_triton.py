@@ -30,9 +30,11 @@ def on(device: torch.device, *shape, dtype: torch.dtype = torch.float32) -> dict
     return {name: x.to(device, dtype) for name, x in make_operands(*shape).items()}
 
 
-def check_shapes(device: torch.device) -> None:
+def check_shapes(device: torch.device, chosen: slice = slice(None)) -> None:
     """Every dtype."""
-    for number, (batch, in_channels, size, channels, kernel, stride, dilation, padding, kinds) in enumerate(SHAPES):
+    for number, (batch, in_channels, size, channels, kernel, stride, dilation, padding, kinds) in list(
+        enumerate(SHAPES)
+    )[chosen]:
         for index, dtype in enumerate(DTYPES):
             if device.type == "cpu" and index != number % 3 and dtype != torch.float32:
                 continue  # the interpreter is slow
@@ -108,10 +110,15 @@ def test_interpreted(name, root):
 
 
 @pytest.mark.gpu
-@CHECKS
+@pytest.mark.parametrize("case", range(len(SHAPES)))
+def test_shape_on_a_gpu(case, poison_empty):
+    torch.manual_seed(0)
+    check_shapes(torch.device("cuda"), slice(case, case + 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name in CHECKS.args[1] if name != "shapes"])
 def test_on_a_gpu(name, poison_empty):
-    if not torch.cuda.is_available():
-        pytest.skip("torch sees no CUDA GPU")
     check(name, torch.device("cuda"))
 
 

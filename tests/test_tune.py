@@ -328,8 +328,6 @@ def test_bad_options(option, value, message, capsys):
 
 @pytest.mark.gpu
 def test_on_a_gpu(folder):
-    if not torch.cuda.is_available():
-        pytest.skip("torch sees no CUDA GPU")
     assert main(["tune", "--shapes", "7x7x32b", "--dtypes", "bf16", "--batch", "4", "--quiet"]) == 0
     table = UserTable.of(torch.cuda.get_device_name())
     assert set(table.read()) == {"single_tile", "single_tile_backward"}

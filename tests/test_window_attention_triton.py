@@ -3,6 +3,8 @@ and on a GPU if there is one."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 import triton_versions
@@ -98,10 +100,13 @@ def compare(
         assert_accurate(what, got, theirs[name], want, TINY[got.dtype] * sums**0.5)
 
 
-def check_shapes(cases: list, device: torch.device) -> None:
-    """Every dtype, with and without a bias, memory poisoned."""
+ALL = slice(None)  # cases of a list
+
+
+def check_shapes(cases: list, device: torch.device, dtypes: Sequence[torch.dtype] = DTYPES) -> None:
+    """With and without a bias, memory poisoned."""
     for number, (height, width, heads, head_dim, window, shift) in enumerate(cases):
-        for dtype in DTYPES:
+        for dtype in dtypes:
             for biased in (False, True):
                 if device.type == "cpu" and biased == bool(number % 2) ^ (dtype == torch.float32):
                     continue  # the interpreter is slow
@@ -111,9 +116,9 @@ def check_shapes(cases: list, device: torch.device) -> None:
                 compare(qkv, heads, window, shift, bias)
 
 
-def check_layouts(device: torch.device) -> None:
+def check_layouts(device: torch.device, chosen: slice = ALL) -> None:
     """Every layout, with everything that can be given at once and with less; padding and AttnScale of other dtypes."""
-    for number, (height, width, heads, head_dim, window, shift, layout) in enumerate(LAYOUTS):
+    for number, (height, width, heads, head_dim, window, shift, layout) in list(enumerate(LAYOUTS))[chosen]:
         for half in (False, True):
             for everything in (False, True):
                 if device.type == "cpu" and everything != (half == bool(number % 2)):
@@ -239,15 +244,17 @@ def check_scale(device: torch.device) -> None:
             assert error < 1e-4, f"{window} {dtype} {list(tensors)}: {error}"
 
 
-def check(name: str, device: torch.device) -> None:
-    """One of the checks."""
+def check(name: str, device: torch.device, case: int | None = None, dtype: torch.dtype | None = None) -> None:
+    """One of the checks, or one case of it."""
+    one = ALL if case is None else slice(case, case + 1)
+    dtypes = DTYPES if dtype is None else [dtype]
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     {
-        "single_tile": lambda: check_shapes(SINGLE_TILE, device),
-        "tiled": lambda: check_shapes(TILED, device),
-        "layouts": lambda: check_layouts(device),
+        "single_tile": lambda: check_shapes(SINGLE_TILE[one], device, dtypes),
+        "tiled": lambda: check_shapes(TILED[one], device, dtypes),
+        "layouts": lambda: check_layouts(device, one),
         "details": lambda: check_details(device),
         "many": lambda: check_many_windows(device),
         "scale": lambda: check_scale(device),
@@ -264,12 +271,18 @@ def test_interpreted(name, root):
     triton_versions.run_interpreted(__name__, name, root)
 
 
+ON_A_GPU = [  # one by one, as most of the time is the compiler's
+    *(("single_tile", case, dtype) for case in range(len(SINGLE_TILE)) for dtype in DTYPES),
+    *(("tiled", case, dtype) for case in range(len(TILED)) for dtype in DTYPES),
+    *(("layouts", case, None) for case in range(len(LAYOUTS))),
+    *((name, None, None) for name in (*QUICK, *SLOW) if name not in ("single_tile", "tiled", "layouts")),
+]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [*QUICK, *SLOW])
-def test_on_a_gpu(name, poison_empty):
-    if not torch.cuda.is_available():
-        pytest.skip("torch sees no CUDA GPU")
-    check(name, torch.device("cuda"))
+@pytest.mark.parametrize(("name", "case", "dtype"), ON_A_GPU)
+def test_on_a_gpu(name, case, dtype, poison_empty):
+    check(name, torch.device("cuda"), case, dtype)
 
 
 # --------------------------------------------------------------------------- compiled

@@ -11,7 +11,7 @@ import triton_versions
 
 pytest.importorskip("triton")
 
-from test_window_attention_triton import both_ways, compare
+from test_window_attention_triton import ALL, both_ways, compare
 
 from asvit_fast import ops
 from asvit_fast.backends import use_backend
@@ -65,15 +65,15 @@ def strided_maps(qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return q, k.contiguous(), v.transpose(1, -1).contiguous().transpose(1, -1)
 
 
-def check_volumes(device: torch.device) -> None:
+def check_volumes(device: torch.device, chosen: slice = ALL) -> None:
     """Maps of three axes in every layout."""
-    for number, case in enumerate(VOLUMES):
+    for number, case in list(enumerate(VOLUMES))[chosen]:
         compare_everything(number, *case, None, device)
 
 
-def check_keys(device: torch.device) -> None:
+def check_keys(device: torch.device, chosen: slice = ALL) -> None:
     """Windows of keys larger than those of queries; twice the same numbers."""
-    for number, (size, heads, head_dim, window, kv_window, layout) in enumerate(KEYS):
+    for number, (size, heads, head_dim, window, kv_window, layout) in list(enumerate(KEYS))[chosen]:
         shift = (0,) * len(window)
         compare_everything(number, size, heads, head_dim, window, shift, layout, kv_window, device)
     qkv, gradient = torch.randn(1, 5, 4, 24, device=device), torch.randn(1, 5, 4, 8, device=device)
@@ -82,12 +82,13 @@ def check_keys(device: torch.device) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def check(name: str, device: torch.device) -> None:
-    """One of the checks."""
+def check(name: str, device: torch.device, case: int | None = None) -> None:
+    """One of the checks, or one case of it."""
+    one = ALL if case is None else slice(case, case + 1)
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    {"volumes": check_volumes, "keys": check_keys}[name](device)
+    {"volumes": check_volumes, "keys": check_keys}[name](device, one)
 
 
 @triton_versions.interpreter
@@ -97,11 +98,12 @@ def test_interpreted(name, root):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["volumes", "keys"])
-def test_on_a_gpu(name, poison_empty):
-    if not torch.cuda.is_available():
-        pytest.skip("torch sees no CUDA GPU")
-    check(name, torch.device("cuda"))
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [*(("volumes", case) for case in range(len(VOLUMES))), *(("keys", case) for case in range(len(KEYS)))],
+)
+def test_on_a_gpu(name, case, poison_empty):
+    check(name, torch.device("cuda"), case)
 
 
 # --------------------------------------------------------------------------- compiled

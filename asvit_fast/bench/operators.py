@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from ..cost import peak_allocation
 from ..errors import first_line
-from .timer import Row, Timing, compare
+from .timer import Row, Timing, compare, compare_replayed
 
 MODES = ("forward", "backward", "both")
 
@@ -119,14 +119,22 @@ class Case:
                 found.runs[name] = run
         return found
 
-    def time(self, mode: str, checked: Check, rounds: int) -> list[OperatorRow]:
-        """Time the providers that are right in turn."""
+    def time(self, mode: str, checked: Check, rounds: int, replayed: bool = False) -> list[OperatorRow]:
+        """Time the providers that are right in turn; ``replayed``: as graphs, too, where there is a GPU."""
         memory = {name: peak_allocation(run, self.device) for name, run in checked.runs.items()}
         timings = compare(checked.runs, self.device, rounds)
-        return [self._row(mode, name, timings[name], checked.errors[name], memory[name]) for name in checked.runs]
+        # a forward pass that is recorded belongs to its stream: another one for each graph
+        fresh = {name: getattr(replace(self.table[name], output=None), mode) for name in checked.runs if replayed}
+        replays = compare_replayed(fresh, self.device, rounds)
+        return [
+            self._row(mode, name, timings[name], replays.get(name), checked.errors[name], memory[name])
+            for name in checked.runs
+        ]
 
-    def _row(self, mode: str, name: str, timing: Timing, error: float, memory: int) -> OperatorRow:
-        base = Row.of(self.benchmark, self.work.name, name, timing, self.work.moved_bytes, error)
+    def _row(
+        self, mode: str, name: str, timing: Timing, replay: Timing | None, error: float, memory: int
+    ) -> OperatorRow:
+        base = Row.of(self.benchmark, self.work.name, name, timing, self.work.moved_bytes, error, replay)
         rate = round(self.work.operations / timing.median / 1e9, 3)
         return OperatorRow(
             **vars(base), mode=mode, dtype=self.dtype, gigaoperations_per_second=rate, unit=self.work.unit,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import gc
@@ -9,8 +10,8 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ import torch
 
 from .. import _extension
 from ..environment import installation
+from ..errors import first_line
 from ..machine import processor
+
+FLUSHED = 1 << 28  # bytes, more than the L2 cache of any GPU holds
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,68 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+# --------------------------------------------------------------------------- graphs
+
+
+def compare_replayed(
+    candidates: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int = 30
+) -> dict[str, Timing]:
+    """Time callables as CUDA graphs with a cold L2 cache: what the GPU takes for them, without the host's part.
+
+    One that cannot be captured is left out, and the reason printed. On a CPU there are no graphs, and no times.
+    """
+    if device.type != "cuda":
+        return {}
+    graphs = {}
+    for name, run in candidates.items():
+        try:
+            graphs[name] = captured(run, device)
+        except RuntimeError as error:
+            print(f"{name}: no graph, {first_line(error)[:110]}", flush=True)
+    return time_graphs(graphs, device, rounds)
+
+
+def captured(run: Callable[[], Any], device: torch.device) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of one call. Raises RuntimeError for a call that waits for the GPU, before anything is captured."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):  # what a call keeps for a backward pass belongs to the stream of its capture
+        for _ in range(2):  # compilers, libraries' work spaces
+            run()
+        with _waiting_is_an_error():
+            run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        run()
+    return graph
+
+
+@contextlib.contextmanager
+def _waiting_is_an_error() -> Iterator[None]:
+    """A capture that fails would leave the memory of its pool behind."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def time_graphs(graphs: Mapping[str, torch.cuda.CUDAGraph], device: torch.device, rounds: int) -> dict[str, Timing]:
+    """Seconds of a replay by CUDA events, in turn, each behind a write of more than the L2 cache holds."""
+    cache = torch.empty(FLUSHED, dtype=torch.uint8, device=device)
+    turns = [{name: [torch.cuda.Event(enable_timing=True) for _ in range(2)] for name in graphs} for _ in range(rounds)]
+    with torch.cuda.device(device):
+        for events in turns:
+            for name, (start, end) in events.items():
+                cache.zero_()
+                start.record()
+                graphs[name].replay()
+                end.record()
+    torch.cuda.synchronize(device)
+    return {name: _summary([turn[name][0].elapsed_time(turn[name][1]) / 1e3 for turn in turns]) for name in graphs}
+
+
 # --------------------------------------------------------------------------- rows
 
 
@@ -135,7 +201,11 @@ def _commit() -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """One figure: what was run, by whom, how long it took, how exact it was."""
+    """One figure: what was run, by whom, how long it took, how exact it was.
+
+    ``milliseconds`` are of calls as a program makes them; ``replay_milliseconds`` of a GPU that replays them as a
+    graph, with a cold L2 cache.
+    """
 
     benchmark: str
     case: str
@@ -145,12 +215,29 @@ class Row:
     upper_quartile: float
     gigabytes_per_second: float
     error: float
+    replay_milliseconds: float | None = field(default=None, kw_only=True)
 
     @classmethod
-    def of(cls, benchmark: str, case: str, provider: str, timing: Timing, moved_bytes: int, error: float) -> Row:
+    def of(
+        cls,
+        benchmark: str,
+        case: str,
+        provider: str,
+        timing: Timing,
+        moved_bytes: int,
+        error: float,
+        replay: Timing | None = None,
+    ) -> Row:
         """A row from seconds and the bytes that the work has to read and write at least."""
         rate = round(moved_bytes / timing.median / 1e9, 2)
-        return cls(benchmark, case, provider, *timing.milliseconds, rate, float(f"{error:.2e}"))
+        replayed = None if replay is None else replay.milliseconds[0]
+        values = (benchmark, case, provider, *timing.milliseconds, rate, float(f"{error:.2e}"))
+        return cls(*values, replay_milliseconds=replayed)
+
+    @property
+    def replay_text(self) -> str:
+        """Milliseconds of the replay for a table; empty without one."""
+        return "" if self.replay_milliseconds is None else f"{self.replay_milliseconds:.4f}"
 
 
 def print_header(device: torch.device) -> None:
@@ -161,13 +248,15 @@ def print_header(device: torch.device) -> None:
 def print_rows(rows: list[Row], baseline: str) -> None:
     """Print a table, with each provider's speed relative to `baseline` on the same case."""
     reference = {row.case: row.milliseconds for row in rows if row.provider == baseline}
-    print(f"{'case':34} {'provider':28} {'ms':>9} {'quartiles':>19} {'GB/s':>8} {'error':>9} {'speed':>7}")
+    print(
+        f"{'case':34} {'provider':28} {'ms':>9} {'quartiles':>19} {'replay':>8} {'GB/s':>8} {'error':>9} {'speed':>7}"
+    )
     for row in rows:
         quartiles = f"{row.lower_quartile:.3f} .. {row.upper_quartile:.3f}"
         speed = f"{reference[row.case] / row.milliseconds:6.2f}x" if row.case in reference else ""
         print(
             f"{row.case:34} {row.provider:28} {row.milliseconds:9.3f} {quartiles:>19} "
-            f"{row.gigabytes_per_second:8.1f} {row.error:9.1e} {speed:>7}"
+            f"{row.replay_text:>8} {row.gigabytes_per_second:8.1f} {row.error:9.1e} {speed:>7}"
         )
 
 

@@ -23,6 +23,7 @@ from ..backends import available, resolve_device, use_backend
 from ..errors import InputError
 from ..files import to_json, write_atomic
 from ..settings import TuneSettings
+from .timer import captured, time_graphs
 from .workloads import DTYPES, Run, Tiles, Workload
 
 Measure = Callable[[Tiles, Tiles], float | None]  # seconds of the second / of the first; None: it cannot be used
@@ -124,26 +125,10 @@ Timer = Callable[[Sequence[Run]], list[float]]
 
 
 def medians_on_gpu(runs: Sequence[Run], rounds: int = 20) -> list[float]:
-    """Seconds of each, by CUDA events, in turn, with a cold L2 cache; in graphs, so that launches take no time."""
-    graphs = []
-    for run in runs:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        graphs.append(graph)
-    cache = torch.empty(2**26, dtype=torch.int32, device="cuda")  # 256 MB, more than any L2 cache
-    events = [[[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in runs] for _ in range(rounds)]
-    for turn in events:
-        for graph, (start, end) in zip(graphs, turn, strict=True):
-            cache.zero_()
-            start.record()
-            graph.replay()
-            end.record()
-    torch.cuda.synchronize()
-    return [
-        statistics.median(start.elapsed_time(end) / 1e3 for start, end in of_run)
-        for of_run in zip(*events, strict=True)
-    ]
+    """Seconds of each on the GPU, in graphs with a cold L2 cache, so that launches take no time."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    graphs = {str(index): captured(run, device) for index, run in enumerate(runs)}
+    return [timing.median for timing in time_graphs(graphs, device, rounds).values()]
 
 
 class Comparison:

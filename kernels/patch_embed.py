@@ -6,6 +6,7 @@ The backward pass: patch_embed_backward.py.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +36,8 @@ class Shape(NamedTuple):
     HAS_BIAS: bool
     HAS_NORM: bool
     HAS_NORM_BIAS: bool
+    vector: int  # pixels in a row that are in or outside of the image together, from the first pixel of a patch
+    offset: tl.dtype  # of pixels inside an image
     compute_dtype: tl.dtype  # of products
     precision: str  # of float32 products
 
@@ -61,33 +64,46 @@ class Images(NamedTuple):
 
 @triton.jit
 def locate(token, images, SHAPE: tl.constexpr):
-    """Offsets of the images of tokens [M], and the row and column of the tokens' first pixels."""
-    image = token // (images.rows * images.columns)
-    y = token // images.columns % images.rows * SHAPE.stride
-    x = token % images.columns * SHAPE.stride
+    """Of tokens [M], which are not negative: pointers to the first pixels of their patches in the first channel, and
+    the row and column of these pixels, which lie outside the image where there is padding."""
+    number = tl.cast(token, tl.uint32)  # whose division is shorter than that of signed numbers
+    row = number // tl.cast(images.columns, tl.uint32)
+    image = row // tl.cast(images.rows, tl.uint32)
+    y = tl.cast(row - image * tl.cast(images.rows, tl.uint32), tl.int32) * SHAPE.stride
+    x = tl.cast(number - row * tl.cast(images.columns, tl.uint32), tl.int32) * SHAPE.stride
     if SHAPE.PADDED:
         y -= images.top
         x -= images.left
-    return tl.cast(image, tl.int64) * images.batch_stride, y, x
+    x = tl.multiple_of(x, SHAPE.vector)
+    offset = tl.cast(y, SHAPE.offset) * images.row_stride + tl.cast(x, SHAPE.offset) * images.column_stride
+    return images.pointer + tl.cast(image, tl.int64) * images.batch_stride + offset, y, x
 
 
 @triton.jit
-def load_pixels(images, start, y, x, real, k, SHAPE: tl.constexpr):
-    """[M, K]: of patches with first pixel (y, x) the pixels k, ordered [in_channels, kernel, row]; 0 where there is
-    none."""
-    patch_row = k // SHAPE.row
-    down = patch_row % SHAPE.kernel * SHAPE.dilation  # [K]
-    right = k % SHAPE.row * SHAPE.dilation
-    patch_offset = start + tl.cast(y, tl.int64) * images.row_stride + tl.cast(x, tl.int64) * images.column_stride  # [M]
-    pixel_offset = tl.cast(patch_row // SHAPE.kernel, tl.int64) * images.channel_stride
-    pixel_offset += tl.cast(down, tl.int64) * images.row_stride
-    pixel_offset += tl.cast(right, tl.int64) * images.column_stride
-    mask = real[:, None] & ((patch_row < SHAPE.in_channels * SHAPE.kernel) & (k % SHAPE.row < SHAPE.kernel))[None, :]
-    if SHAPE.PADDED:
-        pixel_y = y[:, None] + down[None, :]
-        pixel_x = x[:, None] + right[None, :]
-        mask = mask & (pixel_y >= 0) & (pixel_y < images.height) & (pixel_x >= 0) & (pixel_x < images.width)
-    return tl.load(images.pointer + patch_offset[:, None] + pixel_offset[None, :], mask=mask, other=0.0)
+def load_pixels(images, first, y, x, real, part, BLOCK_K: tl.constexpr, SHAPE: tl.constexpr):
+    """[SEGMENTS, M, BLOCK_K / SEGMENTS]: of the patches of `locate` pixels BLOCK_K * part and the following, ordered
+    [in_channels, kernel, row]; 0 where there is none.
+
+    A segment is a row of the patch, or a part of one that is longer than BLOCK_K. Segments are the slowest axis: their
+    offsets are then the same in all threads, neighbouring threads have neighbouring pixels and tokens, whose pixels
+    are close to each other in the image.
+    """
+    LENGTH: tl.constexpr = min(SHAPE.row, BLOCK_K)
+    PER_ROW: tl.constexpr = SHAPE.row // LENGTH
+    segment = part * (BLOCK_K // LENGTH) + tl.arange(0, BLOCK_K // LENGTH)[:, None, None]
+    patch_row = segment // PER_ROW
+    down = patch_row % SHAPE.kernel * SHAPE.dilation  # [SEGMENTS, 1, 1]
+    column = segment % PER_ROW * LENGTH + tl.arange(0, LENGTH)[None, None, :]  # [1 or SEGMENTS, 1, LENGTH]
+    right = column * SHAPE.dilation
+    offset = tl.cast(patch_row // SHAPE.kernel, SHAPE.offset) * images.channel_stride
+    offset += tl.cast(down, SHAPE.offset) * images.row_stride
+    offset = offset + tl.cast(right, SHAPE.offset) * images.column_stride
+    mask = real[None, :, None] & (patch_row < SHAPE.in_channels * SHAPE.kernel) & (column < SHAPE.kernel)
+    if SHAPE.PADDED:  # as unsigned numbers, negative ones are greater than any size
+        inside = tl.cast(y[None, :, None] + down, tl.uint32) < tl.cast(images.height, tl.uint32)
+        mask = mask & inside & (tl.cast(x[None, :, None] + right, tl.uint32) < tl.cast(images.width, tl.uint32))
+    mask = tl.max_constancy(mask, [1, 1, SHAPE.vector])
+    return tl.load(first[None, :, None] + offset, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -102,19 +118,19 @@ def convolve(images, weight_pointer, bias_pointer, token, BLOCK_C: tl.constexpr,
              SHAPE: tl.constexpr):  # fmt: skip
     """float32 [M, BLOCK_C] of tokens [M]: convolution and bias, zeros behind the channels."""
     real = token < images.tokens
-    start, y, x = locate(token, images, SHAPE)
+    first, y, x = locate(token, images, SHAPE)
     channel = tl.arange(0, BLOCK_C)
     values = tl.zeros([token.shape[0], BLOCK_C], dtype=tl.float32)
-    for first in range(0, SHAPE.in_channels * SHAPE.kernel * SHAPE.row, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)
-        pixels = load_pixels(images, start, y, x, real, k, SHAPE)
-        index, is_pixel = weight_index(k, SHAPE)
+    for part in range((SHAPE.in_channels * SHAPE.kernel * SHAPE.row + BLOCK_K - 1) // BLOCK_K):
+        pixels = load_pixels(images, first, y, x, real, part, BLOCK_K, SHAPE).to(SHAPE.compute_dtype)
+        pixels = tl.reshape(tl.permute(pixels, (1, 0, 2)), [token.shape[0], BLOCK_K])
+        index, is_pixel = weight_index(part * BLOCK_K + tl.arange(0, BLOCK_K), SHAPE)
         weight = tl.load(
             weight_pointer + channel[None, :] * (SHAPE.in_channels * SHAPE.kernel * SHAPE.kernel) + index[:, None],
             mask=is_pixel[:, None] & (channel < SHAPE.channels)[None, :],
             other=0.0,
         )  # [BLOCK_K, BLOCK_C]
-        values += dot(pixels.to(SHAPE.compute_dtype), weight.to(SHAPE.compute_dtype), tl.constexpr(SHAPE.precision))
+        values += dot(pixels, weight.to(SHAPE.compute_dtype), tl.constexpr(SHAPE.precision))
     if SHAPE.HAS_BIAS:
         values += tl.load(bias_pointer + channel, mask=channel < SHAPE.channels, other=0.0).to(tl.float32)[None, :]
     return values
@@ -195,6 +211,22 @@ class Problem(NamedTuple):
         """The pixels of a patch that kernels walk through."""
         return pixel_count(*self.weight_size[1:3])
 
+    @property
+    def vector(self) -> int:
+        """Pixels that can be loaded at once if their addresses allow it: nothing that begins or ends a row of a patch
+        or of the image cuts them."""
+        if self.dilation > 1 or self.image_strides[3] != 1:
+            return 1
+        kernel, width, left = self.weight_size[2], self.image_size[3], self.padding[0]
+        common = math.gcd(kernel, self.stride, left, width if any(self.padding) else 0, 8)
+        return common & -common
+
+    @property
+    def extent(self) -> int:
+        """Elements of memory from the first to the last of an image."""
+        pairs = zip(self.image_size[1:], self.image_strides[1:], strict=True)
+        return 1 + sum((size - 1) * stride for size, stride in pairs)
+
     def arguments(self) -> dict[str, Any]:
         """Arguments of all kernels besides tensors, by name."""
         batch, rows, columns, channels = self.output_size
@@ -202,8 +234,8 @@ class Problem(NamedTuple):
         kernel = self.weight_size[2]
         shape = Shape(
             self.image_size[1], kernel, triton.next_power_of_2(kernel), self.stride, self.dilation, channels,
-            any(self.padding), self.has_bias, self.has_norm, self.has_norm_bias, TRITON_TYPES[self.compute_dtype],
-            self.precision,
+            any(self.padding), self.has_bias, self.has_norm, self.has_norm_bias, self.vector,
+            tl.int32 if self.extent < 2**31 else tl.int64, TRITON_TYPES[self.compute_dtype], self.precision,
         )  # fmt: skip
         return dict(zip(names, (*self.image_strides, *self.image_size[2:]), strict=True)) | {
             "left": self.padding[0],

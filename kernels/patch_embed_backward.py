@@ -80,22 +80,21 @@ def patch_embed_weight_gradient_kernel(
     )  # fmt: skip
     part = tl.program_id(0) % (PIXEL_BLOCKS * CHANNEL_BLOCKS)
     group = tl.program_id(0) // (PIXEL_BLOCKS * CHANNEL_BLOCKS)
-    k = part % PIXEL_BLOCKS * BLOCK_K + tl.arange(0, BLOCK_K)
     channel = part // PIXEL_BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
     grad_weight = tl.zeros([BLOCK_K, BLOCK_C], dtype=tl.float32)
     for number in range(per_program):
         token = (group * per_program + number) * BLOCK_M + tl.arange(0, BLOCK_M)
         real = token < tokens
-        start, y, x = locate(token, images, SHAPE)
-        pixels = load_pixels(images, start, y, x, real, k, SHAPE)
+        first, y, x = locate(token, images, SHAPE)
+        pixels = load_pixels(images, first, y, x, real, part % PIXEL_BLOCKS, BLOCK_K, SHAPE).to(SHAPE.compute_dtype)
+        pixels = tl.reshape(tl.permute(pixels, (0, 2, 1)), [BLOCK_K, BLOCK_M])
         grad_conv = tl.load(
             grad_conv_pointer + tl.cast(token, tl.int64)[:, None] * SHAPE.channels + channel[None, :],
             mask=real[:, None] & (channel < SHAPE.channels)[None, :],
             other=0.0,
         )  # [BLOCK_M, BLOCK_C]
-        pixels, grad_conv = pixels.to(SHAPE.compute_dtype), grad_conv.to(SHAPE.compute_dtype)
-        grad_weight += dot(tl.trans(pixels), grad_conv, tl.constexpr(SHAPE.precision))
-    index, is_pixel = weight_index(k, SHAPE)
+        grad_weight += dot(pixels, grad_conv.to(SHAPE.compute_dtype), tl.constexpr(SHAPE.precision))
+    index, is_pixel = weight_index(part % PIXEL_BLOCKS * BLOCK_K + tl.arange(0, BLOCK_K), SHAPE)
     place = tl.cast(group, tl.int64) * (SHAPE.in_channels * SHAPE.kernel * SHAPE.kernel * SHAPE.channels)
     place = place + index[:, None] * SHAPE.channels + channel[None, :]
     tl.store(grad_weight_pointer + place, grad_weight, mask=is_pixel[:, None] & (channel < SHAPE.channels)[None, :])

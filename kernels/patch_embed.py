@@ -63,14 +63,15 @@ class Images(NamedTuple):
 
 
 @triton.jit
-def locate(token, images, SHAPE: tl.constexpr):
-    """Of tokens [M], which are not negative: pointers to the first pixels of their patches in the first channel, and
-    the row and column of these pixels, which lie outside the image where there is padding."""
-    number = tl.cast(token, tl.uint32)  # whose division is shorter than that of signed numbers
-    row = number // tl.cast(images.columns, tl.uint32)
-    image = row // tl.cast(images.rows, tl.uint32)
-    y = tl.cast(row - image * tl.cast(images.rows, tl.uint32), tl.int32) * SHAPE.stride
-    x = tl.cast(number - row * tl.cast(images.columns, tl.uint32), tl.int32) * SHAPE.stride
+def locate(start, images, BLOCK_M: tl.constexpr, SHAPE: tl.constexpr):
+    """Of the token `start` and those that follow, [M]: pointers to the first pixels of their patches in the first
+    channel, and the row and column of these pixels, which lie outside the image where there is padding."""
+    columns, rows = tl.cast(images.columns, tl.uint32), tl.cast(images.rows, tl.uint32)  # unsigned: shorter divisions
+    token = tl.cast(start + tl.arange(0, BLOCK_M), tl.uint32)
+    row = token // columns
+    image = row // rows
+    y = tl.cast(row - image * rows, tl.int32) * SHAPE.stride
+    x = tl.cast(token - row * columns, tl.int32) * SHAPE.stride
     if SHAPE.PADDED:
         y -= images.top
         x -= images.left
@@ -95,13 +96,16 @@ def load_pixels(images, first, y, x, real, part, BLOCK_K: tl.constexpr, SHAPE: t
     down = patch_row % SHAPE.kernel * SHAPE.dilation  # [SEGMENTS, 1, 1]
     column = segment % PER_ROW * LENGTH + tl.arange(0, LENGTH)[None, None, :]  # [1 or SEGMENTS, 1, LENGTH]
     right = column * SHAPE.dilation
-    offset = tl.cast(patch_row // SHAPE.kernel, SHAPE.offset) * images.channel_stride
-    offset += tl.cast(down, SHAPE.offset) * images.row_stride
-    offset = offset + tl.cast(right, SHAPE.offset) * images.column_stride
-    mask = real[None, :, None] & (patch_row < SHAPE.in_channels * SHAPE.kernel) & (column < SHAPE.kernel)
+    offset = tl.cast(patch_row // SHAPE.kernel, SHAPE.offset) * tl.cast(images.channel_stride, SHAPE.offset)
+    offset += tl.cast(down, SHAPE.offset) * tl.cast(images.row_stride, SHAPE.offset)
+    offset = offset + tl.cast(right, SHAPE.offset) * tl.cast(images.column_stride, SHAPE.offset)
+    mask = (patch_row < SHAPE.in_channels * SHAPE.kernel) & (column < SHAPE.kernel)
     if SHAPE.PADDED:  # as unsigned numbers, negative ones are greater than any size
-        inside = tl.cast(y[None, :, None] + down, tl.uint32) < tl.cast(images.height, tl.uint32)
-        mask = mask & inside & (tl.cast(x[None, :, None] + right, tl.uint32) < tl.cast(images.width, tl.uint32))
+        y = tl.where(real, y, images.height)
+        mask = mask & (tl.cast(y[None, :, None] + down, tl.uint32) < tl.cast(images.height, tl.uint32))
+        mask = mask & (tl.cast(x[None, :, None] + right, tl.uint32) < tl.cast(images.width, tl.uint32))
+    else:
+        mask = mask & real[None, :, None]
     mask = tl.max_constancy(mask, [1, 1, SHAPE.vector])
     return tl.load(first[None, :, None] + offset, mask=mask, other=0.0)
 
@@ -114,16 +118,16 @@ def weight_index(k, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def convolve(images, weight_pointer, bias_pointer, token, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-             SHAPE: tl.constexpr):  # fmt: skip
-    """float32 [M, BLOCK_C] of tokens [M]: convolution and bias, zeros behind the channels."""
-    real = token < images.tokens
-    first, y, x = locate(token, images, SHAPE)
+def convolve(images, weight_pointer, bias_pointer, start, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+             BLOCK_K: tl.constexpr, SHAPE: tl.constexpr):  # fmt: skip
+    """float32 [M, BLOCK_C] of the tokens from `start` on: convolution and bias, zeros behind the channels."""
+    real = tl.arange(0, BLOCK_M) < images.tokens - start
+    first, y, x = locate(start, images, BLOCK_M, SHAPE)
     channel = tl.arange(0, BLOCK_C)
-    values = tl.zeros([token.shape[0], BLOCK_C], dtype=tl.float32)
+    values = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.float32)
     for part in range((SHAPE.in_channels * SHAPE.kernel * SHAPE.row + BLOCK_K - 1) // BLOCK_K):
         pixels = load_pixels(images, first, y, x, real, part, BLOCK_K, SHAPE).to(SHAPE.compute_dtype)
-        pixels = tl.reshape(tl.permute(pixels, (1, 0, 2)), [token.shape[0], BLOCK_K])
+        pixels = tl.reshape(tl.permute(pixels, (1, 0, 2)), [BLOCK_M, BLOCK_K])
         index, is_pixel = weight_index(part * BLOCK_K + tl.arange(0, BLOCK_K), SHAPE)
         weight = tl.load(
             weight_pointer + channel[None, :] * (SHAPE.in_channels * SHAPE.kernel * SHAPE.kernel) + index[:, None],
@@ -134,6 +138,13 @@ def convolve(images, weight_pointer, bias_pointer, token, BLOCK_C: tl.constexpr,
     if SHAPE.HAS_BIAS:
         values += tl.load(bias_pointer + channel, mask=channel < SHAPE.channels, other=0.0).to(tl.float32)[None, :]
     return values
+
+
+@triton.jit
+def output_places(start, tokens, channel, BLOCK_M: tl.constexpr, SHAPE: tl.constexpr):
+    """Offsets [M, C] in a tensor [tokens, channels] from the first channel of the token `start`, and what is there."""
+    token = tl.arange(0, BLOCK_M)[:, None]
+    return token * SHAPE.channels + channel[None, :], (token < tokens - start) & (channel < SHAPE.channels)[None, :]
 
 
 @triton.jit
@@ -164,9 +175,9 @@ def patch_embed_kernel(
         image_pointer, batch_stride, channel_stride, row_stride, column_stride,
         height, width, left, top, tokens, rows, columns,
     )  # fmt: skip
-    token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    start = tl.program_id(0) * BLOCK_M
     channel = tl.arange(0, BLOCK_C)
-    values = convolve(images, weight_pointer, bias_pointer, token, BLOCK_C, BLOCK_K, SHAPE)
+    values = convolve(images, weight_pointer, bias_pointer, start, BLOCK_M, BLOCK_C, BLOCK_K, SHAPE)
     if SHAPE.HAS_NORM:
         centered, scale = standardise(values, channel, eps, SHAPE)
         weight = tl.load(norm_weight_pointer + channel, mask=channel < SHAPE.channels, other=0.0).to(tl.float32)
@@ -174,8 +185,8 @@ def patch_embed_kernel(
         if SHAPE.HAS_NORM_BIAS:
             bias = tl.load(norm_bias_pointer + channel, mask=channel < SHAPE.channels, other=0.0)
             values += bias.to(tl.float32)[None, :]
-    mask = (token < tokens)[:, None] & (channel < SHAPE.channels)[None, :]
-    tl.store(output_pointer + tl.cast(token, tl.int64)[:, None] * SHAPE.channels + channel[None, :], values, mask=mask)
+    place, mask = output_places(start, tokens, channel, BLOCK_M, SHAPE)
+    tl.store(output_pointer + tl.cast(start, tl.int64) * SHAPE.channels + place, values, mask=mask)
 
 
 # --------------------------------------------------------------------------- decided once for a shape

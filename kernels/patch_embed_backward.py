@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .dot import dot, precision
 from .launch import Launch, device_guard, grouped
-from .patch_embed import SIZES, Images, Problem, convolve, load_pixels, locate, standardise, weight_index
+from .patch_embed import SIZES, Images, Problem, convolve, load_pixels, locate, output_places, standardise, weight_index
 from .tile_table import once_per_shape
 
 
@@ -41,18 +41,18 @@ def patch_embed_norm_gradient_kernel(
     grad_norm_weight = tl.zeros([BLOCK_C], dtype=tl.float32)
     grad_norm_bias = tl.zeros([BLOCK_C], dtype=tl.float32)
     for number in range(per_program):
-        token = (tl.program_id(0) * per_program + number) * BLOCK_M + tl.arange(0, BLOCK_M)
-        values = convolve(images, weight_pointer, bias_pointer, token, BLOCK_C, BLOCK_K, SHAPE)
+        start = (tl.program_id(0) * per_program + number) * BLOCK_M
+        values = convolve(images, weight_pointer, bias_pointer, start, BLOCK_M, BLOCK_C, BLOCK_K, SHAPE)
         centered, scale = standardise(values, channel, eps, SHAPE)
-        mask = (token < tokens)[:, None] & (channel < SHAPE.channels)[None, :]
-        place = tl.cast(token, tl.int64)[:, None] * SHAPE.channels + channel[None, :]
-        grad_output = tl.load(grad_output_pointer + place, mask=mask, other=0.0).to(tl.float32)
+        place, mask = output_places(start, tokens, channel, BLOCK_M, SHAPE)
+        behind = tl.cast(start, tl.int64) * SHAPE.channels
+        grad_output = tl.load(grad_output_pointer + behind + place, mask=mask, other=0.0).to(tl.float32)
         normal = tl.where(mask, centered * scale[:, None], 0.0)  # infinite behind the last token where eps is 0
         weighted = grad_output * weight
         mean = tl.sum(weighted, 1) / SHAPE.channels
         slope = tl.sum(weighted * normal, 1) / SHAPE.channels
         grad_conv = tl.where(mask, (weighted - mean[:, None] - normal * slope[:, None]) * scale[:, None], 0.0)
-        tl.store(grad_conv_pointer + place, grad_conv, mask=mask)
+        tl.store(grad_conv_pointer + behind + place, grad_conv, mask=mask)
         grad_bias += tl.sum(grad_conv, 0)
         grad_norm_weight += tl.sum(grad_output * normal, 0)
         grad_norm_bias += tl.sum(grad_output, 0)
@@ -81,19 +81,19 @@ def patch_embed_weight_gradient_kernel(
     part = tl.program_id(0) % (PIXEL_BLOCKS * CHANNEL_BLOCKS)
     group = tl.program_id(0) // (PIXEL_BLOCKS * CHANNEL_BLOCKS)
     channel = part // PIXEL_BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
+    start = group * per_program * BLOCK_M
+    grad_conv_pointer += tl.cast(start, tl.int64) * SHAPE.channels
     grad_weight = tl.zeros([BLOCK_K, BLOCK_C], dtype=tl.float32)
-    for number in range(per_program):
-        token = (group * per_program + number) * BLOCK_M + tl.arange(0, BLOCK_M)
-        real = token < tokens
-        first, y, x = locate(token, images, SHAPE)
-        pixels = load_pixels(images, first, y, x, real, part % PIXEL_BLOCKS, BLOCK_K, SHAPE).to(SHAPE.compute_dtype)
-        pixels = tl.reshape(tl.permute(pixels, (0, 2, 1)), [BLOCK_K, BLOCK_M])
-        grad_conv = tl.load(
-            grad_conv_pointer + tl.cast(token, tl.int64)[:, None] * SHAPE.channels + channel[None, :],
-            mask=real[:, None] & (channel < SHAPE.channels)[None, :],
-            other=0.0,
-        )  # [BLOCK_M, BLOCK_C]
+    for _ in range(per_program):
+        real = tl.arange(0, BLOCK_M) < tokens - start
+        first, y, x = locate(start, images, BLOCK_M, SHAPE)
+        pixels = load_pixels(images, first, y, x, real, part % PIXEL_BLOCKS, BLOCK_K, SHAPE)
+        pixels = tl.reshape(tl.permute(pixels.to(SHAPE.compute_dtype), (0, 2, 1)), [BLOCK_K, BLOCK_M])
+        place, mask = output_places(start, tokens, channel, BLOCK_M, SHAPE)
+        grad_conv = tl.load(grad_conv_pointer + place, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_C]
+        grad_conv_pointer += BLOCK_M * SHAPE.channels
         grad_weight += dot(pixels, grad_conv.to(SHAPE.compute_dtype), tl.constexpr(SHAPE.precision))
+        start += BLOCK_M
     index, is_pixel = weight_index(part % PIXEL_BLOCKS * BLOCK_K + tl.arange(0, BLOCK_K), SHAPE)
     place = tl.cast(group, tl.int64) * (SHAPE.in_channels * SHAPE.kernel * SHAPE.kernel * SHAPE.channels)
     place = place + index[:, None] * SHAPE.channels + channel[None, :]

@@ -19,7 +19,10 @@ from .tile_table import block, choose, family_of, once_per_shape
 
 MAXIMUM_CHANNEL_BLOCK = 128  # of the weight's gradient
 # integers whose value or divisibility must not compile another kernel
-SIZES = ("tokens", "rows", "columns", "height", "width", "left", "top", "per_program")
+SIZES = (
+    "tokens", "rows", "columns", "row_factor", "row_shift", "column_factor", "column_shift", "height", "width", "left",
+    "top", "per_program",
+)  # fmt: skip
 TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -57,6 +60,10 @@ class Images(NamedTuple):
     tokens: tl.tensor  # B * rows * columns
     rows: tl.tensor
     columns: tl.tensor
+    row_factor: tl.tensor  # of `reciprocal`
+    row_shift: tl.tensor
+    column_factor: tl.tensor
+    column_shift: tl.tensor
 
 
 # --------------------------------------------------------------------------- shared by the kernels
@@ -66,18 +73,31 @@ class Images(NamedTuple):
 def locate(start, images, BLOCK_M: tl.constexpr, SHAPE: tl.constexpr):
     """Of the token `start` and those that follow, [M]: pointers to the first pixels of their patches in the first
     channel, and the row and column of these pixels, which lie outside the image where there is padding."""
-    columns, rows = tl.cast(images.columns, tl.uint32), tl.cast(images.rows, tl.uint32)  # unsigned: shorter divisions
-    token = tl.cast(start + tl.arange(0, BLOCK_M), tl.uint32)
-    row = token // columns
-    image = row // rows
-    y = tl.cast(row - image * rows, tl.int32) * SHAPE.stride
-    x = tl.cast(token - row * columns, tl.int32) * SHAPE.stride
+    token = start + tl.arange(0, BLOCK_M)
+    row = divide(token, images.column_factor, images.column_shift)
+    image = divide(row, images.row_factor, images.row_shift)
+    y = (row - image * images.rows) * SHAPE.stride
+    x = (token - row * images.columns) * SHAPE.stride
     if SHAPE.PADDED:
         y -= images.top
         x -= images.left
     x = tl.multiple_of(x, SHAPE.vector)
     offset = tl.cast(y, SHAPE.offset) * images.row_stride + tl.cast(x, SHAPE.offset) * images.column_stride
     return images.pointer + tl.cast(image, tl.int64) * images.batch_stride + offset, y, x
+
+
+@triton.jit
+def divide(number, factor, shift):
+    """number [M] // divisor, of which `reciprocal` made the others."""
+    return tl.cast(tl.umulhi(tl.cast(number, tl.uint32) * 2, tl.cast(factor, tl.uint32)) >> shift, tl.int32)
+
+
+def reciprocal(divisor: int) -> tuple[int, int]:
+    """factor and shift, number // divisor = number * factor >> (31 + shift) for any number below 2^31: a division by
+    what the compiler does not know takes ten instructions and more (Granlund and Montgomery, Division by Invariant
+    Integers using Multiplication, PLDI 1994)."""
+    shift = (divisor - 1).bit_length()
+    return (1 << (31 + shift)) // divisor + 1, shift
 
 
 @triton.jit
@@ -167,13 +187,14 @@ def patch_embed_kernel(
     norm_weight_pointer,  # [channels]; read only if SHAPE.HAS_NORM
     norm_bias_pointer,  # [channels]; read only if SHAPE.HAS_NORM and SHAPE.HAS_NORM_BIAS
     output_pointer,  # [B, rows, columns, channels]
-    tokens, rows, columns, height, width, batch_stride, channel_stride, row_stride, column_stride, left, top, eps,
+    tokens, rows, columns, row_factor, row_shift, column_factor, column_shift, height, width, batch_stride,
+    channel_stride, row_stride, column_stride, left, top, eps,
     SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Each program: BLOCK_M tokens with all their channels."""
     images = Images(
-        image_pointer, batch_stride, channel_stride, row_stride, column_stride,
-        height, width, left, top, tokens, rows, columns,
+        image_pointer, batch_stride, channel_stride, row_stride, column_stride, height, width, left, top,
+        tokens, rows, columns, row_factor, row_shift, column_factor, column_shift,
     )  # fmt: skip
     start = tl.program_id(0) * BLOCK_M
     channel = tl.arange(0, BLOCK_C)
@@ -241,6 +262,8 @@ class Problem(NamedTuple):
     def arguments(self) -> dict[str, Any]:
         """Arguments of all kernels besides tensors, by name."""
         batch, rows, columns, channels = self.output_size
+        row_factor, row_shift = reciprocal(max(rows, 1))  # without any, nothing is launched
+        column_factor, column_shift = reciprocal(max(columns, 1))
         names = ("batch_stride", "channel_stride", "row_stride", "column_stride", "height", "width")
         kernel = self.weight_size[2]
         shape = Shape(
@@ -254,6 +277,10 @@ class Problem(NamedTuple):
             "tokens": batch * rows * columns,
             "rows": rows,
             "columns": columns,
+            "row_factor": row_factor,
+            "row_shift": row_shift,
+            "column_factor": column_factor,
+            "column_shift": column_shift,
             "SHAPE": shape,
         }
 
@@ -300,7 +327,7 @@ def patch_embed(
     """
     problem = Problem(
         image.shape, image.stride(), weight.shape, stride, dilation, (*padding,), compute_dtype, image.device,
-        bias is not None, norm_weight is not None, norm_bias is not None, precision(compute_dtype),
+        bias is not None, norm_weight is not None, norm_bias is not None, precision(compute_dtype, "conv"),
     )  # fmt: skip
     size, (grid, arguments) = _launch(problem)
     output = image.new_empty(size, dtype=dtype)

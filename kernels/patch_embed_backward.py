@@ -26,14 +26,15 @@ def patch_embed_norm_gradient_kernel(
     grad_output_pointer,  # [B, rows, columns, channels]
     grad_conv_pointer,  # same shape: of the convolution's values
     grad_vectors_pointer,  # [programs, 3, channels]: of the bias, the norm's weight and bias
-    tokens, rows, columns, height, width, batch_stride, channel_stride, row_stride, column_stride, left, top, eps,
+    tokens, rows, columns, row_factor, row_shift, column_factor, column_shift, height, width, batch_stride,
+    channel_stride, row_stride, column_stride, left, top, eps,
     per_program,
     SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Each program: `per_program` blocks of BLOCK_M tokens, through LayerNorm, and their sums."""
     images = Images(
-        image_pointer, batch_stride, channel_stride, row_stride, column_stride,
-        height, width, left, top, tokens, rows, columns,
+        image_pointer, batch_stride, channel_stride, row_stride, column_stride, height, width, left, top,
+        tokens, rows, columns, row_factor, row_shift, column_factor, column_shift,
     )  # fmt: skip
     channel = tl.arange(0, BLOCK_C)
     weight = tl.load(norm_weight_pointer + channel, mask=channel < SHAPE.channels, other=0.0).to(tl.float32)[None, :]
@@ -67,7 +68,8 @@ def patch_embed_weight_gradient_kernel(
     image_pointer,  # [B, in_channels, height, width], of any strides
     grad_conv_pointer,  # [B, rows, columns, channels]
     grad_weight_pointer,  # [groups, in_channels, kernel, kernel, channels]
-    tokens, rows, columns, height, width, batch_stride, channel_stride, row_stride, column_stride, left, top,
+    tokens, rows, columns, row_factor, row_shift, column_factor, column_shift, height, width, batch_stride,
+    channel_stride, row_stride, column_stride, left, top,
     per_program,
     SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -75,8 +77,8 @@ def patch_embed_weight_gradient_kernel(
     PIXEL_BLOCKS: tl.constexpr = (SHAPE.in_channels * SHAPE.kernel * SHAPE.row + BLOCK_K - 1) // BLOCK_K
     CHANNEL_BLOCKS: tl.constexpr = (SHAPE.channels + BLOCK_C - 1) // BLOCK_C
     images = Images(
-        image_pointer, batch_stride, channel_stride, row_stride, column_stride,
-        height, width, left, top, tokens, rows, columns,
+        image_pointer, batch_stride, channel_stride, row_stride, column_stride, height, width, left, top,
+        tokens, rows, columns, row_factor, row_shift, column_factor, column_shift,
     )  # fmt: skip
     part = tl.program_id(0) % (PIXEL_BLOCKS * CHANNEL_BLOCKS)
     group = tl.program_id(0) // (PIXEL_BLOCKS * CHANNEL_BLOCKS)
@@ -144,7 +146,7 @@ def patch_embed_backward(
     those that nobody needs."""
     problem = Problem(
         image.shape, image.stride(), weight.shape, stride, dilation, (*padding,), compute_dtype, image.device,
-        bias is not None, norm_weight is not None, norm_bias is not None, precision(compute_dtype),
+        bias is not None, norm_weight is not None, norm_bias is not None, precision(compute_dtype, "conv"),
     )  # fmt: skip
     plan = _plan(problem)
     grad_conv = grad_output = grad_output.contiguous()

@@ -17,6 +17,12 @@ from .patch_embed import SIZES, Images, Problem, convolve, load_pixels, locate, 
 from .tile_table import once_per_shape
 
 
+@triton.jit
+def sum_rows(values, ROWS: tl.constexpr):
+    """[ROWS, C] of values [M, C]: sums over rows that are ROWS apart, which threads need not exchange."""
+    return tl.sum(tl.reshape(values, [values.shape[0] // ROWS, ROWS, values.shape[1]]), 0)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def patch_embed_norm_gradient_kernel(
     image_pointer,  # [B, in_channels, height, width], of any strides
@@ -32,15 +38,16 @@ def patch_embed_norm_gradient_kernel(
     SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Each program: `per_program` blocks of BLOCK_M tokens, through LayerNorm, and their sums."""
+    ROWS: tl.constexpr = 8  # of sums: the rows of a tensor core's output that different threads have
     images = Images(
         image_pointer, batch_stride, channel_stride, row_stride, column_stride, height, width, left, top,
         tokens, rows, columns, row_factor, row_shift, column_factor, column_shift,
     )  # fmt: skip
     channel = tl.arange(0, BLOCK_C)
     weight = tl.load(norm_weight_pointer + channel, mask=channel < SHAPE.channels, other=0.0).to(tl.float32)[None, :]
-    grad_bias = tl.zeros([BLOCK_C], dtype=tl.float32)
-    grad_norm_weight = tl.zeros([BLOCK_C], dtype=tl.float32)
-    grad_norm_bias = tl.zeros([BLOCK_C], dtype=tl.float32)
+    grad_bias = tl.zeros([ROWS, BLOCK_C], dtype=tl.float32)
+    grad_norm_weight = tl.zeros([ROWS, BLOCK_C], dtype=tl.float32)
+    grad_norm_bias = tl.zeros([ROWS, BLOCK_C], dtype=tl.float32)
     for number in range(per_program):
         start = (tl.program_id(0) * per_program + number) * BLOCK_M
         values = convolve(images, weight_pointer, bias_pointer, start, BLOCK_M, BLOCK_C, BLOCK_K, SHAPE)
@@ -54,13 +61,13 @@ def patch_embed_norm_gradient_kernel(
         slope = tl.sum(weighted * normal, 1) / SHAPE.channels
         grad_conv = tl.where(mask, (weighted - mean[:, None] - normal * slope[:, None]) * scale[:, None], 0.0)
         tl.store(grad_conv_pointer + behind + place, grad_conv, mask=mask)
-        grad_bias += tl.sum(grad_conv, 0)
-        grad_norm_weight += tl.sum(grad_output * normal, 0)
-        grad_norm_bias += tl.sum(grad_output, 0)
+        grad_bias += sum_rows(grad_conv, ROWS)
+        grad_norm_weight += sum_rows(grad_output * normal, ROWS)
+        grad_norm_bias += sum_rows(grad_output, ROWS)
     place = grad_vectors_pointer + tl.cast(tl.program_id(0), tl.int64) * (3 * SHAPE.channels) + channel
-    tl.store(place, grad_bias, mask=channel < SHAPE.channels)
-    tl.store(place + SHAPE.channels, grad_norm_weight, mask=channel < SHAPE.channels)
-    tl.store(place + 2 * SHAPE.channels, grad_norm_bias, mask=channel < SHAPE.channels)
+    tl.store(place, tl.sum(grad_bias, 0), mask=channel < SHAPE.channels)
+    tl.store(place + SHAPE.channels, tl.sum(grad_norm_weight, 0), mask=channel < SHAPE.channels)
+    tl.store(place + 2 * SHAPE.channels, tl.sum(grad_norm_bias, 0), mask=channel < SHAPE.channels)
 
 
 @triton.jit(do_not_specialize=SIZES)

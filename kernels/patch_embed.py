@@ -81,7 +81,7 @@ def locate(start, images, BLOCK_M: tl.constexpr, SHAPE: tl.constexpr):
     if SHAPE.PADDED:
         y -= images.top
         x -= images.left
-    x = tl.multiple_of(x, SHAPE.vector)
+    x = tl.multiple_of(x, tl.constexpr(SHAPE.vector))
     offset = tl.cast(y, SHAPE.offset) * images.row_stride + tl.cast(x, SHAPE.offset) * images.column_stride
     return images.pointer + tl.cast(image, tl.int64) * images.batch_stride + offset, y, x
 
@@ -126,7 +126,7 @@ def load_pixels(images, first, y, x, real, part, BLOCK_K: tl.constexpr, SHAPE: t
         mask = mask & (tl.cast(x[None, :, None] + right, tl.uint32) < tl.cast(images.width, tl.uint32))
     else:
         mask = mask & real[None, :, None]
-    mask = tl.max_constancy(mask, [1, 1, SHAPE.vector])
+    mask = tl.max_constancy(mask, [1, 1, tl.constexpr(SHAPE.vector)])
     return tl.load(first[None, :, None] + offset, mask=mask, other=0.0)
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 import triton_versions
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
+import triton
 import triton.language as tl
 
 from asvit_fast.kernels.dot import round_to_tf32
@@ -76,7 +77,8 @@ def check_rounding(device: torch.device) -> None:
     pairs = [
         (1.0, 1.0), (-1.0, -1.0), (0.0, 0.0), (1 + step, 1 + step), (1 + 0.49 * step, 1.0),
         (1 + 0.5 * step, 1 + step), (-1 - 0.5 * step, -1 - step), (1 + 0.51 * step, 1 + step), (2 - 0.4 * step, 2.0),
-        (3e38, 3e38), (infinite, infinite), (-infinite, -infinite), (nan, nan), (1e-20, 1e-20), (6.5, 6.5), (-7.0, -7.0),
+        (3e38, 3e38), (infinite, infinite), (-infinite, -infinite), (nan, nan), (1e-20, 1e-20), (6.5, 6.5),
+        (-7.0, -7.0),
     ]  # fmt: skip
     x, want = (torch.tensor(column, device=device) for column in zip(*pairs, strict=True))
     x[12] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # the NaN that GPUs make

@@ -24,6 +24,7 @@ SHAPES = [
     (1, 3, (32, 32), 17, 5, 16, 5, (2, 2, 2, 2), "b"),
     (1, 2, (20, 20), 1, 1, 3, 1, (0, 0, 0, 0), ""),
     (1, 3, (10, 8), 48, 6, 5, 1, (9, 30, 7, 20), "bwo"),
+    (1, 2, (21, 37), 70, 18, 16, 1, (0, 1, 1, 0), "bwo"),  # rows of a patch that are longer than a block of pixels
     (1, 1, (9, 8), 270, 3, 3, 1, (0, 0, 0, 0), "bwo"),  # several blocks of channels in the weight's gradient
 ]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -129,7 +130,12 @@ def check_far_pixels(device: torch.device) -> None:
         operands, settings = on(device, 3, 3, (9, 10), 16, 4, dtype=torch.float16), (3, 1, (1, 0, 2, 1))
         with use_backend("triton"):
             want = both_ways(operands, None, *settings)
-            for strides in ((2**31 + 64, 100, 10, 1), (3 * 2**29, 100, 10, 1), (900, 2**31 - 2**8, 10, 1), (400, 2**31, 11, 1)):
+            for strides in (
+                (2**31 + 64, 100, 10, 1),
+                (3 * 2**29, 100, 10, 1),
+                (900, 2**31 - 2**8, 10, 1),
+                (400, 2**31, 11, 1),
+            ):
                 image = memory.as_strided((3, 3, 9, 10), strides)
                 image.copy_(operands["image"])
                 got = both_ways(operands | {"image": image}, None, *settings)

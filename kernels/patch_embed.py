@@ -105,17 +105,20 @@ def load_pixels(images, first, y, x, real, part, BLOCK_K: tl.constexpr, SHAPE: t
     """[SEGMENTS, M, BLOCK_K / SEGMENTS]: of the patches of `locate` pixels BLOCK_K * part and the following, ordered
     [in_channels, kernel, row]; 0 where there is none.
 
-    A segment is a row of the patch, or a part of one that is longer than BLOCK_K. Segments are the slowest axis: their
-    offsets are then the same in all threads, neighbouring threads have neighbouring pixels and tokens, whose pixels
-    are close to each other in the image.
+    A segment is a row of the patch, part of a row that is longer than BLOCK_K, or several that are shorter than eight
+    pixels. Segments are the slowest axis: their offsets are then the same in all threads, neighbouring threads have
+    neighbouring pixels and tokens, whose pixels are close to each other in the image.
     """
-    LENGTH: tl.constexpr = min(SHAPE.row, BLOCK_K)
-    PER_ROW: tl.constexpr = SHAPE.row // LENGTH
+    LENGTH: tl.constexpr = min(max(SHAPE.row, 8), BLOCK_K)  # with less the compiler fails for Blackwell
     segment = part * (BLOCK_K // LENGTH) + tl.arange(0, BLOCK_K // LENGTH)[:, None, None]
-    patch_row = segment // PER_ROW
-    down = patch_row % SHAPE.kernel * SHAPE.dilation  # [SEGMENTS, 1, 1]
-    column = segment % PER_ROW * LENGTH + tl.arange(0, LENGTH)[None, None, :]  # [1 or SEGMENTS, 1, LENGTH]
-    right = column * SHAPE.dilation
+    pixel = tl.arange(0, LENGTH)[None, None, :]
+    if SHAPE.row < LENGTH:
+        patch_row = segment * (LENGTH // SHAPE.row) + pixel // SHAPE.row  # [SEGMENTS, 1, LENGTH]
+        column = pixel % SHAPE.row
+    else:
+        patch_row = segment // (SHAPE.row // LENGTH)
+        column = segment % (SHAPE.row // LENGTH) * LENGTH + pixel
+    down, right = patch_row % SHAPE.kernel * SHAPE.dilation, column * SHAPE.dilation
     offset = tl.cast(patch_row // SHAPE.kernel, SHAPE.offset) * tl.cast(images.channel_stride, SHAPE.offset)
     offset += tl.cast(down, SHAPE.offset) * tl.cast(images.row_stride, SHAPE.offset)
     offset = offset + tl.cast(right, SHAPE.offset) * tl.cast(images.column_stride, SHAPE.offset)

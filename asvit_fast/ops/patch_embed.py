@@ -283,6 +283,9 @@ def patch_embed(
 
     On a CPU one compiled kernel each for forward and backward, on a GPU Triton kernels (plain PyTorch operations in
     float64 and beyond 512 channels). The gradient of the image, where it is needed, is torch's transposed convolution.
+    On a GPU float32 is multiplied as torch's own convolutions do it: in TF32 where
+    ``torch.backends.cudnn.conv.fp32_precision`` is "tf32", which is torch's default (the older name:
+    ``torch.backends.cudnn.allow_tf32``), with operands rounded to eleven bits; else with the accuracy of float32.
     """
     operands = (image, weight, bias, norm_weight, norm_bias)
     if has_torch_function(operands):

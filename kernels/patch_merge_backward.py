@@ -1,8 +1,9 @@
 """Triton kernels of the backward pass of patch merging, which finds neighbourhoods again from the map and their
 statistics.
 
-Each token of the map gathers from the neighbourhoods that hold it; g^T x, g the gradient of the output and x the
-normalised neighbourhoods, comes in pieces, which are added in a fixed order. No float atomics.
+With g the gradient of the output and W' folded weights, whose rows have mean 0, the gradient of a neighbourhood is
+rstd (g W' - x <g W' x>), x normalised. Each token of the map gathers from the neighbourhoods that hold it; g^T x comes
+in pieces, which are added in a fixed order. No float atomics.
 """
 
 from __future__ import annotations
@@ -17,28 +18,37 @@ from .dot import dot, precision
 from .launch import PROGRAMS, Launch, device_guard
 from .patch_merge import (
     SIZES,
+    Places,
     Problem,
     Sizes,
-    fold_weights,
+    given_order,
+    load_neighbourhoods,
     load_rows,
     load_statistics,
-    load_weights,
-    neighbour,
+    load_sums,
+    locate,
     normalised_product,
+    on_map,
+    prepare,
 )
-from .tile_table import once_per_shape
+from .tile_table import block, once_per_shape
+
+# of the kernel that finishes the gradients of parameters
+FINISH_FEATURES, FINISH_OUTPUTS = 16, 64
 
 
 @triton.jit(do_not_specialize=SIZES)
 def patch_merge_row_sums_kernel(
     x_pointer,  # [B, H, W, CHANNELS]
-    folded_pointer,  # [OUTPUTS, TAPS, CHANNELS]
+    folded_pointer,  # [OUTPUTS, features]
     grad_output_pointer,  # [B, Ho, Wo, OUTPUTS]
-    sums_pointer,  # [2, OUTPUTS]
+    sums_pointer,  # [3, OUTPUTS]
     statistics_pointer,  # [2, B, Ho, Wo]
-    rows_pointer,  # [blocks of outputs, 2, B, Ho, Wo]: means over features of g W' and of g W' x, x normalised
+    rows_pointer,  # [blocks of outputs, B, Ho, Wo]: means over features of g W' x, x normalised
+    scaled_pointer,  # [B, Ho, Wo, OUTPUTS]: rstd g
     tokens, height, width, out_height, out_width, top, left,
-    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    SHAPE: tl.constexpr, HAS_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Each program: BLOCK_N outputs of BLOCK_M tokens. W' x is computed again: the output is rounded, and what it has
     for x = 0 may be far larger."""
@@ -46,117 +56,291 @@ def patch_merge_row_sums_kernel(
     FEATURES: tl.constexpr = SHAPE.kernel * SHAPE.kernel * SHAPE.channels
     BLOCKS: tl.constexpr = (SHAPE.outputs + BLOCK_N - 1) // BLOCK_N
     token = tl.program_id(0) // BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
-    block = tl.program_id(0) % BLOCKS
+    part = tl.program_id(0) % BLOCKS
+    output = part * BLOCK_N + tl.arange(0, BLOCK_N)
     real = token < tokens
     mean, rstd = load_statistics(statistics_pointer, token, real, sizes)
-    value = normalised_product(
-        x_pointer, folded_pointer, token, real, mean, rstd, block * BLOCK_N,
-        sizes, BLOCK_M, BLOCK_N, BLOCK_C, SHAPE,
-    )  # fmt: skip
-    output = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    index = tl.cast(token, tl.int64)
-    grad_output = load_rows(grad_output_pointer, index, real, block * BLOCK_N, SHAPE.outputs, BLOCK_N).to(tl.float32)
-    sums = tl.load(sums_pointer + output, mask=output < SHAPE.outputs, other=0.0)
-    to = rows_pointer + tl.cast(block, tl.int64) * 2 * tokens + token
-    tl.store(to, tl.sum(grad_output * sums[None, :], 1) * (1.0 / FEATURES), mask=real)
-    tl.store(to + tokens, tl.sum(grad_output * value, 1) * (1.0 / FEATURES), mask=real)
+    if HAS_ROWS:
+        value = normalised_product(
+            x_pointer, folded_pointer, sums_pointer, locate(token, real, sizes, SHAPE), mean, rstd, output,
+            sizes, BLOCK_K, SHAPE,
+        )  # fmt: skip
+    grad_output = load_rows(grad_output_pointer, token, real, output, SHAPE.outputs).to(tl.float32)
+    if HAS_ROWS:
+        to = rows_pointer + tl.cast(part, tl.int64) * tokens + token
+        tl.store(to, tl.sum(grad_output * value, 1) * (1.0 / FEATURES), mask=real)
+    to = scaled_pointer + (tl.cast(token, tl.int64) * SHAPE.outputs)[:, None] + output[None, :]
+    scaled = (grad_output * rstd[:, None]).to(scaled_pointer.dtype.element_ty)
+    tl.store(to, scaled, mask=real[:, None] & (output < SHAPE.outputs)[None, :])
+
+
+@triton.jit
+def gather_slopes(
+    places, statistics_pointer, rows_pointer, phase_row, phase_column, sizes,
+    BLOCKS: tl.constexpr, STEPS: tl.constexpr, SHAPE: tl.constexpr,
+):  # fmt: skip
+    """Of the neighbourhoods that hold tokens [T], with slopes s = rstd^2 <g W' x>: a mean near all of theirs, the sum of
+    s, and the sum of s times the distance from that mean to theirs."""
+    about = tl.zeros([places.row.shape[0]], dtype=tl.float32)
+    total = tl.zeros_like(about)
+    moved = tl.zeros_like(about)
+    for step in tl.static_range(STEPS * STEPS):
+        down = step // STEPS
+        right = step % STEPS
+        row = places.row - down
+        column = places.column - right
+        inside = (row >= 0) & (row < sizes.out_height) & (column >= 0) & (column < sizes.out_width)
+        inside = inside & (phase_row + down * SHAPE.stride < SHAPE.kernel)
+        inside = inside & (phase_column + right * SHAPE.stride < SHAPE.kernel)
+        token = places.index - tl.cast(sizes.out_width, tl.int64) * down - right
+        mean, rstd = load_statistics(statistics_pointer, token, inside, sizes)
+        slope = tl.zeros_like(about)
+        for part in tl.static_range(BLOCKS):
+            slope += tl.load(rows_pointer + tl.cast(sizes.tokens, tl.int64) * part + token, mask=inside, other=0.0)
+        slope *= rstd * rstd
+        if step == 0:
+            about = mean
+        total += slope
+        moved += slope * (about - mean)
+    return about, total, moved
 
 
 @triton.jit(do_not_specialize=SIZES)
 def patch_merge_input_kernel(
     x_pointer,  # [B, H, W, CHANNELS]
-    folded_pointer,  # [OUTPUTS, TAPS, CHANNELS]
-    grad_output_pointer,  # [B, Ho, Wo, OUTPUTS]
+    folded_pointer,  # [OUTPUTS, features]
+    scaled_pointer,  # [B, Ho, Wo, OUTPUTS]: rstd g
+    sums_pointer,  # [3, OUTPUTS]
     statistics_pointer,  # [2, B, Ho, Wo]
-    rows_pointer,  # [2, B, Ho, Wo]
+    rows_pointer,  # [ROW_BLOCKS, B, Ho, Wo]
     grad_x_pointer,  # [B, H, W, CHANNELS]
     tokens,  # of the output
     height, width, out_height, out_width, top, left,
-    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    SHAPE: tl.constexpr, ROW_BLOCKS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Each program: BLOCK_C channels of BLOCK_M input tokens of one phase, those that the same positions of
-    neighbourhoods fall on. With g the gradient of the output, of all of these neighbourhoods the sum of
-    rstd (g W' - <g W'> - x <g W' x>)."""
+    """Each program: BLOCK_N channels of BLOCK_M input tokens of one phase, those that the same positions of
+    neighbourhoods fall on."""
     sizes = Sizes(tokens, height, width, out_height, out_width, top, left)
     PHASES: tl.constexpr = SHAPE.stride * SHAPE.stride
-    BLOCKS: tl.constexpr = (SHAPE.channels + BLOCK_C - 1) // BLOCK_C
-    PARTS: tl.constexpr = (SHAPE.outputs + BLOCK_N - 1) // BLOCK_N
-    start = tl.program_id(0) % BLOCKS * BLOCK_C
+    BLOCKS: tl.constexpr = (SHAPE.channels + BLOCK_N - 1) // BLOCK_N
+    STEPS: tl.constexpr = (SHAPE.kernel + SHAPE.stride - 1) // SHAPE.stride  # neighbourhoods along an axis, at most
+    FEATURES: tl.constexpr = SHAPE.kernel * SHAPE.kernel * SHAPE.channels
+    channel = tl.program_id(0) % BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
     phase = tl.program_id(0) // BLOCKS % PHASES
+    phase_row = phase // SHAPE.stride
+    phase_column = phase % SHAPE.stride
     place = tl.program_id(0) // (BLOCKS * PHASES) * BLOCK_M + tl.arange(0, BLOCK_M)
-    down = tl.cdiv(height + top, SHAPE.stride)  # places of one phase along each axis
-    across = tl.cdiv(width + left, SHAPE.stride)
-    image = place // (down * across)
-    place_row = place // across % down
-    place_column = place % across
-    row = place_row * SHAPE.stride + phase // SHAPE.stride - top
-    column = place_column * SHAPE.stride + phase % SHAPE.stride - left
+    place_rows = tl.cdiv(height + top, SHAPE.stride)  # of one phase
+    place_columns = tl.cdiv(width + left, SHAPE.stride)
+    image = tl.cast(place // (place_rows * place_columns), tl.int64)
+    place_row = place // place_columns % place_rows
+    place_column = place % place_columns
+    row = place_row * SHAPE.stride + phase_row - top
+    column = place_column * SHAPE.stride + phase_column - left
     real = (image * out_height * out_width < tokens) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
-    index = (tl.cast(image, tl.int64) * height + row) * width + column
-    x = load_rows(x_pointer, index, real, start, SHAPE.channels, BLOCK_C).to(tl.float32)
-    # positions of a neighbourhood in this phase
-    steps_down = (SHAPE.kernel - phase // SHAPE.stride + SHAPE.stride - 1) // SHAPE.stride
-    steps_across = (SHAPE.kernel - phase % SHAPE.stride + SHAPE.stride - 1) // SHAPE.stride
-    grad_x = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.float32)
-    for step in range(steps_down * steps_across):
-        down_step = step // steps_across
-        across_step = step % steps_across
-        out_row = place_row - down_step
-        out_column = place_column - across_step
-        inside = real & (out_row >= 0) & (out_row < out_height) & (out_column >= 0) & (out_column < out_width)
-        token = (image * out_height + out_row) * out_width + out_column
-        mean, rstd = load_statistics(statistics_pointer, token, inside, sizes)
-        level, along = load_statistics(rows_pointer, token, inside, sizes)
-        grad_x -= rstd[:, None] * (level[:, None] + (x - mean[:, None]) * (rstd * along)[:, None])
-        tap_row = phase // SHAPE.stride + down_step * SHAPE.stride
-        tap = tap_row * SHAPE.kernel + phase % SHAPE.stride + across_step * SHAPE.stride
-        for part in range(PARTS):
-            weights = load_weights(folded_pointer, part * BLOCK_N, tap, start, BLOCK_N, BLOCK_C, SHAPE)
-            grad_output = load_rows(
-                grad_output_pointer, tl.cast(token, tl.int64), inside, part * BLOCK_N, SHAPE.outputs, BLOCK_N
-            )
-            scaled = (grad_output.to(tl.float32) * rstd[:, None]).to(weights.dtype)
-            grad_x += dot(scaled, weights, tl.constexpr(SHAPE.precision))
-    channel = start + tl.arange(0, BLOCK_C)
-    to = grad_x_pointer + index[:, None] * SHAPE.channels + channel[None, :]
+    index = (image * height + row) * width + column
+    # the last of the neighbourhoods that hold a token; the others are up to STEPS - 1 rows and columns before it
+    places = Places(tl.where(real, place_row, out_height + STEPS), place_column,
+                    (image * out_height + place_row) * out_width + place_column)  # fmt: skip
+    about, total, moved = gather_slopes(
+        places, statistics_pointer, rows_pointer, phase_row, phase_column, sizes, ROW_BLOCKS, STEPS, SHAPE
+    )  # fmt: skip
+    grad_x = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    steps_down = (SHAPE.kernel - phase_row + SHAPE.stride - 1) // SHAPE.stride
+    if SHAPE.kernel % SHAPE.stride == 0:
+        steps_down = STEPS
+    for start in range(0, steps_down * STEPS * SHAPE.outputs, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)  # ordered (row, column, output)
+        output = k % SHAPE.outputs
+        down = k // (SHAPE.outputs * STEPS)
+        right = k // SHAPE.outputs % STEPS
+        tap_row = phase_row + down * SHAPE.stride
+        tap_column = phase_column + right * SHAPE.stride
+        held = (tap_row < SHAPE.kernel) & (tap_column < SHAPE.kernel)
+        mask = on_map(places, -down, -right, out_height, out_width)
+        mask_weights = tl.broadcast_to((channel < SHAPE.channels)[None, :], [BLOCK_K, BLOCK_N])
+        if SHAPE.kernel % SHAPE.stride != 0 or SHAPE.outputs * STEPS * STEPS % BLOCK_K != 0:
+            mask = mask & held[None, :]
+            mask_weights = mask_weights & held[:, None]
+        offset = output - (tl.cast(down, tl.int64) * out_width + right) * SHAPE.outputs
+        scaled = tl.load(
+            scaled_pointer + (places.index * SHAPE.outputs)[:, None] + offset[None, :], mask=mask, other=0.0
+        )  # [BLOCK_M, BLOCK_K]
+        offset = tl.cast(output, tl.int64) * FEATURES + (tap_row * SHAPE.kernel + tap_column) * SHAPE.channels
+        weights = tl.load(folded_pointer + offset[:, None] + channel[None, :], mask=mask_weights, other=0.0)
+        grad_x += dot(scaled, weights, tl.constexpr(SHAPE.precision))
+    x = load_rows(x_pointer, index, real, channel, SHAPE.channels).to(tl.float32)
+    grad_x = grad_x * tl.load(sums_pointer + 2 * SHAPE.outputs)
+    grad_x -= (x - about[:, None]) * total[:, None] + moved[:, None]
+    to = grad_x_pointer + (index * SHAPE.channels)[:, None] + channel[None, :]
     tl.store(to, grad_x.to(grad_x_pointer.dtype.element_ty), mask=real[:, None] & (channel < SHAPE.channels)[None, :])
+
+
+# --------------------------------------------------------------------------- parameters
+
+
+@triton.jit
+def sum_tokens(
+    x_pointer, gradient_pointer, statistics_pointer, begin, end, output, feature, sizes,
+    BLOCK_M: tl.constexpr, RAW: tl.constexpr, STAGES: tl.constexpr, SHAPE: tl.constexpr,
+):  # fmt: skip
+    """[N, K], float32: gradients of outputs [N] times features [K] of neighbourhoods, as they are if RAW, else
+    normalised, summed over tokens."""
+    product = tl.zeros([output.shape[0], feature.shape[0]], dtype=tl.float32)
+    for first in tl.range(begin, end, BLOCK_M, num_stages=STAGES):
+        token = first + tl.arange(0, BLOCK_M)
+        real = token < end
+        x = load_neighbourhoods(x_pointer, locate(token, real, sizes, SHAPE), feature, sizes, SHAPE)
+        gradient = load_rows(gradient_pointer, token, real, output, SHAPE.outputs)
+        if not RAW:
+            mean, rstd = load_statistics(statistics_pointer, token, real, sizes)
+            x = (x.to(tl.float32) - mean[:, None]) * rstd[:, None]
+        product += dot(tl.trans(gradient), x.to(gradient.dtype), tl.constexpr(SHAPE.precision))
+    return product
+
+
+@triton.jit
+def may_be_raw(statistics_pointer, begin, end, sizes, HALF: tl.constexpr, BLOCK: tl.constexpr = 512):
+    """Whether the product over these tokens is exact enough if x carries its mean: where that is at most of the size of
+    what is left without it, as sums that are rounded towards 0 lose a part of what they carry with every step. rstd g
+    must be within the range of float16, of which 6 bits are left to rstd."""
+    squares = tl.zeros([BLOCK], dtype=tl.float32)
+    extreme = tl.zeros([BLOCK], dtype=tl.float32)
+    for first in range(begin, end, BLOCK):
+        token = first + tl.arange(0, BLOCK)
+        mean, rstd = load_statistics(statistics_pointer, token, token < end, sizes)
+        squares += mean * rstd * mean * rstd
+        extreme = tl.maximum(extreme, tl.where(token < end, tl.abs(tl.log2(rstd)), 0.0))
+    within = tl.sum(squares, 0) <= tl.cast(end - begin, tl.float32)
+    if HALF:
+        within = within & (tl.max(extreme, 0) <= 6.0)
+    return within
+
+
+@triton.jit
+def sum_vectors(
+    grad_output_pointer, scaled_pointer, statistics_pointer, begin, end, output, sizes, SHAPE: tl.constexpr,
+    BLOCK: tl.constexpr = 32,
+):  # fmt: skip
+    """[N] each: gradients of outputs [N], and rstd g times the mean of neighbourhoods, summed over tokens."""
+    total = tl.zeros([output.shape[0]], dtype=tl.float32)
+    along_mean = tl.zeros_like(total)
+    for first in range(begin, end, BLOCK):
+        token = first + tl.arange(0, BLOCK)
+        real = token < end
+        total += tl.sum(load_rows(grad_output_pointer, token, real, output, SHAPE.outputs).to(tl.float32), 0)
+        if SHAPE.RAW:
+            mean, _ = load_statistics(statistics_pointer, token, real, sizes)
+            scaled = load_rows(scaled_pointer, token, real, output, SHAPE.outputs).to(tl.float32)
+            along_mean += tl.sum(scaled * mean[:, None], 0)
+    return total, along_mean
 
 
 @triton.jit(do_not_specialize=SIZES)
 def patch_merge_products_kernel(
     x_pointer,  # [B, H, W, CHANNELS]
-    grad_output_pointer,  # [B, Ho, Wo, OUTPUTS]
+    grad_output_pointer,  # [B, Ho, Wo, OUTPUTS]: g
+    scaled_pointer,  # [B, Ho, Wo, OUTPUTS]: rstd g
     statistics_pointer,  # [2, B, Ho, Wo]
-    parts_pointer,  # [pieces, OUTPUTS, TAPS, CHANNELS]
+    parts_pointer,  # [pieces, OUTPUTS, features]: rstd g^T x, or g^T x if x had to be normalised
+    vectors_pointer,  # [pieces, 2, OUTPUTS]: sums of g; of rstd g mean, which parts have too much
     tokens, per_piece, height, width, out_height, out_width, top, left,
-    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Each program: g^T x, x the normalised neighbourhoods, of `per_piece` tokens, BLOCK_N outputs and BLOCK_C
-    features."""
+    """Each program: `per_piece` tokens, BLOCK_N outputs and BLOCK_K features; of the first features, vectors, too."""
     sizes = Sizes(tokens, height, width, out_height, out_width, top, left)
-    TAPS: tl.constexpr = SHAPE.kernel * SHAPE.kernel
-    BLOCKS: tl.constexpr = (SHAPE.channels + BLOCK_C - 1) // BLOCK_C
+    FEATURES: tl.constexpr = SHAPE.kernel * SHAPE.kernel * SHAPE.channels
+    BLOCKS: tl.constexpr = (FEATURES + BLOCK_K - 1) // BLOCK_K
     GROUPS: tl.constexpr = (SHAPE.outputs + BLOCK_N - 1) // BLOCK_N
-    start = tl.program_id(0) % BLOCKS * BLOCK_C
-    tap = tl.program_id(0) // BLOCKS % TAPS
-    first = tl.program_id(0) // (BLOCKS * TAPS) % GROUPS * BLOCK_N
-    piece = tl.program_id(0) // (BLOCKS * TAPS * GROUPS)
-    end = tl.minimum((piece + 1) * per_piece, tokens)
-    product = tl.zeros([BLOCK_N, BLOCK_C], dtype=tl.float32)
-    for begin in range(piece * per_piece, end, BLOCK_M):
-        token = begin + tl.arange(0, BLOCK_M)
-        real = token < end
-        index, inside = neighbour(token, real, tap // SHAPE.kernel, tap % SHAPE.kernel, sizes, SHAPE)
-        mean, rstd = load_statistics(statistics_pointer, token, real, sizes)
-        x = load_rows(x_pointer, index, inside, start, SHAPE.channels, BLOCK_C).to(tl.float32)
-        x = (x - mean[:, None]) * rstd[:, None]
-        grad_output = load_rows(grad_output_pointer, tl.cast(token, tl.int64), real, first, SHAPE.outputs, BLOCK_N)
-        product += dot(tl.trans(grad_output), x.to(grad_output.dtype), tl.constexpr(SHAPE.precision))
-    output = first + tl.arange(0, BLOCK_N)
-    channel = start + tl.arange(0, BLOCK_C)
-    index = (tl.cast(piece, tl.int64) * SHAPE.outputs + output) * TAPS + tap
-    mask = (output < SHAPE.outputs)[:, None] & (channel < SHAPE.channels)[None, :]
-    tl.store(parts_pointer + index[:, None] * SHAPE.channels + channel[None, :], product, mask=mask)
+    start = tl.program_id(0) % BLOCKS * BLOCK_K
+    feature = start + tl.arange(0, BLOCK_K)
+    output = tl.program_id(0) // BLOCKS % GROUPS * BLOCK_N + tl.arange(0, BLOCK_N)
+    piece = tl.program_id(0) // (BLOCKS * GROUPS)
+    begin = piece * per_piece
+    end = tl.minimum(begin + per_piece, tokens)
+    raw = False
+    if SHAPE.RAW:
+        raw = may_be_raw(statistics_pointer, begin, end, sizes, scaled_pointer.dtype.element_ty == tl.float16)
+        if raw:
+            product = sum_tokens(
+                x_pointer, scaled_pointer, statistics_pointer, begin, end, output, feature, sizes,
+                BLOCK_M, True, None, SHAPE,
+            )  # fmt: skip
+        else:
+            product = sum_tokens(
+                x_pointer, grad_output_pointer, statistics_pointer, begin, end, output, feature, sizes,
+                BLOCK_M, False, 1, SHAPE,
+            )  # fmt: skip
+    else:
+        product = sum_tokens(
+            x_pointer, grad_output_pointer, statistics_pointer, begin, end, output, feature, sizes,
+            BLOCK_M, False, None, SHAPE,
+        )  # fmt: skip
+    if start == 0:
+        total, along_mean = sum_vectors(
+            grad_output_pointer, scaled_pointer, statistics_pointer, begin, end, output, sizes, SHAPE
+        )  # fmt: skip
+        to = vectors_pointer + tl.cast(piece, tl.int64) * (2 * SHAPE.outputs) + output
+        tl.store(to, total, mask=output < SHAPE.outputs)
+        tl.store(to + SHAPE.outputs, tl.where(raw, along_mean, 0.0), mask=output < SHAPE.outputs)
+    index = (tl.cast(piece, tl.int64) * SHAPE.outputs + output) * FEATURES
+    mask = (output < SHAPE.outputs)[:, None] & (feature < FEATURES)[None, :]
+    tl.store(parts_pointer + index[:, None] + feature[None, :], product, mask=mask)
+
+
+@triton.jit(do_not_specialize=("pieces",))
+def patch_merge_finish_kernel(
+    parts_pointer,  # [pieces, OUTPUTS, features]
+    vectors_pointer,  # [pieces, 2, OUTPUTS]
+    weight_pointer,  # [OUTPUTS, features], as given
+    norm_weight_pointer,  # [features]
+    norm_bias_pointer,  # [features]; read only if HAS_NORM_BIAS
+    grad_weight_pointer, grad_norm_weight_pointer, grad_norm_bias_pointer, grad_bias_pointer,  # as given
+    pieces,
+    SHAPE: tl.constexpr, FEATURE_ORDER: tl.constexpr, HAS_NORM_BIAS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Each program: gradients of all parameters for BLOCK_K features; the first one that of the bias, too."""
+    FEATURES: tl.constexpr = SHAPE.kernel * SHAPE.kernel * SHAPE.channels
+    feature = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    given = given_order(feature, FEATURE_ORDER, SHAPE)
+    norm_weight = tl.load(norm_weight_pointer + given, mask=feature < FEATURES, other=0.0).to(tl.float32)
+    if HAS_NORM_BIAS:
+        norm_bias = tl.load(norm_bias_pointer + given, mask=feature < FEATURES, other=0.0).to(tl.float32)
+    grad_norm_weight = tl.zeros([BLOCK_K], dtype=tl.float32)
+    grad_norm_bias = tl.zeros([BLOCK_K], dtype=tl.float32)
+    for first in range(0, SHAPE.outputs, BLOCK_N):
+        output = first + tl.arange(0, BLOCK_N)
+        there = output < SHAPE.outputs
+        mask = there[:, None] & (feature < FEATURES)[None, :]
+        row = tl.cast(output, tl.int64) * FEATURES
+        product = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
+        total = tl.zeros([BLOCK_N], dtype=tl.float32)
+        along_mean = tl.zeros([BLOCK_N], dtype=tl.float32)
+        for piece in range(pieces):
+            part = parts_pointer + tl.cast(piece, tl.int64) * (SHAPE.outputs * FEATURES)
+            product += tl.load(part + row[:, None] + feature[None, :], mask=mask, other=0.0)
+            vector = vectors_pointer + tl.cast(piece, tl.int64) * (2 * SHAPE.outputs) + output
+            total += tl.load(vector, mask=there, other=0.0)
+            along_mean += tl.load(vector + SHAPE.outputs, mask=there, other=0.0)
+        product -= along_mean[:, None]
+        weight = tl.load(weight_pointer + row[:, None] + given[None, :], mask=mask, other=0.0).to(tl.float32)
+        grad_norm_weight += tl.sum(weight * product, 0)
+        grad_norm_bias += tl.sum(weight * total[:, None], 0)
+        grad_weight = product * norm_weight[None, :]
+        if HAS_NORM_BIAS:
+            grad_weight += total[:, None] * norm_bias[None, :]
+        to = grad_weight_pointer + row[:, None] + given[None, :]
+        tl.store(to, grad_weight.to(grad_weight_pointer.dtype.element_ty), mask=mask)
+        if HAS_BIAS and tl.program_id(0) == 0:
+            tl.store(grad_bias_pointer + output, total.to(grad_bias_pointer.dtype.element_ty), mask=there)
+    mask = feature < FEATURES
+    element: tl.constexpr = grad_norm_weight_pointer.dtype.element_ty
+    tl.store(grad_norm_weight_pointer + given, grad_norm_weight.to(element), mask=mask)
+    if HAS_NORM_BIAS:
+        to = grad_norm_bias_pointer + given
+        tl.store(to, grad_norm_bias.to(grad_norm_bias_pointer.dtype.element_ty), mask=mask)
 
 
 # --------------------------------------------------------------------------- launches
@@ -165,32 +349,36 @@ def patch_merge_products_kernel(
 class _Plan(NamedTuple):
     """Launches, and how many parts of their sums they write."""
 
-    fold: Launch
+    prepare: Launch
     row_sums: Launch
-    output_blocks: int
+    row_blocks: int
     input: Launch
     products: Launch
     pieces: int
+    finish: Launch
 
 
 @once_per_shape
 def _plan(problem: Problem) -> _Plan:
     arguments, (batch, height, width, channels) = problem.arguments(), problem.size
-    tokens, outputs, stride = arguments["tokens"], problem.outputs, problem.stride
+    tokens, outputs, stride, features = arguments["tokens"], problem.outputs, problem.stride, problem.features
     tiles = problem.tiles("patch_merge")
-    output_blocks = triton.cdiv(outputs, tiles["BLOCK_N"])
-    row_sums = (triton.cdiv(tokens, tiles["BLOCK_M"]) * output_blocks,), arguments | tiles
+    row_blocks = triton.cdiv(outputs, tiles["BLOCK_N"])
+    row_sums = (triton.cdiv(tokens, tiles["BLOCK_M"]) * row_blocks,), arguments | tiles
     tiles = problem.tiles("patch_merge_input")
+    tiles["BLOCK_N"] = min(tiles["BLOCK_N"], block(channels))
     places = triton.cdiv(height + problem.padding[0], stride) * triton.cdiv(width + problem.padding[2], stride)
-    blocks = triton.cdiv(batch * places, tiles["BLOCK_M"]) * stride**2 * triton.cdiv(channels, tiles["BLOCK_C"])
-    to_input = (blocks,), arguments | tiles
+    blocks = triton.cdiv(batch * places, tiles["BLOCK_M"]) * stride**2 * triton.cdiv(channels, tiles["BLOCK_N"])
+    to_input = (blocks,), arguments | tiles | {"ROW_BLOCKS": row_blocks}
     tiles = problem.tiles("patch_merge_products")
-    blocks = problem.kernel**2 * triton.cdiv(channels, tiles["BLOCK_C"]) * triton.cdiv(outputs, tiles["BLOCK_N"])
+    blocks = triton.cdiv(features, tiles["BLOCK_K"]) * triton.cdiv(outputs, tiles["BLOCK_N"])
     steps = triton.cdiv(tokens, tiles["BLOCK_M"])
     per_piece = triton.cdiv(steps, max(1, min(PROGRAMS // blocks, steps // 4))) * tiles["BLOCK_M"]
     pieces = triton.cdiv(tokens, per_piece)
     products = (pieces * blocks,), arguments | tiles | {"per_piece": per_piece}
-    return _Plan(problem.fold(), row_sums, output_blocks, to_input, products, pieces)
+    finish = {"SHAPE": problem.shape, "BLOCK_N": FINISH_OUTPUTS, "BLOCK_K": FINISH_FEATURES, "pieces": pieces}
+    finish_launch = (triton.cdiv(features, FINISH_FEATURES),), finish | {"enable_fp_fusion": True}
+    return _Plan(problem.prepare(False), row_sums, row_blocks, to_input, products, pieces, finish_launch)
 
 
 def patch_merge_backward(
@@ -208,59 +396,66 @@ def patch_merge_backward(
     needs_input_grad: bool,
     needs_parameter_grads: bool,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of x, weight, norm_weight, norm_bias and bias, the last four in float32; None unless asked for."""
+    """Gradients of x, weight, norm_weight, norm_bias and bias in their types; None unless asked for."""
     x, grad_output = x.contiguous(), grad_output.to(weight.dtype).contiguous()
-    plan = _plan(Problem(
+    problem = Problem(
         x.shape, weight.shape[0], kernel, stride, (*padding,), x.dtype, weight.dtype, x.device, precision(weight.dtype)
-    ))  # fmt: skip
-    grad_x, parameters = None, (None,) * 4
+    )
+    plan, scaled, grad_x = _plan(problem), grad_output, None
     with device_guard(x):
+        if needs_input_grad or problem.shape.RAW:
+            folded = sums = rows = statistics
+            if needs_input_grad:
+                folded, sums = prepare(plan.prepare, x, x, weight, norm_weight, norm_bias, bias, feature_order)
+                rows = statistics.new_empty((plan.row_blocks, *statistics.shape[1:]))
+            scaled = torch.empty_like(grad_output)
+            grid, arguments = plan.row_sums
+            patch_merge_row_sums_kernel[grid](
+                x, folded, grad_output, sums, statistics, rows, scaled, HAS_ROWS=needs_input_grad, **arguments
+            )
         if needs_input_grad:
-            folded, sums = fold_weights(plan.fold, weight, norm_weight, norm_bias, bias, feature_order)
-            grad_x = _input_gradient(plan, grad_output, x, statistics, folded, sums)
-        if needs_parameter_grads:
-            grid, arguments = plan.products
-            products = x.new_empty((plan.pieces, *weight.shape), dtype=torch.float32)
-            patch_merge_products_kernel[grid](x, grad_output, statistics, products, **arguments)
-            # [Cout, features], features ordered (row, column, channel)
-            product = products.sum(0) if plan.pieces > 1 else products[0]
-            axes = (0, 2, 1, 3) if feature_order == "timm" else (0, 3, 1, 2)
-            product = product.view(-1, kernel, kernel, x.shape[3]).permute(axes).reshape(weight.shape)
-            parameters = _parameter_gradients(product, grad_output, weight, norm_weight, norm_bias)
-    return grad_x, *parameters
-
-
-def _input_gradient(
-    plan: _Plan,
-    grad_output: torch.Tensor,
-    x: torch.Tensor,
-    statistics: torch.Tensor,
-    folded: torch.Tensor,
-    sums: torch.Tensor,
-) -> torch.Tensor:
-    """[B, H, W, C]."""
-    grid, arguments = plan.row_sums
-    parts = statistics.new_empty((plan.output_blocks, *statistics.shape))
-    patch_merge_row_sums_kernel[grid](x, folded, grad_output, sums, statistics, parts, **arguments)
-    rows = parts.sum(0) if plan.output_blocks > 1 else parts[0]  # [2, B, Ho, Wo]
-    grad_x = torch.empty_like(x)
-    grid, arguments = plan.input
-    patch_merge_input_kernel[grid](x, folded, grad_output, statistics, rows, grad_x, **arguments)
-    return grad_x
+            grad_x = torch.empty_like(x)
+            grid, arguments = plan.input
+            patch_merge_input_kernel[grid](x, folded, scaled, sums, statistics, rows, grad_x, **arguments)
+        if not needs_parameter_grads:
+            return grad_x, None, None, None, None
+        return grad_x, *_parameter_gradients(
+            plan, grad_output, scaled, x, statistics, weight, norm_weight, norm_bias, bias, feature_order
+        )
 
 
 def _parameter_gradients(
-    product: torch.Tensor,
+    plan: _Plan,
     grad_output: torch.Tensor,
+    scaled: torch.Tensor,
+    x: torch.Tensor,
+    statistics: torch.Tensor,
     weight: torch.Tensor,
     norm_weight: torch.Tensor,
     norm_bias: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of weight, norm_weight, norm_bias and bias from g^T x [Cout, features], x the normalised
-    neighbourhoods."""
-    total = grad_output.flatten(0, 2).sum(0, dtype=torch.float32)  # [Cout]
-    weight = weight.to(torch.float32)
-    grad_weight = product * norm_weight
-    if norm_bias is not None:
-        grad_weight += total.outer(norm_bias.to(torch.float32))
-    return grad_weight, (weight * product).sum(0), (weight * total[:, None]).sum(0), total
+    bias: torch.Tensor | None,
+    feature_order: str,
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of weight, norm_weight, norm_bias and bias."""
+    products = statistics.new_empty((plan.pieces, *weight.shape))
+    vectors = statistics.new_empty((plan.pieces, 2, weight.shape[0]))
+    grid, arguments = plan.products
+    patch_merge_products_kernel[grid](x, grad_output, scaled, statistics, products, vectors, **arguments)
+    grads = [
+        None if old is None else torch.empty_like(old, memory_format=torch.contiguous_format)
+        for old in (weight, norm_weight, norm_bias, bias)
+    ]
+    grid, arguments = plan.finish
+    patch_merge_finish_kernel[grid](
+        products,
+        vectors,
+        weight.contiguous(),
+        norm_weight.contiguous(),
+        norm_weight if norm_bias is None else norm_bias.contiguous(),
+        *(products if new is None else new for new in grads),  # any tensor stands for one that is not written
+        FEATURE_ORDER=feature_order,
+        HAS_NORM_BIAS=norm_bias is not None,
+        HAS_BIAS=bias is not None,
+        **arguments,
+    )
+    return *grads,

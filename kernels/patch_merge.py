@@ -60,19 +60,31 @@ class Places(NamedTuple):
 @triton.jit
 def locate(token, real, sizes, SHAPE: tl.constexpr):
     """Places of the neighbourhoods of output tokens [T]."""
-    image = tl.cast(token // (sizes.out_width * sizes.out_height), tl.int64)
-    row = token // sizes.out_width % sizes.out_height * SHAPE.stride - sizes.top
-    column = token % sizes.out_width * SHAPE.stride - sizes.left
-    index = (image * sizes.height + row) * sizes.width + column
+    image = token // (sizes.out_width * sizes.out_height)
+    return place(image, token // sizes.out_width % sizes.out_height, token % sizes.out_width, real, sizes, SHAPE)
+
+
+@triton.jit
+def place(image, out_row, out_column, real, sizes, SHAPE: tl.constexpr):
+    """The same for output tokens at these rows and columns of images [T]."""
+    row = out_row * SHAPE.stride - sizes.top
+    column = out_column * SHAPE.stride - sizes.left
+    index = tl.cast(image * sizes.height + row, tl.int64) * sizes.width + column
     return Places(tl.where(real, row, sizes.height), column, index)
 
 
 @triton.jit
 def on_map(places, down, right, height, width):
-    """[T, N]: whether what is `down` and `right` [N] of places [T] is on a map of that size."""
-    row = places.row[:, None] + down[None, :]
-    column = places.column[:, None] + right[None, :]
+    """[...]: whether what is `down` and `right` [...] of places [T] is on a map of that size."""
+    row = places.row + down
+    column = places.column + right
     return (row >= 0) & (row < height) & (column >= 0) & (column < width)
+
+
+@triton.jit
+def across(places):
+    """Places [T] as [T, 1]."""
+    return Places(places.row[:, None], places.column[:, None], places.index[:, None])
 
 
 @triton.jit
@@ -82,7 +94,8 @@ def load_neighbourhoods(x_pointer, places, feature, sizes, SHAPE: tl.constexpr):
     SPAN: tl.constexpr = SHAPE.kernel * SHAPE.channels
     FEATURES: tl.constexpr = SHAPE.kernel * SPAN
     down = feature // SPAN
-    mask = on_map(places, down, feature // SHAPE.channels % SHAPE.kernel, sizes.height, sizes.width)
+    right = feature // SHAPE.channels % SHAPE.kernel
+    mask = on_map(across(places), down[None, :], right[None, :], sizes.height, sizes.width)
     if tl.constexpr(FEATURES) % feature.shape[0] != 0:
         mask = mask & (feature < FEATURES)[None, :]
     offset = tl.cast(down, tl.int64) * sizes.width * SHAPE.channels + feature % SPAN
@@ -234,8 +247,9 @@ def combine_moments(moments_pointer, places, sizes, eps, SHAPE: tl.constexpr, CO
     total = tl.zeros_like(about)
     squares = tl.zeros_like(about)
     right = tl.arange(0, COLUMNS)
-    for down in tl.static_range(SHAPE.kernel):
-        inside = on_map(places, down + tl.zeros_like(right), right, sizes.height, sizes.width) & (right < SHAPE.kernel)[None, :]
+    for down in tl.static_range(tl.constexpr(SHAPE.kernel)):
+        inside = on_map(across(places), down, right[None, :], sizes.height, sizes.width)
+        inside = inside & (right < SHAPE.kernel)[None, :]
         to = moments_pointer + 2 * (places.index + tl.cast(sizes.width, tl.int64) * down)[:, None] + 2 * right[None, :]
         mean = tl.load(to, mask=inside, other=0.0) - about[:, None]
         mean = tl.where((right < SHAPE.kernel)[None, :], mean, 0.0)
@@ -291,7 +305,7 @@ def normalised_product(
         value = sum_features(
             x_pointer, folded_pointer, places, mean, rstd, output, sizes, BLOCK_K, False, None, SHAPE
         )  # fmt: skip
-    return value * load_sums(sums_pointer, 2, output, SHAPE)[None, :]
+    return value * tl.load(sums_pointer + 2 * SHAPE.outputs)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -29,12 +29,13 @@ from .patch_merge import (
     locate,
     normalised_product,
     on_map,
+    place,
     prepare,
 )
 from .tile_table import block, once_per_shape
 
 # of the kernel that finishes the gradients of parameters
-FINISH_FEATURES, FINISH_OUTPUTS = 16, 64
+FINISH_FEATURES, FINISH_OUTPUTS = 16, 32
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -60,18 +61,19 @@ def patch_merge_row_sums_kernel(
     output = part * BLOCK_N + tl.arange(0, BLOCK_N)
     real = token < tokens
     mean, rstd = load_statistics(statistics_pointer, token, real, sizes)
+    grad_output = load_rows(grad_output_pointer, token, real, output, SHAPE.outputs).to(tl.float32)
+    to = scaled_pointer + (tl.cast(token, tl.int64) * SHAPE.outputs)[:, None] + output[None, :]
+    scaled = (grad_output * rstd[:, None]).to(scaled_pointer.dtype.element_ty)
+    tl.store(to, scaled, mask=real[:, None] & (output < SHAPE.outputs)[None, :])
     if HAS_ROWS:
         value = normalised_product(
             x_pointer, folded_pointer, sums_pointer, locate(token, real, sizes, SHAPE), mean, rstd, output,
             sizes, BLOCK_K, SHAPE,
         )  # fmt: skip
-    grad_output = load_rows(grad_output_pointer, token, real, output, SHAPE.outputs).to(tl.float32)
-    if HAS_ROWS:
+        # read again: registers are short while there are products
+        grad_output = load_rows(grad_output_pointer, token, real, output, SHAPE.outputs).to(tl.float32)
         to = rows_pointer + tl.cast(part, tl.int64) * tokens + token
         tl.store(to, tl.sum(grad_output * value, 1) * (1.0 / FEATURES), mask=real)
-    to = scaled_pointer + (tl.cast(token, tl.int64) * SHAPE.outputs)[:, None] + output[None, :]
-    scaled = (grad_output * rstd[:, None]).to(scaled_pointer.dtype.element_ty)
-    tl.store(to, scaled, mask=real[:, None] & (output < SHAPE.outputs)[None, :])
 
 
 @triton.jit
@@ -87,9 +89,7 @@ def gather_slopes(
     for step in tl.static_range(STEPS * STEPS):
         down = step // STEPS
         right = step % STEPS
-        row = places.row - down
-        column = places.column - right
-        inside = (row >= 0) & (row < sizes.out_height) & (column >= 0) & (column < sizes.out_width)
+        inside = on_map(places, -down, -right, sizes.out_height, sizes.out_width)
         inside = inside & (phase_row + down * SHAPE.stride < SHAPE.kernel)
         inside = inside & (phase_column + right * SHAPE.stride < SHAPE.kernel)
         token = places.index - tl.cast(sizes.out_width, tl.int64) * down - right
@@ -125,17 +125,18 @@ def patch_merge_input_kernel(
     PHASES: tl.constexpr = SHAPE.stride * SHAPE.stride
     BLOCKS: tl.constexpr = (SHAPE.channels + BLOCK_N - 1) // BLOCK_N
     STEPS: tl.constexpr = (SHAPE.kernel + SHAPE.stride - 1) // SHAPE.stride  # neighbourhoods along an axis, at most
+    PARTS: tl.constexpr = (SHAPE.outputs + BLOCK_K - 1) // BLOCK_K
     FEATURES: tl.constexpr = SHAPE.kernel * SHAPE.kernel * SHAPE.channels
     channel = tl.program_id(0) % BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
     phase = tl.program_id(0) // BLOCKS % PHASES
     phase_row = phase // SHAPE.stride
     phase_column = phase % SHAPE.stride
-    place = tl.program_id(0) // (BLOCKS * PHASES) * BLOCK_M + tl.arange(0, BLOCK_M)
+    number = tl.program_id(0) // (BLOCKS * PHASES) * BLOCK_M + tl.arange(0, BLOCK_M)
     place_rows = tl.cdiv(height + top, SHAPE.stride)  # of one phase
     place_columns = tl.cdiv(width + left, SHAPE.stride)
-    image = tl.cast(place // (place_rows * place_columns), tl.int64)
-    place_row = place // place_columns % place_rows
-    place_column = place % place_columns
+    image = tl.cast(number // (place_rows * place_columns), tl.int64)
+    place_row = number // place_columns % place_rows
+    place_column = number % place_columns
     row = place_row * SHAPE.stride + phase_row - top
     column = place_column * SHAPE.stride + phase_column - left
     real = (image * out_height * out_width < tokens) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
@@ -150,25 +151,22 @@ def patch_merge_input_kernel(
     steps_down = (SHAPE.kernel - phase_row + SHAPE.stride - 1) // SHAPE.stride
     if SHAPE.kernel % SHAPE.stride == 0:
         steps_down = STEPS
-    for start in range(0, steps_down * STEPS * SHAPE.outputs, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)  # ordered (row, column, output)
-        output = k % SHAPE.outputs
-        down = k // (SHAPE.outputs * STEPS)
-        right = k // SHAPE.outputs % STEPS
+    for step in range(steps_down * STEPS * PARTS):
+        down = step // (STEPS * PARTS)
+        right = step // PARTS % STEPS
+        output = step % PARTS * BLOCK_K + tl.arange(0, BLOCK_K)
+        inside = on_map(places, -down, -right, out_height, out_width)
+        token = places.index - (tl.cast(out_width, tl.int64) * down + right)
+        scaled = load_rows(scaled_pointer, token, inside, output, SHAPE.outputs)
         tap_row = phase_row + down * SHAPE.stride
         tap_column = phase_column + right * SHAPE.stride
-        held = (tap_row < SHAPE.kernel) & (tap_column < SHAPE.kernel)
-        mask = on_map(places, -down, -right, out_height, out_width)
-        mask_weights = tl.broadcast_to((channel < SHAPE.channels)[None, :], [BLOCK_K, BLOCK_N])
-        if SHAPE.kernel % SHAPE.stride != 0 or SHAPE.outputs * STEPS * STEPS % BLOCK_K != 0:
-            mask = mask & held[None, :]
-            mask_weights = mask_weights & held[:, None]
-        offset = output - (tl.cast(down, tl.int64) * out_width + right) * SHAPE.outputs
-        scaled = tl.load(
-            scaled_pointer + (places.index * SHAPE.outputs)[:, None] + offset[None, :], mask=mask, other=0.0
-        )  # [BLOCK_M, BLOCK_K]
-        offset = tl.cast(output, tl.int64) * FEATURES + (tap_row * SHAPE.kernel + tap_column) * SHAPE.channels
-        weights = tl.load(folded_pointer + offset[:, None] + channel[None, :], mask=mask_weights, other=0.0)
+        held = output < SHAPE.outputs
+        if SHAPE.kernel % SHAPE.stride != 0:
+            held = held & (tap_row < SHAPE.kernel) & (tap_column < SHAPE.kernel)
+        tap = folded_pointer + (tap_row * SHAPE.kernel + tap_column) * SHAPE.channels
+        mask = held[:, None] & (channel < SHAPE.channels)[None, :]
+        index_weights = tl.cast(output, tl.int64) * FEATURES
+        weights = tl.load(tap + index_weights[:, None] + channel[None, :], mask=mask, other=0.0)  # [BLOCK_K, BLOCK_N]
         grad_x += dot(scaled, weights, tl.constexpr(SHAPE.precision))
     x = load_rows(x_pointer, index, real, channel, SHAPE.channels).to(tl.float32)
     grad_x = grad_x * tl.load(sums_pointer + 2 * SHAPE.outputs)
@@ -188,10 +186,23 @@ def sum_tokens(
     """[N, K], float32: gradients of outputs [N] times features [K] of neighbourhoods, as they are if RAW, else
     normalised, summed over tokens."""
     product = tl.zeros([output.shape[0], feature.shape[0]], dtype=tl.float32)
+    token = begin + tl.arange(0, BLOCK_M)
+    image = token // (sizes.out_width * sizes.out_height)
+    row = token // sizes.out_width % sizes.out_height
+    column = token % sizes.out_width
+    # of a step of BLOCK_M tokens: so no round divides
+    images = BLOCK_M // (sizes.out_width * sizes.out_height)
+    rows = BLOCK_M // sizes.out_width % sizes.out_height
+    columns = BLOCK_M % sizes.out_width
     for first in tl.range(begin, end, BLOCK_M, num_stages=STAGES):
         token = first + tl.arange(0, BLOCK_M)
         real = token < end
-        x = load_neighbourhoods(x_pointer, locate(token, real, sizes, SHAPE), feature, sizes, SHAPE)
+        x = load_neighbourhoods(x_pointer, place(image, row, column, real, sizes, SHAPE), feature, sizes, SHAPE)
+        column += columns
+        row += rows + (column >= sizes.out_width)
+        column = tl.where(column >= sizes.out_width, column - sizes.out_width, column)
+        image += images + (row >= sizes.out_height)
+        row = tl.where(row >= sizes.out_height, row - sizes.out_height, row)
         gradient = load_rows(gradient_pointer, token, real, output, SHAPE.outputs)
         if not RAW:
             mean, rstd = load_statistics(statistics_pointer, token, real, sizes)
@@ -358,15 +369,26 @@ class _Plan(NamedTuple):
     finish: Launch
 
 
+def _channel_block(problem: Problem, widest: int) -> int:
+    """Channels of the input's gradient that a program has: half of the widest tile where less of it is empty then, or
+    where it would take more registers than there are: for x in float32, or for the addresses of rows that are not
+    aligned to the 16 bytes of a load."""
+    channels, wide = problem.size[3], problem.x_dtype.itemsize > 2
+    if widest >= 128 and (triton.cdiv(channels, widest // 2) % 2 or wide or channels % 8):
+        widest //= 2
+    return min(widest, block(channels))
+
+
 @once_per_shape
 def _plan(problem: Problem) -> _Plan:
     arguments, (batch, height, width, channels) = problem.arguments(), problem.size
     tokens, outputs, stride, features = arguments["tokens"], problem.outputs, problem.stride, problem.features
     tiles = problem.tiles("patch_merge")
+    tiles["BLOCK_N"] = min(tiles["BLOCK_N"], 128)  # registers hold the gradient beside the product
     row_blocks = triton.cdiv(outputs, tiles["BLOCK_N"])
     row_sums = (triton.cdiv(tokens, tiles["BLOCK_M"]) * row_blocks,), arguments | tiles
     tiles = problem.tiles("patch_merge_input")
-    tiles["BLOCK_N"] = min(tiles["BLOCK_N"], block(channels))
+    tiles["BLOCK_N"] = _channel_block(problem, tiles["BLOCK_N"])
     places = triton.cdiv(height + problem.padding[0], stride) * triton.cdiv(width + problem.padding[2], stride)
     blocks = triton.cdiv(batch * places, tiles["BLOCK_M"]) * stride**2 * triton.cdiv(channels, tiles["BLOCK_N"])
     to_input = (blocks,), arguments | tiles | {"ROW_BLOCKS": row_blocks}

@@ -21,6 +21,7 @@ from .patch_merge import (
     Places,
     Problem,
     Sizes,
+    across,
     given_order,
     load_neighbourhoods,
     load_rows,
@@ -79,30 +80,24 @@ def patch_merge_row_sums_kernel(
 @triton.jit
 def gather_slopes(
     places, statistics_pointer, rows_pointer, phase_row, phase_column, sizes,
-    BLOCKS: tl.constexpr, STEPS: tl.constexpr, SHAPE: tl.constexpr,
+    BLOCKS: tl.constexpr, STEPS: tl.constexpr, NEIGHBOURS: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
-    """Of the neighbourhoods that hold tokens [T], with slopes s = rstd^2 <g W' x>: a mean near all of theirs, the sum of
+    """Of the neighbourhoods that hold tokens [T], with slopes s = rstd^2 <g W' x>: the mean of their means, the sum of
     s, and the sum of s times the distance from that mean to theirs."""
-    about = tl.zeros([places.row.shape[0]], dtype=tl.float32)
-    total = tl.zeros_like(about)
-    moved = tl.zeros_like(about)
-    for step in tl.static_range(STEPS * STEPS):
-        down = step // STEPS
-        right = step % STEPS
-        inside = on_map(places, -down, -right, sizes.out_height, sizes.out_width)
-        inside = inside & (phase_row + down * SHAPE.stride < SHAPE.kernel)
-        inside = inside & (phase_column + right * SHAPE.stride < SHAPE.kernel)
-        token = places.index - tl.cast(sizes.out_width, tl.int64) * down - right
-        mean, rstd = load_statistics(statistics_pointer, token, inside, sizes)
-        slope = tl.zeros_like(about)
-        for part in tl.static_range(BLOCKS):
-            slope += tl.load(rows_pointer + tl.cast(sizes.tokens, tl.int64) * part + token, mask=inside, other=0.0)
-        slope *= rstd * rstd
-        if step == 0:
-            about = mean
-        total += slope
-        moved += slope * (about - mean)
-    return about, total, moved
+    neighbour = tl.arange(0, NEIGHBOURS)[None, :]
+    down = neighbour // STEPS
+    right = neighbour % STEPS
+    inside = on_map(across(places), -down, -right, sizes.out_height, sizes.out_width) & (down < STEPS)
+    inside = inside & (phase_row + down * SHAPE.stride < SHAPE.kernel)
+    inside = inside & (phase_column + right * SHAPE.stride < SHAPE.kernel)
+    token = places.index[:, None] - (tl.cast(sizes.out_width, tl.int64) * down + right)  # [T, NEIGHBOURS]
+    mean, rstd = load_statistics(statistics_pointer, token, inside, sizes)
+    slope = tl.zeros_like(rstd)
+    for part in range(BLOCKS):
+        slope += tl.load(rows_pointer + tl.cast(sizes.tokens, tl.int64) * part + token, mask=inside, other=0.0)
+    slope *= rstd * rstd
+    about = tl.sum(mean, 1) / tl.maximum(tl.sum(inside.to(tl.float32), 1), 1.0)
+    return about, tl.sum(slope, 1), tl.sum(slope * (about[:, None] - mean), 1)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -116,7 +111,7 @@ def patch_merge_input_kernel(
     grad_x_pointer,  # [B, H, W, CHANNELS]
     tokens,  # of the output
     height, width, out_height, out_width, top, left,
-    SHAPE: tl.constexpr, ROW_BLOCKS: tl.constexpr,
+    SHAPE: tl.constexpr, ROW_BLOCKS: tl.constexpr, NEIGHBOURS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Each program: BLOCK_N channels of BLOCK_M input tokens of one phase, those that the same positions of
@@ -145,7 +140,7 @@ def patch_merge_input_kernel(
     places = Places(tl.where(real, place_row, out_height + STEPS), place_column,
                     (image * out_height + place_row) * out_width + place_column)  # fmt: skip
     about, total, moved = gather_slopes(
-        places, statistics_pointer, rows_pointer, phase_row, phase_column, sizes, ROW_BLOCKS, STEPS, SHAPE
+        places, statistics_pointer, rows_pointer, phase_row, phase_column, sizes, ROW_BLOCKS, STEPS, NEIGHBOURS, SHAPE
     )  # fmt: skip
     grad_x = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     steps_down = (SHAPE.kernel - phase_row + SHAPE.stride - 1) // SHAPE.stride
@@ -391,7 +386,8 @@ def _plan(problem: Problem) -> _Plan:
     tiles["BLOCK_N"] = _channel_block(problem, tiles["BLOCK_N"])
     places = triton.cdiv(height + problem.padding[0], stride) * triton.cdiv(width + problem.padding[2], stride)
     blocks = triton.cdiv(batch * places, tiles["BLOCK_M"]) * stride**2 * triton.cdiv(channels, tiles["BLOCK_N"])
-    to_input = (blocks,), arguments | tiles | {"ROW_BLOCKS": row_blocks}
+    neighbours = triton.next_power_of_2(triton.cdiv(problem.kernel, stride) ** 2)
+    to_input = (blocks,), arguments | tiles | {"ROW_BLOCKS": row_blocks, "NEIGHBOURS": neighbours}
     tiles = problem.tiles("patch_merge_products")
     blocks = triton.cdiv(features, tiles["BLOCK_K"]) * triton.cdiv(outputs, tiles["BLOCK_N"])
     steps = triton.cdiv(tokens, tiles["BLOCK_M"])

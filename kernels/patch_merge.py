@@ -264,16 +264,16 @@ class Problem(NamedTuple):
         }
 
 
-def fitting_block(size: int, widest: int, least: int) -> int:
-    """How many of `size` a program has: `widest`, or half of that where less of it is empty then, not below `least`."""
-    return widest // 2 if widest >= 2 * least and triton.cdiv(size, widest // 2) % 2 else widest
+def output_block(outputs: int, widest: int) -> int:
+    """Outputs that a program has: `widest`, or half of a tile of 256 where less of it is empty then."""
+    return 128 if widest == 256 and triton.cdiv(outputs, 128) % 2 else widest
 
 
 @once_per_shape
 def _launches(problem: Problem) -> tuple[Launch, Launch]:
     """Launches for what precedes the product, and for the output."""
     arguments = problem.arguments() | problem.tiles("patch_merge")
-    arguments["BLOCK_N"] = fitting_block(problem.outputs, arguments["BLOCK_N"], 128)
+    arguments["BLOCK_N"] = output_block(problem.outputs, arguments["BLOCK_N"])
     blocks = triton.cdiv(arguments["tokens"], arguments["BLOCK_M"]) * triton.cdiv(problem.outputs, arguments["BLOCK_N"])
     return problem.prepare(True), ((blocks,), arguments | {"COLUMNS": triton.next_power_of_2(problem.kernel)})
 

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from .dot import dot, precision
 from .launch import Launch, device_guard
-from .patch_merge import Problem, fitting_block, prepare
+from .patch_merge import Problem, prepare
 from .patch_merge_parameters import parameter_gradients
 from .patch_merge_tiles import (
     SIZES,
@@ -184,7 +184,7 @@ def _plan(problem: Problem) -> _Plan:
     row_blocks = triton.cdiv(outputs, tiles["BLOCK_N"])
     row_sums = (triton.cdiv(tokens, tiles["BLOCK_M"]) * row_blocks,), arguments | tiles
     tiles = problem.tiles("patch_merge_input")
-    tiles["BLOCK_N"] = min(fitting_block(channels, tiles["BLOCK_N"], 64), block(channels))
+    tiles["BLOCK_N"] = min(tiles["BLOCK_N"], block(channels))
     places = triton.cdiv(height + problem.padding[0], stride) * triton.cdiv(width + problem.padding[2], stride)
     blocks = triton.cdiv(batch * places, tiles["BLOCK_M"]) * stride**2 * triton.cdiv(channels, tiles["BLOCK_N"])
     neighbours = triton.next_power_of_2(triton.cdiv(problem.kernel, stride) ** 2)

@@ -199,7 +199,7 @@ def test_compiled(channels, outputs, kernel, dtype, capability):
     case = (16, 16, channels, outputs, kernel, 2, "unfold", True, True)
     given, gradient = operands(case, dtype, torch.device("cpu")), torch.zeros(2, 8, 8, outputs, dtype=dtype)
     launches = launches_of(lambda: both_ways(given, case, None, gradient), capability)
-    assert len(launches) == 7
+    assert len({launch.name for launch in launches}) == 6
     for launch in launches:
         report = launch.compile(capability)
         assert report.shared_bytes <= (99 if capability == 80 else 227) * 1024, report  # of the smallest GPUs

@@ -250,8 +250,8 @@ class Loop:
 
 
 def inner_loop(body: list[Instruction]) -> Loop:
-    """The innermost loop with the most MUFU (exponentials), then the most instructions of interest: all but
-    "other" and "local".
+    """The innermost loop with the most MUFU (exponentials), then one that loads ahead (what cannot is for rare inputs,
+    where there are both), then the most instructions of interest: all but "other" and "local".
 
     A loop is a branch back to an instruction that every way to the branch passes, with all that lies on ways between
     them; loops that only wait, without anything of interest, belong to the one around them. Both sides of a condition
@@ -263,8 +263,10 @@ def inner_loop(body: list[Instruction]) -> Loop:
     def interest(parts: frozenset[int]) -> int:
         return sum(count for part in parts for name, count in mixes[part].items() if name not in ("other", "local"))
 
-    def rank(start: int) -> tuple[int, int]:
-        return sum(mixes[part]["mufu"] for part in loops[start]), interest(loops[start])
+    def rank(start: int) -> tuple[int, bool, int]:
+        inside = [i.name for part in loops[start] for i in blocks[part]]
+        ahead = any(name.startswith(("LDGSTS", "UTMA", "UBLKCP")) for name in inside)
+        return sum(mixes[part]["mufu"] for part in loops[start]), ahead, interest(loops[start])
 
     loops = {start: parts for start, parts in _loops(blocks).items() if interest(parts)}
     innermost = [

@@ -6,9 +6,10 @@ Triton kernels on the shapes of real networks (triton_cases.py), csrc/cuda/*.cu 
 Rows go to a table and to --out, where they replace those of the same kernel, shape, dtype and arch.
 
 The inner loop: of the innermost loops (a branch back to an instruction that every way to it passes) the one with the
-most MUFU, then the most instructions that are not "other"; both sides of a condition count. "issue": picoseconds per
-score or byte on the whole GPU if its schedulers did nothing but issue that loop; tails and what is outside of the loop
-come on top. "exp", "tensor" and "memory": what the score or byte takes at least (rooflines.py has rates and sources).
+most MUFU, then one that copies ahead, then the most instructions that are not "other"; both sides of a condition
+count. "issue": picoseconds per score or byte on the whole GPU if its schedulers did nothing but issue that loop; tails
+and what is outside of the loop come on top. "exp", "tensor" and "memory": what the score or byte takes at least
+(rooflines.py has rates and sources).
 
 The exit code is 1 if a kernel spills registers on sm_90, 2 if there is nothing to compile with.
 """

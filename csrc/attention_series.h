@@ -74,16 +74,12 @@ ASVIT_FAST_HOST_DEVICE inline void rescale_state(SoftmaxState<orders, V>& state,
   const V sum = decay * total[0] + weights;
   const V inverse = T(1) / (sum > tiny ? sum : sum + tiny);
   V shift[orders + 1] = {};
-  if constexpr (orders >= 1) {
-    const V mean = (decay * (total[1] + reference[1] * total[0]) + first) * inverse;
-    shift[1] = reference[1] - mean;
-    reference[1] = mean;
-  }
-  if constexpr (orders >= 2) {
-    // the old keys' mean of s[2] is taken to be the old reference: any value near is as good
-    const V mean = (decay * reference[2] * total[0] + second) * inverse;
-    shift[2] = reference[2] - mean;
-    reference[2] = mean;
+  const V sums[3] = {weights, first, second};
+  for (int order = 1; order <= orders; ++order) {
+    // the old keys' mean is taken to be the old reference, which it is but for rounding: any value near is as good
+    const V mean = (decay * reference[order] * total[0] + sums[order]) * inverse;
+    shift[order] = reference[order] - mean;
+    reference[order] = mean;
   }
   exp_series<T, orders>(shift, decay);
   for (int order = 0; order <= orders; ++order) factor[order] = shift[order];

@@ -25,13 +25,14 @@ constexpr int kWarp = 32;
 // How a kernel for heads of at most `dim` components shares out its work and memory.
 template <int orders, int dim>
 struct TensorLayout {
-  static constexpr int kDims = dim / kTile;
-  static constexpr bool kSplit = dim <= 16;  // in shared memory already: high and low parts are twice the bytes
-  static constexpr int kBytes = (kSplit ? 2 : 1) * (orders + 1) * dim * static_cast<int>(sizeof(float));  // of a token
-  static constexpr int kWarps = 4 * 2 * kTile * kBytes <= 24 * 1024 ? 4 : 2;  // of a block, at most
+  static constexpr int kNumbers = (orders + 1) * dim;  // of a token's query, key or value
+  // In shared memory already: high and low parts are twice the bytes. A query is split by one warp only, for all keys.
+  static constexpr bool kSplitQueries = dim <= 8, kSplitKeys = dim <= 16;
+  static constexpr int kQueryBytes = kNumbers * (kSplitQueries ? 8 : 4), kKeyBytes = kNumbers * (kSplitKeys ? 16 : 8);
+  static constexpr int kWarps = 4 * 2 * kTile * kQueryBytes <= 24 * 1024 ? 4 : 2;  // of a block, at most
   static constexpr int kQueries = 2 * kTile * kWarps;
-  static constexpr int kFit = (46 * 1024 - kQueries * kBytes) / (2 * kBytes);  // keys, beside the queries
-  static constexpr int kStep = kFit >= 2 * kTile ? 2 : 1;  // tiles of keys at a time
+  static constexpr int kFit = (46 * 1024 - kQueries * kQueryBytes) / kKeyBytes;  // keys, beside the queries
+  static constexpr int kStep = kFit >= 2 * kTile ? 2 : 1;                        // tiles of keys at a time
   static constexpr int kKeys = kFit >= 64 ? 64 : kFit / (kStep * kTile) * (kStep * kTile);
 };
 
@@ -83,11 +84,14 @@ struct alignas(sizeof(float) * count * (is_split ? 2 : 1)) Stored {
 template <int orders, int dim>
 struct TensorTile {
   using Layout = TensorLayout<orders, dim>;
-  Stored<4, Layout::kSplit> queries[Layout::kWarps][Layout::kDims][orders + 1][kWarp];
-  Stored<2, Layout::kSplit> keys[Layout::kKeys / kTile][Layout::kDims][orders + 1][kWarp];
-  Stored<2, Layout::kSplit> values[Layout::kKeys / kTile][Layout::kDims][orders + 1][kWarp];
+  Stored<4, Layout::kSplitQueries> queries[Layout::kWarps][dim / kTile][orders + 1][kWarp];
+  Stored<2, Layout::kSplitKeys> keys[Layout::kKeys / kTile][dim / kTile][orders + 1][kWarp];
+  Stored<2, Layout::kSplitKeys> values[Layout::kKeys / kTile][dim / kTile][orders + 1][kWarp];
   int64_t key_offsets[Layout::kKeys], value_offsets[Layout::kKeys];
-  uint32_t places[Layout::kKeys];  // only a bias asks for them, which has the square of their number
+  // What little is used between the products lies here, too: registers are for these.
+  AttentionWindow window;
+  const float* bias[Layout::kQueries];  // of each query
+  uint32_t places[Layout::kKeys];       // only a bias asks for them, which has the square of their number
 };
 
 // A thread's place in its warp, as multiply_tf32 numbers them.
@@ -105,17 +109,20 @@ __device__ inline float coefficient_at(const AttentionOperand<float>& operand, i
   return coefficient(order, operand.data[offset + order * strides.order + component * strides.component]);
 }
 
-// The warp's queries `first` and following; each lane reads back only what it wrote.
+// The warp's queries `first` and following. Every lane reads back only what it wrote.
 template <int orders, int dim>
-__device__ void load_queries(const WindowAttentionTaylor<float>& problem, const AttentionWindow& window, int first,
-                             Stored<4, TensorLayout<orders, dim>::kSplit> (&queries)[dim / kTile][orders + 1][kWarp]) {
+__device__ void load_queries(const WindowAttentionTaylor<float>& problem, int first, TensorTile<orders, dim>& shared) {
   const Lane lane;
-  const int tokens = static_cast<int>(window.tokens());
+  const AttentionWindow& window = shared.window;
+  const int tokens = static_cast<int>(window.tokens()), warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int64_t all = problem.rows.window * problem.columns.window;  // tokens of a whole window
   int64_t offsets[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int token = first + kTile * i + lane.row;
-    offsets[i] = token_offset(window, problem.q.strides, token < tokens ? token : 0);
+    const int row = kTile * i + lane.row, token = first + row < tokens ? first + row : 0;
+    offsets[i] = token_offset(window, problem.q.strides, token);
+    const int64_t place = token_in_window(window, problem.columns.window, token);
+    if (problem.bias) shared.bias[2 * kTile * warp + row] = problem.bias + (window.head * all + place) * all;
   }
   for (int tile = 0; tile < dim / kTile; ++tile) {
 #pragma unroll
@@ -127,15 +134,16 @@ __device__ void load_queries(const WindowAttentionTaylor<float>& problem, const 
         const bool valid = token < tokens && component < problem.head_dim;
         x[i] = problem.scale * coefficient_at(problem.q, offsets[i % 2], order, component, valid);
       }
-      queries[tile][order][lane.index].set(x);
+      shared.queries[warp][tile][order][lane.index].set(x);
     }
   }
 }
 
 // Keys first <= i < first + count of the window and their values; zeros up to a whole tile of 8.
 template <int orders, int dim>
-__device__ void load_keys(const WindowAttentionTaylor<float>& problem, const AttentionWindow& window, int first,
-                          int count, TensorTile<orders, dim>& shared) {
+__device__ void load_keys(const WindowAttentionTaylor<float>& problem, int first, int count,
+                          TensorTile<orders, dim>& shared) {
+  const AttentionWindow& window = shared.window;
   for (int key = static_cast<int>(threadIdx.x); key < count; key += static_cast<int>(blockDim.x)) {
     shared.key_offsets[key] = token_offset(window, problem.k.strides, first + key);
     shared.value_offsets[key] = token_offset(window, problem.v.strides, first + key);
@@ -190,20 +198,21 @@ template <int orders, int dim>
 struct QueryTile {
   SoftmaxState<orders, float> states[2];
   float sums[dim / kTile][4][orders + 1];
-  const float* bias[2];  // of these queries, or null
 };
 
 // `tiles` tiles of keys from key `first` of the block's; of those that are not `whole`, keys from `count` on are none.
 template <int orders, int dim, int tiles, bool whole>
-__device__ void attend_to(const TensorTile<orders, dim>& shared, int first, int count, QueryTile<orders, dim>& query) {
+__device__ void attend_to(const TensorTile<orders, dim>& shared, bool biased, int first, int count,
+                          QueryTile<orders, dim>& query) {
   const Lane lane;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
   float scores[2][2 * tiles][orders + 1];  // [row][key]
 #pragma unroll
   for (int component = 0; component < dim / kTile; ++component) {
     Split<4> q[orders + 1];
 #pragma unroll
     for (int order = 0; order <= orders; ++order)
-      q[order] = shared.queries[threadIdx.x / kWarp][component][order][lane.index].get();
+      q[order] = shared.queries[warp][component][order][lane.index].get();
 #pragma unroll
     for (int tile = 0; tile < tiles; ++tile) {
       Split<2> k[orders + 1];
@@ -222,13 +231,14 @@ __device__ void attend_to(const TensorTile<orders, dim>& shared, int first, int 
       }
     }
   }
-  if (query.bias[0]) {
+  if (biased) {
+    const float *above = shared.bias[2 * kTile * warp + lane.row], *below = shared.bias[2 * kTile * warp + kTile + lane.row];
 #pragma unroll
     for (int i = 0; i < 2 * tiles; ++i) {
       const int key = first + kTile * (i / 2) + 2 * lane.column + i % 2;
       const uint32_t place = whole || key < count ? shared.places[key] : 0;
-      scores[0][i][0] += query.bias[0][place];
-      scores[1][i][0] += query.bias[1][place];
+      scores[0][i][0] += above[place];
+      scores[1][i][0] += below[place];
     }
   }
   if constexpr (!whole) {
@@ -310,33 +320,29 @@ __global__ void __launch_bounds__(TensorLayout<orders, dim>::kWarps* kWarp, 12 /
   using Layout = TensorLayout<orders, dim>;
   __shared__ TensorTile<orders, dim> shared;
 
-  const AttentionWindow window = window_at(problem, blockIdx.x / blocks_per_window);
-  const int tokens = static_cast<int>(window.tokens());
+  if (threadIdx.x == 0) shared.window = window_at(problem, blockIdx.x / blocks_per_window);
+  __syncthreads();
+  const int tokens = static_cast<int>(shared.window.tokens());
   const int block = static_cast<int>(blockIdx.x % blocks_per_window) * static_cast<int>(blockDim.x) / 2;
   if (block >= tokens) return;  // the whole block: this window is cut off by the edge of the map
-  const int warp = static_cast<int>(threadIdx.x) / kWarp, first = block + 2 * kTile * warp;
-  load_queries<orders, dim>(problem, window, first, shared.queries[warp]);
-
+  const int first = block + static_cast<int>(threadIdx.x) / kWarp * 2 * kTile;
+  load_queries(problem, first, shared);
   QueryTile<orders, dim> query = {};
-  const int64_t all = problem.rows.window * problem.columns.window;  // tokens of a whole window
-#pragma unroll
-  for (int row = 0; row < 2; ++row) {
-    query.states[row].reference[0] = kLowest<float>;
-    const int token = first + kTile * row + Lane().row;
-    const int64_t place = token_in_window(window, problem.columns.window, token < tokens ? token : 0);
-    query.bias[row] = problem.bias ? problem.bias + (window.head * all + place) * all : nullptr;
-  }
+  for (SoftmaxState<orders, float>& state : query.states) state.reference[0] = kLowest<float>;
   for (int key = 0; key < tokens; key += Layout::kKeys) {
     const int count = tokens - key < Layout::kKeys ? tokens - key : Layout::kKeys;
     if (key > 0) __syncthreads();  // all threads are done with the tile before
-    load_keys(problem, window, key, count, shared);
+    load_keys(problem, key, count, shared);
     if (first >= tokens) continue;
+    const bool biased = problem.bias != nullptr;
     int i = 0;
+#pragma unroll 1
     for (; i + Layout::kStep * kTile <= count; i += Layout::kStep * kTile)
-      attend_to<orders, dim, Layout::kStep, true>(shared, i, count, query);
-    for (; i < count; i += kTile) attend_to<orders, dim, 1, false>(shared, i, count, query);
+      attend_to<orders, dim, Layout::kStep, true>(shared, biased, i, count, query);
+#pragma unroll 1
+    for (; i < count; i += kTile) attend_to<orders, dim, 1, false>(shared, biased, i, count, query);
   }
-  if (first < tokens) store_output(problem, window, first, query);
+  if (first < tokens) store_output(problem, shared.window, first, query);
 }
 
 template <int orders, int dim>

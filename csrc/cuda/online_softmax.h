@@ -20,6 +20,9 @@ __device__ inline double exponential(double x) { return exp(x); }
 // One instruction after the product: a weight's error of |x| 2^-24 is at most 2^-25 of the largest weight.
 __device__ inline float exponential(float x) { return exp2_approximate(1.4426950408889634f * x); }
 
+__device__ inline double reciprocal(double x) { return 1.0 / x; }
+__device__ inline float reciprocal(float x) { return reciprocal_approximate(x); }
+
 // Scores of a row, shared by `lanes` neighbouring lanes, to weights; `factor` is what earlier sums are to be multiplied
 // with. The reference is the same in all lanes. Each lane's total counts its own keys; so that totals of all lanes add
 // up after they were rescaled, what every lane knows of all keys goes into it as its share.
@@ -50,7 +53,8 @@ __device__ void online_softmax_step(T (&scores)[keys][orders + 1], SoftmaxState<
     for (int lane = 1; lane < lanes; lane *= 2) sums[order] += __shfl_xor_sync(0xffffffffu, sums[order], lane);
     sums[order] *= T(1) / lanes;
   }
-  rescale_state<T, orders>(state, exponential(before - maximum), sums[0], sums[1], sums[2], factor);
+  const T decay = exponential(before - maximum);
+  rescale_state<T, orders>(state, decay, reciprocal(next_total<T>(state, decay, sums[0])), sums[1], sums[2], factor);
   state.total[0] += sums[0];
 #pragma unroll
   for (int i = 0; i < keys; ++i) {

@@ -13,6 +13,13 @@ __device__ inline float exp2_approximate(float x) {
   return y;
 }
 
+// 1 / x with an error of at most one in the last place; for |x| above 2^126 it is 0.
+__device__ inline float reciprocal_approximate(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // c [16, 8] += a [16, 8] b [8, 8] in TF32 by the 32 threads of a warp. The thread 4 row + column, column < 4, has
 //   of a  (row, column), (row + 8, column), (row, column + 4), (row + 8, column + 4),
 //   of b  (column, row), (column + 4, row),

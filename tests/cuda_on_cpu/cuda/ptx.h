@@ -10,6 +10,7 @@ namespace asvit_fast {
 namespace {
 
 inline float exp2_approximate(float x) { return std::exp2(x); }
+inline float reciprocal_approximate(float x) { return 1.0f / x; }
 
 // What is beyond `bits` significant bits of a number of the size of `largest`, cut off.
 inline double truncate(double x, double largest, int bits) {

@@ -30,9 +30,11 @@ struct TensorLayout {
   static constexpr bool kSplitQueries = dim <= 8, kSplitKeys = dim <= 16;
   static constexpr int kQueryBytes = kNumbers * (kSplitQueries ? 8 : 4), kKeyBytes = kNumbers * (kSplitKeys ? 16 : 8);
   static constexpr int kWarps = 4 * 2 * kTile * kQueryBytes <= 24 * 1024 ? 4 : 2;  // of a block, at most
+  static constexpr int kBlocks = (kNumbers > 144 ? 8 : orders > 0 ? 12 : 16) / kWarps;  // of a multiprocessor, at least
   static constexpr int kQueries = 2 * kTile * kWarps;
-  static constexpr int kFit = (46 * 1024 - kQueries * kQueryBytes) / kKeyBytes;  // keys, beside the queries
-  static constexpr int kStep = kFit >= 2 * kTile ? 2 : 1;                        // tiles of keys at a time
+  static constexpr bool kSharedStates = kNumbers >= 128;                                // registers are full of sums
+  static constexpr int kFit = ((kSharedStates ? 44 : 46) * 1024 - kQueries * kQueryBytes) / kKeyBytes;  // keys, beside the queries
+  static constexpr int kStep = kNumbers < 48 || orders == 0 ? 2 : 1;             // tiles of keys at a time, in registers
   static constexpr int kKeys = kFit >= 64 ? 64 : kFit / (kStep * kTile) * (kStep * kTile);
 };
 
@@ -88,10 +90,16 @@ struct TensorTile {
   Stored<2, Layout::kSplitKeys> keys[Layout::kKeys / kTile][dim / kTile][orders + 1][kWarp];
   Stored<2, Layout::kSplitKeys> values[Layout::kKeys / kTile][dim / kTile][orders + 1][kWarp];
   int64_t key_offsets[Layout::kKeys], value_offsets[Layout::kKeys];
-  // What little is used between the products lies here, too: registers are for these.
+  // What is used between products only lies here, too: registers are for products.
+  SoftmaxState<orders, float> states[Layout::kSharedStates ? Layout::kWarps * kWarp : 1][2];  // of a thread's rows
   AttentionWindow window;
+  int first;                            // query of the block
   const float* bias[Layout::kQueries];  // of each query
   uint32_t places[Layout::kKeys];       // only a bias asks for them, which has the square of their number
+
+  // Of the warp's queries.
+  __device__ int first_query() const { return first + static_cast<int>(threadIdx.x) / kWarp * 2 * kTile; }
+  __device__ bool has_queries() const { return first_query() < window.tokens(); }
 };
 
 // A thread's place in its warp, as multiply_tf32 numbers them.
@@ -109,12 +117,13 @@ __device__ inline float coefficient_at(const AttentionOperand<float>& operand, i
   return coefficient(order, operand.data[offset + order * strides.order + component * strides.component]);
 }
 
-// The warp's queries `first` and following. Every lane reads back only what it wrote.
+// The warp's queries. Every lane reads back only what it wrote.
 template <int orders, int dim>
-__device__ void load_queries(const WindowAttentionTaylor<float>& problem, int first, TensorTile<orders, dim>& shared) {
+__device__ void load_queries(const WindowAttentionTaylor<float>& problem, TensorTile<orders, dim>& shared) {
   const Lane lane;
   const AttentionWindow& window = shared.window;
-  const int tokens = static_cast<int>(window.tokens()), warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int tokens = static_cast<int>(window.tokens()), first = shared.first_query();
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int64_t all = problem.rows.window * problem.columns.window;  // tokens of a whole window
   int64_t offsets[2];
 #pragma unroll
@@ -193,22 +202,22 @@ __device__ void multiply_tiles(const Split<4> (&a)[orders + 1], const Split<2> (
   }
 }
 
-// What a warp knows of its queries; a lane has the rows `row`, `row` + 8.
+// What a lane knows of its two rows of queries.
+template <int orders>
+using RowStates = SoftmaxState<orders, float>[2];
 template <int orders, int dim>
-struct QueryTile {
-  SoftmaxState<orders, float> states[2];
-  float sums[dim / kTile][4][orders + 1];
-};
+using Sums = float[dim / kTile][4][orders + 1];  // as multiply_tf32 has them
 
 // `tiles` tiles of keys from key `first` of the block's; of those that are not `whole`, keys from `count` on are none.
 template <int orders, int dim, int tiles, bool whole>
 __device__ void attend_to(const TensorTile<orders, dim>& shared, bool biased, int first, int count,
-                          QueryTile<orders, dim>& query) {
+                          RowStates<orders>& states, Sums<orders, dim>& sums) {
   const Lane lane;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   float scores[2][2 * tiles][orders + 1];  // [row][key]
 #pragma unroll
   for (int component = 0; component < dim / kTile; ++component) {
+    if (TensorLayout<orders, dim>::kNumbers >= 48) __syncwarp();  // else compilers keep all queries in registers
     Split<4> q[orders + 1];
 #pragma unroll
     for (int order = 0; order <= orders; ++order)
@@ -249,7 +258,7 @@ __device__ void attend_to(const TensorTile<orders, dim>& shared, bool biased, in
   float factors[2][orders + 1];
 #pragma unroll
   for (int row = 0; row < 2; ++row)
-    online_softmax_step<float, orders, 2 * tiles, 4>(scores[row], query.states[row], factors[row]);
+    online_softmax_step<float, orders, 2 * tiles, 4>(scores[row], states[row], factors[row]);
 #pragma unroll
   for (int tile = 0; tile < tiles; ++tile) {
     Split<4> p[orders + 1];
@@ -268,17 +277,17 @@ __device__ void attend_to(const TensorTile<orders, dim>& shared, bool biased, in
       multiply_tiles<orders, false>(p, v, product);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        float* sums = query.sums[component][i];
+        float* series = sums[component][i];
 #pragma unroll
         for (int order = orders; order >= 0; --order) {
           float sum = product[order][i];
           if (tile > 0) {
-            sum += sums[order];
+            sum += series[order];
           } else {
 #pragma unroll
-            for (int j = 0; j <= order; ++j) sum += sums[j] * factors[i / 2][order - j];
+            for (int j = 0; j <= order; ++j) sum += series[j] * factors[i / 2][order - j];
           }
-          sums[order] = sum;
+          series[order] = sum;
         }
       }
     }
@@ -286,18 +295,19 @@ __device__ void attend_to(const TensorTile<orders, dim>& shared, bool biased, in
 }
 
 template <int orders, int dim>
-__device__ void store_output(const WindowAttentionTaylor<float>& problem, const AttentionWindow& window, int first,
-                             QueryTile<orders, dim>& query) {
+__device__ void store_output(const WindowAttentionTaylor<float>& problem, const TensorTile<orders, dim>& shared,
+                             RowStates<orders>& states, Sums<orders, dim>& sums) {
   const Lane lane;
+  const AttentionWindow& window = shared.window;
   const AttentionStrides strides = output_strides(problem);
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    float* total = query.states[row].total;
+    float* total = states[row].total;
 #pragma unroll
     for (int order = 0; order <= orders; ++order)
 #pragma unroll
       for (int lanes = 1; lanes < 4; lanes *= 2) total[order] += __shfl_xor_sync(0xffffffffu, total[order], lanes);
-    const int token = first + kTile * row + lane.row;
+    const int token = shared.first_query() + kTile * row + lane.row;
     if (token >= window.tokens()) continue;
     float* to = problem.output + token_offset(window, strides, token);
     const float inverse = 1.0f / total[0];
@@ -305,7 +315,7 @@ __device__ void store_output(const WindowAttentionTaylor<float>& problem, const 
     for (int i = 0; i < dim / kTile * 2; ++i) {
       const int component = i / 2 * kTile + 2 * lane.column + i % 2;
       if (component >= problem.head_dim) continue;
-      float* y = query.sums[i / 2][2 * row + i % 2];
+      float* y = sums[i / 2][2 * row + i % 2];
       divide_series<orders>(y, total, inverse);
 #pragma unroll
       for (int order = 0; order <= orders; ++order)
@@ -315,34 +325,38 @@ __device__ void store_output(const WindowAttentionTaylor<float>& problem, const 
 }
 
 template <int orders, int dim>
-__global__ void __launch_bounds__(TensorLayout<orders, dim>::kWarps* kWarp, 12 / TensorLayout<orders, dim>::kWarps)
+__global__ void __launch_bounds__(TensorLayout<orders, dim>::kWarps* kWarp, TensorLayout<orders, dim>::kBlocks)
     window_attention_taylor_tensor_kernel(const WindowAttentionTaylor<float> problem, unsigned blocks_per_window) {
   using Layout = TensorLayout<orders, dim>;
   __shared__ TensorTile<orders, dim> shared;
 
-  if (threadIdx.x == 0) shared.window = window_at(problem, blockIdx.x / blocks_per_window);
+  if (threadIdx.x == 0) {
+    shared.window = window_at(problem, blockIdx.x / blocks_per_window);
+    shared.first = static_cast<int>(blockIdx.x % blocks_per_window * blockDim.x / 2);
+  }
   __syncthreads();
-  const int tokens = static_cast<int>(shared.window.tokens());
-  const int block = static_cast<int>(blockIdx.x % blocks_per_window) * static_cast<int>(blockDim.x) / 2;
-  if (block >= tokens) return;  // the whole block: this window is cut off by the edge of the map
-  const int first = block + static_cast<int>(threadIdx.x) / kWarp * 2 * kTile;
-  load_queries(problem, first, shared);
-  QueryTile<orders, dim> query = {};
-  for (SoftmaxState<orders, float>& state : query.states) state.reference[0] = kLowest<float>;
-  for (int key = 0; key < tokens; key += Layout::kKeys) {
-    const int count = tokens - key < Layout::kKeys ? tokens - key : Layout::kKeys;
+  if (shared.first >= shared.window.tokens()) return;  // the whole block: the edge of the map cuts this window off
+  load_queries(problem, shared);
+  Sums<orders, dim> sums = {};
+  RowStates<orders> own;
+  RowStates<orders>& states = Layout::kSharedStates ? shared.states[threadIdx.x] : own;
+  for (SoftmaxState<orders, float>& state : states) state = {{kLowest<float>}, {}};
+  for (int key = 0; key < shared.window.tokens(); key += Layout::kKeys) {
+    const int rest = static_cast<int>(shared.window.tokens()) - key, count = rest < Layout::kKeys ? rest : Layout::kKeys;
     if (key > 0) __syncthreads();  // all threads are done with the tile before
     load_keys(problem, key, count, shared);
-    if (first >= tokens) continue;
+    if (!shared.has_queries()) continue;
     const bool biased = problem.bias != nullptr;
     int i = 0;
+    if constexpr (Layout::kStep > 1) {
 #pragma unroll 1
-    for (; i + Layout::kStep * kTile <= count; i += Layout::kStep * kTile)
-      attend_to<orders, dim, Layout::kStep, true>(shared, biased, i, count, query);
+      for (; i + Layout::kStep * kTile <= count; i += Layout::kStep * kTile)
+        attend_to<orders, dim, Layout::kStep, true>(shared, biased, i, count, states, sums);
+    }
 #pragma unroll 1
-    for (; i < count; i += kTile) attend_to<orders, dim, 1, false>(shared, biased, i, count, query);
+    for (; i < count; i += kTile) attend_to<orders, dim, 1, false>(shared, biased, i, count, states, sums);
   }
-  if (first < tokens) store_output(problem, shared.window, first, query);
+  if (shared.has_queries()) store_output(problem, shared, states, sums);
 }
 
 template <int orders, int dim>

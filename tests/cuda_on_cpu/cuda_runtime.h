@@ -134,6 +134,8 @@ using cuda_on_cpu::blockDim, cuda_on_cpu::blockIdx, cuda_on_cpu::threadIdx;
 
 inline void __syncthreads() { cuda_on_cpu::wait(cuda_on_cpu::block.all); }
 
+inline void __syncwarp() { cuda_on_cpu::wait(cuda_on_cpu::block.warps[threadIdx.x / cuda_on_cpu::kWarp]); }
+
 // use(others), where others(lane) is what each lane of the warp has given as `mine`.
 template <typename T, typename Use>
 auto with_warp(const T& mine, Use use) {

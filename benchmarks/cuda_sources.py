@@ -22,9 +22,7 @@ PTXAS = re.compile(
 )
 Compiled = tuple[KernelReport, list[Instruction]]
 TENSOR_KERNEL = re.compile(r"window_attention_taylor_tensor_kernel<(\d), (\d+)>")  # orders, dim
-SCALAR_KERNEL = re.compile(
-    r"window_attention_taylor_kernel<float, (\d), (\d+), (\d+)>"
-)  # orders, width, lanes of a query
+SCALAR_KERNEL = re.compile(r"window_attention_taylor_kernel<float, \d, (\d+), (\d+)>")  # width, lanes of a query
 
 
 def find_nvcc() -> str | None:
@@ -77,7 +75,7 @@ def work_of(report: KernelReport, loop: Loop) -> Work:
         if tiles := loop.mix["tensor"] // tile:
             return Work("score", 16.0 * 8 * tiles * report.warps, exponentials=1.0, operations=2.0 * 6 * pairs * dim)
     elif (scalar := SCALAR_KERNEL.fullmatch(report.name)) and loop.mix["mufu"]:
-        width, lanes = int(scalar[2]), int(scalar[3])
+        width, lanes = int(scalar[1]), int(scalar[2])
         keys = 8 if width * lanes <= 128 else 4
         return Work("score", 32.0 / lanes * keys * report.warps, exponentials=1.0)
     return Work("byte", 0.0)

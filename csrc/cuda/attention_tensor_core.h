@@ -1,12 +1,13 @@
 // window_attention_taylor in float32 on tensor cores, for head_dim up to 64.
 //
-// A warp has 16 queries, and walks through the keys of their window in tiles in shared memory, 16 keys at a time: the
-// scores of an order are one product whose inner dimension is the components of all pairs of orders,
+// A warp has 16 queries, and walks through the keys of their window in tiles in shared memory, 8 or 16 keys at a time.
+// The scores of an order are one product whose inner dimension is the components of all pairs of orders,
 //   s[2] = [q[0] q[1] q[2]] [k[2] k[1] k[0]]^T, and so are the sums y[2] = [p[0] p[1] p[2]] [v[2] v[1] v[0]].
 //
-// Precision: x = high + low, both with the 11 bits of TF32, is x but for 2^-23 |x|; of the four products low low, at
-// most 2^-22 of the whole, is left out. Tensor cores truncate sums: small products come first, and a product is
-// over 8 components (or keys) of each order only, from zero; float32 additions, which round, do the rest.
+// Precision: x = high + low, both with the 11 bits of TF32, but for 2^-23 |x|; of the four products low low, at most
+// 2^-22 of the whole, is left out where no exponential follows. Tensor cores truncate sums: small products come first,
+// and a product is over 8 components or keys of each order, from zero; float32 additions, which round, do the rest.
+// What is not finite in q, k or v makes NaN.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -29,12 +30,13 @@ struct TensorLayout {
   // In shared memory already: high and low parts are twice the bytes. A query is split by one warp only, for all keys.
   static constexpr bool kSplitQueries = dim <= 8, kSplitKeys = dim <= 16;
   static constexpr int kQueryBytes = kNumbers * (kSplitQueries ? 8 : 4), kKeyBytes = kNumbers * (kSplitKeys ? 16 : 8);
-  static constexpr int kWarps = 4 * 2 * kTile * kQueryBytes <= 24 * 1024 ? 4 : 2;  // of a block, at most
+  static constexpr int kWarps = 4 * 2 * kTile * kQueryBytes <= 24 * 1024 ? 4 : 2;       // of a block, at most
   static constexpr int kBlocks = (kNumbers > 144 ? 8 : orders > 0 ? 12 : 16) / kWarps;  // of a multiprocessor, at least
   static constexpr int kQueries = 2 * kTile * kWarps;
-  static constexpr bool kSharedStates = kNumbers >= 128;                                // registers are full of sums
-  static constexpr int kFit = ((kSharedStates ? 44 : 46) * 1024 - kQueries * kQueryBytes) / kKeyBytes;  // keys, beside the queries
-  static constexpr int kStep = kNumbers < 48 || orders == 0 ? 2 : 1;             // tiles of keys at a time, in registers
+  static constexpr bool kSharedStates = kNumbers >= 128;  // where sums fill the registers
+  // Keys that fit beside the queries: a block may have 48 KiB, with states 38, for six. Tiles of keys at a time.
+  static constexpr int kFit = ((kSharedStates ? 37 : 46) * 1024 - kQueries * kQueryBytes) / kKeyBytes;
+  static constexpr int kStep = kNumbers < 48 || orders == 0 ? 2 : 1;
   static constexpr int kKeys = kFit >= 64 ? 64 : kFit / (kStep * kTile) * (kStep * kTile);
 };
 
@@ -131,7 +133,8 @@ __device__ void load_queries(const WindowAttentionTaylor<float>& problem, Tensor
     const int row = kTile * i + lane.row, token = first + row < tokens ? first + row : 0;
     offsets[i] = token_offset(window, problem.q.strides, token);
     const int64_t place = token_in_window(window, problem.columns.window, token);
-    if (problem.bias) shared.bias[2 * kTile * warp + row] = problem.bias + (window.head * all + place) * all;
+    if (problem.bias && lane.column == 0)
+      shared.bias[2 * kTile * warp + row] = problem.bias + (window.head * all + place) * all;
   }
   for (int tile = 0; tile < dim / kTile; ++tile) {
 #pragma unroll
@@ -165,7 +168,8 @@ __device__ void load_keys(const WindowAttentionTaylor<float>& problem, int first
     const int keys = i / (dim / kTile), components = i % (dim / kTile);
     const int key = kTile * keys + lane.row, component = kTile * components + 2 * lane.column;
     const int value = kTile * keys + 2 * lane.column, of_value = kTile * components + lane.row;
-    const bool valid[2] = {key < count && component < problem.head_dim, key < count && component + 1 < problem.head_dim};
+    const bool valid[2] = {key < count && component < problem.head_dim,
+                           key < count && component + 1 < problem.head_dim};
     const bool valid_value[2] = {value < count && of_value < problem.head_dim,
                                  value + 1 < count && of_value < problem.head_dim};
 #pragma unroll
@@ -220,8 +224,7 @@ __device__ void attend_to(const TensorTile<orders, dim>& shared, bool biased, in
     if (TensorLayout<orders, dim>::kNumbers >= 48) __syncwarp();  // else compilers keep all queries in registers
     Split<4> q[orders + 1];
 #pragma unroll
-    for (int order = 0; order <= orders; ++order)
-      q[order] = shared.queries[warp][component][order][lane.index].get();
+    for (int order = 0; order <= orders; ++order) q[order] = shared.queries[warp][component][order][lane.index].get();
 #pragma unroll
     for (int tile = 0; tile < tiles; ++tile) {
       Split<2> k[orders + 1];
@@ -241,7 +244,8 @@ __device__ void attend_to(const TensorTile<orders, dim>& shared, bool biased, in
     }
   }
   if (biased) {
-    const float *above = shared.bias[2 * kTile * warp + lane.row], *below = shared.bias[2 * kTile * warp + kTile + lane.row];
+    const float* const* rows = shared.bias + 2 * kTile * warp + lane.row;
+    const float *above = rows[0], *below = rows[kTile];
 #pragma unroll
     for (int i = 0; i < 2 * tiles; ++i) {
       const int key = first + kTile * (i / 2) + 2 * lane.column + i % 2;
@@ -301,12 +305,14 @@ __device__ void store_output(const WindowAttentionTaylor<float>& problem, const 
   const AttentionWindow& window = shared.window;
   const AttentionStrides strides = output_strides(problem);
 #pragma unroll
+  for (int row = 0; row < 2; ++row)
+#pragma unroll
+    for (float& total : states[row].total)
+#pragma unroll
+      for (int lanes = 1; lanes < 4; lanes *= 2) total += __shfl_xor_sync(0xffffffffu, total, lanes);
+#pragma unroll
   for (int row = 0; row < 2; ++row) {
-    float* total = states[row].total;
-#pragma unroll
-    for (int order = 0; order <= orders; ++order)
-#pragma unroll
-      for (int lanes = 1; lanes < 4; lanes *= 2) total[order] += __shfl_xor_sync(0xffffffffu, total[order], lanes);
+    const float* total = states[row].total;
     const int token = shared.first_query() + kTile * row + lane.row;
     if (token >= window.tokens()) continue;
     float* to = problem.output + token_offset(window, strides, token);
@@ -342,7 +348,8 @@ __global__ void __launch_bounds__(TensorLayout<orders, dim>::kWarps* kWarp, Tens
   RowStates<orders>& states = Layout::kSharedStates ? shared.states[threadIdx.x] : own;
   for (SoftmaxState<orders, float>& state : states) state = {{kLowest<float>}, {}};
   for (int key = 0; key < shared.window.tokens(); key += Layout::kKeys) {
-    const int rest = static_cast<int>(shared.window.tokens()) - key, count = rest < Layout::kKeys ? rest : Layout::kKeys;
+    const int rest = static_cast<int>(shared.window.tokens()) - key;
+    const int count = rest < Layout::kKeys ? rest : Layout::kKeys;
     if (key > 0) __syncthreads();  // all threads are done with the tile before
     load_keys(problem, key, count, shared);
     if (!shared.has_queries()) continue;
@@ -366,8 +373,8 @@ void launch_tensor_kernel(const WindowAttentionTaylor<float>& problem, cudaStrea
   const int64_t blocks_per_window = (tiles + kMostWarps - 1) / kMostWarps;
   const int64_t warps = (tiles + blocks_per_window - 1) / blocks_per_window;
   const auto blocks = static_cast<unsigned>(window_count(problem) * blocks_per_window);  // grid.x: up to 2^31 - 1
-  launch_kernel(window_attention_taylor_tensor_kernel<orders, dim>, blocks, static_cast<unsigned>(warps * kWarp), stream,
-                problem, static_cast<unsigned>(blocks_per_window));
+  launch_kernel(window_attention_taylor_tensor_kernel<orders, dim>, blocks, static_cast<unsigned>(warps * kWarp),
+                stream, problem, static_cast<unsigned>(blocks_per_window));
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
-// CUDA kernel of window_attention_taylor. No torch header: raw pointers and a stream, so that it compiles in seconds.
+// CUDA kernels of window_attention_taylor. No torch header: raw pointers and a stream, so that they compile in seconds.
 //
+// Float32 up to 64 components runs on tensor cores (attention_tensor_core.h). The kernel here is for the rest:
 // A query belongs to `group` neighbouring lanes with `width` components each, whose partial scores meet by shuffles.
 // All queries of a block walk through the keys of their window in tiles in shared memory, kKeys keys at a time in
 // registers: nothing of size tokens x tokens exists.

@@ -20,8 +20,9 @@ inline double truncate(double x, double largest, int bits) {
   return std::trunc(x / unit) * unit;
 }
 
-// c + sum of a b over four products as a tensor core adds (Fasi, Higham, Mikaitis, Pranesh: Numerical behavior of NVIDIA
-// tensor cores, 2021): exact products, all cut off one bit below the last of the largest, and the sum to a float.
+// c + sum of a b over four products as a tensor core adds (Fasi, Higham, Mikaitis, Pranesh: Numerical behavior of
+// NVIDIA tensor cores, 2021): exact products, all cut off one bit below the last of the largest, and the sum to a
+// float.
 inline float add_products(float c, const std::array<double, 4>& products) {
   double largest = std::fabs(c), sum = 0.0;
   for (const double product : products) largest = std::fmax(largest, std::fabs(product));

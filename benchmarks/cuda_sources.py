@@ -1,4 +1,4 @@
-"""Compiles csrc/cuda/*.cu with nvcc for GPUs that need not be there, and reads what each kernel uses."""
+"""Compiles csrc/cuda/*.cu with nvcc for GPUs that need not be there, reads what each kernel uses, counts its work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from kernel_inspection import Instruction, KernelReport, block_threads, disassemble
+from kernel_inspection import Instruction, KernelReport, Loop, block_threads, disassemble
+from rooflines import Work
 
 ROOT = Path(__file__).resolve().parent.parent
 PTXAS = re.compile(
@@ -20,6 +21,8 @@ PTXAS = re.compile(
     re.DOTALL,
 )
 Compiled = tuple[KernelReport, list[Instruction]]
+TENSOR_KERNEL = re.compile(r"window_attention_taylor_tensor_kernel<(\d), (\d+)>")  # orders, dim
+SCALAR_KERNEL = re.compile(r"window_attention_taylor_kernel<float, \d, (\d+), (\d+)>")  # width, lanes of a query
 
 
 def find_nvcc() -> str | None:
@@ -61,6 +64,21 @@ def _report(match: re.Match[str], name: str, arch: int, threads: int) -> KernelR
     spilled = max(int(match["stores"]), int(match["loads"]))
     shared_bytes = int(shared[1]) if shared else 0
     return KernelReport(name, arch, int(match["registers"]), spilled, shared_bytes, -(-threads // 32), b"")
+
+
+def work_of(report: KernelReport, loop: Loop) -> Work:
+    """What a block does per round of its loop: scores where windowed attention loops over keys, else bytes."""
+    if tensor := TENSOR_KERNEL.fullmatch(report.name):
+        orders, dim = int(tensor[1]), int(tensor[2])
+        pairs = (orders + 1) * (orders + 2) // 2
+        tile = dim // 8 * (2 * 3 * pairs + 1)  # instructions for 16 queries and 8 keys: three per pair, and low * low
+        if tiles := loop.mix["tensor"] // tile:
+            return Work("score", 16.0 * 8 * tiles * report.warps, exponentials=1.0, operations=2.0 * 6 * pairs * dim)
+    elif (scalar := SCALAR_KERNEL.fullmatch(report.name)) and loop.mix["mufu"]:
+        width, lanes = int(scalar[1]), int(scalar[2])
+        keys = 8 if width * lanes <= 128 else 4
+        return Work("score", 32.0 / lanes * keys * report.warps, exponentials=1.0)
+    return Work("byte", 0.0)
 
 
 def demangle(names: Iterable[str]) -> list[str]:

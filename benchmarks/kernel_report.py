@@ -79,7 +79,7 @@ def row_of(kernel: str, shape: str, dtype: str, report: KernelReport, body: list
     if not work.units:  # what a round moves is known from its instructions
         moved = loop.global_bytes * report.warps  # nothing where the loop is one over shared memory
         work = Work(work.unit, float(moved), bytes=float(moved > 0))
-    limits = bounds(gpu, loop, report.warps, work, dtype != "fp32")
+    limits = bounds(gpu, loop, report.warps, work, dtype in ("bf16", "fp16"))
     full = occupancy(gpu, report.registers, report.shared_bytes, report.warps) if report.warps else 0.0
     times = limits.issue / limits.roofline if limits.roofline else 0.0
     picoseconds = (limits.issue, limits.pipes, limits.exponential, limits.tensor, limits.memory, times)
@@ -101,9 +101,11 @@ def triton_rows(case: triton_cases.Case) -> list[Row]:
 
 
 def cuda_rows(nvcc: str, source: Path, arch: int) -> list[Row]:
-    """A row for every kernel of a .cu file; the unit is a byte of global memory that the loop names."""
-    compiled = cuda_sources.compile_source(nvcc, source, arch)
-    return [row_of(report.name, source.name, "", report, body, Work("byte", 0.0)) for report, body in compiled]
+    """A row for every kernel of a .cu file; the unit is a score, or a byte of global memory that the loop names."""
+    return [
+        row_of(report.name, source.name, "", report, body, cuda_sources.work_of(report, inner_loop(body)))
+        for report, body in cuda_sources.compile_source(nvcc, source, arch)
+    ]
 
 
 def collect(cases: list[triton_cases.Case], sources: list[tuple[str, Path, int]], jobs: int) -> Iterator[Row]:

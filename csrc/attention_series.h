@@ -62,28 +62,29 @@ struct SoftmaxState {
   V total[orders + 1];
 };
 
-// Rescales the state to a new reference after a look at further keys, whose weights relative to the new maximum r[0]
-// sum up to `weights` and with s[1], s[2] to `first`, `second`; `decay` = exp(old maximum - new maximum). Returns in
-// `factor` what sums relative to the old reference have to be multiplied with; the total already is.
+// Total order 0 of the state after a look at further keys, whose weights relative to the new maximum sum up to
+// `weights`; `decay` = exp(old maximum - new maximum). Never 0.
 template <typename T, int orders, typename V>
-ASVIT_FAST_HOST_DEVICE inline void rescale_state(SoftmaxState<orders, V>& state, V decay, V weights, V first, V second,
-                                                 V* factor) {
+ASVIT_FAST_HOST_DEVICE inline V next_total(const SoftmaxState<orders, V>& state, V decay, V weights) {
   constexpr T tiny = T(1e-30);  // as long as every key had the score -inf, the total is 0
+  const V sum = decay * state.total[0] + weights;
+  return sum > tiny ? sum : sum + tiny;
+}
+
+// Rescales the state to a new reference, given about 1 / next_total; `first` and `second` are the sums of the further
+// keys' weights with s[1], s[2]. Returns in `factor` what sums relative to the old reference have to be multiplied
+// with; the total already is.
+template <typename T, int orders, typename V>
+ASVIT_FAST_HOST_DEVICE inline void rescale_state(SoftmaxState<orders, V>& state, V decay, V inverse, V first, V second,
+                                                 V* factor) {
   V* total = state.total;
   V* reference = state.reference;
-  const V sum = decay * total[0] + weights;
-  const V inverse = T(1) / (sum > tiny ? sum : sum + tiny);
   V shift[orders + 1] = {};
-  if constexpr (orders >= 1) {
-    const V mean = (decay * (total[1] + reference[1] * total[0]) + first) * inverse;
-    shift[1] = reference[1] - mean;
-    reference[1] = mean;
-  }
-  if constexpr (orders >= 2) {
-    // the old keys' mean of s[2] is taken to be the old reference: any value near is as good
-    const V mean = (decay * reference[2] * total[0] + second) * inverse;
-    shift[2] = reference[2] - mean;
-    reference[2] = mean;
+  for (int order = 1; order <= orders; ++order) {
+    // the old keys' mean is taken to be the old reference, which it is but for rounding: any value near is as good
+    const V mean = (decay * reference[order] * total[0] + (order == 1 ? first : second)) * inverse;
+    shift[order] = reference[order] - mean;
+    reference[order] = mean;
   }
   exp_series<T, orders>(shift, decay);
   for (int order = 0; order <= orders; ++order) factor[order] = shift[order];

@@ -177,6 +177,9 @@ ATTENTIONS = [
     (1, 9, 11, 1, 16, (9, 11), (0, 0)),
     (1, 5, 7, 2, 22, (4, 4), (2, 2)),
     (1, 4, 5, 1, 33, (4, 5), (0, 0)),
+    (1, 5, 7, 1, 32, (5, 7), (0, 0)),
+    (1, 4, 9, 1, 45, (4, 7), (1, 3)),
+    (1, 3, 7, 2, 64, (3, 7), (0, 0)),
     (1, 2, 5, 1, 65, (2, 3), (0, 1)),
     (1, 3, 6, 1, 256, (3, 6), (0, 0)),
 ]
@@ -212,16 +215,38 @@ def test_window_attention_offsets_beyond_32_bits(kernels):
 
 
 def test_window_attention_masked_by_the_bias(kernels):
-    """-inf for the first tiles of keys; a query without any key is NaN, as torch's softmax has it."""
+    """-inf for the first tiles of keys; a query without any key is NaN, as torch's softmax has it; the lowest number
+    masks as well, unless every key has it."""
     q, k, v = rows(2, 1, 1, 150, 3, 1, 4, scale=1.0).unbind(4)
     bias = torch.zeros(1, 150, 150)
     bias[:, :75, :130] = float("-inf")
     ours = attention_on_cpu(kernels, [q, k, v], [1, 150], [0, 0], bias, 0.5)
     truth = window_attention_taylor_reference(q.double(), k.double(), v.double(), [1, 150], [0, 0], bias.double(), 0.5)
     torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-5)
+    bias[:, 40, :140] = bias[:, 41] = torch.finfo(torch.float32).min
+    ours = attention_on_cpu(kernels, [q, k, v], [1, 150], [0, 0], bias, 0.5)
+    truth = window_attention_taylor_reference(q.double(), k.double(), v.double(), [1, 150], [0, 0], bias.double(), 0.5)
+    kept = torch.arange(150) != 41  # in float32, the lowest number and a score is the lowest number; not in float64
+    torch.testing.assert_close(ours.double()[:, 0, 0, kept], truth[:, 0, 0, kept], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours[0, 0, 0, 41], v[0, 0, 0, :, 0].mean(0), rtol=1e-5, atol=1e-6)
     bias[:, 3] = float("-inf")
     ours = attention_on_cpu(kernels, [q, k, v], [1, 150], [0, 0], bias, 0.5, finite=False)
     assert torch.equal(ours.isnan().any(-1)[:, 0, 0], (torch.arange(150) == 3).expand(3, -1))
+
+
+@every_order
+@pytest.mark.parametrize("head_dim", [8, 22, 45])
+def test_window_attention_large_scores(kernels, orders, head_dim):
+    """Scores of 30 and more, where a relative error of TF32 would be one of a percent and more in the weights; values
+    and derivatives far from 0, which a row's keys share."""
+    q, k, v = rows(orders, 1, 1, 40, 3, 1, head_dim, scale=1.0).unbind(4)
+    q = q * 12 * head_dim**-0.5
+    v = v + 10.0
+    k = k + torch.tensor([0.0, 3.0, 3.0])[: orders + 1].view(-1, 1, 1, 1, 1, 1)
+    ours = attention_on_cpu(kernels, [q, k, v], [1, 40], [0, 0], None, 1.0)
+    theirs = window_attention_taylor_reference(q, k, v, [1, 40], [0, 0], None, 1.0)
+    truth = window_attention_taylor_reference(q.double(), k.double(), v.double(), [1, 40], [0, 0], None, 1.0)
+    assert_as_exact(ours, theirs, truth, TINY[torch.float32])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -164,6 +164,21 @@ def test_what_ptxas_says():
     assert (plain.registers, plain.spilled_bytes, plain.warps) == (255, 20, 3)
 
 
+def test_scores_of_cuda_kernels():
+    def work(name: str, **mix: int) -> rooflines.Work:
+        report = kernel_inspection.KernelReport(name, 90, 168, 0, 0, 4, b"")
+        return cuda_sources.work_of(report, Loop(0, 16, kernel_inspection.Counter(mix), 0))
+
+    tensor = "window_attention_taylor_tensor_kernel<2, 16>"
+    one_tile = 2 * (2 * 6 * 3 + 1)  # components in two instructions; two products of six pairs of orders, three each
+    assert work(tensor, tensor=one_tile, mufu=8).units == 4 * 16 * 8
+    assert work(tensor, tensor=2 * one_tile, mufu=12).units == 4 * 16 * 16
+    assert work(tensor, tensor=one_tile).operations == 2 * 2 * 3 * 6 * 16
+    assert work("window_attention_taylor_kernel<float, 1, 8, 2>", mufu=10).units == 128 / 2 * 8
+    for name, mix in ((tensor, {"mufu": 3}), ("window_attention_taylor_kernel<float, 1, 8, 2>", {}), ("other<1>", {})):
+        assert work(name, **mix) == rooflines.Work("byte", 0.0)  # a loop that has no scores
+
+
 def test_every_kernel_is_reported(root):
     """A new Triton kernel is started by one of the ops of the table, too."""
     text = "\n".join(path.read_text() for path in (root / "kernels").glob("*.py"))

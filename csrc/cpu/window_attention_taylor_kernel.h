@@ -193,7 +193,8 @@ inline void online_softmax_step(ScoreTile<T, orders>& tile, int64_t keys, Softma
     if constexpr (orders >= 1) first += p * load<T>(tile.rows[key][1]);
     if constexpr (orders >= 2) second += p * load<T>(tile.rows[key][2]);
   }
-  rescale_state<T, orders>(state, exp_negative<T>(before - maximum), weights, first, second, factor);
+  const Vector<T> decay = exp_negative<T>(before - maximum);
+  rescale_state<T, orders>(state, decay, T(1) / next_total<T>(state, decay, weights), first, second, factor);
   state.total[0] += weights;
   if constexpr (orders >= 1) {
     Vector<T> sum[orders + 1] = {};

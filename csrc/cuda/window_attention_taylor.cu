@@ -1,5 +1,6 @@
-// CUDA kernel of window_attention_taylor. No torch header: raw pointers and a stream, so that it compiles in seconds.
+// CUDA kernels of window_attention_taylor. No torch header: raw pointers and a stream, so that they compile in seconds.
 //
+// Float32 up to 64 components runs on tensor cores (attention_tensor_core.h). The kernel here is for the rest:
 // A query belongs to `group` neighbouring lanes with `width` components each, whose partial scores meet by shuffles.
 // All queries of a block walk through the keys of their window in tiles in shared memory, kKeys keys at a time in
 // registers: nothing of size tokens x tokens exists.
@@ -7,7 +8,9 @@
 
 #include "attention_series.h"
 #include "constant.h"
+#include "cuda/attention_tensor_core.h"
 #include "cuda/launch.h"
+#include "cuda/online_softmax.h"
 #include "window_attention_taylor.h"
 
 namespace asvit_fast {
@@ -33,11 +36,6 @@ struct SharedTile {
   alignas(16) T values[kCount][orders + 1][dim];
   int64_t key_offsets[kCount], value_offsets[kCount], places[kCount];
 };
-
-template <typename T>
-__device__ T coefficient(int order, T derivative) {
-  return order == 2 ? T(0.5) * derivative : derivative;
-}
 
 // Keys first <= i < first + count of the window as Taylor coefficients; zeros beyond, and beyond head_dim.
 template <typename T, int orders, int dim>
@@ -84,34 +82,6 @@ __device__ void score(const T (&query)[width][orders + 1], const SharedTile<T, o
 #pragma unroll
       for (int lanes = group / 2; lanes > 0; lanes /= 2)
         scores[i][order] += __shfl_xor_sync(0xffffffffu, scores[i][order], lanes);
-  }
-}
-
-// Scores to weights; `factor` is what earlier sums are to be multiplied with.
-template <typename T, int orders, int keys>
-__device__ void online_softmax_step(T (&scores)[keys][orders + 1], SoftmaxState<orders, T>& state,
-                                    T (&factor)[orders + 1]) {
-  const T before = state.reference[0];
-  T maximum = before;
-#pragma unroll
-  for (int i = 0; i < keys; ++i) maximum = scores[i][0] > maximum ? scores[i][0] : maximum;
-  state.reference[0] = maximum;
-  T weights = T(0), first = T(0), second = T(0);
-#pragma unroll
-  for (int i = 0; i < keys; ++i) {
-    scores[i][0] = exp(scores[i][0] - maximum);
-    weights += scores[i][0];
-    if constexpr (orders >= 1) first += scores[i][0] * scores[i][1];
-    if constexpr (orders >= 2) second += scores[i][0] * scores[i][2];
-  }
-  rescale_state<T, orders>(state, exp(before - maximum), weights, first, second, factor);
-#pragma unroll
-  for (int i = 0; i < keys; ++i) {
-#pragma unroll
-    for (int order = 1; order <= orders; ++order) scores[i][order] -= state.reference[order];
-    exp_series<T, orders>(scores[i], scores[i][0]);
-#pragma unroll
-    for (int order = 0; order <= orders; ++order) state.total[order] += scores[i][order];
   }
 }
 
@@ -162,7 +132,7 @@ __global__ void __launch_bounds__(kMaximumThreads, 1)
         if (bias && i + j < count) weights[j][0] += bias[tile.places[i + j]];
         if (i + j >= count) weights[j][0] = -INFINITY;
       }
-      online_softmax_step(weights, state, factor);
+      online_softmax_step<T, orders, keys, 1>(weights, state, factor);
 #pragma unroll
       for (int c = 0; c < width; ++c) {
         multiply_series<orders>(sums[c], factor);
@@ -200,16 +170,17 @@ void launch(const WindowAttentionTaylor<T>& problem, cudaStream_t stream) {
                 static_cast<unsigned>(blocks_per_window));
 }
 
-// The narrowest layout that holds head_dim.
+// The narrowest kernel that holds head_dim.
 template <typename T, int orders>
 void choose_layout(const WindowAttentionTaylor<T>& problem, cudaStream_t stream) {
   const int64_t dim = problem.head_dim;
-  if constexpr (sizeof(T) == sizeof(float)) {  // float64 is for checking: fewer layouts
-    if (dim <= 4) return launch<T, orders, 4, 1>(problem, stream);
-    if (dim <= 8) return launch<T, orders, 8, 1>(problem, stream);
-    if (dim <= 16) return launch<T, orders, 8, 2>(problem, stream);
-    if (dim <= 32) return launch<T, orders, 8, 4>(problem, stream);
-    if (dim <= 64) return launch<T, orders, 8, 8>(problem, stream);
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (dim <= 8) return launch_tensor_kernel<orders, 8>(problem, stream);
+    if (dim <= 16) return launch_tensor_kernel<orders, 16>(problem, stream);
+    if (dim <= 24) return launch_tensor_kernel<orders, 24>(problem, stream);
+    if (dim <= 32) return launch_tensor_kernel<orders, 32>(problem, stream);
+    if (dim <= 48) return launch_tensor_kernel<orders, 48>(problem, stream);
+    if (dim <= 64) return launch_tensor_kernel<orders, 64>(problem, stream);
   } else if (dim <= 16) {
     return launch<T, orders, 4, 4>(problem, stream);
   }

@@ -49,7 +49,7 @@ struct Block {
   std::function<void()> body;  // of every thread
   std::vector<Thread> threads;
   std::vector<Barrier> warps;
-  std::vector<uint64_t> lanes;  // what each thread gives to the others of its warp
+  std::vector<const void*> shown;  // what each thread shows to the others of its warp
   Barrier all;
   ucontext_t scheduler;
 };
@@ -121,7 +121,7 @@ template <typename Body>
 void run_grid(unsigned blocks, unsigned threads, Body body) {
   block.body = body;
   block.threads.resize(threads);
-  block.lanes.resize(threads);
+  block.shown.resize(threads);
   block.warps.assign(threads / kWarp, Barrier{kWarp});
   block.all = {threads};
   blockDim.x = threads;
@@ -134,13 +134,36 @@ using cuda_on_cpu::blockDim, cuda_on_cpu::blockIdx, cuda_on_cpu::threadIdx;
 
 inline void __syncthreads() { cuda_on_cpu::wait(cuda_on_cpu::block.all); }
 
-template <typename T>
-T __shfl_xor_sync(uint32_t, T value, int lanes) {
+inline void __syncwarp() { cuda_on_cpu::wait(cuda_on_cpu::block.warps[threadIdx.x / cuda_on_cpu::kWarp]); }
+
+// use(others), where others(lane) is what each lane of the warp has given as `mine`.
+template <typename T, typename Use>
+auto with_warp(const T& mine, Use use) {
   using namespace cuda_on_cpu;
   Barrier& warp = block.warps[threadIdx.x / kWarp];
-  std::memcpy(&block.lanes[threadIdx.x], &value, sizeof value);
+  block.shown[threadIdx.x] = &mine;
   wait(warp);
-  std::memcpy(&value, &block.lanes[threadIdx.x ^ static_cast<unsigned>(lanes)], sizeof value);
-  wait(warp);
-  return value;
+  const unsigned first = threadIdx.x / kWarp * kWarp;
+  const auto result =
+      use([first](unsigned lane) -> const T& { return *static_cast<const T*>(block.shown[first + lane]); });
+  wait(warp);  // before `mine` is gone
+  return result;
+}
+
+template <typename T>
+T __shfl_xor_sync(uint32_t, T value, int lanes) {
+  const unsigned other = threadIdx.x % cuda_on_cpu::kWarp ^ static_cast<unsigned>(lanes);
+  return with_warp(value, [&](auto others) { return others(other); });
+}
+
+inline uint32_t __float_as_uint(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+inline float __uint_as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
 }

@@ -127,16 +127,17 @@ def window_attention_single_tile_backward_kernel(
         largest = finite(exponents_of(tl.max(scores, 1), inputs, SHAPE))
         weights = weights_of(scores, largest[:, None], inputs, SHAPE)  # [BLOCK_M, BLOCK_N]
         weights *= tl.where(queries.real, 1.0 / tl.sum(weights, 1), 0.0)[:, None]
-        grad_scores = inner(grad_output, v, SHAPE)  # of the weights, so far
-        means = tl.sum(weights * grad_scores, 1)
-        applied = weights
+        applied, uniform = weights, weights
         if SHAPE.HAS_ATTN_SCALE:
             applied, uniform = _high_pass(weights, queries, keys, inputs.factor)
-            grad_factor += means - tl.sum(uniform * grad_scores, 1)
         grad_v = combine_transposed(applied, grad_output, SHAPE)
         store_kv_gradient(grad_v_pointer, grad_v, keys, window, 2, SHAPE)
         if SHAPE.HAS_PAD_VALUE:
             store_padding_sums(grad_pad_token_pointer, grad_v, number * SHAPE.heads + head, 1, keys, SHAPE)
+        grad_scores = inner(grad_output, v, SHAPE)  # of the weights, so far
+        means = tl.sum(weights * grad_scores, 1)
+        if SHAPE.HAS_ATTN_SCALE:
+            grad_factor += means - tl.sum(uniform * grad_scores, 1)
         grad_scores = weights * (grad_scores - means[:, None])
         if SHAPE.HAS_ATTN_SCALE:
             grad_scores *= 1.0 + inputs.factor

@@ -176,6 +176,7 @@ def test_every_kernel_is_reported(root):
         "orders=1 tanh=0 bias=1",
         "K=8 C=88",
         "K=4 C=88",
+        "N=49",
     )
     launched = {case.kernel for case in triton_cases.cases([90], ["bf16"], lambda label: label in shapes)}
     assert kernels == launched

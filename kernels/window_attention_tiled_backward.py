@@ -102,6 +102,8 @@ def _q_gradient(
     FULL: tl.constexpr = SHAPE.keys if TAIL_N == BLOCK_N else SHAPE.keys // BLOCK_N * BLOCK_N  # keys in blocks
     tokens = place(start + tl.arange(0, QUERIES), window, inputs, False, SHAPE)
     row = (tokens.start + tokens.index) * SHAPE.heads
+    largest = _load_statistic(largest_pointer, tokens, float("inf"), SHAPE)
+    exponents = largest * LOG2E - tl.log2(_load_statistic(inverse_pointer, tokens, 1.0, SHAPE))
     grad_output = load(grad_output_pointer, tokens, SHAPE.channels, SHAPE)
     delta = row_sums(load(output_pointer, tokens, SHAPE.channels, SHAPE), grad_output, SHAPE)
     of_means = tl.zeros([QUERIES], dtype=tl.float32)  # gradient * mean of values, summed over the channels
@@ -111,8 +113,6 @@ def _q_gradient(
         delta += inputs.factor * of_means
         tl.store(saved.share + row, inputs.factor * inverse_counts, mask=tokens.real)
     tl.store(saved.delta + row, delta, mask=tokens.real)
-    largest = _load_statistic(largest_pointer, tokens, float("inf"), SHAPE)
-    exponents = largest * LOG2E - tl.log2(_load_statistic(inverse_pointer, tokens, 1.0, SHAPE))
     tl.store(saved.exponents + row, exponents, mask=tokens.real)
     queries = _Queries(tokens, load_projection(inputs, tokens, 0, SHAPE), grad_output, exponents, delta)
     grad_q, zero = zeros(QUERIES, SHAPE), tl.zeros([QUERIES], dtype=tl.float32)

@@ -174,7 +174,7 @@ class _Operands(NamedTuple):
     @classmethod
     def of(
         cls, projections: Sequence[Optional], parameters: Sequence[Optional], num_heads: int, window: Sequence[int],
-        shift: Sequence[int], kv_window: Sequence[int], layout: str,
+        shift: Sequence[int], kv_window: Sequence[int], layout: str, scale: float,
     ) -> _Operands:  # fmt: skip
         """Of the fused map and None twice, or three maps; of bias, padding, attn_scale and head_scale."""
         found = [x for x in projections if x is not None]
@@ -192,7 +192,7 @@ class _Operands(NamedTuple):
         problem = Problem(
             (*q.shape[1:-1],), q.shape[0], q.shape[-1] // repeated, (*distances * repeated,), fused, q.dtype, q.device,
             num_heads, (*window,), (*shift,), (*kv_window,), layout, bias is not None, padding is not None,
-            attn_scale is not None, head_scale is not None, precision(q.dtype),
+            attn_scale is not None, head_scale is not None, scale > 0.0, precision(q.dtype),
         )  # fmt: skip
         return cls(tensors, problem)
 
@@ -229,7 +229,7 @@ def window_attention(
     if q.numel() == 0:
         return output
     operands = _Operands.of(
-        (q, k, v), (bias, padding, attn_scale, head_scale), num_heads, window, shift, kv_window, layout
+        (q, k, v), (bias, padding, attn_scale, head_scale), num_heads, window, shift, kv_window, layout, scale
     )
     grid, arguments = _forward_launch(operands.problem, statistics is None)
     tensors = (*operands.tensors, output)
@@ -245,14 +245,14 @@ def _start_tiled_backward(
     plan: _Backward, tensors: Tensors, output: torch.Tensor, statistics: torch.Tensor,
     gradients: Sequence[torch.Tensor], sums: _Sums, scale: float,
 ) -> None:  # fmt: skip
-    largest, inverse = statistics.unbind()
-    delta = torch.empty_like(largest)  # [B, *size, heads], as the next
-    share = delta if plan.attn_scale is None else torch.empty_like(largest)
-    tensors = (*tensors, largest, inverse, delta, share)
+    exponents, delta = torch.empty_like(statistics).unbind()  # [B, *size, heads], as the next
+    share = delta if plan.attn_scale is None else torch.empty_like(delta)
+    tensors = (*tensors, exponents, delta, share)
     (q_grid, q_arguments), (kv_grid, kv_arguments), (bias_grid, bias_arguments) = plan.launches
     window_attention_q_gradient_kernel[q_grid](
-        *tensors, output, gradients[0], sums.attn_scale, sums.head_scale, scale=scale, **q_arguments
-    )
+        *tensors, *statistics.unbind(), output, gradients[0], sums.attn_scale, sums.head_scale, scale=scale,
+        **q_arguments,
+    )  # fmt: skip
     window_attention_kv_gradient_kernel[kv_grid](*tensors, *gradients, sums.pad_token, scale=scale, **kv_arguments)
     if plan.bias is not None:
         window_attention_bias_gradient_kernel[bias_grid](*tensors, sums.bias, scale=scale, **bias_arguments)
@@ -279,7 +279,7 @@ def window_attention_backward(
 ) -> list[Optional]:
     """Gradients of the seven operands, contiguous; None for those that are not there or need none."""
     parameters = (bias, padding, attn_scale, head_scale)
-    operands = _Operands.of((q, k, v), parameters, num_heads, window, shift, kv_window, layout)
+    operands = _Operands.of((q, k, v), parameters, num_heads, window, shift, kv_window, layout, scale)
     problem, bias_gradient = operands.problem, bias is not None and needs_grad[3]
     plan = (_single_tile_backward if statistics is None else _tiled_backward)(problem, bias_gradient)
     tensors, sums = (*operands.tensors, gradient.contiguous()), plan.new_sums(q)

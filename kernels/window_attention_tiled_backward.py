@@ -17,7 +17,6 @@ from .window_attention_tile_ops import (
     add,
     allowed,
     combine,
-    exp,
     inner,
     load,
     load_bias_table,
@@ -29,6 +28,7 @@ from .window_attention_tile_ops import (
     store_kv_gradient,
     store_padding_sums,
     times,
+    weights_of,
     zeros,
 )
 from .window_attention_tiled import job_of, mean_values
@@ -37,24 +37,16 @@ from .window_attention_tiled import job_of, mean_values
 class _QueryStatistics(NamedTuple):
     """Pointers to numbers [B, D, H, W, HEADS] about queries, at a head."""
 
-    largest: tl.tensor
-    inverse: tl.tensor
+    exponents: tl.tensor  # binary logarithms of sums of exp(score): `weights_of` these are the attention's
     delta: tl.tensor  # sum of attention * its gradient, times 1 + w
     share: tl.tensor  # w / number of keys; used only if SHAPE.HAS_ATTN_SCALE
 
 
 @triton.jit
 def _load_statistic(pointer, queries, OTHER: tl.constexpr, SHAPE: tl.constexpr):
-    # [M]
+    # [M]; infinite exponents make every weight 0
     row = (queries.start + queries.index) * SHAPE.heads
     return tl.load(pointer + row, mask=queries.real, other=OTHER)
-
-
-@triton.jit
-def _statistics(saved, queries, SHAPE: tl.constexpr):
-    # largest score and 1 / sum of weights; where no query is, values that make every weight 0
-    largest = _load_statistic(saved.largest, queries, float("inf"), SHAPE)
-    return largest, _load_statistic(saved.inverse, queries, 0.0, SHAPE)
 
 
 @triton.jit
@@ -71,8 +63,7 @@ class _Queries(NamedTuple):
     tokens: tl.tensor
     q: tl.tensor  # a tile, as the next
     grad_output: tl.tensor
-    largest: tl.tensor  # [M], as the next two
-    inverse: tl.tensor
+    exponents: tl.tensor  # [M], as the next
     delta: tl.tensor
 
 
@@ -86,8 +77,8 @@ def _add_q_gradient(
     k = load_projection(inputs, keys, 1, SHAPE)
     v = load_projection(inputs, keys, 2, SHAPE)
     bias_table = load_bias_table(inputs, queries.tokens.number, keys.number, False, SHAPE)
-    scores = scores_of(queries.q, k, queries.tokens, keys, bias_table, inputs.scale, TAIL, SHAPE)
-    weights = exp(scores - queries.largest[:, None]) * queries.inverse[:, None]  # [M, BLOCK]
+    scores = scores_of(queries.q, k, queries.tokens, keys, bias_table, inputs, TAIL, SHAPE)
+    weights = weights_of(scores, queries.exponents[:, None], inputs, SHAPE)  # [M, BLOCK]
     grad_weights = inner(queries.grad_output, v, SHAPE)
     of_gradients, of_products, of_both = sums
     if SHAPE.HAS_ATTN_SCALE or SHAPE.HAS_HEAD_SCALE:
@@ -102,14 +93,17 @@ def _add_q_gradient(
 
 @triton.jit
 def _q_gradient(
-    inputs, saved, output_pointer, grad_output_pointer, grad_q_pointer, grad_attn_scale_pointer,
-    grad_head_scale_pointer, start, window,
+    inputs, saved, largest_pointer, inverse_pointer, output_pointer, grad_output_pointer, grad_q_pointer,
+    grad_attn_scale_pointer, grad_head_scale_pointer, start, window,
     QUERIES: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
     # the gradient of QUERIES queries from `start` on, through all keys
+    LOG2E: tl.constexpr = 1.4426950408889634
     FULL: tl.constexpr = SHAPE.keys if TAIL_N == BLOCK_N else SHAPE.keys // BLOCK_N * BLOCK_N  # keys in blocks
     tokens = place(start + tl.arange(0, QUERIES), window, inputs, False, SHAPE)
     row = (tokens.start + tokens.index) * SHAPE.heads
+    largest = _load_statistic(largest_pointer, tokens, float("inf"), SHAPE)
+    exponents = largest * LOG2E - tl.log2(_load_statistic(inverse_pointer, tokens, 1.0, SHAPE))
     grad_output = load(grad_output_pointer, tokens, SHAPE.channels, SHAPE)
     delta = row_sums(load(output_pointer, tokens, SHAPE.channels, SHAPE), grad_output, SHAPE)
     of_means = tl.zeros([QUERIES], dtype=tl.float32)  # gradient * mean of values, summed over the channels
@@ -119,8 +113,8 @@ def _q_gradient(
         delta += inputs.factor * of_means
         tl.store(saved.share + row, inputs.factor * inverse_counts, mask=tokens.real)
     tl.store(saved.delta + row, delta, mask=tokens.real)
-    largest, inverse = _statistics(saved, tokens, SHAPE)
-    queries = _Queries(tokens, load_projection(inputs, tokens, 0, SHAPE), grad_output, largest, inverse, delta)
+    tl.store(saved.exponents + row, exponents, mask=tokens.real)
+    queries = _Queries(tokens, load_projection(inputs, tokens, 0, SHAPE), grad_output, exponents, delta)
     grad_q, zero = zeros(QUERIES, SHAPE), tl.zeros([QUERIES], dtype=tl.float32)
     sums = (zero, zero, zero)
     for key in range(0, FULL, BLOCK_N):
@@ -148,10 +142,11 @@ def window_attention_q_gradient_kernel(
     attn_scale_pointer,  # [HEADS]; read only if SHAPE.HAS_ATTN_SCALE
     head_scale_pointer,  # [HEADS]; read only if SHAPE.HAS_HEAD_SCALE
     grad_output_pointer,  # [B, D, H, W, HEADS, HEAD_DIM]
+    exponents_pointer,  # [B, D, H, W, HEADS], as the next two: written, for the other kernels
+    delta_pointer,
+    share_pointer,
     largest_pointer,  # [B, D, H, W, HEADS]
     inverse_pointer,  # [B, D, H, W, HEADS]
-    delta_pointer,  # [B, D, H, W, HEADS], as the next: written, for the other kernels
-    share_pointer,
     output_pointer,  # [B, D, H, W, HEADS, HEAD_DIM]
     grad_q_pointer,  # as q, tokens SHAPE.grad_strides apart
     grad_attn_scale_pointer,  # [windows, HEADS, blocks of queries]; written only if SHAPE.HAS_ATTN_SCALE
@@ -167,18 +162,20 @@ def window_attention_q_gradient_kernel(
         head, q_pointer, k_pointer, v_pointer, pad_token_pointer, bias_pointer, attn_scale_pointer, head_scale_pointer,
         depth, shift_planes, height, width, shift_rows, shift_columns, scale, SHAPE,
     )  # fmt: skip
-    saved = _QueryStatistics(largest_pointer + head, inverse_pointer + head, delta_pointer + head, share_pointer + head)
+    saved = _QueryStatistics(exponents_pointer + head, delta_pointer + head, share_pointer + head)
     window = locate(number, inputs, SHAPE)
     offset = head * SHAPE.head_dim
     if block < FULL:
         _q_gradient(
-            inputs, saved, output_pointer + offset, grad_output_pointer + offset, grad_q_pointer + offset,
-            grad_attn_scale_pointer, grad_head_scale_pointer, block * BLOCK_M, window, BLOCK_M, BLOCK_N, TAIL_N, SHAPE,
+            inputs, saved, largest_pointer + head, inverse_pointer + head, output_pointer + offset,
+            grad_output_pointer + offset, grad_q_pointer + offset, grad_attn_scale_pointer,
+            grad_head_scale_pointer, block * BLOCK_M, window, BLOCK_M, BLOCK_N, TAIL_N, SHAPE,
         )  # fmt: skip
     elif FULL < BLOCKS:
         _q_gradient(
-            inputs, saved, output_pointer + offset, grad_output_pointer + offset, grad_q_pointer + offset,
-            grad_attn_scale_pointer, grad_head_scale_pointer, FULL * BLOCK_M, window, TAIL_M, BLOCK_N, TAIL_N, SHAPE,
+            inputs, saved, largest_pointer + head, inverse_pointer + head, output_pointer + offset,
+            grad_output_pointer + offset, grad_q_pointer + offset, grad_attn_scale_pointer,
+            grad_head_scale_pointer, FULL * BLOCK_M, window, TAIL_M, BLOCK_N, TAIL_N, SHAPE,
         )  # fmt: skip
 
 
@@ -198,11 +195,11 @@ def _add_kv_gradient(
     queries = place(start + tl.arange(0, BLOCK), window, inputs, False, SHAPE)
     q = load_projection(inputs, queries, 0, SHAPE)
     grad_output = load(grad_output_pointer, queries, SHAPE.channels, SHAPE)
-    largest, inverse = _statistics(saved, queries, SHAPE)
+    exponents = _load_statistic(saved.exponents, queries, float("inf"), SHAPE)
     delta = _load_statistic(saved.delta, queries, 0.0, SHAPE)
     bias_table = load_bias_table(inputs, queries.number, keys.tokens.number, True, SHAPE)
-    scores = scores_of(keys.k, q, keys.tokens, queries, bias_table, inputs.scale, False, SHAPE)
-    weights = exp(scores - largest[None, :]) * inverse[None, :]
+    scores = scores_of(keys.k, q, keys.tokens, queries, bias_table, inputs, False, SHAPE)
+    weights = weights_of(scores, exponents[None, :], inputs, SHAPE)
     applied = weights
     if SHAPE.HAS_ATTN_SCALE:
         share = _load_statistic(saved.share, queries, 0.0, SHAPE)
@@ -250,8 +247,7 @@ def window_attention_kv_gradient_kernel(
     attn_scale_pointer,  # [HEADS]; read only if SHAPE.HAS_ATTN_SCALE
     head_scale_pointer,  # [HEADS]; read only if SHAPE.HAS_HEAD_SCALE
     grad_output_pointer,  # [B, D, H, W, HEADS, HEAD_DIM]
-    largest_pointer,  # [B, D, H, W, HEADS], as the next three
-    inverse_pointer,
+    exponents_pointer,  # [B, D, H, W, HEADS], as the next two
     delta_pointer,
     share_pointer,
     grad_q_pointer,  # as the next two in the kernel of single tiles; only if SHAPE.FUSED_GRADIENT, of one map
@@ -269,7 +265,7 @@ def window_attention_kv_gradient_kernel(
         head, q_pointer, k_pointer, v_pointer, pad_token_pointer, bias_pointer, attn_scale_pointer, head_scale_pointer,
         depth, shift_planes, height, width, shift_rows, shift_columns, scale, SHAPE,
     )  # fmt: skip
-    saved = _QueryStatistics(largest_pointer + head, inverse_pointer + head, delta_pointer + head, share_pointer + head)
+    saved = _QueryStatistics(exponents_pointer + head, delta_pointer + head, share_pointer + head)
     window = locate(number, inputs, SHAPE)
     offset = head * SHAPE.head_dim
     if block < FULL:
@@ -294,8 +290,7 @@ def window_attention_bias_gradient_kernel(
     attn_scale_pointer,  # [HEADS]; read only if SHAPE.HAS_ATTN_SCALE
     head_scale_pointer,  # [HEADS]; read only if SHAPE.HAS_HEAD_SCALE
     grad_output_pointer,  # [B, D, H, W, HEADS, HEAD_DIM]
-    largest_pointer,  # [B, D, H, W, HEADS], as the next three
-    inverse_pointer,
+    exponents_pointer,  # [B, D, H, W, HEADS], as the next two
     delta_pointer,
     share_pointer,
     grad_bias_pointer,  # [groups of windows, HEADS, TOKENS, KEYS]
@@ -310,7 +305,7 @@ def window_attention_bias_gradient_kernel(
         head, q_pointer, k_pointer, v_pointer, pad_token_pointer, bias_pointer, attn_scale_pointer, head_scale_pointer,
         depth, shift_planes, height, width, shift_rows, shift_columns, scale, SHAPE,
     )  # fmt: skip
-    saved = _QueryStatistics(largest_pointer + head, inverse_pointer + head, delta_pointer + head, share_pointer + head)
+    saved = _QueryStatistics(exponents_pointer + head, delta_pointer + head, share_pointer + head)
     query = tile // ACROSS * BLOCK_M + tl.arange(0, BLOCK_M)
     key = tile % ACROSS * BLOCK_N + tl.arange(0, BLOCK_N)
     grad_output_pointer += head * SHAPE.head_dim
@@ -324,9 +319,9 @@ def window_attention_bias_gradient_kernel(
         k = load_projection(inputs, keys, 1, SHAPE)
         v = load_projection(inputs, keys, 2, SHAPE)
         grad_output = load(grad_output_pointer, queries, SHAPE.channels, SHAPE)
-        largest, inverse = _statistics(saved, queries, SHAPE)
+        exponents = _load_statistic(saved.exponents, queries, float("inf"), SHAPE)
         delta = _load_statistic(saved.delta, queries, 0.0, SHAPE)
-        scores = scores_of(q, k, queries, keys, bias_table, inputs.scale, False, SHAPE)
-        weights = exp(scores - largest[:, None]) * inverse[:, None]  # [BLOCK_M, BLOCK_N]
+        scores = scores_of(q, k, queries, keys, bias_table, inputs, False, SHAPE)
+        weights = weights_of(scores, exponents[:, None], inputs, SHAPE)  # [BLOCK_M, BLOCK_N]
         grad_bias += _score_gradient(weights, inner(grad_output, v, SHAPE), delta[:, None], inputs.factor, SHAPE)
     store_bias_gradient(grad_bias_pointer, grad_bias, tl.cast(group, tl.int64) * SHAPE.heads + head, query, key, SHAPE)

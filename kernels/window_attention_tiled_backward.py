@@ -182,7 +182,7 @@ def _store_sums(pointer, tile, number, WIDTH: tl.constexpr, SHAPE: tl.constexpr)
 
 @triton.jit
 def _add_queries(
-    grad_k, grad_v, keys, kept, maps, start, window, inputs, is_first, is_last, chunks,
+    grad_k, grad_v, keys, kept, maps, start, window, inputs, is_first, is_last, is_tail, chunks,
     QUERIES: tl.constexpr, TAIL: tl.constexpr, WIDTH: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
     # grad_k, grad_v, tiles of N keys, after QUERIES more queries, whose gradient gets what these keys add to it
@@ -195,7 +195,8 @@ def _add_queries(
     # scores and weights are transposed, [N, QUERIES]: so only those of grad_q go through shared memory
     scores = scores_of(keys.k, q, keys.tokens, queries, bias_table, inputs.scale, False, SHAPE)
     if TAIL and not SHAPE.MASKED:
-        scores = tl.where(keys.tokens.is_key[:, None], scores, float("-inf"))
+        if is_tail:  # keys that are not there; where regions are masked, they are in none
+            scores = tl.where(keys.tokens.is_key[:, None], scores, float("-inf"))
     weights = _weights(scores, exponents[None, :])
     applied = weights
     if SHAPE.HAS_ATTN_SCALE:
@@ -218,23 +219,23 @@ def _add_queries(
 
 @triton.jit
 def _add_keys(
-    kept, maps, grad_pad_token_pointer, place_of_sums, start, window, inputs, is_first, is_last, chunks,
-    KEYS: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, WIDTH: tl.constexpr,
-    SHAPE: tl.constexpr,
+    kept, maps, grad_pad_token_pointer, place_of_sums, start, window, inputs, is_first, is_last, is_tail, chunks,
+    BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
-    # the gradients of KEYS keys and values from `start` on, and what they add to those of all queries
+    # the gradients of BLOCK_N keys and values from `start` on, and what they add to those of all queries
+    TAIL: tl.constexpr = SHAPE.keys % BLOCK_N != 0
     FULL: tl.constexpr = SHAPE.tokens if TAIL_M == BLOCK_M else SHAPE.tokens // BLOCK_M * BLOCK_M  # queries in blocks
-    tokens = place(start + tl.arange(0, KEYS), window, inputs, True, SHAPE)
+    tokens = place(start + tl.arange(0, BLOCK_N), window, inputs, True, SHAPE)
     keys = _Keys(tokens, load_projection(inputs, tokens, 1, SHAPE), load_projection(inputs, tokens, 2, SHAPE))
-    grad_k, grad_v = zeros(KEYS, SHAPE), zeros(KEYS, SHAPE)
+    grad_k, grad_v = zeros(BLOCK_N, SHAPE), zeros(BLOCK_N, SHAPE)
     for query in range(0, FULL, BLOCK_M):
         grad_k, grad_v = _add_queries(
-            grad_k, grad_v, keys, kept, maps, query, window, inputs, is_first, is_last, chunks,
+            grad_k, grad_v, keys, kept, maps, query, window, inputs, is_first, is_last, is_tail, chunks,
             BLOCK_M, TAIL, WIDTH, SHAPE,
         )  # fmt: skip
     if SHAPE.tokens > FULL:
         grad_k, grad_v = _add_queries(
-            grad_k, grad_v, keys, kept, maps, FULL, window, inputs, is_first, is_last, chunks,
+            grad_k, grad_v, keys, kept, maps, FULL, window, inputs, is_first, is_last, is_tail, chunks,
             TAIL_M, TAIL, WIDTH, SHAPE,
         )  # fmt: skip
     grad_k = times(grad_k, inputs.scale, SHAPE)
@@ -274,7 +275,6 @@ def window_attention_tiled_backward_kernel(
     """Each program: `per_program` blocks of keys, or the last ones, of one window and head, with all queries. Where a
     window has several programs, each finds the statistics for itself, and their sums are added up afterwards."""
     KEY_BLOCKS: tl.constexpr = (SHAPE.keys + BLOCK_N - 1) // BLOCK_N
-    FULL_KEYS: tl.constexpr = KEY_BLOCKS if TAIL_N == BLOCK_N else SHAPE.keys // BLOCK_N
     QUERY_BLOCKS: tl.constexpr = (SHAPE.tokens + BLOCK_M - 1) // BLOCK_M
     FULL_QUERIES: tl.constexpr = QUERY_BLOCKS if TAIL_M == BLOCK_M else SHAPE.tokens // BLOCK_M
     block, head, number = job_of(chunks, SHAPE)
@@ -309,17 +309,11 @@ def window_attention_tiled_backward_kernel(
     tl.debug_barrier()  # what one thread has written others read
     first = block * per_program
     end = tl.minimum(first + per_program, KEY_BLOCKS)
-    for key in range(first, tl.minimum(end, FULL_KEYS)):
+    for key in range(first, end):
         _add_keys(
             kept, maps, grad_pad_token_pointer, job * KEY_BLOCKS + key, key * BLOCK_N, window, inputs, key == first,
-            key == end - 1, chunks, BLOCK_N, SHAPE.keys % BLOCK_N != 0 and TAIL_N == BLOCK_N, BLOCK_M, TAIL_M, WIDTH, SHAPE,
+            key == end - 1, key == KEY_BLOCKS - 1, chunks, BLOCK_M, TAIL_M, BLOCK_N, WIDTH, SHAPE,
         )  # fmt: skip
-    if FULL_KEYS < KEY_BLOCKS:
-        if end > FULL_KEYS:
-            _add_keys(
-                kept, maps, grad_pad_token_pointer, job * KEY_BLOCKS + FULL_KEYS, FULL_KEYS * BLOCK_N, window, inputs,
-                first == FULL_KEYS, end == KEY_BLOCKS, chunks, TAIL_N, True, BLOCK_M, TAIL_M, WIDTH, SHAPE,
-            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -89,7 +89,7 @@ class _Backward(NamedTuple):
     head_scale: Size | None
     in_windows: Size | None  # [2, windows, keys, channels], gradients of k and v where windows overlap
     overlap: Launch | None  # which sums them
-    kept: Size = ()  # programs, rows and columns of what windows that do not fit a tile need in between
+    kept: tuple[Size, ...] = ()  # [windows * heads * chunks, 4, rows], [programs, rows, width]: read again by kernels
 
     def new_sums(self, q: torch.Tensor) -> _Sums:
         """Uninitialised, but for zeros where only some windows have padding."""
@@ -141,20 +141,21 @@ def _tiled_backward(problem: Problem, bias_gradient: bool) -> _Backward:
     full, rest = divmod(shape.tokens, tiles["BLOCK_M"])
     query_blocks, key_blocks = full + (rest > 0), triton.cdiv(shape.keys, tiles["BLOCK_N"])
     rows = full * tiles["BLOCK_M"] + (tiles["TAIL_M"] if rest else 0)
-    # half as many programs as elsewhere: what each has found is written down where a window has several
-    per_program, chunks = grouped(key_blocks, 2 * windows * heads)
-    width = 4 * triton.cdiv(shape.head_dim, 4)
+    per_program, groups = grouped(windows, heads)
+    # where those are few, a window has several; half as many as elsewhere, as each prepares all queries for itself
+    blocks, chunks = grouped(key_blocks, 2 * windows * heads)
+    width = 8 * triton.cdiv(shape.head_dim, 8)
     common = problem.arguments() | {"chunks": chunks, "ROWS": rows}
-    launches = [((windows * heads * chunks,), common | tiles | {"per_program": per_program, "WIDTH": width})]
+    arguments = {"windows": windows, "per_program": per_program, "blocks": blocks, "WIDTH": width}
+    launches = [((groups * heads * chunks,), common | tiles | arguments)]
     if chunks > 1:
         launches.append(_chunks_launch(problem, common | {"WIDTH": width}))
-    groups = 1
+    bias_groups = 1
     if bias_gradient:
-        launch, groups = _bias_launch(problem, common)
+        launch, bias_groups = _bias_launch(problem, common)
         launches.append(launch)
-    return _Backward.of(problem, bias_gradient, tuple(launches), groups, key_blocks, windows, query_blocks)._replace(
-        kept=(windows * heads * chunks, rows, width)
-    )
+    plan = _Backward.of(problem, bias_gradient, tuple(launches), bias_groups, key_blocks, windows, query_blocks)
+    return plan._replace(kept=((windows * heads * chunks, 4, rows), (groups * heads * chunks, rows, width)))
 
 
 def _chunks_launch(problem: Problem, arguments: dict[str, Any]) -> Launch:
@@ -273,12 +274,12 @@ def _start_tiled_backward(
     plan: _Backward, tensors: Tensors, output: torch.Tensor, statistics: torch.Tensor,
     gradients: Sequence[torch.Tensor], totals: _Sums, scale: float,
 ) -> None:  # fmt: skip
-    programs, rows, width = plan.kept
-    kept = statistics.new_empty(programs, 3, rows)  # statistics of queries, one chunk of keys after the other
-    sums = statistics.new_empty(programs, rows, width)
+    statistics_size, (programs, *row) = plan.kept
+    kept, sums = statistics.new_empty(statistics_size), statistics.new_empty(programs, *row)
+    rows = output.new_empty(programs, 2, *row)
     (grid, arguments), *others = plan.launches
     window_attention_tiled_backward_kernel[grid](
-        *tensors, kept, sums, output, *statistics.unbind(), *gradients, *totals[1:], scale=scale, **arguments
+        *tensors, kept, rows, sums, output, *statistics.unbind(), *gradients, *totals[1:], scale=scale, **arguments
     )
     if arguments["chunks"] > 1:
         (grid, arguments), *others = others

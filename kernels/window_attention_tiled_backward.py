@@ -14,7 +14,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .window_attention_geometry import SIZES, inputs_of, kv_of, locate, place
+from .window_attention_geometry import SIZES, Tokens, inputs_of, kv_of, locate, place
 from .window_attention_tile_ops import (
     add,
     allowed,
@@ -38,12 +38,15 @@ CHUNK_M = 64  # queries of a program that adds up what chunks of keys gave
 
 
 class _Kept(NamedTuple):
-    """Pointers to what a program keeps about the queries of its window, float32, ROWS each."""
+    """Pointers to what a program keeps about the queries of its window, ROWS of them, those behind the last one too."""
 
-    exponents: tl.tensor  # binary logarithm of exp(largest score) * sum of weights; infinite where no query is
-    delta: tl.tensor  # sum of attention * its gradient, times 1 + w
-    share: tl.tensor  # w / number of keys; only if SHAPE.HAS_ATTN_SCALE
-    grad_q: tl.tensor  # [ROWS, WIDTH], sum over blocks of keys so far
+    exponents: tl.tensor  # [ROWS], binary logarithm of exp(largest score) * sum of weights; infinite where no query is
+    delta: tl.tensor  # [ROWS], sum of attention * its gradient, times 1 + w
+    region: tl.tensor  # [ROWS], of `Tokens`, the bits of an integer
+    share: tl.tensor  # [ROWS], w / number of keys; only if SHAPE.HAS_ATTN_SCALE
+    q: tl.tensor  # [ROWS, WIDTH], as the next: rows that can be read fast, whatever head_dim and the map are
+    grad_output: tl.tensor
+    grad_q: tl.tensor  # [ROWS, WIDTH], float32, the sum over blocks of keys so far
 
 
 class _Maps(NamedTuple):
@@ -59,10 +62,30 @@ class _Maps(NamedTuple):
 
 
 @triton.jit
-def _kept_of(statistics_pointer, sums_pointer, program, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    program = tl.cast(program, tl.int64)
-    exponents = statistics_pointer + program * (3 * ROWS)
-    return _Kept(exponents, exponents + ROWS, exponents + 2 * ROWS, sums_pointer + program * (ROWS * WIDTH))
+def _statistics_of(pointer, job, ROWS: tl.constexpr):
+    # exponents, delta, region and share of _Kept, of a program's work on one window
+    exponents = pointer + tl.cast(job, tl.int64) * (4 * ROWS)
+    return exponents, exponents + ROWS, exponents + 2 * ROWS, exponents + 3 * ROWS
+
+
+@triton.jit
+def _load_rows(pointer, number, are_there, WIDTH: tl.constexpr, SHAPE: tl.constexpr):
+    # a tile of rows that are WIDTH apart, zeros behind them and where there are none yet
+    tile = ()
+    for part in tl.static_range(len(SHAPE.parts)):
+        channel = part * SHAPE.parts[0] + tl.arange(0, SHAPE.parts[part])
+        elements = pointer + number[:, None] * WIDTH + channel[None, :]
+        tile += (tl.load(elements, mask=(channel < WIDTH)[None, :] & are_there, other=0.0),)
+    return tile
+
+
+@triton.jit
+def _store_rows(pointer, tile, number, WIDTH: tl.constexpr, SHAPE: tl.constexpr):
+    # the reverse
+    for part in tl.static_range(len(SHAPE.parts)):
+        channel = part * SHAPE.parts[0] + tl.arange(0, SHAPE.parts[part])
+        elements = pointer + number[:, None] * WIDTH + channel[None, :]
+        tl.store(elements, tile[part], mask=(channel < WIDTH)[None, :])
 
 
 @triton.jit
@@ -105,9 +128,9 @@ def _add_sums(
 
 
 @triton.jit
-def _keep_statistics(
+def _keep_queries(
     kept, maps, grad_attn_scale_pointer, grad_head_scale_pointer, start, window, inputs,
-    QUERIES: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, SHAPE: tl.constexpr,
+    QUERIES: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, WIDTH: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
     # of QUERIES queries from `start` on; and what they add to the gradients of the two scales
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -124,11 +147,15 @@ def _keep_statistics(
         of_means = row_sums(means, grad_output, SHAPE)
         delta += inputs.factor * of_means
         tl.store(kept.share + number, tl.where(queries.real, inputs.factor * inverse_counts, 0.0))
+    q = load_projection(inputs, queries, 0, SHAPE)
     tl.store(kept.exponents + number, exponents)
     tl.store(kept.delta + number, delta)
+    tl.store(kept.region + number, queries.region.to(tl.float32, bitcast=True))
+    _store_rows(kept.q, q, number, WIDTH, SHAPE)
+    _store_rows(kept.grad_output, grad_output, number, WIDTH, SHAPE)
     if SHAPE.HAS_ATTN_SCALE or SHAPE.HAS_HEAD_SCALE:
         FULL: tl.constexpr = SHAPE.keys if TAIL_N == BLOCK_N else SHAPE.keys // BLOCK_N * BLOCK_N  # keys in blocks
-        q, zero = load_projection(inputs, queries, 0, SHAPE), tl.zeros([QUERIES], dtype=tl.float32)
+        zero = tl.zeros([QUERIES], dtype=tl.float32)
         sums = (zero, zero, zero)
         for key in range(0, FULL, BLOCK_N):
             sums = _add_sums(
@@ -146,6 +173,29 @@ def _keep_statistics(
             tl.store(grad_head_scale_pointer, grad_scale)
 
 
+@triton.jit
+def _keep_all_queries(
+    kept, maps, grad_attn_scale_pointer, grad_head_scale_pointer, job, window, inputs,
+    BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, WIDTH: tl.constexpr,
+    SHAPE: tl.constexpr,
+):  # fmt: skip
+    BLOCKS: tl.constexpr = (SHAPE.tokens + BLOCK_M - 1) // BLOCK_M
+    FULL: tl.constexpr = BLOCKS if TAIL_M == BLOCK_M else SHAPE.tokens // BLOCK_M
+    grad_attn_scale_pointer += job * BLOCKS
+    grad_head_scale_pointer += job * BLOCKS
+    for block in range(FULL):
+        _keep_queries(
+            kept, maps, grad_attn_scale_pointer + block, grad_head_scale_pointer + block, block * BLOCK_M, window,
+            inputs, BLOCK_M, BLOCK_N, TAIL_N, WIDTH, SHAPE,
+        )  # fmt: skip
+    if FULL < BLOCKS:
+        _keep_queries(
+            kept, maps, grad_attn_scale_pointer + FULL, grad_head_scale_pointer + FULL, FULL * BLOCK_M, window, inputs,
+            TAIL_M, BLOCK_N, TAIL_N, WIDTH, SHAPE,
+        )  # fmt: skip
+    tl.debug_barrier()  # what one thread has written others read
+
+
 # --------------------------------------------------------------------------- q, k, v
 
 
@@ -158,38 +208,16 @@ class _Keys(NamedTuple):
 
 
 @triton.jit
-def _sums_of(pointer, number, PART: tl.constexpr, WIDTH: tl.constexpr, SHAPE: tl.constexpr):
-    # pointers to one part of the channels of rows, [T, D], and which of them are there
-    channel = PART * SHAPE.parts[0] + tl.arange(0, SHAPE.parts[PART])
-    return pointer + number[:, None] * WIDTH + channel[None, :], (channel < WIDTH)[None, :]
-
-
-@triton.jit
-def _load_sums(pointer, number, WIDTH: tl.constexpr, SHAPE: tl.constexpr):
-    tile = ()
-    for part in tl.static_range(len(SHAPE.parts)):
-        elements, mask = _sums_of(pointer, number, part, WIDTH, SHAPE)
-        tile += (tl.load(elements, mask=mask, other=0.0),)
-    return tile
-
-
-@triton.jit
-def _store_sums(pointer, tile, number, WIDTH: tl.constexpr, SHAPE: tl.constexpr):
-    for part in tl.static_range(len(SHAPE.parts)):
-        elements, mask = _sums_of(pointer, number, part, WIDTH, SHAPE)
-        tl.store(elements, tile[part], mask=mask)
-
-
-@triton.jit
 def _add_queries(
-    grad_k, grad_v, keys, kept, maps, start, window, inputs, is_first, is_last, is_tail, chunks,
+    grad_k, grad_v, keys, kept, maps, start, window, inputs, is_later, is_tail,
     QUERIES: tl.constexpr, TAIL: tl.constexpr, WIDTH: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
     # grad_k, grad_v, tiles of N keys, after QUERIES more queries, whose gradient gets what these keys add to it
     number = start + tl.arange(0, QUERIES)
-    queries = place(number, window, inputs, False, SHAPE)
-    q = load_projection(inputs, queries, 0, SHAPE)
-    grad_output = load(maps.grad_output, queries, SHAPE.channels, SHAPE)
+    region = tl.load(kept.region + number).to(tl.int32, bitcast=True)
+    queries = Tokens(number, window.start, number, number, number, region)  # as far as scores need them
+    q = _load_rows(kept.q, number, True, WIDTH, SHAPE)
+    grad_output = _load_rows(kept.grad_output, number, True, WIDTH, SHAPE)
     exponents, delta = tl.load(kept.exponents + number), tl.load(kept.delta + number)
     bias_table = load_bias_table(inputs, number, keys.tokens.number, True, SHAPE)
     # scores and weights are transposed, [N, QUERIES]: so only those of grad_q go through shared memory
@@ -205,21 +233,15 @@ def _add_queries(
     grad_v = add(grad_v, combine(applied, grad_output, SHAPE), SHAPE)
     grad_scores = _score_gradient(weights, inner(keys.v, grad_output, SHAPE), delta[None, :], inputs.factor, SHAPE)
     grad_k = add(grad_k, combine(grad_scores, q, SHAPE), SHAPE)
-    grad_q = combine_transposed(grad_scores, keys.k, SHAPE)
-    if not is_first:
-        grad_q = add(grad_q, _load_sums(kept.grad_q, number, WIDTH, SHAPE), SHAPE)
-    if is_last:
-        grad_q = times(grad_q, inputs.scale, SHAPE)
-    if is_last and chunks == 1:
-        store(maps.grad_q, grad_q, queries, SHAPE.grad_strides[0], SHAPE)
-    else:
-        _store_sums(kept.grad_q, grad_q, number, WIDTH, SHAPE)
+    before = _load_rows(kept.grad_q, number, is_later, WIDTH, SHAPE)
+    grad_q = add(before, combine_transposed(grad_scores, keys.k, SHAPE), SHAPE)
+    _store_rows(kept.grad_q, grad_q, number, WIDTH, SHAPE)
     return grad_k, grad_v
 
 
 @triton.jit
 def _add_keys(
-    kept, maps, grad_pad_token_pointer, place_of_sums, start, window, inputs, is_first, is_last, is_tail, chunks,
+    kept, maps, grad_pad_token_pointer, place_of_sums, start, window, inputs, is_later, is_tail,
     BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
     # the gradients of BLOCK_N keys and values from `start` on, and what they add to those of all queries
@@ -230,12 +252,12 @@ def _add_keys(
     grad_k, grad_v = zeros(BLOCK_N, SHAPE), zeros(BLOCK_N, SHAPE)
     for query in range(0, FULL, BLOCK_M):
         grad_k, grad_v = _add_queries(
-            grad_k, grad_v, keys, kept, maps, query, window, inputs, is_first, is_last, is_tail, chunks,
+            grad_k, grad_v, keys, kept, maps, query, window, inputs, is_later, is_tail,
             BLOCK_M, TAIL, WIDTH, SHAPE,
         )  # fmt: skip
     if SHAPE.tokens > FULL:
         grad_k, grad_v = _add_queries(
-            grad_k, grad_v, keys, kept, maps, FULL, window, inputs, is_first, is_last, is_tail, chunks,
+            grad_k, grad_v, keys, kept, maps, FULL, window, inputs, is_later, is_tail,
             TAIL_M, TAIL, WIDTH, SHAPE,
         )  # fmt: skip
     grad_k = times(grad_k, inputs.scale, SHAPE)
@@ -245,6 +267,21 @@ def _add_keys(
         store_padding_sums(grad_pad_token_pointer, grad_k, place_of_sums, 0, tokens, SHAPE)
         store_padding_sums(grad_pad_token_pointer, grad_v, place_of_sums, 1, tokens, SHAPE)
     tl.debug_barrier()  # the next block of keys adds to sums that other threads may have written
+
+
+@triton.jit
+def _store_grad_q(
+    sums_pointer, grad_q_pointer, start, chunks, window, inputs,
+    QUERIES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, SHAPE: tl.constexpr,
+):  # fmt: skip
+    # of QUERIES queries from `start` on: the sum over chunks, [chunks, ROWS, WIDTH]
+    number = start + tl.arange(0, QUERIES)
+    row, grad_q = tl.minimum(number, ROWS - 1), zeros(QUERIES, SHAPE)
+    for _ in range(chunks):
+        grad_q = add(grad_q, _load_rows(sums_pointer, row, True, WIDTH, SHAPE), SHAPE)
+        sums_pointer += ROWS * WIDTH
+    grad_q = times(grad_q, inputs.scale, SHAPE)
+    store(grad_q_pointer, grad_q, place(number, window, inputs, False, SHAPE), SHAPE.grad_strides[0], SHAPE)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -257,8 +294,9 @@ def window_attention_tiled_backward_kernel(
     attn_scale_pointer,  # [HEADS]; read only if SHAPE.HAS_ATTN_SCALE
     head_scale_pointer,  # [HEADS]; read only if SHAPE.HAS_HEAD_SCALE
     grad_output_pointer,  # [B, D, H, W, HEADS, HEAD_DIM]
-    statistics_pointer,  # [windows, HEADS, chunks, 3, ROWS], as in _Kept: written
-    sums_pointer,  # [windows, HEADS, chunks, ROWS, WIDTH]: gradients of q, written unless a program sees all keys at once
+    statistics_pointer,  # [windows, HEADS, chunks, 4, ROWS], as in _Kept: written
+    rows_pointer,  # [programs, 2, ROWS, WIDTH], q and grad_output of a window, as q: written, as the next
+    sums_pointer,  # [programs, ROWS, WIDTH], gradients of q; float32
     output_pointer,  # [B, D, H, W, HEADS, HEAD_DIM]
     largest_pointer,  # [B, D, H, W, HEADS]
     inverse_pointer,  # [B, D, H, W, HEADS]
@@ -268,21 +306,18 @@ def window_attention_tiled_backward_kernel(
     grad_pad_token_pointer,  # [windows, HEADS, blocks of keys, 2, HEAD_DIM]: as in the kernel of single tiles
     grad_attn_scale_pointer,  # [windows, HEADS, blocks of queries]; written only if SHAPE.HAS_ATTN_SCALE
     grad_head_scale_pointer,  # the same, less a factor of `scale`; written only if SHAPE.HAS_HEAD_SCALE
-    chunks, per_program, depth, shift_planes, height, width, shift_rows, shift_columns, scale,
+    windows, per_program, chunks, blocks, depth, shift_planes, height, width, shift_rows, shift_columns, scale,
     SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Each program: `per_program` blocks of keys, or the last ones, of one window and head, with all queries. Where a
-    window has several programs, each finds the statistics for itself, and their sums are added up afterwards."""
+    """Each program: `per_program` windows of one head, one after the other; all of their keys, or one of `chunks` of
+    `blocks` blocks of keys of one window, whose gradients of q are added up afterwards."""
     KEY_BLOCKS: tl.constexpr = (SHAPE.keys + BLOCK_N - 1) // BLOCK_N
-    QUERY_BLOCKS: tl.constexpr = (SHAPE.tokens + BLOCK_M - 1) // BLOCK_M
-    FULL_QUERIES: tl.constexpr = QUERY_BLOCKS if TAIL_M == BLOCK_M else SHAPE.tokens // BLOCK_M
-    block, head, number = job_of(chunks, SHAPE)
+    chunk, head, group = job_of(chunks, SHAPE)
     inputs = inputs_of(
         head, q_pointer, k_pointer, v_pointer, pad_token_pointer, bias_pointer, attn_scale_pointer, head_scale_pointer,
         depth, shift_planes, height, width, shift_rows, shift_columns, scale, SHAPE,
     )  # fmt: skip
-    window = locate(number, inputs, SHAPE)
     offset = head * SHAPE.head_dim
     grad_q_pointer += offset
     grad_k_pointer, grad_v_pointer = kv_of(
@@ -292,28 +327,30 @@ def window_attention_tiled_backward_kernel(
         output_pointer + offset, grad_output_pointer + offset, largest_pointer + head, inverse_pointer + head,
         grad_q_pointer, grad_k_pointer, grad_v_pointer,
     )  # fmt: skip
-    kept = _kept_of(statistics_pointer, sums_pointer, tl.program_id(0), ROWS, WIDTH)
-    job = number * SHAPE.heads + head
-    grad_attn_scale_pointer += job * QUERY_BLOCKS
-    grad_head_scale_pointer += job * QUERY_BLOCKS
-    for query in range(FULL_QUERIES):
-        _keep_statistics(
-            kept, maps, grad_attn_scale_pointer + query, grad_head_scale_pointer + query, query * BLOCK_M, window,
-            inputs, BLOCK_M, BLOCK_N, TAIL_N, SHAPE,
+    program = tl.program_id(0).to(tl.int64) * (ROWS * WIDTH)
+    rows_pointer += 2 * program
+    sums_pointer += program
+    first = chunk * blocks
+    end = tl.minimum(first + blocks, KEY_BLOCKS)
+    for number in range(group * per_program, tl.minimum(group * per_program + per_program, windows)):
+        window, job = locate(number, inputs, SHAPE), number * SHAPE.heads + head
+        statistics = _statistics_of(statistics_pointer, job * chunks + chunk, ROWS)
+        kept = _Kept(
+            statistics[0], statistics[1], statistics[2], statistics[3], rows_pointer, rows_pointer + ROWS * WIDTH,
+            sums_pointer,
         )  # fmt: skip
-    if FULL_QUERIES < QUERY_BLOCKS:
-        _keep_statistics(
-            kept, maps, grad_attn_scale_pointer + FULL_QUERIES, grad_head_scale_pointer + FULL_QUERIES,
-            FULL_QUERIES * BLOCK_M, window, inputs, TAIL_M, BLOCK_N, TAIL_N, SHAPE,
+        _keep_all_queries(
+            kept, maps, grad_attn_scale_pointer, grad_head_scale_pointer, job, window, inputs,
+            BLOCK_M, TAIL_M, BLOCK_N, TAIL_N, WIDTH, SHAPE,
         )  # fmt: skip
-    tl.debug_barrier()  # what one thread has written others read
-    first = block * per_program
-    end = tl.minimum(first + per_program, KEY_BLOCKS)
-    for key in range(first, end):
-        _add_keys(
-            kept, maps, grad_pad_token_pointer, job * KEY_BLOCKS + key, key * BLOCK_N, window, inputs, key == first,
-            key == end - 1, key == KEY_BLOCKS - 1, chunks, BLOCK_M, TAIL_M, BLOCK_N, WIDTH, SHAPE,
-        )  # fmt: skip
+        for key in range(first, end):
+            _add_keys(
+                kept, maps, grad_pad_token_pointer, job * KEY_BLOCKS + key, key * BLOCK_N, window, inputs,
+                key > first, key == KEY_BLOCKS - 1, BLOCK_M, TAIL_M, BLOCK_N, WIDTH, SHAPE,
+            )  # fmt: skip
+        if chunks == 1:
+            for query in range(0, SHAPE.tokens, BLOCK_M):
+                _store_grad_q(sums_pointer, grad_q_pointer, query, 1, window, inputs, BLOCK_M, ROWS, WIDTH, SHAPE)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -337,14 +374,11 @@ def window_attention_q_gradient_kernel(
         head, q_pointer, k_pointer, v_pointer, pad_token_pointer, bias_pointer, attn_scale_pointer, head_scale_pointer,
         depth, shift_planes, height, width, shift_rows, shift_columns, scale, SHAPE,
     )  # fmt: skip
-    query = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    pointer = sums_pointer + tl.cast(number * SHAPE.heads + head, tl.int64) * chunks * (ROWS * WIDTH)
-    grad_q = zeros(BLOCK_M, SHAPE)
-    for _ in range(chunks):
-        grad_q = add(grad_q, _load_sums(pointer, tl.minimum(query, SHAPE.tokens - 1), WIDTH, SHAPE), SHAPE)
-        pointer += ROWS * WIDTH
-    queries = place(query, locate(number, inputs, SHAPE), inputs, False, SHAPE)
-    store(grad_q_pointer + head * SHAPE.head_dim, grad_q, queries, SHAPE.grad_strides[0], SHAPE)
+    sums_pointer += tl.cast(number * SHAPE.heads + head, tl.int64) * chunks * (ROWS * WIDTH)
+    _store_grad_q(
+        sums_pointer, grad_q_pointer + head * SHAPE.head_dim, block * BLOCK_M, chunks, locate(number, inputs, SHAPE),
+        inputs, BLOCK_M, ROWS, WIDTH, SHAPE,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -357,7 +391,7 @@ def window_attention_bias_gradient_kernel(
     attn_scale_pointer,  # [HEADS]; read only if SHAPE.HAS_ATTN_SCALE
     head_scale_pointer,  # [HEADS]; read only if SHAPE.HAS_HEAD_SCALE
     grad_output_pointer,  # [B, D, H, W, HEADS, HEAD_DIM]
-    statistics_pointer,  # [windows, HEADS, chunks, 3, ROWS], as in _Kept
+    statistics_pointer,  # [windows, HEADS, chunks, 4, ROWS], as in _Kept
     grad_bias_pointer,  # [groups of windows, HEADS, TOKENS, KEYS]
     windows, per_program, chunks, depth, shift_planes, height, width, shift_rows, shift_columns, scale,
     SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
@@ -372,6 +406,7 @@ def window_attention_bias_gradient_kernel(
     )  # fmt: skip
     query = tile // ACROSS * BLOCK_M + tl.arange(0, BLOCK_M)
     key = tile % ACROSS * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.minimum(query, ROWS - 1)
     grad_output_pointer += head * SHAPE.head_dim
     bias_table = load_bias_table(inputs, query, key, False, SHAPE)
     grad_bias = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
@@ -383,9 +418,8 @@ def window_attention_bias_gradient_kernel(
         k = load_projection(inputs, keys, 1, SHAPE)
         v = load_projection(inputs, keys, 2, SHAPE)
         grad_output = load(grad_output_pointer, queries, SHAPE.channels, SHAPE)
-        job = tl.cast((number * SHAPE.heads + head) * chunks, tl.int64)
-        statistics = statistics_pointer + job * (3 * ROWS) + tl.minimum(query, ROWS - 1)
-        exponents, delta = tl.load(statistics), tl.load(statistics + ROWS)
+        exponents, delta, _, _ = _statistics_of(statistics_pointer, (number * SHAPE.heads + head) * chunks, ROWS)
+        exponents, delta = tl.load(exponents + row), tl.load(delta + row)
         scores = scores_of(q, k, queries, keys, bias_table, inputs.scale, False, SHAPE)
         weights = _weights(scores, exponents[:, None])  # [BLOCK_M, BLOCK_N]
         grad_bias += _score_gradient(weights, inner(grad_output, v, SHAPE), delta[:, None], inputs.factor, SHAPE)

@@ -141,13 +141,12 @@ def _tiled_backward(problem: Problem, bias_gradient: bool) -> _Backward:
     full, rest = divmod(shape.tokens, tiles["BLOCK_M"])
     query_blocks, key_blocks = full + (rest > 0), triton.cdiv(shape.keys, tiles["BLOCK_N"])
     rows = full * tiles["BLOCK_M"] + (tiles["TAIL_M"] if rest else 0)
-    per_program, groups = grouped(windows, heads)
-    # where those are few, a window has several; half as many as elsewhere, as each prepares all queries for itself
+    # half as many programs as elsewhere: each that a window has prepares all of its queries for itself
     blocks, chunks = grouped(key_blocks, 2 * windows * heads)
     width = 8 * triton.cdiv(shape.head_dim, 8)
     common = problem.arguments() | {"chunks": chunks, "ROWS": rows}
-    arguments = {"windows": windows, "per_program": per_program, "blocks": blocks, "WIDTH": width}
-    launches = [((groups * heads * chunks,), common | tiles | arguments)]
+    programs = windows * heads * chunks
+    launches = [((programs,), common | tiles | {"blocks": blocks, "WIDTH": width})]
     if chunks > 1:
         launches.append(_chunks_launch(problem, common | {"WIDTH": width}))
     bias_groups = 1
@@ -155,7 +154,7 @@ def _tiled_backward(problem: Problem, bias_gradient: bool) -> _Backward:
         launch, bias_groups = _bias_launch(problem, common)
         launches.append(launch)
     plan = _Backward.of(problem, bias_gradient, tuple(launches), bias_groups, key_blocks, windows, query_blocks)
-    return plan._replace(kept=((windows * heads * chunks, 4, rows), (groups * heads * chunks, rows, width)))
+    return plan._replace(kept=((programs, 4, rows), (programs, rows, width)))
 
 
 def _chunks_launch(problem: Problem, arguments: dict[str, Any]) -> Launch:

@@ -306,14 +306,14 @@ def window_attention_tiled_backward_kernel(
     grad_pad_token_pointer,  # [windows, HEADS, blocks of keys, 2, HEAD_DIM]: as in the kernel of single tiles
     grad_attn_scale_pointer,  # [windows, HEADS, blocks of queries]; written only if SHAPE.HAS_ATTN_SCALE
     grad_head_scale_pointer,  # the same, less a factor of `scale`; written only if SHAPE.HAS_HEAD_SCALE
-    windows, per_program, chunks, blocks, depth, shift_planes, height, width, shift_rows, shift_columns, scale,
+    chunks, blocks, depth, shift_planes, height, width, shift_rows, shift_columns, scale,
     SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Each program: `per_program` windows of one head, one after the other; all of their keys, or one of `chunks` of
-    `blocks` blocks of keys of one window, whose gradients of q are added up afterwards."""
+    """Each program: one window and head, or one of its `chunks` of `blocks` blocks of keys, each with all queries, whose
+    gradients are added up afterwards."""
     KEY_BLOCKS: tl.constexpr = (SHAPE.keys + BLOCK_N - 1) // BLOCK_N
-    chunk, head, group = job_of(chunks, SHAPE)
+    chunk, head, number = job_of(chunks, SHAPE)
     inputs = inputs_of(
         head, q_pointer, k_pointer, v_pointer, pad_token_pointer, bias_pointer, attn_scale_pointer, head_scale_pointer,
         depth, shift_planes, height, width, shift_rows, shift_columns, scale, SHAPE,
@@ -332,25 +332,24 @@ def window_attention_tiled_backward_kernel(
     sums_pointer += program
     first = chunk * blocks
     end = tl.minimum(first + blocks, KEY_BLOCKS)
-    for number in range(group * per_program, tl.minimum(group * per_program + per_program, windows)):
-        window, job = locate(number, inputs, SHAPE), number * SHAPE.heads + head
-        statistics = _statistics_of(statistics_pointer, job * chunks + chunk, ROWS)
-        kept = _Kept(
-            statistics[0], statistics[1], statistics[2], statistics[3], rows_pointer, rows_pointer + ROWS * WIDTH,
-            sums_pointer,
+    window, job = locate(number, inputs, SHAPE), number * SHAPE.heads + head
+    statistics = _statistics_of(statistics_pointer, job * chunks + chunk, ROWS)
+    kept = _Kept(
+        statistics[0], statistics[1], statistics[2], statistics[3], rows_pointer, rows_pointer + ROWS * WIDTH,
+        sums_pointer,
+    )  # fmt: skip
+    _keep_all_queries(
+        kept, maps, grad_attn_scale_pointer, grad_head_scale_pointer, job, window, inputs,
+        BLOCK_M, TAIL_M, BLOCK_N, TAIL_N, WIDTH, SHAPE,
+    )  # fmt: skip
+    for key in range(first, end):
+        _add_keys(
+            kept, maps, grad_pad_token_pointer, job * KEY_BLOCKS + key, key * BLOCK_N, window, inputs,
+            key > first, key == KEY_BLOCKS - 1, BLOCK_M, TAIL_M, BLOCK_N, WIDTH, SHAPE,
         )  # fmt: skip
-        _keep_all_queries(
-            kept, maps, grad_attn_scale_pointer, grad_head_scale_pointer, job, window, inputs,
-            BLOCK_M, TAIL_M, BLOCK_N, TAIL_N, WIDTH, SHAPE,
-        )  # fmt: skip
-        for key in range(first, end):
-            _add_keys(
-                kept, maps, grad_pad_token_pointer, job * KEY_BLOCKS + key, key * BLOCK_N, window, inputs,
-                key > first, key == KEY_BLOCKS - 1, BLOCK_M, TAIL_M, BLOCK_N, WIDTH, SHAPE,
-            )  # fmt: skip
-        if chunks == 1:
-            for query in range(0, SHAPE.tokens, BLOCK_M):
-                _store_grad_q(sums_pointer, grad_q_pointer, query, 1, window, inputs, BLOCK_M, ROWS, WIDTH, SHAPE)
+    if chunks == 1:
+        for query in range(0, SHAPE.tokens, BLOCK_M):
+            _store_grad_q(sums_pointer, grad_q_pointer, query, 1, window, inputs, BLOCK_M, ROWS, WIDTH, SHAPE)
 
 
 @triton.jit(do_not_specialize=SIZES)

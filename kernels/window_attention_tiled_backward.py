@@ -202,15 +202,16 @@ def _keep_all_queries(
 class _Keys(NamedTuple):
     """N keys, with all that their gradient is made of."""
 
-    tokens: tl.tensor
-    k: tl.tensor  # a tile, as the next
+    tokens: tl.tensor  # behind the last key that one again, so that its weights are no larger than others
+    scored: tl.tensor  # k of these tokens, a tile, as the next
+    k: tl.tensor  # zeros behind the last key, as the next
     v: tl.tensor
 
 
 @triton.jit
 def _add_queries(
-    grad_k, grad_v, keys, kept, maps, start, window, inputs, is_later, is_tail,
-    QUERIES: tl.constexpr, TAIL: tl.constexpr, WIDTH: tl.constexpr, SHAPE: tl.constexpr,
+    grad_k, grad_v, keys, kept, maps, start, window, inputs, is_later,
+    QUERIES: tl.constexpr, WIDTH: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
     # grad_k, grad_v, tiles of N keys, after QUERIES more queries, whose gradient gets what these keys add to it
     number = start + tl.arange(0, QUERIES)
@@ -221,10 +222,7 @@ def _add_queries(
     exponents, delta = tl.load(kept.exponents + number), tl.load(kept.delta + number)
     bias_table = load_bias_table(inputs, number, keys.tokens.number, True, SHAPE)
     # scores and weights are transposed, [N, QUERIES]: so only those of grad_q go through shared memory
-    scores = scores_of(keys.k, q, keys.tokens, queries, bias_table, inputs.scale, False, SHAPE)
-    if TAIL and not SHAPE.MASKED:
-        if is_tail:  # keys that are not there; where regions are masked, they are in none
-            scores = tl.where(keys.tokens.is_key[:, None], scores, float("-inf"))
+    scores = scores_of(keys.scored, q, keys.tokens, queries, bias_table, inputs.scale, False, SHAPE)
     weights = _weights(scores, exponents[None, :])
     applied = weights
     if SHAPE.HAS_ATTN_SCALE:
@@ -241,24 +239,28 @@ def _add_queries(
 
 @triton.jit
 def _add_keys(
-    kept, maps, grad_pad_token_pointer, place_of_sums, start, window, inputs, is_later, is_tail,
+    kept, maps, grad_pad_token_pointer, place_of_sums, start, window, inputs, is_later,
     BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
     # the gradients of BLOCK_N keys and values from `start` on, and what they add to those of all queries
-    TAIL: tl.constexpr = SHAPE.keys % BLOCK_N != 0
     FULL: tl.constexpr = SHAPE.tokens if TAIL_M == BLOCK_M else SHAPE.tokens // BLOCK_M * BLOCK_M  # queries in blocks
-    tokens = place(start + tl.arange(0, BLOCK_N), window, inputs, True, SHAPE)
-    keys = _Keys(tokens, load_projection(inputs, tokens, 1, SHAPE), load_projection(inputs, tokens, 2, SHAPE))
+    number = start + tl.arange(0, BLOCK_N)
+    tokens = place(number, window, inputs, True, SHAPE)
+    k, v = load_projection(inputs, tokens, 1, SHAPE), load_projection(inputs, tokens, 2, SHAPE)
+    keys = _Keys(tokens, k, k, v)
+    if SHAPE.keys % BLOCK_N != 0 and not SHAPE.MASKED:  # else those behind the last are in no region
+        repeated = place(tl.minimum(number, SHAPE.keys - 1), window, inputs, True, SHAPE)
+        keys = _Keys(repeated, load_projection(inputs, repeated, 1, SHAPE), k, v)
     grad_k, grad_v = zeros(BLOCK_N, SHAPE), zeros(BLOCK_N, SHAPE)
     for query in range(0, FULL, BLOCK_M):
         grad_k, grad_v = _add_queries(
-            grad_k, grad_v, keys, kept, maps, query, window, inputs, is_later, is_tail,
-            BLOCK_M, TAIL, WIDTH, SHAPE,
+            grad_k, grad_v, keys, kept, maps, query, window, inputs, is_later,
+            BLOCK_M, WIDTH, SHAPE,
         )  # fmt: skip
     if SHAPE.tokens > FULL:
         grad_k, grad_v = _add_queries(
-            grad_k, grad_v, keys, kept, maps, FULL, window, inputs, is_later, is_tail,
-            TAIL_M, TAIL, WIDTH, SHAPE,
+            grad_k, grad_v, keys, kept, maps, FULL, window, inputs, is_later,
+            TAIL_M, WIDTH, SHAPE,
         )  # fmt: skip
     grad_k = times(grad_k, inputs.scale, SHAPE)
     store_kv_gradient(maps.grad_k, grad_k, tokens, window, 1, SHAPE)
@@ -345,7 +347,7 @@ def window_attention_tiled_backward_kernel(
     for key in range(first, end):
         _add_keys(
             kept, maps, grad_pad_token_pointer, job * KEY_BLOCKS + key, key * BLOCK_N, window, inputs,
-            key > first, key == KEY_BLOCKS - 1, BLOCK_M, TAIL_M, BLOCK_N, WIDTH, SHAPE,
+            key > first, BLOCK_M, TAIL_M, BLOCK_N, WIDTH, SHAPE,
         )  # fmt: skip
     if chunks == 1:
         for query in range(0, SHAPE.tokens, BLOCK_M):

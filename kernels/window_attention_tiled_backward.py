@@ -216,7 +216,7 @@ def _add_queries(
     # grad_k, grad_v, tiles of N keys, after QUERIES more queries, whose gradient gets what these keys add to it
     number = start + tl.arange(0, QUERIES)
     region = tl.load(kept.region + number).to(tl.int32, bitcast=True)
-    queries = Tokens(number, window.start, number, number, number, region)  # as far as scores need them
+    queries = Tokens(number, number, number, number, number, region)  # as far as scores need them
     q = _load_rows(kept.q, number, True, WIDTH, SHAPE)
     grad_output = _load_rows(kept.grad_output, number, True, WIDTH, SHAPE)
     exponents, delta = tl.load(kept.exponents + number), tl.load(kept.delta + number)

@@ -34,6 +34,7 @@ from .window_attention_tile_ops import (
     zeros,
 )
 from .window_attention_tiled import job_of, mean_values
+
 CHUNK_M = 64  # queries of a program that adds up what chunks of keys gave
 
 

@@ -222,6 +222,27 @@ def check_many_windows(device: torch.device) -> None:
         compare(torch.randn(1, 300, 440, 12, device=device), 2, (2, 1), (0, 0), torch.randn(2, 2, 2, device=device))
 
 
+def check_chunks(device: torch.device) -> None:
+    """All blocks of keys of a window in one program, and in two, of which the last has fewer; everything given."""
+    from asvit_fast.kernels import launch, tile_table
+
+    before = launch.PROGRAMS
+    try:
+        for launch.PROGRAMS in (1, 3):
+            tile_table.forget()  # with the launches that were decided before
+            for dtype in (torch.float32, torch.bfloat16):
+                qkv, bias = torch.randn(1, 10, 19, 12, device=device), torch.randn(1, 200, 200, device=device)
+                more = {"padding": torch.randn(12, device=device), "attn_scale": torch.randn(1, device=device)}
+                more |= {"scale": torch.rand(1, device=device)}
+                compare(qkv.to(dtype), 1, (10, 20), (3, 0), bias, "timm", **more)
+            compare(
+                30.0 * torch.randn(1, 9, 9, 12, device=device), 1, (9, 9), (0, 0)
+            )  # scores of padding would overflow
+    finally:
+        launch.PROGRAMS = before
+        tile_table.forget()
+
+
 def check(name: str, device: torch.device) -> None:
     """One of the checks."""
     torch.manual_seed(0)
@@ -231,12 +252,13 @@ def check(name: str, device: torch.device) -> None:
         "single_tile": lambda: check_shapes(SINGLE_TILE, device),
         "tiled": lambda: check_shapes(TILED, device),
         "layouts": lambda: check_layouts(device),
+        "chunks": lambda: check_chunks(device),
         "details": lambda: check_details(device),
         "many": lambda: check_many_windows(device),
     }[name]()
 
 
-QUICK = ("single_tile", "tiled", "layouts")
+QUICK = ("single_tile", "tiled", "layouts", "chunks")
 SLOW = ("details", "many")
 
 

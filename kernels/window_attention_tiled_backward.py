@@ -313,8 +313,8 @@ def window_attention_tiled_backward_kernel(
     SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Each program: one window and head, or one of its `chunks` of `blocks` blocks of keys, each with all queries, whose
-    gradients are added up afterwards."""
+    """Each program: one window and head, or one of its `chunks`, `blocks` blocks of keys with all queries, whose gradients
+    are added up afterwards."""
     KEY_BLOCKS: tl.constexpr = (SHAPE.keys + BLOCK_N - 1) // BLOCK_N
     chunk, head, number = job_of(chunks, SHAPE)
     inputs = inputs_of(

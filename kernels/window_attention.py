@@ -202,7 +202,7 @@ class _Operands(NamedTuple):
     @classmethod
     def of(
         cls, projections: Sequence[Optional], parameters: Sequence[Optional], num_heads: int, window: Sequence[int],
-        shift: Sequence[int], kv_window: Sequence[int], layout: str,
+        shift: Sequence[int], kv_window: Sequence[int], layout: str, scale: float,
     ) -> _Operands:  # fmt: skip
         """Of the fused map and None twice, or three maps; of bias, padding, attn_scale and head_scale."""
         found = [x for x in projections if x is not None]
@@ -220,7 +220,7 @@ class _Operands(NamedTuple):
         problem = Problem(
             (*q.shape[1:-1],), q.shape[0], q.shape[-1] // repeated, (*distances * repeated,), fused, q.dtype, q.device,
             num_heads, (*window,), (*shift,), (*kv_window,), layout, bias is not None, padding is not None,
-            attn_scale is not None, head_scale is not None, precision(q.dtype),
+            attn_scale is not None, head_scale is not None, scale > 0.0, precision(q.dtype),
         )  # fmt: skip
         return cls(tensors, problem)
 
@@ -257,7 +257,7 @@ def window_attention(
     if q.numel() == 0:
         return output
     operands = _Operands.of(
-        (q, k, v), (bias, padding, attn_scale, head_scale), num_heads, window, shift, kv_window, layout
+        (q, k, v), (bias, padding, attn_scale, head_scale), num_heads, window, shift, kv_window, layout, scale
     )
     grid, arguments = _forward_launch(operands.problem, statistics is None)
     tensors = (*operands.tensors, output)
@@ -308,7 +308,7 @@ def window_attention_backward(
 ) -> list[Optional]:
     """Gradients of the seven operands, contiguous; None for those that are not there or need none."""
     parameters = (bias, padding, attn_scale, head_scale)
-    operands = _Operands.of((q, k, v), parameters, num_heads, window, shift, kv_window, layout)
+    operands = _Operands.of((q, k, v), parameters, num_heads, window, shift, kv_window, layout, scale)
     problem, bias_gradient = operands.problem, bias is not None and needs_grad[3]
     plan = (_single_tile_backward if statistics is None else _tiled_backward)(problem, bias_gradient)
     tensors, sums = (*operands.tensors, gradient.contiguous()), plan.new_sums(q)

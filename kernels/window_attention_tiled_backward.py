@@ -31,6 +31,7 @@ from .window_attention_tile_ops import (
     store_kv_gradient,
     store_padding_sums,
     times,
+    weights_of,
     zeros,
 )
 from .window_attention_tiled import job_of, mean_values
@@ -90,12 +91,6 @@ def _store_rows(pointer, tile, number, WIDTH: tl.constexpr, SHAPE: tl.constexpr)
 
 
 @triton.jit
-def _weights(scores, exponents):
-    LOG2E: tl.constexpr = 1.4426950408889634
-    return tl.exp2(scores * LOG2E - exponents)
-
-
-@triton.jit
 def _score_gradient(weights, products, delta, factor, SHAPE: tl.constexpr):
     # the gradient of scores from products, gradient @ v
     if SHAPE.HAS_ATTN_SCALE:
@@ -116,8 +111,8 @@ def _add_sums(
     k = load_projection(inputs, keys, 1, SHAPE)
     v = load_projection(inputs, keys, 2, SHAPE)
     bias_table = load_bias_table(inputs, queries.number, keys.number, False, SHAPE)
-    scores = scores_of(q, k, queries, keys, bias_table, inputs.scale, TAIL, SHAPE)
-    weights = _weights(scores, exponents[:, None])  # [M, BLOCK]
+    scores = scores_of(q, k, queries, keys, bias_table, inputs, TAIL, SHAPE)
+    weights = weights_of(scores, exponents[:, None], inputs, SHAPE)  # [M, BLOCK]
     grad_weights = inner(grad_output, v, SHAPE)
     of_gradients, of_products, of_both = sums
     of_gradients += tl.sum(weights * grad_weights, 1)
@@ -223,8 +218,8 @@ def _add_queries(
     exponents, delta = tl.load(kept.exponents + number), tl.load(kept.delta + number)
     bias_table = load_bias_table(inputs, number, keys.tokens.number, True, SHAPE)
     # scores and weights are transposed, [N, QUERIES]: so only those of grad_q go through shared memory
-    scores = scores_of(keys.scored, q, keys.tokens, queries, bias_table, inputs.scale, False, SHAPE)
-    weights = _weights(scores, exponents[None, :])
+    scores = scores_of(keys.scored, q, keys.tokens, queries, bias_table, inputs, False, SHAPE)
+    weights = weights_of(scores, exponents[None, :], inputs, SHAPE)
     applied = weights
     if SHAPE.HAS_ATTN_SCALE:
         share = tl.load(kept.share + number)
@@ -313,8 +308,8 @@ def window_attention_tiled_backward_kernel(
     SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Each program: one window and head, or one of its `chunks`, `blocks` blocks of keys with all queries, whose gradients
-    are added up afterwards."""
+    """Each program: one window and head, or one of its `chunks`: `blocks` blocks of keys, with all queries, whose
+    gradients are added up afterwards."""
     KEY_BLOCKS: tl.constexpr = (SHAPE.keys + BLOCK_N - 1) // BLOCK_N
     chunk, head, number = job_of(chunks, SHAPE)
     inputs = inputs_of(
@@ -422,7 +417,7 @@ def window_attention_bias_gradient_kernel(
         grad_output = load(grad_output_pointer, queries, SHAPE.channels, SHAPE)
         exponents, delta, _, _ = _statistics_of(statistics_pointer, (number * SHAPE.heads + head) * chunks, ROWS)
         exponents, delta = tl.load(exponents + row), tl.load(delta + row)
-        scores = scores_of(q, k, queries, keys, bias_table, inputs.scale, False, SHAPE)
-        weights = _weights(scores, exponents[:, None])  # [BLOCK_M, BLOCK_N]
+        scores = scores_of(q, k, queries, keys, bias_table, inputs, False, SHAPE)
+        weights = weights_of(scores, exponents[:, None], inputs, SHAPE)  # [BLOCK_M, BLOCK_N]
         grad_bias += _score_gradient(weights, inner(grad_output, v, SHAPE), delta[:, None], inputs.factor, SHAPE)
     store_bias_gradient(grad_bias_pointer, grad_bias, tl.cast(group, tl.int64) * SHAPE.heads + head, query, key, SHAPE)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..ops.position_bias import position_bias
 from ..ops.window_attention import window_attention
 from .computing import divides, project, token_major, with_token_major_gradient
 from .microsoft_swin import SIZED, SizedBlock
@@ -21,7 +22,6 @@ from .swin_layers import (
     attention_drops,
     attention_parts,
     attention_reads,
-    position_bias,
 )
 from .syntax import method_digest
 
@@ -110,7 +110,7 @@ class FastOverlappingCrossAttention(Structural):
         """A map [B, H, W, C] -> the same."""
         window, around = (self.window_size,) * 2, (self.overlap_win_size,) * 2
         table = self.relative_position_bias_table
-        bias = position_bias(table, rpi, self.window_size**2, self.overlap_win_size**2)
+        bias = position_bias(table, rpi.reshape(self.window_size**2, self.overlap_win_size**2))
         qkv = project(self.qkv, tokens)  # [B, H, W, 3*C]
         return window_attention(
             qkv, self.num_heads, window, None, bias, self.scale, 0.0, "torchvision", None, None, around

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ops.linear import linear
+from ..ops.position_bias import position_bias
 from ..ops.window_attention import window_attention
 from .computing import cosine_projections, cosine_scale, drop_probability, drops, padding_token, project, window_dropout
 from .replacement import DROP, LINEAR, SOFTMAX, Names, Parts, bypass_reason
@@ -65,11 +66,6 @@ def attention_reason(attn: Any, window: Sequence[int]) -> str | None:
     return None
 
 
-def position_bias(table: Tensor, index: Tensor, queries: int, keys: int) -> Tensor:
-    """[heads, queries, keys] of a table [offsets, heads] and the offset of every pair."""
-    return table[index.reshape(-1)].reshape(queries, keys, -1).permute(2, 0, 1)
-
-
 def _output(attn: Any, x: Tensor, window: Sequence[int], shift: Sequence[int]) -> Tensor:
     return window_dropout(project(attn.proj, x), drop_probability(attn.proj_drop), window, shift, LAYOUT)
 
@@ -83,7 +79,7 @@ def attend(attn: Any, x: Tensor, window: Sequence[int], shift: Sequence[int], in
     tokens, window, shift = math.prod(window), tuple(window), tuple(shift)
     if index is None:
         index = attn.relative_position_index[:tokens, :tokens]
-    bias = position_bias(attn.relative_position_bias_table, index, tokens, tokens)
+    bias = position_bias(attn.relative_position_bias_table, index.reshape(tokens, tokens))
     padding = padding_token(attn.qkv.bias, x, window)
     x = project(attn.qkv, x)  # [B, *size, 3*C]
     x = window_attention(x, attn.num_heads, window, shift, bias, attn.scale, 0.0, LAYOUT, padding)  # [B, *size, C]
@@ -95,7 +91,7 @@ def attend_by_cosines(attn: Any, x: Tensor, window: Sequence[int], shift: Sequen
     tokens, window, shift = math.prod(window), tuple(window), tuple(shift)
     bias = None if attn.q_bias is None else torch.cat((attn.q_bias, torch.zeros_like(attn.v_bias), attn.v_bias))
     table = 16 * torch.sigmoid(attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads))  # [offsets, heads]
-    biases = position_bias(table, attn.relative_position_index, tokens, tokens)
+    biases = position_bias(table, attn.relative_position_index.reshape(tokens, tokens))
     scale = cosine_scale(attn.logit_scale)
     x = linear(x, attn.qkv.weight, bias)  # [B, H, W, 3*C]
     padding = padding_token(bias, x, window)

@@ -11,6 +11,7 @@ from timm.models.swin_transformer_v2_cr import SwinTransformerV2CrBlock, WindowM
 from torch import Tensor
 
 from ..ops.linear import linear
+from ..ops.position_bias import position_bias
 from ..ops.window_attention import window_attention
 from .computing import cosine_projections, cosine_scale, drop_probability, padding_token, project, window_dropout
 from .replacement import DROP, LINEAR, SOFTMAX, Names, Parts
@@ -49,7 +50,7 @@ class FastSwinTransformerV2Block(ShiftedWindows, SwinTransformerV2Block):
     def _position_bias(self) -> Tensor:
         attn: Any = self.attn
         table = 16 * torch.sigmoid(attn.cpb_mlp(attn.relative_coords_table).flatten(0, -2))  # [offsets, heads]
-        return table[attn.relative_position_index].permute(2, 0, 1)  # of an index [N, N]
+        return position_bias(table, attn.relative_position_index)  # of an index [N, N]
 
     def _attn(self, x: Tensor) -> Tensor:
         if not self.can_run_on(x):

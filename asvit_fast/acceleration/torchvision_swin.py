@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ from torchvision.models.swin_transformer import PatchMerging, ShiftedWindowAtten
 from torchvision.ops.misc import MLP
 
 from ..ops.linear import linear
+from ..ops.position_bias import position_bias
 from ..ops.window_attention import Projections, window_attention
 from ..ops.windows import window_padding
 from .chunked_mlp import ChunkedMlp
@@ -65,10 +67,14 @@ class MapAttention(Replacement):
 class FastShiftedWindowAttention(MapAttention, ShiftedWindowAttention):
     """[B, H, W, C] -> [B, H, W, C]. Of its Linear layers it uses the weights, as its source does."""
 
+    reads: ClassVar[Names] = (*MapAttention.reads, "relative_position_bias_table", "relative_position_index")
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.can_run() or drops(self.attention_dropout, self.training):
             return super().forward(x)
-        window, bias = self.window_size, self.get_relative_position_bias()[0]  # [heads, N, N]
+        window, tokens = self.window_size, math.prod(self.window_size)
+        index = self.relative_position_index.reshape(tokens, tokens)
+        bias = position_bias(self.relative_position_bias_table, index)  # [heads, N, N]
         shift = _shift(x.shape[1:3], window, self.shift_size)
         scale = (x.shape[3] // self.num_heads) ** -0.5
         padding = padding_token(self.qkv.bias, x, window)
@@ -83,7 +89,7 @@ class FastShiftedWindowAttentionV2(MapAttention, ShiftedWindowAttentionV2):
     def forward(self, x: Tensor) -> Tensor:
         if not self.can_run() or drops(self.attention_dropout, self.training):
             return super().forward(x)
-        position_bias = self.get_relative_position_bias()[0]  # [heads, N, N]
+        biases = self.get_relative_position_bias()[0]  # [heads, N, N]
         bias = self.qkv.bias
         if bias is not None:
             q, k, v = bias.chunk(3)
@@ -94,7 +100,7 @@ class FastShiftedWindowAttentionV2(MapAttention, ShiftedWindowAttentionV2):
         if padding is not None:
             padding = torch.cat(cosine_projections(padding.to(qkv.dtype), self.num_heads))
         maps, scale = cosine_projections(qkv, self.num_heads), cosine_scale(self.logit_scale)
-        return attend(self, maps, window, shift, position_bias, scale, padding)
+        return attend(self, maps, window, shift, biases, scale, padding)
 
 
 class FastTorchvisionPatchMerging(Merging, PatchMerging):

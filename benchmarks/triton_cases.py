@@ -134,6 +134,12 @@ def patch_merge(shape: Shape, dtype: str) -> object:
     return ops.patch_merge(x, weight, shape["K"], 2, *norm).sum().backward()
 
 
+def position_bias(shape: Shape, dtype: str) -> object:
+    """Of a square window of N tokens and 3 heads; forward and backward."""
+    (table,) = _leaves(dtype, ((2 * math.isqrt(shape["N"]) - 1) ** 2, 3))
+    return ops.position_bias(table, torch.zeros(shape["N"], shape["N"], dtype=torch.int64)).sum().backward()
+
+
 def _leaves(dtype: str, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
     return [torch.zeros(shape, dtype=DTYPES[dtype], requires_grad=True) for shape in shapes]
 
@@ -144,6 +150,7 @@ OPS = (
     Op("square_taylor", tuple({"orders": orders} for orders in (0, 1, 2)), square_taylor),
     Op("patch_embed", tuple(EMBEDS), patch_embed),
     Op("patch_merge", tuple(MERGES), patch_merge),
+    Op("position_bias", tuple({"N": tokens} for tokens in (49, 64, 144)), position_bias),
 )
 
 

@@ -81,6 +81,11 @@ def square(dtype: torch.dtype):
         ops.square_taylor(torch.zeros(orders + 1, 4, 16, dtype=dtype))
 
 
+def position_bias(dtype: torch.dtype):
+    (table,) = _leaves(dtype, (169, 3))
+    ops.position_bias(table, torch.zeros(49, 49, dtype=torch.int64)).sum().backward()
+
+
 CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "attention 7 x 7, d 4, masked": functools.partial(attention, side=7, head_dim=4, layout="masked", size=9, shift=3),
     "attention 7 x 7, d 32, timm": functools.partial(attention, side=7, head_dim=32, layout="timm", size=9, shift=3),
@@ -118,6 +123,7 @@ CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "gelu": functools.partial(gelu, approximate="none", biased=True),
     "gelu tanh": functools.partial(gelu, approximate="tanh", biased=False),
     "square": square,
+    "position bias": position_bias,
 }
 
 

@@ -57,10 +57,12 @@ def _has_kernels(table: Tensor, index: Tensor) -> bool:
     """Whether the Triton kernels run: not for what torch traces or transforms, where its own gather is known."""
     if torch.compiler.is_compiling() or transform_active() or not outside_of_modes((table, index)):
         return False
-    device = table.device
     if backends.forced_backend() not in (None, "triton") or no_float64(table) is not None:
         return False
-    return backends.unavailable_on("triton", device.type, device.index) is None
+    return backends.available("position_bias", "triton", table.device) is None
+
+
+backends.declare("position_bias", {"triton": _Gather.apply, "reference": position_bias_reference})
 
 
 def position_bias(table: Tensor, index: Tensor) -> Tensor:

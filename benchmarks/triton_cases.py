@@ -79,8 +79,7 @@ ATTENTION = {
     "window_attention_single_tile": (2, 4),
     "window_attention_single_tile_backward": (5, 7),
     "window_attention_tiled": (2, 4),
-    "window_attention_q_gradient": (3, 6),
-    "window_attention_kv_gradient": (4, 6),
+    "window_attention_tiled_backward": (5, 8),
     "window_attention_bias_gradient": (2, 4),
 }
 PAPER = [  # windows and heads of As-ViT's topologies (arXiv 2202.11921, Table 4), without bias or shift

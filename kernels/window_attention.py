@@ -26,9 +26,10 @@ from .window_attention_single_tile import (
 )
 from .window_attention_tiled import window_attention_tiled_kernel
 from .window_attention_tiled_backward import (
+    CHUNK_M,
     window_attention_bias_gradient_kernel,
-    window_attention_kv_gradient_kernel,
     window_attention_q_gradient_kernel,
+    window_attention_tiled_backward_kernel,
 )
 
 Optional = torch.Tensor | None
@@ -88,6 +89,7 @@ class _Backward(NamedTuple):
     head_scale: Size | None
     in_windows: Size | None  # [2, windows, keys, channels], gradients of k and v where windows overlap
     overlap: Launch | None  # which sums them
+    kept: tuple[Size, ...] = ()  # [windows * heads * chunks, 4, rows], [programs, rows, width]: read again by kernels
 
     def new_sums(self, q: torch.Tensor) -> _Sums:
         """Uninitialised, but for zeros where only some windows have padding."""
@@ -134,14 +136,40 @@ def _single_tile_backward(problem: Problem, bias_gradient: bool) -> _Backward:
 
 @once_per_shape
 def _tiled_backward(problem: Problem, bias_gradient: bool) -> _Backward:
-    shape, windows, tiles = problem.shape(), problem.windows, _tiles("bias_gradient", problem)
+    shape, windows, heads, tiles = problem.shape(), problem.windows, problem.heads, _tiles("tiled_backward", problem)
+    tiles |= tails_of(shape.tokens, shape.keys, tiles)
+    full, rest = divmod(shape.tokens, tiles["BLOCK_M"])
+    query_blocks, key_blocks = full + (rest > 0), triton.cdiv(shape.keys, tiles["BLOCK_N"])
+    rows = full * tiles["BLOCK_M"] + (tiles["TAIL_M"] if rest else 0)
+    # half as many programs as elsewhere: each that a window has prepares all of its queries for itself
+    blocks, chunks = grouped(key_blocks, 2 * windows * heads)
+    width = 8 * triton.cdiv(shape.head_dim, 8)
+    common = problem.arguments() | {"chunks": chunks, "ROWS": rows}
+    programs = windows * heads * chunks
+    launches = [((programs,), common | tiles | {"blocks": blocks, "WIDTH": width})]
+    if chunks > 1:
+        launches.append(_chunks_launch(problem, common | {"WIDTH": width}))
+    bias_groups = 1
+    if bias_gradient:
+        launch, bias_groups = _bias_launch(problem, common)
+        launches.append(launch)
+    plan = _Backward.of(problem, bias_gradient, tuple(launches), bias_groups, key_blocks, windows, query_blocks)
+    return plan._replace(kept=((programs, 4, rows), (programs, rows, width)))
+
+
+def _chunks_launch(problem: Problem, arguments: dict[str, Any]) -> Launch:
+    """A program for each block of queries of each window and head."""
+    blocks = triton.cdiv(problem.shape().tokens, CHUNK_M)
+    options = {"BLOCK_M": CHUNK_M, "num_warps": 4, "enable_fp_fusion": True}
+    return (problem.windows * problem.heads * blocks,), arguments | options
+
+
+def _bias_launch(problem: Problem, arguments: dict[str, Any]) -> tuple[Launch, int]:
+    """A program for each tile of each head's bias and each group of windows, and how many groups there are."""
+    shape, tiles = problem.shape(), _tiles("bias_gradient", problem)
     pieces = problem.heads * triton.cdiv(shape.tokens, tiles["BLOCK_M"]) * triton.cdiv(shape.keys, tiles["BLOCK_N"])
-    per_program, groups = grouped(windows, pieces)
-    bias = (groups * pieces,), problem.arguments() | tiles | {"windows": windows, "per_program": per_program}
-    q, kv = _tiled_launch("q_gradient", "M", problem), _tiled_launch("kv_gradient", "N", problem)
-    query_blocks = triton.cdiv(shape.tokens, q[1]["BLOCK_M"])
-    key_blocks = triton.cdiv(shape.keys, kv[1]["BLOCK_N"])
-    return _Backward.of(problem, bias_gradient, (q, kv, bias), groups, key_blocks, windows, query_blocks)
+    per_program, groups = grouped(problem.windows, pieces)
+    return ((groups * pieces,), arguments | tiles | {"windows": problem.windows, "per_program": per_program}), groups
 
 
 # --------------------------------------------------------------------------- operands
@@ -243,19 +271,20 @@ def window_attention(
 
 def _start_tiled_backward(
     plan: _Backward, tensors: Tensors, output: torch.Tensor, statistics: torch.Tensor,
-    gradients: Sequence[torch.Tensor], sums: _Sums, scale: float,
+    gradients: Sequence[torch.Tensor], totals: _Sums, scale: float,
 ) -> None:  # fmt: skip
-    exponents, delta = torch.empty_like(statistics).unbind()  # [B, *size, heads], as the next
-    share = delta if plan.attn_scale is None else torch.empty_like(delta)
-    tensors = (*tensors, exponents, delta, share)
-    (q_grid, q_arguments), (kv_grid, kv_arguments), (bias_grid, bias_arguments) = plan.launches
-    window_attention_q_gradient_kernel[q_grid](
-        *tensors, *statistics.unbind(), output, gradients[0], sums.attn_scale, sums.head_scale, scale=scale,
-        **q_arguments,
-    )  # fmt: skip
-    window_attention_kv_gradient_kernel[kv_grid](*tensors, *gradients, sums.pad_token, scale=scale, **kv_arguments)
-    if plan.bias is not None:
-        window_attention_bias_gradient_kernel[bias_grid](*tensors, sums.bias, scale=scale, **bias_arguments)
+    statistics_size, (programs, *row) = plan.kept
+    kept, sums = statistics.new_empty(statistics_size), statistics.new_empty(programs, *row)
+    rows = output.new_empty(programs, 2, *row)
+    (grid, arguments), *others = plan.launches
+    window_attention_tiled_backward_kernel[grid](
+        *tensors, kept, rows, sums, output, *statistics.unbind(), *gradients, *totals[1:], scale=scale, **arguments
+    )
+    if arguments["chunks"] > 1:
+        (grid, arguments), *others = others
+        window_attention_q_gradient_kernel[grid](*tensors[:7], sums, gradients[0], scale=scale, **arguments)
+    for grid, arguments in others:
+        window_attention_bias_gradient_kernel[grid](*tensors, kept, totals.bias, scale=scale, **arguments)
 
 
 def window_attention_backward(

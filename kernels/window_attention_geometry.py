@@ -16,7 +16,10 @@ from .dot import LEAST_CHANNELS
 from .tile_table import block
 
 # integers whose value or divisibility must not compile another kernel: maps and batches change during training
-SIZES = ("windows", "per_program", "depth", "shift_planes", "height", "width", "shift_rows", "shift_columns")
+SIZES = (
+    "windows", "per_program", "chunks", "blocks", "depth", "shift_planes", "height", "width", "shift_rows",
+    "shift_columns",
+)  # fmt: skip
 
 Size = tuple[int, ...]
 

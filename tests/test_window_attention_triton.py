@@ -286,6 +286,26 @@ def check_scale(device: torch.device) -> None:
             assert error < 1e-4, f"{window} {dtype} {list(tensors)}: {error}"
 
 
+def check_chunks(device: torch.device) -> None:
+    """All blocks of keys of a window in one program, and in two, of which the last has fewer; everything given."""
+    from asvit_fast.kernels import launch, tile_table
+
+    before = launch.PROGRAMS
+    try:
+        for launch.PROGRAMS in (1, 3):
+            tile_table.forget()  # with the launches that were decided before
+            for dtype in (torch.float32, torch.bfloat16):
+                qkv, bias = torch.randn(1, 10, 19, 12, device=device), torch.randn(1, 200, 200, device=device)
+                more = {"padding": torch.randn(12, device=device), "attn_scale": torch.randn(1, device=device)}
+                more |= {"scale": torch.rand(1, device=device)}
+                compare(qkv.to(dtype), 1, (10, 20), (3, 0), bias, "timm", **more)
+            # scores of padding would overflow
+            compare(30.0 * torch.randn(1, 9, 9, 12, device=device), 1, (9, 9), (0, 0))
+    finally:
+        launch.PROGRAMS = before
+        tile_table.forget()
+
+
 def check(name: str, device: torch.device, case: int | None = None, dtype: torch.dtype | None = None) -> None:
     """One of the checks, or one case of it."""
     one = ALL if case is None else slice(case, case + 1)
@@ -297,6 +317,7 @@ def check(name: str, device: torch.device, case: int | None = None, dtype: torch
         "single_tile": lambda: check_shapes(SINGLE_TILE[one], device, dtypes),
         "tiled": lambda: check_shapes(TILED[one], device, dtypes),
         "layouts": lambda: check_layouts(device, one),
+        "chunks": lambda: check_chunks(device),
         "details": lambda: check_details(device),
         "scores": lambda: check_scores(device),
         "many": lambda: check_many_windows(device),
@@ -304,7 +325,7 @@ def check(name: str, device: torch.device, case: int | None = None, dtype: torch
     }[name]()
 
 
-QUICK = ("single_tile", "tiled", "layouts", "scores", "scale")
+QUICK = ("single_tile", "tiled", "layouts", "scores", "scale", "chunks")
 SLOW = ("details", "many")
 
 

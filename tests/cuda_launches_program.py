@@ -37,7 +37,7 @@ def launch(op: FusedOp, operands: Sequence[torch.Tensor | None], config: tuple[o
 
 def launch_all(dtype: torch.dtype) -> None:
     """Each op's Triton implementation, forward and backward."""
-    from asvit_fast.kernels import gelu_taylor, square_taylor
+    from asvit_fast.kernels import gelu_taylor, position_bias, square_taylor
 
     def new(*shape: int) -> torch.Tensor:
         return tensor(*shape, dtype=dtype)
@@ -58,6 +58,9 @@ def launch_all(dtype: torch.dtype) -> None:
     launch(merging.PATCH_MERGE, (new(2, 9, 8, 16), new(32, 144), new(144), new(144), new(32)), (3, 2, 1e-5, False))
     gelu_taylor.gelu_taylor(new(3, 4, 16), "none", new(16))
     square_taylor.square_taylor(new(3, 4, 16))
+    pairs = torch.zeros(16, dtype=torch.int32, device="cuda")
+    bias = position_bias.position_bias(new(9, 2), pairs.view(4, 4))
+    position_bias.position_bias_gradient(bias, pairs, pairs[:10])
 
 
 def run_eagerly(model: torch.nn.Module, size: int) -> None:

@@ -17,6 +17,7 @@ from kernel_inspection import Launch
 from triton_cases import launches_of
 
 from asvit_fast import ops
+from asvit_fast.ops.position_bias import position_bias
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Float32 products go through TF32 instructions of their own; those of the 16-bit types are the same. Calls take turns:
@@ -81,6 +82,11 @@ def square(dtype: torch.dtype):
         ops.square_taylor(torch.zeros(orders + 1, 4, 16, dtype=dtype))
 
 
+def bias_of_positions(dtype: torch.dtype):
+    table, index = torch.zeros(169, 3, dtype=dtype, requires_grad=True), torch.zeros(49, 49, dtype=torch.int64)
+    position_bias(table, index, 49, 49).sum().backward()
+
+
 CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "attention 7 x 7, d 4, masked": functools.partial(attention, side=7, head_dim=4, layout="masked", size=9, shift=3),
     "attention 7 x 7, d 32, timm": functools.partial(attention, side=7, head_dim=32, layout="timm", size=9, shift=3),
@@ -118,6 +124,7 @@ CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "gelu": functools.partial(gelu, approximate="none", biased=True),
     "gelu tanh": functools.partial(gelu, approximate="tanh", biased=False),
     "square": square,
+    "bias of positions": bias_of_positions,
 }
 
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..ops.position_bias import position_bias
 from ..ops.window_attention import window_attention
 from .computing import divides, project, token_major, with_token_major_gradient
 from .microsoft_swin import SIZED, SizedBlock
@@ -21,7 +22,6 @@ from .swin_layers import (
     attention_drops,
     attention_parts,
     attention_reads,
-    position_bias,
 )
 from .syntax import method_digest
 

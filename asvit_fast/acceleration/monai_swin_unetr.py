@@ -17,6 +17,7 @@ from monai.networks.nets.swin_unetr import (
 )
 from torch import Tensor, nn
 
+from ..ops.position_bias import position_bias
 from ..ops.window_attention import window_attention
 from .chunked_mlp import ChunkedMlp
 from .computing import (
@@ -65,8 +66,10 @@ class FastSwinUNETRBlock(Replacement, SwinTransformerBlock):
         """A map [B, *size, C] -> the same."""
         attn, window, shift = self.attn, tuple(window), tuple(shift)
         tokens = torch.Size(window).numel()
-        index = attn.relative_position_index[:tokens, :tokens]  # of clipped windows: the source's choice
-        bias = attn.relative_position_bias_table[index].permute(2, 0, 1)  # [heads, N, N]
+        index = attn.relative_position_index
+        if index.shape[0] != tokens:  # of clipped windows: the source's choice
+            index = index[:tokens, :tokens]
+        bias = position_bias(attn.relative_position_bias_table, index, tokens, tokens)
         padding = padding_token(attn.qkv.bias, x, window)
         qkv = project(attn.qkv, x)  # [B, *size, 3*C]
         x = window_attention(qkv, attn.num_heads, window, shift, bias, attn.scale, 0.0, LAYOUT, padding)

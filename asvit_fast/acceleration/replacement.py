@@ -59,6 +59,7 @@ class Replacement:
     bypassed: ClassVar[
         Names
     ] = ()  # methods, in some versions of the source, that only its own version of a method calls
+    bypassed_of_parts: ClassVar[Parts] = {}  # methods of classes of parts that are not called either
     __jit_unused_properties__: ClassVar[list[str]] = ["qconfig"]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -181,7 +182,8 @@ def _bypassed_methods(replacement: Any) -> tuple[tuple[type, str], ...]:
     """(class, method) of all that a fused path does in place of the source and of its parts."""
     parts = {kind for kinds in replacement.bypassed_parts().values() for kind in kinds if issubclass(kind, nn.Module)}
     own = [(replacement.source, name) for name in sorted(overridden(replacement))]
-    return (*own, *((kind, "forward") for kind in sorted(parts, key=str)))
+    of_parts = [(kind, name) for name, kinds in replacement.bypassed_of_parts.items() for kind in kinds]
+    return (*own, *((kind, "forward") for kind in sorted(parts, key=str)), *of_parts)
 
 
 _original_methods: set[Any] = set()  # functions that were seen to be those of their class

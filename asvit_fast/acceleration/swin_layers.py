@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ops.linear import linear
+from ..ops.position_bias import position_bias
 from ..ops.window_attention import window_attention
 from .computing import cosine_projections, cosine_scale, drop_probability, drops, padding_token, project, window_dropout
 from .replacement import DROP, LINEAR, SOFTMAX, Names, Parts, bypass_reason
@@ -65,11 +66,6 @@ def attention_reason(attn: Any, window: Sequence[int]) -> str | None:
     return None
 
 
-def position_bias(table: Tensor, index: Tensor, queries: int, keys: int) -> Tensor:
-    """[heads, queries, keys] of a table [offsets, heads] and the offset of every pair."""
-    return table[index.reshape(-1)].reshape(queries, keys, -1).permute(2, 0, 1)
-
-
 def _output(attn: Any, x: Tensor, window: Sequence[int], shift: Sequence[int]) -> Tensor:
     return window_dropout(project(attn.proj, x), drop_probability(attn.proj_drop), window, shift, LAYOUT)
 
@@ -82,7 +78,8 @@ def attend(attn: Any, x: Tensor, window: Sequence[int], shift: Sequence[int], in
     """A map [B, *size, C] -> the same; windows that were clipped to the map have the first rows of the index."""
     tokens, window, shift = math.prod(window), tuple(window), tuple(shift)
     if index is None:
-        index = attn.relative_position_index[:tokens, :tokens]
+        index = attn.relative_position_index
+        index = index if index.shape[0] == tokens else index[:tokens, :tokens]
     bias = position_bias(attn.relative_position_bias_table, index, tokens, tokens)
     padding = padding_token(attn.qkv.bias, x, window)
     x = project(attn.qkv, x)  # [B, *size, 3*C]

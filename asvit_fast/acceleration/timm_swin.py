@@ -9,6 +9,7 @@ from timm.layers import LayerNorm
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, WindowAttention
 from torch import Tensor, nn
 
+from ..ops.position_bias import position_bias
 from ..ops.window_attention import window_attention
 from ..ops.windows import window_padding
 from .computing import attention_drops, drop_probability, padding_token, project, window_dropout
@@ -69,8 +70,9 @@ class FastSwinTransformerBlock(ShiftedWindows, SwinTransformerBlock):
         "input_resolution",
         "attn.fused_attn",
         "attn.scale",
-        "attn._get_rel_pos_bias",
+        *("attn._get_rel_pos_bias", "attn.relative_position_bias_table", "attn.relative_position_index"),
     )
+    bypassed_of_parts: ClassVar[Parts] = {"_get_rel_pos_bias": (WindowAttention,)}
     parts: ClassVar[Parts] = {
         "attn": (WindowAttention,),
         "attn.qkv": LINEAR,
@@ -87,7 +89,8 @@ class FastSwinTransformerBlock(ShiftedWindows, SwinTransformerBlock):
         window, shift = self.window_size, self.shift_size
         qkv = project(attn.qkv, x)  # [B, H, W, 3*heads*d]
         padding = padding_token(attn.qkv.bias, x, window)
-        bias = attn._get_rel_pos_bias()[0]  # [heads, N, N]
+        area = self.window_area
+        bias = position_bias(attn.relative_position_bias_table, attn.relative_position_index, area, area)
         scale = None if attn.fused_attn else attn.scale
         x = window_attention(
             qkv, attn.num_heads, window, shift, bias, scale, 0.0, "timm", padding

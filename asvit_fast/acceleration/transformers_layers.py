@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends
+from ..ops.position_bias import position_bias
 from ..ops.window_attention import window_attention
 from ..ops.windows import window_padding
 from .chunked_mlp import run_in_parts, tokens_at_a_time, visible_reason
@@ -75,7 +76,7 @@ def zeros_token(layers: Layers) -> Tensor | None:
 
 def table_bias(table: Tensor, index: Tensor) -> Tensor:
     """Bias of positions [heads, N, N] from a table [offsets, heads] and the offset of every pair [N, N]."""
-    return table[index].permute(2, 0, 1)
+    return position_bias(table, index, *index.shape)
 
 
 class WindowLayer(Replacement):

@@ -26,6 +26,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 from .. import backends
 from ..errors import InputError
+from .unchanged import is_kept, keep
 
 HOOKS = {
     "_forward_pre_hooks": "forward pre-hook",
@@ -338,6 +339,16 @@ def _is_plain_scale(part: nn.Module) -> bool:
 def bypass_reason(module: nn.Module, parts: Parts) -> str | None:
     """Why the named submodules cannot be left out: they are not exactly of the classes given, or something is attached
     to them; or why an op cannot have their scale."""
+    traced = torch.compiler.is_compiling()  # parameters are stand-ins then
+    if not traced and is_kept(module, parts):
+        return None
+    why = _bypass_reason(module, parts)
+    if why is None and not traced:
+        keep(module, parts)
+    return why
+
+
+def _bypass_reason(module: nn.Module, parts: Parts) -> str | None:
     for path, part in (("", module), *parts_of(module, parts)):
         if part is not None and not _is_plain_scale(part):
             return f"its {path}.scale is not a finite number".replace(" .", " ")

@@ -21,6 +21,7 @@ from rooflines import Work
 from asvit_fast import backends, ops
 from asvit_fast.bench.workloads import DTYPES, AttentionWorkload
 from asvit_fast.kernels import tile_table
+from asvit_fast.ops.position_bias import position_bias
 
 Shape = Mapping[str, int]
 
@@ -100,10 +101,14 @@ MERGES = [{"K": 4, "C": channels} for channels in (32, 88, 116, 180)] + [{"K": 2
 
 
 def window_attention(shape: Shape, dtype: str) -> object:
-    """A square window of N tokens, or one of WINDOWS, heads of d channels; with a bias the map is shifted, too."""
+    """A square window of N tokens, or one of WINDOWS, heads of d channels; with a bias the map is shifted, too, and the
+    bias of a square window is that of a table."""
     window = WINDOWS.get(shape["N"]) or (math.isqrt(shape["N"]),) * 2
     keys = (math.isqrt(shape["keys"]),) * 2 if "keys" in shape else ()
     workload = AttentionWorkload(window, shape["d"], biased=bool(shape["bias"]), kv_window=keys, dtype=dtype)
+    if shape in SWIN:
+        table, index = _leaves(dtype, ((2 * window[0] - 1) ** 2, 3)), torch.zeros((shape["N"],) * 2, dtype=torch.int64)
+        position_bias(table[0], index, *index.shape).sum().backward()
     return workload.prepare("backward", 1, torch.device("cpu"))()
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from asvit_fast import ops
 from asvit_fast.bench.timer import Row, compare, print_header, save_rows
+from asvit_fast.kernels import tile_table
 
 QKV, WEIGHT = torch.randn(1, 4, 4, 24), torch.randn(8, 8)
 TOKENS, MERGE, NORM = torch.randn(1, 4, 4, 4), torch.randn(8, 16), torch.randn(16)
@@ -55,7 +56,7 @@ def both(case: str) -> Callable[[], object]:
 
 def calls(run: Callable[[], object]) -> tuple[int, int]:
     """Calls of functions in one run, and those of them made by kernels/; autograd's thread on a GPU is another one."""
-    kernels, total, below, depth = str(Path(__file__).parent.parent / "kernels"), 0, 0, 0
+    kernels, total, below, depth = str(Path(tile_table.__file__).parent), 0, 0, 0
 
     def count(frame: FrameType, event: str, argument: object) -> None:
         nonlocal total, below, depth

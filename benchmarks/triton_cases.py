@@ -85,7 +85,8 @@ ATTENTION = {
 PAPER = [  # windows and heads of As-ViT's topologies (arXiv 2202.11921, Table 4), without bias or shift
     {"N": tokens, "d": head_dim, "bias": 0} for tokens in (49, 196, 784) for head_dim in (4, 8, 16, 22, 29, 32, 45)
 ]
-SWIN = [{"N": tokens, "d": 32, "bias": 1} for tokens in (49, 64, 144)]  # with bias, and half of the blocks shifted
+# Swin, S3 and V2 with bias, and half of the blocks shifted
+SWIN = [{"N": tokens, "d": 32, "bias": 1} for tokens in (49, 64, 144, 196, 256)]
 # Swin UNETR and Video Swin, three axes; HAT's overlapping cross-attention
 WINDOWS = {98: (2, 7, 7), 343: (7, 7, 7), 392: (8, 7, 7)}
 VOLUMES = [{"N": 343, "d": 16, "bias": 1}, *({"N": tokens, "d": 32, "bias": 1} for tokens in (98, 392))]
@@ -150,7 +151,7 @@ OPS = (
     Op("square_taylor", tuple({"orders": orders} for orders in (0, 1, 2)), square_taylor),
     Op("patch_embed", tuple(EMBEDS), patch_embed),
     Op("patch_merge", tuple(MERGES), patch_merge),
-    Op("position_bias", tuple({"N": tokens} for tokens in (49, 64, 144)), position_bias),
+    Op("position_bias", tuple({"N": shape["N"]} for shape in SWIN), position_bias),
 )
 
 

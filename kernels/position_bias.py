@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import device_guard
+from .launch import Launcher
+from .tile_table import once_per_shape
 
 BLOCK, BLOCK_ENTRIES, BLOCK_PAIRS = 1024, 16, 512
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
@@ -59,33 +60,35 @@ def position_bias_gradient_kernel(
     tl.store(grad_table_pointer + entry * heads + head, grad_table, mask=entry < entries)
 
 
+@once_per_shape
+def _launcher(pairs: int, entries: int, heads: int) -> Launcher:
+    arguments = {"pairs": pairs, "entries": entries, "heads": heads, "BLOCK": BLOCK}
+    return Launcher(position_bias_kernel, (heads * triton.cdiv(pairs, BLOCK),), arguments | OPTIONS)
+
+
+@once_per_shape
+def _gradient_launcher(pairs: int, entries: int, heads: int) -> Launcher:
+    arguments = {"pairs": pairs, "entries": entries, "heads": heads}
+    arguments |= {"BLOCK_ENTRIES": BLOCK_ENTRIES, "BLOCK_PAIRS": BLOCK_PAIRS}
+    grid = (heads * triton.cdiv(entries, BLOCK_ENTRIES),)
+    return Launcher(position_bias_gradient_kernel, grid, arguments | OPTIONS)
+
+
 def position_bias(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """table [entries, heads], float32, float16 or bfloat16, and index [queries, keys] of integers on a GPU -> [heads,
     queries, keys], contiguous."""
     entries, heads = table.shape
-    output = table.new_empty(heads, *index.shape)
-    pairs = index.numel()
-    if output.numel() == 0:
-        return output
-    grid = (heads * triton.cdiv(pairs, BLOCK),)
-    with device_guard(table):
-        position_bias_kernel[grid](
-            table.contiguous(), index.contiguous(), output, pairs, entries, heads, BLOCK=BLOCK, **OPTIONS
-        )
+    output = table.new_empty((heads, *index.shape))
+    if output.numel() > 0:
+        _launcher(index.numel(), entries, heads)(table.contiguous(), index.contiguous(), output)
     return output
 
 
 def position_bias_gradient(gradient: torch.Tensor, index: torch.Tensor, entries: int) -> torch.Tensor:
     """gradient [heads, queries, keys] and index [queries, keys] -> [entries, heads] of the gradient's dtype, summed in
     float32."""
-    heads, pairs = gradient.shape[0], index.numel()
-    grad_table = gradient.new_empty(entries, heads)
-    if grad_table.numel() == 0:
-        return grad_table
-    grid = (heads * triton.cdiv(entries, BLOCK_ENTRIES),)
-    blocks = {"BLOCK_ENTRIES": BLOCK_ENTRIES, "BLOCK_PAIRS": BLOCK_PAIRS}
-    with device_guard(gradient):
-        position_bias_gradient_kernel[grid](
-            gradient.contiguous(), index.contiguous(), grad_table, pairs, entries, heads, **blocks, **OPTIONS
-        )
+    heads = gradient.shape[0]
+    grad_table = gradient.new_empty((entries, heads))
+    if grad_table.numel() > 0:
+        _gradient_launcher(index.numel(), entries, heads)(gradient.contiguous(), index.contiguous(), grad_table)
     return grad_table

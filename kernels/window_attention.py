@@ -16,7 +16,7 @@ import torch
 import triton
 
 from .dot import precision
-from .launch import Launch, device_guard, grouped
+from .launch import Launch, Launcher, grouped
 from .tile_table import block, choose, family_of, once_per_shape
 from .window_attention_geometry import Problem, Size, tails_of
 from .window_attention_overlap import BLOCK_C, BLOCK_M, window_attention_overlap_kernel
@@ -63,11 +63,11 @@ def _tiled_launch(kernel: str, axis: str, problem: Problem) -> Launch:
 
 
 @once_per_shape
-def _forward_launch(problem: Problem, single_tile: bool) -> Launch:
+def _forward_launcher(problem: Problem, single_tile: bool) -> Launcher:
     if not single_tile:
-        return _tiled_launch("tiled", "M", problem)
+        return Launcher(window_attention_tiled_kernel, *_tiled_launch("tiled", "M", problem))
     groups, arguments = _single_tile_arguments("single_tile", problem, 4)
-    return (groups * problem.heads,), arguments
+    return Launcher(window_attention_single_tile_kernel, (groups * problem.heads,), arguments)
 
 
 class _Sums(NamedTuple):
@@ -82,13 +82,13 @@ class _Sums(NamedTuple):
 class _Backward(NamedTuple):
     """Launches of a backward pass, and the shapes of what they write besides gradients; None for what nobody needs."""
 
-    launches: tuple[Launch, ...]
+    launchers: tuple[Launcher, ...]
     bias: Size | None  # as in _Sums, as the next three
     pad_token: Size | None
     attn_scale: Size | None
     head_scale: Size | None
     in_windows: Size | None  # [2, windows, keys, channels], gradients of k and v where windows overlap
-    overlap: Launch | None  # which sums them
+    overlap: Launcher | None  # which sums them
     kept: tuple[Size, ...] = ()  # [windows * heads * chunks, 4, rows], [programs, rows, width]: read again by kernels
 
     def new_sums(self, q: torch.Tensor) -> _Sums:
@@ -102,36 +102,38 @@ class _Backward(NamedTuple):
 
     @classmethod
     def of(
-        cls, problem: Problem, bias_gradient: bool, launches: tuple[Launch, ...],
+        cls, problem: Problem, bias_gradient: bool, launchers: tuple[Launcher, ...],
         bias_groups: int, key_blocks: int, groups: int, query_blocks: int,
     ) -> _Backward:  # fmt: skip
         """Shapes that follow from the numbers of programs."""
         shape, heads, windows = problem.shape(), problem.heads, problem.windows
         return cls(
-            launches,
+            launchers,
             (bias_groups, heads, shape.tokens, shape.keys) if bias_gradient else None,
             (windows, heads, key_blocks, 2, shape.head_dim) if shape.HAS_PAD_VALUE else None,
             (groups, heads, query_blocks) if shape.HAS_ATTN_SCALE else None,
             (groups, heads, query_blocks) if shape.HAS_HEAD_SCALE else None,
             (2, windows, shape.keys, shape.channels) if shape.OVERLAP else None,
-            _overlap_launch(problem) if shape.OVERLAP else None,
+            _overlap_launcher(problem) if shape.OVERLAP else None,
         )
 
 
-def _overlap_launch(problem: Problem) -> Launch:
+def _overlap_launcher(problem: Problem) -> Launcher:
     """A program for each block of tokens and of channels."""
     blocks = triton.cdiv(math.prod(problem.size), BLOCK_M) * triton.cdiv(problem.channels, BLOCK_C)
     names = ("depth", "height", "width", "SHAPE")
     arguments = {name: value for name, value in problem.arguments().items() if name in names}
     options = {"BLOCK_M": BLOCK_M, "BLOCK_C": BLOCK_C, "num_warps": 4, "enable_fp_fusion": True}
-    return (problem.batch * blocks,), arguments | {"windows": problem.windows} | options
+    arguments |= {"windows": problem.windows}
+    return Launcher(window_attention_overlap_kernel, (problem.batch * blocks,), arguments | options)
 
 
 @once_per_shape
 def _single_tile_backward(problem: Problem, bias_gradient: bool) -> _Backward:
     groups, arguments = _single_tile_arguments("single_tile_backward", problem, 1)
-    launch = (groups * problem.heads,), arguments | {"BIAS_GRADIENT": bias_gradient}
-    return _Backward.of(problem, bias_gradient, (launch,), groups, 1, groups, 1)
+    arguments |= {"BIAS_GRADIENT": bias_gradient}
+    launcher = Launcher(window_attention_single_tile_backward_kernel, (groups * problem.heads,), arguments)
+    return _Backward.of(problem, bias_gradient, (launcher,), groups, 1, groups, 1)
 
 
 @once_per_shape
@@ -146,30 +148,32 @@ def _tiled_backward(problem: Problem, bias_gradient: bool) -> _Backward:
     width = 8 * triton.cdiv(shape.head_dim, 8)
     common = problem.arguments() | {"chunks": chunks, "ROWS": rows}
     programs = windows * heads * chunks
-    launches = [((programs,), common | tiles | {"blocks": blocks, "WIDTH": width})]
+    arguments = common | tiles | {"blocks": blocks, "WIDTH": width}
+    launchers = [Launcher(window_attention_tiled_backward_kernel, (programs,), arguments)]
     if chunks > 1:
-        launches.append(_chunks_launch(problem, common | {"WIDTH": width}))
+        launchers.append(_chunks_launcher(problem, common | {"WIDTH": width}))
     bias_groups = 1
     if bias_gradient:
-        launch, bias_groups = _bias_launch(problem, common)
-        launches.append(launch)
-    plan = _Backward.of(problem, bias_gradient, tuple(launches), bias_groups, key_blocks, windows, query_blocks)
+        launcher, bias_groups = _bias_launcher(problem, common)
+        launchers.append(launcher)
+    plan = _Backward.of(problem, bias_gradient, tuple(launchers), bias_groups, key_blocks, windows, query_blocks)
     return plan._replace(kept=((programs, 4, rows), (programs, rows, width)))
 
 
-def _chunks_launch(problem: Problem, arguments: dict[str, Any]) -> Launch:
+def _chunks_launcher(problem: Problem, arguments: dict[str, Any]) -> Launcher:
     """A program for each block of queries of each window and head."""
     blocks = triton.cdiv(problem.shape().tokens, CHUNK_M)
-    options = {"BLOCK_M": CHUNK_M, "num_warps": 4, "enable_fp_fusion": True}
-    return (problem.windows * problem.heads * blocks,), arguments | options
+    arguments = arguments | {"BLOCK_M": CHUNK_M, "num_warps": 4, "enable_fp_fusion": True}
+    return Launcher(window_attention_q_gradient_kernel, (problem.windows * problem.heads * blocks,), arguments)
 
 
-def _bias_launch(problem: Problem, arguments: dict[str, Any]) -> tuple[Launch, int]:
+def _bias_launcher(problem: Problem, arguments: dict[str, Any]) -> tuple[Launcher, int]:
     """A program for each tile of each head's bias and each group of windows, and how many groups there are."""
     shape, tiles = problem.shape(), _tiles("bias_gradient", problem)
     pieces = problem.heads * triton.cdiv(shape.tokens, tiles["BLOCK_M"]) * triton.cdiv(shape.keys, tiles["BLOCK_N"])
     per_program, groups = grouped(problem.windows, pieces)
-    return ((groups * pieces,), arguments | tiles | {"windows": problem.windows, "per_program": per_program}), groups
+    arguments = arguments | tiles | {"windows": problem.windows, "per_program": per_program}
+    return Launcher(window_attention_bias_gradient_kernel, (groups * pieces,), arguments), groups
 
 
 # --------------------------------------------------------------------------- operands
@@ -193,36 +197,35 @@ def _token_stride(x: torch.Tensor) -> int | None:
     return channels if distance is None else distance
 
 
-class _Operands(NamedTuple):
-    """Tensors of a call as kernels take them; any tensor stands for one that is not read."""
-
-    tensors: Tensors  # q, k, v, padding, bias, attn_scale, head_scale: the first arguments of all kernels
-    problem: Problem
-
-    @classmethod
-    def of(
-        cls, projections: Sequence[Optional], parameters: Sequence[Optional], num_heads: int, window: Sequence[int],
-        shift: Sequence[int], kv_window: Sequence[int], layout: str, scale: float,
-    ) -> _Operands:  # fmt: skip
-        """Of the fused map and None twice, or three maps; of bias, padding, attn_scale and head_scale."""
-        found = [x for x in projections if x is not None]
-        strides = [_token_stride(x) for x in found]
-        maps = [x.contiguous() if stride is None else x for x, stride in zip(found, strides, strict=True)]
-        distances = [x.shape[-1] if stride is None else stride for x, stride in zip(maps, strides, strict=True)]
-        fused, q = len(maps) == 1, maps[0]
-        repeated = 3 if fused else 1
-        bias, padding, attn_scale, head_scale = parameters
-        tensors = (
-            *maps * repeated,
-            q if padding is None else padding.to(q.dtype).contiguous(),
-            *(q if x is None else x.contiguous() for x in (bias, attn_scale, head_scale)),
-        )
-        problem = Problem(
-            (*q.shape[1:-1],), q.shape[0], q.shape[-1] // repeated, (*distances * repeated,), fused, q.dtype, q.device,
-            num_heads, (*window,), (*shift,), (*kv_window,), layout, bias is not None, padding is not None,
-            attn_scale is not None, head_scale is not None, scale > 0.0, precision(q.dtype),
-        )  # fmt: skip
-        return cls(tensors, problem)
+def _operands(
+    projections: Sequence[Optional], parameters: Sequence[Optional], num_heads: int, window: Sequence[int],
+    shift: Sequence[int], kv_window: Sequence[int], layout: str, scale: float,
+) -> tuple[Tensors, Problem]:  # fmt: skip
+    """Of the fused map and None twice, or three maps, and of bias, padding, attn_scale and head_scale: the first
+    arguments of all kernels, q, k, v, padding, bias, attn_scale and head_scale, where any tensor stands for one that is
+    not read; and what decides how kernels are launched."""
+    maps, distances = [], []
+    for x in projections:
+        if x is not None:
+            distance = _token_stride(x)
+            maps.append(x.contiguous() if distance is None else x)
+            distances.append(x.shape[-1] if distance is None else distance)
+    fused, q = len(maps) == 1, maps[0]
+    repeated = 3 if fused else 1
+    bias, padding, attn_scale, head_scale = parameters
+    tensors = (
+        *maps * repeated,
+        q if padding is None else padding.to(q.dtype).contiguous(),
+        q if bias is None else bias.contiguous(),
+        q if attn_scale is None else attn_scale.contiguous(),
+        q if head_scale is None else head_scale.contiguous(),
+    )
+    problem = Problem(
+        q.shape[1:-1], q.shape[0], q.shape[-1] // repeated, (*distances * repeated,), fused, q.dtype, q.device,
+        num_heads, (*window,), (*shift,), (*kv_window,), layout, bias is not None, padding is not None,
+        attn_scale is not None, head_scale is not None, scale > 0.0, precision(q.dtype),
+    )  # fmt: skip
+    return tensors, problem
 
 
 # --------------------------------------------------------------------------- launches
@@ -253,19 +256,13 @@ def window_attention(
     without it each window is one tile.
     """
     channels = q.shape[-1] // (3 if k is None else 1)
-    output = q.new_empty(*q.shape[:-1], channels)  # [B, *size, heads*d]
+    output = q.new_empty((*q.shape[:-1], channels))  # [B, *size, heads*d]
     if q.numel() == 0:
         return output
-    operands = _Operands.of(
-        (q, k, v), (bias, padding, attn_scale, head_scale), num_heads, window, shift, kv_window, layout, scale
-    )
-    grid, arguments = _forward_launch(operands.problem, statistics is None)
-    tensors = (*operands.tensors, output)
-    with device_guard(q):
-        if statistics is None:
-            window_attention_single_tile_kernel[grid](*tensors, scale=scale, **arguments)
-        else:
-            window_attention_tiled_kernel[grid](*tensors, *statistics.unbind(), scale=scale, **arguments)
+    parameters = (bias, padding, attn_scale, head_scale)
+    tensors, problem = _operands((q, k, v), parameters, num_heads, window, shift, kv_window, layout, scale)
+    rows = () if statistics is None else statistics.unbind()
+    _forward_launcher(problem, statistics is None)(*tensors, output, *rows, scale=float(scale))
     return output
 
 
@@ -274,17 +271,14 @@ def _start_tiled_backward(
     gradients: Sequence[torch.Tensor], totals: _Sums, scale: float,
 ) -> None:  # fmt: skip
     statistics_size, (programs, *row) = plan.kept
-    kept, sums = statistics.new_empty(statistics_size), statistics.new_empty(programs, *row)
-    rows = output.new_empty(programs, 2, *row)
-    (grid, arguments), *others = plan.launches
-    window_attention_tiled_backward_kernel[grid](
-        *tensors, kept, rows, sums, output, *statistics.unbind(), *gradients, *totals[1:], scale=scale, **arguments
-    )
-    if arguments["chunks"] > 1:
-        (grid, arguments), *others = others
-        window_attention_q_gradient_kernel[grid](*tensors[:7], sums, gradients[0], scale=scale, **arguments)
-    for grid, arguments in others:
-        window_attention_bias_gradient_kernel[grid](*tensors, kept, totals.bias, scale=scale, **arguments)
+    kept, sums = statistics.new_empty(statistics_size), statistics.new_empty((programs, *row))
+    rows = output.new_empty((programs, 2, *row))
+    start, *others = plan.launchers
+    start(*tensors, kept, rows, sums, output, *statistics.unbind(), *gradients, *totals[1:], scale=scale)
+    if start.arguments["chunks"] > 1:
+        others.pop(0)(*tensors[:7], sums, gradients[0], scale=scale)
+    for start_bias in others:
+        start_bias(*tensors, kept, totals.bias, scale=scale)
 
 
 def window_attention_backward(
@@ -308,23 +302,20 @@ def window_attention_backward(
 ) -> list[Optional]:
     """Gradients of the seven operands, contiguous; None for those that are not there or need none."""
     parameters = (bias, padding, attn_scale, head_scale)
-    operands = _Operands.of((q, k, v), parameters, num_heads, window, shift, kv_window, layout, scale)
-    problem, bias_gradient = operands.problem, bias is not None and needs_grad[3]
+    tensors, problem = _operands((q, k, v), parameters, num_heads, window, shift, kv_window, layout, scale)
+    bias_gradient = bias is not None and needs_grad[3]
     plan = (_single_tile_backward if statistics is None else _tiled_backward)(problem, bias_gradient)
-    tensors, sums = (*operands.tensors, gradient.contiguous()), plan.new_sums(q)
+    tensors, sums = (*tensors, gradient.contiguous()), plan.new_sums(q)
     found = [q.new_empty(x.shape) for x in (q, k, v) if x is not None]
     maps = found * 3 if problem.fused else found
     in_windows = None if plan.in_windows is None else q.new_empty(plan.in_windows)
     written = maps if in_windows is None else [maps[0], *in_windows]
-    with device_guard(q):
-        if statistics is None:
-            ((grid, arguments),) = plan.launches
-            window_attention_single_tile_backward_kernel[grid](*tensors, *written, *sums, scale=scale, **arguments)
-        else:
-            _start_tiled_backward(plan, tensors, output.contiguous(), statistics, written, sums, scale)
-        if plan.overlap is not None:
-            grid, arguments = plan.overlap
-            window_attention_overlap_kernel[grid](in_windows, *maps, **arguments)
+    if statistics is None:
+        plan.launchers[0](*tensors, *written, *sums, scale=float(scale))
+    else:
+        _start_tiled_backward(plan, tensors, output.contiguous(), statistics, written, sums, float(scale))
+    if plan.overlap is not None:
+        plan.overlap(in_windows, *maps)
     if problem.fused:
         found += [None, None]
     found += _of_parameters(plan, sums, parameters, num_heads, scale)

@@ -30,14 +30,15 @@ def fake_runtime(tmp_path_factory) -> Path:
 
 def traced(library: Path, program: str, *arguments: str) -> dict:
     """The output of a program of this folder when it thinks that there is a GPU."""
-    environment = os.environ | {"LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"LD_PRELOAD": str(library), "TRITON_LIBCUDA_PATH": str(library.parent)}
+    environment["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, str(FOLDER / program), *arguments]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert result.returncode == 0, result.stderr[-4000:]
     return json.loads(result.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", ["as-vit", "swin"])
+@pytest.mark.parametrize("name", ["as-vit", "as-vit reduced", "swin"])
 def test_one_graph(fake_runtime, name):
     dtypes = ["bfloat16", "float16"]
     assert traced(fake_runtime, "cuda_tracing_program.py", ",".join(dtypes), name) == {name: dtypes}
@@ -57,3 +58,15 @@ def test_launches(fake_runtime, root):
     text = "\n".join(path.read_text() for path in (root / "kernels").glob("*.py"))
     kernels = set(re.findall(r"^def (\w+_kernel)\(\n    \w+_pointer", text, re.MULTILINE))
     assert set(traced(fake_runtime, "cuda_launches_program.py")) == kernels
+
+
+def test_launcher(fake_runtime):
+    """After its first launch a kernel is started without Triton's binding, with the same arguments, unless Triton would
+    have another kernel or sees the launch itself."""
+    found = traced(fake_runtime, "launcher_program.py")
+    by_triton = {"first", "other dtype", "unaligned", "debug", "other batch"}
+    assert {name for name, launch in found.items() if launch["by Triton"]} == by_triton
+    assert all(launch["launches"] == 1 and launch["arguments fit"] for launch in found.values())
+    assert {launch["name"] for launch in found.values()} == {"window_attention_single_tile_kernel"}
+    assert {name for name, launch in found.items() if launch["hooked"]} == {"launch hook"}
+    assert found["second"]["grid"] == 2 * found["other batch again"]["grid"]

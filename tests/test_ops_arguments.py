@@ -6,6 +6,7 @@ import functools
 import re
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -321,3 +322,30 @@ def test_linear_takes_what_torch_takes(x: Tensor) -> None:
     for other in (weight[:1].expand(32, 64), weight.T.contiguous().T):
         torch.testing.assert_close(ops.linear(x, other, column), F.linear(x, other, column), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ops.linear(x, weight[0]), F.linear(x, weight[0]), rtol=1e-4, atol=1e-4)
+
+
+# --------------------------------------------------------------------------- checked once
+
+
+def test_arguments_are_checked_again_where_they_look_different() -> None:
+    """After a call that passed, with what equals its arguments but is not of their type, shape, dtype or device."""
+    qkv, bias = torch.randn(1, 4, 4, 12), torch.randn(1, 1, 1)
+    for _ in range(2):
+        ops.window_attention(qkv, 1, (1, 1), (0, 0), bias)
+        ops.window_attention(qkv, 2, [2, 2], [1, 1])
+    wrong: list[tuple[object, ...]] = [
+        (qkv, 1, (True, 1), (0, 0), bias),
+        (qkv, True, (1, 1), (0, 0), bias),
+        (qkv, 1, (1, 1), (0, False), bias),
+        (qkv, 2, [2.0, 2], [1, 1]),
+        (qkv, 1, (1, 1), (0, 0), bias.int()),
+        (qkv, 1, (1, 1), (0, 0), bias.to("meta")),
+        (qkv, 1, (1, 1), (0, 0), bias.expand(2, 1, 1)),
+        (qkv.long(), 2, [2, 2], [1, 1]),
+        (qkv, 2, [2, 2], [1, 1], None, float("nan")),
+    ]
+    for arguments in wrong * 2:
+        with pytest.raises(af.InputError):
+            ops.window_attention(*arguments)  # type: ignore[arg-type]
+    with torch.no_grad():
+        assert ops.window_attention(qkv, np.int64(2), (np.int64(2), 2), (1, 1)).shape == (1, 4, 4, 4)

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 import asvit_fast as af
 from asvit_fast.training import token_reduction
+from asvit_fast.training.retokenizer import RUNS
 
 TESTS = Path(__file__).parent
 
@@ -215,6 +216,19 @@ def test_nothing_is_compiled_after_the_warmup(name: str) -> None:
             torch.testing.assert_close(outputs[retokenizer.reduction], model._orig_mod(images))
     assert len(graphs) == 6
     assert not torch.equal(outputs[4], outputs[2]) and not torch.equal(outputs[2], outputs[1])
+
+
+def test_warmup_records_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile(mode="reduce-overhead") records one in the second run of what it has compiled."""
+    runs = []
+    model = network()
+    model.register_forward_hook(lambda *_: runs.append((token_reduction(model), model.training)))
+    retokenizer = af.Retokenizer(model, "1:2,1:1")
+    monkeypatch.setitem(RUNS, "cpu", RUNS["cuda"])
+    retokenizer.warmup(torch.randn(2, 3, 64, 64))
+    both = [True, False] * 2
+    assert runs == [(reduction, training) for reduction in (2, 1) for training in both]
+    assert all(parameter.grad is None for parameter in model.parameters()) and model.training
 
 
 def test_nothing_is_compiled_for_the_batches_of_the_phases() -> None:

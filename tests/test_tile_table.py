@@ -236,9 +236,9 @@ def test_launches_are_decided_once_for_a_shape():
             window_attention.window_attention(qkv, *nothing, 1, [9, 9], [0, 0], [], 1.0, "masked", statistics)
         return launches[0]
 
-    before, decided = launch(), window_attention._forward_launch.cache_info()
+    before, decided = launch(), window_attention._forward_launcher.cache_info()
     assert launch() == before
-    assert window_attention._forward_launch.cache_info().misses == decided.misses
+    assert window_attention._forward_launcher.cache_info().misses == decided.misses
     trial = {"block_m": 128, "block_n": 16, "num_warps": 8, "num_stages": 1}
     with tile_table.trying("tiled", trial):
         tried = launch()

@@ -67,7 +67,7 @@ class FastSwinUNETRBlock(Replacement, SwinTransformerBlock):
         attn, window, shift = self.attn, tuple(window), tuple(shift)
         tokens = torch.Size(window).numel()
         index = attn.relative_position_index[:tokens, :tokens]  # of clipped windows: the source's choice
-        bias = position_bias(attn.relative_position_bias_table, index)  # [heads, N, N]
+        bias = position_bias(attn.relative_position_bias_table, index)
         padding = padding_token(attn.qkv.bias, x, window)
         qkv = project(attn.qkv, x)  # [B, *size, 3*C]
         x = window_attention(qkv, attn.num_heads, window, shift, bias, attn.scale, 0.0, LAYOUT, padding)

@@ -26,6 +26,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 from .. import backends
 from ..errors import InputError
+from .unchanged import is_kept, keep
 
 HOOKS = {
     "_forward_pre_hooks": "forward pre-hook",
@@ -59,6 +60,7 @@ class Replacement:
     bypassed: ClassVar[
         Names
     ] = ()  # methods, in some versions of the source, that only its own version of a method calls
+    bypassed_of_parts: ClassVar[Parts] = {}  # methods of classes of parts that are not called either
     __jit_unused_properties__: ClassVar[list[str]] = ["qconfig"]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -181,7 +183,8 @@ def _bypassed_methods(replacement: Any) -> tuple[tuple[type, str], ...]:
     """(class, method) of all that a fused path does in place of the source and of its parts."""
     parts = {kind for kinds in replacement.bypassed_parts().values() for kind in kinds if issubclass(kind, nn.Module)}
     own = [(replacement.source, name) for name in sorted(overridden(replacement))]
-    return (*own, *((kind, "forward") for kind in sorted(parts, key=str)))
+    of_parts = [(kind, name) for name, kinds in replacement.bypassed_of_parts.items() for kind in kinds]
+    return (*own, *((kind, "forward") for kind in sorted(parts, key=str)), *of_parts)
 
 
 _original_methods: set[Any] = set()  # functions that were seen to be those of their class
@@ -336,6 +339,16 @@ def _is_plain_scale(part: nn.Module) -> bool:
 def bypass_reason(module: nn.Module, parts: Parts) -> str | None:
     """Why the named submodules cannot be left out: they are not exactly of the classes given, or something is attached
     to them; or why an op cannot have their scale."""
+    traced = torch.compiler.is_compiling()  # parameters are stand-ins then
+    if not traced and is_kept(module, parts):
+        return None
+    why = _bypass_reason(module, parts)
+    if why is None and not traced:
+        keep(module, parts)
+    return why
+
+
+def _bypass_reason(module: nn.Module, parts: Parts) -> str | None:
     for path, part in (("", module), *parts_of(module, parts)):
         if part is not None and not _is_plain_scale(part):
             return f"its {path}.scale is not a finite number".replace(" .", " ")

@@ -70,9 +70,9 @@ class FastSwinTransformerBlock(ShiftedWindows, SwinTransformerBlock):
         "input_resolution",
         "attn.fused_attn",
         "attn.scale",
-        "attn.relative_position_bias_table",
-        "attn.relative_position_index",
+        *("attn._get_rel_pos_bias", "attn.relative_position_bias_table", "attn.relative_position_index"),
     )
+    bypassed_of_parts: ClassVar[Parts] = {"_get_rel_pos_bias": (WindowAttention,)}
     parts: ClassVar[Parts] = {
         "attn": (WindowAttention,),
         "attn.qkv": LINEAR,

@@ -2,10 +2,55 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import InputError
+
+Check = TypeVar("Check", bound=Callable[..., Any])
+_PLAIN = (Tensor, nn.Parameter)
+_VALUES = frozenset({bool, int, float, str, type(None)})
+_REMEMBERED = 4096  # arguments that passed a check, for each check
+
+
+def once_per_arguments(check: Check) -> Check:
+    """Run a check, which returns what follows from its arguments, once for all that look the same: tensors by shape,
+    dtype and device, everything else by type and value. Only of plain tensors, and not while something traces, as
+    sizes are symbols then."""
+    passed: dict[tuple[Any, ...], Any] = {}
+
+    @functools.wraps(check)
+    def checked(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+            return check(*arguments)
+        key: list[Any] = []
+        for argument in arguments:
+            kind = type(argument)
+            if kind in _PLAIN:
+                key += argument.shape, argument.dtype, argument.device
+            elif kind is tuple or kind is list:  # True is 1, and 1.0 as well
+                key += kind, (*argument,), (*map(type, argument),)
+            elif kind in _VALUES or not isinstance(argument, Tensor):
+                key += kind, argument
+            else:
+                return check(*arguments)
+        found = tuple(key)
+        try:
+            result = passed.get(found, passed)
+        except TypeError:  # an argument has no hash
+            return check(*arguments)
+        if result is passed:
+            result = check(*arguments)
+            if len(passed) >= _REMEMBERED:
+                passed.clear()
+            passed[found] = result
+        return result
+
+    return checked  # type: ignore[return-value]
 
 
 def _is_integer(value: object) -> bool:

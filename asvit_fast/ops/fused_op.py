@@ -97,7 +97,8 @@ class FusedOp:
 
     def __call__(self, operands: Operands, config: Any) -> Tensor:
         """The output. The arguments have been checked."""
-        if transform_active() or any(x is not None and x.numel() == 0 for x in operands):
+        is_empty, needs_grad, is_plain = _look_at(operands)
+        if is_empty or transform_active():
             return self.reference(operands, config)
         device = operands[0].device
         if device.type == "meta" and not self.of_torch and backends.forced_backend() is None:  # for shape and FLOPs
@@ -105,11 +106,11 @@ class FusedOp:
         backend = backends.choose(self.name, device, operands, config)
         if backend in self.composite:
             return self.composite[backend](operands, config)
-        if torch.compiler.is_compiling() or not outside_of_modes(operands):
+        if torch.compiler.is_compiling() or not is_plain or _inside_a_mode():
             if self.of_torch and any(map(_is_subclass, operands)):  # DTensor knows how to share torch's own function
                 return self.reference(operands, config)
             return self._op(*operands, *self._values(config))[0]
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
+        if needs_grad and torch.is_grad_enabled():
             return _Eager.apply(self, backend, config, *operands)
         return self.forward(backend, operands, config)[0]
 
@@ -182,7 +183,7 @@ class FusedOp:
             return (*(None for _ in self.operands), *nothing)
         *output, saved, operands = self._saved(ctx)
         needs_grad = list(ctx.needs_input_grad[: len(self.operands)])
-        if _is_batch(gradient):
+        if is_batch(gradient):
             return (*self._gradients_of_batch(gradient, operands, ctx.config, needs_grad), *nothing)
         grads = self._backward_op(
             gradient, *(output or (None,)), saved, *operands, *self._values(ctx.config), needs_grad
@@ -273,7 +274,7 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         output, saved, *operands = ctx.saved_tensors
         op, needs_grad = ctx.op, list(ctx.needs_input_grad[3:])
-        if _is_batch(gradient):
+        if is_batch(gradient):
             grads = op._gradients_of_batch(gradient, operands, ctx.config, needs_grad)
         elif torch.is_grad_enabled() or torch.compiler.is_compiling():  # it will be differentiated, or is traced
             grads = op._backward_op(gradient, output, saved, *operands, *op._values(ctx.config), needs_grad)
@@ -284,23 +285,40 @@ class _Eager(torch.autograd.Function):
         return (None, None, None, *grads)
 
 
-def _is_batch(gradient: Tensor) -> bool:
+def is_batch(gradient: Tensor) -> bool:
     """Whether it stands for a batch of gradients, of ``torch.autograd.grad(..., is_grads_batched=True)``."""
     return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(gradient)
+
+
+def _look_at(operands: Operands) -> tuple[bool, bool, bool]:
+    """Whether one has no elements, one needs a gradient, and all are torch's own with data, in one go: a generator for
+    each question would take as long as a small kernel."""
+    is_empty, needs_grad, is_plain = False, False, True
+    for x in operands:
+        if x is not None:
+            is_empty = is_empty or x.numel() == 0
+            needs_grad = needs_grad or x.requires_grad
+            is_plain = is_plain and type(x) in _PLAIN and not x.is_meta
+    return is_empty, needs_grad, is_plain
 
 
 def _is_subclass(x: Any) -> bool:
     return isinstance(x, Tensor) and type(x) not in _PLAIN and not isinstance(x, FakeTensor)
 
 
+def _inside_a_mode() -> bool:
+    """Whether a tracer or a dispatch mode looks at calls."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+
+
 def outside_of_modes(operands: Operands) -> bool:
     """Whether nothing but autograd looks at the call: no tracer, no dispatch mode, no subclass of Tensor."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
-        return False
-    return all(x is None or (type(x) in _PLAIN and x.device.type != "meta") for x in operands)
+    return _look_at(operands)[2] and not _inside_a_mode()
 
 
 def no_float64(*tensors: Tensor) -> str | None:
     """Why kernels that compute in float32 cannot run."""
-    wide = any(x.dtype == torch.float64 for x in tensors)
-    return "it computes in float32, got torch.float64" if wide else None
+    for x in tensors:
+        if x.dtype == torch.float64:
+            return "it computes in float32, got torch.float64"
+    return None

@@ -16,7 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _extension
 from ..errors import InputError
-from .checks import check_device, check_eps, check_floats, check_integer, check_operand
+from .checks import check_device, check_eps, check_floats, check_integer, check_operand, once_per_arguments
 from .fused_op import FusedOp, Gradients, Operands, Result, Saved, no_float64
 from .transforms import autocast_dtype
 
@@ -184,6 +184,7 @@ PATCH_MERGE = FusedOp(
 # --------------------------------------------------------------------------- public
 
 
+@once_per_arguments
 def _check(
     x: Tensor,
     weight: Tensor,

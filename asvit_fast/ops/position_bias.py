@@ -18,6 +18,9 @@ from .checks import check_device, check_floats
 from .fused_op import no_float64, outside_of_modes
 from .transforms import transform_active
 
+# of entries with pairs, for one head: the gradient's kernel looks for every entry among all pairs, and torch sorts them
+MOST_COMPARISONS = 2**27
+
 
 def position_bias_reference(table: Tensor, index: Tensor) -> Tensor:
     """`position_bias` in plain PyTorch operations."""
@@ -59,6 +62,8 @@ def _has_kernels(table: Tensor, index: Tensor) -> bool:
         return False
     if backends.forced_backend() not in (None, "triton") or no_float64(table) is not None:
         return False
+    if table.shape[0] * index.numel() > MOST_COMPARISONS:
+        return False
     return backends.available("position_bias", "triton", table.device) is None
 
 
@@ -80,8 +85,8 @@ def position_bias(table: Tensor, index: Tensor) -> Tensor:
         InputError: shapes, dtypes or devices that do not fit, naming the value.
 
     On a GPU a Triton kernel each for forward and backward: the table's gradient is summed in float32 in a fixed order,
-    by one kernel, where torch's index_put sorts all pairs. Elsewhere, in float64 and while torch.compile traces,
-    torch's own indexing.
+    by one kernel, where torch's index_put sorts all pairs. Elsewhere, in float64, for windows so large that sorting is
+    faster, and while torch.compile traces, torch's own indexing.
     """
     if has_torch_function((table, index)):
         return position_bias_reference(table, index)

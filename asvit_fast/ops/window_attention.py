@@ -15,7 +15,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _extension, backends
 from ..errors import InputError
-from .checks import check_length, check_operand, check_scale
+from .checks import check_length, check_operand, check_scale, once_per_arguments
 from .fused_op import FusedOp, Gradients, Operands, Result, Saved, no_float64
 from .transforms import sizes
 from .window_attention_reference import masked_scores, window_attention_reference
@@ -23,6 +23,7 @@ from .windows import (
     check_channels,
     check_kv_window,
     check_windows,
+    fit_windows,
     fold_key_windows,
     lowest_scores,
     merge_windows,
@@ -56,26 +57,62 @@ def _split_scale(scale: float | Tensor | None) -> tuple[float | None, Tensor | N
     return scale, None  # type: ignore[return-value]
 
 
+@once_per_arguments
+def _settings(
+    x: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    num_heads: int,
+    window: tuple[int, ...],
+    shift: tuple[int, ...] | None,
+    bias: Tensor | None,
+    factor: float | None,
+    head_scale: Tensor | None,
+    dropout: float,
+    layout: str,
+    padding: Tensor | None,
+    attn_scale: Tensor | None,
+    kv_window: tuple[int, ...] | None,
+) -> WindowAttentionConfig:
+    """Arguments that are no tensors, as the op takes them; InputError where any do not fit."""
+    op = "window_attention"
+    axes = 3 if x.dim() == 5 else 2
+    check_length(op, "window", window, axes)
+    shift = (0,) * axes if shift is None else shift
+    check_length(op, "shift", shift, axes)
+    if kv_window is not None:
+        check_length(op, "kv_window", kv_window, axes)
+    keys = None if kv_window is None else sizes(kv_window)
+    projections = [x] if k is None or v is None else [x, k, v]
+    windows, shifts = _check(
+        projections, num_heads, sizes(window), sizes(shift), bias, factor, head_scale, dropout, layout, padding,
+        attn_scale, keys,
+    )  # fmt: skip
+    channels = x.shape[-1] // (3 if k is None else 1)
+    factor = float(channels // num_heads) ** -0.5 if factor is None else factor
+    return WindowAttentionConfig(num_heads, windows, shifts, keys or windows, factor, layout, dropout)
+
+
 def _check(
     projections: list[Tensor],
     num_heads: int,
     window: list[int],
     shift: list[int],
     bias: Tensor | None,
-    scale: float | Tensor | None,
+    factor: float | None,
+    head_scale: Tensor | None,
     dropout: float,
     layout: str,
     padding: Tensor | None,
     attn_scale: Tensor | None,
     kv_window: list[int] | None,
-) -> tuple[list[int], list[int], Tensor | None]:
-    """InputError for arguments that do not fit; window, shift and bias as ``check_windows`` returns them."""
+) -> tuple[list[int], list[int]]:
+    """InputError for arguments that do not fit; window and shift as ``check_windows`` returns them."""
     op = "window_attention"
     x = projections[0]
     _check_projections(op, projections, len(window), num_heads)
     if layout not in ("masked", "timm", "torchvision", "grid"):
         raise InputError(f"window_attention: layout must be masked, timm, torchvision or grid, got {layout}")
-    factor, head_scale = _split_scale(scale)
     check_scale(op, factor)
     check_operand(op, "scale", head_scale, [num_heads], x)
     if not 0.0 <= dropout <= 1.0:
@@ -83,9 +120,7 @@ def _check(
     size = list(x.shape[1:-1])
     if kv_window is not None:
         check_kv_window(op, window, shift, kv_window, layout)
-    window, shift, bias = check_windows(op, size, num_heads, window, shift, bias, x, layout, kv_window)
-    if bias is not None:
-        bias = lowest_scores(bias, x)
+    window, shift = check_windows(op, size, num_heads, window, shift, bias, x, layout, kv_window)[:2]
     if layout == "grid":
         if max(shift) != 0:
             raise InputError(f"window_attention: the layout grid has no shift, got {shift}")
@@ -95,7 +130,17 @@ def _check(
         raise InputError(f"window_attention: padding is masked out in the layout {layout}, so it has no values")
     check_operand(op, "padding", padding, [len(projections) * x.shape[-1]], x)
     check_operand(op, "attn_scale", attn_scale, [num_heads], x)
-    return window, shift, bias
+    return window, shift
+
+
+def _fitting_bias(
+    bias: Tensor, x: Tensor, window: tuple[int, ...], shift: tuple[int, ...] | None, config: WindowAttentionConfig
+) -> Tensor:
+    """The bias of windows that fit the map, if they had to be fitted."""
+    if config.window != list(window):
+        shifts = [0] * len(window) if shift is None else list(shift)
+        bias = fit_windows(list(x.shape[1:-1]), list(window), shifts, bias)[2]  # type: ignore[assignment]
+    return lowest_scores(bias, x)
 
 
 # --------------------------------------------------------------------------- fused op
@@ -265,10 +310,11 @@ def _triton(operands: Operands, config: WindowAttentionConfig) -> Result:
     from asvit_fast.kernels.window_attention import window_attention
 
     x = _Operands(*operands)
-    single = _is_single_tile(x, config)
-    allocate = torch.zeros if single else torch.empty  # the zeros, without elements on a GPU, are never read
-    statistics = allocate(_statistics_shape(x, config), dtype=torch.float32, device=x.q.device)
-    return window_attention(*x, *config.kernel_arguments, None if single else statistics), statistics
+    if _is_single_tile(x, config):  # never read, and without elements on a GPU
+        allocate, shape = (x.q.new_empty, [0]) if x.q.is_cuda else (x.q.new_zeros, _statistics_shape(x, config))
+        return window_attention(*x, *config.kernel_arguments, None), allocate(shape, dtype=torch.float32)
+    statistics = x.q.new_empty(_statistics_shape(x, config), dtype=torch.float32)
+    return window_attention(*x, *config.kernel_arguments, statistics), statistics
 
 
 def _triton_backward(
@@ -319,6 +365,13 @@ WINDOW_ATTENTION = FusedOp(
 )
 
 # --------------------------------------------------------------------------- public
+
+
+def _is_identity(x: _Operands, config: WindowAttentionConfig) -> bool:
+    """Whether windows of one token, which attend only to themselves, have no parameter whose gradient is needed, and no
+    backend is forced. On the meta device the op is called for its shape and what it counts."""
+    plain = config.dropout == 0.0 and config.key_window is None and all(parameter is None for parameter in x[3:])
+    return plain and not x.q.is_meta and backends.forced_backend() is None
 
 
 def window_attention(
@@ -379,27 +432,14 @@ def window_attention(
     op = "window_attention"
     if len(projections) not in (1, 3):
         raise InputError(f"{op}: qkv must be a tensor or the three tensors q, k and v, got {len(projections)}")
-    axes = 3 if projections[0].dim() == 5 else 2
-    check_length(op, "window", window, axes)
-    shift = (0,) * axes if shift is None else shift
-    check_length(op, "shift", shift, axes)
-    if kv_window is not None:
-        check_length(op, "kv_window", kv_window, axes)
-    keys = None if kv_window is None else sizes(kv_window)
-    windows, shifts, bias = _check(
-        projections, num_heads, sizes(window), sizes(shift), bias, scale, dropout, layout, padding, attn_scale, keys
-    )
+    q, k, v = projections if projections[1:] else (projections[0], None, None)
     factor, head_scale = _split_scale(scale)
-    parameters = [x for x in (bias, padding, attn_scale, head_scale) if x is not None]
-    computed = projections[0].device.type != "meta"  # there the op is called for its shape and what it counts
-    plain = dropout == 0.0 and not parameters and keys is None  # no gradient of a parameter is needed
-    if max(windows) == 1 and plain and computed and backends.forced_backend() is None:
-        v = projections[2] if projections[1:] else projections[0].chunk(3, -1)[2]
-        return v.contiguous()  # such a window attends only to itself
-    first, *others = projections
-    x = _Operands(
-        first, others[0] if others else None, others[1] if others else None, bias, padding, attn_scale, head_scale
+    config = _settings(
+        q, k, v, num_heads, window, shift, bias, factor, head_scale, dropout, layout, padding, attn_scale, kv_window
     )
-    factor = float(x.channels // num_heads) ** -0.5 if factor is None else factor
-    config = WindowAttentionConfig(num_heads, windows, shifts, keys or windows, factor, layout, dropout)
+    if bias is not None:
+        bias = _fitting_bias(bias, q, window, shift, config)
+    x = _Operands(q, k, v, bias, padding, attn_scale, head_scale)
+    if max(config.window) == 1 and _is_identity(x, config):
+        return (q.chunk(3, -1)[2] if v is None else v).contiguous()
     return WINDOW_ATTENTION(x, config)

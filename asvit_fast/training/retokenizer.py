@@ -17,6 +17,7 @@ from .token_reduction import set_token_reduction, token_reduction, unsupported_r
 
 Images = Tensor | Callable[[int], Tensor]
 Context = AbstractContextManager[Any] | Callable[[], AbstractContextManager[Any]]
+RUNS = {"cuda": 2}  # of a warm-up at each reduction: CUDA graphs are recorded in the second
 
 
 class Retokenizer:
@@ -80,7 +81,8 @@ class Retokenizer:
     def warmup(self, images: Images, autocast: Context | None = None, evaluate: bool | Context = True) -> None:
         """Run the model once at every reduction of the schedule, forward and backward in training mode and forward in
         evaluation mode, so that no later phase compiles, tunes or runs out of memory: the first epoch starts with all
-        of that behind it.
+        of that behind it. On a GPU twice: ``torch.compile(model, mode="reduce-overhead")`` records its CUDA graphs in
+        the second run.
 
         Gradients, random states (torch on the CPU and the images' device, Python, NumPy), buffers such as those of
         BatchNorm, training flags and the reduction are left as they were. Every rank of a distributed training must
@@ -104,7 +106,8 @@ class Retokenizer:
                 for reduction in self.schedule.reductions:
                     self._set(reduction)
                     batch = images(reduction) if callable(images) else images  # [B, 3, H, W]
-                    self._run(batch, autocast, torch.no_grad if evaluate is True else evaluate)
+                    for _ in range(RUNS.get(batch.device.type, 1)):
+                        self._run(batch, autocast, torch.no_grad if evaluate is True else evaluate)
             finally:
                 self._set(before)
 

@@ -55,19 +55,18 @@ def patch_merge_row_sums_kernel(
     output = part * BLOCK_N + tl.arange(0, BLOCK_N)
     real = token < tokens
     mean, rstd = load_statistics(statistics_pointer, token, real, sizes)
-    grad_output = load_rows(grad_output_pointer, token, real, output, SHAPE.outputs).to(tl.float32)
-    to = scaled_pointer + (tl.cast(token, tl.int64) * SHAPE.outputs)[:, None] + output[None, :]
-    scaled = (grad_output * rstd[:, None]).to(scaled_pointer.dtype.element_ty)
-    tl.store(to, scaled, mask=real[:, None] & (output < SHAPE.outputs)[None, :])
     if HAS_ROWS:
         value = normalised_product(
             x_pointer, folded_pointer, sums_pointer, locate(token, real, sizes, SHAPE), mean, rstd, output,
             sizes, BLOCK_K, SHAPE,
         )  # fmt: skip
-        # read again: registers are short while there are products
-        grad_output = load_rows(grad_output_pointer, token, real, output, SHAPE.outputs).to(tl.float32)
+    grad_output = load_rows(grad_output_pointer, token, real, output, SHAPE.outputs).to(tl.float32)
+    if HAS_ROWS:
         to = rows_pointer + tl.cast(part, tl.int64) * tokens + token
         tl.store(to, tl.sum(grad_output * value, 1) * (1.0 / FEATURES), mask=real)
+    to = scaled_pointer + (tl.cast(token, tl.int64) * SHAPE.outputs)[:, None] + output[None, :]
+    scaled = (grad_output * rstd[:, None]).to(scaled_pointer.dtype.element_ty)
+    tl.store(to, scaled, mask=real[:, None] & (output < SHAPE.outputs)[None, :])
 
 
 @triton.jit

@@ -30,8 +30,10 @@ struct TensorLayout {
   // In shared memory already: high and low parts are twice the bytes. A query is split by one warp only, for all keys.
   static constexpr bool kSplitQueries = dim <= 8, kSplitKeys = dim <= 16;
   static constexpr int kQueryBytes = kNumbers * (kSplitQueries ? 8 : 4), kKeyBytes = kNumbers * (kSplitKeys ? 16 : 8);
-  static constexpr int kWarps = 4 * 2 * kTile * kQueryBytes <= 24 * 1024 ? 4 : 2;       // of a block, at most
-  static constexpr int kBlocks = (kNumbers > 144 ? 8 : orders > 0 ? 12 : 16) / kWarps;  // of a multiprocessor, at least
+  static constexpr int kWarps = 4 * 2 * kTile * kQueryBytes <= 24 * 1024 ? 4 : 2;  // of a block, at most
+  // Warps of a multiprocessor, at least: this is what leaves each thread as many registers as it needs.
+  static constexpr int kResident = orders == 0 ? 16 : (kNumbers < 144 ? 12 : 8);
+  static constexpr int kBlocks = kResident / kWarps;
   static constexpr int kQueries = 2 * kTile * kWarps;
   static constexpr bool kSharedStates = kNumbers >= 128;  // where sums fill the registers
   // Keys that fit beside the queries: a block may have 48 KiB, with states 38, for six. Tiles of keys at a time.

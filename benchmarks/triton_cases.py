@@ -21,7 +21,6 @@ from rooflines import Work
 from asvit_fast import backends, ops
 from asvit_fast.bench.workloads import DTYPES, AttentionWorkload
 from asvit_fast.kernels import tile_table
-from asvit_fast.ops.position_bias import position_bias
 
 Shape = Mapping[str, int]
 
@@ -80,8 +79,7 @@ ATTENTION = {
     "window_attention_single_tile": (2, 4),
     "window_attention_single_tile_backward": (5, 7),
     "window_attention_tiled": (2, 4),
-    "window_attention_q_gradient": (3, 6),
-    "window_attention_kv_gradient": (4, 6),
+    "window_attention_tiled_backward": (5, 8),
     "window_attention_bias_gradient": (2, 4),
 }
 PAPER = [  # windows and heads of As-ViT's topologies (arXiv 2202.11921, Table 4), without bias or shift
@@ -101,14 +99,10 @@ MERGES = [{"K": 4, "C": channels} for channels in (32, 88, 116, 180)] + [{"K": 2
 
 
 def window_attention(shape: Shape, dtype: str) -> object:
-    """A square window of N tokens, or one of WINDOWS, heads of d channels; with a bias the map is shifted, too, and the
-    bias of a square window is that of a table."""
+    """A square window of N tokens, or one of WINDOWS, heads of d channels; with a bias the map is shifted, too."""
     window = WINDOWS.get(shape["N"]) or (math.isqrt(shape["N"]),) * 2
     keys = (math.isqrt(shape["keys"]),) * 2 if "keys" in shape else ()
     workload = AttentionWorkload(window, shape["d"], biased=bool(shape["bias"]), kv_window=keys, dtype=dtype)
-    if shape in SWIN:
-        table, index = _leaves(dtype, ((2 * window[0] - 1) ** 2, 3)), torch.zeros((shape["N"],) * 2, dtype=torch.int64)
-        position_bias(table[0], index, *index.shape).sum().backward()
     return workload.prepare("backward", 1, torch.device("cpu"))()
 
 
@@ -140,6 +134,12 @@ def patch_merge(shape: Shape, dtype: str) -> object:
     return ops.patch_merge(x, weight, shape["K"], 2, *norm).sum().backward()
 
 
+def position_bias(shape: Shape, dtype: str) -> object:
+    """Of a square window of N tokens and 3 heads; forward and backward."""
+    (table,) = _leaves(dtype, ((2 * math.isqrt(shape["N"]) - 1) ** 2, 3))
+    return ops.position_bias(table, torch.zeros(shape["N"], shape["N"], dtype=torch.int64)).sum().backward()
+
+
 def _leaves(dtype: str, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
     return [torch.zeros(shape, dtype=DTYPES[dtype], requires_grad=True) for shape in shapes]
 
@@ -150,6 +150,7 @@ OPS = (
     Op("square_taylor", tuple({"orders": orders} for orders in (0, 1, 2)), square_taylor),
     Op("patch_embed", tuple(EMBEDS), patch_embed),
     Op("patch_merge", tuple(MERGES), patch_merge),
+    Op("position_bias", tuple({"N": tokens} for tokens in (49, 64, 144)), position_bias),
 )
 
 

@@ -1,5 +1,4 @@
-"""Biases of attention scores from a table with a row for each relative position, and the table's gradient, on a GPU. No
-float atomics: the pairs of tokens of a row are added up in the order of their numbers."""
+"""Triton kernels of a bias for pairs of positions: gathered from a table, and the table's gradient, without atomics."""
 
 from __future__ import annotations
 
@@ -10,73 +9,89 @@ import triton.language as tl
 from .launch import Launcher
 from .tile_table import once_per_shape
 
-SIZES = ("pairs", "heads")  # whose value or divisibility must not compile another kernel
-PAIRS, PAIRS_OF_ROW = 512, 64  # of a program; of a row at a time, as many as windows of 8 x 8 have at most
+BLOCK, BLOCK_ENTRIES, BLOCK_PAIRS = 1024, 16, 512
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit
+def _load_entries(index_pointer, pair, pairs, entries):
+    # of each pair; numbers below 0 count from the end, and behind the pairs there are none
+    entry = tl.load(index_pointer + pair, mask=pair < pairs, other=entries).to(tl.int32)
+    return tl.where(entry < 0, entry + entries, entry)
+
+
+@triton.jit(do_not_specialize=("pairs", "entries", "heads"))
 def position_bias_kernel(
-    table_pointer,  # [rows, heads]
-    index_pointer,  # [pairs]
-    output_pointer,  # [heads, pairs]
-    pairs, heads, PAIRS: tl.constexpr,
+    table_pointer,  # [ENTRIES, HEADS]
+    index_pointer,  # [PAIRS]
+    output_pointer,  # [HEADS, PAIRS]
+    pairs, entries, heads,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Each program: PAIRS pairs of one head."""
-    head = (tl.program_id(0) % heads).to(tl.int64)
-    pair = tl.program_id(0) // heads * PAIRS + tl.arange(0, PAIRS)
-    row = tl.load(index_pointer + pair, mask=pair < pairs, other=0).to(tl.int64)
-    bias = tl.load(table_pointer + row * heads + head, mask=pair < pairs, other=0.0)
-    tl.store(output_pointer + head * pairs + pair, bias, mask=pair < pairs)
+    """Each program: BLOCK pairs of one head. An entry that the table does not have gives NaN."""
+    head = tl.program_id(0) % heads
+    pair = tl.program_id(0) // heads * BLOCK + tl.arange(0, BLOCK)
+    entry = _load_entries(index_pointer, pair, pairs, entries)
+    there = (entry >= 0) & (entry < entries)
+    values = tl.load(table_pointer + entry * heads + head, mask=there, other=float("nan"))
+    tl.store(output_pointer + tl.cast(head, tl.int64) * pairs + pair, values, mask=pair < pairs)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=("pairs", "entries", "heads"))
 def position_bias_gradient_kernel(
-    gradient_pointer,  # [heads, pairs]
-    order_pointer,  # [pairs], sorted by row
-    starts_pointer,  # [rows + 1], of rows in `order`
-    grad_table_pointer,  # [rows, heads]
-    pairs, heads, PAIRS_OF_ROW: tl.constexpr,
+    grad_output_pointer,  # [HEADS, PAIRS]
+    index_pointer,  # [PAIRS]
+    grad_table_pointer,  # [ENTRIES, HEADS]
+    pairs, entries, heads,
+    BLOCK_ENTRIES: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """Each program: one row and head of the table."""
-    row, head = tl.program_id(0) // heads, (tl.program_id(0) % heads).to(tl.int64)
-    first, end = tl.load(starts_pointer + row), tl.load(starts_pointer + row + 1)
-    total = tl.zeros([PAIRS_OF_ROW], dtype=tl.float32)
-    for start in range(first, end, PAIRS_OF_ROW):
-        place = start + tl.arange(0, PAIRS_OF_ROW)
-        pair = tl.load(order_pointer + place, mask=place < end, other=0)
-        total += tl.load(gradient_pointer + head * pairs + pair, mask=place < end, other=0.0).to(tl.float32)
-    result = tl.sum(total, 0).to(grad_table_pointer.dtype.element_ty)
-    tl.store(grad_table_pointer + tl.program_id(0).to(tl.int64), result)
+    """Each program: BLOCK_ENTRIES entries of one head, which look at all pairs: a sum in an order that is always the
+    same, and no sorting, whatever the index."""
+    head = tl.program_id(0) % heads
+    entry = tl.program_id(0) // heads * BLOCK_ENTRIES + tl.arange(0, BLOCK_ENTRIES)
+    grad_output_pointer += tl.cast(head, tl.int64) * pairs
+    sums = tl.zeros([BLOCK_ENTRIES, BLOCK_PAIRS], dtype=tl.float32)
+    for start in range(0, pairs, BLOCK_PAIRS):
+        pair = start + tl.arange(0, BLOCK_PAIRS)
+        of_pair = _load_entries(index_pointer, pair, pairs, entries)
+        gradient = tl.load(grad_output_pointer + pair, mask=pair < pairs, other=0.0).to(tl.float32)
+        sums += tl.where(entry[:, None] == of_pair[None, :], gradient[None, :], 0.0)
+    grad_table = tl.sum(sums, 1).to(grad_table_pointer.dtype.element_ty)
+    tl.store(grad_table_pointer + entry * heads + head, grad_table, mask=entry < entries)
 
 
 @once_per_shape
-def _launcher(pairs: int, heads: int) -> Launcher:
-    arguments = {"pairs": pairs, "heads": heads, "PAIRS": PAIRS, "num_warps": 4, "enable_fp_fusion": True}
-    return Launcher(position_bias_kernel, (triton.cdiv(pairs, PAIRS) * heads,), arguments)
+def _launcher(pairs: int, entries: int, heads: int) -> Launcher:
+    sizes = {"pairs": pairs, "entries": entries, "heads": heads}
+    return Launcher(position_bias_kernel, (heads * triton.cdiv(pairs, BLOCK),), sizes | {"BLOCK": BLOCK} | OPTIONS)
 
 
 @once_per_shape
-def _gradient_launcher(pairs: int, rows: int, heads: int) -> Launcher:
-    arguments = {"pairs": pairs, "heads": heads, "PAIRS_OF_ROW": PAIRS_OF_ROW, "num_warps": 2, "enable_fp_fusion": True}
-    return Launcher(position_bias_gradient_kernel, (rows * heads,), arguments)
+def _gradient_launcher(pairs: int, entries: int, heads: int) -> Launcher:
+    sizes = {"pairs": pairs, "entries": entries, "heads": heads}
+    blocks = {"BLOCK_ENTRIES": BLOCK_ENTRIES, "BLOCK_PAIRS": BLOCK_PAIRS}
+    grid = (heads * triton.cdiv(entries, BLOCK_ENTRIES),)
+    return Launcher(position_bias_gradient_kernel, grid, sizes | blocks | OPTIONS)
 
 
 def position_bias(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Gather [heads, *pairs] from a table [rows, heads], by the row of each pair, index [*pairs]."""
-    heads = table.shape[1]
-    output = table.new_empty((heads, *index.shape))
-    _launcher(index.numel(), heads)(table.contiguous(), index.contiguous(), output)
+    """table [entries, heads], float32, float16 or bfloat16, and index [queries, keys] of integers on a GPU -> [heads,
+    queries, keys], contiguous."""
+    entries, heads = table.shape
+    output = table.new_empty(heads, *index.shape)
+    pairs = index.numel()
+    if output.numel() == 0:
+        return output
+    _launcher(pairs, entries, heads)(table.contiguous(), index.contiguous(), output)
     return output
 
 
-def position_bias_gradient(gradient: torch.Tensor, order: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-    """Sum [heads, *pairs] over the pairs of each row: [rows, heads], in float32.
-
-    Args:
-        gradient: float32, float16 or bfloat16.
-        order: [pairs], int32, their numbers sorted by row; starts: [rows + 1], int32, where each row begins.
-    """
-    heads, rows = gradient.shape[0], starts.shape[0] - 1
-    grad_table = gradient.new_empty((rows, heads))
-    _gradient_launcher(order.shape[0], rows, heads)(gradient.contiguous(), order, starts, grad_table)
+def position_bias_gradient(gradient: torch.Tensor, index: torch.Tensor, entries: int) -> torch.Tensor:
+    """gradient [heads, queries, keys] and index [queries, keys] -> [entries, heads] of the gradient's dtype, summed in
+    float32."""
+    heads, pairs = gradient.shape[0], index.numel()
+    grad_table = gradient.new_empty(entries, heads)
+    if grad_table.numel() == 0:
+        return grad_table
+    _gradient_launcher(pairs, entries, heads)(gradient.contiguous(), index.contiguous(), grad_table)
     return grad_table

@@ -26,9 +26,10 @@ from .window_attention_single_tile import (
 )
 from .window_attention_tiled import window_attention_tiled_kernel
 from .window_attention_tiled_backward import (
+    CHUNK_M,
     window_attention_bias_gradient_kernel,
-    window_attention_kv_gradient_kernel,
     window_attention_q_gradient_kernel,
+    window_attention_tiled_backward_kernel,
 )
 
 Optional = torch.Tensor | None
@@ -88,6 +89,7 @@ class _Backward(NamedTuple):
     head_scale: Size | None
     in_windows: Size | None  # [2, windows, keys, channels], gradients of k and v where windows overlap
     overlap: Launcher | None  # which sums them
+    kept: tuple[Size, ...] = ()  # [windows * heads * chunks, 4, rows], [programs, rows, width]: read again by kernels
 
     def new_sums(self, q: torch.Tensor) -> _Sums:
         """Uninitialised, but for zeros where only some windows have padding."""
@@ -136,16 +138,43 @@ def _single_tile_backward(problem: Problem, bias_gradient: bool) -> _Backward:
 
 @once_per_shape
 def _tiled_backward(problem: Problem, bias_gradient: bool) -> _Backward:
-    shape, windows, tiles = problem.shape(), problem.windows, _tiles("bias_gradient", problem)
+    shape, windows, heads, tiles = problem.shape(), problem.windows, problem.heads, _tiles("tiled_backward", problem)
+    tiles |= tails_of(shape.tokens, shape.keys, tiles)
+    full, rest = divmod(shape.tokens, tiles["BLOCK_M"])
+    query_blocks, key_blocks = full + (rest > 0), triton.cdiv(shape.keys, tiles["BLOCK_N"])
+    rows = full * tiles["BLOCK_M"] + (tiles["TAIL_M"] if rest else 0)
+    # half as many programs as elsewhere: each that a window has prepares all of its queries for itself
+    blocks, chunks = grouped(key_blocks, 2 * windows * heads)
+    width = 8 * triton.cdiv(shape.head_dim, 8)
+    common = problem.arguments() | {"chunks": chunks, "ROWS": rows}
+    programs = windows * heads * chunks
+    arguments = common | tiles | {"blocks": blocks, "WIDTH": width}
+    launchers = [Launcher(window_attention_tiled_backward_kernel, (programs,), arguments)]
+    if chunks > 1:
+        launchers.append(_chunks_launcher(problem, common | {"WIDTH": width}))
+    bias_groups = 1
+    if bias_gradient:
+        launcher, bias_groups = _bias_launcher(problem, common)
+        launchers.append(launcher)
+    plan = _Backward.of(problem, bias_gradient, tuple(launchers), bias_groups, key_blocks, windows, query_blocks)
+    return plan._replace(kept=((programs, 4, rows), (programs, rows, width)))
+
+
+def _chunks_launcher(problem: Problem, arguments: dict[str, Any]) -> Launcher:
+    """A program for each block of queries of each window and head."""
+    blocks = triton.cdiv(problem.shape().tokens, CHUNK_M)
+    options = {"BLOCK_M": CHUNK_M, "num_warps": 4, "enable_fp_fusion": True}
+    grid = (problem.windows * problem.heads * blocks,)
+    return Launcher(window_attention_q_gradient_kernel, grid, arguments | options)
+
+
+def _bias_launcher(problem: Problem, arguments: dict[str, Any]) -> tuple[Launcher, int]:
+    """A program for each tile of each head's bias and each group of windows, and how many groups there are."""
+    shape, tiles = problem.shape(), _tiles("bias_gradient", problem)
     pieces = problem.heads * triton.cdiv(shape.tokens, tiles["BLOCK_M"]) * triton.cdiv(shape.keys, tiles["BLOCK_N"])
-    per_program, groups = grouped(windows, pieces)
-    arguments = problem.arguments() | tiles | {"windows": windows, "per_program": per_program}
-    bias = Launcher(window_attention_bias_gradient_kernel, (groups * pieces,), arguments)
-    q = Launcher(window_attention_q_gradient_kernel, *_tiled_launch("q_gradient", "M", problem))
-    kv = Launcher(window_attention_kv_gradient_kernel, *_tiled_launch("kv_gradient", "N", problem))
-    query_blocks = triton.cdiv(shape.tokens, q.arguments["BLOCK_M"])
-    key_blocks = triton.cdiv(shape.keys, kv.arguments["BLOCK_N"])
-    return _Backward.of(problem, bias_gradient, (q, kv, bias), groups, key_blocks, windows, query_blocks)
+    per_program, groups = grouped(problem.windows, pieces)
+    arguments = arguments | tiles | {"windows": problem.windows, "per_program": per_program}
+    return Launcher(window_attention_bias_gradient_kernel, (groups * pieces,), arguments), groups
 
 
 # --------------------------------------------------------------------------- operands
@@ -171,7 +200,7 @@ def _token_stride(x: torch.Tensor) -> int | None:
 
 def _operands(
     projections: Sequence[Optional], parameters: Sequence[Optional], num_heads: int, window: Sequence[int],
-    shift: Sequence[int], kv_window: Sequence[int], layout: str,
+    shift: Sequence[int], kv_window: Sequence[int], layout: str, scale: float,
 ) -> tuple[Tensors, Problem]:  # fmt: skip
     """Of the fused map and None twice, or three maps, and of bias, padding, attn_scale and head_scale: the first
     arguments of all kernels, q, k, v, padding, bias, attn_scale and head_scale, where any tensor stands for one that is
@@ -195,7 +224,7 @@ def _operands(
     problem = Problem(
         q.shape[1:-1], q.shape[0], q.shape[-1] // repeated, (*distances * repeated,), fused, q.dtype, q.device,
         num_heads, (*window,), (*shift,), (*kv_window,), layout, bias is not None, padding is not None,
-        attn_scale is not None, head_scale is not None, precision(q.dtype),
+        attn_scale is not None, head_scale is not None, scale > 0.0, precision(q.dtype),
     )  # fmt: skip
     return tensors, problem
 
@@ -232,7 +261,7 @@ def window_attention(
     if q.numel() == 0:
         return output
     parameters = (bias, padding, attn_scale, head_scale)
-    tensors, problem = _operands((q, k, v), parameters, num_heads, window, shift, kv_window, layout)
+    tensors, problem = _operands((q, k, v), parameters, num_heads, window, shift, kv_window, layout, scale)
     rows = () if statistics is None else statistics.unbind()
     _forward_launcher(problem, statistics is None)(*tensors, output, *rows, scale=float(scale))
     return output
@@ -240,17 +269,18 @@ def window_attention(
 
 def _start_tiled_backward(
     plan: _Backward, tensors: Tensors, output: torch.Tensor, statistics: torch.Tensor,
-    gradients: Sequence[torch.Tensor], sums: _Sums, scale: float,
+    gradients: Sequence[torch.Tensor], totals: _Sums, scale: float,
 ) -> None:  # fmt: skip
-    largest, inverse = statistics.unbind()
-    delta = torch.empty_like(largest)  # [B, *size, heads], as the next
-    share = delta if plan.attn_scale is None else torch.empty_like(largest)
-    tensors = (*tensors, largest, inverse, delta, share)
-    start_q, start_kv, start_bias = plan.launchers
-    start_q(*tensors, output, gradients[0], sums.attn_scale, sums.head_scale, scale=scale)
-    start_kv(*tensors, *gradients, sums.pad_token, scale=scale)
-    if plan.bias is not None:
-        start_bias(*tensors, sums.bias, scale=scale)
+    statistics_size, (programs, *row) = plan.kept
+    kept, sums = statistics.new_empty(statistics_size), statistics.new_empty(programs, *row)
+    rows = output.new_empty(programs, 2, *row)
+    start, *others = plan.launchers
+    start(*tensors, kept, rows, sums, output, *statistics.unbind(), *gradients, *totals[1:], scale=scale)
+    if start.arguments["chunks"] > 1:
+        start_chunks, *others = others
+        start_chunks(*tensors[:7], sums, gradients[0], scale=scale)
+    for start_bias in others:
+        start_bias(*tensors, kept, totals.bias, scale=scale)
 
 
 def window_attention_backward(
@@ -274,7 +304,7 @@ def window_attention_backward(
 ) -> list[Optional]:
     """Gradients of the seven operands, contiguous; None for those that are not there or need none."""
     parameters = (bias, padding, attn_scale, head_scale)
-    tensors, problem = _operands((q, k, v), parameters, num_heads, window, shift, kv_window, layout)
+    tensors, problem = _operands((q, k, v), parameters, num_heads, window, shift, kv_window, layout, scale)
     bias_gradient = bias is not None and needs_grad[3]
     plan = (_single_tile_backward if statistics is None else _tiled_backward)(problem, bias_gradient)
     tensors, sums = (*tensors, gradient.contiguous()), plan.new_sums(q)

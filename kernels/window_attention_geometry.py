@@ -16,7 +16,10 @@ from .dot import LEAST_CHANNELS
 from .tile_table import block
 
 # integers whose value or divisibility must not compile another kernel: maps and batches change during training
-SIZES = ("windows", "per_program", "depth", "shift_planes", "height", "width", "shift_rows", "shift_columns")
+SIZES = (
+    "windows", "per_program", "chunks", "blocks", "depth", "shift_planes", "height", "width", "shift_rows",
+    "shift_columns",
+)  # fmt: skip
 
 Size = tuple[int, ...]
 
@@ -47,6 +50,7 @@ class Shape(NamedTuple):
     HAS_BIAS: bool
     HAS_ATTN_SCALE: bool  # AttnScale
     HAS_HEAD_SCALE: bool
+    RAW_SCORES: bool  # scores are products of q and k: what follows needs no other unit, and keeps their order
     INDEX64: bool  # an image has 2^31 elements
     precision: str  # of float32 products
 
@@ -83,6 +87,7 @@ class Problem(NamedTuple):
     has_pad_token: bool
     has_attn_scale: bool
     has_head_scale: bool
+    positive_scale: bool
     precision: str
 
     @property
@@ -132,6 +137,7 @@ class Problem(NamedTuple):
             HAS_BIAS=self.has_bias,
             HAS_ATTN_SCALE=self.has_attn_scale,
             HAS_HEAD_SCALE=self.has_head_scale,
+            RAW_SCORES=self.positive_scale and not (self.has_bias or self.has_head_scale or (shifted and attended)),
             INDEX64=math.prod(self.size) * max(*self.strides, grad_stride) >= 2**31,
             precision=self.precision,
         )

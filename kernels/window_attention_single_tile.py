@@ -12,7 +12,7 @@ from .window_attention_tile_ops import (
     allowed,
     combine,
     combine_transposed,
-    exp,
+    exponents_of,
     finite,
     inner,
     load,
@@ -24,6 +24,7 @@ from .window_attention_tile_ops import (
     store_kv_gradient,
     store_padding_sums,
     times,
+    weights_of,
 )
 
 
@@ -64,9 +65,9 @@ def window_attention_single_tile_kernel(
         q = load_projection(inputs, queries, 0, SHAPE)
         k = load_projection(inputs, keys, 1, SHAPE)
         v = load_projection(inputs, keys, 2, SHAPE)
-        scores = scores_of(q, k, queries, keys, bias_table, inputs.scale, SHAPE.keys < BLOCK_N, SHAPE)
-        largest = finite(tl.max(scores, 1))
-        weights = exp(scores - largest[:, None])  # [BLOCK_M, BLOCK_N]
+        scores = scores_of(q, k, queries, keys, bias_table, inputs, SHAPE.keys < BLOCK_N, SHAPE)
+        largest = finite(exponents_of(tl.max(scores, 1), inputs, SHAPE))
+        weights = weights_of(scores, largest[:, None], inputs, SHAPE)  # [BLOCK_M, BLOCK_N]
         inverse = (1.0 / tl.sum(weights, 1))[:, None]
         if SHAPE.HAS_ATTN_SCALE:
             weights, _ = _high_pass(weights * inverse, queries, keys, inputs.factor)
@@ -122,20 +123,21 @@ def window_attention_single_tile_backward_kernel(
         grad_output = load(grad_output_pointer, queries, SHAPE.channels, SHAPE)
         # again for every window: registers are what limits this kernel
         bias_table = load_bias_table(inputs, query, key, False, SHAPE)
-        scores = scores_of(q, k, queries, keys, bias_table, inputs.scale, SHAPE.keys < BLOCK_N, SHAPE)
-        largest = finite(tl.max(scores, 1))
-        weights = exp(scores - largest[:, None])  # [BLOCK_M, BLOCK_N]
+        scores = scores_of(q, k, queries, keys, bias_table, inputs, SHAPE.keys < BLOCK_N, SHAPE)
+        largest = finite(exponents_of(tl.max(scores, 1), inputs, SHAPE))
+        weights = weights_of(scores, largest[:, None], inputs, SHAPE)  # [BLOCK_M, BLOCK_N]
         weights *= tl.where(queries.real, 1.0 / tl.sum(weights, 1), 0.0)[:, None]
-        grad_scores = inner(grad_output, v, SHAPE)  # of the weights, so far
-        means = tl.sum(weights * grad_scores, 1)
-        applied = weights
+        applied, uniform = weights, weights
         if SHAPE.HAS_ATTN_SCALE:
             applied, uniform = _high_pass(weights, queries, keys, inputs.factor)
-            grad_factor += means - tl.sum(uniform * grad_scores, 1)
         grad_v = combine_transposed(applied, grad_output, SHAPE)
         store_kv_gradient(grad_v_pointer, grad_v, keys, window, 2, SHAPE)
         if SHAPE.HAS_PAD_VALUE:
             store_padding_sums(grad_pad_token_pointer, grad_v, number * SHAPE.heads + head, 1, keys, SHAPE)
+        grad_scores = inner(grad_output, v, SHAPE)  # of the weights, so far
+        means = tl.sum(weights * grad_scores, 1)
+        if SHAPE.HAS_ATTN_SCALE:
+            grad_factor += means - tl.sum(uniform * grad_scores, 1)
         grad_scores = weights * (grad_scores - means[:, None])
         if SHAPE.HAS_ATTN_SCALE:
             grad_scores *= 1.0 + inputs.factor

@@ -107,13 +107,6 @@ def store_bias_gradient(pointer, tile, place, queries, keys, SHAPE: tl.constexpr
 
 
 @triton.jit
-def exp(x):
-    """exp of scores less a maximum: scaled after the subtraction, so that the maximum's own weight is exactly 1."""
-    LOG2E: tl.constexpr = 1.4426950408889634
-    return tl.exp2(x * LOG2E)
-
-
-@triton.jit
 def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return tl.zeros([ROWS, COLUMNS], dtype=tl.float32)  # Triton 3.6 takes no element of a tuple in a list
 
@@ -191,11 +184,14 @@ def allowed(a, b):
 
 
 @triton.jit
-def scores_of(a, b, rows, columns, bias_table, scale, TAIL: tl.constexpr, SHAPE: tl.constexpr):
-    """Tiles a of `rows` and b of `columns`, queries and keys or the reverse -> scores [M, N]. With TAIL some columns
-    are keys that are not there; such rows may have any score, as nobody sums over rows."""
+def scores_of(a, b, rows, columns, bias_table, inputs, TAIL: tl.constexpr, SHAPE: tl.constexpr):
+    """Tiles a of `rows` and b of `columns`, queries and keys or the reverse -> scores [M, N], before they are scaled if
+    SHAPE.RAW_SCORES. With TAIL some columns are keys that are not there; such rows may have any score, as nobody sums
+    over rows."""
     REGION_SCORE: tl.constexpr = -100.0  # where padding is attended, this on scores of tokens of different regions
-    scores = inner(a, b, SHAPE) * scale
+    scores = inner(a, b, SHAPE)
+    if not SHAPE.RAW_SCORES:
+        scores *= inputs.scale
     if SHAPE.HAS_BIAS:
         scores += bias_table
     if SHAPE.MASKED:
@@ -209,6 +205,23 @@ def scores_of(a, b, rows, columns, bias_table, scale, TAIL: tl.constexpr, SHAPE:
 
 
 @triton.jit
-def finite(largest):
-    """Largest scores that can be subtracted: a row without keys has -inf; 0 instead leaves weights of 0, not NaN."""
-    return tl.where(largest == float("-inf"), 0.0, largest)
+def exponents_of(scores, inputs, SHAPE: tl.constexpr):
+    """Scores of `scores_of` -> the binary logarithms of their exp."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    unit = LOG2E
+    if SHAPE.RAW_SCORES:
+        unit = inputs.scale * LOG2E
+    return scores * unit
+
+
+@triton.jit
+def weights_of(scores, exponents, inputs, SHAPE: tl.constexpr):
+    """exp of scores over 2^exponents, which are of `exponents_of` or added to such: one multiplication and addition for
+    each score. The largest weight is 1 but for the rounding of its exponent, which a row's weights have in common."""
+    return tl.exp2(exponents_of(scores, inputs, SHAPE) - exponents)
+
+
+@triton.jit
+def finite(exponents):
+    """Largest exponents that can be subtracted: a row without keys has -inf; 0 instead leaves weights of 0, not NaN."""
+    return tl.where(exponents == float("-inf"), 0.0, exponents)

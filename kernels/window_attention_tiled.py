@@ -16,13 +16,14 @@ from .window_attention_tile_ops import (
     add,
     allowed,
     combine,
-    exp,
+    exponents_of,
     finite,
     load_bias_table,
     load_projection,
     scores_of,
     store,
     times,
+    weights_of,
     zeros,
 )
 
@@ -38,7 +39,7 @@ class _SoftmaxState(NamedTuple):
     """The state of an online softmax of M queries."""
 
     out: tl.tensor  # a tile, relative to `largest`
-    largest: tl.tensor  # [M]
+    largest: tl.tensor  # [M], binary logarithm of the largest exp of a score
     total: tl.tensor  # [M], relative to `largest`
 
 
@@ -51,11 +52,11 @@ def online_softmax_step(
     k = load_projection(inputs, keys, 1, SHAPE)
     v = load_projection(inputs, keys, 2, SHAPE)
     bias_table = load_bias_table(inputs, queries.number, keys.number, False, SHAPE)
-    scores = scores_of(q, k, queries, keys, bias_table, inputs.scale, TAIL, SHAPE)
-    larger = tl.maximum(state.largest, tl.max(scores, 1))
+    scores = scores_of(q, k, queries, keys, bias_table, inputs, TAIL, SHAPE)
+    larger = tl.maximum(state.largest, exponents_of(tl.max(scores, 1), inputs, SHAPE))
     base = finite(larger)
-    shrink = exp(state.largest - base)
-    weights = exp(scores - base[:, None])  # [M, BLOCK]
+    shrink = tl.exp2(state.largest - base)
+    weights = weights_of(scores, base[:, None], inputs, SHAPE)  # [M, BLOCK]
     out = add(times(state.out, shrink[:, None], SHAPE), combine(weights, v, SHAPE), SHAPE)
     return _SoftmaxState(out, larger, state.total * shrink + tl.sum(weights, 1))
 
@@ -91,6 +92,7 @@ def _forward_queries(
     QUERIES: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
     # QUERIES queries from `start` on, through all keys: blocks of BLOCK_N, then one of TAIL_N if they do not divide
+    LN2: tl.constexpr = 0.6931471805599453
     FULL: tl.constexpr = SHAPE.keys if TAIL_N == BLOCK_N else SHAPE.keys // BLOCK_N * BLOCK_N  # keys in blocks
     queries = place(start + tl.arange(0, QUERIES), window, inputs, False, SHAPE)
     q = load_projection(inputs, queries, 0, SHAPE)
@@ -109,7 +111,7 @@ def _forward_queries(
         out = times(state.out, inverse[:, None], SHAPE)
     store(output_pointer, out, queries, SHAPE.channels, SHAPE)
     row = (queries.start + queries.index) * SHAPE.heads
-    tl.store(largest_pointer + row, state.largest, mask=queries.real)
+    tl.store(largest_pointer + row, state.largest * LN2, mask=queries.real)
     tl.store(inverse_pointer + row, inverse, mask=queries.real)
 
 

@@ -58,9 +58,8 @@ def launch_all(dtype: torch.dtype) -> None:
     launch(merging.PATCH_MERGE, (new(2, 9, 8, 16), new(32, 144), new(144), new(144), new(32)), (3, 2, 1e-5, False))
     gelu_taylor.gelu_taylor(new(3, 4, 16), "none", new(16))
     square_taylor.square_taylor(new(3, 4, 16))
-    pairs = torch.zeros(16, dtype=torch.int32, device="cuda")
-    bias = position_bias.position_bias(new(9, 2), pairs.view(4, 4))
-    position_bias.position_bias_gradient(bias, pairs, pairs[:10])
+    index = torch.zeros(49, 49, dtype=torch.int64, device=new(1).device)
+    position_bias.position_bias_gradient(position_bias.position_bias(new(169, 3), index), index, 169)
 
 
 def run_eagerly(model: torch.nn.Module, size: int) -> None:

@@ -176,6 +176,7 @@ def test_every_kernel_is_reported(root):
         "orders=1 tanh=0 bias=1",
         "K=8 C=88",
         "K=4 C=88",
+        "N=49",
     )
     launched = {case.kernel for case in triton_cases.cases([90], ["bf16"], lambda label: label in shapes)}
     assert kernels == launched
@@ -191,7 +192,7 @@ def test_cases_are_what_ops_start():
     """Forward and backward, with the tiles of the GPU's family, and as a launch specialises."""
     found = list(triton_cases.cases([80, 90], ["fp32"], lambda label: label == "N=49 d=8 bias=0"))
     assert [(case.arch, case.kernel.removeprefix("window_attention_")) for case in found] == [
-        (arch, name) for arch in (80, 90) for name in ("tiled", "q_gradient", "kv_gradient")
+        (arch, name) for arch in (80, 90) for name in ("tiled", "tiled_backward")
     ]
     launch, expected = found[0].launch, tile_table.choose("tiled", "ampere", bits=32, tokens=49, block_d=16, axes=2)
     assert launch.constants | launch.options == launch.constants | launch.options | expected
@@ -227,7 +228,8 @@ def test_triton_kernels(tmp_path, capsys):
     assert list(rows) == ["single_tile", "single_tile_backward", "tiled"]
     for row in rows.values():
         assert row["spilled"] == "0" and int(row["tensor"]) > 0 and "back to" in row["loop"]
-        assert float(row["issue_ps"]) > float(row["exp_ps"]) > 0.2
+        assert float(row["pipes_ps"]) >= float(row["exp_ps"]) > 0.2  # at least an exponential per score
+        assert float(row["issue_ps"]) > float(row["tensor_ps"])
         assert 0 < float(row["occupancy"]) <= 1
     tiled = rows["tiled"]
     lanes = 32 * int(tiled["warps"]) * int(tiled["mufu"])

@@ -21,7 +21,7 @@ from kernel_inspection import Launch, recorded_launches
 from asvit_fast.kernels import tile_table, window_attention
 from asvit_fast.kernels.window_attention_geometry import tails_of
 
-ATTENTION = ("single_tile", "single_tile_backward", "tiled", "q_gradient", "kv_gradient", "bias_gradient")
+ATTENTION = ("single_tile", "single_tile_backward", "tiled", "tiled_backward", "bias_gradient")
 GPU = "NVIDIA H200 (141 GB)"
 FAMILY = f"hopper/{GPU}"
 
@@ -81,7 +81,7 @@ def test_every_shape_has_tiles(kernel, capability):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "rows"), [("tiled", "block_m"), ("q_gradient", "block_m"), ("kv_gradient", "block_n")]
+    ("kernel", "rows"), [("tiled", "block_m"), ("tiled_backward", "block_m"), ("tiled_backward", "block_n")]
 )
 def test_no_more_warps_than_rows_on_hopper(kernel, rows):
     """Of float32: four warps take 64 rows of a product there; with eight on 64 Triton 3.6's products have read outside
@@ -221,7 +221,7 @@ def test_trying():
     with contextlib.suppress(RuntimeError), tile_table.trying("tiled", trial):
         assert tile_table.nearest("tiled", "hopper", bits=16, tokens=1, block_d=16) == trial
         assert choose("tiled", "90", 784, 8, 16)["BLOCK_M"] == 128
-        assert choose("q_gradient", "90", 784, 8, 16)["BLOCK_M"] != 128
+        assert choose("tiled_backward", "90", 784, 8, 16)["BLOCK_M"] != 128
         raise RuntimeError
     assert choose("tiled", "90", 784, 8, 16) == before
 

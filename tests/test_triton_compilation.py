@@ -17,7 +17,6 @@ from kernel_inspection import Launch
 from triton_cases import launches_of
 
 from asvit_fast import ops
-from asvit_fast.ops.position_bias import position_bias
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Float32 products go through TF32 instructions of their own; those of the 16-bit types are the same. Calls take turns:
@@ -82,9 +81,9 @@ def square(dtype: torch.dtype):
         ops.square_taylor(torch.zeros(orders + 1, 4, 16, dtype=dtype))
 
 
-def bias_of_positions(dtype: torch.dtype):
-    table, index = torch.zeros(169, 3, dtype=dtype, requires_grad=True), torch.zeros(49, 49, dtype=torch.int64)
-    position_bias(table, index, 49, 49).sum().backward()
+def position_bias(dtype: torch.dtype):
+    (table,) = _leaves(dtype, (169, 3))
+    ops.position_bias(table, torch.zeros(49, 49, dtype=torch.int64)).sum().backward()
 
 
 CALLS: dict[str, Callable[[torch.dtype], None]] = {
@@ -124,7 +123,7 @@ CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "gelu": functools.partial(gelu, approximate="none", biased=True),
     "gelu tanh": functools.partial(gelu, approximate="tanh", biased=False),
     "square": square,
-    "bias of positions": bias_of_positions,
+    "position bias": position_bias,
 }
 
 

@@ -102,7 +102,7 @@ def test_default_workloads():
     tasks = tasks_of(attention(), ("bf16", "fp16", "fp32"))
     check_tasks(tasks)
     assert {task.kernel for task in tasks} == {
-        "single_tile", "single_tile_backward", "tiled", "q_gradient", "kv_gradient", "bias_gradient"
+        "single_tile", "single_tile_backward", "tiled", "tiled_backward", "bias_gradient"
     }  # fmt: skip
 
 
@@ -265,7 +265,7 @@ print(json.dumps({str(task): [result.refused, result.tried] for task, result in 
 @triton_versions.interpreter
 @pytest.mark.parametrize(
     ("op", "dtypes", "rows"),
-    [("window_attention", ("bf16", "fp32"), 6), ("patch_embed", ("bf16",), 3), ("patch_merge", ("fp32",), 3)],
+    [("window_attention", ("bf16", "fp32"), 5), ("patch_embed", ("bf16",), 3), ("patch_merge", ("fp32",), 3)],
 )
 def test_in_the_interpreter(op, dtypes, rows, folder, root):
     """Real kernels, forward and backward, with other tiles: every candidate that can run is right."""

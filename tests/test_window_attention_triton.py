@@ -53,13 +53,17 @@ LAYOUTS = [
 TINY = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 
-def both_ways(qkv, heads, window, shift, gradient, layout="masked", kv_window=None, **tensors) -> dict:
-    """Output, and gradients of qkv or of q, k and v, and of bias, padding, attn_scale and scale where they are."""
+def both_ways(qkv, heads, window, shift, gradient, layout="masked", kv_window=None, factor=None, **tensors) -> dict:
+    """Output, and gradients of qkv or of q, k and v, and of bias, padding, attn_scale and scale where they are; a
+    number as the scale is `factor`."""
     maps = {"qkv": qkv} if isinstance(qkv, torch.Tensor) else dict(zip("qkv", qkv, strict=True))
     maps = {name: tensor.detach().requires_grad_() for name, tensor in maps.items()}
     others = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items() if tensor is not None}
     given = maps["qkv"] if "qkv" in maps else tuple(maps.values())
-    out = ops.window_attention(given, heads, window, shift, layout=layout, kv_window=kv_window, **others)
+    scale = others.get("scale", factor)
+    out = ops.window_attention(
+        given, heads, window, shift, layout=layout, kv_window=kv_window, **(others | {"scale": scale})
+    )
     inputs = maps | others
     gradients = torch.autograd.grad(
         out, list(inputs.values()), gradient.to(out.dtype), allow_unused=True, materialize_grads=True
@@ -68,8 +72,9 @@ def both_ways(qkv, heads, window, shift, gradient, layout="masked", kv_window=No
 
 
 def compare(
-    qkv, heads, window, shift, bias=None, layout="masked", padding=None, attn_scale=None, scale=None, kv_window=None
-) -> None:
+    qkv, heads, window, shift, bias=None, layout="masked", padding=None, attn_scale=None, scale=None, kv_window=None,
+    factor=None,
+) -> None:  # fmt: skip
     """Forward and all gradients: error(ours) < 2 error(plain PyTorch ops, same dtype) + tiny, against float64."""
     maps = [qkv] if isinstance(qkv, torch.Tensor) else list(qkv)
     first = maps[0]
@@ -82,7 +87,7 @@ def compare(
         cast = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in tensors.items()}
         given = [x.to(dtype or x.dtype) for x in maps]
         given = given if maps[1:] else given[0]
-        return both_ways(given, heads, window, shift, gradient, layout, kv_window, **cast)
+        return both_ways(given, heads, window, shift, gradient, layout, kv_window, factor, **cast)
 
     with use_backend("triton"):
         ours = run(None)
@@ -177,6 +182,43 @@ def check_details(device: torch.device) -> None:
     check_fake(device)
 
 
+def check_scores(device: torch.device) -> None:
+    """Scales of any sign, scores near 10^4, and numbers about rows that another backend's forward pass hands on."""
+    for dtype in (torch.bfloat16, torch.float32):  # one tile, and blocks
+        qkv, bias = torch.randn(1, 5, 6, 48, device=device).to(dtype), torch.randn(2, 16, 16, device=device)
+        for factor in (-0.7, 0.0, 1e-30):
+            compare(qkv, 2, (4, 4), (1, 2), factor=factor)  # masked: -inf times 0 is NaN, times -1 infinite
+            compare(qkv, 2, (4, 4), (1, 2), bias, "timm", factor=factor)
+        compare(qkv, 2, (4, 4), (1, 2), layout="torchvision")
+    qkv = torch.randn(1, 9, 9, 24, device=device)
+    qkv[..., :16] *= 0.1
+    qkv[..., 0] = qkv[..., 8] = 168.0  # scores of 168^2 / 8^0.5, about 10^4, that differ by little
+    for bias in (None, torch.randn(1, 81, 81, device=device)):
+        compare(qkv, 1, (9, 9), (2, 0), bias)
+        compare(qkv[:, :7, :7].to(torch.bfloat16), 1, (7, 7), (2, 0), None if bias is None else bias[:, :49, :49])
+    if device.type == "cpu":
+        check_backends(torch.randn(1, 9, 9, 24))
+
+
+def check_backends(qkv: torch.Tensor) -> None:
+    """A forward pass in plain PyTorch or in C++, then the kernels' backward pass, and the reverse."""
+    gradient = torch.randn(1, 9, 9, 8)
+    absent, sides = (None, None, None), ([9, 9], [2, 0], [9, 9])
+    settings = (qkv, None, None, torch.randn(1, 81, 81), *absent, 1, *sides, 0.35, "masked", 0.0)
+    wanted = [True, False, False, True, False, False, False]
+    results = {}
+    for backend in ("reference", "cpu", "triton"):
+        with use_backend(backend):
+            results[backend] = torch.ops.asvit_fast.window_attention(*settings)
+    for ours, other in (("triton", "reference"), ("triton", "cpu"), ("cpu", "triton")):
+        with use_backend(ours):
+            same, mixed = (
+                torch.ops.asvit_fast.window_attention_gradients(gradient, *results[name], *settings, wanted)
+                for name in (ours, other)
+            )
+        torch.testing.assert_close(same, mixed)
+
+
 def check_nothing(device: torch.device) -> None:
     """An empty batch: empty outputs, and zeros for the gradients of what all windows share."""
     from asvit_fast.kernels.window_attention import window_attention, window_attention_backward
@@ -222,6 +264,27 @@ def check_many_windows(device: torch.device) -> None:
         compare(torch.randn(1, 300, 440, 12, device=device), 2, (2, 1), (0, 0), torch.randn(2, 2, 2, device=device))
 
 
+def check_chunks(device: torch.device) -> None:
+    """All blocks of keys of a window in one program, and in two, of which the last has fewer; everything given."""
+    from asvit_fast.kernels import launch, tile_table
+
+    before = launch.PROGRAMS
+    try:
+        for launch.PROGRAMS in (1, 3):
+            tile_table.forget()  # with the launches that were decided before
+            for dtype in (torch.float32, torch.bfloat16):
+                qkv, bias = torch.randn(1, 10, 19, 12, device=device), torch.randn(1, 200, 200, device=device)
+                more = {"padding": torch.randn(12, device=device), "attn_scale": torch.randn(1, device=device)}
+                more |= {"scale": torch.rand(1, device=device)}
+                compare(qkv.to(dtype), 1, (10, 20), (3, 0), bias, "timm", **more)
+            compare(
+                30.0 * torch.randn(1, 9, 9, 12, device=device), 1, (9, 9), (0, 0)
+            )  # scores of padding would overflow
+    finally:
+        launch.PROGRAMS = before
+        tile_table.forget()
+
+
 def check(name: str, device: torch.device) -> None:
     """One of the checks."""
     torch.manual_seed(0)
@@ -231,12 +294,14 @@ def check(name: str, device: torch.device) -> None:
         "single_tile": lambda: check_shapes(SINGLE_TILE, device),
         "tiled": lambda: check_shapes(TILED, device),
         "layouts": lambda: check_layouts(device),
+        "chunks": lambda: check_chunks(device),
         "details": lambda: check_details(device),
+        "scores": lambda: check_scores(device),
         "many": lambda: check_many_windows(device),
     }[name]()
 
 
-QUICK = ("single_tile", "tiled", "layouts")
+QUICK = ("single_tile", "tiled", "layouts", "scores", "chunks")
 SLOW = ("details", "many")
 
 

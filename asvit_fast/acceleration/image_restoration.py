@@ -110,7 +110,7 @@ class FastOverlappingCrossAttention(Structural):
         """A map [B, H, W, C] -> the same."""
         window, around = (self.window_size,) * 2, (self.overlap_win_size,) * 2
         table = self.relative_position_bias_table
-        bias = position_bias(table, rpi, self.window_size**2, self.overlap_win_size**2)
+        bias = position_bias(table, rpi.reshape(self.window_size**2, self.overlap_win_size**2))
         qkv = project(self.qkv, tokens)  # [B, H, W, 3*C]
         return window_attention(
             qkv, self.num_heads, window, None, bias, self.scale, 0.0, "torchvision", None, None, around

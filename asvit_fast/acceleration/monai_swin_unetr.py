@@ -66,10 +66,8 @@ class FastSwinUNETRBlock(Replacement, SwinTransformerBlock):
         """A map [B, *size, C] -> the same."""
         attn, window, shift = self.attn, tuple(window), tuple(shift)
         tokens = torch.Size(window).numel()
-        index = attn.relative_position_index
-        if index.shape[0] != tokens:  # of clipped windows: the source's choice
-            index = index[:tokens, :tokens]
-        bias = position_bias(attn.relative_position_bias_table, index, tokens, tokens)
+        index = attn.relative_position_index[:tokens, :tokens]  # of clipped windows: the source's choice
+        bias = position_bias(attn.relative_position_bias_table, index)  # [heads, N, N]
         padding = padding_token(attn.qkv.bias, x, window)
         qkv = project(attn.qkv, x)  # [B, *size, 3*C]
         x = window_attention(qkv, attn.num_heads, window, shift, bias, attn.scale, 0.0, LAYOUT, padding)

@@ -78,9 +78,8 @@ def attend(attn: Any, x: Tensor, window: Sequence[int], shift: Sequence[int], in
     """A map [B, *size, C] -> the same; windows that were clipped to the map have the first rows of the index."""
     tokens, window, shift = math.prod(window), tuple(window), tuple(shift)
     if index is None:
-        index = attn.relative_position_index
-        index = index if index.shape[0] == tokens else index[:tokens, :tokens]
-    bias = position_bias(attn.relative_position_bias_table, index, tokens, tokens)
+        index = attn.relative_position_index[:tokens, :tokens]
+    bias = position_bias(attn.relative_position_bias_table, index.reshape(tokens, tokens))
     padding = padding_token(attn.qkv.bias, x, window)
     x = project(attn.qkv, x)  # [B, *size, 3*C]
     x = window_attention(x, attn.num_heads, window, shift, bias, attn.scale, 0.0, LAYOUT, padding)  # [B, *size, C]
@@ -92,7 +91,7 @@ def attend_by_cosines(attn: Any, x: Tensor, window: Sequence[int], shift: Sequen
     tokens, window, shift = math.prod(window), tuple(window), tuple(shift)
     bias = None if attn.q_bias is None else torch.cat((attn.q_bias, torch.zeros_like(attn.v_bias), attn.v_bias))
     table = 16 * torch.sigmoid(attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads))  # [offsets, heads]
-    biases = position_bias(table, attn.relative_position_index, tokens, tokens)
+    biases = position_bias(table, attn.relative_position_index.reshape(tokens, tokens))
     scale = cosine_scale(attn.logit_scale)
     x = linear(x, attn.qkv.weight, bias)  # [B, H, W, 3*C]
     padding = padding_token(bias, x, window)

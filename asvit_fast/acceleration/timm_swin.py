@@ -70,7 +70,9 @@ class FastSwinTransformerBlock(ShiftedWindows, SwinTransformerBlock):
         "input_resolution",
         "attn.fused_attn",
         "attn.scale",
-        *("attn._get_rel_pos_bias", "attn.relative_position_bias_table", "attn.relative_position_index"),
+        "attn.relative_position_bias_table",
+        "attn.relative_position_index",
+        "attn._get_rel_pos_bias",
     )
     bypassed_of_parts: ClassVar[Parts] = {"_get_rel_pos_bias": (WindowAttention,)}
     parts: ClassVar[Parts] = {
@@ -89,8 +91,8 @@ class FastSwinTransformerBlock(ShiftedWindows, SwinTransformerBlock):
         window, shift = self.window_size, self.shift_size
         qkv = project(attn.qkv, x)  # [B, H, W, 3*heads*d]
         padding = padding_token(attn.qkv.bias, x, window)
-        area = self.window_area
-        bias = position_bias(attn.relative_position_bias_table, attn.relative_position_index, area, area)
+        index = attn.relative_position_index.reshape(self.window_area, -1)  # [N, N]
+        bias = position_bias(attn.relative_position_bias_table, index)  # [heads, N, N]
         scale = None if attn.fused_attn else attn.scale
         x = window_attention(
             qkv, attn.num_heads, window, shift, bias, scale, 0.0, "timm", padding

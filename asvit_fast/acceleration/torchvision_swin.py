@@ -50,12 +50,6 @@ def attend(
     return window_dropout(project(attention.proj, x), probability, window, shift, "torchvision")
 
 
-def _position_bias(attention: Any, table: Tensor) -> Tensor:
-    """[heads, N, N] of a table [offsets, heads]."""
-    tokens = math.prod(attention.window_size)
-    return position_bias(table, attention.relative_position_index, tokens, tokens)
-
-
 class MapAttention(Replacement):
     """Base class of both versions."""
 
@@ -79,8 +73,9 @@ class FastShiftedWindowAttention(MapAttention, ShiftedWindowAttention):
     def forward(self, x: Tensor) -> Tensor:
         if not self.can_run() or drops(self.attention_dropout, self.training):
             return super().forward(x)
-        window = self.window_size
-        bias = _position_bias(self, self.relative_position_bias_table)
+        window, tokens = self.window_size, math.prod(self.window_size)
+        index = self.relative_position_index.reshape(tokens, tokens)
+        bias = position_bias(self.relative_position_bias_table, index)  # [heads, N, N]
         shift = _shift(x.shape[1:3], window, self.shift_size)
         scale = (x.shape[3] // self.num_heads) ** -0.5
         padding = padding_token(self.qkv.bias, x, window)
@@ -90,16 +85,12 @@ class FastShiftedWindowAttention(MapAttention, ShiftedWindowAttention):
 class FastShiftedWindowAttentionV2(MapAttention, ShiftedWindowAttentionV2):
     """The same with cosine attention; keys have no bias."""
 
-    reads: ClassVar[Names] = (
-        *MapAttention.reads, "logit_scale", "cpb_mlp", "relative_coords_table", "relative_position_index",
-    )  # fmt: skip
-    bypassed = ("get_relative_position_bias",)
+    reads: ClassVar[Names] = (*MapAttention.reads, "logit_scale")
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.can_run() or drops(self.attention_dropout, self.training):
             return super().forward(x)
-        table = 16 * torch.sigmoid(self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads))
-        of_positions = _position_bias(self, table)
+        biases = self.get_relative_position_bias()[0]  # [heads, N, N]
         bias = self.qkv.bias
         if bias is not None:
             q, k, v = bias.chunk(3)
@@ -110,7 +101,7 @@ class FastShiftedWindowAttentionV2(MapAttention, ShiftedWindowAttentionV2):
         if padding is not None:
             padding = torch.cat(cosine_projections(padding.to(qkv.dtype), self.num_heads))
         maps, scale = cosine_projections(qkv, self.num_heads), cosine_scale(self.logit_scale)
-        return attend(self, maps, window, shift, of_positions, scale, padding)
+        return attend(self, maps, window, shift, biases, scale, padding)
 
 
 class FastTorchvisionPatchMerging(Merging, PatchMerging):

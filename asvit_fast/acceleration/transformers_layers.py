@@ -74,11 +74,6 @@ def zeros_token(layers: Layers) -> Tensor | None:
     return torch.cat([given.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers])
 
 
-def table_bias(table: Tensor, index: Tensor) -> Tensor:
-    """Bias of positions [heads, N, N] from a table [offsets, heads] and the offset of every pair [N, N]."""
-    return position_bias(table, index, *index.shape)
-
-
 class WindowLayer(Replacement):
     """Base class: a layer with square windows, shifted or not."""
 
@@ -149,7 +144,7 @@ class SplitLayer(WindowLayer):
         layers = attention.query, attention.key, attention.value
         maps = project_each(layers, x)  # [B, H, W, C] each
         padding = None if divides(window, x) else zeros_token(layers)
-        bias = table_bias(attention.relative_position_bias_table, attention.relative_position_index)
+        bias = position_bias(attention.relative_position_bias_table, attention.relative_position_index)
         heads, scale = attention.num_attention_heads, attention.attention_head_size**-0.5
         x = window_attention(maps, heads, window, shift, bias, scale, 0.0, LAYOUT, padding)
         return project(self.attention.output.dense, x)
@@ -208,7 +203,7 @@ class CosineLayer(SplitLayer):
         table = attention.continuous_position_bias_mlp(attention.relative_coords_table).flatten(
             0, -2
         )  # [offsets, heads]
-        bias = table_bias(16 * torch.sigmoid(table), attention.relative_position_index)
+        bias = position_bias(16 * torch.sigmoid(table), attention.relative_position_index)
         maps, scale = (unit_heads(q, heads), unit_heads(k, heads), v), cosine_scale(attention.logit_scale)
         layout = "masked" if self.shift_size > 0 else LAYOUT
         x = window_attention(maps, heads, window, shift, bias, scale, 0.0, layout, padding)[:, :rows, :columns]

@@ -86,7 +86,7 @@ class AttentionWorkload(_Call):
         """Rows of tiles that its kernels look up, forward first."""
         if is_single_tile(self.keys, self.head_dim, self.bits):
             return "single_tile", "single_tile_backward"
-        return "tiled", "q_gradient", "kv_gradient", *(("bias_gradient",) if self.biased else ())
+        return "tiled", "tiled_backward", *(("bias_gradient",) if self.biased else ())
 
     @property
     def kind(self) -> Hashable:

@@ -6,6 +6,7 @@ from .layer_norm_taylor import layer_norm_taylor
 from .linear import linear
 from .patch_embed import patch_embed
 from .patch_merge import patch_merge
+from .position_bias import position_bias
 from .softmax_taylor import softmax_taylor
 from .square_taylor import square_taylor
 from .tanh_taylor import tanh_taylor
@@ -18,6 +19,7 @@ __all__ = [
     "linear",
     "patch_embed",
     "patch_merge",
+    "position_bias",
     "softmax_taylor",
     "square_taylor",
     "tanh_taylor",

@@ -1,8 +1,7 @@
-"""The bias of every pair of tokens from a table with a row for each relative position (Swin, arXiv 2103.14030, section
-3.2): what ``window_attention`` takes.
+"""A bias for every pair of positions in a window, gathered from a table: the relative position bias of Swin (arXiv
+2103.14030, equation 4), whose table has an entry for each offset of a key from a query.
 
-torch gathers it in two kernels, and sorts all pairs in every backward pass; here it is a kernel each where
-window_attention runs in Triton, outside of compiled graphs, which have gathers and sums of their own.
+The gather and the sum of gradients over the pairs of an entry are each other's derivatives.
 """
 
 from __future__ import annotations
@@ -11,87 +10,88 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.overrides import has_torch_function
 
 from .. import backends
-from .fused_op import is_batch, outside_of_modes
+from ..errors import InputError
+from .checks import check_device, check_floats
+from .fused_op import no_float64, outside_of_modes
 from .transforms import transform_active
 
-Pairs = tuple[Tensor, Tensor]  # of tokens, [queries * keys], sorted by row; where rows begin in it, [rows + 1]
 
-# of index tensors: their version and the table's rows, and their pairs, None if a number is no row of the table
-_pairs: Any = WeakTensorKeyDictionary()
-
-
-def position_bias_reference(table: Tensor, index: Tensor, queries: int, keys: int) -> Tensor:
-    """``position_bias`` in torch's operations."""
-    return table[index.reshape(-1)].reshape(queries, keys, -1).permute(2, 0, 1).contiguous()
+def position_bias_reference(table: Tensor, index: Tensor) -> Tensor:
+    """`position_bias` in plain PyTorch operations."""
+    return table[index].permute(2, 0, 1)
 
 
-def _pairs_of(index: Tensor, rows: int) -> Pairs | None:
-    """Found once for each index, with a look at its numbers: not while a CUDA graph is captured. A view may be one of
-    its call, so it has to be seen twice."""
-    state = (index._version, rows)
-    known = _pairs.get(index)
-    if known is None and index._is_view():
-        _pairs[index] = (None, None)
-        return None
-    if known is None or known[0] != state:
-        if index.is_cuda and torch.cuda.is_current_stream_capturing():
-            return None
-        known = (state, _sorted_pairs(index.reshape(-1), rows))
-        _pairs[index] = known
-    return known[1]
-
-
-def _sorted_pairs(index: Tensor, rows: int) -> Pairs | None:
-    if index.numel() == 0 or bool(((index < 0) | (index >= rows)).any()):
-        return None  # torch says what is wrong, or counts from the end
-    row, order = index.sort(stable=True)
-    starts = torch.searchsorted(row, torch.arange(rows + 1, device=index.device, dtype=row.dtype))
-    return order.int(), starts.int()
-
-
-class _PositionBias(torch.autograd.Function):
+class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, table: Tensor, index: Tensor, pairs: Pairs) -> Tensor:
+    def forward(ctx: Any, table: Tensor, index: Tensor) -> Tensor:
         from asvit_fast.kernels.position_bias import position_bias
 
         ctx.save_for_backward(index)
-        ctx.pairs = pairs
-        return position_bias(table, index)  # [heads, *index.shape]
+        ctx.entries = table.shape[0]
+        return position_bias(table, index)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        return _Sum.apply(gradient, index, ctx.entries), None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, index: Tensor, entries: int) -> Tensor:
+        from asvit_fast.kernels.position_bias import position_bias_gradient
+
+        ctx.save_for_backward(index)
+        return position_bias_gradient(gradient, index, entries)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        from asvit_fast.kernels.position_bias import position_bias_gradient
-
-        (index,), (order, starts) = ctx.saved_tensors, ctx.pairs
-        if torch.is_grad_enabled() or is_batch(gradient) or not outside_of_modes((gradient,)):
-            zeros = gradient.new_zeros(starts.shape[0] - 1, gradient.shape[0])  # [rows, heads]
-            rows = gradient.reshape(gradient.shape[0], -1).permute(1, 0)  # [pairs, heads]
-            return zeros.index_put((index.reshape(-1),), rows, accumulate=True), None, None
-        return position_bias_gradient(gradient, order, starts), None, None
+        (index,) = ctx.saved_tensors
+        return _Gather.apply(gradient, index), None, None
 
 
-def _is_fused(table: Tensor, index: Tensor) -> bool:
-    """Whether the kernels may run."""
+def _has_kernels(table: Tensor, index: Tensor) -> bool:
+    """Whether the Triton kernels run: not for what torch traces or transforms, where its own gather is known."""
     if torch.compiler.is_compiling() or transform_active() or not outside_of_modes((table, index)):
         return False
-    if table.dim() != 2 or table.numel() == 0 or table.dtype == torch.float64 or table.device != index.device:
+    if backends.forced_backend() not in (None, "triton") or no_float64(table) is not None:
         return False
-    if index.is_inference():  # whose numbers may change unseen
-        return False
-    return backends.choose("window_attention", table.device) == "triton"
+    return backends.available("position_bias", "triton", table.device) is None
 
 
-def position_bias(table: Tensor, index: Tensor, queries: int, keys: int) -> Tensor:
-    """Gather the bias of every pair of tokens, [heads, queries, keys].
+backends.declare("position_bias", {"triton": _Gather.apply, "reference": position_bias_reference})
+
+
+def position_bias(table: Tensor, index: Tensor) -> Tensor:
+    """The bias of `window_attention` from a table: table [entries, heads], index [queries, keys] -> [heads, queries,
+    keys].
 
     Args:
-        table: [offsets, heads], of any floating dtype.
-        index: the row of each pair, of any shape; a buffer of a module, as what the gradient needs is kept with it.
+        table: [entries, heads], of any floating dtype.
+        index: [queries, keys], the entry of each pair, integers. Not differentiable.
+
+    Returns:
+        [heads, queries, keys] of the table's dtype.
+
+    Raises:
+        InputError: shapes, dtypes or devices that do not fit, naming the value.
+
+    On a GPU a Triton kernel each for forward and backward: the table's gradient is summed in float32 in a fixed order,
+    by one kernel, where torch's index_put sorts all pairs. Elsewhere, in float64 and while torch.compile traces,
+    torch's own indexing.
     """
-    pairs = _pairs_of(index, table.shape[0]) if _is_fused(table, index) else None
-    if pairs is None:
-        return position_bias_reference(table, index, queries, keys)
-    return _PositionBias.apply(table, index, pairs).view(-1, queries, keys)
+    if has_torch_function((table, index)):
+        return position_bias_reference(table, index)
+    if table.dim() != 2 or index.dim() != 2:
+        shapes = f"{list(table.shape)} and {list(index.shape)}"
+        raise InputError(f"position_bias: table must be [entries, heads] and index [queries, keys], got {shapes}")
+    check_floats("position_bias", "table", table)
+    if index.dtype not in (torch.int64, torch.int32):
+        raise InputError(f"position_bias: index must be int64 or int32, got {index.dtype}")
+    check_device("position_bias", "index", index, table)
+    if _has_kernels(table, index):
+        return _Gather.apply(table, index)
+    return position_bias_reference(table, index)

@@ -12,6 +12,7 @@ from torch import Tensor
 from .linear import linear, linear_reference
 from .patch_embed import patch_embed, patch_embed_reference
 from .patch_merge import patch_merge, patch_merge_reference
+from .position_bias import position_bias, position_bias_reference
 from .window_attention import window_attention, window_attention_reference
 from .windows import fit_windows, lowest_scores
 
@@ -46,6 +47,7 @@ def register() -> None:
         (linear, linear_reference),
         (patch_embed, patch_embed_reference),
         (patch_merge, patch_merge_reference),
+        (position_bias, position_bias_reference),
         (window_attention, _window_attention),
     ):
         _compile_instead(op, function)

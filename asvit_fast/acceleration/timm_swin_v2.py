@@ -20,12 +20,12 @@ from .timm_swin import ShiftedWindows
 ATTENTION = {"attn.qkv": LINEAR, "attn.attn_drop": DROP, "attn.proj": LINEAR, "attn.proj_drop": DROP}
 
 
-def _attend(block: Any, qkv: Tensor, qkv_bias: Tensor | None, bias: Callable[[], Tensor]) -> Tensor:
+def _attend(block: Any, qkv: Tensor, qkv_bias: Tensor | None, position_bias: Callable[[], Tensor]) -> Tensor:
     """Cosine attention inside the windows of a map: qkv [B, H, W, 3*heads*d] -> [B, H, W, C].
 
     Args:
         qkv_bias: what the projection makes of a token of zeros, [3*heads*d].
-        bias: gives that of positions, [heads, N, N].
+        position_bias: gives [heads, N, N].
     """
     attn, window, shift = block.attn, block.window_size, block.shift_size
     heads, scale = attn.num_heads, cosine_scale(attn.logit_scale)
@@ -33,7 +33,7 @@ def _attend(block: Any, qkv: Tensor, qkv_bias: Tensor | None, bias: Callable[[],
     if padding is not None:
         padding = torch.cat(cosine_projections(padding.to(qkv.dtype), heads))
     maps = cosine_projections(qkv, heads)  # [B, H, W, C] each
-    x = window_attention(maps, heads, window, shift, bias(), scale, 0.0, "timm", padding)
+    x = window_attention(maps, heads, window, shift, position_bias(), scale, 0.0, "timm", padding)
     return window_dropout(project(attn.proj, x), drop_probability(attn.proj_drop), window, shift)
 
 

@@ -183,7 +183,7 @@ class FusedOp:
             return (*(None for _ in self.operands), *nothing)
         *output, saved, operands = self._saved(ctx)
         needs_grad = list(ctx.needs_input_grad[: len(self.operands)])
-        if is_batch(gradient):
+        if _is_batch(gradient):
             return (*self._gradients_of_batch(gradient, operands, ctx.config, needs_grad), *nothing)
         grads = self._backward_op(
             gradient, *(output or (None,)), saved, *operands, *self._values(ctx.config), needs_grad
@@ -274,7 +274,7 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         output, saved, *operands = ctx.saved_tensors
         op, needs_grad = ctx.op, list(ctx.needs_input_grad[3:])
-        if is_batch(gradient):
+        if _is_batch(gradient):
             grads = op._gradients_of_batch(gradient, operands, ctx.config, needs_grad)
         elif torch.is_grad_enabled() or torch.compiler.is_compiling():  # it will be differentiated, or is traced
             grads = op._backward_op(gradient, output, saved, *operands, *op._values(ctx.config), needs_grad)
@@ -285,7 +285,7 @@ class _Eager(torch.autograd.Function):
         return (None, None, None, *grads)
 
 
-def is_batch(gradient: Tensor) -> bool:
+def _is_batch(gradient: Tensor) -> bool:
     """Whether it stands for a batch of gradients, of ``torch.autograd.grad(..., is_grads_batched=True)``."""
     return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(gradient)
 

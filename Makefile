@@ -58,7 +58,8 @@ OLDEST := .venv-oldest
 OLDEST_COPY := build/oldest
 OLDEST_TESTS := $(wildcard tests/test_*_taylor.py tests/test_window*.py tests/test_patch*.py tests/test_accelerate*.py) \
 	$(addprefix tests/,test_fused_op.py test_linear.py test_models.py test_tracing.py test_onnx.py test_cuda_tracing.py \
-	test_backends.py test_environment.py test_tile_table.py test_kernel_report.py test_taylor.py test_ntk.py test_scoring.py)
+	test_backends.py test_environment.py test_tile_table.py test_kernel_report.py test_taylor.py test_ntk.py test_scoring.py \
+	test_position_bias.py test_dot.py test_stacked_scores.py)
 
 $(OLDEST)/.torch:
 	$(PYTHON) -m venv $(OLDEST)

@@ -12,18 +12,29 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from accuracy import TINY, assert_accurate
 from torch import Tensor
 
 from asvit_fast import backends, ops
 
-TINY = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # relative to the largest value of a tensor
 HEADS = (2,)  # shape of what has a number for each head
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TINY}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Convolutions of float32, too, in float32 inside the block: torch's default is TF32, which our kernels follow."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
 
 
 @dataclass(frozen=True)
@@ -84,19 +95,17 @@ class OpCase:
         """
         operands = self.operands(dtype, device, seed)
         wide = [x.cpu().double() for x in operands]
-        ours = self.both(operands)
-        with backends.use_backend("reference"):
+        with full_precision():
+            ours = self.both(operands)
+        with full_precision(), backends.use_backend("reference"):
             theirs, exact = (OpCase(self.name, self.op, "reference", self.call, self.shapes).both(x)
                              for x in (operands, wide))  # fmt: skip
         names = ("output", *(f"gradient {number}" for number in range(len(operands))))
         for name, got, other, want in zip(names, ours, theirs, exact, strict=True):
-            assert got.shape == want.shape and got.dtype == dtype, f"{name}: {got.shape} {got.dtype}"
-            error, allowed = ((x.cpu().double() - want).abs().max().item() for x in (got, other))
-            tiny = TINY[dtype] * max(1.0, want.abs().max().item())
-            if tuple(want.shape) == HEADS:  # of a scale of each head: a sum over all tokens that may cancel
-                tiny *= operands[0][..., 0].numel() ** 0.5
-            allowed = 2 * allowed + tiny
-            assert error < allowed, f"{name}: error {error:.2e}, allowed is {allowed:.2e}"
+            assert got.dtype == dtype, f"{name}: {got.dtype}"
+            # of a scale of each head: a sum over all tokens that may cancel
+            sums = operands[0][..., 0].numel() if tuple(want.shape) == HEADS else 1
+            assert_accurate(name, got.cpu(), other.cpu(), want, TINY[dtype] * sums**0.5)
 
 
 def _attention(heads: int, window: tuple[int, ...], shift: tuple[int, ...], layout: str, *given: str,
@@ -108,6 +117,11 @@ def _attention(heads: int, window: tuple[int, ...], shift: tuple[int, ...], layo
         return ops.window_attention(qkv, heads, window, shift, layout=layout, kv_window=kv_window, **named)
 
     return call
+
+
+def _bias(table: Tensor) -> Tensor:
+    pairs = torch.arange(9 * 12, device=table.device) * 7 % table.shape[0]
+    return ops.position_bias(table, pairs.view(9, 12))
 
 
 def _embed(image: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
@@ -181,6 +195,7 @@ CASES = [
         "patch_merge, as timm", "patch_merge", "triton", partial(_merge, "timm", 2),
         ((2, 8, 8, 32), (64, 128), (128,), (128,)),
     ),
+    OpCase("position_bias", "position_bias", "triton", _bias, ((25, 3),)),
     OpCase("linear", "linear", "reference", ops.linear, ((37, 24), (40, 24), (40,))),
     *_taylor_cases(),
 ]  # fmt: skip

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from op_cases import CASES, TINY, OpCase, case
+from op_cases import CASES, DTYPES, OpCase, case
 from torch import Tensor
 
 from asvit_fast import backends
@@ -38,13 +38,13 @@ def assert_close(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
 
 
 @every_case
-@pytest.mark.parametrize("dtype", list(TINY), ids=str)
+@pytest.mark.parametrize("dtype", list(DTYPES.values()), ids=str)
 def test_against_float64(one: OpCase, dtype: torch.dtype, device: torch.device, poison_empty: None) -> None:
     one.check(dtype, device)
 
 
 @every_case
-@pytest.mark.parametrize("dtype", list(TINY), ids=str)
+@pytest.mark.parametrize("dtype", list(DTYPES.values()), ids=str)
 def test_twice_the_same_bits(one: OpCase, dtype: torch.dtype, device: torch.device, repeatable_float32: None) -> None:
     operands = one.operands(dtype, device)
     assert all(map(torch.equal, one.both(operands), one.both(operands)))
@@ -109,7 +109,7 @@ def test_on_a_stream_of_its_own(one: OpCase) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", list(TINY), ids=str)
+@pytest.mark.parametrize("dtype", list(DTYPES.values()), ids=str)
 def test_on_several_streams(dtype: torch.dtype) -> None:
     """All ops at once, each case on a stream of its own, several times: nobody uses the memory of another."""
     operands = {one.name: one.operands(dtype, CUDA) for one in CASES}
@@ -133,7 +133,7 @@ def test_on_several_streams(dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 @every_case
 @pytest.mark.parametrize("both", [False, True], ids=["forward", "both"])
-@pytest.mark.parametrize("dtype", list(TINY), ids=str)
+@pytest.mark.parametrize("dtype", list(DTYPES.values()), ids=str)
 def test_captured_and_replayed(one: OpCase, both: bool, dtype: torch.dtype) -> None:
     """A graph reads new values where it has read the old."""
     run = one.both if both else one.forward

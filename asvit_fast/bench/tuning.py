@@ -31,7 +31,7 @@ Measure = Callable[[Tiles, Tiles], float | None]  # seconds of the second / of t
 TOLERANCES = {"bf16": 2e-2, "fp16": 2e-3, "fp32": 1e-5}  # of the norm of a difference: another order of summation
 CHOICES = {
     "block_m": (16, 32, 64, 128),
-    "block_n": (16, 32, 64, 128),
+    "block_n": (16, 32, 64, 128, 256),
     "block_k": (16, 32, 64, 128),
     "num_warps": (1, 2, 4, 8),
     "num_stages": (1, 2, 3, 4),

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from accuracy import TINY
 from op_cases import CASES, DTYPES, OpCase, case
 from torch import Tensor
 

@@ -422,8 +422,8 @@ def window_attention(
     On a CPU one compiled kernel each for forward and backward, on a GPU Triton kernels: they keep at most two numbers
     per row and copy nothing, unless the tokens of a map are unevenly spaced or its channels no neighbours; but backward
     passes of windows larger than a tile hold rows of q and of gradients window by window, about as much as qkv. Those
-    of ``kv_window`` are summed over the windows of a token afterwards. With dropout, in float64 on a GPU, and where Triton
-    is missing, torch's fused attention, which has no double backward. With dropout and attn_scale plain PyTorch
+    of ``kv_window`` are summed over the windows of a token afterwards. With dropout, in float64 on a GPU, and where
+    Triton is missing, torch's fused attention, which has no double backward. With dropout and attn_scale plain PyTorch
     operations, with one warning.
     """
     projections = list(qkv) if isinstance(qkv, (tuple, list)) else [qkv]

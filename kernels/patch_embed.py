@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .dot import dot, precision
-from .launch import Launch, device_guard
+from .launch import Launcher
 from .tile_table import block, choose, family_of, once_per_shape
 
 MAXIMUM_CHANNEL_BLOCK = 128  # of the weight's gradient
@@ -305,10 +305,11 @@ def pixel_count(in_channels: int, kernel: int) -> int:
 
 
 @once_per_shape
-def _launch(problem: Problem) -> tuple[tuple[int, int, int, int], Launch]:
-    """The output's size, and its launch."""
+def _launcher(problem: Problem) -> tuple[tuple[int, int, int, int], Launcher]:
+    """The output's size, and its launcher."""
     arguments = problem.arguments() | problem.tiles("patch_embed")
-    return problem.output_size, ((triton.cdiv(arguments["tokens"], arguments["BLOCK_M"]),), arguments)
+    grid = (triton.cdiv(arguments["tokens"], arguments["BLOCK_M"]),)
+    return problem.output_size, Launcher(patch_embed_kernel, grid, arguments)
 
 
 def patch_embed(
@@ -332,19 +333,17 @@ def patch_embed(
         image.shape, image.stride(), weight.shape, stride, dilation, (*padding,), compute_dtype, image.device,
         bias is not None, norm_weight is not None, norm_bias is not None, precision(compute_dtype, "conv"),
     )  # fmt: skip
-    size, (grid, arguments) = _launch(problem)
+    size, start = _launcher(problem)
     output = image.new_empty(size, dtype=dtype)
     if output.numel() == 0:
         return output
-    with device_guard(image):  # any tensor stands for one that is not read
-        patch_embed_kernel[grid](
-            image,
-            weight.contiguous(),
-            image if bias is None else bias.contiguous(),
-            image if norm_weight is None else norm_weight.contiguous(),
-            image if norm_bias is None else norm_bias.contiguous(),
-            output,
-            eps=eps,
-            **arguments,
-        )
+    start(  # any tensor stands for one that is not read
+        image,
+        weight.contiguous(),
+        image if bias is None else bias.contiguous(),
+        image if norm_weight is None else norm_weight.contiguous(),
+        image if norm_bias is None else norm_bias.contiguous(),
+        output,
+        eps=float(eps),
+    )
     return output

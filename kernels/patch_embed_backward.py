@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .dot import dot, precision
-from .launch import Launch, device_guard, grouped
+from .launch import Launcher, grouped
 from .patch_embed import SIZES, Images, Problem, convolve, load_pixels, locate, output_places, standardise, weight_index
 from .tile_table import once_per_shape
 
@@ -113,11 +113,11 @@ def patch_embed_weight_gradient_kernel(
 
 
 class _Plan(NamedTuple):
-    """Launches, and the shapes of the sums over some tokens that they write."""
+    """Launchers, and the shapes of the sums over some tokens that they write."""
 
-    norm: Launch
+    norm: Launcher
     vectors: tuple[int, int, int]  # [programs, 3, C]
-    weight: Launch
+    weight: Launcher
     weights: tuple[int, int, int]  # [groups, Cin * K * K, C]
 
 
@@ -126,11 +126,12 @@ def _plan(problem: Problem) -> _Plan:
     arguments, channels = problem.arguments(), problem.weight_size[0]
     tiles = problem.tiles("patch_embed_norm_gradient")
     per_program, programs = grouped(triton.cdiv(arguments["tokens"], tiles["BLOCK_M"]))
-    norm = (programs,), arguments | tiles | {"per_program": per_program}
+    norm = Launcher(patch_embed_norm_gradient_kernel, (programs,), arguments | tiles | {"per_program": per_program})
     tiles = problem.tiles("patch_embed_weight_gradient")
     parts = triton.cdiv(problem.pixels, tiles["BLOCK_K"]) * triton.cdiv(channels, tiles["BLOCK_C"])
     per_program, groups = grouped(triton.cdiv(arguments["tokens"], tiles["BLOCK_M"]), parts)
-    weight = (groups * parts,), arguments | tiles | {"per_program": per_program}
+    arguments |= tiles | {"per_program": per_program}
+    weight = Launcher(patch_embed_weight_gradient_kernel, (groups * parts,), arguments)
     patch = problem.weight_size[1] * problem.weight_size[2] ** 2
     return _Plan(norm, (programs, 3, channels), weight, (groups, patch, channels))
 
@@ -157,20 +158,17 @@ def patch_embed_backward(
     )  # fmt: skip
     plan = _plan(problem)
     grad_conv = grad_output = grad_output.contiguous()
-    with device_guard(image):
-        if norm_weight is not None:
-            grad_conv = torch.empty_like(grad_output, dtype=compute_dtype)
-            sums = image.new_empty(plan.vectors, dtype=torch.float32)
-            grid, arguments = plan.norm
-            patch_embed_norm_gradient_kernel[grid](
-                image, weight.contiguous(), image if bias is None else bias.contiguous(), norm_weight.contiguous(),
-                grad_output, grad_conv, sums, eps=eps, **arguments,
-            )  # fmt: skip
-        if not needs_parameter_grads:
-            return grad_conv, None, None, None, None
-        weight_sums = image.new_empty(plan.weights, dtype=torch.float32)
-        grid, arguments = plan.weight
-        patch_embed_weight_gradient_kernel[grid](image, grad_conv, weight_sums, **arguments)
+    if norm_weight is not None:
+        grad_conv = torch.empty_like(grad_output, dtype=compute_dtype)
+        sums = image.new_empty(plan.vectors, dtype=torch.float32)
+        plan.norm(
+            image, weight.contiguous(), image if bias is None else bias.contiguous(), norm_weight.contiguous(),
+            grad_output, grad_conv, sums, eps=float(eps),
+        )  # fmt: skip
+    if not needs_parameter_grads:
+        return grad_conv, None, None, None, None
+    weight_sums = image.new_empty(plan.weights, dtype=torch.float32)
+    plan.weight(image, grad_conv, weight_sums)
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     grad_weight.flatten(1).t().copy_(weight_sums.sum(0))
     # of bias, norm_weight and norm_bias, [C] each

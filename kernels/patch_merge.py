@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .dot import precision
-from .launch import Launch, device_guard
+from .launch import Launcher
 from .patch_merge_tiles import (
     SIZES,
     Shape,
@@ -218,6 +218,9 @@ class Problem(NamedTuple):
     dtype: torch.dtype  # of the weight
     device: torch.device
     precision: str
+    feature_order: str
+    has_norm_bias: bool
+    has_bias: bool
 
     @property
     def output_size(self) -> tuple[int, int, int]:
@@ -249,19 +252,24 @@ class Problem(NamedTuple):
         bits = 8 * self.dtype.itemsize
         return choose(kernel, family_of(self.device), bits=bits, outputs=self.outputs)
 
-    def prepare(self, moments: bool) -> Launch:
-        """Launch for the folded weights, a program for each output, and if wanted the moments of tokens after them."""
+    def prepare(self, moments: bool) -> Launcher:
+        """Of the folded weights, a program for each output, and if wanted the moments of tokens after them."""
         map_tokens = self.size[0] * self.size[1] * self.size[2] if moments else 0
         block_c = min(triton.next_power_of_2(self.size[3]), MAXIMUM_MOMENTS_BLOCK)
         block_m = MAXIMUM_MOMENTS_BLOCK * 4 // block_c
-        return (self.outputs + triton.cdiv(map_tokens, block_m),), {
+        arguments = self.order() | {
             "map_tokens": map_tokens,
-            "SHAPE": self.shape,
             "BLOCK": min(1024, triton.next_power_of_2(self.features)),
             "BLOCK_M": block_m,
             "BLOCK_C": block_c,
             "enable_fp_fusion": True,
         }
+        return Launcher(patch_merge_prepare_kernel, (self.outputs + triton.cdiv(map_tokens, block_m),), arguments)
+
+    def order(self) -> dict[str, Any]:
+        """Constants of the kernels that read the parameters or write their gradients."""
+        flags = {"HAS_NORM_BIAS": self.has_norm_bias, "HAS_BIAS": self.has_bias}
+        return {"SHAPE": self.shape, "FEATURE_ORDER": self.feature_order} | flags
 
 
 def output_block(outputs: int, widest: int) -> int:
@@ -269,34 +277,50 @@ def output_block(outputs: int, widest: int) -> int:
     return 128 if widest == 256 and triton.cdiv(outputs, 128) % 2 else widest
 
 
+def problem_of(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    kernel: int,
+    stride: int,
+    padding: list[int],
+    norm_bias: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    feature_order: str,
+) -> Problem:
+    """The problem of these operands, as torch's switches of precision are now."""
+    return Problem(
+        x.shape, weight.shape[0], kernel, stride, (*padding,), x.dtype, weight.dtype, x.device, precision(weight.dtype),
+        feature_order, norm_bias is not None, bias is not None,
+    )  # fmt: skip
+
+
 @once_per_shape
-def _launches(problem: Problem) -> tuple[Launch, Launch]:
-    """Launches for what precedes the product, and for the output."""
+def _launchers(problem: Problem) -> tuple[tuple[int, int, int], Launcher, Launcher]:
+    """The output's size; what precedes the product, and the product."""
     arguments = problem.arguments() | problem.tiles("patch_merge")
     arguments["BLOCK_N"] = output_block(problem.outputs, arguments["BLOCK_N"])
     blocks = triton.cdiv(arguments["tokens"], arguments["BLOCK_M"]) * triton.cdiv(problem.outputs, arguments["BLOCK_N"])
-    return problem.prepare(True), ((blocks,), arguments | {"COLUMNS": triton.next_power_of_2(problem.kernel)})
+    arguments["COLUMNS"] = triton.next_power_of_2(problem.kernel)
+    return problem.output_size, problem.prepare(True), Launcher(patch_merge_kernel, (blocks,), arguments)
 
 
 # --------------------------------------------------------------------------- launches
 
 
 def prepare(
-    launch: Launch,
+    start: Launcher,
     x: torch.Tensor,
     moments: torch.Tensor,
     weight: torch.Tensor,
     norm_weight: torch.Tensor,
     norm_bias: torch.Tensor | None,
     bias: torch.Tensor | None,
-    feature_order: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Folded weights [Cout, K*K*C], and [3, Cout]: their sums; what the output has for x = 0; their unit. Fills moments
-    [B, H, W, 2] if the launch is for them."""
-    grid, arguments = launch
+    [B, H, W, 2] if the launcher is for them."""
     weight, norm_weight = weight.contiguous(), norm_weight.contiguous()
     folded, sums = torch.empty_like(weight), weight.new_empty((3, weight.shape[0]), dtype=torch.float32)
-    patch_merge_prepare_kernel[grid](
+    start(
         x,
         weight,
         norm_weight,
@@ -305,10 +329,6 @@ def prepare(
         folded,
         sums,
         moments,
-        FEATURE_ORDER=feature_order,
-        HAS_NORM_BIAS=norm_bias is not None,
-        HAS_BIAS=bias is not None,
-        **arguments,
     )
     return folded, sums
 
@@ -332,17 +352,12 @@ def patch_merge(
     ``feature_order`` is "unfold", (channel, row, column), or "timm", (column, row, channel).
     """
     x = x.contiguous()
-    problem = Problem(
-        x.shape, weight.shape[0], kernel, stride, (*padding,), x.dtype, weight.dtype, x.device, precision(weight.dtype)
-    )
-    size = problem.output_size
+    size, first, second = _launchers(problem_of(x, weight, kernel, stride, padding, norm_bias, bias, feature_order))
     output = weight.new_empty((*size, weight.shape[0]))
     statistics = weight.new_empty((2, *size), dtype=torch.float32)
     if output.numel() == 0:
         return output, statistics
-    first, (grid, arguments) = _launches(problem)
     moments = statistics.new_empty((*x.shape[:3], 2))
-    with device_guard(x):
-        folded, sums = prepare(first, x, moments, weight, norm_weight, norm_bias, bias, feature_order)
-        patch_merge_kernel[grid](x, folded, sums, moments, statistics, output, eps=eps, **arguments)
+    folded, sums = prepare(first, x, moments, weight, norm_weight, norm_bias, bias)
+    second(x, folded, sums, moments, statistics, output, eps=float(eps))
     return output, statistics

@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .dot import dot, precision
-from .launch import Launch, device_guard
-from .patch_merge import Problem, prepare
+from .dot import dot
+from .launch import Launcher
+from .patch_merge import Problem, prepare, problem_of
 from .patch_merge_parameters import parameter_gradients
 from .patch_merge_tiles import (
     SIZES,
@@ -166,28 +166,30 @@ def patch_merge_input_kernel(
 
 
 class _Plan(NamedTuple):
-    """Launches, and how many parts of their sums they write."""
+    """Launchers, and how many parts of their sums they write."""
 
-    prepare: Launch
-    row_sums: Launch
+    prepare: Launcher
+    row_sums: Launcher
     row_blocks: int
-    input: Launch
+    input: Launcher
 
 
 @once_per_shape
-def _plan(problem: Problem) -> _Plan:
+def _plan(problem: Problem, needs_input_grad: bool) -> _Plan:
     arguments, (batch, height, width, channels) = problem.arguments(), problem.size
     tokens, outputs, stride = arguments["tokens"], problem.outputs, problem.stride
     tiles = problem.tiles("patch_merge")
     tiles["BLOCK_N"] = min(tiles["BLOCK_N"], 128)  # registers hold the gradient beside the product
     row_blocks = triton.cdiv(outputs, tiles["BLOCK_N"])
-    row_sums = (triton.cdiv(tokens, tiles["BLOCK_M"]) * row_blocks,), arguments | tiles
+    blocks = triton.cdiv(tokens, tiles["BLOCK_M"]) * row_blocks
+    row_sums = Launcher(patch_merge_row_sums_kernel, (blocks,), arguments | tiles | {"HAS_ROWS": needs_input_grad})
     tiles = problem.tiles("patch_merge_input")
     tiles["BLOCK_N"] = min(tiles["BLOCK_N"], block(channels))
     places = triton.cdiv(height + problem.padding[0], stride) * triton.cdiv(width + problem.padding[2], stride)
     blocks = triton.cdiv(batch * places, tiles["BLOCK_M"]) * stride**2 * triton.cdiv(channels, tiles["BLOCK_N"])
     neighbours = triton.next_power_of_2(triton.cdiv(problem.kernel, stride) ** 2)
-    to_input = (blocks,), arguments | tiles | {"ROW_BLOCKS": row_blocks, "NEIGHBOURS": neighbours}
+    arguments |= tiles | {"ROW_BLOCKS": row_blocks, "NEIGHBOURS": neighbours}
+    to_input = Launcher(patch_merge_input_kernel, (blocks,), arguments)
     return _Plan(problem.prepare(False), row_sums, row_blocks, to_input)
 
 
@@ -208,27 +210,20 @@ def patch_merge_backward(
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of x, weight, norm_weight, norm_bias and bias in their types; None unless asked for."""
     x, grad_output = x.contiguous(), grad_output.to(weight.dtype).contiguous()
-    problem = Problem(
-        x.shape, weight.shape[0], kernel, stride, (*padding,), x.dtype, weight.dtype, x.device, precision(weight.dtype)
-    )
-    plan, scaled, grad_x = _plan(problem), grad_output, None
-    with device_guard(x):
-        if needs_input_grad or problem.shape.RAW:
-            folded = sums = rows = statistics
-            if needs_input_grad:
-                folded, sums = prepare(plan.prepare, x, x, weight, norm_weight, norm_bias, bias, feature_order)
-                rows = statistics.new_empty((plan.row_blocks, *statistics.shape[1:]))
-            scaled = torch.empty_like(grad_output)
-            grid, arguments = plan.row_sums
-            patch_merge_row_sums_kernel[grid](
-                x, folded, grad_output, sums, statistics, rows, scaled, HAS_ROWS=needs_input_grad, **arguments
-            )
+    problem = problem_of(x, weight, kernel, stride, padding, norm_bias, bias, feature_order)
+    plan, scaled, grad_x = _plan(problem, needs_input_grad), grad_output, None
+    if needs_input_grad or problem.shape.RAW:
+        folded = sums = rows = statistics
         if needs_input_grad:
-            grad_x = torch.empty_like(x)
-            grid, arguments = plan.input
-            patch_merge_input_kernel[grid](x, folded, scaled, sums, statistics, rows, grad_x, **arguments)
-        if not needs_parameter_grads:
-            return grad_x, None, None, None, None
-        return grad_x, *parameter_gradients(
-            problem, grad_output, scaled, x, statistics, weight, norm_weight, norm_bias, bias, feature_order
-        )
+            folded, sums = prepare(plan.prepare, x, x, weight, norm_weight, norm_bias, bias)
+            rows = statistics.new_empty((plan.row_blocks, *statistics.shape[1:]))
+        scaled = torch.empty_like(grad_output)
+        plan.row_sums(x, folded, grad_output, sums, statistics, rows, scaled)
+    if needs_input_grad:
+        grad_x = torch.empty_like(x)
+        plan.input(x, folded, scaled, sums, statistics, rows, grad_x)
+    if not needs_parameter_grads:
+        return grad_x, None, None, None, None
+    return grad_x, *parameter_gradients(
+        problem, grad_output, scaled, x, statistics, weight, norm_weight, norm_bias, bias
+    )

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .dot import dot
-from .launch import PROGRAMS, Launch
+from .launch import PROGRAMS, Launcher
 from .patch_merge import Problem, given_order
 from .patch_merge_tiles import SIZES, Sizes, load_neighbourhoods, load_rows, load_statistics, place
 from .tile_table import once_per_shape
@@ -201,11 +201,11 @@ def patch_merge_finish_kernel(
 
 
 class _Plan(NamedTuple):
-    """Launches, and into how many pieces the tokens are cut."""
+    """Launchers, and into how many pieces the tokens are cut."""
 
-    products: Launch
+    products: Launcher
     pieces: int
-    finish: Launch
+    finish: Launcher
 
 
 @once_per_shape
@@ -216,10 +216,11 @@ def _plan(problem: Problem) -> _Plan:
     steps = triton.cdiv(arguments["tokens"], tiles["BLOCK_M"])
     per_piece = triton.cdiv(steps, max(1, min(PROGRAMS // blocks, steps // 4))) * tiles["BLOCK_M"]
     pieces = triton.cdiv(arguments["tokens"], per_piece)
-    products = (pieces * blocks,), arguments | tiles | {"per_piece": per_piece}
-    finish = {"SHAPE": problem.shape, "BLOCK_N": FINISH_OUTPUTS, "BLOCK_K": FINISH_FEATURES, "pieces": pieces}
-    finish_launch = (triton.cdiv(features, FINISH_FEATURES),), finish | {"enable_fp_fusion": True}
-    return _Plan(products, pieces, finish_launch)
+    arguments |= tiles | {"per_piece": per_piece}
+    products = Launcher(patch_merge_products_kernel, (pieces * blocks,), arguments)
+    arguments = problem.order() | {"BLOCK_N": FINISH_OUTPUTS, "BLOCK_K": FINISH_FEATURES, "pieces": pieces}
+    grid = (triton.cdiv(features, FINISH_FEATURES),)
+    return _Plan(products, pieces, Launcher(patch_merge_finish_kernel, grid, arguments | {"enable_fp_fusion": True}))
 
 
 def parameter_gradients(
@@ -232,30 +233,23 @@ def parameter_gradients(
     norm_weight: torch.Tensor,
     norm_bias: torch.Tensor | None,
     bias: torch.Tensor | None,
-    feature_order: str,
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of weight, norm_weight, norm_bias and bias in their types, from the gradient of the output and the same
     times 1 / standard deviation."""
     plan = _plan(problem)
     products = statistics.new_empty((plan.pieces, *weight.shape))
     vectors = statistics.new_empty((plan.pieces, 2, weight.shape[0]))
-    grid, arguments = plan.products
-    patch_merge_products_kernel[grid](x, grad_output, scaled, statistics, products, vectors, **arguments)
+    plan.products(x, grad_output, scaled, statistics, products, vectors)
     grads = [
         None if old is None else torch.empty_like(old, memory_format=torch.contiguous_format)
         for old in (weight, norm_weight, norm_bias, bias)
     ]
-    grid, arguments = plan.finish
-    patch_merge_finish_kernel[grid](
+    plan.finish(
         products,
         vectors,
         weight.contiguous(),
         norm_weight.contiguous(),
         norm_weight if norm_bias is None else norm_bias.contiguous(),
         *(products if new is None else new for new in grads),  # any tensor stands for one that is not written
-        FEATURE_ORDER=feature_order,
-        HAS_NORM_BIAS=norm_bias is not None,
-        HAS_BIAS=bias is not None,
-        **arguments,
     )
     return (*grads,)

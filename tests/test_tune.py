@@ -276,7 +276,8 @@ def test_in_the_interpreter(op, dtypes, rows, folder, root):
     found = json.loads(result.stdout)
     assert len(found) == len(tile_table.read_table(folder / "interpreter.json")) == rows
     assert {refused for refused, _ in found.values()} == {0}
-    assert sum(tried for _, tried in found.values()) >= 2 * rows
+    for task, (_, tried) in found.items():  # single tiles have no blocks to choose
+        assert tried >= 2 or (task.startswith("single_tile") and tried == 0), task
 
 
 # --------------------------------------------------------------------------- the command

@@ -83,7 +83,7 @@ ATTENTION = {
     "window_attention_bias_gradient": (2, 4),
 }
 PAPER = [  # windows and heads of As-ViT's topologies (arXiv 2202.11921, Table 4), without bias or shift
-    {"N": tokens, "d": head_dim, "bias": 0} for tokens in (49, 196, 784) for head_dim in (4, 8, 16, 22, 29, 32, 45)
+    {"N": tokens, "d": head_dim, "bias": 0} for tokens in (49, 196, 784) for head_dim in (4, 8, 16, 22, 29, 32, 45, 64)
 ]
 # Swin, S3 and V2 with bias, and half of the blocks shifted
 SWIN = [{"N": tokens, "d": 32, "bias": 1} for tokens in (49, 64, 144, 196, 256)]

@@ -90,7 +90,10 @@ class FastShiftedWindowAttention(MapAttention, ShiftedWindowAttention):
 class FastShiftedWindowAttentionV2(MapAttention, ShiftedWindowAttentionV2):
     """The same with cosine attention; keys have no bias."""
 
-    reads: ClassVar[Names] = (*MapAttention.reads, "logit_scale")
+    reads: ClassVar[Names] = (
+        *MapAttention.reads, "logit_scale", "cpb_mlp", "relative_coords_table", "relative_position_index",
+    )  # fmt: skip
+    bypassed = ("get_relative_position_bias",)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.can_run() or drops(self.attention_dropout, self.training):

@@ -36,7 +36,7 @@ from .window_attention_tile_ops import (
 )
 from .window_attention_tiled import job_of, mean_values
 
-CHUNK_M = 64  # queries of a program that adds up what chunks of keys gave
+CHUNK_M = 32  # queries of a program that adds up what chunks of keys gave
 
 
 class _Kept(NamedTuple):

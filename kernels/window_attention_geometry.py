@@ -51,6 +51,7 @@ class Shape(NamedTuple):
     HAS_ATTN_SCALE: bool  # AttnScale
     HAS_HEAD_SCALE: bool
     RAW_SCORES: bool  # scores are products of q and k: what follows needs no other unit, and keeps their order
+    EXACT: bool  # weights have the accuracy of float32, which rounding of large exponents would take
     INDEX64: bool  # an image has 2^31 elements
     precision: str  # of float32 products
 
@@ -138,6 +139,7 @@ class Problem(NamedTuple):
             HAS_ATTN_SCALE=self.has_attn_scale,
             HAS_HEAD_SCALE=self.has_head_scale,
             RAW_SCORES=self.positive_scale and not (self.has_bias or self.has_head_scale or (shifted and attended)),
+            EXACT=self.dtype == torch.float32 and self.precision != "tf32",
             INDEX64=math.prod(self.size) * max(*self.strides, grad_stride) >= 2**31,
             precision=self.precision,
         )

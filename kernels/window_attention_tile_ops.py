@@ -206,19 +206,30 @@ def scores_of(a, b, rows, columns, bias_table, inputs, TAIL: tl.constexpr, SHAPE
 
 @triton.jit
 def exponents_of(scores, inputs, SHAPE: tl.constexpr):
-    """Scores of `scores_of` -> the binary logarithms of their exp."""
+    """Scores of `scores_of` -> what weights are relative to: the binary logarithms of their exp, or the scores
+    themselves, scaled, if SHAPE.EXACT."""
     LOG2E: tl.constexpr = 1.4426950408889634
-    unit = LOG2E
+    unit = 1.0 if SHAPE.EXACT else LOG2E
     if SHAPE.RAW_SCORES:
-        unit = inputs.scale * LOG2E
+        unit = inputs.scale * unit
     return scores * unit
 
 
 @triton.jit
+def power(exponents, SHAPE: tl.constexpr):
+    """exp of differences of exponents of `exponents_of`."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    if SHAPE.EXACT:
+        exponents *= LOG2E
+    return tl.exp2(exponents)
+
+
+@triton.jit
 def weights_of(scores, exponents, inputs, SHAPE: tl.constexpr):
-    """exp of scores over 2^exponents, which are of `exponents_of` or added to such: one multiplication and addition for
-    each score. The largest weight is 1 but for the rounding of its exponent, which a row's weights have in common."""
-    return tl.exp2(exponents_of(scores, inputs, SHAPE) - exponents)
+    """exp of scores over that of exponents, which are of `exponents_of` or, unless SHAPE.EXACT, added to such: one
+    multiplication and addition for each score. The largest weight is 1 but for the rounding of its exponent, which a
+    row's weights have in common."""
+    return power(exponents_of(scores, inputs, SHAPE) - exponents, SHAPE)
 
 
 @triton.jit

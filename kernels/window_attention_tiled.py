@@ -20,6 +20,7 @@ from .window_attention_tile_ops import (
     finite,
     load_bias_table,
     load_projection,
+    power,
     scores_of,
     store,
     times,
@@ -39,7 +40,7 @@ class _SoftmaxState(NamedTuple):
     """The state of an online softmax of M queries."""
 
     out: tl.tensor  # a tile, relative to `largest`
-    largest: tl.tensor  # [M], binary logarithm of the largest exp of a score
+    largest: tl.tensor  # [M], the largest of `exponents_of`
     total: tl.tensor  # [M], relative to `largest`
 
 
@@ -55,7 +56,7 @@ def online_softmax_step(
     scores = scores_of(q, k, queries, keys, bias_table, inputs, TAIL, SHAPE)
     larger = tl.maximum(state.largest, exponents_of(tl.max(scores, 1), inputs, SHAPE))
     base = finite(larger)
-    shrink = tl.exp2(state.largest - base)
+    shrink = power(state.largest - base, SHAPE)
     weights = weights_of(scores, base[:, None], inputs, SHAPE)  # [M, BLOCK]
     out = add(times(state.out, shrink[:, None], SHAPE), combine(weights, v, SHAPE), SHAPE)
     return _SoftmaxState(out, larger, state.total * shrink + tl.sum(weights, 1))
@@ -111,7 +112,8 @@ def _forward_queries(
         out = times(state.out, inverse[:, None], SHAPE)
     store(output_pointer, out, queries, SHAPE.channels, SHAPE)
     row = (queries.start + queries.index) * SHAPE.heads
-    tl.store(largest_pointer + row, state.largest * LN2, mask=queries.real)
+    largest = state.largest if SHAPE.EXACT else state.largest * LN2
+    tl.store(largest_pointer + row, largest, mask=queries.real)
     tl.store(inverse_pointer + row, inverse, mask=queries.real)
 
 

@@ -40,12 +40,16 @@ CHUNK_M = 32  # queries of a program that adds up what chunks of keys gave
 
 
 class _Kept(NamedTuple):
-    """Pointers to what a program keeps about the queries of its window, ROWS of them, those behind the last one too."""
+    """Pointers to what a program keeps about the queries of its window, ROWS of them, those behind the last one too.
 
-    exponents: tl.tensor  # [ROWS], binary logarithm of exp(largest score) * sum of weights; infinite where no query is
+    If SHAPE.EXACT weights are not divided by their sums: grad_output and delta are instead, and `share` is multiplied.
+    """
+
+    exponents: tl.tensor  # [ROWS], of `_exponents_and_inverse`; infinite where no query is
     delta: tl.tensor  # [ROWS], sum of attention * its gradient, times 1 + w
     region: tl.tensor  # [ROWS], of `Tokens`, the bits of an integer
     share: tl.tensor  # [ROWS], w / number of keys; only if SHAPE.HAS_ATTN_SCALE
+    inverse: tl.tensor  # [ROWS], 1 / sum of weights; only if SHAPE.EXACT
     q: tl.tensor  # [ROWS, WIDTH], as the next: rows that can be read fast, whatever head_dim and the map are
     grad_output: tl.tensor
     grad_q: tl.tensor  # [ROWS, WIDTH], float32, the sum over blocks of keys so far
@@ -65,9 +69,9 @@ class _Maps(NamedTuple):
 
 @triton.jit
 def _statistics_of(pointer, job, ROWS: tl.constexpr):
-    # exponents, delta, region and share of _Kept, of a program's work on one window
-    exponents = pointer + tl.cast(job, tl.int64) * (4 * ROWS)
-    return exponents, exponents + ROWS, exponents + 2 * ROWS, exponents + 3 * ROWS
+    # exponents, delta, region, share and inverse of _Kept, of a program's work on one window
+    exponents = pointer + tl.cast(job, tl.int64) * (5 * ROWS)
+    return exponents, exponents + ROWS, exponents + 2 * ROWS, exponents + 3 * ROWS, exponents + 4 * ROWS
 
 
 @triton.jit
@@ -91,6 +95,18 @@ def _store_rows(pointer, tile, number, WIDTH: tl.constexpr, SHAPE: tl.constexpr)
 
 
 @triton.jit
+def _exponents_and_inverse(maps, row, queries, SHAPE: tl.constexpr):
+    # what weights are relative to, and a factor of theirs: unless SHAPE.EXACT it is in the exponents, and 1
+    LOG2E: tl.constexpr = 1.4426950408889634
+    exponents = tl.load(maps.largest + row, mask=queries.real, other=float("inf"))
+    inverse = tl.load(maps.inverse + row, mask=queries.real, other=1.0)
+    if not SHAPE.EXACT:
+        exponents = exponents * LOG2E - tl.log2(inverse)
+        inverse = tl.full(inverse.shape, 1.0, dtype=tl.float32)
+    return exponents, inverse
+
+
+@triton.jit
 def _score_gradient(weights, products, delta, factor, SHAPE: tl.constexpr):
     # the gradient of scores from products, gradient @ v
     if SHAPE.HAS_ATTN_SCALE:
@@ -103,7 +119,7 @@ def _score_gradient(weights, products, delta, factor, SHAPE: tl.constexpr):
 
 @triton.jit
 def _add_sums(
-    sums, queries, q, grad_output, exponents, start, window, inputs,
+    sums, queries, q, grad_output, exponents, inverse, start, window, inputs,
     BLOCK: tl.constexpr, TAIL: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
     # sums [M] after BLOCK more keys: of attention times its gradient, times the products of q and k, and times both
@@ -112,7 +128,7 @@ def _add_sums(
     v = load_projection(inputs, keys, 2, SHAPE)
     bias_table = load_bias_table(inputs, queries.number, keys.number, False, SHAPE)
     scores = scores_of(q, k, queries, keys, bias_table, inputs, TAIL, SHAPE)
-    weights = weights_of(scores, exponents[:, None], inputs, SHAPE)  # [M, BLOCK]
+    weights = weights_of(scores, exponents[:, None], inputs, SHAPE) * inverse[:, None]  # [M, BLOCK]
     grad_weights = inner(grad_output, v, SHAPE)
     of_gradients, of_products, of_both = sums
     of_gradients += tl.sum(weights * grad_weights, 1)
@@ -129,12 +145,10 @@ def _keep_queries(
     QUERIES: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, WIDTH: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
     # of QUERIES queries from `start` on; and what they add to the gradients of the two scales
-    LOG2E: tl.constexpr = 1.4426950408889634
     number = start + tl.arange(0, QUERIES)
     queries = place(number, window, inputs, False, SHAPE)
     row = (queries.start + queries.index) * SHAPE.heads
-    largest = tl.load(maps.largest + row, mask=queries.real, other=float("inf"))
-    exponents = largest * LOG2E - tl.log2(tl.load(maps.inverse + row, mask=queries.real, other=1.0))
+    exponents, inverse = _exponents_and_inverse(maps, row, queries, SHAPE)
     grad_output = load(maps.grad_output, queries, SHAPE.channels, SHAPE)
     delta = row_sums(load(maps.output, queries, SHAPE.channels, SHAPE), grad_output, SHAPE)
     of_means = tl.zeros([QUERIES], dtype=tl.float32)  # gradient * mean of values, summed over the channels
@@ -142,23 +156,29 @@ def _keep_queries(
         means, inverse_counts = mean_values(queries, window, inputs, QUERIES, BLOCK_N, TAIL_N, SHAPE)
         of_means = row_sums(means, grad_output, SHAPE)
         delta += inputs.factor * of_means
-        tl.store(kept.share + number, tl.where(queries.real, inputs.factor * inverse_counts, 0.0))
+        tl.store(kept.share + number, tl.where(queries.real, inputs.factor * inverse_counts / inverse, 0.0))
     q = load_projection(inputs, queries, 0, SHAPE)
     tl.store(kept.exponents + number, exponents)
-    tl.store(kept.delta + number, delta)
+    if SHAPE.EXACT:
+        tl.store(kept.inverse + number, inverse)
+    tl.store(kept.delta + number, delta * inverse)
     tl.store(kept.region + number, queries.region.to(tl.float32, bitcast=True))
     _store_rows(kept.q, q, number, WIDTH, SHAPE)
-    _store_rows(kept.grad_output, grad_output, number, WIDTH, SHAPE)
+    scaled = times(grad_output, inverse[:, None], SHAPE) if SHAPE.EXACT else grad_output
+    _store_rows(kept.grad_output, scaled, number, WIDTH, SHAPE)
     if SHAPE.HAS_ATTN_SCALE or SHAPE.HAS_HEAD_SCALE:
         FULL: tl.constexpr = SHAPE.keys if TAIL_N == BLOCK_N else SHAPE.keys // BLOCK_N * BLOCK_N  # keys in blocks
         zero = tl.zeros([QUERIES], dtype=tl.float32)
         sums = (zero, zero, zero)
         for key in range(0, FULL, BLOCK_N):
             sums = _add_sums(
-                sums, queries, q, grad_output, exponents, key, window, inputs, BLOCK_N, FULL % BLOCK_N != 0, SHAPE
-            )
+                sums, queries, q, grad_output, exponents, inverse, key, window, inputs,
+                BLOCK_N, FULL % BLOCK_N != 0, SHAPE,
+            )  # fmt: skip
         if SHAPE.keys > FULL:
-            sums = _add_sums(sums, queries, q, grad_output, exponents, FULL, window, inputs, TAIL_N, True, SHAPE)
+            sums = _add_sums(
+                sums, queries, q, grad_output, exponents, inverse, FULL, window, inputs, TAIL_N, True, SHAPE
+            )
         if SHAPE.HAS_ATTN_SCALE:
             tl.store(grad_attn_scale_pointer, tl.sum(sums[0] - of_means, 0))
         if SHAPE.HAS_HEAD_SCALE:
@@ -292,7 +312,7 @@ def window_attention_tiled_backward_kernel(
     attn_scale_pointer,  # [HEADS]; read only if SHAPE.HAS_ATTN_SCALE
     head_scale_pointer,  # [HEADS]; read only if SHAPE.HAS_HEAD_SCALE
     grad_output_pointer,  # [B, D, H, W, HEADS, HEAD_DIM]
-    statistics_pointer,  # [windows, HEADS, chunks, 4, ROWS], as in _Kept: written
+    statistics_pointer,  # [windows, HEADS, chunks, 5, ROWS], as in _Kept: written
     rows_pointer,  # [programs, 2, ROWS, WIDTH], q and grad_output of a window, as q: written, as the next
     sums_pointer,  # [programs, ROWS, WIDTH], gradients of q; float32
     output_pointer,  # [B, D, H, W, HEADS, HEAD_DIM]
@@ -333,8 +353,8 @@ def window_attention_tiled_backward_kernel(
     window, job = locate(number, inputs, SHAPE), number * SHAPE.heads + head
     statistics = _statistics_of(statistics_pointer, job * chunks + chunk, ROWS)
     kept = _Kept(
-        statistics[0], statistics[1], statistics[2], statistics[3], rows_pointer, rows_pointer + ROWS * WIDTH,
-        sums_pointer,
+        statistics[0], statistics[1], statistics[2], statistics[3], statistics[4], rows_pointer,
+        rows_pointer + ROWS * WIDTH, sums_pointer,
     )  # fmt: skip
     _keep_all_queries(
         kept, maps, grad_attn_scale_pointer, grad_head_scale_pointer, job, window, inputs,
@@ -388,7 +408,7 @@ def window_attention_bias_gradient_kernel(
     attn_scale_pointer,  # [HEADS]; read only if SHAPE.HAS_ATTN_SCALE
     head_scale_pointer,  # [HEADS]; read only if SHAPE.HAS_HEAD_SCALE
     grad_output_pointer,  # [B, D, H, W, HEADS, HEAD_DIM]
-    statistics_pointer,  # [windows, HEADS, chunks, 4, ROWS], as in _Kept
+    statistics_pointer,  # [windows, HEADS, chunks, 5, ROWS], as in _Kept
     grad_bias_pointer,  # [groups of windows, HEADS, TOKENS, KEYS]
     windows, per_program, chunks, depth, shift_planes, height, width, shift_rows, shift_columns, scale,
     SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
@@ -415,9 +435,12 @@ def window_attention_bias_gradient_kernel(
         k = load_projection(inputs, keys, 1, SHAPE)
         v = load_projection(inputs, keys, 2, SHAPE)
         grad_output = load(grad_output_pointer, queries, SHAPE.channels, SHAPE)
-        exponents, delta, _, _ = _statistics_of(statistics_pointer, (number * SHAPE.heads + head) * chunks, ROWS)
-        exponents, delta = tl.load(exponents + row), tl.load(delta + row)
+        statistics = _statistics_of(statistics_pointer, (number * SHAPE.heads + head) * chunks, ROWS)
+        exponents, delta = tl.load(statistics[0] + row), tl.load(statistics[1] + row)
         scores = scores_of(q, k, queries, keys, bias_table, inputs, False, SHAPE)
         weights = weights_of(scores, exponents[:, None], inputs, SHAPE)  # [BLOCK_M, BLOCK_N]
-        grad_bias += _score_gradient(weights, inner(grad_output, v, SHAPE), delta[:, None], inputs.factor, SHAPE)
+        grad_weights = inner(grad_output, v, SHAPE)
+        if SHAPE.EXACT:
+            grad_weights *= tl.load(statistics[4] + row)[:, None]
+        grad_bias += _score_gradient(weights, grad_weights, delta[:, None], inputs.factor, SHAPE)
     store_bias_gradient(grad_bias_pointer, grad_bias, tl.cast(group, tl.int64) * SHAPE.heads + head, query, key, SHAPE)

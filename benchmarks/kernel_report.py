@@ -96,6 +96,8 @@ def row_of(kernel: str, shape: str, dtype: str, report: KernelReport, body: list
 def triton_rows(case: triton_cases.Case) -> list[Row]:
     """The row of one case."""
     report = case.launch.compile(case.arch)
+    if report.stack_pointer_uses:
+        raise RuntimeError(f"{case.kernel} {case.label} {case.dtype} sm_{case.arch} computes with the stack pointer")
     body = disassemble(report.cubin)[case.launch.name]
     return [row_of(case.kernel, case.label, case.dtype, report, body, case.work())]
 

@@ -75,6 +75,17 @@ def test_loops():
     assert straight.mix == {"local": 1, "other": 1}
 
 
+def test_values_that_the_compiler_has_lost():
+    """The stack pointer in their place, which loads and stores and its own adjustments may have."""
+    lines = [
+        "LDC R1, c[0x0][0x28]", "IADD3 R1, R1, -0x10, RZ", "STL.64 [R1+0x8], R2", "PRMT R13, R1, 0x3340, R1",
+        "IADD3 R69, P1, R1, 0x20, RZ", "@P1 IADD3.X R70, R12, -0x3ffffff0, R1, P1, !PT", "EXIT",
+    ]  # fmt: skip
+    text = "Function : lost\n" + "\n".join(f"/*{16 * n:04x}*/ {line} ;" for n, line in enumerate(lines))
+    found = kernel_inspection.stack_pointer_uses(parse_sass(text)["lost"])
+    assert [i.name for i in found] == ["IADD3", "IADD3.X"]
+
+
 def test_the_loop_with_more_exponentials():
     """One of two loops beside each other, and not the one around both."""
     lines = [

@@ -8,13 +8,14 @@ from typing import Any, ClassVar
 
 import torch
 import torch.fx
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates, resample_abs_pos_embed_nhwc, to_2tuple, to_ntuple
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates, to_2tuple, to_ntuple
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..errors import InputError
 from ..nn import FeatScale, Linear, OverlapPatchEmbed, PatchMerging, WindowAttention
+from ..nn.position_embedding import resample_position_embedding
 from ..settings import MIN_IMG_SIZE, POS_EMBEDS, check_choice, image_sides
 from ..topology import EMBED_STRIDE, NAMED_TOPOLOGIES, StageSpec, Topology
 from .state_dict import drop_norms
@@ -26,7 +27,7 @@ except ImportError:
 
 __all__ = ["AsViT", "create_model"]
 
-torch.fx.wrap("resample_abs_pos_embed_nhwc")  # it branches on sizes, which torch.fx does not know while it traces
+torch.fx.wrap("resample_position_embedding")  # it branches on sizes, which torch.fx does not know while it traces
 
 
 def _norm(dim: int, enabled: bool, **factory: Any) -> nn.Module:
@@ -286,7 +287,7 @@ class AsViT(nn.Module):
         if img_size is not None:
             self.img_size = image_sides(img_size, MIN_IMG_SIZE)
             if self.pos_embed is not None:
-                self.pos_embed = nn.Parameter(resample_abs_pos_embed_nhwc(self.pos_embed.data, list(self.grid_size)))
+                self.pos_embed = nn.Parameter(resample_position_embedding(self.pos_embed.data, self.grid_size))
         if window_size is not None:
             self._set_windows(window_size)
         if update_model_input_size is not None:
@@ -318,7 +319,7 @@ class AsViT(nn.Module):
         """Images [B, in_chans, H, W] -> tokens [B, h, w, C] with the position embedding added."""
         x = self.patch_embed(x)
         if self.pos_embed is not None:
-            x = x + resample_abs_pos_embed_nhwc(self.pos_embed, [x.shape[1], x.shape[2]])
+            x = x + resample_position_embedding(self.pos_embed, (x.shape[1], x.shape[2]))
         return self.pos_drop(x)
 
     def forward_intermediates(

@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from timm.layers import resample_abs_pos_embed_nhwc
 from torch import Tensor
 
 from ..errors import InputError
+from ..nn.position_embedding import resample_position_embedding
 
 # The authors' names (VITA-Group/AsViT) -> ours. Their patch merging closes a stage, ours opens the next.
 _RENAME = (
@@ -63,5 +63,5 @@ def fit_state_dict(state_dict: Mapping[str, Any], model: Any) -> dict[str, Tenso
     if model.pos_embed is None:
         converted.pop("pos_embed", None)
     elif "pos_embed" in converted and converted["pos_embed"].shape != model.pos_embed.shape:
-        converted["pos_embed"] = resample_abs_pos_embed_nhwc(converted["pos_embed"], list(model.grid_size))
+        converted["pos_embed"] = resample_position_embedding(converted["pos_embed"], model.grid_size)
     return converted

@@ -1,0 +1,34 @@
+"""A learned position embedding on another grid."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def resample_position_embedding(embedding: Tensor, size: tuple[int, int]) -> Tensor:
+    """``embedding`` [1, H, W, C] on a grid of ``size`` (rows, columns), bicubic with antialiasing.
+
+    The numbers of ``timm.layers.resample_abs_pos_embed_nhwc`` but for rounding. torch's gradient of that adds up in an
+    order that changes from run to run on a GPU; these are matrix products, so that a training repeats to the bit.
+    """
+    rows, columns = size
+    exporting = False
+    if not torch.jit.is_scripting():
+        exporting = torch.compiler.is_exporting()
+    # a graph for images of any size must not ask whether they have this one
+    if not exporting and embedding.shape[1] == rows and embedding.shape[2] == columns:
+        return embedding
+    down = _weights(embedding.shape[1], rows, embedding.device)
+    across = _weights(embedding.shape[2], columns, embedding.device)
+    # neither autocast nor TF32 changes products of float64
+    resized = torch.einsum("bhwc,xh,yw->bxyc", embedding.double(), down, across)  # [1, rows, columns, C]
+    return resized.to(embedding.dtype)
+
+
+def _weights(old: int, new: int, device: torch.device) -> Tensor:
+    """[new, old], float64: of the old points in each new one."""
+    points = torch.eye(old, dtype=torch.float64, device=device)
+    points = points.view(1, old, old, 1).expand(-1, -1, -1, 2)  # torch has images of one column wrong
+    return F.interpolate(points, size=(new, 2), mode="bicubic", antialias=True)[0, :, :, 0].t()

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import asvit_fast as af
+from asvit_fast.cuda_capture import capturing
 from asvit_fast.scoring import ScoreSettings, score_repeat, stacked_score
 from asvit_fast.scoring.cuda_graphs import GraphCache
 
@@ -120,3 +121,23 @@ def test_on_a_stream_of_the_callers(graphs: GraphCache) -> None:
         for name in METRICS:
             assert scored[name].values == pytest.approx(expected[name].values, rel=1e-5)
     assert len(graphs.graphs) == 2 and not graphs.failed
+
+
+@pytest.mark.gpu
+def test_random_numbers_after_a_capture_that_fails() -> None:
+    """They go on as if nothing had been tried, and the next capture succeeds."""
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA GPU")
+    torch.cuda.manual_seed(3)
+    x, expected = torch.ones(4, device="cuda"), [torch.rand(5, device="cuda") for _ in range(2)]
+    torch.cuda.manual_seed(3)
+    found, stream = [torch.rand(5, device="cuda")], torch.cuda.Stream()
+    with pytest.raises(RuntimeError), capturing(torch.cuda.CUDAGraph(), stream):
+        x.sum().item()
+    found.append(torch.rand(5, device="cuda"))
+    assert all(map(torch.equal, found, expected))
+    graph = torch.cuda.CUDAGraph()
+    with capturing(graph, stream):
+        y = x + torch.rand(4, device="cuda")
+    graph.replay()
+    assert (y >= 1).all() and y.unique().numel() == 4

@@ -53,6 +53,12 @@ class Differentiable:
     def leaves(self) -> tuple[Tensor, ...]:
         return tuple(operand for operand in self.operands if operand.requires_grad)
 
+    def afresh(self) -> Differentiable:
+        """The same on the same memory, for another stream: a forward pass that is recorded belongs to its stream, and
+        so do leaves that one has seen."""
+        operands = tuple(operand.detach().requires_grad_(operand.requires_grad) for operand in self.operands)
+        return replace(self, operands=operands, output=None)
+
     def forward(self) -> Tensor:
         with torch.no_grad():
             return self.run(*self.operands)
@@ -123,8 +129,7 @@ class Case:
         """Time the providers that are right in turn; ``replayed``: as graphs, too, where there is a GPU."""
         memory = {name: peak_allocation(run, self.device) for name, run in checked.runs.items()}
         timings = compare(checked.runs, self.device, rounds)
-        # a forward pass that is recorded belongs to its stream: another one for each graph
-        fresh = {name: getattr(replace(self.table[name], output=None), mode) for name in checked.runs if replayed}
+        fresh = {name: getattr(self.table[name].afresh(), mode) for name in checked.runs if replayed}
         replays = compare_replayed(fresh, self.device, rounds)
         return [
             self._row(mode, name, timings[name], replays.get(name), checked.errors[name], memory[name])

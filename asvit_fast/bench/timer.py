@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from .. import _extension
+from ..cuda_capture import capturing
 from ..environment import installation
 from ..errors import first_line
 from ..machine import processor
@@ -136,14 +137,15 @@ def captured(run: Callable[[], Any], device: torch.device) -> torch.cuda.CUDAGra
         with _waiting_is_an_error():
             run()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with capturing(graph, stream):
         run()
+    torch.cuda.current_stream(device).wait_stream(stream)
     return graph
 
 
 @contextlib.contextmanager
 def _waiting_is_an_error() -> Iterator[None]:
-    """A capture that fails would leave the memory of its pool behind."""
+    """A capture that fails leaves the memory of its pool behind."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..cuda_capture import capturing
 from ..errors import first_line
 
 Pass = Callable[..., Tensor]  # (*inputs) -> output, all on one device, without reading a number of theirs
@@ -42,10 +43,7 @@ class Recorded:
 
 
 def capture(function: Pass, inputs: Sequence[Tensor], stream: torch.cuda.Stream, pool: Any) -> Recorded:
-    """Capture ``function`` on copies of ``inputs`` [any shapes], on the current GPU.
-
-    Without ``torch.cuda.graph``, which waits for the GPU and gives all cached memory back each time.
-    """
+    """Capture ``function`` on copies of ``inputs`` [any shapes], on the current GPU."""
     static = [torch.empty_like(x, device=stream.device) for x in inputs]
     copy_into(static, inputs)
     caller = torch.cuda.current_stream()
@@ -53,12 +51,8 @@ def capture(function: Pass, inputs: Sequence[Tensor], stream: torch.cuda.Stream,
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
         function(*static)  # compiles kernels; libraries take their workspaces for this stream
-        # threads of others may use the GPU meanwhile; autograd's work for the stream that is captured
-        graph.capture_begin(pool, capture_error_mode="thread_local")
-        try:
-            output = function(*static)
-        finally:
-            graph.capture_end()
+    with capturing(graph, stream, pool):
+        output = function(*static)
     caller.wait_stream(stream)
     return Recorded(static, output, graph.replay, graph.pool())
 

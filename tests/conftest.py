@@ -21,6 +21,7 @@ def pytest_configure(config: pytest.Config) -> None:
 # --------------------------------------------------------------------------- tests of the GPU
 
 REHEARSED = os.environ.get("ASVIT_FAST_REHEARSE", "0") == "1"  # tests that take the fixture ``gpu`` run on the CPU
+GPU_IS_LOST = ("illegal memory access", "misaligned address", "unspecified launch failure", "illegal instruction")
 MAY_SKIP = ("not enough memory", "one GPU only")  # what a machine with a GPU may lack, as such a reason begins
 
 
@@ -32,10 +33,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """ASVIT_FAST_REQUIRE_GPU=1: a test of the GPU that would skip fails."""
+    """ASVIT_FAST_REQUIRE_GPU=1: a test of the GPU that would skip fails.
+
+    After a stray access the GPU answers nothing more in this process: a worker of xdist ends, which names the test, and
+    another one goes on with the others.
+    """
     report = yield
     if item.get_closest_marker("gpu"):
         _fail_if_skipped(report)
+        if report.failed and any(word in report.longreprtext for word in GPU_IS_LOST):
+            if "PYTEST_XDIST_WORKER" in os.environ:
+                os._exit(1)
+            pytest.exit(f"{item.nodeid}: {report.longreprtext.splitlines()[-1]}", returncode=1)
     return report
 
 

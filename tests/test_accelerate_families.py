@@ -101,6 +101,8 @@ def torchvision_model(version: int, window: int) -> nn.Module:
     )
 
 
+# windows that do not divide the map: Swin V2 pads since timm 1.0.31
+V2_SIDE = 44 if tuple(int(part) for part in timm.__version__.split(".")[:3]) >= (1, 0, 31) else 32
 FIRST = {"FastSwinTransformerBlock", "FastMlp", "FastPatchEmbed", "FastLinear"}
 VIDEO = {"FastShiftedWindowAttention3d", "FastTorchvisionPatchMerging", "FastTorchvisionMLP"}
 # name: model, sides of the image or video, classes that have to be there afterwards
@@ -119,10 +121,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int | tuple[int, ...], set[str]
     ),
     "swin_s3": (lambda: swin(56, "swin_s3_tiny_224", window_size=(7, 5)), 56, {"FastSwinTransformerBlock"}),
     "swinv2": (lambda: swin_v2(32), 32, {"FastSwinTransformerV2Block"}),
-    "swinv2 padded": (lambda: swin_v2(44), 44, {"FastSwinTransformerV2Block"}),
-    "swinv2 separate bias": (lambda: separate_bias(swin_v2(44)), 44, {"FastSwinTransformerV2Block"}),
+    "swinv2 padded": (lambda: swin_v2(V2_SIDE), V2_SIDE, {"FastSwinTransformerV2Block"}),
+    "swinv2 separate bias": (lambda: separate_bias(swin_v2(V2_SIDE)), V2_SIDE, {"FastSwinTransformerV2Block"}),
     "swinv2 no bias": (lambda: swin_v2(32, qkv_bias=False), 32, {"FastSwinTransformerV2Block"}),
-    "swinv2_cr": (lambda: swin_v2_cr(44), 44, {"FastSwinTransformerV2CrBlock"}),
+    "swinv2_cr": (lambda: swin_v2_cr(V2_SIDE), V2_SIDE, {"FastSwinTransformerV2CrBlock"}),
     "maxvit tf": (lambda: maxvit(96), 96, {"FastPartitionAttentionCl"}),
     "maxvit rw": (lambda: maxvit(96, "maxvit_rmlp_pico_rw_256"), 96, {"FastPartitionAttentionCl"}),
     "maxvit parallel": (lambda: maxvit(96, "maxvit_tiny_pm_256"), 96, {"FastParallelPartitionAttention"}),

@@ -165,14 +165,14 @@ def test_interpreted(name, root):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", range(len(SHAPES)))
-def test_shape_on_a_gpu(case, poison_empty):
+def test_shape_on_a_gpu(case, poison_empty, repeatable_float32):
     torch.manual_seed(0)
     check_shapes(torch.device("cuda"), slice(case, case + 1))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [name for name in CHECKS.args[1] if name != "shapes"])
-def test_on_a_gpu(name, poison_empty):
+def test_on_a_gpu(name, poison_empty, repeatable_float32):
     check(name, torch.device("cuda"))
 
 

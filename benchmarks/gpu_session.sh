@@ -4,12 +4,12 @@
 #     bash benchmarks/gpu_session.sh all|STEP... [--dry-run]          # make gpu runs all
 #
 #     1  versions, memory and product ceilings, the build for this GPU, `env --require cuda`, every op in three types
-#        against float64, then pytest -m gpu in parallel
+#        against float64, then the tests of ops in parallel
 #     2  every kernel under compute-sanitizer's memcheck, CUDA kernels under racecheck and synccheck, tensors of more than
 #        2^31 elements
 #     3  ops against their peers: called, and replayed as graphs with a cold L2 cache, as two columns
 #     4  Swin-T and As-ViT-S against their source, SDPA and torch.compile: inference, training, training with phases
-#     5  scores of networks, a search of 20 steps
+#     5  the tests of networks and trainings, scores of networks, a search of 20 steps
 #     6  asvit-fast tune on the rows that matter
 #
 # It needs the source tree, Python with torch and Triton, and no network; nothing is installed but what ASVIT_FAST_WHEELS
@@ -31,7 +31,7 @@ cd "$(dirname "$0")/.." || exit 2
 
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-build/gpu}
-PROCESSES=${PROCESSES:-$(n=$(nproc); echo $((n > 16 ? 16 : n)))}
+PROCESSES=${PROCESSES:-$(n=$(env -u OMP_NUM_THREADS nproc); echo $((n > 16 ? 16 : n)))}
 CUDA_HOME=${CUDA_HOME:-/usr/local/cuda}
 STEP_SECONDS=525  # of a step's parts together: the step ends below nine minutes
 NEEDED="torch triton numpy timm torchvision tqdm yaml safetensors PIL lazy_loader setuptools ninja pytest xdist"
@@ -97,7 +97,7 @@ build() {
     if ((DRY)); then
         ASVIT_FAST_BUILD=cpu "$PYTHON" setup.py --version
     else
-        TORCH_CUDA_ARCH_LIST=$("$PYTHON" benchmarks/gpu_machine.py --arch) MAX_JOBS=$(nproc) ASVIT_FAST_BUILD=cuda \
+        TORCH_CUDA_ARCH_LIST=$("$PYTHON" benchmarks/gpu_machine.py --arch) MAX_JOBS=$PROCESSES ASVIT_FAST_BUILD=cuda \
             "$PYTHON" setup.py -q build_ext --inplace
     fi
 }
@@ -177,8 +177,8 @@ step_1() {
         part "environment" 60 "$PYTHON" -m asvit_fast env --require cuda
         part "ops against float64" 150 smoke
         # a process for each processor: most of the time is Triton's compiler
-        ASVIT_FAST_REQUIRE_GPU=1 part "tests" 360 run_pytest -n "$PROCESSES" --dist worksteal --durations 12 \
-            --ignore tests/test_gpu_large.py
+        ASVIT_FAST_REQUIRE_GPU=1 part "tests of ops" 360 run_pytest -n "$PROCESSES" --dist worksteal --durations 12 \
+            --ignore tests/test_gpu_large.py --ignore tests/test_gpu_models.py --ignore tests/test_gpu_training.py
     fi
 }
 
@@ -232,10 +232,16 @@ step_5() {
         sizes=(--img-size 32 --batch 2 --repeats 1 --steps 2 --rounds 2 --long-rounds 2)
         small=(--img-size 32 --batch 2 --repeats 1 --thetas 2)
     fi
-    part "scores" 300 "$PYTHON" benchmarks/bench_scores.py --device "$DEVICE" --without compiled jax \
+    if ((DRY)); then
+        ASVIT_FAST_REHEARSE=1 part "tests of networks" 60 run_pytest tests/test_gpu_training.py -k arrive_whole
+    else
+        ASVIT_FAST_REQUIRE_GPU=1 part "tests of networks" 270 run_pytest -n "$PROCESSES" --dist worksteal \
+            --durations 12 tests/test_gpu_models.py tests/test_gpu_training.py
+    fi
+    part "scores" 180 "$PYTHON" benchmarks/bench_scores.py --device "$DEVICE" --without compiled jax \
         --only forward order1 order2 ntk topology search "${sizes[@]}" --csv "$OUT/scores.csv"
     part "score" 60 "$PYTHON" -m asvit_fast score asvit_seed --device "$DEVICE" "${small[@]}"
-    part "search" 120 search --steps $((DRY ? 2 : 20)) "${small[@]}"
+    part "search" 60 search --steps $((DRY ? 2 : 20)) "${small[@]}"
     SUMMARY="scores.csv"
 }
 

@@ -174,8 +174,8 @@ def _case_and_mode(row: Row) -> tuple[str, str]:
     return case, mode
 
 
-def _speed(rows: Sequence[Row]) -> float:
-    found = {row["provider"]: _milliseconds(row) for row in rows}
+def _speed(rows: Sequence[Row], key: str = "milliseconds") -> float:
+    found = {row["provider"]: float(row[key]) for row in rows if row[key]}
     return min(time for provider, time in found.items() if not provider.startswith("ours")) / found["ours"]
 
 
@@ -231,30 +231,34 @@ def scores() -> str:
 
 
 def gpus() -> str:
-    """What was timed on a GPU, in bfloat16, against the fastest peer."""
-    attention = _cases("h200", "window_attention_volumes", lambda case: True)
+    """What was timed on a GPU, in bfloat16, against the fastest peer: called, and replayed as a CUDA graph."""
     lines = []
-    for case in dict.fromkeys(case for case, _ in attention):
-        lines.append(
-            [f"window attention {case}", "H200", *(_factor(attention[case, mode]) for mode in ("forward", "both"))]
-        )
+    for gpu, title, file in (
+        ("H100", "window attention, batch 128", "window_attention"),
+        ("H100", "patch embedding with LayerNorm, batch 128", "patch_embed"),
+        ("H100", "patch merging, batch 128", "patch_merge"),
+        ("H200", "window attention, three axes", "window_attention_volumes"),
+    ):
+        cases = _cases(gpu.lower(), file, lambda case: "N=" not in case or file == "window_attention")  # noqa: B023
+        counted = len({case for case, _ in cases})
+        spans = [
+            span([_speed(rows, key) for (_, found), rows in cases.items() if found == mode and rows[0].get(key)])
+            for mode in ("forward", "both")
+            for key in ("milliseconds", "replay_milliseconds")
+        ]
+        lines.append([f"{title} ({counted} cases)", gpu, *spans])
     for file in ("models", "families"):
         rows = read("h100", file)
-        for name in dict.fromkeys(row["network"] for row in rows):
+        for name, batch in dict.fromkeys((row["network"], row["batch"]) for row in rows):
             modes = (
-                [row for row in rows if (row["network"], row["mode"]) == (name, mode)]
+                [row for row in rows if (row["network"], row["batch"], row["mode"]) == (name, batch, mode)]
                 for mode in ("inference", "train")
             )
-            lines.append([f"{name}, batch {_batch(rows, name)}", "H100", *map(_factor, modes)])
-    return markdown(["work", "GPU", "forward", "forward and backward"], lines)
-
-
-def _batch(rows: Sequence[Row], name: str) -> str:
-    return next(row["batch"] for row in rows if row["network"] == name)
-
-
-def _factor(rows: Sequence[Row]) -> str:
-    return times(_speed(rows)) if rows else ""
+            called = [times(_speed(found)) if found else "" for found in modes]
+            lines.append(
+                [f"{NETWORKS.get(name, name).split(',')[0]}, batch {batch}", "H100", called[0], "", called[1], ""]
+            )
+    return markdown(["work", "GPU", "forward", "replayed", "forward and backward", "replayed"], lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {

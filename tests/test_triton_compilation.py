@@ -95,6 +95,7 @@ CALLS: dict[str, Callable[[torch.dtype], None]] = {
         attention, side=14, head_dim=22, layout="torchvision", size=20, shift=7
     ),
     "attention 12 x 12, d 4, plain": functools.partial(attention, side=12, head_dim=4, layout="masked", extras=False),
+    "attention 12 x 12, d 40, masked": functools.partial(attention, side=12, head_dim=40, layout="masked"),
     "attention 28 x 28, d 45, masked": functools.partial(attention, side=28, head_dim=45, layout="masked", size=30),
     "attention 10 x 10, d 70, grid": functools.partial(attention, side=10, head_dim=70, layout="grid"),
     "volume 7 x 7 x 7, d 16, torchvision": functools.partial(
@@ -136,6 +137,7 @@ def compile_each(found: list[Launch], architecture: int) -> None:
     for launch in found:
         report = launch.compile(architecture)
         assert report.shared_bytes <= (99 if architecture == 80 else 227) * 1024, report
+        assert report.stack_pointer_uses == 0, report
 
 
 def test_every_kernel_compiles_in_float32():

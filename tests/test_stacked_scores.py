@@ -305,7 +305,7 @@ def test_memory_for_a_graph_runs_out() -> None:
 
 
 class FakeStream:
-    device = CPU
+    device = torch.device("cpu", 0)
 
     def __init__(self, name: str, calls: list[str]) -> None:
         self.name, self.calls = name, calls
@@ -333,6 +333,13 @@ def test_the_steps_of_a_capture(error: Exception | None, monkeypatch: pytest.Mon
         def pool(self) -> str:
             return "pool of the graph"
 
+    class FakeGenerator:
+        def clone_state(self) -> str:
+            return "before"
+
+        def graphsafe_set_state(self, state: str) -> None:
+            calls.append(f"random numbers of {state}")
+
     @contextlib.contextmanager
     def stream(one: FakeStream) -> Iterator[None]:
         calls.append(f"on {one.name}")
@@ -341,6 +348,7 @@ def test_the_steps_of_a_capture(error: Exception | None, monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: caller)
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "default_generators", (FakeGenerator(),))
 
     def run(x: Tensor) -> Tensor:
         calls.append("run")
@@ -348,11 +356,12 @@ def test_the_steps_of_a_capture(error: Exception | None, monkeypatch: pytest.Mon
             raise error
         return 2 * x
 
-    inputs, captured = [torch.ones(3)], "side waits for caller, on side, run, begin in pool, thread_local, run, end"
+    inputs, before = [torch.ones(3)], "side waits for caller, on side, run, on side"
+    captured = f"{before}, begin in pool, thread_local, run, end"
     if error is not None:
         with pytest.raises(RuntimeError, match="not permitted"):
             capture(run, inputs, side, "pool")
-        assert ", ".join(calls) == captured
+        assert ", ".join(calls) == f"{captured}, random numbers of before"
         return
     recorded = capture(run, inputs, side, "pool")
     recorded.replay()

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed_nhwc
 from torch import Tensor
 
 
 def resample_position_embedding(embedding: Tensor, size: tuple[int, int]) -> Tensor:
-    """``embedding`` [1, H, W, C] on a grid of ``size`` (rows, columns), bicubic with antialiasing.
+    """``embedding`` [1, H, W, C] on a grid of ``size`` (rows, columns), bicubic with antialiasing, as timm does it.
 
-    The numbers of ``timm.layers.resample_abs_pos_embed_nhwc`` but for rounding. torch's gradient of that adds up in an
-    order that changes from run to run on a GPU; these are matrix products, so that a training repeats to the bit.
+    torch's gradient of that adds up in an order that changes from run to run on a GPU: there it is two matrix products,
+    so that a training repeats to the bit.
     """
     rows, columns = size
-    exporting = False
-    if not torch.jit.is_scripting():
-        exporting = torch.compiler.is_exporting()
-    # a graph for images of any size must not ask whether they have this one
-    if not exporting and embedding.shape[1] == rows and embedding.shape[2] == columns:
-        return embedding
+    if not embedding.is_cuda or (embedding.shape[1] == rows and embedding.shape[2] == columns):
+        return resample_abs_pos_embed_nhwc(embedding, [rows, columns])
+    return resample_by_products(embedding, rows, columns)
+
+
+def resample_by_products(embedding: Tensor, rows: int, columns: int) -> Tensor:
+    """[1, H, W, C] -> [1, rows, columns, C]."""
     down = _weights(embedding.shape[1], rows, embedding.device)
     across = _weights(embedding.shape[2], columns, embedding.device)
     # neither autocast nor TF32 changes products of float64
-    resized = torch.einsum("bhwc,xh,yw->bxyc", embedding.double(), down, across)  # [1, rows, columns, C]
+    resized = torch.einsum("bhwc,xh,yw->bxyc", embedding.double(), down, across)
     return resized.to(embedding.dtype)
 
 

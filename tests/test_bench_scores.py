@@ -35,6 +35,7 @@ def run(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=root)
 
 
+@pytest.mark.slow
 def test_every_part_has_rows(root: Path, tmp_path: Path) -> None:
     parts = ["forward", "order1", "order2", "ntk", "topology", "search", "authors"]
     table = tmp_path / "scores.csv"

@@ -38,7 +38,9 @@ def traced(library: Path, program: str, *arguments: str) -> dict:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", ["as-vit", "as-vit reduced", "swin"])
+@pytest.mark.parametrize(
+    "name", ["as-vit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("as-vit reduced", "swin"))]
+)
 def test_one_graph(fake_runtime, name):
     dtypes = ["bfloat16", "float16"]
     assert traced(fake_runtime, "cuda_tracing_program.py", ",".join(dtypes), name) == {name: dtypes}

@@ -68,6 +68,7 @@ def test_onnx(tmp_path: Path) -> None:
     assert {name: json.loads(value) for name, value in metadata.items()} == PREPROCESSING
 
 
+@pytest.mark.slow
 def test_a_program_needs_torch_alone(tmp_path: Path) -> None:
     path, model = trained(tmp_path / "trained.pth.tar")
     folder = export(path, tmp_path / "model", format="exported")

@@ -85,6 +85,7 @@ def test_excuse(gpu): pytest.skip("no mood")
 """
 
 
+@pytest.mark.slow
 @NO_GPU
 def test_required_and_rehearsed(root: Path, tmp_path: Path) -> None:
     """Skipped; failed where a GPU is required, but for the reasons that may be; run on the CPU in a rehearsal."""

@@ -220,7 +220,7 @@ def test_single_gradients() -> None:
         assert all(t.grad is None for i, t in enumerate(leaves) if i != index)
 
 
-@pytest.mark.parametrize("order", ["unfold", "timm"])
+@pytest.mark.parametrize("order", ["unfold", pytest.param("timm", marks=pytest.mark.slow)])
 def test_opcheck(order: str) -> None:
     for complete in (True, False):
         x, weight, gain, offset, bias = (t.requires_grad_() for t in operands(5, 4, 3, 4, 3))

@@ -159,11 +159,11 @@ def check(name: str, device: torch.device) -> None:
     checks[name](device)
 
 
-CHECKS = pytest.mark.parametrize("name", ["shapes", "details", "means", "small gains", "many"])
+QUICK, SLOW = ("shapes", "small gains"), ("details", "means", "many")
 
 
 @triton_versions.interpreter
-@CHECKS
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_interpreted(name, root):
     triton_versions.run_interpreted(__name__, name, root)
 
@@ -176,7 +176,7 @@ def test_shape_on_a_gpu(case, poison_empty):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [name for name in CHECKS.args[1] if name != "shapes"])
+@pytest.mark.parametrize("name", [name for name in (*QUICK, *SLOW) if name != "shapes"])
 def test_on_a_gpu(name, poison_empty):
     check(name, torch.device("cuda"))
 
@@ -188,12 +188,17 @@ def test_on_a_gpu(name, poison_empty):
     ("channels", "outputs", "kernel", "dtype", "capability"),
     [
         (32, 64, 4, torch.bfloat16, 90),
-        (88, 176, 4, torch.bfloat16, 90),
-        (384, 768, 2, torch.bfloat16, 90),
         (96, 192, 2, torch.float32, 90),
-        (128, 256, 3, torch.bfloat16, 80),
-        (96, 192, 2, torch.float32, 80),
-        (192, 384, 2, torch.bfloat16, 100),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (88, 176, 4, torch.bfloat16, 90),
+                (384, 768, 2, torch.bfloat16, 90),
+                (128, 256, 3, torch.bfloat16, 80),
+                (96, 192, 2, torch.float32, 80),
+                (192, 384, 2, torch.bfloat16, 100),
+            )
+        ),
     ],
 )
 def test_compiled(channels, outputs, kernel, dtype, capability):

@@ -262,7 +262,10 @@ def test_reentrant_checkpointing_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("make", "checkpointing"), [(network, False), (network, True), (vit, True)])
+@pytest.mark.parametrize(
+    ("make", "checkpointing"),
+    [(network, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((network, False), (vit, True)))],
+)
 def test_compiled(make, checkpointing: bool) -> None:
     torch._dynamo.reset()
     model = make()
@@ -315,6 +318,7 @@ def test_mixed_precision() -> None:
     assert total < 0.05 * torch.cat([gradient.flatten() for gradient in expected]).norm()
 
 
+@pytest.mark.slow
 def test_on_two_processes() -> None:
     """The mean over the ranks, as of any other loss, under DDP and FSDP2."""
     model = network()

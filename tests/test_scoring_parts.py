@@ -37,6 +37,7 @@ def test_work_splits_when_memory_runs_out() -> None:
         split_on_oom(lambda part: (_ for _ in ()).throw(RuntimeError("something else")), 4, "a test")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
 def test_freed_memory_is_kept() -> None:
     program = """

@@ -32,6 +32,7 @@ def test_two_processes_equal_one(tmp_path: Path, kind: str) -> None:
     assert json.loads((tmp_path / "result.json").read_text())["topology"] == expected["topology"]
 
 
+@pytest.mark.slow
 def test_real_scores_on_two_processes_equal_one(tmp_path: Path) -> None:
     program = str(TESTS / "search_program.py")
     one = alone(program, "real", str(tmp_path / "one"))
@@ -43,7 +44,7 @@ def test_real_scores_on_two_processes_equal_one(tmp_path: Path) -> None:
     assert len({tuple(pair) for pair in expected["measured"]}) == 3
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_error_on_one_rank_ends_all(tmp_path: Path, rank: int) -> None:
     done = torchrun(str(TESTS / "search_program.py"), "scale", str(tmp_path), "--fail-on-rank", str(rank))
     assert done.returncode != 0
@@ -63,6 +64,7 @@ def test_torchrun_restarts_after_a_kill(tmp_path: Path, kind: str, rank: int) ->
     assert results_of(done.stdout) == [expected, expected]
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_goes_on(tmp_path: Path) -> None:
     """As with ``--nnodes 1:2``: one process until it is killed, then two until one of them is, then one again."""
     program, run = str(TESTS / "search_program.py"), str(tmp_path / "run")

@@ -75,7 +75,8 @@ def test_how_it_runs_does_not_change_what_it_learns(options: dict[str, Any]) -> 
     torch.testing.assert_close(weights(found), weights(expected), rtol=1e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_nothing_compiles_after_the_warm_up(compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a phase nor a validation, whose last batch is smaller; and the numbers are those of the eager network."""
     monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend=compiler))

@@ -67,7 +67,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"parallel": "ddp"},
         pytest.param({"parallel": "fsdp"}, marks=pytest.mark.slow),
         pytest.param({"parallel": "ddp", "batch_size": 2, "grad_accum_steps": 2}, marks=pytest.mark.slow),
-        {"parallel": "fsdp", "batch_size": 2, "grad_accum_steps": 2, "clip_grad": 100.0},
+        pytest.param(
+            {"parallel": "fsdp", "batch_size": 2, "grad_accum_steps": 2, "clip_grad": 100.0}, marks=pytest.mark.slow
+        ),
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
@@ -105,6 +107,7 @@ def test_a_dead_rank_is_restarted_to_the_same_bits(tmp_path: Path, parallel: str
         assert all(torch.equal(died["optimizer"]["state"][index][key], value) for key, value in state.items())
 
 
+@pytest.mark.slow
 def test_shards_of_two_go_on_in_one(tmp_path: Path, alone: Path) -> None:
     """A checkpoint holds whole tensors: another number of processes continues it, with a word about the bits."""
     options = {**PLAIN, **HALF, "parallel": "fsdp"}

@@ -140,6 +140,7 @@ def compile_each(found: list[Launch], architecture: int) -> None:
         assert report.stack_pointer_uses == 0, report
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_in_float32():
     """Narrow heads, whose products sum over the fewest channels, and one case of each other kernel."""
     names = ("attention 12 x 12, d 4, plain", "embed 4, 32 channels, dilated", "merge 3, 16 channels", "gelu tanh")

@@ -289,6 +289,7 @@ def test_gradients_of_any_layout() -> None:
     assert torch.isfinite(expanded[1]).all()
 
 
+@pytest.mark.slow
 def test_opcheck() -> None:
     for requires_grad in (False, True):  # without and with a bias
         qkv = torch.randn(2, 5, 4, 12).requires_grad_(requires_grad)

@@ -341,7 +341,7 @@ def test_gradient_in_each_dtype(device, dtype):
     torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("requires_grad", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_opcheck(device, requires_grad):
     qkv, (heads, window, shift, bias) = inputs(SMALL, 2, device=device)
     q, k, v = (x.clone().requires_grad_(requires_grad) for x in qkv.unflatten(4, (3, heads, -1)).unbind(4))

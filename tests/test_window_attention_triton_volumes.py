@@ -92,7 +92,7 @@ def check(name: str, device: torch.device, case: int | None = None) -> None:
 
 
 @triton_versions.interpreter
-@pytest.mark.parametrize("name", ["volumes", "keys"])
+@pytest.mark.parametrize("name", [pytest.param("volumes", marks=pytest.mark.slow), "keys"])
 def test_interpreted(name, root):
     triton_versions.run_interpreted(__name__, name, root)
 
@@ -109,7 +109,8 @@ def test_on_a_gpu(name, case, poison_empty):
 # --------------------------------------------------------------------------- compiled
 
 
-@pytest.mark.parametrize("dtype", ["bf16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fp16", "fp32"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_volumes_compiled(dtype):
     """The windows of networks on volumes and videos, with bias and shift: no register is spilled on Hopper."""
     import triton_cases

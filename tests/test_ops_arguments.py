@@ -349,3 +349,35 @@ def test_arguments_are_checked_again_where_they_look_different() -> None:
             ops.window_attention(*arguments)  # type: ignore[arg-type]
     with torch.no_grad():
         assert ops.window_attention(qkv, np.int64(2), (np.int64(2), 2), (1, 1)).shape == (1, 4, 4, 4)
+
+
+NO_TENSORS: dict[str, Callable[[object], Tensor]] = {
+    "window_attention: qkv": lambda x: attention(qkv=x),
+    "window_attention: bias": lambda x: attention(bias=x),
+    "window_attention: padding": lambda x: attention(layout="timm", padding=x),
+    "window_attention: v": lambda x: attention(qkv=(QKV[..., :4], QKV[..., :4], x)),
+    "window_attention_taylor: qkv": lambda x: attention_taylor(qkv=x),
+    "position_bias: table": lambda x: ops.position_bias(x, torch.zeros(2, 2, dtype=torch.int64)),
+    "position_bias: index": lambda x: ops.position_bias(torch.ones(3, 2), x),
+    "patch_embed: image": lambda x: ops.patch_embed(x, PATCHES, None, 4, 1, (0, 0, 0, 0)),
+    "patch_embed: weight": lambda x: ops.patch_embed(IMAGE, x, None, 4, 1, (0, 0, 0, 0)),
+    "patch_embed: norm_weight": lambda x: ops.patch_embed(IMAGE, PATCHES, None, 4, 1, (0, 0, 0, 0), x),
+    "patch_merge: x": lambda x: ops.patch_merge(x, MERGE, 2, 2),
+    "patch_merge: weight": lambda x: ops.patch_merge(TOKENS, x, 2, 2),
+    "linear: x": lambda x: ops.linear(x, FEATURES),
+    "linear: weight": lambda x: ops.linear(SMALL, x),
+    "gelu_taylor: x": lambda x: ops.gelu_taylor(x),
+    "softmax_taylor: x": lambda x: ops.softmax_taylor(x),
+}
+
+
+@pytest.mark.parametrize("name", NO_TENSORS)
+def test_what_is_no_tensor(name: str) -> None:
+    for value in (np.ones((1, 4, 4, 12)), 1.0):
+        with pytest.raises(af.InputError, match=f"{name} must be a tensor, got {type(value).__name__}"):
+            NO_TENSORS[name](value)
+
+
+def test_a_scale_without_axes() -> None:
+    with pytest.raises(af.InputError, match=r"scale must be a Python number, or a tensor \[2\]"):
+        attention(scale=torch.ones(()))

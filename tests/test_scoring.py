@@ -327,6 +327,8 @@ def test_non_finite_results_are_reported() -> None:
         ({"img_size": "big"}, "img_size must be"),
         ({"img_size": 16}, "32 pixels or more"),
         ({"images": torch.zeros(2, 3, 32, 32)}, "images must be"),
+        ({"images": 3}, "images must be a tensor, a folder or None, got int"),
+        ({"images": torch.full((4, 3, 32, 32), torch.nan)}, "images must be finite, number 0 of 4 is not"),
         ({"device": "cuda:99"}, "does not exist"),
         ({"device": "warp"}, "not known"),
         ({"seed": -1}, "seed must be an integer of 0 or more, got -1"),

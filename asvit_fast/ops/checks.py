@@ -94,14 +94,27 @@ def check_eps(op: str, value: float) -> None:
         raise InputError(f"{op}: eps must be finite and not negative, got {value}")
 
 
+def check_probability(op: str, name: str, value: float) -> None:
+    """InputError unless ``value`` is a number from 0 to 1."""
+    if not _is_real(value) or not 0.0 <= value <= 1.0:
+        raise InputError(f"{op}: {name} must be from 0 to 1, got {value}")
+
+
 def check_length(op: str, name: str, values: object, count: int) -> None:
     """InputError unless ``values`` is a sequence of this length."""
     if not isinstance(values, (tuple, list)) or len(values) != count:
         raise InputError(f"{op}: {name} must be {count} integers, got {values}")
 
 
+def check_tensor(op: str, name: str, value: object) -> None:
+    """InputError unless ``value`` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise InputError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+
+
 def check_floats(op: str, name: str, x: Tensor) -> None:
-    """InputError unless ``x`` is float32, float64, float16 or bfloat16."""
+    """InputError unless ``x`` is a tensor of float32, float64, float16 or bfloat16."""
+    check_tensor(op, name, x)
     if not x.is_floating_point():
         raise InputError(f"{op}: {name} must be floating point, got {x.dtype}")
     if x.element_size() < 2:
@@ -126,6 +139,7 @@ def check_operand(op: str, name: str, operand: Tensor | None, shape: list[int], 
     """InputError unless ``operand`` is None, or of ``shape``, any floating dtype and on the device of ``x``."""
     if operand is None:
         return
+    check_tensor(op, name, operand)
     if list(operand.shape) != shape:
         raise InputError(f"{op}: {name} must be {shape}, got {list(operand.shape)}")
     check_floats(op, name, operand)

@@ -16,7 +16,7 @@ from torch.overrides import has_torch_function
 
 from ..errors import InputError
 from ..machine import mkl_is_narrow
-from .checks import check_device
+from .checks import check_device, check_tensor
 from .fused_op import FusedOp, Gradients, Operands, Result, Saved
 from .reference_gradients import gradients
 from .transforms import autocast_active
@@ -163,7 +163,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
         InputError: shapes, dtypes or devices that do not fit, or an unknown activation, naming the value.
     """
     operands = (x, weight, bias)
-    if has_torch_function(operands) or not (_is_dense(x) and _is_dense(weight)):
+    if has_torch_function(operands):
+        return linear_reference(x, weight, bias, activation)
+    check_tensor("linear", "x", x)
+    check_tensor("linear", "weight", weight)
+    if not (_is_dense(x) and _is_dense(weight)):
         return linear_reference(x, weight, bias, activation)
     _check(x, weight, bias, activation)
     if activation == "none":

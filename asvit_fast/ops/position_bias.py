@@ -14,7 +14,7 @@ from torch.overrides import has_torch_function
 
 from .. import backends
 from ..errors import InputError
-from .checks import check_device, check_floats
+from .checks import check_device, check_floats, check_tensor
 from .fused_op import no_float64, outside_of_modes
 from .transforms import transform_active
 
@@ -76,7 +76,8 @@ def position_bias(table: Tensor, index: Tensor) -> Tensor:
 
     Args:
         table: [entries, heads], of any floating dtype.
-        index: [queries, keys], the entry of each pair, integers. Not differentiable.
+        index: [queries, keys], the entry of each pair, integers below ``entries`` (on a GPU nobody looks whether they
+            are). Not differentiable.
 
     Returns:
         [heads, queries, keys] of the table's dtype.
@@ -90,10 +91,11 @@ def position_bias(table: Tensor, index: Tensor) -> Tensor:
     """
     if has_torch_function((table, index)):
         return position_bias_reference(table, index)
+    check_floats("position_bias", "table", table)
+    check_tensor("position_bias", "index", index)
     if table.dim() != 2 or index.dim() != 2:
         shapes = f"{list(table.shape)} and {list(index.shape)}"
         raise InputError(f"position_bias: table must be [entries, heads] and index [queries, keys], got {shapes}")
-    check_floats("position_bias", "table", table)
     if index.dtype not in (torch.int64, torch.int32):
         raise InputError(f"position_bias: index must be int64 or int32, got {index.dtype}")
     check_device("position_bias", "index", index, table)

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from asvit_fast.errors import InputError
-from asvit_fast.ops.checks import check_device, check_floats
+from asvit_fast.ops.checks import check_device, check_floats, check_tensor
 
 
 def check_stack(op: str, x: Tensor) -> None:
     """InputError unless x [orders + 1, ...] is floating point and has 0 to 2 orders."""
+    check_tensor(op, "x", x)
     if x.dim() == 0 or not 1 <= x.shape[0] <= 3:
         raise InputError(f"{op}: x must be [orders + 1, ...] with 0 to 2 orders, got shape {tuple(x.shape)}")
     check_floats(op, "x", x)
@@ -27,6 +28,7 @@ def check_channels(op: str, name: str, vector: Tensor | None, x: Tensor) -> None
     """InputError unless `vector` is None, or [C] of any floating dtype on x's device, for x [orders + 1, ..., C]."""
     if vector is None:
         return
+    check_tensor(op, name, vector)
     if x.dim() < 2 or vector.shape != x.shape[-1:]:
         shapes = f"got shape {tuple(vector.shape)} for x {tuple(x.shape)}"
         raise InputError(f"{op}: {name} must be [C] for x [orders + 1, ..., C], {shapes}")

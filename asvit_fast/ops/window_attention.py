@@ -15,7 +15,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _extension, backends
 from ..errors import InputError
-from .checks import check_length, check_operand, check_scale, once_per_arguments
+from .checks import check_length, check_operand, check_probability, check_scale, check_tensor, once_per_arguments
 from .fused_op import FusedOp, Gradients, Operands, Result, Saved, no_float64
 from .transforms import sizes
 from .window_attention_reference import masked_scores, window_attention_reference
@@ -76,6 +76,7 @@ def _settings(
 ) -> WindowAttentionConfig:
     """Arguments that are no tensors, as the op takes them; InputError where any do not fit."""
     op = "window_attention"
+    check_tensor(op, "qkv" if k is None else "q", x)
     axes = 3 if x.dim() == 5 else 2
     check_length(op, "window", window, axes)
     shift = (0,) * axes if shift is None else shift
@@ -114,9 +115,10 @@ def _check(
     if layout not in ("masked", "timm", "torchvision", "grid"):
         raise InputError(f"window_attention: layout must be masked, timm, torchvision or grid, got {layout}")
     check_scale(op, factor)
+    if isinstance(head_scale, Tensor) and head_scale.dim() == 0:
+        raise InputError(f"{op}: scale must be a Python number, or a tensor [{num_heads}] with one for each head")
     check_operand(op, "scale", head_scale, [num_heads], x)
-    if not 0.0 <= dropout <= 1.0:
-        raise InputError(f"window_attention: dropout must be from 0 to 1, got {dropout}")
+    check_probability(op, "dropout", dropout)
     size = list(x.shape[1:-1])
     if kv_window is not None:
         check_kv_window(op, window, shift, kv_window, layout)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import _extension
 from ..errors import InputError
-from .checks import check_floats, check_length, check_scale
+from .checks import check_floats, check_length, check_scale, check_tensor
 from .taylor_op import taylor_op
 from .taylor_utils import compute_dtype
 from .windows import check_channels, check_windows, merge_windows, padding_tokens, partition_windows, window_mask
@@ -145,6 +145,7 @@ def _check(
 ) -> tuple[list[int], list[int], Tensor | None]:
     """InputError for arguments that do not fit; window, shift and bias as `check_windows` returns them."""
     name = "window_attention_taylor"
+    check_tensor(name, "qkv", qkv)
     if qkv.dim() != 5 or not 1 <= qkv.shape[0] <= 3:
         raise InputError(
             f"{name}: qkv must be [orders + 1, B, H, W, 3*heads*head_dim] with 0 to 2 orders, "

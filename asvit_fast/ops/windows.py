@@ -279,7 +279,7 @@ def check_windows(
         raise InputError(
             f"{op}: a window of {kv_window or window} on a map of {size} is too large for the layout {layout}"
         )
-    if bias is not None and fits and bias.dim() == 3 and bias.shape[1] == token_count(fitting):
+    if isinstance(bias, Tensor) and fits and bias.dim() == 3 and bias.shape[1] == token_count(fitting):
         tokens = keys = token_count(fitting)
     check_operand(op, "bias", bias, [num_heads, tokens, keys], x)
     return fit_windows(size, window, shift, bias) if fits else (window, shift, bias)

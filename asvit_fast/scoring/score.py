@@ -265,9 +265,14 @@ def load(images: Tensor | str | Path | None, settings: ScoreSettings) -> Tensor 
         return None
     if isinstance(images, (str, Path)):
         return load_images(images, settings.batch, settings.image_shape[1:])
+    if not isinstance(images, Tensor):
+        raise InputError(f"images must be a tensor, a folder or None, got {type(images).__name__}")
     if images.dim() != 4 or tuple(images.shape[1:]) != settings.image_shape or len(images) < settings.batch:
         wanted = [f"{settings.batch} or more", *settings.image_shape]
         raise InputError(f"images must be {wanted}, got {list(images.shape)}; see batch and img_size")
+    wrong = [number for number, image in enumerate(images[: settings.batch]) if not image.isfinite().all()]
+    if wrong:
+        raise InputError(f"images must be finite, number {wrong[0]} of {settings.batch} is not")
     return images[: settings.batch]
 
 

@@ -190,7 +190,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     jobs = [(str(nvcc), source, arch) for source in sources for arch in archs]
     if not cases and not jobs:
-        print("nothing has these names: see triton_cases.py and csrc/cuda", file=sys.stderr)
+        every = list(triton_cases.cases(archs[:1], ["bf16"]))
+        kernels = [*dict.fromkeys(case.kernel for case in every), *(path.name for path in cuda_sources.sources())]
+        shapes = dict.fromkeys(case.label for case in every)
+        print(f"nothing is --kernel {options.kernel} --shape {options.shape}", file=sys.stderr)
+        print(f"kernels begin with: {', '.join(kernels)}", file=sys.stderr)
+        print(f"shapes (triton_cases.py): {', '.join(shapes)}", file=sys.stderr)
         return 2
     rows = sorted(collect(cases, jobs, options.jobs), key=lambda row: (row.kernel, row.dtype, row.arch, row.shape))
     print(table(rows))
@@ -208,7 +213,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", nargs="*", metavar="TEXT", help="what shapes must have: 'N=49 d=8' N=784")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument("--out", default=str(RESULTS), help="CSV file; empty: none")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    for name, known in (("arch", [str(arch) for arch in GPUS]), ("dtype", ["bf16", "fp16", "fp32"])):
+        unknown = [value for value in getattr(options, name).split(",") if value not in known]
+        if unknown:
+            parser.error(f"--{name} must be some of {', '.join(known)}, got {unknown[0]}")
+    return options
 
 
 if __name__ == "__main__":

@@ -290,4 +290,9 @@ def test_spills_fail(monkeypatch, capsys):
 
 def test_nothing_to_do(capsys):
     assert kernel_report.main(["--kernel", "nonsense"]) == 2
-    assert "triton_cases.py" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "triton_cases.py" in message and "window_attention_single_tile" in message and "N=49 d=8" in message
+    for option, value in (("--dtype", "nope"), ("--arch", "91")):
+        with pytest.raises(SystemExit):
+            kernel_report.main([option, value])
+        assert f"{option} must be some of" in capsys.readouterr().err

@@ -233,13 +233,13 @@ def scores() -> str:
 def gpus() -> str:
     """What was timed on a GPU, in bfloat16, against the fastest peer: called, and replayed as a CUDA graph."""
     lines = []
-    for gpu, title, file in (
-        ("H100", "window attention, batch 128", "window_attention"),
-        ("H100", "patch embedding with LayerNorm, batch 128", "patch_embed"),
-        ("H100", "patch merging, batch 128", "patch_merge"),
-        ("H200", "window attention, three axes", "window_attention_volumes"),
+    for gpu, title, file, without in (
+        ("H100", "window attention, batch 128", "window_attention", None),
+        ("H100", "patch embedding with LayerNorm, batch 128", "patch_embed", None),
+        ("H100", "patch merging, batch 128", "patch_merge", None),
+        ("H200", "window attention, three axes", "window_attention_volumes", "N="),
     ):
-        cases = _cases(gpu.lower(), file, lambda case: "N=" not in case or file == "window_attention")  # noqa: B023
+        cases = _cases(gpu.lower(), file, lambda case, without=without: without is None or without not in case)
         counted = len({case for case, _ in cases})
         spans = [
             span([_speed(rows, key) for (_, found), rows in cases.items() if found == mode and rows[0].get(key)])

@@ -32,7 +32,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """ASVIT_FAST_REQUIRE_GPU=1: a test of the GPU that would skip fails.
 
     After a stray access the GPU answers nothing more in this process: a worker of xdist ends, which names the test, and
@@ -44,7 +46,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
         if report.failed and any(word in report.longreprtext for word in GPU_IS_LOST):
             if "PYTEST_XDIST_WORKER" in os.environ:
                 os._exit(1)
-            pytest.exit(f"{item.nodeid}: {report.longreprtext.splitlines()[-1]}", returncode=1)
+            pytest.exit(f"{item.nodeid}: {call.excinfo and call.excinfo.value}", returncode=1)
     return report
 
 

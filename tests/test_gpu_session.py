@@ -115,3 +115,25 @@ def test_required_and_rehearsed(root: Path, tmp_path: Path) -> None:
     assert outcome(ASVIT_FAST_REQUIRE_GPU="1") == "5 errors"
     assert outcome(ASVIT_FAST_REHEARSE="1") == "1 passed, 4 skipped"
     assert outcome(ASVIT_FAST_REHEARSE="1", ASVIT_FAST_REQUIRE_GPU="1") == "1 failed, 1 passed, 1 skipped, 2 errors"
+
+
+LOST = """
+import pytest
+pytestmark = pytest.mark.gpu
+
+def test_stray(gpu): raise RuntimeError("CUDA error: an illegal memory access was encountered")
+def test_other(gpu): pass
+"""
+
+
+@NO_GPU
+def test_a_lost_gpu_ends_its_process(root: Path, tmp_path: Path) -> None:
+    """A worker of xdist: the others' tests go on. Without xdist all of them end there."""
+    (tmp_path / "test_it.py").write_text(LOST)
+    (tmp_path / "conftest.py").write_text((root / "tests" / "conftest.py").read_text())
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: needs a GPU\n")
+    environment = {**os.environ, "PYTHONPATH": str(root), "ASVIT_FAST_REHEARSE": "1"}
+    for workers, expected in (["-n", "1"], "1 failed, 1 passed"), ([], "illegal memory access"):
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, "."]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 1 and expected in done.stdout.splitlines()[-1], done.stdout

@@ -44,7 +44,7 @@ def pytest_runtest_makereport(
     if item.get_closest_marker("gpu"):
         _fail_if_skipped(report)
         if report.failed and any(word in report.longreprtext for word in GPU_IS_LOST):
-            if "PYTEST_XDIST_WORKER" in os.environ:
+            if hasattr(item.config, "workerinput"):  # not by environment, which programs that a worker starts inherit
                 os._exit(1)
             pytest.exit(f"{item.nodeid}: {call.excinfo and call.excinfo.value}", returncode=1)
     return report

@@ -1,9 +1,10 @@
-// The Python module asvit_fast._C: which instruction sets there are and which one runs. Ops register themselves with
-// torch.
+// The Python module asvit_fast._C: which instruction sets there are and which one runs, and what memory is kept. Ops
+// register themselves with torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "cpu/dispatch.h"
+#include "memory_pool.h"
 #include "window_attention_taylor.h"
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
@@ -19,4 +20,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("get_isa", &asvit_fast::get_isa, "The one that kernels run with");
   module.def("set_isa", &asvit_fast::set_isa, pybind11::arg("name"),
              "Choose another one (ValueError if it cannot run)");
+  module.def("memory_limit", &asvit_fast::pool_limit, "Bytes of freed tensors that are kept for later ones at most");
+  module.def("set_memory_limit", &asvit_fast::set_pool_limit, pybind11::arg("bytes"), "Change that, and free the rest");
+  module.def("memory_kept", &asvit_fast::pool_size, "Bytes of freed tensors that are kept now");
 }

@@ -140,8 +140,8 @@ std::tuple<at::Tensor, at::Tensor> patch_embed_cpu(const at::Tensor& image, cons
   with_compute_type(kOp, inputs.type, [&](auto zero) {
     using T = decltype(zero);
     const PatchEmbed<T> problem = inputs.problem<T>();
-    output = at::empty({problem.batch, problem.rows, problem.columns, problem.channels}, options);
-    conv_output = at::empty(save_conv_output ? output.sizes() : at::IntArrayRef{0}, options);
+    output = new_empty({problem.batch, problem.rows, problem.columns, problem.channels}, options);
+    conv_output = new_empty(save_conv_output ? output.sizes() : at::IntArrayRef{0}, options);
     if (output.numel() == 0) return;
     const auto kernel = ASVIT_FAST_SELECT(patch_embed<T>);
     T* to = output.mutable_data_ptr<T>();
@@ -187,7 +187,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> patch_emb
   const at::Tensor wide = gradient.to(inputs.type).contiguous();
   const at::Tensor conv_values = conv_output.to(inputs.type).contiguous();
   const auto nothing = [&] { return at::empty({0}, options); };  // each its own, as outputs must not share memory
-  const at::Tensor grad_conv_output = needs_conv_output_grad ? at::empty(wide.sizes(), options) : nothing();
+  const at::Tensor grad_conv_output = needs_conv_output_grad ? new_empty(wide.sizes(), options) : nothing();
   at::Tensor sums;
   with_compute_type(kOp, inputs.type, [&](auto zero) {
     using T = decltype(zero);

@@ -156,7 +156,7 @@ std::tuple<at::Tensor, at::Tensor> patch_merge_cpu(const at::Tensor& x, const at
                                                    double eps, bool channels_last, at::IntArrayRef padding) {
   const Merge merge = make_merge(x, weight, kernel, stride, norm_weight, norm_bias, eps, channels_last, padding);
   const auto& map = merge.map;
-  const at::Tensor output = at::empty({merge.output_tokens(), merge.outputs}, weight.options());
+  const at::Tensor output = new_empty({merge.output_tokens(), merge.outputs}, weight.options());
   const at::Tensor statistics = at::empty({2, merge.images, map.out_height, map.out_width}, merge.options());
   check_operand(kOp, "bias", bias, {merge.outputs}, x);
   at::Tensor offset;
@@ -181,7 +181,7 @@ std::tuple<at::Tensor, at::Tensor> patch_merge_cpu(const at::Tensor& x, const at
 // Gradient of x. Blocks that follow each other add to the same tokens: first go the even ones, then the odd ones.
 template <typename T>
 at::Tensor input_gradient(const Merge& merge, const PatchMerge<T>& problem, const at::Tensor& gradient) {
-  const at::Tensor grad_x = at::zeros(merge.x.sizes(), merge.options());
+  const at::Tensor grad_x = new_empty(merge.x.sizes(), merge.options()).zero_();
   const int64_t features = merge.map.features(), columns = merge.map.out_width;
   const at::Tensor transposed = merge.weight.t();  // [features, outputs]
   for (int64_t parity = 0; parity < 2; ++parity)

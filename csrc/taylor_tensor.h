@@ -48,7 +48,7 @@ at::Tensor run_taylor_cpu(const char* op, const at::Tensor& x, Run run) {
   at::Tensor output;
   with_compute_type(op, x.scalar_type(), [&](auto zero) {
     const at::Tensor input = x.to(compute_type(x.scalar_type())).contiguous();
-    output = at::empty_like(input);
+    output = new_empty(input.sizes(), input.options());
     run(zero, input, output);
   });
   return output.to(x.scalar_type());

@@ -11,6 +11,7 @@
 #include <optional>
 
 #include "arena.h"
+#include "memory_pool.h"
 #include "scalar_type.h"
 
 namespace asvit_fast {

@@ -205,8 +205,8 @@ std::tuple<at::Tensor, at::Tensor> window_attention_cpu(
   check(arguments);
   const Operands operands(arguments);
   const auto options = operands.q.options();
-  const at::Tensor output = at::empty(map_sizes(arguments, arguments.channels()), options);
-  const at::Tensor statistics = at::empty(statistics_sizes(arguments), options);
+  const at::Tensor output = new_empty(map_sizes(arguments, arguments.channels()), options);
+  const at::Tensor statistics = new_empty(statistics_sizes(arguments), options);
   if (output.numel() > 0)
     with_compute_type(kOp, arguments.type(), [&](auto zero) {
       using T = decltype(zero);
@@ -263,11 +263,11 @@ struct MapGradients {
   MapGradients(const Arguments& a, int64_t windows, const at::TensorOptions& options) : overlap(!a.kv_window.empty()) {
     const auto sizes = map_sizes(a, a.channels());
     if (overlap || !a.fused()) {
-      q = at::empty(sizes, options);
-      k = overlap ? at::zeros({windows, a.keys(), a.channels()}, options) : at::empty(sizes, options);
-      v = overlap ? at::zeros(k.sizes(), options) : at::empty(sizes, options);
+      q = new_empty(sizes, options);
+      k = overlap ? at::zeros({windows, a.keys(), a.channels()}, options) : new_empty(sizes, options);
+      v = overlap ? at::zeros(k.sizes(), options) : new_empty(sizes, options);
     } else {
-      q = at::empty(a.q.sizes(), options);
+      q = new_empty(a.q.sizes(), options);
     }
   }
 

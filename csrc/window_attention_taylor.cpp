@@ -68,7 +68,7 @@ at::Tensor attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
   const at::ScalarType type = compute_type(q.scalar_type());
   const at::Tensor wide_q = q.to(type), wide_k = k.to(type), wide_v = v.to(type), wide_bias = parameters(bias, type);
   const at::Tensor output =
-      at::empty({q.size(0), q.size(1), q.size(2), q.size(3), q.size(4) * q.size(5)}, wide_q.options());
+      new_empty({q.size(0), q.size(1), q.size(2), q.size(3), q.size(4) * q.size(5)}, wide_q.options());
   with_compute_type(kOp, type, [&](auto zero) {
     using T = decltype(zero);
     if (output.numel() > 0)

@@ -23,6 +23,7 @@ SHAPES = [((7, 5), 3), ((2, 3, 4, 33), 65), ((1, 1), 1), ((300, 64), 192), ((400
 def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small products take the op as well."""
     monkeypatch.setattr(module, "SMALL", 0)
+    monkeypatch.setattr(module, "SMALL_FOR_OURS", 0)
 
 
 def operands(shape: tuple[int, ...], features: int, bias: bool = True) -> list[Tensor]:

@@ -69,7 +69,9 @@ NAMES = ("float32", "bfloat16", "float16", "double")
 
 
 @triton_versions.interpreter
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", ["float32", *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name != "float32")]
+)
 def test_interpreted(name, root):
     pytest.importorskip("triton")
     triton_versions.run_interpreted(__name__, name, root)

@@ -187,7 +187,7 @@ COMPILED: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", [pytest.param("asvit", marks=pytest.mark.slow), "vit", "swin"])
 def test_nothing_is_compiled_after_the_warmup(name: str) -> None:
     """Through all phases, in training and evaluation, and back again; a switch takes far below a second."""
     graphs = []
@@ -254,6 +254,7 @@ def test_nothing_is_compiled_for_the_batches_of_the_phases() -> None:
     assert counters["stats"]["unique_graphs"] == before
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

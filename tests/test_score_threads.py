@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 PROGRAM = Path(__file__).parent / "score_program.py"
 
 
@@ -24,6 +26,7 @@ def scores(omp_threads: int, threads: int) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_scores_have_the_same_bits() -> None:
     alone, two, set_to_three = scores(1, 0), scores(2, 0), scores(1, 3)
     assert [alone["threads"], two["threads"], set_to_three["threads"]] == [1, 2, 3]

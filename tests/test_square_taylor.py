@@ -37,7 +37,7 @@ def check(dtype: str, device: torch.device) -> None:
 
 
 @triton_versions.interpreter
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
 def test_triton_interpreter(dtype: str, root: Path) -> None:
     pytest.importorskip("triton")
     triton_versions.run_interpreted("test_square_taylor", dtype, root)

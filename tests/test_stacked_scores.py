@@ -179,6 +179,7 @@ def test_weights_do_not_depend_on_threads(two_threads: None) -> None:
 # ------------------------------------------------------------------ launches
 
 
+@pytest.mark.slow
 def test_launches(fake_runtime) -> None:  # noqa: F811
     """Five networks of the seed topology at 224 pixels; nothing that a graph holds waits, or comes from elsewhere."""
     counts = traced(fake_runtime, "score_launches_program.py", SEED)

@@ -93,7 +93,8 @@ def test_ranks_agree_on_their_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert least_of_ranks({4: 4, 2: 4, 1: 4}) == {4: 4, 2: 2, 1: 4}
 
 
-@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.slow
 def test_a_dead_rank_is_restarted_to_the_same_bits(tmp_path: Path, parallel: str) -> None:
     """SIGKILL of rank 1 in the middle of an epoch; torchrun starts all anew, and they go on from the checkpoint."""
     options = {**HALF, "parallel": parallel}

@@ -156,7 +156,7 @@ def test_the_handler_of_sigterm_is_put_back(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+@pytest.mark.parametrize("method", ["fork", "forkserver", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_data_workers_end_with_a_killed_parent(tmp_path: Path, method: str) -> None:
     process = CONTEXT.Process(target=run_with_workers, args=(method, str(tmp_path / "pids")))
     process.start()

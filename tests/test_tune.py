@@ -265,7 +265,11 @@ print(json.dumps({str(task): [result.refused, result.tried] for task, result in 
 @triton_versions.interpreter
 @pytest.mark.parametrize(
     ("op", "dtypes", "rows"),
-    [("window_attention", ("bf16", "fp32"), 5), ("patch_embed", ("bf16",), 3), ("patch_merge", ("fp32",), 3)],
+    [
+        ("window_attention", ("bf16", "fp32"), 5),
+        ("patch_embed", ("bf16",), 3),
+        pytest.param("patch_merge", ("fp32",), 3, marks=pytest.mark.slow),
+    ],
 )
 def test_in_the_interpreter(op, dtypes, rows, folder, root):
     """Real kernels, forward and backward, with other tiles: every candidate that can run is right."""

@@ -1,33 +1,38 @@
-"""Base class of replacements for feed-forward networks: on a CPU, in inference, tokens go through in parts that
-stay in the cache.
+"""Base class of replacements for feed-forward networks on a CPU, in inference: GELU is part of the product before it,
+and tokens go through in parts.
 
 A large hidden activation is written to and read from memory that the system has to provide anew every time: the first
 blocks of Swin-T spend half of their feed-forward network on that. Every token is on its own, so the network may as well
-see a few hundred of them at a time. GELU needs no kernel of its own: on numbers in the cache torch's is fast enough.
+see a few hundred of them at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
-from typing import Any
+from functools import partial
+from itertools import chain, pairwise
+from typing import Any, ClassVar
 
 import timm.layers
 import torch
 from torch import Tensor, nn
 from torch.overrides import has_torch_function_unary
 
+from ..nn.linear import Linear as OurLinear
+from ..ops.linear import linear
+from ..ops.packed_linear import ONEDNN, library
 from ..ops.transforms import transform_active
-from .replacement import Parts, Replacement, call_reason, made_by_package, source_type
+from .replacement import Names, Parts, Replacement, call_reason, made_by_package, source_type
 
 LARGE = 16 << 20  # bytes of a hidden activation up to which it is left whole
+LARGE_OF_OURS = 64 << 20  # the same where it is our kernel's, which gets memory that was used before
 PART = 2 << 20  # bytes of a part of it, per thread
 ACTIVATIONS = (
     *(nn.GELU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid, nn.Tanh, nn.Sigmoid),
     *(nn.ELU, nn.CELU, nn.SELU, nn.LeakyReLU, nn.Softplus, nn.Hardtanh),
     *(timm.layers.GELU, timm.layers.GELUTanh, timm.layers.QuickGELU),
 )
-TOKENWISE = (nn.Linear, nn.Identity, nn.Dropout, nn.LayerNorm, timm.layers.LayerNorm, *ACTIVATIONS)
+TOKENWISE = (nn.Linear, OurLinear, nn.Identity, nn.Dropout, nn.LayerNorm, timm.layers.LayerNorm, *ACTIVATIONS)
 ACTIVATION_MODULE = "transformers.activations"  # Hugging Face's own: functions of single numbers
 
 
@@ -36,17 +41,24 @@ def is_tokenwise(layer: nn.Module) -> bool:
     return source_type(layer) in TOKENWISE or type(layer).__module__ == ACTIVATION_MODULE
 
 
+def is_plain_inference(layers: Sequence[nn.Module], x: Tensor) -> bool:
+    """Whether tokens x [..., C] may go through layers in parts: on a CPU, no gradient, tracer or random number."""
+    if torch.is_grad_enabled() or x.device.type != "cpu" or x.dim() < 2 or torch.compiler.is_compiling():
+        return False
+    if has_torch_function_unary(x) or transform_active() or torch.jit.is_tracing():
+        return False
+    # dropout draws its mask in the order of calls
+    return not any(isinstance(layer, nn.Dropout) and layer.training and layer.p > 0.0 for layer in layers)
+
+
 def tokens_at_a_time(layers: Sequence[nn.Module], x: Tensor) -> int | None:
     """How many of the tokens x [..., C] make a part for layers that they go through; None to leave them together."""
-    if torch.is_grad_enabled() or x.device.type != "cpu" or x.dim() < 2 or torch.compiler.is_compiling():
+    if not is_plain_inference(layers, x):
         return None
-    if has_torch_function_unary(x) or transform_active() or torch.jit.is_tracing():
-        return None
-    if any(isinstance(layer, nn.Dropout) and layer.training and layer.p > 0.0 for layer in layers):
-        return None  # it draws its mask in the order of calls
     width = max((layer.out_features for layer in layers if isinstance(layer, nn.Linear)), default=0)
     token = width * x.element_size()  # bytes
-    if x.numel() // max(x.shape[-1], 1) * token <= LARGE:
+    large = LARGE if library(x.dtype) in (None, ONEDNN) else LARGE_OF_OURS
+    if x.numel() // max(x.shape[-1], 1) * token <= large:
         return None
     return max(PART * torch.get_num_threads() // token, 1)
 
@@ -72,8 +84,38 @@ def visible_reason(layers: Iterable[tuple[str, nn.Module]]) -> str | None:
     return None
 
 
+def run_layers(layers: Sequence[nn.Module], x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Tokenwise layers in their order, and the residual: x [..., C], residual [..., out] -> [..., out]. GELU is part of
+    the product of the Linear before it, and so is the residual where a Linear is last."""
+    todo = [layer for layer in layers if not isinstance(layer, (nn.Identity, nn.Dropout))]
+    skip = False
+    for layer, following in pairwise([*todo, None]):
+        if skip:
+            skip = False
+        elif isinstance(layer, nn.Linear):
+            skip = is_exact_gelu(following)
+            added = residual if following is None else None
+            x = linear(x, layer.weight, layer.bias, "gelu" if skip else "none", added)
+        else:
+            x = layer(x)  # type: ignore[misc]
+    return x if residual is None or isinstance(todo[-1], nn.Linear) else residual + x
+
+
+def is_exact_gelu(layer: nn.Module | None) -> bool:
+    """Not one of its approximations."""
+    if type(layer).__module__ == ACTIVATION_MODULE:
+        return type(layer).__name__ == "GELUActivation" and getattr(layer, "act", None) is nn.functional.gelu
+    return source_type(layer) in (nn.GELU, timm.layers.GELU) and getattr(layer, "approximate", "none") == "none"
+
+
 class ChunkedMlp(Replacement):
     """``forward`` of the source on parts of the tokens."""
+
+    order: ClassVar[Names] = ()  # of the layers that its source calls one after the other, but for dropout
+
+    def _in_order(self: Any) -> list[nn.Module]:
+        """The layers that its source calls; none if it is not known how."""
+        return [self._modules[name] for name in self.order]
 
     @classmethod
     def bypassed_parts(cls) -> Parts:
@@ -95,6 +137,23 @@ class ChunkedMlp(Replacement):
         return visible_reason(module._modules.items())
 
     def forward(self, x: Tensor) -> Tensor:
-        run = super().forward  # type: ignore[misc]
-        tokens = tokens_at_a_time(list(self.children()), x)  # type: ignore[attr-defined]
-        return run(x) if tokens is None or not self.can_run() else run_in_parts(run, x, tokens)
+        return self._run(x, None)
+
+    def onto(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual + self(x)."""
+        return self._run(x, residual)
+
+    def _run(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        layers: list[nn.Module] = list(self.children())  # type: ignore[attr-defined]
+        run: Callable[[Tensor], Tensor] = super().forward  # type: ignore[misc]
+        if is_plain_inference(layers, x) and self.can_run():
+            in_order = self._in_order()
+            tokens = tokens_at_a_time(layers, x)
+            if in_order and library(x.dtype) is not None:
+                if tokens is None:
+                    return run_layers(in_order, x, residual)
+                run = partial(run_layers, in_order)
+            if tokens is not None:
+                run = partial(run_in_parts, run, tokens=tokens)
+        y = run(x)
+        return y if residual is None else residual + y

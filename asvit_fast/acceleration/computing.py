@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..ops.linear import linear
+from ..ops.packed_linear import library
 from ..ops.transforms import transform_active
 from ..ops.windows import merge_windows, window_padding
 
@@ -19,9 +20,9 @@ DROPOUT = "attention dropout has no kernel"
 
 
 def project(layer: Any, x: Tensor) -> Tensor:
-    """Apply a Linear layer to x [*, K]: [*, N]. Ours is faster in float32 on a CPU; elsewhere it is torch's, and so is
-    what it says of arguments that do not fit."""
-    if x.dtype != torch.float32 or x.device.type != "cpu":
+    """Apply a Linear layer to x [*, K]: [*, N]. Ours is faster on a CPU; elsewhere it is torch's, and so is what it
+    says of arguments that do not fit."""
+    if x.device.type != "cpu" or library(x.dtype) is None:
         return F.linear(x, layer.weight, layer.bias)
     return linear(x, layer.weight, layer.bias)
 

@@ -124,3 +124,4 @@ class FastMicrosoftMlp(ChunkedMlp, Structural):
     origin = "microsoft/Swin-Transformer models/swin_transformer.py: Mlp"
     structure: ClassVar[Structure] = {"": {"forward": ("b6bd3216a2413800",)}}
     reads = ("fc1", "act", "fc2", "drop")
+    order = ("fc1", "act", "fc2")

@@ -144,3 +144,5 @@ class FastSwinUNETRPatchMerging(ImageMerging, PatchMerging):
 
 class FastMonaiMLP(ChunkedMlp, MLPBlock):
     """The feed-forward network of MONAI's transformers."""
+
+    order = ("linear1", "fn", "linear2")

@@ -64,16 +64,18 @@ def _structures(file: str, *rows: tuple[str, str, str]) -> tuple[Family, ...]:
 
 
 ATTENTION = "window attention without copies of windows"
-PARTS = "inference on a CPU: tokens in parts that stay in the cache"
+PARTS = "inference on a CPU: GELU in the product, many tokens in parts that stay in the cache"
 MERGE = "neighbourhoods normalised and projected in one op"
 NO_MASK = "no mask is made"
-PRODUCT = "float32 on a CPU: products by oneDNN"
+PRODUCT = "on a CPU: packed weights, our kernel or oneDNN"
+SUMS = "inference on a CPU: sums in the products"
 EMBED = "convolution and LayerNorm in one op"
 SMALL = "below 1 percent of the network's time"
 CUT_ONCE = "windows are cut once for the whole network, with torch's fused attention inside"
 QUERY_BIAS = "its bias depends on the query (decomposed relative positions)"
 POST_NORM = "it normalises after the projection: nothing to fuse"
 FAMILIES: tuple[Family, ...] = (
+    Family("asvit_fast.models.asvit.Block", "asvit_block.FastBlock", SUMS),
     *_timm(
         "swin_transformer",
         ("SwinTransformerBlock", "timm_swin.FastSwinTransformerBlock", ATTENTION),

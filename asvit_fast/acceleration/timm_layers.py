@@ -50,3 +50,5 @@ class FastPatchEmbed(Embedding, PatchEmbed):
 
 class FastMlp(ChunkedMlp, Mlp):
     """The feed-forward network of most transformers."""
+
+    order = ("fc1", "act", "norm", "fc2")

@@ -15,7 +15,10 @@ from ..ops.windows import window_padding
 from .computing import attention_drops, drop_probability, padding_token, project, window_dropout
 from .merging import Merging
 from .replacement import DROP, LINEAR, SOFTMAX, Names, Parts, Replacement, bypass_reason
+from .residual import does, feed_forward_onto, joins, project_onto
 from .shifts import mask_reason, window_reason
+
+FORWARD = ("5464e5dc9c830e3d",)  # what the forward of a block does, where its sums may be made in products
 
 
 class ShiftedWindows(Replacement):
@@ -82,9 +85,20 @@ class FastSwinTransformerBlock(ShiftedWindows, SwinTransformerBlock):
         "attn.proj_drop": DROP,
     }
 
+    def forward(self, x: Tensor) -> Tensor:
+        attn: Any = self.attn
+        plain = joins(x, (self.drop_path1, self.drop_path2)) and drop_probability(attn.proj_drop) == 0.0
+        if not plain or not does(self.source, FORWARD) or not self.can_run_on(x):
+            return super().forward(x)
+        x = self._attend(self.norm1(x), x)
+        tokens = x.flatten(1, 2)  # [B, H*W, C]
+        return feed_forward_onto(self.mlp, self.norm2(tokens), tokens).view(x.shape)
+
     def _attn(self, x: Tensor) -> Tensor:
-        if not self.can_run_on(x):
-            return super()._attn(x)
+        return self._attend(x, None) if self.can_run_on(x) else super()._attn(x)
+
+    def _attend(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """Attention of a map [B, H, W, C], added to a residual of its shape."""
         attn: Any = self.attn
         window, shift = self.window_size, self.shift_size
         qkv = project(attn.qkv, x)  # [B, H, W, 3*heads*d]
@@ -95,6 +109,8 @@ class FastSwinTransformerBlock(ShiftedWindows, SwinTransformerBlock):
         x = window_attention(
             qkv, attn.num_heads, window, shift, bias, scale, 0.0, "timm", padding
         )  # [B, H, W, heads*d]
+        if residual is not None:
+            return project_onto(attn.proj, x, residual)
         return window_dropout(project(attn.proj, x), drop_probability(attn.proj_drop), window, shift)
 
 

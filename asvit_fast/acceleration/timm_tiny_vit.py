@@ -62,3 +62,5 @@ class FastTinyVitBlock(Replacement, TinyVitBlock):
 
 class FastNormMlp(ChunkedMlp, NormMlp):
     """Its feed-forward network."""
+
+    order = ("norm", "fc1", "act", "fc2")

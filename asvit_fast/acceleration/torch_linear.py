@@ -1,4 +1,4 @@
-"""Replacement for torch's Linear layers: float32 products on a CPU by oneDNN."""
+"""Replacement for torch's Linear layers on a CPU."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import torch.fx
 from torch import Tensor, nn
 
 from ..ops.linear import is_small, linear
+from ..ops.packed_linear import library
 from .replacement import Replacement, patch_reason
 
 torch.fx.wrap("linear")  # a graph of torch.fx calls it, too, and gets the same numbers
 
 
 class FastLinear(Replacement, nn.Linear):
-    """The same numbers, sooner, in float32 on a CPU; torch's own product otherwise."""
+    """The same numbers, sooner, on a CPU; torch's own product otherwise."""
 
     ops = ("linear",)
 
@@ -26,7 +27,7 @@ class FastLinear(Replacement, nn.Linear):
             return None
         if weight.layout != torch.strided:
             return f"its weight is {str(weight.layout).removeprefix('torch.')}"
-        if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        if weight.device.type != "cpu" or library(weight.dtype) is None:
             return f"on {weight.device.type} in {str(weight.dtype).removeprefix('torch.')} torch's product is as fast"
         return None
 

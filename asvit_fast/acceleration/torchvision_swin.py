@@ -126,3 +126,6 @@ class FastTorchvisionPatchMerging(Merging, PatchMerging):
 
 class FastTorchvisionMLP(ChunkedMlp, MLP):
     """Its feed-forward network."""
+
+    def _in_order(self) -> list[nn.Module]:
+        return list(self.children())

@@ -37,3 +37,5 @@ class FastFlorence2VisionWindowAttention(Replacement, Florence2VisionWindowAtten
 
 class FastFlorence2VisionMLP(ChunkedMlp, Florence2VisionMLP):
     """Its feed-forward network."""
+
+    order = ("fc1", "activation_fn", "fc2")

@@ -49,3 +49,5 @@ class FastHieraMaskUnitAttention(Replacement, HieraMaskUnitAttention):
 
 class FastHieraMlp(ChunkedMlp, HieraMlp):
     """Its feed-forward network."""
+
+    order = ("fc1", "activation_fn", "fc2")

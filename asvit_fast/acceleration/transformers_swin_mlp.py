@@ -9,3 +9,5 @@ from .chunked_mlp import ChunkedMlp
 
 class FastSwinMLP(ChunkedMlp, SwinMLP):
     """Its feed-forward network."""
+
+    order = ("fc1", "activation_fn", "fc2")

@@ -1,7 +1,8 @@
-"""A Linear layer on the CPU through oneDNN, which torch itself uses for 16-bit but not for float32 matrix products.
+"""A Linear layer on the CPU, with activation and residual in the product: by our kernel where that is fastest, else by
+oneDNN, which torch itself uses for 16-bit but not for float32 matrix products.
 
-torch multiplies float32 matrices with MKL, which leaves half of the vector units of AMD's processors idle; oneDNN,
-which every x86 build of torch contains, does not.
+torch multiplies float32 matrices with MKL, which leaves half of the vector units of AMD's newest processors idle;
+oneDNN, which every x86 build of torch contains, does not.
 """
 
 from __future__ import annotations
@@ -12,22 +13,33 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 from torch.overrides import has_torch_function
 
+from ..backends import forced_backend
 from ..errors import InputError
 from ..machine import mkl_is_narrow
 from .checks import check_device, check_tensor
-from .fused_op import FusedOp, Gradients, Operands, Result, Saved
+from .fused_op import FusedOp, Gradients, Operands, Result, Saved, outside_of_modes
+from .packed_linear import HALF, ONEDNN, library, product
 from .reference_gradients import gradients
-from .transforms import autocast_active
+from .transforms import autocast_active, autocast_dtype, transform_active
 
-SMALL = 10**7 if mkl_is_narrow() else 4 * 10**7  # multiply-adds below which calling an op of ours costs what it gains
+SMALL = 10**7 if mkl_is_narrow() else 4 * 10**7  # multiply-adds below which calling oneDNN costs what it gains
+SMALL_FOR_OURS = 2 * 10**6  # and our kernel
 
 
-def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
+def linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
     """``linear`` in torch's operations."""
     y = F.linear(x, weight, bias)  # [*, N]
-    return F.gelu(y) if activation == "gelu" else y
+    y = F.gelu(y) if activation == "gelu" else y
+    return y if residual is None else residual + y
 
 
 # --------------------------------------------------------------------------- fused op
@@ -44,75 +56,78 @@ NO_ACTIVATION, GELU = LinearConfig("none"), LinearConfig("gelu")
 
 
 def _reference(operands: Operands, config: LinearConfig) -> Tensor:
-    x, weight, bias = operands
-    return linear_reference(x, weight, bias, config.activation)
+    x, *others = operands
+    weight, bias, residual = (None if other is None else other.to(x.dtype) for other in others)
+    return linear_reference(x, weight, bias, config.activation, residual)
 
 
 def _fake(operands: Operands, config: LinearConfig) -> Result:
-    x, weight, _ = operands
+    x, weight, *_ = operands
     return x.new_empty(*x.shape[:-1], *weight.shape[:-1]), x.new_empty(0)
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
-    """x [rows, K], weight [N, K], both of any strides -> [rows, N]."""
-    bias = None if bias is None else bias.contiguous()  # whose stride oneDNN does not look at
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none" if activation == "gelu" else "")
+def _cpu(operands: Operands, config: LinearConfig) -> Result:
+    x, weight, bias, residual = operands
+    return product(x, weight, bias, config.activation, residual, keep=not torch.is_grad_enabled()), x.new_empty(0)
 
 
-def _onednn(operands: Operands, config: LinearConfig) -> Result:
-    x, weight, bias = operands
-    rows = _product(x.reshape(-1, x.shape[-1]), weight, bias, config.activation)  # [rows, N]
-    return rows.reshape(*x.shape[:-1], weight.shape[0]), x.new_empty(0)
-
-
-def _onednn_backward(
+def _cpu_backward(
     gradient: Tensor, operands: Operands, config: LinearConfig, result: Saved, needs_grad: list[bool]
 ) -> Gradients:
-    x, weight, _ = operands
+    x, weight, *_ = operands
     if config.activation != "none":  # never from `linear`, which applies it apart from the product then
         return gradients(lambda tensors: _reference(tensors, config), gradient, operands)
     rows, grad_rows = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, weight.shape[0])  # [rows, K], [rows, N]
-    grad_x = _product(grad_rows, weight.t()).reshape(x.shape) if needs_grad[0] else None
+    grad_x = product(gradient, weight.t()) if needs_grad[0] else None
     grad_weight = _weight_gradient(grad_rows, rows) if needs_grad[1] else None
-    return grad_x, grad_weight, grad_rows.sum(0) if needs_grad[2] else None
+    grad_bias = grad_rows.sum(0) if needs_grad[2] else None
+    return grad_x, grad_weight, grad_bias, gradient.clone() if needs_grad[3] else None
 
 
 def _weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     """gradient^T x [N, K]. oneDNN transposes a copy of each first, so it has to be much faster. It is up to three times
     faster when the shorter side of the result comes first; with few rows that is less than what transposing the result
     costs."""
+    if library(x.dtype) != ONEDNN and x.dtype in HALF:  # which this processor has no products of
+        return (gradient.float().t() @ x.float()).to(x.dtype)
     if not mkl_is_narrow():
         return gradient.t() @ x
     rows, outputs = gradient.shape
     if outputs <= x.shape[1] or rows < 4 * outputs:
-        return _product(gradient.t(), x.t())
-    return _product(x.t(), gradient.t()).t()
+        return _onednn(gradient.t(), x.t())
+    return _onednn(x.t(), gradient.t()).t()
+
+
+def _onednn(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 def is_small(x: Tensor, weight: Tensor) -> bool:
     """Whether torch's own function is at least as fast on x [*, K] and weight [N, K]."""
-    return x.numel() * weight.shape[0] < SMALL
+    return x.numel() * weight.shape[0] < (SMALL if library(x.dtype) == ONEDNN else SMALL_FOR_OURS)
 
 
-def _onednn_cannot(operands: Operands, config: LinearConfig) -> str | None:
-    x, weight, bias = operands
-    if x.dtype != torch.float32 or autocast_active("cpu"):
-        return "it is for float32; in other types torch chooses the library itself"
+def _cpu_cannot(operands: Operands, config: LinearConfig) -> str | None:
+    x, weight, bias, residual = operands
+    if autocast_active("cpu") or library(x.dtype) is None:
+        return f"in {str(x.dtype).removeprefix('torch.')} torch chooses the library itself"
     if weight.dim() != 2 or x.dim() < 2 or (bias is not None and bias.shape != weight.shape[:1]):
         return "it takes x [*, K], weight [N, K] and bias [N]"
+    if residual is not None and residual.shape != (*x.shape[:-1], weight.shape[0]):
+        return "it takes a residual of the output's shape"
     return "the product is small" if is_small(x, weight) else None
 
 
 LINEAR = FusedOp(
     "linear",
-    "x, weight, bias?",
+    "x, weight, bias?, residual?",
     LinearConfig,
     reference=_reference,
     fake=_fake,
-    forward={"cpu": _onednn} if torch.backends.mkldnn.is_available() else {},
-    backward={"cpu": _onednn_backward},
-    can_run={"cpu": _onednn_cannot},
-    unread=("bias",),
+    forward={"cpu": _cpu} if torch.backends.mkldnn.is_available() else {},
+    backward={"cpu": _cpu_backward},
+    can_run={"cpu": _cpu_cannot},
+    unread=("bias", "residual"),
     of_torch=True,
 )
 
@@ -130,17 +145,20 @@ def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
     return len(shape) <= len(to) and all(side in (1, other) for side, other in sides)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> None:
     """InputError where torch would not compute anything."""
     if activation not in ("none", "gelu"):
         raise InputError(f"linear: activation must be none or gelu, got '{activation}'")
     if x.dim() == 0 or weight.dim() not in (1, 2) or x.shape[-1] != weight.shape[-1]:
         raise InputError(f"linear: x must be [*, K] and weight [N, K], got {list(x.shape)} and {list(weight.shape)}")
     outputs = weight.shape[:-1]  # [N], or none
-    if bias is not None and bias.shape != outputs and not _broadcasts(bias.shape, (*x.shape[:-1], *outputs)):
+    result = (*x.shape[:-1], *outputs)
+    if bias is not None and bias.shape != outputs and not _broadcasts(bias.shape, result):
         raise InputError(f"linear: bias must be {list(outputs)}, got {list(bias.shape)}")
+    if residual is not None and residual.shape != result:
+        raise InputError(f"linear: residual must be {list(result)}, got {list(residual.shape)}")
     autocast = autocast_active(x.device.type)
-    for name, operand in (("weight", weight), ("bias", bias)):
+    for name, operand in (("weight", weight), ("bias", bias), ("residual", residual)):
         if operand is None:
             continue
         check_device("linear", name, operand, x)
@@ -148,29 +166,72 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> N
             raise InputError(f"linear: {name} must be {x.dtype} as x is, got {operand.dtype}")
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
-    """x @ weight.T + bias, then GELU if asked for: x [*, K], weight [N, K], bias [N] -> [*, N].
+def _is_inference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
+    """Whether it is a product for a library, and nothing looks at the call: by fewer questions than an op asks, which
+    of small batches take as long as products."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor:
+        return False
+    if x.device.type != "cpu" or type(weight) is not Parameter or not _fits(x, weight, bias, residual):
+        return False
+    if transform_active() or torch.is_autocast_enabled("cpu") or forced_backend() is not None:
+        return False
+    return library(x.dtype) is not None and not is_small(x, weight) and outside_of_modes((x, weight, bias, residual))
 
-    As ``torch.nn.functional.linear`` in every respect but speed: on the CPU large float32 products run through oneDNN,
-    forward and backward; everything else is torch's own function.
+
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
+    """Whether shapes and dtypes are those of a product x [*, K], weight [N, K], bias [N], residual [*, N]."""
+    if weight.dim() != 2 or x.dim() < 2 or x.dtype != weight.dtype or x.shape[-1] != weight.shape[1] or x.numel() == 0:
+        return False
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
+        return False
+    return residual is None or (residual.shape == (*x.shape[:-1], weight.shape[0]) and residual.dtype == x.dtype)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """residual + activation(x @ weight.T + bias): x [*, K], weight [N, K], bias [N], residual [*, N] -> [*, N].
+
+    As ``torch.nn.functional.linear`` in every respect but speed: on the CPU large products run through our kernel or
+    oneDNN, forward and backward; everything else is torch's own function. In inference the weight of a parameter is
+    packed once, and again when it has changed: by its version, its address, and some of its numbers.
 
     Args:
         x: [*, K].
         weight: [N, K]; bias: [N] or None.
         activation: "none" or "gelu" (exact); fused into the product where no gradient is recorded.
+        residual: [*, N], added in the product, or None.
 
     Raises:
         InputError: shapes, dtypes or devices that do not fit, or an unknown activation, naming the value.
     """
-    operands = (x, weight, bias)
+    if _is_inference(x, weight, bias, residual) and activation in ("none", "gelu"):
+        return product(x, weight, bias, activation, residual, keep=True)
+    operands = (x, weight, bias, residual)
     if has_torch_function(operands):
-        return linear_reference(x, weight, bias, activation)
+        return linear_reference(x, weight, bias, activation, residual)
     check_tensor("linear", "x", x)
     check_tensor("linear", "weight", weight)
     if not (_is_dense(x) and _is_dense(weight)):
-        return linear_reference(x, weight, bias, activation)
-    _check(x, weight, bias, activation)
-    if activation == "none":
-        return LINEAR(operands, NO_ACTIVATION)
-    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
-    return F.gelu(LINEAR(operands, NO_ACTIVATION)) if recorded else LINEAR(operands, GELU)
+        return linear_reference(x, weight, bias, activation, residual)
+    _check(x, weight, bias, activation, residual)
+    dtype = autocast_dtype("cpu") if x.device.type == "cpu" else None
+    if dtype is not None and x.dtype != torch.float64 and library(dtype) not in (None, ONEDNN):
+        with torch.autocast("cpu", enabled=False):  # torch's product in that type is slow
+            y = _linear(x.to(dtype), weight, bias, activation, None)
+        return y if residual is None else residual + y
+    return _linear(x, weight, bias, activation, residual)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
+    """Where a gradient is recorded, activation and residual are torch's."""
+    operands = (x, weight, bias, residual)
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)):
+        return LINEAR(operands, GELU if activation == "gelu" else NO_ACTIVATION)
+    y = LINEAR((x, weight, bias, None), NO_ACTIVATION)
+    y = F.gelu(y) if activation == "gelu" else y
+    return y if residual is None else residual + y

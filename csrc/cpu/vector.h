@@ -57,7 +57,7 @@ inline void store(T* to, Vector<T> x) {
 
 template <typename T>
 inline Vector<T> broadcast(T x) {
-  return Vector<T>{} + x;
+  return x - Vector<T>{};  // x - 0 is x, also of -0: no addition is left of it, as it would be of 0 + x
 }
 
 // Keeps NaN.

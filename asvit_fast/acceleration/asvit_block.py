@@ -1,0 +1,40 @@
+"""Replacement for the blocks of our own network: in inference on a CPU their sums are made in the products before
+them."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..models.asvit import Block
+from ..nn import Linear, WindowAttention
+from ..nn.attention import split_attention
+from .computing import drop_probability
+from .replacement import DROP, Names, Parts, Replacement
+from .residual import feed_forward_onto, joins, project_onto
+
+
+class FastBlock(Replacement, Block):
+    """[B, H, W, dim] -> [B, H, W, dim]."""
+
+    ops = ("window_attention", "linear")
+    reads: ClassVar[Names] = ("attn.num_heads", "attn.splits", "attn.window", "attn.attn_scale")
+    parts: ClassVar[Parts] = {
+        "attn": (WindowAttention,),
+        "attn.qkv": (Linear,),
+        "attn.proj": (Linear,),
+        "attn.feat_scale": (nn.Identity,),
+        "attn.proj_drop": DROP,
+    }
+
+    def forward(self, x: Tensor) -> Tensor:
+        attn: Any = self.attn
+        plain = joins(x, (self.drop_path1, self.drop_path2)) and drop_probability(attn.proj_drop) == 0.0
+        if not plain or attn.training or not self.can_run():
+            return super().forward(x)
+        y = self.norm1(x)
+        qkv = attn.qkv(y)  # [B, H, W, 3*heads*head_dim]
+        y = split_attention(qkv, attn.num_heads, attn.splits, attn.window, 0.0, attn.attn_scale)
+        x = project_onto(attn.proj, y, x)
+        return feed_forward_onto(self.mlp, self.norm2(x), x)

@@ -1,0 +1,50 @@
+"""Blocks x + Attention(norm(x)), then x + Mlp(norm(x)), in inference on a CPU: both sums are made in the product before
+them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
+
+from ..ops.linear import linear
+from ..ops.packed_linear import library
+from .chunked_mlp import ChunkedMlp, is_plain_inference
+from .replacement import call_reason
+from .syntax import method_digest
+
+
+def _is_active(path: nn.Module) -> bool:
+    """Whether stochastic depth, or what stands for it, does anything, or somebody sees its calls."""
+    known = isinstance(path, nn.Identity) or (isinstance(path, (DropPath, StochasticDepth)) and not path.training)
+    return not known or call_reason(path) is not None
+
+
+@functools.cache
+def does(block: type[nn.Module], known: tuple[str, ...]) -> bool:
+    """Whether the forward of a class of blocks is one of those with these digests."""
+    return method_digest(block, "forward") in known
+
+
+def joins(x: Tensor, paths: Iterable[nn.Module]) -> bool:
+    """Whether sums of a map x may be made in products: nothing stands between, and nobody would see it."""
+    if not is_plain_inference((), x) or torch.is_autocast_enabled("cpu") or library(x.dtype) is None:
+        return False
+    return not any(map(_is_active, paths))
+
+
+def project_onto(layer: Any, x: Tensor, residual: Tensor) -> Tensor:
+    """residual + layer(x), of a Linear layer: x [*, K], residual [*, N] -> [*, N]."""
+    return linear(x, layer.weight, layer.bias, "none", residual)
+
+
+def feed_forward_onto(mlp: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
+    """residual + mlp(x) of tokens x [..., C], residual [..., out]."""
+    if isinstance(mlp, ChunkedMlp) and call_reason(mlp) is None:
+        return mlp.onto(x, residual)
+    return residual + mlp(x)

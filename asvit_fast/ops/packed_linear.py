@@ -1,0 +1,118 @@
+"""Products of Linear layers on the CPU by our kernel or oneDNN's, with weights that are packed once for inference.
+
+A library packs the weight of every product into the order that its innermost loop reads. Of a few rows, as the late
+stages of a network have them, that takes as long as the product.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import _extension
+
+ONEDNN = "onednn"
+HALF = (torch.bfloat16, torch.float16)
+
+
+@torch.compiler.assume_constant_result  # the question to the extension would break the graph
+def library(dtype: torch.dtype) -> str | None:
+    """What multiplies on this processor: an instruction set of our kernel, oneDNN, or None for what torch chooses.
+
+    Ours was measured with AVX2, where it is as fast as MKL or faster, and where torch's products in 16 bits take ten
+    times as long as those in float32.
+    """
+    extension = _extension.extension()
+    return None if extension is None else _library(extension.get_isa(), dtype)
+
+
+@functools.cache
+def _library(isa: str, dtype: torch.dtype) -> str | None:
+    if isa == "avx2" and dtype in (torch.float32, *HALF):
+        return isa
+    if not torch.backends.mkldnn.is_available():
+        return None
+    if dtype == torch.bfloat16:
+        return ONEDNN if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
+    if dtype == torch.float16:
+        return ONEDNN if torch.ops.mkldnn._is_mkldnn_fp16_supported() else None
+    return ONEDNN if dtype == torch.float32 else None
+
+
+def product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    keep: bool = False,
+) -> Tensor:
+    """activation(x @ weight.T + bias) + residual, by the library for their dtype -> [*, N].
+
+    Args:
+        x: [*, K], weight [N, K], of any strides, bias [N], residual [*, N]: rounded to x's dtype.
+        activation: "none" or "gelu".
+        keep: the packed weight, for later products.
+    """
+    name = library(x.dtype)
+    assert name is not None
+    if name != ONEDNN:
+        matrix = _packed(weight, name, x.dtype) if keep else _pack(weight, name, x.dtype)
+        return torch.ops.asvit_fast_C.linear(x, matrix, weight.shape[0], bias, residual, activation)
+    bias = None if bias is None else bias.to(x.dtype).contiguous()  # whose stride oneDNN does not look at
+    matrix = _packed(weight, name, x.dtype) if keep else weight.to(x.dtype)
+    multiply = torch.ops.mkldnn._linear_pointwise
+    if activation == "gelu":  # on numbers that are in the cache still, torch's is faster than oneDNN's
+        y = F.gelu(multiply(x, matrix, bias, "none", [], ""))
+        return y if residual is None else y.add_(residual)
+    if residual is None:
+        return multiply(x, matrix, bias, "none", [], "")
+    return multiply.binary(x, residual.contiguous(), matrix, bias, "add")
+
+
+# --------------------------------------------------------------------------- packed weights
+
+
+class _Kept:
+    """A packed weight."""
+
+    __slots__ = ("by", "reference", "state", "tensor")
+
+    def __init__(self, weight: Tensor) -> None:
+        identity = id(weight)
+        self.reference = weakref.ref(weight, lambda _: _kept.pop(identity, None))
+        size = torch.ops.asvit_fast_C.weight_state_size(weight)
+        self.state = torch.zeros(size, dtype=torch.int64)  # what the weight is known by; no weight has the address 0
+        self.tensor: Tensor = weight
+        self.by: tuple[str, torch.dtype] | None = None  # who packed it, and the type that its numbers were rounded to
+
+
+_kept: dict[int, _Kept] = {}  # by the identity of the weight, for as long as it lives
+
+
+def _pack(weight: Tensor, library: str, dtype: torch.dtype) -> Tensor:
+    if library == ONEDNN:
+        return torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype))
+    return torch.ops.asvit_fast_C.linear_pack(weight.to(dtype))
+
+
+def _packed(weight: Tensor, library: str, dtype: torch.dtype) -> Tensor:
+    """Of a parameter, kept as long as it lives, and packed again when it has changed; of any other tensor for this
+    product alone."""
+    if type(weight) is not nn.Parameter or weight.is_inference() or not weight.is_contiguous():
+        return weight.to(dtype) if library == ONEDNN else _pack(weight, library, dtype)
+    kept = _kept.get(id(weight))
+    if kept is None or kept.reference() is not weight:
+        kept = _kept[id(weight)] = _Kept(weight)
+    if torch.ops.asvit_fast_C.weight_changed(weight, kept.state) or kept.by != (library, dtype):
+        kept.tensor, kept.by = _pack(weight.detach(), library, dtype), (library, dtype)
+    return kept.tensor
+
+
+def packed_bytes() -> int:
+    """Of all packed weights that are kept."""
+    return sum(kept.tensor.nbytes for kept in _kept.values())

@@ -1,0 +1,66 @@
+// Products of large matrices on the CPU: Linear layers, y = f(x W^T + b) + residual. No torch header.
+//
+// The right matrix of a product is packed: in blocks of its depth, and these in panels of a few vectors of columns, so
+// that what the innermost loop reads lies in one piece that the first cache holds. The sum of an element is over one
+// block after the other, whatever the tile: no result depends on the number of threads.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/for_each_isa.h"
+
+namespace asvit_fast {
+
+// Numbers of a packed matrix [depth, columns] for one instruction set.
+struct Panels {
+  int64_t lanes, width;  // columns of a vector, and of a panel; the last one may have fewer vectors
+
+  static constexpr int64_t kDepth = 256;  // of a block at most
+
+  int64_t count(int64_t columns) const { return (columns + width - 1) / width; }
+  int64_t padded(int64_t columns) const { return (columns + lanes - 1) / lanes * lanes; }
+  static int64_t blocks(int64_t depth) { return (depth + kDepth - 1) / kDepth; }
+  static int64_t begin(int64_t depth, int64_t block) { return depth * block / blocks(depth); }
+};
+
+// What a layer does with its sums before the residual is added.
+enum class Activation { none, gelu };
+
+// A matrix that may lie in any order.
+template <typename T>
+struct Matrix {
+  const T* data;
+  int64_t row, column;  // distances of neighbours, in elements
+
+  const T* at(int64_t i, int64_t j) const { return data + i * row + j * column; }
+};
+
+template <typename T>
+struct Linear {
+  Matrix<T> x;  // [rows, depth]
+  int64_t depth, columns;
+  const T* panels;    // of [depth, columns]
+  const T* bias;      // [columns] or null
+  const T* residual;  // [rows, columns], contiguous, or null
+  Activation activation;
+  T* y;  // [rows, columns], contiguous
+};
+
+// Ranges of rows and of panels.
+struct Tile {
+  int64_t row, end_row, panel, end_panel;
+};
+
+constexpr int64_t kTileRows = 384;  // of a Linear's tile, at most
+
+// find_panels: how the instruction set packs.
+//
+// pack_panels: the columns of panels `first` <= i < `last` of a matrix [depth, columns].
+//
+// linear_tile: `scratch` has kTileRows + 1 rows of a panel.
+ASVIT_FAST_FOR_EACH_ISA(find_panels, T, Panels* panels)
+ASVIT_FAST_FOR_EACH_ISA(pack_panels, const Matrix<T>& matrix, int64_t depth, int64_t columns, int64_t first,
+                        int64_t last, T* packed)
+ASVIT_FAST_FOR_EACH_ISA(linear_tile, const Linear<T>& problem, const Tile& tile, T* scratch)
+
+}  // namespace asvit_fast

@@ -8,6 +8,7 @@ from .backends import use_backend
 from .bench import BenchRow, benchmark
 from .environment import show_config
 from .errors import InputError
+from .malloc import tune_allocator
 from .models import AsViT, convert_asvit_state_dict, create_model
 from .scoring import (
     curvature,
@@ -61,6 +62,7 @@ __all__ = [
     "taylor",
     "train",
     "training",
+    "tune_allocator",
     "use_backend",
     "verify",
 ]

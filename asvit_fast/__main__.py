@@ -9,10 +9,10 @@ def main() -> int:
     """Run the command line; also while it is still being loaded, Ctrl-C ends it without a traceback."""
     try:
         from .cli import main
-        from .malloc import disable_malloc_trim
+        from .malloc import tune_allocator
 
         if sys.argv[1:2] != ["bench"]:  # it measures what other programs would
-            disable_malloc_trim()
+            tune_allocator()
         return main()
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

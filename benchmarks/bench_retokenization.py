@@ -26,7 +26,7 @@ import asvit_fast as af
 from asvit_fast import backends
 from asvit_fast.bench.timer import machine, print_header
 from asvit_fast.files import write_atomic
-from asvit_fast.malloc import disable_malloc_trim
+from asvit_fast.malloc import tune_allocator
 from asvit_fast.recipe import Recipe
 from asvit_fast.training.rng import random_state, set_random_state
 from asvit_fast.training.train import Trainer
@@ -199,7 +199,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    disable_malloc_trim()  # as `asvit-fast train` does
+    tune_allocator()  # as `asvit-fast train` does
     device = backends.resolve_device(arguments.device)
     here = machine(device)
     columns = [*(column.name for column in fields(RetokenizationRow)), *here]

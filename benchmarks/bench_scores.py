@@ -51,7 +51,7 @@ import asvit_fast as af
 from asvit_fast import backends
 from asvit_fast.bench.peers import attention_sdpa
 from asvit_fast.bench.timer import Timing, print_header, save_rows
-from asvit_fast.malloc import disable_malloc_trim
+from asvit_fast.malloc import tune_allocator
 from asvit_fast.scoring import ScoreSettings, score_repeat
 from asvit_fast.scoring.draws import WEIGHTS, stream
 from asvit_fast.topology import Topology
@@ -336,7 +336,7 @@ def main() -> None:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32 for everybody
-    if arguments.keep_freed_memory and not disable_malloc_trim():
+    if arguments.keep_freed_memory and not tune_allocator():
         raise SystemExit("--keep-freed-memory needs glibc")
     device = backends.resolve_device(arguments.device)
     settings = Settings(

@@ -5,6 +5,7 @@
 
 #include "cpu/dispatch.h"
 #include "memory_pool.h"
+#include "products.h"
 #include "window_attention_taylor.h"
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
@@ -20,6 +21,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("get_isa", &asvit_fast::get_isa, "The one that kernels run with");
   module.def("set_isa", &asvit_fast::set_isa, pybind11::arg("name"),
              "Choose another one (ValueError if it cannot run)");
+  module.def("prefers_own_products", &asvit_fast::prefers_own_products,
+             "Whether Linear layers run through the kernel of this package with the present instruction set");
   module.def("memory_limit", &asvit_fast::pool_limit, "Bytes of freed tensors that are kept for later ones at most");
   module.def("set_memory_limit", &asvit_fast::set_pool_limit, pybind11::arg("bytes"), "Change that, and free the rest");
   module.def("memory_kept", &asvit_fast::pool_size, "Bytes of freed tensors that are kept now");

@@ -1,4 +1,5 @@
-// asvit_fast_C::linear, linear_pack and weight_changed: schemas, checks, allocation and threads. The arithmetic is in cpu/.
+// asvit_fast_C::linear, linear_pack and weight_changed: schemas, checks, allocation and threads. The arithmetic is in
+// cpu/.
 #include "linear.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -8,6 +9,7 @@
 #include <string_view>
 #include <vector>
 
+#include "products.h"
 #include "tensor_utils.h"
 
 namespace asvit_fast {
@@ -156,7 +158,8 @@ at::Tensor linear_cpu(const at::Tensor& x, const at::Tensor& packed, int64_t out
   return y;
 }
 
-// ----------------------------------------------------------------------------------------- whether a weight has changed
+// ----------------------------------------------------------------------------------------- whether a weight has
+// changed
 
 // Distance of the numbers of a contiguous weight that are looked at: they lie in as many rows and columns as may be.
 int64_t sample_distance(const at::Tensor& weight) {
@@ -208,10 +211,17 @@ bool weight_changed_cpu(const at::Tensor& weight, const at::Tensor& state) {
 
 }  // namespace
 
+at::Tensor pack_weight(const at::Tensor& weight) { return linear_pack_cpu(weight); }
+
+at::Tensor multiply_packed(const at::Tensor& x, const at::Tensor& packed, int64_t outputs, const at::Tensor& bias) {
+  const at::Tensor y = new_empty({x.size(0), outputs}, x.options());
+  if (y.numel() > 0) multiply(make_problem(x, {packed, bias, Activation::none}, {}, y), x.size(0));
+  return y;
+}
+
 TORCH_LIBRARY_FRAGMENT(asvit_fast_C, library) {
   library.def("linear_pack(Tensor weight) -> Tensor");
-  library.def(
-      "linear(Tensor x, Tensor packed, int outputs, Tensor? bias, Tensor? residual, str activation) -> Tensor");
+  library.def("linear(Tensor x, Tensor packed, int outputs, Tensor? bias, Tensor? residual, str activation) -> Tensor");
   library.def("weight_changed(Tensor weight, Tensor(a!) state) -> bool");
   library.def("weight_state_size(Tensor weight) -> int");
 }

@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <limits>
 #include <map>
 #include <mutex>
@@ -18,7 +19,8 @@ namespace {
 
 constexpr size_t kSmallest = size_t(1) << 20;  // below, the C library keeps memory itself
 constexpr size_t kHugePage = size_t(2) << 20;
-constexpr int64_t kShare = 16;  // of the machine's memory that is kept: a sixteenth
+constexpr const char* kShareVariable = "ASVIT_FAST_MEMORY_SHARE";  // 4: a fourth of the machine's memory is kept
+constexpr int64_t kShare = 16;                                     // without it
 
 struct Block {
   void* memory;
@@ -53,8 +55,10 @@ void* map_memory(size_t size) {
 }
 
 int64_t share_of_memory() {
+  const char* const given = std::getenv(kShareVariable);
+  const int64_t share = std::max<int64_t>(given ? std::atoll(given) : kShare, 1);
   const int64_t pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGESIZE);
-  return pages > 0 && page > 0 ? pages / kShare * page : int64_t(1) << 28;
+  return pages > 0 && page > 0 ? pages / share * page : int64_t(1) << 28;
 }
 
 class Pool final : public c10::Allocator {
@@ -109,8 +113,7 @@ class Pool final : public c10::Allocator {
 
   static void give_back(void* context) {
     auto* const block = static_cast<Block*>(context);
-    c10::reportMemoryUsageToProfiler(block->memory, -static_cast<int64_t>(block->size), 0, 0,
-                                     c10::Device(c10::kCPU));
+    c10::reportMemoryUsageToProfiler(block->memory, -static_cast<int64_t>(block->size), 0, 0, c10::Device(c10::kCPU));
     Pool& pool = instance();
     const std::lock_guard<std::mutex> lock(pool.mutex_);
     pool.free_.emplace(block->size, block->memory);
@@ -140,11 +143,10 @@ at::Tensor new_empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
   const int64_t count = c10::multiply_integers(sizes);
   const auto type = c10::typeMetaToScalarType(options.dtype());
   if (static_cast<size_t>(count) * c10::elementSize(type) < kSmallest) return at::empty(sizes, options);
-  at::Tensor tensor = at::detail::empty_generic(sizes, &Pool::instance(),
-                                                c10::DispatchKeySet(c10::DispatchKey::CPU), type, std::nullopt);
+  at::Tensor tensor = at::detail::empty_generic(sizes, &Pool::instance(), c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                                type, std::nullopt);
   const at::Context& context = at::globalContext();
-  if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory() &&
-      at::isFloatingType(type))
+  if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory() && at::isFloatingType(type))
     tensor.fill_(std::numeric_limits<double>::quiet_NaN());
   return tensor;
 }

@@ -14,7 +14,7 @@
 #include <tuple>
 #include <vector>
 
-#include "matmul.h"
+#include "products.h"
 #include "tensor_utils.h"
 
 namespace asvit_fast {
@@ -165,13 +165,13 @@ std::tuple<at::Tensor, at::Tensor> patch_merge_cpu(const at::Tensor& x, const at
     with_compute_type(kOp, merge.compute_type, [&](auto zero) {
       using T = decltype(zero);
       const auto problem = make_problem<T>(merge, statistics, false);
+      const SharedLinear layer(merge.weight, offset);
       at::parallel_for(0, merge.blocks(), 1, [&](int64_t begin, int64_t end) {
         const at::AutoDispatchBelowADInplaceOrView guard;  // a guard of the calling thread does not hold in others
         const at::Tensor buffer = merge.buffer();
         for (int64_t i = begin; i < end; ++i) {
           const Block block = merge.block(i);
-          const at::Tensor rows = normalised_rows<T>(merge, block, problem, buffer).to(weight.scalar_type());
-          merge.part(output, block).copy_(linear(rows, merge.weight, offset));
+          merge.part(output, block).copy_(layer(normalised_rows<T>(merge, block, problem, buffer)));
         }
       });
     });
@@ -183,7 +183,7 @@ template <typename T>
 at::Tensor input_gradient(const Merge& merge, const PatchMerge<T>& problem, const at::Tensor& gradient) {
   const at::Tensor grad_x = new_empty(merge.x.sizes(), merge.options()).zero_();
   const int64_t features = merge.map.features(), columns = merge.map.out_width;
-  const at::Tensor transposed = merge.weight.t();  // [features, outputs]
+  const SharedLinear layer(merge.weight.t(), {});  // [features, outputs]
   for (int64_t parity = 0; parity < 2; ++parity)
     at::parallel_for(0, (merge.blocks() + 1 - parity) / 2, 1, [&](int64_t begin, int64_t end) {
       const at::AutoDispatchBelowADInplaceOrView guard;  // a guard of the calling thread does not hold in others
@@ -193,7 +193,7 @@ at::Tensor input_gradient(const Merge& merge, const PatchMerge<T>& problem, cons
         const Block block = merge.block(2 * i + parity);
         const at::Tensor rows = normalised_rows<T>(merge, block, problem, buffer);
         const at::Tensor grad_rows =
-            linear(merge.part(gradient, block), transposed).to(merge.compute_type).contiguous();
+            layer(merge.part(gradient, block).to(merge.compute_type)).to(merge.compute_type).contiguous();
         ASVIT_FAST_SELECT(patch_merge_gradient<T>)(problem, block.begin * columns, block.end * columns,
                                                    rows.const_data_ptr<T>(), grad_rows.const_data_ptr<T>(),
                                                    workspace.mutable_data_ptr<T>(), grad_x.mutable_data_ptr<T>());

@@ -105,7 +105,13 @@ def torchvision_model(version: int, window: int) -> nn.Module:
 V2_SIDE = 44 if tuple(int(part) for part in timm.__version__.split(".")[:3]) >= (1, 0, 31) else 32
 FIRST = {"FastSwinTransformerBlock", "FastMlp", "FastPatchEmbed", "FastLinear"}
 VIDEO = {"FastShiftedWindowAttention3d", "FastTorchvisionPatchMerging", "FastTorchvisionMLP"}
+
+
 # name: model, sides of the image or video, classes that have to be there afterwards
+def as_vit_model() -> nn.Module:
+    return af.create_model("4,2,2,2|2,1,2|2,1,2|2,1,2|8", img_size=64, num_classes=3)
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], int | tuple[int, ...], set[str]]] = {
     "swin": (lambda: swin(56), 56, FIRST),
     "swin padded": (lambda: swin(44, window_size=4), 44, {"FastSwinTransformerBlock", "FastPatchMerging"}),
@@ -136,6 +142,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int | tuple[int, ...], set[str]
     "twins padded": (lambda: twins_model(40), 40, {"FastLocallyGroupedAttn"}),
     "nest": (nest_model, 64, {"FastNestAttention"}),
     "pvt_v2": (pvt_model, 40, {"FastOverlapPatchEmbed"}),
+    "as-vit": (as_vit_model, 64, {"FastBlock"}),
     "torchvision": (
         lambda: torchvision_model(1, 4),
         32,
@@ -206,6 +213,7 @@ def test_patches_of_other_sizes_are_refused_as_before():
 def test_mlp_in_parts(name, monkeypatch):
     mlp = importlib.import_module("asvit_fast.acceleration.chunked_mlp")
     monkeypatch.setattr(mlp, "LARGE", 0)
+    monkeypatch.setattr(mlp, "LARGE_OF_OURS", 0)
     monkeypatch.setattr(mlp, "PART", 5000)
     make, size, _ = MODELS[name]
     model = prepared(make).eval()
@@ -223,6 +231,7 @@ def test_mlp_in_parts(name, monkeypatch):
 def test_mlp_stays_whole_where_parts_would_change_or_cost_something(monkeypatch):
     mlp = importlib.import_module("asvit_fast.acceleration.chunked_mlp")
     monkeypatch.setattr(mlp, "LARGE", 0)
+    monkeypatch.setattr(mlp, "LARGE_OF_OURS", 0)
     module = timm.layers.Mlp(8, 16, drop=0.5)
     layers = list(module.children())
     x = torch.randn(3, 5, 8)
@@ -232,6 +241,7 @@ def test_mlp_stays_whole_where_parts_would_change_or_cost_something(monkeypatch)
         module.eval()
         assert mlp.tokens_at_a_time(layers, x) is not None
         monkeypatch.setattr(mlp, "LARGE", 1 << 30)
+        monkeypatch.setattr(mlp, "LARGE_OF_OURS", 1 << 30)
         assert mlp.tokens_at_a_time(layers, x) is None
 
 

@@ -314,6 +314,7 @@ def test_compiled() -> None:
 def test_feed_forward_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mlp = importlib.import_module("asvit_fast.acceleration.chunked_mlp")
     monkeypatch.setattr(mlp, "LARGE", 0)
+    monkeypatch.setattr(mlp, "LARGE_OF_OURS", 0)
     monkeypatch.setattr(mlp, "PART", 5000)
     make, shape, _ = MODELS[name]
     model = prepared(make).eval()
@@ -325,5 +326,7 @@ def test_feed_forward_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> No
         activation = next(m for m in model.modules() if type(m).__module__ == "transformers.activations")
         source = activation.forward
         monkeypatch.setattr(type(activation), "forward", lambda self, x: calls.append(1) or source(x))
+        linear = mlp.linear  # whose products have the activation inside
+        monkeypatch.setattr(mlp, "linear", lambda *arguments: calls.append(1) or linear(*arguments))
         torch.testing.assert_close(model(x)[0], expected, rtol=1e-4, atol=1e-5)
         assert len(calls) > 8

@@ -55,7 +55,7 @@ def test_runs_are_done_once(script, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     table, schedules = tmp_path / "rows.csv", ["1", "0.5:4,0.5:1"]
     few = tuple(TensorDataset(*(tensor[:256] for tensor in part.tensors)) for part in script.digits(64))
     monkeypatch.setattr(script, "digits", lambda: few)
-    monkeypatch.setattr(script, "disable_malloc_trim", lambda: True)  # for good, and for all tests
+    monkeypatch.setattr(script, "tune_allocator", lambda: True)  # for good, and for all tests
 
     def rows(*seeds: str) -> list[dict[str, str]]:
         options = ["--device", "cpu", "--model", TINY, "--epochs", "2", "--seeds", *seeds, "--schedules", *schedules]

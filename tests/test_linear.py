@@ -93,7 +93,7 @@ def test_double_backward_and_partial_gradients() -> None:
 def test_opcheck() -> None:
     for bias in (True, False):
         tensors = operands((6, 4), 5, bias)
-        arguments = (*tensors, *([] if bias else [None]), "none")
+        arguments = (*tensors, *([] if bias else [None]), None, "none")
         torch.library.opcheck(torch.ops.asvit_fast.linear.default, arguments)
 
 
@@ -128,13 +128,14 @@ def test_transforms_take_torchs_own() -> None:
 
 
 def test_what_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other types, autocast, a forced reference and small products."""
+    """Types and autocast that no library of ours is for, a forced reference and small products."""
 
-    def refuse(*_: object) -> Tensor:
-        raise AssertionError("oneDNN was called")
+    def refuse(*_: object, **__: object) -> Tensor:
+        raise AssertionError("a library was called")
 
     x, weight, bias = (tensor.detach() for tensor in operands((6, 4), 5))
-    monkeypatch.setattr(module, "_product", refuse)
+    monkeypatch.setattr(module, "product", refuse)
+    monkeypatch.setattr(module, "library", lambda dtype: "onednn" if dtype == torch.float32 else None)
     assert ops.linear(x.double(), weight.double(), bias.double()).dtype == torch.float64
     assert ops.linear(x.bfloat16(), weight.bfloat16(), bias.bfloat16()).dtype == torch.bfloat16
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -145,3 +146,20 @@ def test_what_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(ops.linear(x, weight, bias), F.linear(x, weight, bias))
     with pytest.raises(ValueError, match="none or gelu, got 'relu'"):
         ops.linear(x, weight, bias, activation="relu")
+    with pytest.raises(ValueError, match=r"residual must be \[6, 5\], got \[5\]"):
+        ops.linear(x, weight, bias, residual=bias)
+
+
+def test_residual() -> None:
+    """Added in the product where no gradient is recorded, and with its gradient where one is."""
+    tensors = operands((7, 5), 3)
+    residual = torch.randn(7, 3, requires_grad=True)
+    for activation in ("none", "gelu"):
+        want = module.linear_reference(*tensors, activation, residual)
+        found = ops.linear(*tensors, activation, residual)
+        torch.testing.assert_close(found, want)
+        with torch.no_grad():
+            torch.testing.assert_close(ops.linear(*tensors, activation, residual), want)
+        cotangent = torch.randn(7, 3)
+        for a, b in zip(*(torch.autograd.grad(y, [*tensors, residual], cotangent) for y in (found, want)), strict=True):
+            torch.testing.assert_close(a, b)

@@ -256,7 +256,7 @@ def test_a_meta_parameter_is_not_read_as_memory() -> None:
     with pytest.raises(af.InputError, match="norm_weight must be on cpu"):
         torch.ops.asvit_fast.patch_merge(TOKENS, MERGE, torch.ones(12, device="meta"), None, None, 2, 2, 1e-5, False)
     with pytest.raises(af.InputError, match="weight must be on cpu"):
-        torch.ops.asvit_fast.linear(SMALL, FEATURES.to("meta"), None, "none")
+        torch.ops.asvit_fast.linear(SMALL, FEATURES.to("meta"), None, None, "none")
     with pytest.raises(af.InputError, match="bias must be on cpu"):
         torch.ops.asvit_fast.gelu_taylor(ROWS, "none", torch.zeros(12, device="meta"))
 

@@ -42,8 +42,8 @@ def test_work_splits_when_memory_runs_out() -> None:
 def test_freed_memory_is_kept() -> None:
     program = """
 import resource, sys, threading, torch
-from asvit_fast.malloc import disable_malloc_trim
-assert sys.argv[1] == "no" or disable_malloc_trim()
+from asvit_fast.malloc import tune_allocator
+assert sys.argv[1] == "no" or tune_allocator()
 def work():
     for _ in range(3):
         blocks = [torch.ones(6_000_000) for _ in range(8)]  # 24 MB each

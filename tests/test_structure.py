@@ -57,7 +57,7 @@ LAYERS: dict[str, set[str]] = {
     "recipe": {"errors"},
     "search": {"scoring", "models", "cost", "run_directory", "processes"},
     "training": {"models", "acceleration", "cost", "images", "run_directory", "processes", "recipe"},
-    "acceleration": {"ops", "modes"},
+    "acceleration": {"models", "modes"},
     "graph": {"models", "modes"},
     "runs": {"run_directory"},
     "what": {"models", "runs", "training"},

@@ -93,7 +93,7 @@ def test_jit_trace(name):
     traced = torch.jit.trace(model, x)
     with torch.no_grad():
         for images in (x, x.flip(0) - 1.0):
-            assert torch.equal(traced(images), model(images))
+            torch.testing.assert_close(traced(images), model(images), rtol=1e-5, atol=1e-6)  # GELU may be in a product
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -19,7 +19,13 @@ class FastBlock(Replacement, Block):
     """[B, H, W, dim] -> [B, H, W, dim]."""
 
     ops = ("window_attention", "linear")
-    reads: ClassVar[Names] = ("attn.num_heads", "attn.splits", "attn.window", "attn.attn_scale")
+    reads: ClassVar[Names] = (
+        *("norm1", "norm2", "mlp", "drop_path1", "drop_path2"),
+        "attn.num_heads",
+        "attn.splits",
+        "attn.window",
+        "attn.attn_scale",
+    )
     parts: ClassVar[Parts] = {
         "attn": (WindowAttention,),
         "attn.qkv": (Linear,),

@@ -8,7 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from ..errors import InputError
+from ..ops.packed_linear import ONEDNN, library
 from .unknown import HOW_TO_ADD, Unknown
 
 SHOWN_NAMES = 2  # modules named per row
@@ -44,7 +47,9 @@ class OpRun:
     missing: str | None  # why nothing faster runs, and how to get it
 
     def __str__(self) -> str:
-        runs = "oneDNN" if (self.op, self.backend) == ("linear", "cpu") else BACKENDS[self.backend]
+        runs = BACKENDS[self.backend]
+        if (self.op, self.backend) == ("linear", "cpu") and library(getattr(torch, self.dtype)) == ONEDNN:
+            runs = "oneDNN"
         return f"on {self.device} in {self.dtype}: {runs}{f', as {self.missing}' if self.missing else ''}"
 
 

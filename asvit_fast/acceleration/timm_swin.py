@@ -71,6 +71,7 @@ class FastSwinTransformerBlock(ShiftedWindows, SwinTransformerBlock):
     reads: ClassVar[Names] = (
         *ShiftedWindows.reads,
         "input_resolution",
+        *("norm1", "norm2", "mlp", "drop_path1", "drop_path2"),
         "attn.fused_attn",
         "attn.scale",
         *("attn._get_rel_pos_bias", "attn.relative_position_bias_table", "attn.relative_position_index"),

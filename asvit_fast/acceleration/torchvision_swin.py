@@ -128,4 +128,4 @@ class FastTorchvisionMLP(ChunkedMlp, MLP):
     """Its feed-forward network."""
 
     def _in_order(self) -> list[nn.Module]:
-        return list(self.children())
+        return [*self]

@@ -68,7 +68,8 @@ def _fake(operands: Operands, config: LinearConfig) -> Result:
 
 def _cpu(operands: Operands, config: LinearConfig) -> Result:
     x, weight, bias, residual = operands
-    return product(x, weight, bias, config.activation, residual, keep=not torch.is_grad_enabled()), x.new_empty(0)
+    keep = torch.is_inference_mode_enabled()  # not by the mode of gradients: autograd switches them off here
+    return product(x, weight, bias, config.activation, residual, keep), x.new_empty(0)
 
 
 def _cpu_backward(

@@ -15,25 +15,25 @@ from torch import Tensor, nn
 
 from .. import _extension
 
-ONEDNN = "onednn"
+OWN, ONEDNN = "own", "onednn"
 HALF = (torch.bfloat16, torch.float16)
 
 
 @torch.compiler.assume_constant_result  # the question to the extension would break the graph
 def library(dtype: torch.dtype) -> str | None:
-    """What multiplies on this processor: an instruction set of our kernel, oneDNN, or None for what torch chooses.
+    """What multiplies on this processor: our kernel, oneDNN, or None for what torch chooses.
 
     Ours was measured with AVX2, where it is as fast as MKL or faster, and where torch's products in 16 bits take ten
     times as long as those in float32.
     """
     extension = _extension.extension()
-    return None if extension is None else _library(extension.get_isa(), dtype)
+    return _library(extension is not None and extension.prefers_own_products(), dtype)
 
 
 @functools.cache
-def _library(isa: str, dtype: torch.dtype) -> str | None:
-    if isa == "avx2" and dtype in (torch.float32, *HALF):
-        return isa
+def _library(own: bool, dtype: torch.dtype) -> str | None:
+    if own and dtype in (torch.float32, *HALF):
+        return OWN
     if not torch.backends.mkldnn.is_available():
         return None
     if dtype == torch.bfloat16:
@@ -103,7 +103,8 @@ def _pack(weight: Tensor, library: str, dtype: torch.dtype) -> Tensor:
 def _packed(weight: Tensor, library: str, dtype: torch.dtype) -> Tensor:
     """Of a parameter, kept as long as it lives, and packed again when it has changed; of any other tensor for this
     product alone."""
-    if type(weight) is not nn.Parameter or weight.is_inference() or not weight.is_contiguous():
+    plain = type(weight) is nn.Parameter and not weight.is_inference() and weight.is_contiguous()
+    if not plain or _extension.extension() is None:
         return weight.to(dtype) if library == ONEDNN else _pack(weight, library, dtype)
     kept = _kept.get(id(weight))
     if kept is None or kept.reference() is not weight:

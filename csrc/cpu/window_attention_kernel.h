@@ -147,7 +147,8 @@ void mean_regions(const TokenWindow& window, const TokenList& tokens, const T* r
   for (int64_t i = 0; i < tokens.count; ++i) {
     const int64_t region = tokens[i].region * padded_dim;
     for (int64_t j = 0; j < size; j += kLanes<T>) {
-      const Vector<T> before = load<T>(to + region + j), row = load<T>(rows + i * size + j) - load<T>(lost + region + j);
+      const Vector<T> before = load<T>(to + region + j),
+                      row = load<T>(rows + i * size + j) - load<T>(lost + region + j);
       const Vector<T> after = before + row;
       store<T>(lost + region + j, (after - before) - row);
       store<T>(to + region + j, after);

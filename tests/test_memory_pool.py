@@ -1,0 +1,113 @@
+"""Memory that large results of ops leave for later ones, and the call that keeps more of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+from stacked import EXTENSION, needs_extension
+from torch import Tensor
+
+import asvit_fast as af
+
+pytestmark = needs_extension
+MEBIBYTE = 2**20
+
+
+def large(rows: int = 8192) -> Tensor:
+    """A result of 4 KiB a row."""
+    packed = torch.ops.asvit_fast_C.linear_pack(torch.ones(1024, 1))
+    return torch.ops.asvit_fast_C.linear(torch.ones(rows, 1), packed, 1024, None, None, "none")
+
+
+@pytest.fixture(autouse=True)
+def limit() -> Iterator[int]:
+    """Nothing is kept at first; the limit is put back."""
+    assert EXTENSION is not None
+    before = EXTENSION.memory_limit()
+    EXTENSION.set_memory_limit(0)
+    EXTENSION.set_memory_limit(256 * MEBIBYTE)
+    yield before
+    EXTENSION.set_memory_limit(before)
+
+
+def test_memory_is_used_again() -> None:
+    """Of sizes that differ a little, too; small tensors are torch's own."""
+    assert EXTENSION is not None and EXTENSION.memory_kept() == 0
+    address = large().data_ptr()
+    assert EXTENSION.memory_kept() >= 32 * MEBIBYTE
+    other = large(8000)
+    assert other.data_ptr() == address and EXTENSION.memory_kept() == 0
+    small = large(128)
+    del small, other
+    assert 32 * MEBIBYTE <= EXTENSION.memory_kept() < 40 * MEBIBYTE
+
+
+def test_views_keep_their_memory() -> None:
+    assert EXTENSION is not None
+    view = large()[5:7]
+    assert EXTENSION.memory_kept() == 0 and torch.equal(large(), torch.ones(8192, 1024)) and bool((view == 1).all())
+    storage = weakref.ref(view.untyped_storage())
+    del view
+    assert EXTENSION.memory_kept() > 0 and storage() is None
+
+
+def test_limit() -> None:
+    """What is above is given back at once."""
+    assert EXTENSION is not None
+    tensors = [large() for _ in range(12)]
+    del tensors
+    assert 200 * MEBIBYTE < EXTENSION.memory_kept() <= 256 * MEBIBYTE
+    EXTENSION.set_memory_limit(0)
+    assert EXTENSION.memory_kept() == 0
+    large()
+    assert EXTENSION.memory_kept() == 0
+
+
+def test_it_is_a_tensor_like_any_other() -> None:
+    """It can be resized, shared, saved by autograd, made in inference mode, and is full of NaN where torch is asked to
+    show what nobody writes."""
+    x = large()
+    assert x.resize_(9000, 1024).shape == (9000, 1024) and x.is_contiguous()
+    assert bool((large().share_memory_() == 1).all())
+    with torch.inference_mode():
+        assert large().is_inference()
+    assert not large().is_inference() and large()._version == 0
+    weight = torch.nn.Parameter(torch.randn(1024, 64))
+    rows = torch.randn(8192, 64, requires_grad=True)
+    af.ops.linear(rows, weight).square().sum().backward()
+    assert rows.grad is not None and weight.grad is not None
+
+
+def test_a_forked_process_has_its_own() -> None:
+    first = large()
+    if (child := os.fork()) == 0:
+        ok = bool((large() == 1).all()) and bool((first == 1).all())
+        os._exit(0 if ok else 1)
+    assert os.waitpid(child, 0)[1] == 0 and bool((first == 1).all())
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_tune_allocator(early: bool) -> None:
+    """A fourth of the memory, whether it is called before or after the extension is loaded; a setting stays."""
+    load = "from asvit_fast._extension import extension; extension()"
+    call = "assert af.tune_allocator()"
+    program = "\n".join([
+        "import asvit_fast as af", *((call, load) if early else (load, call)), "print(extension().memory_limit())",
+    ])  # fmt: skip
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+    def run(**settings: str) -> int:
+        environment = {**os.environ, **settings}
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+        )
+        return int(done.stdout)
+
+    assert run() == pytest.approx(memory / 4, rel=1e-3)
+    assert run(ASVIT_FAST_MEMORY_SHARE="8") == pytest.approx(memory / 8, rel=1e-3)

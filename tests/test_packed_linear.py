@@ -1,0 +1,248 @@
+"""Products with packed weights: our kernel for every instruction set, and weights that change after that."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import importlib
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+from stacked import every_isa, needs_extension
+from torch import Tensor, nn
+
+from asvit_fast import ops
+from asvit_fast.ops import packed_linear
+
+module = importlib.import_module("asvit_fast.ops.linear")
+pytestmark = needs_extension
+
+SHAPES = [(1, 1, 1), (5, 7, 3), (13, 300, 37), (64, 96, 88), (400, 17, 130), (770, 96, 16), (3, 1025, 9)]  # rows, K, N
+TYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small products take the op as well."""
+    monkeypatch.setattr(module, "SMALL", 0)
+    monkeypatch.setattr(module, "SMALL_FOR_OURS", 0)
+
+
+@pytest.fixture(params=[packed_linear.OWN, packed_linear.ONEDNN])
+def of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both libraries, on any processor."""
+    choose = lambda dtype: request.param if dtype == torch.float32 else None  # noqa: E731
+    monkeypatch.setattr(packed_linear, "library", choose)
+    monkeypatch.setattr(module, "library", choose)
+    return request.param
+
+
+def compiled(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> Tensor:
+    packed = torch.ops.asvit_fast_C.linear_pack(weight)
+    return torch.ops.asvit_fast_C.linear(x, packed, weight.shape[0], bias, residual, activation)
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    return (found.double() - exact).abs().max().item()
+
+
+# --------------------------------------------------------------------------- the kernel
+
+
+@every_isa
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_kernel(shape: tuple[int, int, int], dtype: torch.dtype, activation: str, isa: str, poison_empty: None) -> None:
+    """Against float64, with every combination of bias and residual."""
+    torch.manual_seed(0)
+    rows, inputs, outputs = shape
+    x, weight = torch.randn(rows, inputs).to(dtype), (torch.randn(outputs, inputs) / inputs**0.5).to(dtype)
+    for bias in (None, torch.randn(outputs).to(dtype)):
+        for residual in (None, torch.randn(rows, outputs).to(dtype)):
+            operands = (x, weight, bias, activation, residual)
+            wide = (value.double() if isinstance(value, Tensor) else value for value in operands)
+            exact, eager = module.linear_reference(*wide), module.linear_reference(*operands)
+            found = compiled(x, weight, bias, residual, activation)
+            assert found.dtype == dtype and found.shape == (rows, outputs)
+            assert error(found, exact) < 2 * error(eager, exact) + 1e-6
+
+
+@every_isa
+def test_strides_leading_axes_and_threads(isa: str) -> None:
+    """Rows and weights of any strides; the bits do not depend on the number of threads."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(96, 5, 200).permute(1, 2, 0), torch.randn(96, 80).t()
+    bias, residual = torch.randn(80), torch.randn(5, 80, 200).transpose(1, 2)
+    results = []
+    for threads in (1, 2, 3):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        results.append(compiled(x, weight, bias, residual, "gelu"))
+        torch.set_num_threads(before)
+    want = module.linear_reference(x, weight, bias, "gelu", residual)
+    torch.testing.assert_close(results[0], want, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_gelu_of_any_number() -> None:
+    """The tails have their relative accuracy; infinities and NaN are those of torch."""
+    numbers = [-math.inf, -1e30, -40.0, -12.0, -5.0, -1e-30, 0.0, 1e-30, 5.0, 40.0, 1e30, math.inf, math.nan]
+    x = torch.tensor(numbers)
+    found = compiled(x[:, None], torch.ones(1, 1), None, None, "gelu")[:, 0]
+    want = 0.5 * x.double() * torch.erfc(-x.double() / 2**0.5)  # -inf gives NaN
+    torch.testing.assert_close(found.double(), want, rtol=2e-5, atol=1e-300, equal_nan=True)
+    grid = torch.linspace(-9, 9, 20001)
+    found = compiled(grid[:, None], torch.ones(1, 1), None, None, "gelu")[:, 0]
+    assert error(found, F.gelu(grid.double())) < 2 * error(F.gelu(grid), F.gelu(grid.double()))
+
+
+def test_what_does_not_fit_is_named() -> None:
+    packed = torch.ops.asvit_fast_C.linear_pack(torch.randn(3, 4))
+    x = torch.randn(2, 4)
+    for arguments, words in (
+        ((x, packed, 300, None, None, "none"), "packed is not what linear_pack makes of a weight"),
+        ((x, packed, 3, torch.randn(4), None, "none"), "bias must be"),
+        ((x, packed, 3, None, torch.randn(2, 4), "none"), "residual must be"),
+        ((x, packed, 3, None, None, "relu"), "must be none or gelu"),
+        ((x.double(), packed, 3, None, None, "none"), "must be float32, bfloat16 or float16"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=words):
+            torch.ops.asvit_fast_C.linear(*arguments)
+
+
+# --------------------------------------------------------------------------- weights that change
+
+
+def step(layer: nn.Linear) -> None:
+    layer.weight.grad = torch.ones_like(layer.weight)
+    torch.optim.SGD([layer.weight], lr=0.5).step()
+
+
+CHANGES: dict[str, Callable[[nn.Linear], object]] = {
+    "optimizer": step,
+    "fused optimizer": lambda layer: torch.optim.AdamW([layer.weight], lr=0.5, foreach=True).step(),
+    "in place": lambda layer: layer.weight.mul_(2),
+    "a row": lambda layer: layer.weight[3].zero_(),
+    "load_state_dict": lambda layer: layer.load_state_dict({"weight": layer.weight + 1, "bias": layer.bias}),
+    "assign": lambda layer: layer.load_state_dict({"weight": layer.weight + 1, "bias": layer.bias}, assign=True),
+    "data in place": lambda layer: layer.weight.data.mul_(1.001),
+    "average": lambda layer: layer.weight.data.lerp_(torch.ones_like(layer.weight), 0.01),
+    "pruned": lambda layer: layer.weight.data.mul_((torch.rand_like(layer.weight) > 0.3).float()),
+    "data replaced": lambda layer: setattr(layer.weight, "data", torch.randn_like(layer.weight)),
+    "numpy": lambda layer: layer.weight.detach().numpy().__imul__(2),
+    "swapped": lambda layer: setattr(layer, "weight", nn.Parameter(torch.randn_like(layer.weight))),
+    "back and forth": lambda layer: (
+        layer.weight.add_(1),
+        ops.linear(torch.ones(2, 33), layer.weight),
+        layer.weight.sub_(3),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_weight_is_packed_again(change: str, of: str) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(33, 20), torch.randn(6, 33)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(ops.linear(x, layer.weight, layer.bias), layer(x))
+        before = layer(x)
+        if change == "fused optimizer":
+            layer.weight.grad = torch.ones_like(layer.weight)
+        CHANGES[change](layer)
+        assert not torch.allclose(layer(x), before)
+        for _ in range(2):
+            torch.testing.assert_close(ops.linear(x, layer.weight, layer.bias), layer(x))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_packed_once(mode: Callable[[], object], of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And for as long as the weight lives; copies have their own; nothing is kept where gradients are recorded."""
+    calls: list[Tensor] = []
+    pack = packed_linear._pack
+    monkeypatch.setattr(packed_linear, "_pack", lambda *arguments: calls.append(arguments[0]) or pack(*arguments))
+    gc.collect()
+    kept = len(packed_linear._kept)
+    layer, x = nn.Linear(33, 20), torch.randn(6, 33)
+    ops.linear(x, layer.weight, layer.bias).sum().backward()
+    assert len(packed_linear._kept) == kept
+    calls.clear()
+    twin = copy.deepcopy(layer)
+    with mode():
+        for _ in range(3):
+            ops.linear(x, layer.weight, layer.bias)
+        assert len(calls) == 1 and len(packed_linear._kept) == kept + 1 and packed_linear.packed_bytes() > 0
+        torch.testing.assert_close(ops.linear(x, twin.weight, twin.bias), layer(x))
+        assert len(calls) == 2 and len(packed_linear._kept) == kept + 2
+    del twin, layer
+    calls.clear()
+    gc.collect()
+    assert len(packed_linear._kept) == kept
+
+
+def test_weights_that_are_no_parameters_are_not_kept(of: str) -> None:
+    kept = len(packed_linear._kept)
+    x, weight = torch.randn(6, 33), torch.randn(20, 33)
+    with torch.inference_mode():
+        made_here = nn.Parameter(torch.randn(20, 33))
+        for one in (weight, made_here):
+            torch.testing.assert_close(ops.linear(x, one), F.linear(x, one))
+            one.mul_(2)
+            torch.testing.assert_close(ops.linear(x, one), F.linear(x, one))
+    assert len(packed_linear._kept) == kept
+
+
+def test_threads_share_a_weight(of: str) -> None:
+    layers, x = [nn.Linear(64, 48) for _ in range(8)], torch.randn(50, 64)
+
+    def run(_: int) -> bool:
+        with torch.no_grad():
+            return all(torch.allclose(ops.linear(x, one.weight, one.bias), one(x), atol=1e-5) for one in layers)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(run, range(40)))
+
+
+# --------------------------------------------------------------------------- 16 bits without products of them
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_sixteen_bits(dtype: torch.dtype, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Widened by our kernel, forward and backward, under autocast as well; the error rule holds."""
+    for place in (packed_linear, module):
+        monkeypatch.setattr(place, "library", lambda dtype: None if dtype == torch.float64 else packed_linear.OWN)
+    torch.manual_seed(0)
+    x, layer = torch.randn(40, 33, requires_grad=True), nn.Linear(33, 20)
+    wide = copy.deepcopy(layer).double()
+    rounded = x.to(dtype).double().detach().requires_grad_()
+    wide.load_state_dict({name: value.to(dtype).double() for name, value in layer.state_dict().items()})
+    cotangent = torch.randn(40, 20).to(dtype)
+    exact = [(y := wide(rounded)), *torch.autograd.grad(y, [rounded, *wide.parameters()], cotangent.double())]
+
+    def run(function: Callable[..., Tensor]) -> list[Tensor]:
+        if autocast:
+            with torch.autocast("cpu", dtype):
+                y = function(x, layer.weight, layer.bias)
+            parameters = [x, layer.weight, layer.bias]
+        else:
+            parameters = [t.detach().to(dtype).requires_grad_() for t in (x, layer.weight, layer.bias)]
+            y = function(*parameters)
+        return [y, *torch.autograd.grad(y, parameters, cotangent)]
+
+    found, eager = run(ops.linear), run(F.linear)
+    assert [t.dtype for t in found] == [t.dtype for t in eager]
+    for a, b, c in zip(found, eager, exact, strict=True):
+        assert error(a, c) < 2 * error(b, c) + 1e-6
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=autocast):
+        inputs = (
+            (x, layer.weight, layer.bias) if autocast else tuple(t.to(dtype) for t in (x, layer.weight, layer.bias))
+        )
+        torch.testing.assert_close(ops.linear(*inputs), found[0])
+        residual = torch.randn(40, 20).to(inputs[0].dtype)
+        assert ops.linear(*inputs, residual=residual).dtype == residual.dtype

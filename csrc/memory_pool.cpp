@@ -17,7 +17,11 @@
 namespace asvit_fast {
 namespace {
 
+#ifdef __SANITIZE_ADDRESS__
+constexpr size_t kSmallest = ~size_t(0);  // it sees what goes too far only in memory of its own
+#else
 constexpr size_t kSmallest = size_t(1) << 20;  // below, the C library keeps memory itself
+#endif
 constexpr size_t kHugePage = size_t(2) << 20;
 constexpr const char* kShareVariable = "ASVIT_FAST_MEMORY_SHARE";  // 4: a fourth of the machine's memory is kept
 constexpr int64_t kShare = 16;                                     // without it

@@ -6,7 +6,9 @@ import importlib.util
 import itertools
 import json
 import os
+import platform
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -285,3 +287,22 @@ def test_triton_kernel_compiles(capability, dtype):
         assert report.cubin_bytes > 1000
         assert 16 <= report.registers <= 128
         assert report.spilled_bytes == 0
+
+
+@pytest.mark.skipif(shutil.which("g++") is None or platform.machine() != "x86_64", reason="reads g++'s code for x86-64")
+def test_products_broadcast_by_loading(root: Path, tmp_path: Path) -> None:
+    """0 + x is no number's copy to a compiler, as -0 becomes 0: its addition once stood in every step of a product."""
+    source = tmp_path / "product.cpp"
+    source.write_text(
+        "#define ASVIT_FAST_VECTOR_BYTES 32\n"
+        '#include "cpu/small_matmul.h"\n'
+        "namespace asvit_fast {\n"
+        "void run(const float* a, const float* b, float* c, int64_t depth) {\n"
+        "  multiply_block<float, 2, 6>({a, depth, 1, b, 16, nullptr, 0, c, 16}, 0, 0, depth);\n"
+        "}\n"
+        "}\n"
+    )
+    command = ["g++", "-O3", "-mavx2", "-mfma", "-S", "-o", "-", f"-I{root / 'csrc'}", str(source)]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert code.count("vfmadd") >= 12 and code.count("vbroadcastss\t") >= 6
+    assert "vaddss" not in code and not re.search(r"vbroadcastss\t%xmm", code)

@@ -26,9 +26,13 @@ def _is_active(path: nn.Module) -> bool:
 
 
 @functools.cache
+def _forward_digest(block: Any) -> str | None:
+    return method_digest(block, "forward")
+
+
 def does(block: Any, known: tuple[str, ...]) -> bool:
     """Whether the forward of a class of blocks is one of those with these digests."""
-    return method_digest(block, "forward") in known
+    return _forward_digest(block) in known
 
 
 def joins(x: Tensor, paths: Iterable[nn.Module]) -> bool:

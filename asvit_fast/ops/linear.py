@@ -56,9 +56,9 @@ NO_ACTIVATION, GELU = LinearConfig("none"), LinearConfig("gelu")
 
 
 def _reference(operands: Operands, config: LinearConfig) -> Tensor:
-    x, *others = operands
-    weight, bias, residual = (None if other is None else other.to(x.dtype) for other in others)
-    return linear_reference(x, weight, bias, config.activation, residual)
+    x, weight, *added = operands
+    bias, residual = (None if one is None else one.to(x.dtype) for one in added)
+    return linear_reference(x, weight.to(x.dtype), bias, config.activation, residual)
 
 
 def _fake(operands: Operands, config: LinearConfig) -> Result:

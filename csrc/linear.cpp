@@ -17,6 +17,8 @@ namespace {
 
 constexpr const char* kOp = "linear";
 constexpr int64_t kSamples = 512;       // of a weight, about, by which it is known
+constexpr int64_t kTileElements = 3 << 15;  // of x, which the second cache holds while all panels pass
+constexpr int64_t kLeastTileRows = 144;     // for which a panel is read
 constexpr int64_t kTasksPerThread = 4;  // so that threads end at about the same time
 
 Panels panels_here() {
@@ -59,9 +61,9 @@ at::Tensor linear_pack_cpu(const at::Tensor& weight) {
 struct Tiling {
   int64_t row_blocks, panel_blocks;
 
-  Tiling(int64_t rows, int64_t panels) {
+  Tiling(int64_t rows, int64_t depth, int64_t panels) {
     const int64_t wanted = at::get_num_threads() > 1 ? kTasksPerThread * at::get_num_threads() : 1;
-    row_blocks = divide_up(rows, kTileRows);
+    row_blocks = divide_up(rows, std::clamp(kTileElements / depth, kLeastTileRows, kTileRows));
     panel_blocks = std::clamp<int64_t>(divide_up(wanted, row_blocks), 1, panels);
   }
 };
@@ -93,7 +95,7 @@ Linear<float> make_problem(const at::Tensor& x, const Layer& layer, const at::Te
 void multiply(const Linear<float>& problem, int64_t rows) {
   const Panels panels = panels_here();
   const int64_t count = panels.count(problem.columns);
-  const Tiling tiling(rows, count);
+  const Tiling tiling(rows, problem.depth, count);
   const int64_t tiles = tiling.row_blocks * tiling.panel_blocks;
   const double work = static_cast<double>(rows * problem.depth) * static_cast<double>(problem.columns);
   const auto kernel = ASVIT_FAST_SELECT(linear_tile<float>);

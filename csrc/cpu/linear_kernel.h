@@ -152,8 +152,8 @@ void pack_panels(const Matrix<T>& matrix, int64_t depth, int64_t columns, int64_
 
 template <typename T>
 void linear_tile(const Linear<T>& problem, const Tile& tile, T* scratch) {
-  for (int64_t block = 0; block < Panels::blocks(problem.depth); ++block)
-    for (int64_t panel = tile.panel; panel < tile.end_panel; ++panel)
+  for (int64_t panel = tile.panel; panel < tile.end_panel; ++panel)
+    for (int64_t block = 0; block < Panels::blocks(problem.depth); ++block)
       multiply_block_of_depth(problem, tile, block, panel, scratch);
 }
 

@@ -17,8 +17,9 @@ def tune_allocator() -> bool:
     By default glibc returns large blocks to the system, and every network faults its activations in anew, page by page:
     a tenth of the time of a score, half of the time of the first feed-forward networks of Swin-T. After this call glibc
     keeps them, in one pool for all threads, and our ops keep up to a fourth of the machine's memory for their results
-    (without it a sixteenth). The memory of the process stays at its peak. The commands of this package call it, but for
-    ``asvit-fast bench``; in a script of your own call it first, before threads are started.
+    (without it a sixteenth; the environment variable ASVIT_FAST_MEMORY_SHARE=8 makes it an eighth). The memory of the
+    process stays at its peak. The commands of this package call it, but for ``asvit-fast bench``; in a script of your
+    own call it first, before threads are started.
 
     Returns:
         Whether glibc was told; False where there is no glibc.

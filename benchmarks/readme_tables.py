@@ -16,7 +16,7 @@ from statistics import median
 
 RESULTS = Path(__file__).parent / "results"
 README = RESULTS.parent.parent / "README.md"
-ZEN4, ZEN5 = "zen4", "zen5"  # folders there, by the processor that measured
+ZEN3, ZEN4, ZEN5 = "zen3", "zen4", "zen5"  # folders there, by the processor that measured
 OURS = "ours"
 EAGER = ("eager", "unfold + LN + Linear", "conv NCHW + permute + LN")  # whose memory ours is compared with
 Row = dict[str, str]
@@ -112,6 +112,25 @@ def _fastest(providers: dict[str, Row], compiled: bool) -> Row:
 
 def _milliseconds(row: Row) -> float:
     return float(row["milliseconds"])
+
+
+RUNTIMES = {"source": "source", "compiled": "compiled", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+
+
+def runtimes() -> str:
+    """Inference in images per second against what else people take on a CPU, and what its products alone allow."""
+    rows = [row for row in read(ZEN3, "runtimes") if row["mode"] == "inference"]
+    header = ["network", "batch", *RUNTIMES.values(), OURS, "against the best", "products alone allow"]
+    lines = []
+    for name, batch in dict.fromkeys((row["network"], row["batch"]) for row in rows):
+        found = {row["provider"]: row for row in rows if (row["network"], row["batch"]) == (name, batch)}
+        pace = {provider: float(row["images_per_second"] or 0) for provider, row in found.items()}
+        peers = [f"{pace[one]:.2f}" if pace.get(one) else "" for one in RUNTIMES]
+        factor = pace[OURS] / max(pace.get(one, 0.0) for one in RUNTIMES)
+        bound = pace[OURS] / float(found[OURS]["share_of_peak"])
+        title = NETWORKS.get(name, name).partition(",")[0].partition(" on our")[0]
+        lines.append([title, batch, *peers, f"{pace[OURS]:.2f}", times(factor), f"{bound:.1f}"])
+    return markdown(header, lines)
 
 
 def families() -> str:

@@ -16,10 +16,10 @@ namespace asvit_fast {
 namespace {
 
 constexpr const char* kOp = "linear";
-constexpr int64_t kSamples = 512;       // of a weight, about, by which it is known
+constexpr int64_t kSamples = 512;           // of a weight, about, by which it is known
 constexpr int64_t kTileElements = 3 << 15;  // of x, which the second cache holds while all panels pass
 constexpr int64_t kLeastTileRows = 144;     // for which a panel is read
-constexpr int64_t kTasksPerThread = 4;  // so that threads end at about the same time
+constexpr int64_t kTasksPerThread = 4;      // so that threads end at about the same time
 
 Panels panels_here() {
   Panels panels;

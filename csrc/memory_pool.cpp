@@ -60,7 +60,7 @@ void* map_memory(size_t size) {
 
 int64_t share_of_memory() {
   const char* const given = std::getenv(kShareVariable);
-  const int64_t share = std::max<int64_t>(given ? std::atoll(given) : kShare, 1);
+  const int64_t wanted = given ? std::atoll(given) : kShare, share = wanted >= 1 ? wanted : kShare;
   const int64_t pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGESIZE);
   return pages > 0 && page > 0 ? pages / share * page : int64_t(1) << 28;
 }

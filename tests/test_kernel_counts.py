@@ -10,6 +10,7 @@ from kernel_counts import Kernels, counted
 from torch import nn
 
 import asvit_fast as af
+from asvit_fast.ops import packed_linear
 
 pytest.importorskip("triton")
 timm = pytest.importorskip("timm")
@@ -39,6 +40,7 @@ def torchvision_block(size: int) -> nn.Module:
 
 def training_pass(block: nn.Module, size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> Kernels:
     """What a pass of an accelerated block starts."""
+    monkeypatch.setattr(packed_linear, "_library", lambda own, dtype: None)  # Linear layers are torch's on a GPU
     model = nn.Sequential(block).to(dtype)
     assert af.accelerate(model).swapped
     x = torch.randn(1, size, size, 96, dtype=dtype, requires_grad=True)

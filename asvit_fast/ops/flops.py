@@ -99,8 +99,13 @@ def _linear(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
 
 def _linear_gradients(gradient: Shape, output: Any, saved: Any, x: Shape, *arguments: Any, **__: Any) -> int:
     """Gradients of x and weight, where they are asked for."""
-    of_x, of_weight, _ = arguments[-1]
+    of_x, of_weight, *_ = arguments[-1]
     return 2 * prod(gradient) * x[-1] * (of_x + of_weight)
+
+
+def _compiled_linear(x: Shape, packed: Shape, outputs: int, *_: Any, **__: Any) -> int:
+    """x [*, K], outputs N."""
+    return 2 * prod(x) * outputs
 
 
 def _none(*_: Any, **__: Any) -> int:
@@ -127,6 +132,10 @@ FORMULAS = _TAYLOR | {
     "linear_gradients": _linear_gradients,
 }
 COMPILED_FORMULAS = _TAYLOR | {
+    "linear": _compiled_linear,
+    "linear_pack": _none,
+    "weight_changed": _none,
+    "weight_state_size": _none,
     "window_attention": _window_attention,
     "window_attention_backward": _window_attention_backward,
     "patch_embed": _patch_embed,

@@ -82,4 +82,4 @@ def test_peak_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", refuse)
     a = torch.ones(4, 4)
-    assert [name for name, _ in rooflines._products(a, a)] == ["torch.mm"]
+    assert [name for name, _ in rooflines._products(a, a) if name != "our kernel"] == ["torch.mm"]

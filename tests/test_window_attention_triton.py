@@ -328,8 +328,8 @@ def check(name: str, device: torch.device, case: int | None = None, dtype: torch
     }[name]()
 
 
-QUICK = ("scale", "chunks")
-SLOW = ("single_tile", "tiled", "layouts", "scores", "details", "many")
+QUICK = ("scale",)
+SLOW = ("chunks", "single_tile", "tiled", "layouts", "scores", "details", "many")
 
 
 @triton_versions.interpreter

@@ -92,7 +92,8 @@ def check(name: str, device: torch.device, case: int | None = None) -> None:
 
 
 @triton_versions.interpreter
-@pytest.mark.parametrize("name", [pytest.param("volumes", marks=pytest.mark.slow), "keys"])
+@pytest.mark.parametrize("name", ["volumes", "keys"])
+@pytest.mark.slow
 def test_interpreted(name, root):
     triton_versions.run_interpreted(__name__, name, root)
 

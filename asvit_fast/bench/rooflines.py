@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..ops.packed_linear import OWN, library
 from .timer import best_seconds
 
 SIDES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # of square products, which small ones do not reach
@@ -30,7 +31,8 @@ class Peak:
 
 @functools.cache
 def product_peak(dtype: torch.dtype, device: torch.device, threads: int) -> Peak:
-    """The best of a few large products of torch, on a CPU also of oneDNN's; once per process, type and threads."""
+    """The best of a few large products of torch, on a CPU also of oneDNN's and our kernel's; once per process, type and
+    threads."""
     found = []
     for side in SIDES.get(device.type, SIDES["cuda"]):
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))  # [side, side]
@@ -41,6 +43,9 @@ def product_peak(dtype: torch.dtype, device: torch.device, threads: int) -> Peak
 
 def _products(a: Tensor, b: Tensor) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     yield "torch.mm", lambda: a @ b.t()
+    if a.device.type == "cpu" and library(a.dtype) == OWN:
+        packed = torch.ops.asvit_fast_C.linear_pack(b)
+        yield "our kernel", lambda: torch.ops.asvit_fast_C.linear(a, packed, b.shape[0], None, None, "none")
     if a.device.type == "cpu" and torch.backends.mkldnn.is_available() and a.dtype is not torch.float64:
 
         def onednn() -> Tensor:

@@ -6,9 +6,9 @@ import contextlib
 import copy
 import functools
 import importlib.util
+import io
 import math
 import tempfile
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,18 +276,25 @@ def _plain(model: nn.Module) -> nn.Module:
     return _Tensors(copy.deepcopy(model).cpu().float()).eval()
 
 
-def _onnxruntime(name: str, source: Source, place: Place) -> Provider:
-    _check_graph("onnxruntime", source, place)
-    import onnxruntime
+def _exporter(source: Source) -> Callable[[], bytes]:
+    """The network as an ONNX file for any batch, of standard operators only; made when it is first asked for."""
 
     @functools.cache
     def exported() -> bytes:
-        """The network as an ONNX file for any batch."""
         shape = tuple(source.sample.value.shape[1:])
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
             graph.save_onnx(_plain(source.model), path, {"input_size": shape})
             return path.read_bytes()
+
+    return exported
+
+
+def _onnxruntime(name: str, source: Source, place: Place) -> Provider:
+    _check_graph("onnxruntime", source, place)
+    import onnxruntime
+
+    exported = _exporter(source)
 
     def prepare(mode: str, sample: Sample) -> Run:
         options = onnxruntime.SessionOptions()
@@ -305,16 +312,17 @@ def _openvino(name: str, source: Source, place: Place) -> Provider:
     _check_graph("openvino", source, place)
     import openvino
 
+    exported = _exporter(source)
     options: dict[str, Any] = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
     if name == "openvino-f32":
         options["INFERENCE_PRECISION_HINT"] = "f32"
 
     def prepare(mode: str, sample: Sample) -> Run:
         images = sample.value.float().contiguous()
-        model = _plain(source.model)
-        with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # of the tracer, about itself
-            converted = openvino.convert_model(model, example_input=images, input=tuple(images.shape))
-        compiled = openvino.Core().compile_model(converted, "CPU", options)
+        core = openvino.Core()
+        model = core.read_model(io.BytesIO(exported()))
+        model.reshape(list(images.shape))
+        compiled = core.compile_model(model, "CPU", options)
         return lambda: [torch.from_numpy(output) for output in compiled(images.numpy()).values()]
 
     hint = openvino.Core().get_property("CPU", "INFERENCE_PRECISION_HINT")  # as installed

@@ -281,6 +281,7 @@ def gpus() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "runtimes": runtimes,
     "networks": networks,
     "families": families,
     "ops": ops,

@@ -84,6 +84,7 @@ def test_it_is_a_tensor_like_any_other() -> None:
     assert rows.grad is not None and weight.grad is not None
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of Python 3.12, about threads
 def test_a_forked_process_has_its_own() -> None:
     first = large()
     if (child := os.fork()) == 0:

@@ -24,8 +24,8 @@ def library(dtype: torch.dtype) -> str | None:
     """What multiplies on this processor: our kernel, oneDNN, or None for what torch chooses: in 16 bits oneDNN, too,
     where there are instructions for them.
 
-    Ours was measured with AVX2, where it is as fast as MKL or faster, and where torch's products in 16 bits take ten
-    times as long as those in float32.
+    Ours was measured with AVX2, where it is as fast as MKL or faster, and where torch's products in 16 bits take five
+    to nine times as long as those in float32.
     """
     extension = _extension.extension()
     return _library(extension is not None and extension.prefers_own_products(), dtype)
@@ -107,8 +107,3 @@ def _packed(weight: Tensor, library: str, dtype: torch.dtype) -> Tensor:
     if torch.ops.asvit_fast_C.weight_changed(weight, kept.state) or kept.by != (library, dtype):
         kept.tensor, kept.by = _pack(weight.detach(), library, dtype), (library, dtype)
     return kept.tensor
-
-
-def packed_bytes() -> int:
-    """Of all packed weights that are kept."""
-    return sum(kept.tensor.nbytes for kept in _kept.values())

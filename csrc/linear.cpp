@@ -100,7 +100,7 @@ void multiply(const Linear<float>& problem, int64_t rows) {
   const double work = static_cast<double>(rows * problem.depth) * static_cast<double>(problem.columns);
   const auto kernel = ASVIT_FAST_SELECT(linear_tile<float>);
   at::parallel_for(0, tiles, grain_size(kMultiplyAdds, work / tiles), [&](int64_t begin, int64_t end) {
-    const at::Tensor scratch = at::empty({(kTileRows + 1) * panels.width}, at::kFloat);
+    const at::Tensor scratch = at::empty({kScratchRows * panels.width}, at::kFloat);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t block = i / tiling.panel_blocks, part = i % tiling.panel_blocks;
       kernel(problem,

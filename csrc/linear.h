@@ -51,13 +51,15 @@ struct Tile {
   int64_t row, end_row, panel, end_panel;
 };
 
-constexpr int64_t kTileRows = 384;  // of a Linear's tile, at most
+constexpr int64_t kTileRows = 384;      // of a Linear's tile, at most
+constexpr int64_t kScratchRows = 1536;  // of a panel: as many panels take turns with each block of a tile's depth as
+                                        // their sums have room, so that the second cache holds what they all read
 
 // find_panels: how the instruction set packs.
 //
 // pack_panels: the columns of panels `first` <= i < `last` of a matrix [depth, columns].
 //
-// linear_tile: `scratch` has kTileRows + 1 rows of a panel.
+// linear_tile: `scratch` has kScratchRows rows of a panel.
 ASVIT_FAST_FOR_EACH_ISA(find_panels, T, Panels* panels)
 ASVIT_FAST_FOR_EACH_ISA(pack_panels, const Matrix<T>& matrix, int64_t depth, int64_t columns, int64_t first,
                         int64_t last, T* packed)

@@ -59,11 +59,12 @@ ASVIT_FAST_FOR_EACH_ISA(window_attention_backward, const WindowAttentionBackward
 namespace {  // one copy per including file, as in window_attention_taylor.h
 
 constexpr int64_t kMaximumLanes = 16;
-constexpr int64_t kGroup = 64;           // queries that go through the keys together
-constexpr int64_t kKeyTile = 64;         // keys whose scores are in memory at a time
-constexpr int64_t kUnit = 2 * kGroup;    // queries of one window that work is handed out in
-constexpr int64_t kRegions = 8;          // parts of a window that a shift along all axes brings together
-constexpr double kRegionScore = -100.0;  // added to that of a query and a key in different regions
+constexpr int64_t kMostStrip = 2 * kMaximumLanes;  // queries whose scores are in memory at a time
+constexpr int64_t kGroup = 64;                     // queries that go through the keys together
+constexpr int64_t kKeyTile = 64;                   // keys whose scores are in memory at a time
+constexpr int64_t kUnit = 2 * kGroup;              // queries of one window that work is handed out in
+constexpr int64_t kRegions = 8;                    // parts of a window that a shift along all axes brings together
+constexpr double kRegionScore = -100.0;            // added to that of a query and a key in different regions
 
 inline int64_t padded_to_vector(int64_t count) { return (count + kMaximumLanes - 1) / kMaximumLanes * kMaximumLanes; }
 
@@ -196,7 +197,7 @@ struct ForwardMemory {
   Token* tokens;                // of two windows
   T *queries, *keys, *values;   // [token][component]
   T* columns;                   // queries of a group, [component][query]
-  T* scores;                    // of a group and a tile, [key][query]
+  T* scores;                    // of a strip of queries and a tile, [key][query]
   T* base;                      // what is added to them, [key][query]
   T* region_scores;             // of a group, [region of a key][query]
   int64_t* bias_places;         // of a group, [query]
@@ -214,7 +215,7 @@ struct ForwardMemory {
     keys = take_rows<T>(arena, key_count, padded_dim);
     values = take_rows<T>(arena, key_count, padded_dim);
     columns = arena.take<T>(padded_dim * kGroup);
-    scores = arena.take<T>(kKeyTile * kGroup);
+    scores = arena.take<T>(kKeyTile * kMostStrip);
     base = arena.take<T>(kKeyTile * kGroup);
     region_scores = arena.take<T>(kRegions * kGroup);
     bias_places = arena.take<int64_t>(kGroup);

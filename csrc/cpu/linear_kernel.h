@@ -76,60 +76,63 @@ inline Vector<float> gelu_of(Vector<float> x) {
   return x * (x < 0.f ? tail : 1.f - tail);
 }
 
-// Activation and residual of a strip that is in the cache; `columns` of them are written to y, which may be the strip.
-template <typename T>
-void finish_strip(const Linear<T>& problem, const Tile& tile, int64_t column, int64_t columns, T* strip, int64_t row) {
-  for (int64_t i = tile.row; i < tile.end_row; ++i) {
-    T* at = strip + (i - tile.row) * row;
-    const int64_t place = i * problem.columns + column;
+// Activation and residual of a strip [rows][width] of sums, to `columns` of y.
+template <typename T, typename Activate>
+void finish_strip(const Linear<T>& problem, const Tile& tile, int64_t column, int64_t columns, const T* strip,
+                  int64_t width, Activate activate) {
+  const int64_t distance = problem.columns;
+  const T* residual = problem.residual ? problem.residual + tile.row * distance + column : nullptr;
+  T* y = problem.y + tile.row * distance + column;
+  for (int64_t i = tile.row; i < tile.end_row; ++i, strip += width, y += distance) {
     int64_t j = 0;
-    const auto finish = [&](Vector<T> x, Vector<T> residual) {
-      if (problem.activation == Activation::gelu) x = gelu_of(x);
-      return problem.residual ? x + residual : x;
-    };
-    for (; j + kLanes<T> <= columns; j += kLanes<T>)
-      store<T>(problem.y + place + j,
-               finish(load<T>(at + j), problem.residual ? load<T>(problem.residual + place + j) : Vector<T>{}));
-    if (j < columns) {
-      T residual[kLanes<T>] = {}, result[kLanes<T>];
-      if (problem.residual)
-        for (int64_t k = j; k < columns; ++k) residual[k - j] = problem.residual[place + k];
-      store<T>(result, finish(load<T>(at + j), load<T>(residual)));
-      for (int64_t k = j; k < columns; ++k) problem.y[place + k] = result[k - j];
+    for (; j + kLanes<T> <= columns; j += kLanes<T>) {
+      Vector<T> x = activate(load<T>(strip + j));
+      if (residual) x += load<T>(residual + j);
+      store<T>(y + j, x);
     }
+    if (j < columns) {
+      T last[kLanes<T>];
+      store<T>(last, activate(load<T>(strip + j)));
+      for (int64_t k = j; k < columns; ++k) y[k] = last[k - j] + (residual ? residual[k] : T(0));
+    }
+    if (residual) residual += distance;
   }
 }
 
-// One panel's columns of a tile. Sums are kept in y between blocks of depth, or in `scratch` where a vector of columns
-// is not whole.
+// One panel's columns of a tile. Sums that something is still to be added to are kept in `scratch`, [rows + 1][width],
+// where they lie close together: rows of y may be so far apart that the first cache holds a few of them only.
 template <typename T>
 void multiply_block_of_depth(const Linear<T>& problem, const Tile& tile, int64_t block, int64_t panel, T* scratch) {
   const int64_t vectors = panel_vectors<T>(problem.columns, panel), width = vectors * kLanes<T>;
   const int64_t begin = Panels::begin(problem.depth, block), depth = Panels::begin(problem.depth, block + 1) - begin;
   const int64_t column = panel * kPanels<T>.width, left = problem.columns - column;
   const int64_t columns = left < width ? left : width;
-  const bool whole = columns == width;
-  T* const strip = whole ? problem.y + tile.row * problem.columns + column : scratch;
-  const int64_t row = whole ? problem.columns : width;
+  const int64_t rows = tile.end_row - tile.row;
+  const bool last = block + 1 == Panels::blocks(problem.depth);
+  const bool finished = columns == width && problem.activation == Activation::none && !problem.residual;
   const T* base = problem.bias ? problem.bias + column : nullptr;
-  if (base && !whole) {
-    T* const padded = scratch + kTileRows * width;
+  if (base && columns < width) {
+    T* const padded = scratch + rows * width;
     for (int64_t i = 0; i < width; ++i) padded[i] = i < columns ? base[i] : T(0);
     base = padded;
   }
+  const bool to_y = last && finished;
   const Product<T> product = {problem.x.at(tile.row, begin),
                               problem.x.row,
                               problem.x.column,
                               problem.panels + panel_place<T>(problem.columns, begin, depth, panel),
                               width,
-                              block == 0 ? base : strip,
-                              block == 0 ? 0 : row,
-                              strip,
-                              row};
-  multiply_panel(product, tile.end_row - tile.row, vectors, depth);
-  const bool last = block + 1 == Panels::blocks(problem.depth);
-  if (last && !(whole && problem.activation == Activation::none && !problem.residual))
-    finish_strip(problem, tile, column, columns, strip, row);
+                              block == 0 ? base : scratch,
+                              block == 0 ? 0 : width,
+                              to_y ? problem.y + tile.row * problem.columns + column : scratch,
+                              to_y ? problem.columns : width};
+  multiply_panel(product, rows, vectors, depth);
+  if (!last || finished) return;
+  if (problem.activation == Activation::gelu) {
+    finish_strip(problem, tile, column, columns, scratch, width, gelu_of);
+  } else {
+    finish_strip(problem, tile, column, columns, scratch, width, [](Vector<T> x) { return x; });
+  }
 }
 
 }  // namespace
@@ -152,9 +155,13 @@ void pack_panels(const Matrix<T>& matrix, int64_t depth, int64_t columns, int64_
 
 template <typename T>
 void linear_tile(const Linear<T>& problem, const Tile& tile, T* scratch) {
-  for (int64_t panel = tile.panel; panel < tile.end_panel; ++panel)
+  const int64_t room = (tile.end_row - tile.row + 1) * kPanels<T>.width, group = kScratchRows * kPanels<T>.width / room;
+  for (int64_t first = tile.panel; first < tile.end_panel; first += group) {
+    const int64_t last = first + group < tile.end_panel ? first + group : tile.end_panel;
     for (int64_t block = 0; block < Panels::blocks(problem.depth); ++block)
-      multiply_block_of_depth(problem, tile, block, panel, scratch);
+      for (int64_t panel = first; panel < last; ++panel)
+        multiply_block_of_depth(problem, tile, block, panel, scratch + (panel - first) * room);
+  }
 }
 
 template void find_panels(float, Panels*);

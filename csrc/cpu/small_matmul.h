@@ -30,7 +30,8 @@ constexpr int most_rows(int vectors) { return kWideRegisters ? 8 : vectors == 1 
 template <typename T, int vectors, int rows>
 inline void multiply_block(const Product<T>& p, int64_t i, int64_t j, int64_t depth) {
   Vector<T> sum[rows][vectors] = {};
-  const T* left = p.left + i * p.left_row;
+  const int64_t left_row = p.left_row, left_step = p.left_step, right_row = p.right_row;
+  const T* left = p.left + i * left_row;
   const T* right = p.right + j;
   for (int64_t k = 0; k < depth; ++k) {
     Vector<T> b[vectors];
@@ -38,22 +39,26 @@ inline void multiply_block(const Product<T>& p, int64_t i, int64_t j, int64_t de
     for (int v = 0; v < vectors; ++v) b[v] = load<T>(right + v * kLanes<T>);
 #pragma GCC unroll 8
     for (int row = 0; row < rows; ++row) {
-      const Vector<T> a = broadcast<T>(left[row * p.left_row]);
+      const Vector<T> a = broadcast<T>(left[row * left_row]);
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) sum[row][v] += a * b[v];
     }
-    left += p.left_step;
-    right += p.right_row;
+    left += left_step;
+    right += right_row;
+  }
+  const int64_t base_row = p.base_row, to_row = p.to_row;  // here: what is written might be the product itself
+  T* to = p.to + i * to_row + j;
+  if (p.base) {
+    const T* base = p.base + i * base_row + j;
+#pragma GCC unroll 8
+    for (int row = 0; row < rows; ++row)
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) sum[row][v] += load<T>(base + row * base_row + v * kLanes<T>);
   }
 #pragma GCC unroll 8
-  for (int row = 0; row < rows; ++row) {
+  for (int row = 0; row < rows; ++row)
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) {
-      const int64_t at = j + v * kLanes<T>;
-      if (p.base) sum[row][v] += load<T>(p.base + (i + row) * p.base_row + at);
-      store<T>(p.to + (i + row) * p.to_row + at, sum[row][v]);
-    }
-  }
+    for (int v = 0; v < vectors; ++v) store<T>(to + row * to_row + v * kLanes<T>, sum[row][v]);
 }
 
 template <typename T, int vectors, int rows = most_rows(vectors)>

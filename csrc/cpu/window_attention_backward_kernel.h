@@ -131,6 +131,13 @@ void write_gradient(const WindowAttentionBackward<T>& problem, const TokenWindow
   }
 }
 
+// Scores [key][query] of a group and a tile.
+template <typename T>
+void score_tile(const T* keys, const T* columns, int64_t head_dim, int64_t count, int64_t key_count, const T* base,
+                T* scores) {
+  multiply<T>({keys, head_dim, 1, columns, kGroup, base, kGroup, scores, kGroup}, key_count, count, head_dim);
+}
+
 // A group of queries against a tile of keys: what they give to the gradients of queries, keys and values.
 template <typename T>
 void add_products(int64_t size, bool components, int64_t first, int64_t count, int64_t key, int64_t keys,

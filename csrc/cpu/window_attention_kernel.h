@@ -1,8 +1,8 @@
 // The forward pass of windowed attention for one instruction set.
 //
-// A group of queries meets the keys in tiles. Scores lie [key][query], the lanes of a vector are queries: a row's
-// maximum and sum are vectors, and nothing is summed across lanes. Sums of weighted values have components as lanes, as
-// the values lie in memory, or, where a head is too narrow for that, queries again.
+// A group of queries meets the keys in tiles, strip by strip. Scores lie [key][query], the lanes of a vector are
+// queries: a row's maximum and sum are vectors, and nothing is summed across lanes. Sums of weighted values have
+// components as lanes, as the values lie in memory, or, where a head is too narrow for that, queries again.
 #pragma once
 
 #include "cpu/small_matmul.h"
@@ -64,35 +64,55 @@ const T* score_base(const WindowAttention<T>& problem, const TokenWindow& window
   return memory.base;
 }
 
-// Scores [key][query] of a group and a tile.
+// Queries whose scores are in the first cache from the product that makes them to the one that takes them.
+constexpr int kStripVectors = 2;
 template <typename T>
-void score_tile(const T* keys, const T* columns, int64_t head_dim, int64_t count, int64_t key_count, const T* base,
-                T* scores) {
-  multiply<T>({keys, head_dim, 1, columns, kGroup, base, kGroup, scores, kGroup}, key_count, count, head_dim);
-}
+constexpr int64_t kStrip = kStripVectors * kLanes<T>;  // at most kMostStrip
 
-// Scores of a tile to weights; `factor` is what sums over earlier tiles are to be multiplied with.
-template <typename T>
-void online_softmax_step(T* scores, int64_t count, int64_t keys, T* maximum, T* total, T* factor) {
-  for (int64_t i = 0; i < count; i += kLanes<T>) {
-    const Vector<T> before = load<T>(maximum + i);
-    Vector<T> largest[4] = {before, before, before, before};  // independent of each other
-    int64_t key = 0;
-    for (; key + 4 <= keys; key += 4)
+// Scores [key][kStrip queries] of a tile, in so many vectors, to weights; `factor` is what sums over earlier tiles are
+// to be multiplied with.
+template <typename T, int vectors>
+void online_softmax_step(T* scores, int64_t keys, T* maximum, T* total, T* factor) {
+  constexpr int kParts = 4 / vectors;  // of the keys, whose maxima and sums do not wait for each other
+  Vector<T> before[vectors], most[vectors], sum[vectors] = {}, largest[kParts][vectors];
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) largest[j] = maximum_of<T>(load<T>(scores + (key + j) * kGroup + i), largest[j]);
-    for (; key < keys; ++key) largest[0] = maximum_of<T>(load<T>(scores + key * kGroup + i), largest[0]);
-    const Vector<T> most = maximum_of<T>(maximum_of<T>(largest[0], largest[1]), maximum_of<T>(largest[2], largest[3]));
-    Vector<T> sum = {};
-    for (key = 0; key < keys; ++key) {
-      const Vector<T> weight = weight_of(load<T>(scores + key * kGroup + i) - most);
-      store<T>(scores + key * kGroup + i, weight);
-      sum += weight;
+  for (int v = 0; v < vectors; ++v) {
+    before[v] = load<T>(maximum + v * kLanes<T>);
+#pragma GCC unroll 4
+    for (int part = 0; part < kParts; ++part) largest[part][v] = before[v];
+  }
+  const auto compare = [&](int64_t key, int part) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v)
+      largest[part][v] = maximum_of<T>(load<T>(scores + key * kStrip<T> + v * kLanes<T>), largest[part][v]);
+  };
+  int64_t key = 0;
+  for (; key + kParts <= keys; key += kParts)
+#pragma GCC unroll 4
+    for (int part = 0; part < kParts; ++part) compare(key + part, part);
+  for (; key < keys; ++key) compare(key, 0);
+#pragma GCC unroll 4
+  for (int v = 0; v < vectors; ++v) {
+    most[v] = largest[0][v];
+#pragma GCC unroll 4
+    for (int part = 1; part < kParts; ++part) most[v] = maximum_of<T>(most[v], largest[part][v]);
+  }
+  for (key = 0; key < keys; ++key) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      T* const at = scores + key * kStrip<T> + v * kLanes<T>;
+      const Vector<T> weight = weight_of(load<T>(at) - most[v]);
+      store<T>(at, weight);
+      sum[v] += weight;
     }
-    const Vector<T> decay = weight_of(before - most);
-    store<T>(maximum + i, most);
-    store<T>(factor + i, decay);
-    store<T>(total + i, decay * load<T>(total + i) + sum);
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < vectors; ++v) {
+    const int64_t at = v * kLanes<T>;
+    const Vector<T> decay = weight_of(before[v] - most[v]);
+    store<T>(maximum + at, most[v]);
+    store<T>(factor + at, decay);
+    store<T>(total + at, decay * load<T>(total + at) + sum[v]);
   }
 }
 
@@ -207,38 +227,53 @@ struct NextWindow {
   }
 };
 
+// A strip of a group's queries, from `query` on, against a tile of keys: scores, weights, and their sums of values.
+template <typename T>
+void attend_strip(int64_t size, bool components, int64_t query, int64_t count, int64_t key, int64_t keys, const T* base,
+                  const ForwardMemory<T>& memory) {
+  const int64_t padded_dim = memory.padded_dim;
+  T *const scores = memory.scores, *const factor = memory.factor + query, *const maximum = memory.maximum + query;
+  T *const sums = memory.sums + query * padded_dim, *const column_sums = memory.column_sums + query;
+  multiply<T>({memory.keys + key * size, size, 1, memory.columns + query, kGroup, base ? base + query : nullptr, kGroup,
+               scores, kStrip<T>},
+              keys, count, size);
+  if (count > kLanes<T>) {
+    online_softmax_step<T, kStripVectors>(scores, keys, maximum, memory.total + query, factor);
+  } else {
+    online_softmax_step<T, 1>(scores, keys, maximum, memory.total + query, factor);
+  }
+  const T* values = memory.values + key * size;
+  if (components) {
+    if (key > 0) scale_rows(factor, count, size, padded_dim, sums);
+    multiply<T>({scores, 1, kStrip<T>, values, size, key > 0 ? sums : nullptr, padded_dim, sums, padded_dim}, count,
+                size, keys);
+  } else {
+    if (key > 0) scale_columns(factor, count, size, column_sums);
+    multiply<T>({values, 1, size, scores, kStrip<T>, key > 0 ? column_sums : nullptr, kGroup, column_sums, kGroup},
+                size, count, keys);
+  }
+}
+
 // A group of queries against all keys of its window.
 template <typename T>
 void attend_group(const WindowAttention<T>& problem, const TokenWindow& window, int64_t head, int64_t first,
                   int64_t count, const NextWindow<T>& next, const ForwardMemory<T>& memory) {
-  const int64_t size = problem.head_dim, padded_dim = memory.padded_dim;
+  const int64_t size = problem.head_dim;
   const bool components = lanes_are_components<T>(window_tokens(problem), size);
   transpose_to_columns(memory.queries + first * size, count, size, head_factor(problem, head), memory.columns);
   prepare_group(problem, window, first, count, memory);
   fill(memory.maximum, kGroup, kLowest<T>);
   fill(memory.total, kGroup, T(0));
-  if (first == 0) next.prefetch_part(0, 3);
   for (int64_t key = 0; key < window.keys.count; key += kKeyTile) {
     const int64_t keys = window.keys.count - key < kKeyTile ? window.keys.count - key : kKeyTile;
     const T* base = score_base(problem, window, head, first, count, key, keys, memory);
-    score_tile(memory.keys + key * size, memory.columns, size, count, keys, base, memory.scores);
-    if (first + key == 0) next.prefetch_part(1, 3);
-    online_softmax_step(memory.scores, count, keys, memory.maximum, memory.total, memory.factor);
-    if (first + key == 0) next.prefetch_part(2, 3);
-    const T* values = memory.values + key * size;
-    if (components) {
-      if (key > 0) scale_rows(memory.factor, count, size, padded_dim, memory.sums);
-      multiply<T>({memory.scores, 1, kGroup, values, size, key > 0 ? memory.sums : nullptr, padded_dim, memory.sums,
-                   padded_dim},
-                  count, size, keys);
-    } else {
-      if (key > 0) scale_columns(memory.factor, count, size, memory.column_sums);
-      multiply<T>({values, 1, size, memory.scores, kGroup, key > 0 ? memory.column_sums : nullptr, kGroup,
-                   memory.column_sums, kGroup},
-                  size, count, keys);
+    for (int64_t query = 0; query < count; query += kStrip<T>) {
+      const int64_t part = count - query < kStrip<T> ? count - query : kStrip<T>;
+      if (first + key == 0) next.prefetch_part(query / kStrip<T>, (count + kStrip<T> - 1) / kStrip<T>);
+      attend_strip(size, components, query, part, key, keys, base, memory);
     }
   }
-  if (!components) transpose_to_rows(memory.column_sums, count, size, padded_dim, memory.sums);
+  if (!components) transpose_to_rows(memory.column_sums, count, size, memory.padded_dim, memory.sums);
   write_group(problem, window, head, first, count, memory);
 }
 

@@ -22,7 +22,7 @@ template <int write, typename T>
   for (int64_t i = begin; i < end; ++i) {
     if (tokens[i].is_padding()) continue;
     const T* row = map.data + tokens[i].index * map.distance + offset;
-    for (int64_t j = 0; j < size; j += line) __builtin_prefetch(row + j, write, 3);
+    for (int64_t j = 0; j < size; j += line) __builtin_prefetch(row + j, write, 2);
   }
 }
 

@@ -31,8 +31,11 @@ def file_errors(verb: str, path: Path) -> Iterator[None]:
 def folder_path(folder: str | os.PathLike[str], name: str = "out") -> Path:
     """The path of a folder that is to be written; the option is called ``name``.
 
-    Raises InputError for text that names no folder: empty (pathlib would take the working directory), or with a NUL.
+    Raises InputError for what names no folder: no path, empty text (pathlib would take the working directory), or with
+    a NUL.
     """
+    if not isinstance(folder, (str, bytes, os.PathLike)):
+        raise InputError(f"{name} must name a folder, got {folder!r}; give a path such as runs/first")
     text = os.fspath(folder)
     if not text or "\0" in os.fsdecode(text):
         raise InputError(f"{name} must name a folder, got {text!r}; give a path such as runs/first")

@@ -7,6 +7,8 @@ import os
 import platform
 import sys
 
+from .errors import InputError
+
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # parameters of glibc's mallopt
 _SHARE = "ASVIT_FAST_MEMORY_SHARE"  # N: our ops keep an N-th of the machine's memory at most (default: 16)
 
@@ -23,11 +25,16 @@ def tune_allocator() -> bool:
 
     Returns:
         Whether glibc was told; False where there is no glibc.
+
+    Raises:
+        InputError: ASVIT_FAST_MEMORY_SHARE is no whole number of 1 or more.
     """
-    os.environ.setdefault(_SHARE, "4")
+    share = os.environ.setdefault(_SHARE, "4")
+    if not share.isdecimal() or int(share) < 1:
+        raise InputError(f"{_SHARE} must be a whole number of 1 or more, got {share!r}")
     extension = sys.modules.get("asvit_fast._C")  # asks itself when it needs memory first
     if extension is not None:
-        extension.set_memory_limit(_memory() // int(os.environ[_SHARE]))
+        extension.set_memory_limit(_memory() // int(share))
     if platform.libc_ver()[0] != "glibc":
         return False
     c_library = ctypes.CDLL(None)

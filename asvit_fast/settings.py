@@ -42,6 +42,18 @@ def image_sides(img_size: Any, minimum: int = 1) -> tuple[int, int]:
     return sides
 
 
+def check_kind(name: str, value: Any, kind: Any, expected: str) -> None:
+    """Raise InputError unless it is an instance of a class (or union of classes); ``expected`` says so in words."""
+    if not isinstance(value, kind):
+        raise InputError(f"{name} must be {expected}, got {type(value).__name__}")
+
+
+def check_rate(name: str, value: Any) -> None:
+    """Raise InputError unless it is a probability below 1."""
+    if not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise InputError(f"{name} must be a number from 0 on and below 1, got {value!r}")
+
+
 def check_integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
     """Raise InputError unless it is an integer in the range."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
@@ -120,6 +132,8 @@ class ScoreSettings(Settings):
         names = self.metrics.split(",") if isinstance(self.metrics, str) else self.metrics
         object.__setattr__(self, "metrics", tuple(names))
         super().__post_init__()
+        if "ntk_condition" in self.metrics and self.batch < 2:
+            raise InputError(f"batch must be 2 or more for ntk_condition, which compares images, got {self.batch}")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

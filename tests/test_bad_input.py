@@ -12,7 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+import asvit_fast as af
 from asvit_fast.cli import main
+from asvit_fast.errors import InputError
 from asvit_fast.files import read_jsonl
 
 TOPOLOGY = "4,2,2|2,1,2|2,1,2|2,1,2|16"
@@ -232,3 +234,54 @@ def test_full_disk_behind_stdout(unbuffered: str) -> None:
             env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
         )
     assert "No space left" in one_line(done)
+
+
+SMALL = "4,2,2,1|2,1,2,1|3,1,2,1|2,1,2,1|8,8"
+
+
+def small_model() -> af.models.AsViT:
+    return af.create_model(SMALL, img_size=32)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: af.accelerate(None), "model must be a torch.nn.Module"),
+        (lambda: af.accelerate("swin_tiny_patch4_window7_224"), "timm.create_model"),
+        (lambda: af.restore(None), "model must be a torch.nn.Module, got NoneType"),
+        (lambda: af.search("a"), "space must be a SearchSpace"),
+        (lambda: af.search(budget=(0, 1)), "budget must be a Budget"),
+        (lambda: af.search(out=3), "out must name a folder, got 3"),
+        (lambda: af.score(SMALL, batch=1), "batch must be 2 or more for ntk_condition"),
+        (lambda: af.create_model(SMALL, num_classes=-1), "num_classes must be an integer of 0 or more, got -1"),
+        (lambda: af.create_model(SMALL, num_classes=1.5), "num_classes"),
+        (lambda: small_model().reset_classifier(-1), "num_classes"),
+        (lambda: af.create_model(SMALL, in_chans=0), "in_chans must be an integer of 1 or more, got 0"),
+        (lambda: af.create_model(SMALL, drop_path_rate=2.0), "drop_path_rate must be a number from 0 on and below 1"),
+        (lambda: af.create_model(SMALL, drop_rate=float("nan")), "drop_rate must be a number"),
+        (lambda: af.curve(torch.nn.Identity(), torch.zeros(0), torch.ones(3), torch.ones(3)), "theta must be [n]"),
+        (lambda: af.ntk_gram(small_model(), None), "images must be a tensor"),
+        (lambda: af.ntk_condition(None), "gram must be a Gram matrix"),
+        (lambda: af.length_distortion(None), "c must be what curve(...) returns"),
+        (lambda: af.curvature(None), "c must be what curve(...) returns"),
+        (lambda: af.convert_asvit_state_dict(None), "state_dict must be a state dict"),
+        (lambda: af.train(None, "."), "model must be"),
+        (lambda: af.train(SMALL, None), "data must be"),
+    ],
+)
+def test_an_argument_that_cannot_be_used_is_named(call, words):
+    with pytest.raises(InputError) as caught:
+        call()
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_curve_measures_need_no_two_images():
+    score = af.score(SMALL, ("length_distortion",), img_size=32, thetas=2, repeats=1, batch=1)
+    assert score["length_distortion"].mean > 0
+
+
+def test_a_share_of_memory_that_is_none_is_named(monkeypatch):
+    monkeypatch.setenv("ASVIT_FAST_MEMORY_SHARE", "half")
+    with pytest.raises(InputError, match="ASVIT_FAST_MEMORY_SHARE must be a whole number of 1 or more, got 'half'"):
+        af.tune_allocator()

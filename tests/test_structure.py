@@ -38,7 +38,7 @@ LAYERS: dict[str, set[str]] = {
     "files": {"errors"},
     "machine": set(),
     "cuda_capture": set(),
-    "malloc": set(),
+    "malloc": {"errors"},
     "topology": {"errors"},
     "settings": {"topology"},
     "backends": {"_extension", "errors", "settings"},

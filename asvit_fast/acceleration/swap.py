@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from .. import backends
 from ..errors import InputError
+from ..settings import check_kind
 from .registry import Family, family_of, qualified_name, replacement_of
 from .replacement import Replacement, is_decorated, parts_of, patch_reason, source_type, unknown_reason, version_reason
 from .report import Decision, OpRun, Report
@@ -167,8 +168,9 @@ def accelerate(model: nn.Module, strict: bool = False) -> Report:
         count for ``strict``.
 
     Raises:
-        InputError: with ``strict``, the modules left and why; the model is as it was.
+        InputError: what is given is no module; with ``strict``, the modules left and why, the model is as it was.
     """
+    check_kind("model", model, nn.Module, "a torch.nn.Module, such as timm.create_model(NAME) makes")
     plans = list(_plans(model))
     runs = dict.fromkeys(run for plan in plans for run in plan.runs)
     claimed = {plan.decision.name for plan in plans if _claims_attention(plan)}
@@ -186,8 +188,10 @@ def restore(model: nn.Module) -> nn.Module:
     """Undo ``accelerate``: every module gets the class back that it had. Returns the model.
 
     Also on copies and after unpickling; harmless on a model that was never accelerated. A class made from a replacement
-    since (by ``fully_shard`` or a parametrization) is made again from the original.
+    since (by ``fully_shard`` or a parametrization) is made again from the original. Raises InputError for what is no
+    module.
     """
+    check_kind("model", model, nn.Module, "a torch.nn.Module")
     for module in model.modules():
         if isinstance(module, Replacement):
             bound_method = module.__dict__.get("forward")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..nn import FeatScale, Linear, OverlapPatchEmbed, PatchMerging, WindowAttention
 from ..nn.position_embedding import resample_position_embedding
-from ..settings import MIN_IMG_SIZE, POS_EMBEDS, check_choice, image_sides
+from ..settings import MIN_IMG_SIZE, POS_EMBEDS, check_choice, check_integer, check_rate, image_sides
 from ..topology import EMBED_STRIDE, NAMED_TOPOLOGIES, StageSpec, Topology
 from .state_dict import drop_norms
 
@@ -163,6 +163,11 @@ class AsViT(nn.Module):
         factory = {"device": device, "dtype": dtype}
         check_choice("pos_embed", pos_embed, POS_EMBEDS)
         check_choice("norm", norm, ("layer", "identity"))
+        check_integer("num_classes", num_classes, 0)
+        check_integer("in_chans", in_chans, 1)
+        rates = {"drop_rate": drop_rate, "pos_drop_rate": pos_drop_rate, "proj_drop_rate": proj_drop_rate}
+        for name, rate in {**rates, "attn_drop_rate": attn_drop_rate, "drop_path_rate": drop_path_rate}.items():
+            check_rate(name, rate)
         self.topology = Topology.parse(topology)
         self.img_size = image_sides(img_size, MIN_IMG_SIZE)
         self.in_chans = in_chans
@@ -271,6 +276,7 @@ class AsViT(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new classifier of ``num_classes``; the pre-logits layer keeps its weights."""
+        check_integer("num_classes", num_classes, 0)
         weight = self.head.fc1.weight
         self.head.reset(num_classes, global_pool, device=weight.device, dtype=weight.dtype)
         classifier: Any = self.head.fc2

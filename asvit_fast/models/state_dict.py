@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..nn.position_embedding import resample_position_embedding
+from ..settings import check_kind
 
 # The authors' names (VITA-Group/AsViT) -> ours. Their patch merging closes a stage, ours opens the next.
 _RENAME = (
@@ -32,8 +33,9 @@ def convert_asvit_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tens
         state_dict: of their Transformer, with or without LayerNorms and position embedding.
 
     Raises:
-        InputError: the position embedding is not that of a square grid.
+        InputError: no state dict, or the position embedding is not that of a square grid.
     """
+    check_kind("state_dict", state_dict, Mapping, "a state dict: names and tensors")
     converted = {}
     for name, value in state_dict.items():
         if value is None or name.endswith("attn_mask"):  # a persistent buffer of theirs, without content

@@ -76,13 +76,15 @@ def curve(
         order: 1 (velocity) or 2 (velocity and acceleration).
 
     Raises:
-        InputError: an order other than 1 or 2, or u0 and u1 of different shapes.
+        InputError: an order other than 1 or 2, u0 and u1 of different shapes, or no theta.
         TaylorError: a torch function that cannot be propagated, named.
     """
     if order not in (1, 2):
         raise InputError(f"order must be 1 or 2, got {order!r}")
     if u0.shape != u1.shape:
         raise InputError(f"u0 and u1 must have one shape, got {list(u0.shape)} and {list(u1.shape)}")
+    if theta.dim() != 1 or len(theta) == 0:
+        raise InputError(f"theta must be [n], one angle or more, got {list(theta.shape)}")
 
     def run(part: slice) -> list[Tensor]:
         mix = circle_mix(theta[part], scale, order, u0.dtype).to(u0.device)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..settings import CONVENTIONS, check_choice
+from ..settings import CONVENTIONS, check_choice, check_kind
 from .curve import Curve
 
 REFERENCE_BATCH = 6  # thetas that the authors' code passes at a time, which its Gauss length depends on
@@ -29,6 +29,7 @@ def _integral(values: Tensor, convention: str) -> float:
 
 def _derivatives(c: Curve) -> tuple[Tensor, Tensor]:
     """Velocity and acceleration [n, F] in float64."""
+    check_kind("c", c, Curve, "what curve(...) returns")
     if c.acceleration is None:
         raise InputError("curvature and Gauss length need the acceleration: call curve(..., order=2)")
     return c.velocity.double(), c.acceleration.double()
@@ -42,6 +43,7 @@ def _turning(v: Tensor, a: Tensor) -> Tensor:
 
 def length_distortion(c: Curve, convention: str = "paper") -> float:
     """L^E: the length of the curve, integral of |v| (paper), or the sum of |v| over the thetas (reference)."""
+    check_kind("c", c, Curve, "what curve(...) returns")
     return _integral(c.velocity.double().norm(dim=1), convention)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..models import AsViT
-from ..settings import MIN_IMG_SIZE
+from ..settings import MIN_IMG_SIZE, check_kind
 from .memory import split_on_oom
 from .per_sample import RowSink, per_sample_gradients
 from .replica import replica
@@ -48,13 +48,14 @@ def ntk_gram(model: nn.Module, images: Tensor, parameters: str = "weights") -> T
             that do not require or do not receive a gradient count nothing.
 
     Raises:
-        InputError: no parameter to differentiate by, or an unknown ``parameters``.
+        InputError: no parameter to differentiate by, an unknown ``parameters``, images that are no tensor.
 
     One forward and one backward pass, and a second backward pass where code outside of torch, timm and torchvision
     might give layers the batch in another order. Per-sample gradients of each layer are contracted at once and never
     kept. Layers it does not know are named in a warning and take a slower exact path. Splits the batch when memory runs
     out. The result carries no gradient.
     """
+    check_kind("images", images, Tensor, "a tensor [B, 3, H, W]")
     devices = [images.device] if images.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         return ntk_gram_of(model, images, parameters, torch.get_rng_state())
@@ -145,6 +146,7 @@ def ntk_condition(gram: Tensor) -> float:
     Raises:
         InputError: a matrix that is empty or not square.
     """
+    check_kind("gram", gram, Tensor, "a Gram matrix [B, B]")
     if gram.dim() != 2 or gram.shape[0] != gram.shape[1] or gram.shape[0] == 0:
         raise InputError(f"a Gram matrix is square, got {list(gram.shape)}")
     if not torch.isfinite(gram).all():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..run_directory import BASELINE, RESULT, RunDirectory
-from ..settings import ImageSize, ScoreSettings, SearchSettings
+from ..settings import ImageSize, ScoreSettings, SearchSettings, check_kind
 from ..topology import SearchSpace, Topology
 from .baseline import Draw, RandomSearch
 from .budget import Budget
@@ -87,6 +87,8 @@ def search(
     """
     if baseline not in (None, "random"):
         raise InputError(f"baseline must be 'random' or None, got {baseline!r}")
+    check_kind("space", space, SearchSpace | None, "a SearchSpace, or None for that of the paper")
+    check_kind("budget", budget, Budget | None, "a Budget(params=..., flops=...), or None")
     settings = SearchSettings(steps, width, history, lr, momentum)
     scoring = ScoreSettings(METRICS, img_size, thetas, repeats, batch, convention, norms, device)
     evaluator = Evaluator(scoring, images, seed, scorer)

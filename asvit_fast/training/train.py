@@ -18,6 +18,7 @@ from ..backends import notify_once, rank_device
 from ..errors import InputError
 from ..recipe import Recipe
 from ..run_directory import accuracy, best_row
+from ..settings import check_kind
 from ..tokens import tokens_text
 from .build import What
 from .checkpoint import (
@@ -85,6 +86,10 @@ def train(
             is not a number, a checkpoint that cannot be written; the last good checkpoint stays.
         SystemExit: with code 143, after SIGTERM and a checkpoint.
     """
+    check_kind("model", model, What, "a topology, the name of a model, or a Module")
+    check_kind(
+        "data", data, str | Path | tuple | list, "a folder, or a pair of data sets (training, validation)"
+    )
     return Trainer(
         model,
         data,

@@ -266,6 +266,9 @@ EXPORT = Command(
             "PIXELS",
         ),
         Option("use_ema", flag, False, "of a training, the moving average of the weights", flag=True),
+        Option(
+            "push_to_hub", text, "", "upload to the Hugging Face Hub as well, with the token kept there", "OWNER/NAME"
+        ),
     ),
     epilog="example: asvit-fast export runs/scale --to model\n"
     "         asvit-fast export runs/train --to model --format onnx",

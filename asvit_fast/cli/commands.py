@@ -158,6 +158,8 @@ TRAIN = Command(
         Option("resume", text, "", "checkpoint of timm's train.py whose training this one continues", "FILE"),
         DEVICE,
         *options_of(Recipe),
+        Option("log_wandb", flag, False, "report to Weights & Biases, project WANDB_PROJECT", flag=True),
+        Option("log_mlflow", flag, False, "report to MLflow, at MLFLOW_TRACKING_URI", flag=True),
         QUIET,
     ),
     epilog="example: asvit-fast train asvit_small --data imagenet/ --schedule 40:4,30:2,230:1 --out runs/train",

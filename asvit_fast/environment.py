@@ -16,7 +16,8 @@ from .machine import processor
 PACKAGES = ("asvit-fast", "torch", "torchvision", "triton", "timm", "numpy", "transformers", "monai", "onnxruntime")
 VARIABLES = (  # of the environment: what changes results or speed
     "ASVIT_FAST_BUILD", "ASVIT_FAST_MEMORY_SHARE", "ASVIT_FAST_STRICT", "ASVIT_FAST_TILES", "CI",
-    "CUDA_VISIBLE_DEVICES", "KMP_AFFINITY", "LD_PRELOAD", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "TIMM_FUSED_ATTN", "TRITON_INTERPRET",
+    "CUDA_VISIBLE_DEVICES", "KMP_AFFINITY", "LD_PRELOAD", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "TIMM_FUSED_ATTN",
+    "TRITON_INTERPRET",
 )  # fmt: skip
 BUILD_FACTS = {
     "mode": "built with ASVIT_FAST_BUILD",
@@ -42,7 +43,7 @@ def installation() -> dict[str, Any]:
 def environment() -> dict[str, Any]:
     """Everything that `show_config` prints, as plain values for JSON.
 
-    Keys: "versions", "system", "cpu", "variables", "gpus", "build" (the build report), "extension", "strict", and "ops":
+    Keys: "versions", "system", "cpu", "variables", "gpus", "build" (the build report), "extension", "strict", "ops":
     op -> device type -> backend -> None if it is available there, otherwise the reason why not.
     """
     from .capabilities import capabilities  # and torch, which takes seconds

@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.h)
 CLANG_FORMAT := $(filter %.cpp %.h %.cu,$(SOURCES)) $(wildcard tests/cuda_on_cpu/*.* tests/cuda_on_cpu/cuda/*.h)
 
-.PHONY: install demo test test-threads test-integrations test-slow test-oldest sanitize kernel-report gpu lint format bench clean
+.PHONY: install demo test test-threads test-integrations test-slow test-oldest sanitize kernel-report gpu lint format bench wheel docs \
+	notebooks release-check clean
 
 install: $(VENV)/.installed
 
@@ -18,7 +19,7 @@ $(VENV)/bin/python:
 
 # torch comes first, as the extension is built against the torch that will load it
 $(VENV)/.torch: | $(VENV)/bin/python
-	$(BIN)/python -m pip install --progress-bar off "torch>=2.11" torchvision "setuptools>=70.1" ninja
+	$(BIN)/python -m pip install --progress-bar off "torch>=2.11" torchvision "setuptools>=77" ninja
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
@@ -118,6 +119,17 @@ format: install
 
 bench: install
 	$(BIN)/python benchmarks/bench_scores.py
+
+# A wheel for this Python in dist/, for others: with CUDA kernels for 8.0, 9.0 and 10.0 and PTX where there is a toolkit.
+# torch's own libraries are left out of it, as the torch that is installed brings them.
+DIST ?= dist
+NOT_IN_WHEELS := libtorch.so libtorch_cpu.so libtorch_cuda.so libtorch_python.so libc10.so libc10_cuda.so libcudart.so.*
+
+wheel: install
+	rm -rf build/wheel
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair $(foreach library,$(NOT_IN_WHEELS),--exclude '$(library)') \
+		--wheel-dir $(DIST) build/wheel/asvit_fast-*.whl
 
 clean:
 	rm -rf build dist *.egg-info asvit_fast/_build.json asvit_fast/_C.*.so $(VENV)/.installed

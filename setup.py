@@ -33,6 +33,7 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+OLDEST_SETUPTOOLS = 77  # as pyproject.toml says: wheels, and licences as SPDX expressions
 MODES = ("auto", "cuda", "cpu", "none")
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0")
 CXX_FLAGS = [
@@ -84,14 +85,14 @@ def build_mode(environment: dict[str, str] | os._Environ[str] = os.environ) -> s
 
 
 def check_setuptools() -> None:
-    """`pip install --no-build-isolation` takes the setuptools that is there, and one before 70.1 builds no wheels."""
-    if importlib.util.find_spec("setuptools.command.bdist_wheel") or importlib.util.find_spec("wheel"):
-        return
+    """`pip install --no-build-isolation` takes the setuptools that is there, and old ones build no wheels."""
     import setuptools
 
-    raise SystemExit(
-        f"setuptools {setuptools.__version__} cannot build wheels: pip install --upgrade 'setuptools>=70.1', then again"
-    )
+    if int(setuptools.__version__.partition(".")[0]) < OLDEST_SETUPTOOLS:
+        raise SystemExit(
+            f"setuptools {setuptools.__version__} is too old to build this package: "
+            f"pip install --upgrade 'setuptools>={OLDEST_SETUPTOOLS}', then again"
+        )
 
 
 def output_of(*command: str | Path) -> str:

@@ -22,12 +22,13 @@ from .scoring import (
 from .search import Budget, scale, search
 from .taylor import jet, jvp
 from .topology import SearchSpace, StageSpec, Topology
-from .training import RetokenizationSchedule, Retokenizer, TrainResult, set_token_reduction, train
+from .training import Callback, RetokenizationSchedule, Retokenizer, TrainResult, set_token_reduction, train
 
 __all__ = [
     "AsViT",
     "BenchRow",
     "Budget",
+    "Callback",
     "InputError",
     "RetokenizationSchedule",
     "Retokenizer",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 import runpy
 from importlib import metadata
@@ -12,7 +13,12 @@ from typing import Any
 from ._build import build_report
 from .machine import processor
 
-PACKAGES = ("asvit-fast", "torch", "torchvision", "triton", "timm", "numpy")
+PACKAGES = ("asvit-fast", "torch", "torchvision", "triton", "timm", "numpy", "transformers", "monai", "onnxruntime")
+VARIABLES = (  # of the environment: what changes results or speed
+    "ASVIT_FAST_BUILD", "ASVIT_FAST_MEMORY_SHARE", "ASVIT_FAST_STRICT", "ASVIT_FAST_TILES", "CI",
+    "CUDA_VISIBLE_DEVICES", "KMP_AFFINITY", "LD_PRELOAD", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "TIMM_FUSED_ATTN",
+    "TRITON_INTERPRET",
+)  # fmt: skip
 BUILD_FACTS = {
     "mode": "built with ASVIT_FAST_BUILD",
     "torch": "built for torch",
@@ -26,16 +32,19 @@ BUILD_FACTS = {
 
 
 def installation() -> dict[str, Any]:
-    """ "versions", "cpu" (name, machine) and "build" (the build report), without importing torch."""
+    """ "versions", "system", "cpu" (name, machine), "variables" (those that are set of ``VARIABLES``) and "build" (the
+    build report), without importing torch."""
     cpu = {"name": processor(), "machine": platform.machine()}
-    return {"versions": _versions(), "cpu": cpu, "build": build_report()}
+    variables = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    system = {"system": platform.platform(), "cpu": cpu, "variables": variables}
+    return {"versions": _versions(), **system, "build": build_report()}
 
 
 def environment() -> dict[str, Any]:
     """Everything that `show_config` prints, as plain values for JSON.
 
-    Keys: "versions", "cpu", "gpus", "build" (the build report), "extension", "strict", and "ops": op -> device type ->
-    backend -> None if it is available there, otherwise the reason why not.
+    Keys: "versions", "system", "cpu", "variables", "gpus", "build" (the build report), "extension", "strict", "ops":
+    op -> device type -> backend -> None if it is available there, otherwise the reason why not.
     """
     from .capabilities import capabilities  # and torch, which takes seconds
 
@@ -85,7 +94,7 @@ def format_installation(state: dict[str, Any]) -> str:
     rows = [(name, " ".join(value) if isinstance(value, list) else str(value)) for name, value in build.items()]
     return "\n\n".join((
         _section("Versions", [(name, version or "not installed") for name, version in state["versions"].items()]),
-        _section("Processor", [("cpu", state["cpu"]["name"])]),
+        _section("Machine", [("system", state["system"]), ("cpu", state["cpu"]["name"]), *state["variables"].items()]),
         _section("Build of the extension", rows or [("state", "never built")]),
     ))  # fmt: skip
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import timm
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from timm.data import resolve_data_config
 from timm.layers import to_2tuple
-from timm.models import save_for_hf
+from timm.models import push_to_hf_hub, save_for_hf
 from torch import nn
 
 from . import graph
@@ -22,8 +25,9 @@ from ._version import __version__
 from .cost import params
 from .errors import InputError, one_line
 from .files import folder_path, read_object, write_folder
+from .model_card import CARD, is_ours, model_card, write_card
 from .models.library import takes_size
-from .runs import Run
+from .runs import Run, has_run, read_run
 from .settings import EXPORT_FORMATS, ImageSize, check_choice
 from .topology import Topology
 from .training.build import CONFIG_FILE, WEIGHTS_FILE, CheckpointModel, build, constructor_arguments
@@ -42,12 +46,22 @@ class Exported:
     Attributes:
         built: the network, and how its images are prepared.
         trained: whether its weights are trained.
-        limit: most parameters that the run allowed, None where it is of none that has a limit.
+        run: the search, scaling or training that it is the result of, None where it is of none.
     """
 
     built: CheckpointModel
     trained: bool
-    limit: float | None = None
+    run: Run | None = None
+
+    @property
+    def limit(self) -> float | None:
+        """Most parameters that the run allowed, None where it is of none that has a limit."""
+        return None if self.run is None else limit_of(self.run)
+
+    @property
+    def weights(self) -> str:
+        """Where the weights are from, in words."""
+        return "fresh, not trained" if not self.trained else f"of {self.built.path.name or 'the network in memory'}"
 
     @property
     def parameters(self) -> int:
@@ -77,6 +91,7 @@ def export(
     img_size: ImageSize | None = None,
     use_ema: bool = False,
     format: str = "timm",
+    push_to_hub: str = "",
 ) -> Path:
     """Write a network into the folder ``to`` and return its path.
 
@@ -84,6 +99,9 @@ def export(
     topology; of both side by side, the scaled one): the weights are freshly initialised from ``seed``, float32, not
     trained. ``img_size`` is a side, or height and width, in pixels, by default the run's, else 224; ``num_classes`` is
     1000 by default, 0 leaves the classifier out.
+
+    A network in memory is built anew from its name and arguments, its weights copied: an accelerated one is written as
+    its package has it, and stays accelerated.
 
     Of a training (its run directory, a checkpoint) or of an earlier export, the weights there are written, with
     ``use_ema`` their moving average; classes and size are then those of the training.
@@ -99,25 +117,40 @@ def export(
     - "exported": ``model.pt2``, a program of torch.export in torch's own operations, for any batch:
       ``torch.export.load(...).module()``, without asvit_fast. Preprocessing is its extra file ``asvit_fast.json``.
 
+    Beside them ``README.md``, a model card: topology, scores, schedule, accuracy, the commands of the run, and how to
+    load it. ``push_to_hub``, "OWNER/NAME", also uploads the format "timm" to the Hugging Face Hub, with the token of
+    ``hf auth login`` or ``HF_TOKEN``.
+
     A kill leaves either what was there or all of the new. Raises InputError when there is no finished run, valid
     topology or checkpoint, when ``to`` holds anything but earlier exports (one of the same format is replaced), for a
     package that is missing, for a network that cannot be written in this format, and when writing fails.
     """
-    write = writer(format, to)
-    source = open_network(what, seed, num_classes, img_size, use_ema)
-    return write(source)
+    write = writer(format, to, push_to_hub)
+    return write(open_network(what, seed, num_classes, img_size, use_ema))
 
 
-def writer(format: str, to: str | Path) -> Callable[[Exported], Path]:
+def writer(format: str, to: str | Path, push_to_hub: str = "") -> Callable[[Exported], Path]:
     """A function that writes networks in this format into this folder. Raises InputError now for what cannot work."""
     check_choice("format", format, tuple(EXPORT_FORMATS))
+    if push_to_hub:
+        _check_hub(push_to_hub, format)
     if format == "onnx":
         graph.require(("onnx", "onnxscript"), "export in the format onnx")
     target = folder_path(to, "to")
     _check_target(target)
 
+    formats = [one for one, files in EXPORT_FORMATS.items() if one == format or (target / files[0]).is_file()]
+
     def write(source: Exported) -> Path:
-        write_folder(target, lambda folder: _WRITERS[format](source, folder), last=EXPORT_FORMATS[format][0])
+        card = model_card(source.built, source.weights, source.run, formats, Path(target.resolve().name))
+
+        def fill(folder: Path) -> None:
+            _WRITERS[format](source, folder)
+            write_card(card, folder, target.resolve().name)
+
+        write_folder(target, fill, last=EXPORT_FORMATS[format][0])
+        if push_to_hub:
+            _push(source, card, push_to_hub)
         return target
 
     return write
@@ -139,7 +172,7 @@ def open_network(
         config = checked(run.config, run.directory / CONFIG_FILE, ("img_size",))
         img_size = img_size or config.get("img_size")
     built = _fresh(str(target.name), target.options, seed, num_classes, img_size)
-    return Exported(built, False, None if run is None else limit_of(run))
+    return Exported(built, False, run)
 
 
 def limit_of(run: Run) -> float | None:
@@ -175,7 +208,9 @@ def _as_it_is(built: CheckpointModel, name: str, num_classes: int | None, img_si
         )
     if num_classes not in (None, classes):
         raise InputError(f"{name} has {classes} classes; leave num_classes out")
-    return Exported(built, True)
+    folder = built.path.parent
+    is_training = has_run(folder) and read_object(folder / CONFIG_FILE).get("kind") == "train"
+    return Exported(built, True, read_run(folder, ("train",)) if is_training else None)
 
 
 def _fresh(
@@ -201,6 +236,18 @@ def _fresh(
 
 
 def _write_timm(source: Exported, folder: Path) -> None:
+    arguments = _for_timm(source)
+    try:
+        save_for_hf(source.built.model, str(folder), safe_serialization=True, **arguments)
+    except SafetensorError as error:  # a full disk, among others
+        raise InputError(f"cannot write {WEIGHTS_FILE}: {error}; free space or choose another folder") from None
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"{source.built.name} cannot be written as timm's folder: {one_line(error)}") from error
+    shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)  # safetensors makes files for their owner alone
+
+
+def _for_timm(source: Exported) -> dict[str, Any]:
+    """What timm's functions write into config.json, after the network's own configuration has been set."""
     built, labels = source.built, source.labels
     if not timm.is_model(built.name):
         raise InputError(f"timm has no {built.name} that could load it; export it in the format onnx or exported")
@@ -213,14 +260,33 @@ def _write_timm(source: Exported, folder: Path) -> None:
     notes: dict[str, Any] = {MARK: {"version": __version__, "trained": source.trained, "parameters": source.parameters}}
     if labels is not None:  # where the Hub's readers look, and where timm's do
         model.pretrained_cfg["label_names"] = notes["label_names"] = labels
-    arguments = {name: value for name, value in built.options.items() if value is not None}
+    return {
+        "model_config": notes,
+        "model_args": {name: value for name, value in built.options.items() if value is not None},
+    }
+
+
+def _check_hub(repository: str, format: str) -> None:
+    if format != "timm":
+        raise InputError(f"push_to_hub uploads what timm loads: leave out the format {format}, or push_to_hub")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository):
+        raise InputError(f"push_to_hub must be the name of a repository, OWNER/NAME, got {repository!r}")
+    if huggingface_hub.get_token() is None:
+        raise InputError("push_to_hub needs a token of the Hugging Face Hub: hf auth login, or set HF_TOKEN")
+
+
+def _push(source: Exported, card: dict[str, Any], repository: str) -> None:
+    """Upload the folder that timm loads as ``hf-hub:OWNER/NAME``; a card that is there stays."""
+    usage = (
+        f"```python\nimport asvit_fast, timm\nmodel = timm.create_model('hf-hub:{repository}', pretrained=True)\n```"
+    )
     try:
-        save_for_hf(model, str(folder), model_config=notes, model_args=arguments, safe_serialization=True)
-    except SafetensorError as error:  # a full disk, among others
-        raise InputError(f"cannot write {WEIGHTS_FILE}: {error}; free space or choose another folder") from None
-    except (ValueError, RuntimeError) as error:
-        raise InputError(f"{built.name} cannot be written as timm's folder: {one_line(error)}") from error
-    shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)  # safetensors makes files for their owner alone
+        push_to_hf_hub(
+            source.built.model, repository, model_card={**card, "usage": usage}, safe_serialization=True,
+            **_for_timm(source),
+        )  # fmt: skip
+    except (HfHubHTTPError, OSError) as error:
+        raise InputError(f"the Hugging Face Hub does not take {repository!r}: {one_line(error)}") from error
 
 
 _WRITERS: dict[str, Callable[[Exported, Path], None]] = {
@@ -236,10 +302,12 @@ def _check_target(target: Path) -> None:
         raise InputError(f"cannot export to {str(target)!r}: it is a file; give a new or empty folder")
     if not target.is_dir():
         return
-    ours = {"model.onnx.data", *itertools.chain(*EXPORT_FORMATS.values())}  # ONNX of over 2 GB is two
+    ours = {CARD, "model.onnx.data", *itertools.chain(*EXPORT_FORMATS.values())}  # ONNX of over 2 GB is two
     present = {item.name for item in target.iterdir() if not item.name.endswith(".tmp")}  # left by a kill
     others = sorted(present - ours)
     config = read_object(target / CONFIG_FILE)
+    if CARD in present and not is_ours(target / CARD):
+        others = [CARD]
     if not others and CONFIG_FILE in present and MARK not in config and config.get("architecture") != "asvit":
         others = [CONFIG_FILE]
     if others:

@@ -47,9 +47,13 @@ def test_unknown_build_mode(build):
         build.build_mode({"ASVIT_FAST_BUILD": "gpu"})
 
 
-def test_setuptools_without_wheels_is_refused(build, monkeypatch):
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"cannot build wheels: pip install --upgrade 'setuptools>=70.1'"):
+def test_old_setuptools_are_refused(build, monkeypatch, root):
+    """As a fresh environment of Python 3.11 has them: they would say `invalid command 'bdist_wheel'`."""
+    import setuptools
+
+    assert f"setuptools>={build.OLDEST_SETUPTOOLS}" in (root / "pyproject.toml").read_text()
+    monkeypatch.setattr(setuptools, "__version__", "65.5.0")
+    with pytest.raises(SystemExit, match=r"65\.5\.0 is too old .*pip install --upgrade 'setuptools>=77'"):
         build.main()
 
 

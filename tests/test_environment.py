@@ -230,3 +230,12 @@ def test_instruction_set_from_the_environment(monkeypatch):
 def test_unknown_instruction_set():
     with pytest.raises(ValueError, match=r"'sse9' cannot run here: use one of .*portable"):
         _extension.extension().set_isa("sse9")
+
+
+def test_environment_variables_that_matter_are_told(monkeypatch, capsys):
+    """And no others: what is printed goes into bug reports."""
+    monkeypatch.setenv("ASVIT_FAST_STRICT", "0")
+    monkeypatch.setenv("HF_TOKEN", "a secret")
+    show_config()
+    printed = capsys.readouterr().out
+    assert "ASVIT_FAST_STRICT" in printed and "a secret" not in printed and "system" in printed

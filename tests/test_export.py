@@ -36,7 +36,7 @@ def original(seed: int, **options) -> torch.nn.Module:
 @pytest.mark.parametrize(("img_size", "num_classes"), [(32, 10), ((32, 64), 1000), (64, 0)])
 def test_round_trip(tmp_path: Path, img_size: int | tuple[int, int], num_classes: int) -> None:
     target = export(TOPOLOGY, tmp_path / "model", seed=3, num_classes=num_classes, img_size=img_size)
-    assert sorted(path.name for path in target.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in target.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     loaded = timm.create_model(f"local-dir:{target}", pretrained=True).eval()
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     image = torch.randn(2, 3, height, width)  # [2, 3, H, W]

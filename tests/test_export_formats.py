@@ -57,7 +57,7 @@ def test_onnx(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     path, model = trained(tmp_path / "trained.pth.tar")
     folder = export(path, tmp_path / "model", format="onnx")
-    assert [file.name for file in folder.iterdir()] == ["model.onnx"]
+    assert sorted(file.name for file in folder.iterdir()) == ["README.md", "model.onnx"]
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
     assert [list(value.shape) for value in session.get_inputs()] == [["batch", 3, 40, 40]]
     for batch in (1, 2, 5):
@@ -92,7 +92,7 @@ def test_formats_side_by_side(tmp_path: Path) -> None:
     folder = export("test_vit", tmp_path / "model", img_size=96, num_classes=3, format="exported")
     export("test_vit", folder, img_size=96, num_classes=3)
     assert sorted(file.name for file in folder.iterdir()) == [
-        "config.json", "model.onnx", "model.pt2", "model.safetensors",
+        "README.md", "config.json", "model.onnx", "model.pt2", "model.safetensors",
     ]  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -229,7 +229,7 @@ def test_links_and_the_current_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (tmp_path / "link").is_symlink() and (tmp_path / "there" / "config.json").is_file()
     monkeypatch.chdir(tmp_path / "there")
     export(TOPOLOGY, ".", seed=1, img_size=32, num_classes=3)
-    assert sorted(path.name for path in Path().iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in Path().iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
 # --------------------------------------------------------------------------- sizes and budgets

@@ -8,9 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from asvit_fast.training import log as training_log
-from asvit_fast.training.log import EVENTS, SUMMARY, Pace, TrainingLog
+from asvit_fast.training.callbacks import EVENTS, TensorBoard, TrainingInfo
+from asvit_fast.training.log import SUMMARY, Pace, TrainingLog
 
 COST = {4: 1.0, 2: 4.0, 1: 16.0}
 SCHEDULE = SimpleNamespace(reduction_at=lambda epoch: (4, 2, 1)[min(epoch, 2)])
@@ -31,7 +33,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def make(directory: Path | None = None, **options: object) -> TrainingLog:
-    return TrainingLog(directory, SCHEDULE, 4, 10, 32, COST, **options)
+    log = TrainingLog(directory, SCHEDULE, 4, 10, 32, COST, callbacks=[TensorBoard()], **options)
+    log.begin(TrainingInfo({}, torch.nn.Identity(), directory, 4, 10, options.get("first_update", 0), log.print))
+    return log
 
 
 def events(directory: Path) -> dict[str, list[tuple[int, float]]]:

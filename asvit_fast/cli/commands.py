@@ -158,6 +158,8 @@ TRAIN = Command(
         Option("resume", text, "", "checkpoint of timm's train.py whose training this one continues", "FILE"),
         DEVICE,
         *options_of(Recipe),
+        Option("log_wandb", flag, False, "report to Weights & Biases, project WANDB_PROJECT", flag=True),
+        Option("log_mlflow", flag, False, "report to MLflow, at MLFLOW_TRACKING_URI", flag=True),
         QUIET,
     ),
     epilog="example: asvit-fast train asvit_small --data imagenet/ --schedule 40:4,30:2,230:1 --out runs/train",
@@ -266,6 +268,9 @@ EXPORT = Command(
             "PIXELS",
         ),
         Option("use_ema", flag, False, "of a training, the moving average of the weights", flag=True),
+        Option(
+            "push_to_hub", text, "", "upload to the Hugging Face Hub as well, with the token kept there", "OWNER/NAME"
+        ),
     ),
     epilog="example: asvit-fast export runs/scale --to model\n"
     "         asvit-fast export runs/train --to model --format onnx",

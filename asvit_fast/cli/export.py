@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 from ..export import Exported, open_network, writer
 from ..graph import runtime_installed
+from ..model_card import CARD, how_to_load, images_text
 from ..settings import EXPORT_FORMATS
+
+NOT_RUN = "not run: pip install onnxruntime, and export again"
 
 
 def run(values: SimpleNamespace) -> int:
-    write = writer(values.format, values.to)
+    write = writer(values.format, values.to, values.push_to_hub)
     network = open_network(values.source, values.seed, values.num_classes, values.img_size, values.use_ema)
     target = write(network)
     fresh = f"fresh weights from seed {values.seed}, not trained"
     weights = f"the weights of {network.built.path}" if network.trained else fresh
-    print(f"Wrote {' and '.join(EXPORT_FORMATS[values.format])} to {target} ({weights}).")
+    print(f"Wrote {', '.join((*EXPORT_FORMATS[values.format], CARD))} to {target} ({weights}).")
     print(f"network:      {size(network)}")
-    print(f"images:       {images(network.built.data_config())}")
-    for line in how_to_load(values.format, target):
-        print(line)
+    print(f"images:       {images_text(network.built.data_config())}")
+    if values.format == "onnx":
+        ran = "the same outputs in ONNX Runtime as in torch" if runtime_installed() else NOT_RUN
+        print(f"checked:      {ran}")
+    for heading, line in zip(("load it:", ""), how_to_load(values.format, target), strict=True):
+        print(f"{heading:14}{line}")
+    if values.push_to_hub:
+        print(f"uploaded:     timm.create_model('hf-hub:{values.push_to_hub}', pretrained=True)")
     return 0
 
 
@@ -36,28 +43,3 @@ def size(network: Exported) -> str:
         f"{count}: MORE than the {network.limit:,.0f} that the run allowed, which it counted otherwise (image size, "
         "classes, or without the position embedding)"
     )
-
-
-def images(config: dict[str, Any]) -> str:
-    channels, height, width = config["input_size"]
-    mean, std = (",".join(f"{value:g}" for value in config[name]) for name in ("mean", "std"))
-    return (
-        f"{channels} x {height} x {width}, crop {config['crop_pct']:g} {config['crop_mode']}, "
-        f"{config['interpolation']}, mean {mean}, std {std}"
-    )
-
-
-def how_to_load(format: str, target: Any) -> list[str]:
-    if format == "onnx":
-        run, not_run = (
-            "run in ONNX Runtime: the same outputs as torch's",
-            "not run: pip install onnxruntime, and export again",
-        )
-        checked = run if runtime_installed() else not_run
-        return [f"checked:      {checked}", f"load it:      onnxruntime.InferenceSession('{target}/model.onnx')"]
-    if format == "exported":
-        return [f"load it:      model = torch.export.load('{target}/model.pt2').module()  # needs torch alone"]
-    return [
-        "load it:      import asvit_fast, timm",
-        f"              model = timm.create_model('local-dir:{target}', pretrained=True)",
-    ]

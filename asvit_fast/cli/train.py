@@ -7,9 +7,9 @@ from typing import Any
 
 from ..errors import InputError
 from ..recipe import Recipe
-from ..training import TrainResult, train
+from ..training import Callback, MlflowTracker, TrainResult, WandbTracker, train
 from ..what import resolve
-from .common import check_output_folder, print_on_main
+from .common import check_output_folder, is_main_process, print_on_main
 from .options import chosen
 
 
@@ -27,10 +27,19 @@ def run(values: SimpleNamespace) -> int:
         resume=values.resume,
         device=values.device,
         progress=not values.quiet,
+        callbacks=trackers(values),
         **chosen(values, Recipe),
     )
     conclude(values, result)
     return 0
+
+
+def trackers(values: SimpleNamespace) -> list[Callback]:
+    """What --log-wandb and --log-mlflow ask for, on the process that reports."""
+    if not is_main_process():
+        return []
+    asked = ((values.log_wandb, WandbTracker), (values.log_mlflow, MlflowTracker))
+    return [tracker() for wanted, tracker in asked if wanted]
 
 
 def network(values: SimpleNamespace) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from ..errors import first_line
 from .value import Taylor, TaylorError, gradients_wanted, laid_out, refuse_autograd_functions
 
+T = TypeVar("T")  # what a function gives
 _INNER = (
     str(Path(__file__).parent),
     str(Path(torch.__file__).parent / "_functorch"),
@@ -21,7 +22,7 @@ _INNER = (
 )  # not the user's
 
 
-def jvp(fn: Callable[[Any], Any], x: Tensor, dx: Tensor) -> tuple[Any, Any]:
+def jvp(fn: Callable[[Any], T], x: Tensor, dx: Tensor) -> tuple[T, T]:
     """Value and directional derivative of ``fn`` in one pass (a Jacobian-vector product).
 
     Args:
@@ -44,7 +45,7 @@ def jvp(fn: Callable[[Any], Any], x: Tensor, dx: Tensor) -> tuple[Any, Any]:
     return y, v
 
 
-def jet(fn: Callable[[Any], Any], x: Tensor, dx: Tensor, ddx: Tensor) -> tuple[Any, Any, Any]:
+def jet(fn: Callable[[Any], T], x: Tensor, dx: Tensor, ddx: Tensor) -> tuple[T, T, T]:
     """Value, velocity and acceleration of ``fn`` along a curve, in one pass.
 
     Args:

@@ -1,4 +1,4 @@
-"""Reports of a training while it runs: a progress bar, TensorBoard's events, a table of the epochs."""
+"""Reports of a training while it runs: a progress bar, callbacks, a table of the epochs."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from ..files import write_atomic
 from ..tokens import tokens_text
+from .callbacks import Callback, TrainingInfo
 from .schedule import RetokenizationSchedule
 
-SUMMARY, EVENTS = "summary.csv", "tensorboard"
+SUMMARY = "summary.csv"
 WINDOW = 50  # updates that the speed is measured over
 QUIET_SECONDS = 30.0  # between lines where no terminal shows a bar
 _SMOOTHING = 0.9  # of the loss in the bar
@@ -84,10 +85,9 @@ class Pace:
 
 
 class TrainingLog:
-    """Progress bar, TensorBoard's events and summary.csv of a training; ranks but 0 show and write nothing.
+    """Progress bar, callbacks and summary.csv of a training; ranks but 0 show and write nothing.
 
-    Each epoch has a line. Where stderr is not a terminal, a line every 30 seconds stands for the bar. TensorBoard is
-    optional (extra "train").
+    Each epoch has a line. Where stderr is not a terminal, a line every 30 seconds stands for the bar.
     The truth about a run is its trace.jsonl: ``write_summary`` makes the table from all rows each time, so that an
     interrupted run has each epoch once.
 
@@ -97,9 +97,10 @@ class TrainingLog:
         epochs, updates_per_epoch: length of the training.
         images_per_update: over all ranks.
         relative_cost: cost of an image by token reduction, in any unit.
-        first_update: updates that earlier runs have done; TensorBoard drops events that they wrote beyond it.
+        first_update: updates that earlier runs have done.
         progress: show bar and text.
         elapsed: seconds that earlier runs took, for the bar.
+        callbacks: who follows the training.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class TrainingLog:
         first_update: int = 0,
         progress: bool = True,
         elapsed: float = 0.0,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         reductions = [schedule.reduction_at(epoch) for epoch in range(epochs)]
         self.directory, self.epochs, self.updates_per_epoch = directory, epochs, updates_per_epoch
@@ -131,7 +133,12 @@ class TrainingLog:
         )
         if not self._bar.disable:
             self._bar.start_t -= elapsed
-        self._events = None if directory is None else self._open_events(directory, first_update)
+        self.callbacks = callbacks
+
+    def begin(self, info: TrainingInfo) -> None:
+        """The first update is about to begin."""
+        for callback in self.callbacks:
+            callback.on_train_begin(info)
 
     def update(
         self,
@@ -154,7 +161,9 @@ class TrainingLog:
             scalars = {"loss": loss, "lr": lr, "images_per_second": self.images_per_second}
             scalars |= {"token_reduction": reduction, "data_share": self.pace.data_share}
             scalars |= {f"loss_{name}": term for name, term in (terms or {}).items()}
-            self._write("train", scalars | ({} if grad_norm is None else {"grad_norm": grad_norm}), update)
+            scalars |= {} if grad_norm is None else {"grad_norm": grad_norm}
+            for callback in self.callbacks:
+                callback.on_update(scalars, update)
         if not self.progress:
             return
         if self._terminal:
@@ -164,14 +173,18 @@ class TrainingLog:
             self.print(f"update {update + 1}/{self.epochs * self.updates_per_epoch}, {self._line(update + 1)}")
 
     def epoch(self, row: dict[str, Any]) -> None:
-        """The row of an epoch that has ended, validation included: every number of it goes to TensorBoard."""
+        """The row of an epoch that has ended, validation included."""
         self.pace.pause()
         self.rows.append(row)
-        numbers = {name: value for name, value in row.items() if isinstance(value, (int, float)) and name != "epoch"}
-        self._write("epoch", numbers, (row["epoch"] + 1) * self.updates_per_epoch - 1)  # its last update
-        if self._events is not None:
-            self._events.flush()
+        last_update = (row["epoch"] + 1) * self.updates_per_epoch - 1
+        for callback in self.callbacks:
+            callback.on_epoch(row, last_update)
         self.print(self._epoch_line(row))
+
+    def end(self, summary: Mapping[str, Any]) -> None:
+        """The last epoch has ended."""
+        for callback in self.callbacks:
+            callback.on_train_end(summary)
 
     def write_summary(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """summary.csv anew, a line for each of ``rows``: all epochs so far, those of earlier runs included."""
@@ -193,9 +206,8 @@ class TrainingLog:
 
     def close(self) -> None:
         self._bar.close()
-        if self._events is not None:
-            self._events.close()
-            self._events = None
+        for callback in self.callbacks:
+            callback.close()
 
     @property
     def images_per_second(self) -> float:
@@ -222,16 +234,3 @@ class TrainingLog:
         }
         parts = [text(row[name]) for name, text in texts.items() if row.get(name) is not None]
         return ", ".join([f"epoch {row['epoch']}/{self.epochs}", *parts])
-
-    def _write(self, group: str, scalars: Mapping[str, float], update: int) -> None:
-        if self._events is not None:
-            for name, value in scalars.items():
-                self._events.add_scalar(f"{group}/{name}", value, update)
-
-    def _open_events(self, directory: Path, first_update: int) -> Any:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            self.print("no events for TensorBoard, which is not installed; pip install 'asvit-fast[train]'")
-            return None
-        return SummaryWriter(str(directory / EVENTS), purge_step=first_update)

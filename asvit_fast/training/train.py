@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..run_directory import accuracy, best_row
 from ..settings import check_kind
 from ..tokens import tokens_text
 from .build import What
+from .callbacks import Callback, TensorBoard, TrainingInfo
 from .checkpoint import (
     LAST,
     STATE_KEY,
@@ -56,6 +57,7 @@ def train(
     resume: str = "",
     device: str | torch.device | None = None,
     progress: bool = True,
+    callbacks: Sequence[Callback] = (),
     **recipe: Any,
 ) -> TrainResult:
     """Train a network, coarse tokens first where the schedule says so. Under torchrun, on all its processes.
@@ -79,6 +81,9 @@ def train(
         model_kwargs: further arguments of the network.
         initial_checkpoint: weights to start from, in timm's format.
         resume: checkpoint of timm's train.py (or ours) whose training this one continues: weights, optimizer, average.
+        progress: show a bar and lines of text, on stderr.
+        callbacks: who follows the training, besides TensorBoard in the run directory: ``WandbTracker``,
+            ``MlflowTracker``, your own ``Callback``.
         recipe: the fields of ``Recipe``.
 
     Raises:
@@ -104,6 +109,7 @@ def train(
         initial_checkpoint=initial_checkpoint,
         resume=resume,
         progress=progress,
+        callbacks=callbacks,
     ).run()
 
 
@@ -144,9 +150,13 @@ class Trainer(TrainingSetup):
                 first_update=self._updates_done(),
                 progress=self.progress and self.rank == 0,
                 elapsed=sum(row["seconds"] for row in self.rows) + self.position.seconds,
+                callbacks=(TensorBoard(), *self.callbacks)
+                if self.rank == 0 and self.position.epoch < self.epochs
+                else (),
             )
             try:
                 self._announce(continued)
+                self.log.begin(self._info())
                 with raised_recompile_limit(self.recipe):
                     self._warm_up()
                 while self.position.epoch < self.epochs:
@@ -154,20 +164,39 @@ class Trainer(TrainingSetup):
                         self._train_epoch()
                         self._end_epoch()
                     yield self.rows[-1]
+                self.retokenizer.step(self.epochs - 1)
+                self._finish()
             finally:
                 self.log.close()
-            self.retokenizer.step(self.epochs - 1)
-            result = self.result
-            self.kept.finish(
-                {
-                    "model": self.description["model"],
-                    "epochs": self.epochs,
-                    "top1": result.top1,
-                    "best": result.best,
-                    "train_seconds": result.seconds,
-                    "saving": result.cost.saving,
-                }
-            )
+
+    def _callbacks(self) -> Sequence[Callback]:
+        """Who follows what is left of the training."""
+        return (TensorBoard(), *self.callbacks) if self.rank == 0 and self.position.epoch < self.epochs else ()
+
+    def _finish(self) -> None:
+        result = self.result
+        summary = {
+            "model": self.description["model"],
+            "epochs": self.epochs,
+            "top1": result.top1,
+            "best": result.best,
+            "train_seconds": result.seconds,
+            "saving": result.cost.saving,
+        }
+        self.kept.finish(summary)
+        self.log.end(summary)
+
+    def _info(self) -> TrainingInfo:
+        """What callbacks may know."""
+        return TrainingInfo(
+            config=self.config(),
+            model=self.step.model,
+            directory=self.out,
+            epochs=self.epochs,
+            updates_per_epoch=self.updates_per_epoch,
+            first_update=self._updates_done(),
+            print=self.log.print,
+        )
 
     def _updates_done(self) -> int:
         return self.position.epoch * self.updates_per_epoch + self.position.update

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ..errors import InputError
 from ..recipe import Recipe
 from .batch_size import least_of_ranks, pass_memory, phase_batch_sizes
 from .build import What, channels_of, create_network, pixel_statistics
+from .callbacks import Callback
 from .data import DataSets, Reader, load_data
 from .resume import CHANGEABLE_ON_RESUME, PASSES
 from .retokenizer import Retokenizer
@@ -44,6 +45,7 @@ class TrainingSetup:
     initial_checkpoint: str = ""
     resume: str = ""
     progress: bool = True
+    callbacks: Sequence[Callback] = ()
 
     def __post_init__(self) -> None:
         recipe, device = self.recipe, self.device

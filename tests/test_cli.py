@@ -43,7 +43,16 @@ UNITS = (
     ),
     *("smoothing", "rate", "decay", "factor", "norm", "epochs", "images", "updates", "passes", "processes", "seed"),
 )
-WORDS = ("NAME", "NAMES", "NAME=CHOICES", "NAME=VALUE", "TEXT", "FILE", "true|false")  # metavars that are no quantities
+WORDS = (
+    "NAME",
+    "OWNER/NAME",
+    "NAMES",
+    "NAME=CHOICES",
+    "NAME=VALUE",
+    "TEXT",
+    "FILE",
+    "true|false",
+)  # metavars that are no quantities
 TINY = ["--img-size", "32", "--repeats", "1", "--thetas", "2", "--batch", "4", "--width", "16"]
 SEARCH = ["search", "--steps", "3", *TINY, "--quiet"]
 

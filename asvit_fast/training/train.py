@@ -92,9 +92,7 @@ def train(
         SystemExit: with code 143, after SIGTERM and a checkpoint.
     """
     check_kind("model", model, What, "a topology, the name of a model, or a Module")
-    check_kind(
-        "data", data, str | Path | tuple | list, "a folder, or a pair of data sets (training, validation)"
-    )
+    check_kind("data", data, str | Path | tuple | list, "a folder, or a pair of data sets (training, validation)")
     return Trainer(
         model,
         data,

@@ -146,7 +146,8 @@ class Pool final : public c10::Allocator {
 at::Tensor new_empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
   const int64_t count = c10::multiply_integers(sizes);
   const auto type = c10::typeMetaToScalarType(options.dtype());
-  if (static_cast<size_t>(count) * c10::elementSize(type) < kSmallest) return at::empty(sizes, options);
+  if (!options.device().is_cpu() || static_cast<size_t>(count) * c10::elementSize(type) < kSmallest)
+    return at::empty(sizes, options);
   at::Tensor tensor = at::detail::empty_generic(sizes, &Pool::instance(), c10::DispatchKeySet(c10::DispatchKey::CPU),
                                                 type, std::nullopt);
   const at::Context& context = at::globalContext();

@@ -8,7 +8,7 @@
 
 namespace asvit_fast {
 
-// at::empty on the CPU. Tensors of a mebibyte and more come from memory that earlier ones left, in huge pages where the
+// at::empty. On the CPU tensors of a mebibyte and more come from memory that earlier ones left, in huge pages where the
 // system has them; up to `pool_limit` bytes are kept.
 at::Tensor new_empty(at::IntArrayRef sizes, const at::TensorOptions& options);
 

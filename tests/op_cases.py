@@ -102,7 +102,7 @@ class OpCase:
                              for x in (operands, wide))  # fmt: skip
         names = ("output", *(f"gradient {number}" for number in range(len(operands))))
         for name, got, other, want in zip(names, ours, theirs, exact, strict=True):
-            assert got.dtype == dtype, f"{name}: {got.dtype}"
+            assert (got.dtype, got.device) == (dtype, operands[0].device), f"{name}: {got.dtype} on {got.device}"
             # of a scale of each head: a sum over all tokens that may cancel
             sums = operands[0][..., 0].numel() if tuple(want.shape) == HEADS else 1
             assert_accurate(name, got.cpu(), other.cpu(), want, TINY[dtype] * sums**0.5)
@@ -143,6 +143,13 @@ def _taylor_cases() -> list[OpCase]:
         )
         for orders, side in ((1, 4), (2, 4), (2, 9))
     ]  # fmt: skip
+    windows.append(
+        OpCase(
+            # on a CPU its memory would be kept
+            "window_attention_taylor, more than a mebibyte", "window_attention_taylor", "cuda",
+            lambda qkv: ops.window_attention_taylor(qkv, 4, (7, 7)), ((2, 8, 28, 28, 72),),
+        )
+    )  # fmt: skip
     return [
         *(OpCase(f"gelu_taylor, {b}", "gelu_taylor", b, gelu, ((3, 37, 20), (20,))) for b in BOTH),
         *square,

@@ -140,3 +140,20 @@ def test_verify_compares_what_is_not_masked():
 
     result = af.verify(Masked(), images(), gradients=False, rows=0)
     assert result.ok and 0 < result.differences[0].size < float("inf")
+
+
+def test_what_is_exact_runs_no_kernel(monkeypatch):
+    """A network of our ops is held against plain operations, and nobody is warned that no kernel takes float64."""
+    backends, ran = importlib.import_module("asvit_fast.backends"), set()
+    choose = backends.choose
+
+    def watched(op, device, operands=(), config=None):
+        found = choose(op, device, operands, config)
+        ran.add((operands[0].dtype, op, found))
+        return found
+
+    monkeypatch.setattr(backends, "choose", watched)
+    model = af.create_model("4,2,2|2,1,2|2,1,2|2,1,2|8", img_size=44, num_classes=3)
+    assert af.verify(model, images(), modes="eval", rows=0).ok
+    assert {backend for dtype, _, backend in ran if dtype == torch.float64} == {"reference"}
+    assert (torch.float32, "window_attention", "cpu") in ran

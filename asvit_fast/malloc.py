@@ -23,6 +23,10 @@ def tune_allocator() -> bool:
 
     Returns:
         Whether glibc was told; False where there is no glibc.
+
+    Examples:
+        >>> import asvit_fast as af
+        >>> tuned = af.tune_allocator()  # the first line of a script
     """
     os.environ.setdefault(_SHARE, "4")
     extension = sys.modules.get("asvit_fast._C")  # asks itself when it needs memory first

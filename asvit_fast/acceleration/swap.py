@@ -168,6 +168,13 @@ def accelerate(model: nn.Module, strict: bool = False) -> Report:
 
     Raises:
         InputError: with ``strict``, the modules left and why; the model is as it was.
+
+    Examples:
+        >>> import timm, asvit_fast as af
+        >>> model = timm.create_model("swin_tiny_patch4_window7_224").eval()
+        >>> report = af.accelerate(model)  # print it to see what was swapped, what was left, and why
+        >>> type(model.layers[0].blocks[0]).__name__
+        'FastSwinTransformerBlock'
     """
     plans = list(_plans(model))
     runs = dict.fromkeys(run for plan in plans for run in plan.runs)
@@ -187,6 +194,13 @@ def restore(model: nn.Module) -> nn.Module:
 
     Also on copies and after unpickling; harmless on a model that was never accelerated. A class made from a replacement
     since (by ``fully_shard`` or a parametrization) is made again from the original.
+
+    Examples:
+        >>> import timm, asvit_fast as af
+        >>> model = timm.create_model("swin_tiny_patch4_window7_224").eval()
+        >>> report = af.accelerate(model)
+        >>> type(af.restore(model).layers[0].blocks[0]).__name__
+        'SwinTransformerBlock'
     """
     for module in model.modules():
         if isinstance(module, Replacement):

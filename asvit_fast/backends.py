@@ -137,11 +137,7 @@ def _warn_slower(op: str, backend: str, device_type: str, why: str) -> None:
 
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Force one backend for every op inside the `with` block, forward and backward:
-
-        with af.use_backend("reference"):
-            loss = model(images).sum()
-            loss.backward()
+    """Force one backend for every op inside the `with` block, forward and backward.
 
     Args:
         backend: "reference" (plain PyTorch operations), "cpu" (compiled C++), "triton" or "cuda".
@@ -154,6 +150,14 @@ def use_backend(backend: str) -> Iterator[None]:
     interleaved coroutines keep their own choice. Blocks nest, and can decorate a function. Compiled models obey as
     well, as the choice is made when an op runs. What an op leaves to torch for its size, type or device (`show_config`
     lists the backends) stays torch's.
+
+    Examples:
+        >>> import torch, asvit_fast as af
+        >>> qkv = torch.randn(1, 14, 14, 3 * 32)
+        >>> with af.use_backend("reference"):
+        ...     expected = af.ops.window_attention(qkv, 2, (7, 7))
+        >>> torch.allclose(af.ops.window_attention(qkv, 2, (7, 7)), expected, atol=1e-5)
+        True
     """
     _check_name(backend)
     if torch.compiler.is_compiling():

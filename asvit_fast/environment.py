@@ -56,6 +56,12 @@ def show_config() -> None:
     """Print `environment()` as text: versions, GPUs, compiled instruction sets and archs, every op x backend.
 
     What needs no torch comes first and at once: also where torch cannot be imported.
+
+    Examples:
+        >>> import asvit_fast as af
+        >>> af.show_config()  # doctest: +ELLIPSIS
+        Versions
+          python ...
     """
     print(format_installation(installation()), end="\n\n", flush=True)
     print(format_capabilities(environment()))

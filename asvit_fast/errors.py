@@ -8,6 +8,14 @@ class InputError(ValueError):
 
     The message is one line: what was wrong, with which value, and what to do. The command line prints it and exits with
     2.
+
+    Examples:
+        >>> import asvit_fast as af
+        >>> try:
+        ...     af.Topology.parse("8,2,3")
+        ... except af.InputError as error:
+        ...     print(type(error).__name__)
+        InputError
     """
 
 

@@ -28,6 +28,10 @@ def tune_allocator() -> bool:
 
     Raises:
         InputError: ASVIT_FAST_MEMORY_SHARE is no whole number of 1 or more.
+
+    Examples:
+        >>> import asvit_fast as af
+        >>> tuned = af.tune_allocator()  # the first line of a script
     """
     share = os.environ.setdefault(_SHARE, "4")
     if not share.isdecimal() or int(share) < 1:

@@ -47,7 +47,13 @@ def _check(name: str, value: Any, where: str) -> None:
 @dataclass(frozen=True)
 class StageSpec:
     """One stage: ``kernel`` of the projection in front of it (pixels for stage 1, tokens later), ``splits`` of the
-    feature map per side (windows = splits x splits), FFN ``expansion``, number of blocks ``depth``."""
+    feature map per side (windows = splits x splits), FFN ``expansion``, number of blocks ``depth``.
+
+    Examples:
+        >>> import asvit_fast as af
+        >>> af.Topology.parse("asvit_seed").stages[0]
+        StageSpec(kernel=8, splits=2, expansion=3, depth=1)
+    """
 
     kernel: int
     splits: int
@@ -65,6 +71,14 @@ class Topology:
 
     Heads double from stage to stage like the width does, so stage i (1..4) has ``heads / 2**(4 - i)`` of them.
     Raises InputError, naming field, value and allowed range.
+
+    Examples:
+        >>> import asvit_fast as af
+        >>> topology = af.Topology.parse("8,2,3,3|4,1,2,1|4,1,4,4|4,1,6,2|32,88")
+        >>> topology.heads, topology.width, [stage.depth for stage in topology.stages]
+        (32, 88, [3, 1, 4, 2])
+        >>> str(topology) == str(af.Topology.parse("asvit_small"))
+        True
     """
 
     stages: tuple[StageSpec, StageSpec, StageSpec, StageSpec]
@@ -197,6 +211,11 @@ class SearchSpace:
 
     Keys: K1..K4 kernels, S1..S3 splits (the final stage is never split), E1..E4 FFN expansions, heads of the final
         stage.
+
+    Examples:
+        >>> import asvit_fast as af
+        >>> af.SearchSpace().size
+        4556250
     """
 
     dimensions: dict[str, tuple[int, ...]] = field(default_factory=lambda: dict(_TABLE_1))

@@ -133,6 +133,13 @@ def check_replacement(
         AssertionError: the module was not swapped, the replacement left the work to its source, or something differs by
             more than rounding; it says what and by how much.
         InputError: no inputs, or a module that cannot be copied.
+
+    Examples:
+        >>> import torch, asvit_fast as af
+        >>> from timm.models.swin_transformer import PatchMerging
+        >>> report = af.check_replacement(PatchMerging(8), torch.randn(2, 6, 6, 8), dtypes=(torch.float32,))
+        >>> [decision.replacement for decision in report.swapped]
+        ['FastPatchMerging']
     """
     samples = _samples(inputs)
     try:

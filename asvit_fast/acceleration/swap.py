@@ -169,6 +169,13 @@ def accelerate(model: nn.Module, strict: bool = False) -> Report:
 
     Raises:
         InputError: what is given is no module; with ``strict``, the modules left and why, the model is as it was.
+
+    Examples:
+        >>> import timm, asvit_fast as af
+        >>> model = timm.create_model("swin_tiny_patch4_window7_224").eval()
+        >>> report = af.accelerate(model)  # print it to see what was swapped, what was left, and why
+        >>> type(model.layers[0].blocks[0]).__name__
+        'FastSwinTransformerBlock'
     """
     check_kind("model", model, nn.Module, "a torch.nn.Module, such as timm.create_model(NAME) makes")
     plans = list(_plans(model))
@@ -190,6 +197,13 @@ def restore(model: nn.Module) -> nn.Module:
     Also on copies and after unpickling; harmless on a model that was never accelerated. A class made from a replacement
     since (by ``fully_shard`` or a parametrization) is made again from the original. Raises InputError for what is no
     module.
+
+    Examples:
+        >>> import timm, asvit_fast as af
+        >>> model = timm.create_model("swin_tiny_patch4_window7_224").eval()
+        >>> report = af.accelerate(model)
+        >>> type(af.restore(model).layers[0].blocks[0]).__name__
+        'SwinTransformerBlock'
     """
     check_kind("model", model, nn.Module, "a torch.nn.Module")
     for module in model.modules():

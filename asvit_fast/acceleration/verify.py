@@ -122,6 +122,12 @@ def verify(
     Raises:
         InputError: a model that cannot be copied, a sample or an output without tensors, no scalar to differentiate, no
             or an unknown mode.
+
+    Examples:
+        >>> import timm, torch, asvit_fast as af
+        >>> model = timm.create_model("test_vit")
+        >>> af.verify(model, torch.randn(1, 3, 160, 160), modes="eval", rows=0).ok
+        True
     """
     modes = (modes,) if isinstance(modes, str) else tuple(modes)
     if not modes or not set(modes) <= {"eval", "train"}:

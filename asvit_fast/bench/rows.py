@@ -37,6 +37,12 @@ class BenchRow:
         share_of_roofline: of a single op, the least time by the machine's rate of products and bandwidth / its time.
         error: relative distance of all outputs, or of all gradients, from those of the source in float64.
         machine: processor or GPU; ``threads``: of torch; ``isa``: of our kernels on a CPU; versions; the commit.
+
+    Examples:
+        >>> import asvit_fast as af
+        >>> rows = af.benchmark("test_vit", batch_sizes=1, modes="inference", against="source", progress=False)
+        >>> rows[0].network, rows[0].mode, rows[0].batch, rows[0].precision
+        ('test_vit', 'inference', 1, 'fp32')
     """
 
     network: str

@@ -134,6 +134,14 @@ class AsViT(nn.Module):
 
     Raises:
         InputError: a value that cannot be used, naming it.
+
+    Examples:
+        >>> import torch, asvit_fast as af
+        >>> model = af.AsViT("8,2,3,1|4,1,2,1|4,1,4,1|4,1,6,1|16", img_size=64, num_classes=10)
+        >>> model(torch.randn(2, 3, 64, 64)).shape  # [B, num_classes]
+        torch.Size([2, 10])
+        >>> model.score_features(torch.randn(2, 3, 64, 64)).shape  # [B, features]
+        torch.Size([2, 256])
     """
 
     __jit_unused_properties__: ClassVar[list[str]] = ["grid_size"]
@@ -401,5 +409,11 @@ def create_model(
 
     Raises:
         InputError: a value that cannot be used, naming it.
+
+    Examples:
+        >>> import asvit_fast as af
+        >>> model = af.create_model("asvit_seed", img_size=64, num_classes=10)
+        >>> f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters"
+        '2.07 M parameters'
     """
     return AsViT(topology, img_size, num_classes=num_classes, pos_embed=pos_embed, norm=norm, **kwargs)

@@ -34,6 +34,13 @@ def convert_asvit_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tens
 
     Raises:
         InputError: no state dict, or the position embedding is not that of a square grid.
+
+    Examples:
+        >>> import asvit_fast as af
+        >>> model = af.create_model("asvit_seed", img_size=64)
+        >>> weights = af.convert_asvit_state_dict(model.state_dict())  # or torch.load("theirs.pth", weights_only=True)
+        >>> model.load_state_dict(weights)
+        <All keys matched successfully>
     """
     check_kind("state_dict", state_dict, Mapping, "a state dict: names and tensors")
     converted = {}

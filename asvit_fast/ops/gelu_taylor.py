@@ -112,6 +112,11 @@ def gelu_taylor(x: Tensor, approximate: str = "none", bias: Tensor | None = None
     Raises:
         InputError: if x has no or more than 3 rows or is not floating point, `approximate` is unknown, or bias is not
             [C].
+
+    Examples:
+        >>> import torch, asvit_fast as af
+        >>> af.ops.gelu_taylor(torch.randn(3, 2, 8)).shape  # value, velocity, acceleration
+        torch.Size([3, 2, 8])
     """
     check_stack("gelu_taylor", x)
     check_channels("gelu_taylor", "bias", bias, x)

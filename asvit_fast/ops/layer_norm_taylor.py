@@ -72,6 +72,11 @@ def layer_norm_taylor(x: Tensor, weight: Tensor | None = None, bias: Tensor | No
     Raises:
         InputError: if x has no or more than 3 rows, no last dimension or is not floating point, or if weight or bias
             is not [C], or if eps is negative or not finite.
+
+    Examples:
+        >>> import torch, asvit_fast as af
+        >>> af.ops.layer_norm_taylor(torch.randn(2, 5, 8), torch.ones(8), torch.zeros(8)).shape
+        torch.Size([2, 5, 8])
     """
     check_eps("layer_norm_taylor", eps)
     check_rows("layer_norm_taylor", x)

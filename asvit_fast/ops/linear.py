@@ -209,6 +209,13 @@ def linear(
 
     Raises:
         InputError: shapes, dtypes or devices that do not fit, or an unknown activation, naming the value.
+
+    Examples:
+        >>> import torch, asvit_fast as af
+        >>> x, weight, bias = torch.randn(2, 196, 96), torch.randn(384, 96), torch.randn(384)
+        >>> y = af.ops.linear(x, weight, bias, activation="gelu")
+        >>> torch.allclose(y, torch.nn.functional.gelu(x @ weight.T + bias), atol=1e-4)
+        True
     """
     if _is_inference(x, weight, bias, residual) and activation in ("none", "gelu"):
         return product(x, weight, bias, activation, residual, keep=True)

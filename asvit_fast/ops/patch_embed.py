@@ -286,6 +286,13 @@ def patch_embed(
     On a GPU float32 is multiplied as torch's own convolutions do it: in TF32 where
     ``torch.backends.cudnn.conv.fp32_precision`` is "tf32", which is torch's default (the older name:
     ``torch.backends.cudnn.allow_tf32``), with operands rounded to eleven bits; else with the accuracy of float32.
+
+    Examples:
+        >>> import torch, asvit_fast as af
+        >>> image, weight = torch.randn(2, 3, 224, 224), torch.randn(96, 3, 4, 4)
+        >>> y = af.ops.patch_embed(image, weight, None, 4, 1, (0, 0, 0, 0), torch.ones(96), torch.zeros(96))
+        >>> y.shape  # channels last
+        torch.Size([2, 56, 56, 96])
     """
     operands = (image, weight, bias, norm_weight, norm_bias)
     if has_torch_function(operands):

@@ -253,6 +253,12 @@ def patch_merge(
 
     On a CPU one compiled kernel each for forward and backward, on a GPU Triton kernels (plain PyTorch operations in
     float64), none of which holds all neighbourhoods. Without LayerNorm it is torch's convolution.
+
+    Examples:
+        >>> import torch, asvit_fast as af
+        >>> x, weight = torch.randn(2, 14, 14, 32), torch.randn(64, 32 * 4 * 4)
+        >>> af.ops.patch_merge(x, weight, 4, 2, torch.ones(32 * 4 * 4), torch.zeros(32 * 4 * 4)).shape
+        torch.Size([2, 7, 7, 64])
     """
     operands = (x, weight, norm_weight, norm_bias, bias)
     if has_torch_function(operands):

@@ -88,6 +88,13 @@ def position_bias(table: Tensor, index: Tensor) -> Tensor:
     On a GPU a Triton kernel each for forward and backward: the table's gradient is summed in float32 in a fixed order,
     by one kernel, where torch's index_put sorts all pairs. Elsewhere, in float64, for windows so large that sorting is
     faster, and while torch.compile traces, torch's own indexing.
+
+    Examples:
+        >>> import torch, asvit_fast as af
+        >>> table, index = torch.arange(6.0).view(3, 2), torch.tensor([[0, 1], [2, 0]])  # 3 entries, 2 heads
+        >>> af.ops.position_bias(table, index)[0]  # of the first head
+        tensor([[0., 2.],
+                [4., 0.]])
     """
     if has_torch_function((table, index)):
         return position_bias_reference(table, index)

@@ -55,6 +55,12 @@ def softmax_taylor(s: Tensor) -> Tensor:
 
     Raises:
         InputError: if s has no or more than 3 rows, no last dimension or is not floating point.
+
+    Examples:
+        >>> import torch, asvit_fast as af
+        >>> p = af.ops.softmax_taylor(torch.randn(2, 5, 8))
+        >>> torch.allclose(p[0].sum(-1), torch.ones(5)), torch.allclose(p[1].sum(-1), torch.zeros(5), atol=1e-6)
+        (True, True)
     """
     check_rows("softmax_taylor", s)
     return SOFTMAX_TAYLOR(s)

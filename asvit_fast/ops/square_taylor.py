@@ -41,6 +41,11 @@ def square_taylor(x: Tensor) -> Tensor:
 
     Raises:
         InputError: if x has no or more than 3 rows or is not floating point.
+
+    Examples:
+        >>> import torch, asvit_fast as af
+        >>> af.ops.square_taylor(torch.tensor([[3.0], [1.0], [0.0]])).flatten()  # x = 3 + t
+        tensor([9., 6., 2.])
     """
     check_stack("square_taylor", x)
     return SQUARE_TAYLOR(x)

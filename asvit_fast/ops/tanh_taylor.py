@@ -35,6 +35,11 @@ def tanh_taylor(x: Tensor) -> Tensor:
 
     Raises:
         InputError: if x has no or more than 3 rows or is not floating point.
+
+    Examples:
+        >>> import torch, asvit_fast as af
+        >>> af.ops.tanh_taylor(torch.tensor([[0.0], [2.0]]))[1]  # the derivative at 0 along the velocity 2
+        tensor([2.])
     """
     check_stack("tanh_taylor", x)
     return TANH_TAYLOR(x)

@@ -427,6 +427,12 @@ def window_attention(
     of ``kv_window`` are summed over the windows of a token afterwards. With dropout, in float64 on a GPU, and where
     Triton is missing, torch's fused attention, which has no double backward. With dropout and attn_scale plain PyTorch
     operations, with one warning.
+
+    Examples:
+        >>> import torch, asvit_fast as af
+        >>> qkv = torch.randn(2, 14, 14, 3 * 4 * 16)  # [B, H, W, 3*heads*head_dim]
+        >>> af.ops.window_attention(qkv, 4, (7, 7), shift=(3, 3)).shape
+        torch.Size([2, 14, 14, 64])
     """
     projections = list(qkv) if isinstance(qkv, (tuple, list)) else [qkv]
     if has_torch_function(projections):

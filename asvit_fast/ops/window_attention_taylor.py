@@ -188,6 +188,12 @@ def window_attention_taylor(
         InputError: shapes or values that do not fit.
 
     Gradients of every order go through the reference, whose attention maps they keep in memory.
+
+    Examples:
+        >>> import torch, asvit_fast as af
+        >>> qkv = torch.randn(2, 1, 14, 14, 3 * 4 * 16)  # a value and its velocity
+        >>> af.ops.window_attention_taylor(qkv, 4, (7, 7)).shape
+        torch.Size([2, 1, 14, 14, 64])
     """
     windows, shifts, bias = _check(qkv, num_heads, window, shift, bias)
     check_scale("window_attention_taylor", scale)

@@ -78,6 +78,14 @@ def curve(
     Raises:
         InputError: an order other than 1 or 2, u0 and u1 of different shapes, or no theta.
         TaylorError: a torch function that cannot be propagated, named.
+
+    Examples:
+        >>> import math, torch, asvit_fast as af
+        >>> theta = torch.linspace(0, 2 * math.pi, 9)[:8]  # [n]
+        >>> u0, u1 = torch.eye(3, dtype=torch.float64)[:2]  # [3] each
+        >>> c = af.curve(torch.nn.Identity(), theta, u0, u1, scale=2.0)
+        >>> c.output.shape, c.velocity.norm(dim=1)[0].item()  # [n, F]; a circle of radius 2 has the speed 2
+        (torch.Size([8, 3]), 2.0)
     """
     if order not in (1, 2):
         raise InputError(f"order must be 1 or 2, got {order!r}")

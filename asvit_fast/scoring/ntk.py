@@ -54,6 +54,13 @@ def ntk_gram(model: nn.Module, images: Tensor, parameters: str = "weights") -> T
     might give layers the batch in another order. Per-sample gradients of each layer are contracted at once and never
     kept. Layers it does not know are named in a warning and take a slower exact path. Splits the batch when memory runs
     out. The result carries no gradient.
+
+    Examples:
+        >>> import torch, asvit_fast as af
+        >>> model = af.create_model("4,2,2|2,1,2|3,1,2|2,1,2|8", img_size=32)
+        >>> gram = af.ntk_gram(model, torch.randn(4, 3, 32, 32))
+        >>> gram.shape, gram.dtype
+        (torch.Size([4, 4]), torch.float64)
     """
     check_kind("images", images, Tensor, "a tensor [B, 3, H, W]")
     devices = [images.device] if images.device.type == "cuda" else []
@@ -145,6 +152,13 @@ def ntk_condition(gram: Tensor) -> float:
 
     Raises:
         InputError: a matrix that is empty or not square.
+
+    Examples:
+        >>> import torch, asvit_fast as af
+        >>> af.ntk_condition(torch.diag(torch.tensor([4.0, 2.0, 1.0])))
+        4.0
+        >>> af.ntk_condition(torch.ones(2, 2))  # singular
+        inf
     """
     check_kind("gram", gram, Tensor, "a Gram matrix [B, B]")
     if gram.dim() != 2 or gram.shape[0] != gram.shape[1] or gram.shape[0] == 0:

@@ -82,6 +82,14 @@ def score(
     Raises:
         InputError: a value that cannot be used, naming it.
         TaylorError: a network that cannot be propagated, naming the function.
+
+    Examples:
+        >>> import asvit_fast as af
+        >>> scores = af.score("4,2,2|2,1,2|3,1,2|2,1,2|8", img_size=32, repeats=2, batch=4)
+        >>> sorted(scores)
+        ['curvature', 'length_distortion', 'ntk_condition']
+        >>> scores["length_distortion"].mean > 0
+        True
     """
     settings = ScoreSettings(metrics, img_size, thetas, repeats, batch, convention, norms, device)
     check_seed(seed)

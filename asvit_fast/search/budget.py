@@ -27,6 +27,11 @@ class Budget:
 
     ``params`` counts parameters, ``flops`` multiply-adds of one image. Raises InputError for a window that is no pair,
     is negative or is upside down.
+
+    Examples:
+        >>> import asvit_fast as af
+        >>> af.Budget(params=(1e6, 2e6), flops=(None, 1e9)).params
+        (1000000.0, 2000000.0)
     """
 
     params: Window | None = None

@@ -84,6 +84,13 @@ def search(
     Raises:
         InputError: an option that cannot be used, a budget that no topology fits, a run directory that is read-only, in
             use, damaged or of other options - all before anything is scored; later, a full disk.
+
+    Examples:
+        >>> import asvit_fast as af
+        >>> space = af.SearchSpace({**af.SearchSpace().dimensions, "heads": (16,)})
+        >>> result = af.search(space, steps=2, img_size=32, repeats=1, batch=4, progress=False)
+        >>> result.topology.heads, len(result.trace)
+        (16, 2)
     """
     if baseline not in (None, "random"):
         raise InputError(f"baseline must be 'random' or None, got {baseline!r}")

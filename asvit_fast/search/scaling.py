@@ -120,6 +120,12 @@ def scale(
     Raises:
         InputError: an option that cannot be used, a limit that leaves no first step, a run directory that cannot be
             used; also when no candidate of a step has finite measures.
+
+    Examples:
+        >>> import asvit_fast as af
+        >>> steps = af.scale("4,2,2|2,1,2|3,1,2|2,1,2|8,8", max_steps=1, img_size=32, repeats=1, batch=4)
+        >>> sum(stage.depth for stage in steps[-1].topology.stages), steps[-1].topology.width > 8
+        (5, True)
     """
     scoring = ScoreSettings(METRICS, img_size, thetas, repeats, batch, convention, norms, device)
     evaluator = Evaluator(scoring, images, seed, scorer)

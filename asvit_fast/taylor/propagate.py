@@ -40,6 +40,12 @@ def jvp(fn: Callable[[Any], T], x: Tensor, dx: Tensor) -> tuple[T, T]:
     that branches on them takes the other branch.
 
     Where gradients are enabled, both outputs can be differentiated with respect to weights and inputs.
+
+    Examples:
+        >>> import torch, asvit_fast as af
+        >>> x, dx = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.5])
+        >>> af.jvp(torch.square, x, dx)  # x^2 and 2 x dx
+        (tensor([1., 4.]), tensor([2., 2.]))
     """
     y, v = _propagate(fn, x, dx)
     return y, v
@@ -61,6 +67,12 @@ def jet(fn: Callable[[Any], T], x: Tensor, dx: Tensor, ddx: Tensor) -> tuple[T, 
 
     ``fn`` gets a ``Taylor`` value, for which ``isinstance(x, torch.Tensor)`` and ``torch.is_tensor(x)`` are False: code
     that branches on them takes the other branch.
+
+    Examples:
+        >>> import torch, asvit_fast as af
+        >>> x, dx = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.5])
+        >>> af.jet(torch.square, x, dx, torch.zeros(2))  # x^2, 2 x dx and 2 dx^2
+        (tensor([1., 4.]), tensor([2., 2.]), tensor([2.0000, 0.5000]))
     """
     y, v, a = _propagate(fn, x, dx, ddx)
     return y, v, a

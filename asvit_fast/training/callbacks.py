@@ -48,7 +48,7 @@ class Callback:
     network, and must not change it: the run would no longer be what its options say. An exception ends the training;
     its last checkpoint stays.
 
-    Example:
+    Examples:
         >>> import asvit_fast as af
         >>> class Losses(af.Callback):
         ...     def on_train_begin(self, info):

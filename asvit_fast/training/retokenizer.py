@@ -36,6 +36,17 @@ class Retokenizer:
     Raises:
         InputError: a schedule that cannot be used, or a model whose tokens cannot be reduced (unless the schedule has
             full tokens only, with which every model can be trained).
+
+    Examples:
+        >>> import timm, asvit_fast as af
+        >>> model = timm.create_model("asvit_seed", img_size=64, num_classes=10)
+        >>> retokenizer = af.Retokenizer(model, "2:4,1:2,3:1")
+        >>> for epoch in range(6):
+        ...     if retokenizer.step(epoch):  # then the updates of the epoch, as always
+        ...         print(f"epoch {epoch}: {retokenizer.reduction} times fewer tokens per side")
+        epoch 0: 4 times fewer tokens per side
+        epoch 2: 2 times fewer tokens per side
+        epoch 3: 1 times fewer tokens per side
     """
 
     def __init__(

@@ -58,6 +58,12 @@ class RetokenizationSchedule:
 
     Raises:
         InputError: no phase, epochs mixed with fractions, or fractions that do not sum to 1.
+
+    Examples:
+        >>> import asvit_fast as af
+        >>> schedule = af.RetokenizationSchedule.parse("40:4,30:2,230:1")
+        >>> schedule.reduction_at(0), schedule.reduction_at(50), schedule.reduction_at(299)
+        (4, 2, 1)
     """
 
     phases: tuple[Phase, ...]

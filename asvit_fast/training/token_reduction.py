@@ -55,6 +55,13 @@ def set_token_reduction(module: nn.Module, reduction: int) -> None:
     Raises:
         InputError: another reduction, or a network that cannot do it, with its class and the reason; nothing is changed
             then.
+
+    Examples:
+        >>> import timm, torch, asvit_fast as af
+        >>> model = timm.create_model("test_vit").eval()
+        >>> af.set_token_reduction(model, 2)  # half as many tokens per side
+        >>> model.patch_embed.proj.stride, model.patch_embed.proj.dilation
+        ((32, 32), (2, 2))
     """
     check_token_reduction(reduction)
     for network in _networks(module):

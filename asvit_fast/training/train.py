@@ -90,6 +90,14 @@ def train(
         InputError: an option or data that cannot be used (before any work), an image that cannot be read, a loss that
             is not a number, a checkpoint that cannot be written; the last good checkpoint stays.
         SystemExit: with code 143, after SIGTERM and a checkpoint.
+
+    Examples:
+        >>> import torch, asvit_fast as af
+        >>> images = torch.utils.data.TensorDataset(torch.randn(16, 3, 32, 32), torch.arange(16) % 2)
+        >>> result = af.train("4,2,2,1|2,1,2,1|3,1,2,1|2,1,2,1|8,8", (images, images), schedule="1:2,1:1", epochs=2,
+        ...                   img_size=32, batch_size=8, workers=0, device="cpu", progress=False)
+        >>> [row["token_reduction"] for row in result.epochs]
+        [2, 1]
     """
     check_kind("model", model, What, "a topology, the name of a model, or a Module")
     check_kind("data", data, str | Path | tuple | list, "a folder, or a pair of data sets (training, validation)")

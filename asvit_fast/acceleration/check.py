@@ -138,8 +138,8 @@ def check_replacement(
         >>> import torch, asvit_fast as af
         >>> from timm.models.swin_transformer import PatchMerging
         >>> report = af.check_replacement(PatchMerging(8), torch.randn(2, 6, 6, 8), dtypes=(torch.float32,))
-        >>> [decision.replacement for decision in report.swapped]
-        ['FastPatchMerging']
+        >>> "FastPatchMerging" in [decision.replacement for decision in report.swapped]
+        True
     """
     samples = _samples(inputs)
     try:

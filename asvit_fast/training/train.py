@@ -152,17 +152,7 @@ class Trainer(TrainingSetup):
             finally:
                 self.log.close()
             self.retokenizer.step(self.epochs - 1)
-            result = self.result
-            self.kept.finish(
-                {
-                    "model": self.description["model"],
-                    "epochs": self.epochs,
-                    "top1": result.top1,
-                    "best": result.best,
-                    "train_seconds": result.seconds,
-                    "saving": result.cost.saving,
-                }
-            )
+            self.kept.finish(self._summary())
 
     def _updates_done(self) -> int:
         return self.position.epoch * self.updates_per_epoch + self.position.update
@@ -242,7 +232,7 @@ class Trainer(TrainingSetup):
             self.reduction,
             grad_norm=norm.item() if read and norm is not None else None,
             data_seconds=self.step.data_seconds,
-            terms=self.step.regularization.terms if read and self.step.regularization else None,
+            terms=self.step.terms if read else None,
         )
 
     def _end_epoch(self) -> None:
@@ -358,14 +348,17 @@ class Trainer(TrainingSetup):
         """A checkpoint in timm's format, and under ``STATE_KEY`` what it takes to go on to the same bits."""
         if self.out is None:
             return {}
-        prepared = {name: getattr(self.recipe, name) for name in ("crop_pct", "crop_mode", "interpolation")}
-        arguments = {**self.description, **prepared, "label_names": self.images.class_names}
-        state = collect(self.step, self.description["model"], arguments, self.position.epoch - 1)
+        state = collect(self.step, self.description["model"], self._arguments(), self.position.epoch - 1)
         best = best_row(rows)
         if best is not None:
             state["metric"] = accuracy(best)
         state[STATE_KEY] = self._train_state().to_dict()
         return state
+
+    def _arguments(self) -> dict[str, Any]:
+        """What a checkpoint says of its network, and of how images are prepared."""
+        prepared = {name: getattr(self.recipe, name) for name in ("crop_pct", "crop_mode", "interpolation")}
+        return {**self.description, **prepared, "label_names": self.images.class_names}
 
     def _train_state(self) -> TrainState:
         """The place and the options of this training; every rank must call it."""
@@ -386,6 +379,18 @@ class Trainer(TrainingSetup):
             workers=self.recipe.workers,
             **{name: getattr(self.recipe, name) for name in PASSES},
         )
+
+    def _summary(self) -> dict[str, Any]:
+        """The result that the run directory keeps."""
+        result = self.result
+        return {
+            "model": self.description["model"],
+            "epochs": self.epochs,
+            "top1": result.top1,
+            "best": result.best,
+            "train_seconds": result.seconds,
+            "saving": result.cost.saving,
+        }
 
     @property
     def result(self) -> TrainResult:

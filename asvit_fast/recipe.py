@@ -250,8 +250,3 @@ class DetectionRecipe(TrainingRecipe):
         self._check("max_size", self.max_size >= self.min_size, f"min_size ({self.min_size}) or more")
         self._check("scale_jitter", 0 < self.scale_jitter[0] <= self.scale_jitter[1], "two numbers above 0")
         self._check("scales", 32 <= self.scales[0] <= self.scales[1], "two numbers from 32 pixels")
-        self._check(
-            "phase_batch_sizes",
-            self.phase_batch_sizes != "auto",
-            "numbers of images such as '4:64,2:32' (a detector's memory depends on what it finds)",
-        )

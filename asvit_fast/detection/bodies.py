@@ -19,15 +19,15 @@ from torchvision.models._utils import IntermediateLayerGetter
 
 from ..errors import InputError
 from ..models import AsViT
-from ..models.library import check_known, create_by_name, takes_size
+from ..models.library import check_known, create_by_name, module_of, takes_size
 from ..modes import evaluation_mode
 from ..settings import ImageSize, check_choice, image_sides
 from ..topology import Topology
-from ..training.description import constructor_parameters
 
 STRIDES = (4, 8, 16, 32)
 WINDOWS = ("fixed", "split")
-ANY_SIZE = {"strict_img_size": False, "always_partition": True}  # of timm's Swin: masks by map, windows as they are
+WINDOWED = tuple(f"timm.models.swin_transformer{version}" for version in ("", "_v2", "_v2_cr"))
+ANY_SIZE = {"strict_img_size": False, "always_partition": True}  # of these: masks by map, windows as they are
 PROBE = (128, 192)  # pixels: sides that tell rows from columns, and both from channels
 
 
@@ -106,15 +106,15 @@ def create(what: str | Topology | nn.Module, img_size: ImageSize | None, **optio
     if img_size is not None and takes_size(what):
         options.setdefault("img_size", image_sides(img_size))
     options = {**any_size(what), **options}
-    return create_by_name(what, **options), what
+    network = create_by_name(what, **options)
+    if takes_size(what) and not (isinstance(network, AsViT) or any_size(what)):
+        raise InputError(f"{what} takes images of one size only; give a network for any, such as asvit_small")
+    return network, what
 
 
 def any_size(name: str) -> dict[str, Any]:
-    """Arguments with which a network of timm takes images of any size and keeps its windows."""
-    if not timm.is_model(name):
-        return {}
-    known = constructor_parameters(name)
-    return {option: value for option, value in ANY_SIZE.items() if option in known}
+    """Arguments with which a Swin of timm takes images of any size and keeps its windows."""
+    return dict(ANY_SIZE) if timm.is_model(name) and module_of(name).__name__ in WINDOWED else {}
 
 
 def _of_asvit(network: AsViT, sides: tuple[int, int], windows: str) -> tuple[nn.Module, Maps]:

@@ -265,6 +265,8 @@ DETECTORS: dict[str, Callable[..., Detector]] = {
     "cascade_mask_rcnn": cascade_mask_rcnn,
 }
 
+MASKED = ("mask_rcnn", "cascade_mask_rcnn")  # those that find masks
+
 
 def stage_heads(detector: Detector) -> list[Any]:
     """The heads of all stages, one of a detector without a cascade."""

@@ -125,16 +125,20 @@ class Step:
         network.compile(dynamic=False)  # one graph for each grid and batch
 
     def _next(self, batches: Batches) -> tuple[Tensor, Tensor]:
-        started = time.perf_counter()
-        images, targets = next(batches)
-        self.data_seconds += time.perf_counter() - started
+        images, targets = self._wait(batches)
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)
         if self.recipe.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return images, targets
 
-    def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
+    def _wait(self, batches: Iterator[Any]) -> Any:
+        started = time.perf_counter()
+        batch = next(batches)
+        self.data_seconds += time.perf_counter() - started
+        return batch
+
+    def _loss(self, images: Any, targets: Any) -> Tensor:
         with self.forward_context():
             loss = self.criterion(self.replica(images), targets)
         return loss if self.regularization is None else loss + self.regularization.loss()

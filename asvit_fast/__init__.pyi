@@ -1,7 +1,7 @@
 """asvit_fast: design, score, scale and accelerate vision transformers. Source of the method: As-ViT (arXiv
 2202.11921)."""
 
-from . import models, nn, ops, scoring, taylor, training
+from . import detection, models, nn, ops, scoring, taylor, training
 from ._version import __version__
 from .acceleration import accelerate, check_replacement, restore, verify
 from .backends import use_backend
@@ -44,6 +44,7 @@ __all__ = [
     "create_model",
     "curvature",
     "curve",
+    "detection",
     "gauss_length",
     "jet",
     "jvp",

@@ -222,7 +222,7 @@ def write_images(folder: Path) -> int:
     """Write two squares of every photograph as PNG files, once; returns how many there are."""
     folder.mkdir(parents=True, exist_ok=True)
     count = 0
-    for name, pixels in _photographs():
+    for name, pixels in photographs():
         side = min(pixels.shape[:2]) * 3 // 4
         for number, square in enumerate((pixels[:side, :side], pixels[-side:, -side:]), start=1):
             path = folder / f"{name}_{number}.png"
@@ -240,7 +240,7 @@ def make_patches(split: str) -> TensorDataset:
     IMG_SIZE], normalised as our networks expect, and the numbers of their photographs, int64 [n]."""
     generator = np.random.default_rng([SEED, *split.encode()])
     images, targets = [], []
-    for number, (_, pixels) in enumerate(_photographs()):
+    for number, (_, pixels) in enumerate(photographs()):
         border = round(BORDER * pixels.shape[1])
         part = pixels[:, :border] if split == "training" else pixels[:, border:]  # [height, width, 3]
         for _ in range(PATCHES[split]):
@@ -261,7 +261,7 @@ def _patch(pixels: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     return grey[:, ::-1].copy() if generator.random() < 0.5 else grey
 
 
-def _photographs() -> Iterator[tuple[str, np.ndarray]]:
+def photographs() -> Iterator[tuple[str, np.ndarray]]:
     """Name and uint8 [height, width, 3]."""
     try:
         import skimage

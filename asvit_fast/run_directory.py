@@ -23,6 +23,8 @@ from .folder_lock import FolderLock
 from .machine import processor
 
 CONFIG, TRACE, STATE, RESULT, STARTS = "config.json", "trace.jsonl", "state.pt", "result.json", "starts.jsonl"
+AP_MEASURES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")  # of a detector's validation
+MASK, AVERAGE = "mask_", "ema_"  # what names of measures begin with, of masks and of averaged weights
 BASELINE = "baseline"  # the folder of its random search inside that of a search
 _LINES = "trace_lines"  # of the state: how much of the trace it accounts for
 _CHANGES = "changes"  # of the configuration: which options were changed after which step
@@ -283,9 +285,9 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def accuracy(row: Mapping[str, Any]) -> float | None:
-    """Top-1 of the network or of its average in an epoch of a training, whichever is better; None where it was not
-    validated."""
-    values = [as_float(row[name]) for name in ("top1", "ema_top1") if row.get(name) is not None]
+    """Top-1, or AP of boxes, of the network or of its average in an epoch of a training, whichever is better; None
+    where it was not validated."""
+    values = [as_float(row[name]) for name in ("top1", "ema_top1", "ap", "ema_ap") if row.get(name) is not None]
     return max(values, default=None)
 
 

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from .. import processes
 from ..cost import peak_allocation
 from ..errors import InputError
-from ..recipe import Recipe
+from ..recipe import TrainingRecipe
 from .token_reduction import set_token_reduction, token_reduction
 
 FORM = "expected reduction:images such as '4:1024,2:512', or 'auto'"
 
 
 def phase_batch_sizes(
-    recipe: Recipe, reductions: tuple[int, ...], measure: Callable[[int, int], int]
+    recipe: TrainingRecipe, reductions: tuple[int, ...], measure: Callable[[int, int], int]
 ) -> dict[int, int]:
     """Images of one pass at each reduction.
 

@@ -22,7 +22,7 @@ from ..models.library import check_known, create_by_name, pretrained_config, tak
 from ..models.state_dict import fit_state_dict
 from ..nn import FeatScale
 from ..recipe import Recipe, per_channel
-from ..run_directory import TRACE
+from ..run_directory import TRACE, accuracy
 from ..topology import Topology
 from .checkpoint import BEST, LAST, read_file, weights_of
 from .description import LOADING, Description, constructor_parameters, describe_checkpoint, describe_export
@@ -125,7 +125,7 @@ def _did_you_mean(name: str, error: Exception) -> str:
 
 def start_from(model: Any, path: str) -> None:
     """Load weights of a checkpoint into a network, embeddings resized as timm does; a classifier for other classes
-    starts afresh, which warns once.
+    starts afresh, which warns once, and a network without classes leaves it out.
 
     Raises:
         InputError: no such file, or weights of another network.
@@ -136,6 +136,8 @@ def start_from(model: Any, path: str) -> None:
     try:
         weights = fit(weights, model) if fit else weights
         classifier = tuple(f"{name}." for name in _classifier(getattr(model, "pretrained_cfg", {})))
+        if getattr(model, "num_classes", None) == 0:
+            weights = {name: value for name, value in weights.items() if name in own or not name.startswith(classifier)}
         others = [n for n in weights if n.startswith(classifier) and n in own and weights[n].shape != own[n].shape]
         if others:
             notify_once(("classifier", path), f"{path} is of other classes: {', '.join(others)} start afresh")
@@ -292,8 +294,10 @@ def build_from_checkpoint(
         if model or model_kwargs or num_classes is not None:
             raise InputError(f"{str(path)!r} says which network it is; leave out model, its arguments and classes")
         return _exported(path, use_ema)
-    path = _file_of(path)
+    path = checkpoint_file(path)
     content = read_file(path)
+    if isinstance(content.get("args"), Mapping) and "detector" in content["args"]:
+        raise InputError(f"{str(path)!r} is a detector's, not a classifier's; asvit-fast detect eval and show take it")
     stored = describe_checkpoint(content, path, model)
     weights = weights_of(content, path, use_ema)
     classes = {} if num_classes is None else {"num_classes": num_classes}
@@ -320,7 +324,8 @@ def is_export(path: Path) -> bool:
     return all((path / name).is_file() for name in (WEIGHTS_FILE, CONFIG_FILE))
 
 
-def _file_of(path: Path) -> Path:
+def checkpoint_file(path: Path) -> Path:
+    """The file itself, or of the folder of a training its best checkpoint, else its last. Raises InputError."""
     if not path.exists():
         raise InputError(f"checkpoint {str(path)!r} does not exist; give a file or folder")
     if not path.is_dir():
@@ -328,7 +333,7 @@ def _file_of(path: Path) -> Path:
     for name in (BEST, LAST):
         if (path / name).is_file():
             trace = read_jsonl(path / TRACE) if name == LAST else []
-            if any(row.get("top1") is not None for row in trace):
+            if any(accuracy(row) is not None for row in trace):
                 notify_once(path, f"{path / BEST} is lost: the weights of the last epoch, {LAST}, take its place")
             return path / name
     raise InputError(f"folder {str(path)!r} holds no {', no '.join((BEST, LAST))} and no export; give a checkpoint")

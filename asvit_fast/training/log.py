@@ -223,11 +223,13 @@ class TrainingLog:
 
     def _epoch_line(self, row: Mapping[str, Any]) -> str:
         """One line of what the row holds."""
+        masks = "" if row.get("mask_ap") is None else f", {row['mask_ap']:.2f} % of masks"
         average = "" if row.get("ema_top1") is None else f" ({row['ema_top1']:.2f} % of the averaged weights)"
         texts = {
             "token_reduction": tokens_text,
             "train_loss": "loss {:.4g}".format,
             "top1": lambda top1: f"top-1 {top1:.2f} %{average}",
+            "ap": lambda ap: f"AP {ap:.2f} % of boxes{masks}",
             "lr": "lr {:.3g}".format,
             "images_per_second": "{:.4g} images/s".format,
             "seconds": lambda seconds: tqdm.format_interval(round(seconds)),

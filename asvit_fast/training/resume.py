@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..files import as_float
 from ..folder_lock import FolderLock
 from ..recipe import Recipe
-from ..run_directory import CONFIG, DamagedState, RunDirectory, best_row, load_state
+from ..run_directory import AP_MEASURES, AVERAGE, CONFIG, MASK, DamagedState, RunDirectory, best_row, load_state
 from ..tokens import REDUCTIONS
 from .checkpoint import BEST, LAST, TrainState, last_epoch, link_or_copy
 from .schedule import RetokenizationSchedule
@@ -32,7 +32,10 @@ CHANGEABLE_ON_RESUME = (
 )  # fmt: skip
 COUNTS = ("epoch", "token_reduction")  # numbers of a row that every row has
 MEASURES = ("train_loss", "lr", "train_seconds", "images_per_second", "seconds")
-VALIDATION = ("top1", "top5", "eval_loss", "ema_top1", "ema_top5", "ema_loss")  # that some rows have
+VALIDATION = (  # that some rows have
+    *("top1", "top5", "eval_loss", "ema_top1", "ema_top5", "ema_loss"),
+    *(f"{average}{kind}{name}" for average in ("", AVERAGE) for kind in ("", MASK) for name in AP_MEASURES),
+)
 
 
 class TrainingRun:

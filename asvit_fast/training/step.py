@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from .. import processes
 from ..errors import InputError
-from ..recipe import Recipe
+from ..recipe import Recipe, TrainingRecipe
 from .parallel import full_tensor, gradient_sync, replicate, shard
 from .regularizers import Regularization, parse_regularizers
 
@@ -52,7 +52,7 @@ class Step:
     """
 
     def __init__(
-        self, model: nn.Module, recipe: Recipe, device: torch.device, num_classes: int, images_per_update: int
+        self, model: nn.Module, recipe: Any, device: torch.device, num_classes: int, images_per_update: int
     ) -> None:
         self.model, self.recipe, self.device = model, recipe, device
         self.ema = None
@@ -63,19 +63,16 @@ class Step:
         if recipe.parallel == "fsdp" and processes.is_distributed():
             for network in networks:
                 shard(network, device)
-        self.optimizer = make_optimizer(recipe, model, images_per_update)
+        self.optimizer = self._make_optimizer(images_per_update)
         if recipe.torchcompile:
             for network in networks:
-                network.compile(dynamic=False)  # one graph for each grid and batch
+                self._compile(network)
         self.replica = replicate(model, device)
         # float16 alone needs its gradients scaled
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp and recipe.amp_dtype == "float16")
-        self.criterion = make_criterion(recipe).to(device)
-        self.mixup = make_mixup(recipe, num_classes)
-        terms = parse_regularizers(recipe.regularizers)
-        self.regularization = Regularization(model, terms) if terms else None
         self.grad_norm: Tensor | None = None
         self.data_seconds = 0.0
+        self._set_up_loss(num_classes)
 
     def __call__(self, batches: Batches, passes: int, update: int) -> Tensor:
         """The mean loss [] of ``passes`` batches, detached; ``update`` counts from 0 over the whole training."""
@@ -100,6 +97,11 @@ class Step:
         """Learning rate of the next update, or of the last one."""
         return self.optimizer.param_groups[0]["lr"]
 
+    @property
+    def terms(self) -> dict[str, float] | None:
+        """Parts of the last loss by name, where it has some."""
+        return self.regularization.terms if self.regularization else None
+
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         return autocast(self.recipe, self.device)
 
@@ -109,17 +111,34 @@ class Step:
         with self.autocast(), self.regularization or contextlib.nullcontext():
             yield
 
+    def _make_optimizer(self, images_per_update: int) -> torch.optim.Optimizer:
+        return make_optimizer(self.recipe, self.model, images_per_update)
+
+    def _set_up_loss(self, num_classes: int) -> None:
+        recipe = self.recipe
+        self.criterion = make_criterion(recipe).to(self.device)
+        self.mixup = make_mixup(recipe, num_classes)
+        terms = parse_regularizers(recipe.regularizers)
+        self.regularization = Regularization(self.model, terms) if terms else None
+
+    def _compile(self, network: nn.Module) -> None:
+        network.compile(dynamic=False)  # one graph for each grid and batch
+
     def _next(self, batches: Batches) -> tuple[Tensor, Tensor]:
-        started = time.perf_counter()
-        images, targets = next(batches)
-        self.data_seconds += time.perf_counter() - started
+        images, targets = self._wait(batches)
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)
         if self.recipe.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return images, targets
 
-    def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
+    def _wait(self, batches: Iterator[Any]) -> Any:
+        started = time.perf_counter()
+        batch = next(batches)
+        self.data_seconds += time.perf_counter() - started
+        return batch
+
+    def _loss(self, images: Any, targets: Any) -> Tensor:
         with self.forward_context():
             loss = self.criterion(self.replica(images), targets)
         return loss if self.regularization is None else loss + self.regularization.loss()
@@ -131,7 +150,7 @@ class Step:
             self.grad_norm = full_tensor(norm)  # of shards: all ranks ask
 
 
-def prepare(model: nn.Module, recipe: Recipe, device: torch.device) -> None:
+def prepare(model: nn.Module, recipe: TrainingRecipe, device: torch.device) -> None:
     """Put the network on its device, and let it keep what the recipe wants for its backward pass."""
     model.to(device)
     if recipe.channels_last:
@@ -142,14 +161,14 @@ def prepare(model: nn.Module, recipe: Recipe, device: torch.device) -> None:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
 
 
-def raised_recompile_limit(recipe: Recipe) -> contextlib.AbstractContextManager[Any]:
+def raised_recompile_limit(recipe: TrainingRecipe) -> contextlib.AbstractContextManager[Any]:
     """Inside it a compiled network may have ``GRAPHS`` graphs; torch's own limit is for all networks of a program."""
     if not recipe.torchcompile:
         return contextlib.nullcontext()
     return torch._dynamo.config.patch(recompile_limit=max(torch._dynamo.config.recompile_limit, GRAPHS))
 
 
-def autocast(recipe: Recipe, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def autocast(recipe: TrainingRecipe, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     if not recipe.amp:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=getattr(torch, recipe.amp_dtype))
@@ -177,8 +196,13 @@ def make_criterion(recipe: Recipe) -> nn.Module:
     return LabelSmoothingCrossEntropy(recipe.smoothing) if recipe.smoothing else nn.CrossEntropyLoss()
 
 
-def make_optimizer(recipe: Recipe, model: nn.Module, images_per_update: int) -> torch.optim.Optimizer:
-    """Raises InputError for an optimizer that timm does not know."""
+def make_optimizer(
+    recipe: TrainingRecipe, model: nn.Module, images_per_update: int, filter_norms: bool = True
+) -> torch.optim.Optimizer:
+    """The optimizer of all weights; norms, biases and what the network names do not decay with ``filter_norms``.
+
+    Raises InputError for an optimizer that timm does not know.
+    """
     options: Any = {"fused": True} if recipe.opt.lower() in FUSED else {}
     try:
         return create_optimizer_v2(
@@ -187,13 +211,16 @@ def make_optimizer(recipe: Recipe, model: nn.Module, images_per_update: int) -> 
             lr=recipe.learning_rate(images_per_update),
             weight_decay=recipe.weight_decay,
             layer_decay=recipe.layer_decay,
+            filter_bias_and_bn=filter_norms,
             **options,
         )
     except (AssertionError, ValueError, TypeError, ImportError) as error:
         raise InputError(f"opt {recipe.opt!r} cannot be used: {error}; see timm.optim.list_optimizers()") from error
 
 
-def make_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, epochs: int, updates_per_epoch: int) -> Scheduler:
+def make_scheduler(
+    recipe: TrainingRecipe, optimizer: torch.optim.Optimizer, epochs: int, updates_per_epoch: int
+) -> Scheduler:
     """The learning rate of every update is a function of its number: nothing of this needs a checkpoint.
 
     Raises InputError for one that timm does not know, or that follows a metric.
@@ -214,7 +241,9 @@ def make_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, epochs: int
     return scheduler
 
 
-def learning_rate(recipe: Recipe, images_per_update: int, epochs: int, updates_per_epoch: int, update: int) -> float:
+def learning_rate(
+    recipe: TrainingRecipe, images_per_update: int, epochs: int, updates_per_epoch: int, update: int
+) -> float:
     """The learning rate of one update of a training of so many epochs."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=recipe.learning_rate(images_per_update))
     make_scheduler(recipe, optimizer, epochs, updates_per_epoch).step_update(update)

@@ -156,9 +156,7 @@ class Trainer(TrainingSetup):
                 first_update=self._updates_done(),
                 progress=self.progress and self.rank == 0,
                 elapsed=sum(row["seconds"] for row in self.rows) + self.position.seconds,
-                callbacks=(TensorBoard(), *self.callbacks)
-                if self.rank == 0 and self.position.epoch < self.epochs
-                else (),
+                callbacks=self._callbacks(),
             )
             try:
                 self._announce(continued)
@@ -180,15 +178,7 @@ class Trainer(TrainingSetup):
         return (TensorBoard(), *self.callbacks) if self.rank == 0 and self.position.epoch < self.epochs else ()
 
     def _finish(self) -> None:
-        result = self.result
-        summary = {
-            "model": self.description["model"],
-            "epochs": self.epochs,
-            "top1": result.top1,
-            "best": result.best,
-            "train_seconds": result.seconds,
-            "saving": result.cost.saving,
-        }
+        summary = self._summary()
         self.kept.finish(summary)
         self.log.end(summary)
 
@@ -282,7 +272,7 @@ class Trainer(TrainingSetup):
             self.reduction,
             grad_norm=norm.item() if read and norm is not None else None,
             data_seconds=self.step.data_seconds,
-            terms=self.step.regularization.terms if read and self.step.regularization else None,
+            terms=self.step.terms if read else None,
         )
 
     def _end_epoch(self) -> None:
@@ -398,14 +388,17 @@ class Trainer(TrainingSetup):
         """A checkpoint in timm's format, and under ``STATE_KEY`` what it takes to go on to the same bits."""
         if self.out is None:
             return {}
-        prepared = {name: getattr(self.recipe, name) for name in ("crop_pct", "crop_mode", "interpolation")}
-        arguments = {**self.description, **prepared, "label_names": self.images.class_names}
-        state = collect(self.step, self.description["model"], arguments, self.position.epoch - 1)
+        state = collect(self.step, self.description["model"], self._arguments(), self.position.epoch - 1)
         best = best_row(rows)
         if best is not None:
             state["metric"] = accuracy(best)
         state[STATE_KEY] = self._train_state().to_dict()
         return state
+
+    def _arguments(self) -> dict[str, Any]:
+        """What a checkpoint says of its network, and of how images are prepared."""
+        prepared = {name: getattr(self.recipe, name) for name in ("crop_pct", "crop_mode", "interpolation")}
+        return {**self.description, **prepared, "label_names": self.images.class_names}
 
     def _train_state(self) -> TrainState:
         """The place and the options of this training; every rank must call it."""
@@ -426,6 +419,18 @@ class Trainer(TrainingSetup):
             workers=self.recipe.workers,
             **{name: getattr(self.recipe, name) for name in PASSES},
         )
+
+    def _summary(self) -> dict[str, Any]:
+        """The result that the run directory keeps."""
+        result = self.result
+        return {
+            "model": self.description["model"],
+            "epochs": self.epochs,
+            "top1": result.top1,
+            "best": result.best,
+            "train_seconds": result.seconds,
+            "saving": result.cost.saving,
+        }
 
     @property
     def result(self) -> TrainResult:

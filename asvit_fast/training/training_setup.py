@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from .. import processes
 from ..cost import params
 from ..errors import InputError
-from ..recipe import Recipe
 from .batch_size import least_of_ranks, pass_memory, phase_batch_sizes
 from .build import What, channels_of, create_network, pixel_statistics
 from .callbacks import Callback
@@ -22,7 +22,7 @@ from .resume import CHANGEABLE_ON_RESUME, PASSES
 from .retokenizer import Retokenizer
 from .rng import seed_everything
 from .schedule import RetokenizationSchedule
-from .schedule_cost import schedule_cost
+from .schedule_cost import ScheduleCost, schedule_cost
 from .step import Step, autocast, make_scheduler, prepare
 
 Data = str | Path | DataSets
@@ -32,10 +32,12 @@ Data = str | Path | DataSets
 class TrainingSetup:
     """Everything of a training that does not change while it runs; see ``train`` for the arguments."""
 
+    kind: ClassVar[str] = "train"  # of the run directory
+
     model: What
-    data: Data
+    data: Any
     schedule: RetokenizationSchedule
-    recipe: Recipe
+    recipe: Any
     epochs: int
     device: torch.device
     out: Path | None = None
@@ -52,27 +54,42 @@ class TrainingSetup:
         self.ranks = processes.init_process_group(device)
         self.rank = processes.rank()
         seed_everything(recipe.seed, device)
+        self.images = self._open_images()
+        network, self.description = self._create_network()
+        self.cost = self._schedule_cost(network)
+        prepare(network, recipe, device)
+        memory = self._pass_memory(network)
+        self.batch_sizes = least_of_ranks(phase_batch_sizes(recipe, self.schedule.reductions, memory))
+        self.step = self._make_step(network)
+        self.retokenizer = Retokenizer(self.step.replica, self.schedule, *self.step.averages)
+        self.updates_per_epoch = self._updates_per_epoch()
+        self.scheduler = make_scheduler(recipe, self.step.optimizer, self.epochs, self.updates_per_epoch)
+
+    def _open_images(self) -> Any:
         channels = channels_of(self.model, self.model_kwargs)
-        mean, std = pixel_statistics(self.model, recipe, channels)
-        self.reader = Reader(recipe, self.img_size, device, self.rank, self.ranks, channels, mean, std)
-        self.images = load_data(self.data, self.reader, self.num_classes)
-        network, self.description = create_network(
+        mean, std = pixel_statistics(self.model, self.recipe, channels)
+        self.reader = Reader(self.recipe, self.img_size, self.device, self.rank, self.ranks, channels, mean, std)
+        return load_data(self.data, self.reader, self.num_classes)
+
+    def _create_network(self) -> tuple[nn.Module, dict[str, Any]]:
+        network, description = create_network(
             self.model,
             self.images.num_classes,
             self.img_size,
             self.model_kwargs,
-            drop_path=recipe.drop_path,
+            drop_path=self.recipe.drop_path,
             initial_checkpoint=self.initial_checkpoint,
         )
-        self.description |= {"mean": list(self.reader.mean), "std": list(self.reader.std)}
-        self.cost = schedule_cost(network, self.schedule, self.img_size)
-        prepare(network, recipe, device)
-        memory = pass_memory(network, self.reader.shape, device, lambda: autocast(recipe, device))
-        self.batch_sizes = least_of_ranks(phase_batch_sizes(recipe, self.schedule.reductions, memory))
-        self.step = Step(network, recipe, device, self.images.num_classes, self.images_per_update)
-        self.retokenizer = Retokenizer(self.step.replica, self.schedule, *self.step.averages)
-        self.updates_per_epoch = self._updates_per_epoch()
-        self.scheduler = make_scheduler(recipe, self.step.optimizer, self.epochs, self.updates_per_epoch)
+        return network, description | {"mean": list(self.reader.mean), "std": list(self.reader.std)}
+
+    def _schedule_cost(self, network: nn.Module) -> ScheduleCost:
+        return schedule_cost(network, self.schedule, self.img_size)
+
+    def _pass_memory(self, network: nn.Module) -> Callable[[int, int], int]:
+        return pass_memory(network, self.reader.shape, self.device, lambda: autocast(self.recipe, self.device))
+
+    def _make_step(self, network: nn.Module) -> Step:
+        return Step(network, self.recipe, self.device, self.images.num_classes, self.images_per_update)
 
     @property
     def images_per_update(self) -> int:
@@ -92,7 +109,7 @@ class TrainingSetup:
         """The options that a run directory must agree on with a run that continues it."""
         recipe = dataclasses.asdict(self.recipe)
         return {
-            "kind": "train",
+            "kind": self.kind,
             "model": self.description,
             "data": str(self.data) if isinstance(self.data, (str, Path)) else "data sets",
             "train_images": self.updates_per_epoch * self.images_per_update,  # of an epoch

@@ -43,7 +43,7 @@ class _Samples:
         self.reprob = reader.recipe.reprob if training and not reader.recipe.no_aug else 0.0
         self.training, self.skip = training, reader.recipe.bad_images == "skip"
 
-    def finish(self, image: Any, target: Any) -> Sample:
+    def finish(self, image: Any, target: Any) -> Any:
         """A sample with its image transformed and its target checked."""
         number = -1 if target is None else int(target)
         if not 0 <= number < self.classes:
@@ -85,12 +85,15 @@ class Samples(_Samples, Dataset):
         images, targets = (tensor.index_select(0, torch.tensor(indices, device=tensor.device)) for tensor in tensors)
         return Batch(images, targets.long(), torch.empty(0, 4, dtype=torch.int64))
 
-    def _read_all(self, epoch: int, indices: list[int]) -> Batch:
+    def _read_all(self, epoch: int, indices: list[int]) -> Any:
         skipped: list[str] = []
         samples = []
         for index in indices:
             rng.seed_augmentation(rng.seed_words(self.seed, epoch, index))
             samples.append(self.finish(*self._readable(index, skipped)))
+        return self._stack(samples, skipped)
+
+    def _stack(self, samples: list[Any], skipped: list[str]) -> Any:
         return stack(samples, skipped)
 
     def _readable(self, index: int, skipped: list[str]) -> tuple[Any, Any]:

@@ -50,7 +50,7 @@ class MapLoader:
     """Batches of a map-style data set: by the main process, or by workers that stay for the next pass."""
 
     def __init__(self, dataset: Any, reader: Reader, classes: int, training: bool) -> None:
-        self.samples = Samples(dataset, reader, classes, training)
+        self.samples = self._samples_of(dataset, reader, classes, training)
         self.reader, self.training = reader, training
         total, rank, ranks = len(self.samples), reader.rank, reader.ranks
         self.images = total // ranks if training else len(range(rank, total, ranks))
@@ -62,7 +62,10 @@ class MapLoader:
             options = {"sampler": self.requests, "persistent_workers": True}
             self.loader = worker_loader(self.samples, reader, reader.recipe.workers, **options)
 
-    def __call__(self, epoch: int, start: int, stop: int, batch_size: int) -> Iterator[Batch]:
+    def _samples_of(self, dataset: Any, reader: Reader, classes: int, training: bool) -> Samples:
+        return Samples(dataset, reader, classes, training)
+
+    def __call__(self, epoch: int, start: int, stop: int, batch_size: int) -> Iterator[Any]:
         total, seed = len(self.samples), self.reader.recipe.seed
         order = rng.epoch_order(total, seed, epoch) if self.training else torch.arange(total)  # [all images]
         # what the ranks read at one time are neighbours in the order
@@ -202,7 +205,7 @@ class DevicePrefetcher:
         self.erasing = RandomErasing(probability=1.0, mode=reader.recipe.remode, device=where)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def __call__(self, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+    def __call__(self, batches: Iterable[Any]) -> Iterator[Any]:
         if self.stream is None:
             yield from map(self.put, batches)
             return
@@ -218,7 +221,7 @@ class DevicePrefetcher:
         if ready is not None:
             yield ready
 
-    def put(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def put(self, batch: Any) -> Any:
         images, targets = self._copy(batch.images), self._copy(batch.targets)
         if images.is_floating_point():
             return images.to(torch.float32), targets

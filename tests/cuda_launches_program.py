@@ -65,6 +65,7 @@ def launch_all(dtype: torch.dtype) -> None:
 def run_eagerly(model: torch.nn.Module, size: int) -> None:
     """A training pass and Taylor passes of both orders."""
     fake_cuda.to_fake_gpu(model)
+    af.accelerate(model, strict=True)
     x = tensor(2, 3, size, size, dtype=torch.float32)
     model(x).sum().backward()
     assert all(parameter.grad.device.type == "cuda" for parameter in model.parameters())

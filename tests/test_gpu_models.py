@@ -56,8 +56,8 @@ FLOAT32_ALONE = {"transformers maskformer"}  # its own masks are float32, whatev
 
 
 def of_cpu_alone(name: str) -> bool:
-    """Products of float32 and MLPs in parts, which a GPU gains nothing by."""
-    return name == "FastLinear" or "mlp" in name.lower()
+    """Products of packed weights, sums in them and MLPs in parts, which a GPU gains nothing by."""
+    return name in ("FastLinear", "FastBlock") or "mlp" in name.lower()
 
 
 @pytest.mark.parametrize(

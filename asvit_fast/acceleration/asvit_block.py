@@ -34,6 +34,13 @@ class FastBlock(Replacement, Block):
         "attn.proj_drop": DROP,
     }
 
+    @classmethod
+    def skip_reason(cls, module: Any) -> str | None:
+        device = next((parameter.device.type for parameter in module.parameters()), "cpu")
+        return (
+            None if device in ("cpu", "meta") else f"on {device} its attention is fused as it is, its sums are torch's"
+        )
+
     def forward(self, x: Tensor) -> Tensor:
         attn: Any = self.attn
         plain = joins(x, (self.drop_path1, self.drop_path2)) and drop_probability(attn.proj_drop) == 0.0

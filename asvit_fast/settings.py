@@ -28,6 +28,7 @@ EXPORT_FORMATS = {  # and their files, the first of which makes a folder an expo
     "exported": ("model.pt2",),
 }
 BACKENDS = ("reference", "triton", "cuda", "cpu", "sdpa")  # that an op may run on
+DETECTORS = ("faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn")
 TUNED_OPS = ("window_attention", "patch_embed", "patch_merge")
 BENCH_MODES = ("inference", "train")
 PEERS = ("source", "compiled", "sdpa", "sdpa-compiled", "onnxruntime", "openvino", "openvino-f32")

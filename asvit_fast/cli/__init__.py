@@ -1,4 +1,4 @@
-"""The command line: ``asvit-fast env|bench|score|search|scale|train|eval|report|export|tune``.
+"""The command line: ``asvit-fast env|bench|score|search|scale|train|eval|detect|report|export|tune``.
 
 Parsing needs no torch, so ``--help`` and mistakes in options answer at once; each command imports what it needs when it
 runs. Mistakes of the user end with one line on stderr and exit code 2.
@@ -26,6 +26,7 @@ from .commands import COMMANDS
 from .options import Command, Option, require, settings, to_yaml
 
 PROGRAM = "asvit-fast"
+DETECT = "detect"  # whose commands have two words
 
 
 class _Parser(argparse.ArgumentParser):
@@ -67,12 +68,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> dict[str, Any]:
-    parsed, unknown = _parser().parse_known_args(argv)
+    parsed, unknown = _parser().parse_known_args(_joined(sys.argv[1:] if argv is None else argv))
     if unknown:
         command = COMMANDS[parsed.command]
         hint = _did_you_mean(unknown[0], [option.label for option in command.options if not option.positional])
         raise InputError(f"{command.name} does not know {' '.join(unknown)}{hint}; see {PROGRAM} {command.name} --help")
     return vars(parsed)
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """Commands of two words as one argument; ``detect WHAT`` is ``detect train WHAT``."""
+    first, *rest = argv or [""]
+    if first != DETECT:
+        return list(argv)
+    if rest and f"{DETECT} {rest[0]}" in COMMANDS:
+        return [f"{DETECT} {rest[0]}", *rest[1:]]
+    return [f"{DETECT} train", *rest]
 
 
 def _did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -118,7 +129,7 @@ def _load(command: Command) -> Callable[[SimpleNamespace], int]:
     if replaceable:
         signal.signal(signal.SIGINT, _end_at_once)
     try:
-        module = importlib.import_module(f"{__package__}.{command.name}")
+        module = importlib.import_module(f"{__package__}.{command.name.replace(' ', '_')}")
     finally:
         if replaceable:
             signal.signal(signal.SIGINT, on_interrupt)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..recipe import Recipe
-from ..settings import EXPORT_FORMATS, TUNED_OPS, BenchSettings, ScaleSettings, SearchSettings, TuneSettings
+from ..recipe import DetectionRecipe, Recipe
+from ..settings import DETECTORS, EXPORT_FORMATS, TUNED_OPS, BenchSettings, ScaleSettings, SearchSettings, TuneSettings
 from .common import DEVICE, IMG_SIZE, METRICS, QUIET, SCORING, WHAT
 from .options import (
     Command,
@@ -12,6 +12,7 @@ from .options import (
     choice,
     choices_per_dimension,
     flag,
+    fraction,
     image_size,
     integer,
     keywords,
@@ -21,11 +22,28 @@ from .options import (
     positive,
     seed,
     strings,
+    switch,
     text,
 )
 
 OUT = Option("out", text, None, "run directory, made or continued", "DIR", required=True)
 JSON = Option("json", flag, False, "print strict JSON and nothing else", flag=True)
+SCHEDULE = Option(
+    "schedule",
+    text,
+    "1",
+    "epochs:reduction of tokens per side, 40:4,30:2,230:1; fractions, 0.3:4,0.7:1; table6-40, -80, -120; "
+    "1 = full tokens",
+    "TEXT",
+)
+MODEL_KWARGS = Option(
+    "model_kwargs",
+    keywords,
+    None,
+    "further arguments of the network: --model-kwargs attn_scale=true; may be repeated",
+    "NAME=VALUE",
+    repeated=True,
+)
 
 
 def _what(name: str, help: str = WHAT) -> Option:
@@ -135,25 +153,11 @@ TRAIN = Command(
         _what("what"),
         Option("data", text, None, "folder of images, a subfolder per class in train/ and val/", "DIR", required=True),
         OUT,
-        Option(
-            "schedule",
-            text,
-            "1",
-            "epochs:reduction of tokens per side, 40:4,30:2,230:1; fractions, 0.3:4,0.7:1; table6-40, -80, -120; "
-            "1 = full tokens",
-            "TEXT",
-        ),
+        SCHEDULE,
         Option("epochs", integer(1), 300, "epochs of the whole training; a run may go on with more", "N"),
         Option("img_size", image_size, 224, "image size in pixels: a side, or HEIGHTxWIDTH", "PIXELS"),
         Option("num_classes", integer(1), None, "number of classes; without it, as many as the data has", "N"),
-        Option(
-            "model_kwargs",
-            keywords,
-            None,
-            "further arguments of the network: --model-kwargs attn_scale=true; may be repeated",
-            "NAME=VALUE",
-            repeated=True,
-        ),
+        MODEL_KWARGS,
         Option("initial_checkpoint", text, "", "weights to start from, in timm's format", "FILE"),
         Option("resume", text, "", "checkpoint of timm's train.py whose training this one continues", "FILE"),
         DEVICE,
@@ -236,6 +240,84 @@ EVAL = Command(
     "Under torchrun the processes share the images, and each image counts once.",
 )
 
+COCO = Option(
+    "data", text, None, "folder in COCO's format: instances_NAME.json, or in annotations/; NAME/", "DIR", required=True
+)
+USE_EMA = Option("use_ema", flag, False, "the moving average of the weights", flag=True)
+
+DETECT_TRAIN = Command(
+    name="detect train",
+    summary="Train a detector on COCO's format, also under torchrun; asvit-fast detect WHAT means the same.",
+    options=(
+        _what("what"),
+        COCO,
+        OUT,
+        Option("detector", choice(*DETECTORS), DETECTORS[-1], f"one of {', '.join(DETECTORS)}", "NAME"),
+        SCHEDULE,
+        Option("epochs", integer(1), 36, "epochs of the whole training; a run may go on with more", "N"),
+        Option("img_size", image_size, 224, "pixels that the backbone's weights are for: windows, embedding", "PIXELS"),
+        Option("out_channels", integer(1), 256, "channels of the feature pyramid", "N"),
+        Option("windows", choice("fixed", "split"), "fixed", "As-ViT's windows: fixed tokens, or split maps", "NAME"),
+        Option("norm", switch, True, "a norm on each map before the pyramid", "true|false"),
+        Option("frozen_stages", integer(0, 4), 0, "so many stages, and the first projection, keep their weights", "N"),
+        MODEL_KWARGS,
+        Option(
+            "detector_kwargs",
+            keywords,
+            None,
+            "choices of the detector, as torchvision names them: --detector-kwargs box_score_thresh=0.01; may be "
+            "repeated",
+            "NAME=VALUE",
+            repeated=True,
+        ),
+        Option("initial_checkpoint", text, "", "weights of the network to start from, in timm's format", "FILE"),
+        DEVICE,
+        *options_of(DetectionRecipe),
+        QUIET,
+    ),
+    epilog="example: asvit-fast detect train asvit_small --data coco/ --out runs/detect --initial-checkpoint FILE\n"
+    "See also: asvit-fast detect eval --help, asvit-fast detect show --help",
+    resumable=True,
+)
+
+DETECT_EVAL = Command(
+    name="detect eval",
+    summary="COCO's average precision of a trained detector: boxes, and masks where it has them.",
+    options=(
+        _what("checkpoint", "the folder of asvit-fast detect train, or a checkpoint of one"),
+        COCO,
+        Option("split", text, "val", "NAME of instances_NAME*.json", "NAME", parameter="val_split"),
+        Option("windows", choice("", "fixed", "split"), "", "As-ViT's windows; without it, the checkpoint's", "NAME"),
+        Option("min_size", integer(32), None, "short side in pixels; without it, the checkpoint's", "N"),
+        Option("max_size", integer(32), None, "longest side in pixels; without it, the checkpoint's", "N"),
+        Option("workers", integer(0), None, "number of processes that read images; 0: this one", "N"),
+        Option("amp", flag, False, "mixed precision", flag=True),
+        Option("amp_dtype", choice("bfloat16", "float16"), "bfloat16", "half type of mixed precision", "NAME"),
+        USE_EMA,
+        Option("results", text, None, "write every detection there, in COCO's format of results", "FILE"),
+        DEVICE,
+        JSON,
+        QUIET,
+    ),
+    epilog="example: asvit-fast detect eval runs/detect --data coco/\n"
+    "Under torchrun the processes share the images, and each image counts once.",
+)
+
+DETECT_SHOW = Command(
+    name="detect show",
+    summary="Draw what a trained detector finds in images: boxes, masks, classes and scores, into PNG files.",
+    options=(
+        _what("checkpoint", "the folder of asvit-fast detect train, or a checkpoint of one"),
+        Option("images", strings, None, "image files", positional=True, required=True, several=True),
+        Option("out", text, "detections", "folder of the PNG files", "DIR"),
+        Option("score", fraction, 0.5, "least score of what is drawn, from 0 to below 1", "X"),
+        USE_EMA,
+        DEVICE,
+        QUIET,
+    ),
+    epilog="example: asvit-fast detect show runs/detect photo.jpg --out pictures",
+)
+
 REPORT = Command(
     name="report",
     summary="Draw a run: PNG plots and one self-contained report.html inside its directory; prints the page's path.",
@@ -292,4 +374,9 @@ TUNE = Command(
     resumable=True,
 )
 
-COMMANDS = {command.name: command for command in (ENV, BENCH, SCORE, SEARCH, SCALE, TRAIN, EVAL, REPORT, EXPORT, TUNE)}
+COMMANDS = {
+    command.name: command
+    for command in (
+        *(ENV, BENCH, SCORE, SEARCH, SCALE, TRAIN, EVAL, DETECT_TRAIN, DETECT_EVAL, DETECT_SHOW, REPORT, EXPORT, TUNE),
+    )
+}

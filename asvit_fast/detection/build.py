@@ -10,12 +10,13 @@ from typing import Any
 from torch import nn
 
 from ..errors import InputError, one_line
+from ..settings import DETECTORS
 from ..training.build import build, checkpoint_file
 from ..training.checkpoint import read_file, weights_of
 from ..training.description import describe_checkpoint
 from ..training.fields import Field, fits, is_list, is_plain, is_text, is_whole, one_of, shown
 from .backbone import backbone
-from .detectors import DETECTORS, Detector
+from .detectors import MAKERS, Detector
 
 
 def _is_category(value: Any) -> bool:
@@ -24,7 +25,7 @@ def _is_category(value: Any) -> bool:
 
 _TABLE: Field = (lambda value: isinstance(value, Mapping) and is_plain(value), "arguments by their names")
 _FIELDS: dict[str, Field] = {
-    "detector": one_of(tuple(DETECTORS)),
+    "detector": one_of(DETECTORS),
     "pyramid": _TABLE,
     "detector_kwargs": _TABLE,
     "categories": (
@@ -62,17 +63,18 @@ def build_detector(
         InputError: arguments that these do not take.
     """
     try:
-        return DETECTORS[detector](backbone(network, **pyramid), num_classes, **options)
+        return MAKERS[detector](backbone(network, **pyramid), num_classes, **options)
     except TypeError as error:
         raise InputError(f"{detector} cannot be made with these arguments: {one_line(error)}") from error
 
 
-def load_detector(path: str | Path, use_ema: bool = False) -> TrainedDetector:
+def load_detector(path: str | Path, use_ema: bool = False, windows: str = "") -> TrainedDetector:
     """The detector of a training. No code of the file is run, and nothing that it names is opened.
 
     Args:
         path: the folder of ``asvit-fast detect train`` (its best checkpoint, else its last), or a checkpoint of one.
         use_ema: the moving average of the weights.
+        windows: "fixed" or "split", where others are meant than the checkpoint says.
 
     Raises:
         InputError: no such file, not a detector's, fields of another type than they must have, no average.
@@ -90,7 +92,8 @@ def load_detector(path: str | Path, use_ema: bool = False) -> TrainedDetector:
     weights = weights_of(content, path, use_ema)
     network = build(stored.name, stored.options)
     detector, options = arguments["detector"], arguments["detector_kwargs"]
-    model = build_detector(network, detector, len(categories) + 1, arguments["pyramid"], options)
+    pyramid = {**arguments["pyramid"], **({"windows": windows} if windows else {})}
+    model = build_detector(network, detector, len(categories) + 1, pyramid, options)
     try:
         model.load_state_dict(weights)
     except (RuntimeError, ValueError) as error:

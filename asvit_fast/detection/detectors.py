@@ -16,7 +16,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from ..errors import InputError
-from ..settings import check_integer
+from ..settings import DETECTORS, check_integer
 from .backbone import LEVELS, _prefixed
 from .roi_heads import CascadeRoIHeads, ClassAgnosticPredictor, RoIAlign, RoIHeads
 
@@ -258,12 +258,9 @@ def cascade_mask_rcnn(backbone: nn.Module, num_classes: int = 91, **options: Any
     return _cascade(backbone, num_classes, True, DetectorOptions.of(**options))
 
 
-DETECTORS: dict[str, Callable[..., Detector]] = {
-    "faster_rcnn": faster_rcnn,
-    "mask_rcnn": mask_rcnn,
-    "cascade_rcnn": cascade_rcnn,
-    "cascade_mask_rcnn": cascade_mask_rcnn,
-}
+MAKERS: dict[str, Callable[..., Detector]] = dict(
+    zip(DETECTORS, (faster_rcnn, mask_rcnn, cascade_rcnn, cascade_mask_rcnn), strict=True)
+)
 
 MASKED = ("mask_rcnn", "cascade_mask_rcnn")  # those that find masks
 

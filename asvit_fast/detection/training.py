@@ -15,7 +15,7 @@ from ..backends import rank_device
 from ..errors import InputError
 from ..files import to_json, write_atomic
 from ..recipe import DetectionRecipe, Recipe
-from ..settings import check_choice
+from ..settings import DETECTORS, check_choice
 from ..training.build import What, create_network, pixel_statistics
 from ..training.result import TrainResult
 from ..training.schedule import RetokenizationSchedule
@@ -26,7 +26,7 @@ from .bodies import any_size
 from .build import build_detector
 from .coco import coco_masks
 from .data import DetectionData, make_reader
-from .detectors import DETECTORS, MASKED
+from .detectors import MASKED
 from .evaluate import DetectionEvaluation, evaluate_detector
 
 DETECTIONS = "detections.json"  # of the last validation, in COCO's format of results
@@ -77,7 +77,7 @@ def train(
             is not a number, a checkpoint that cannot be written; the last good checkpoint stays.
         SystemExit: with code 143, after SIGTERM and a checkpoint.
     """
-    check_choice("detector", detector, tuple(DETECTORS))
+    check_choice("detector", detector, DETECTORS)
     trainer = DetectionTrainer(
         model,
         data,

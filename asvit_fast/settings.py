@@ -156,6 +156,24 @@ class ScaleSettings(Settings):
 
 
 @dataclass(frozen=True)
+class StudySettings(Settings):
+    """Choices of a study. Raises InputError for a value that cannot be used."""
+
+    topologies: int = _setting(87, "number of topologies; a study on record goes on with more", minimum=1)
+    sampling: str = _setting(
+        "stratified",
+        "uniform, or stratified: by turns from each eighth of the space by number of parameters",
+        choices=("stratified", "uniform"),
+    )
+    width: int = _setting(DEFAULT_WIDTH, "number of channels in the first stage of the networks", minimum=1)
+    repeats: int = _setting(3, "trainings of a topology that is trained with several seeds", minimum=1)
+    repeat_every: int = _setting(
+        8, "every so manieth topology is trained with several seeds, which tells the noise of accuracies", minimum=1
+    )
+    score_repeats: int = _setting(5, "freshly initialised networks that each measure is averaged over", minimum=1)
+
+
+@dataclass(frozen=True)
 class TuneSettings(Settings):
     """Choices of the tuning of Triton kernels. Raises InputError for a value that cannot be used."""
 

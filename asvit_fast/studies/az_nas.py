@@ -6,6 +6,7 @@ fourth part, complexity, is the number of multiply-adds.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def az_nas_measures(model: AsViT, images: Tensor, generator: torch.Generator) ->
         for handle in handles:
             handle.remove()
     entropies = [_entropy(output.detach().flatten(0, 2)) for _, output in passes]
-    growth = [after - before for before, after in zip(entropies, entropies[1:], strict=False)]
+    growth = [after - before for before, after in itertools.pairwise(entropies)]
     singular = [_largest_singular_value(before, after, generator) for before, after in passes]
     return {
         "az_expressivity": sum(entropies),

@@ -10,9 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .analysis import ALL_KINDS, AGAINST, Analysis, Estimate, Noise
-
-MIN_NETWORKS = 5  # fewer have no correlation worth a number
+from .analysis import AGAINST, ALL_KINDS, Analysis, Estimate, Noise
 
 
 @dataclass(frozen=True)

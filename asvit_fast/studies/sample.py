@@ -1,4 +1,4 @@
-"""The topologies of a study: the first n of a sequence that depends on space, width, seed and kind of sampling alone."""
+"""The topologies of a study: the first n of a sequence that space, width, seed and kind of sampling decide."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from .scoring import (
     score,
 )
 from .search import Budget, scale, search
+from .studies import Study, study
 from .taylor import jet, jvp
 from .topology import SearchSpace, StageSpec, Topology
 from .training import Callback, RetokenizationSchedule, Retokenizer, TrainResult, set_token_reduction, train
@@ -34,6 +35,7 @@ __all__ = [
     "Retokenizer",
     "SearchSpace",
     "StageSpec",
+    "Study",
     "Topology",
     "TrainResult",
     "__version__",
@@ -61,6 +63,7 @@ __all__ = [
     "search",
     "set_token_reduction",
     "show_config",
+    "study",
     "taylor",
     "train",
     "training",

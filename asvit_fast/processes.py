@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -15,12 +16,14 @@ from .errors import InputError
 
 Result = TypeVar("Result")
 
+_alone = False  # inside ``alone``
+
 _TIMEOUT = timedelta(days=7)  # a rank may compute for long; torchrun ends everybody when one process dies
 
 
 def init_process_group(device: torch.device) -> int:
     """Number of processes; joins those of torchrun unless the caller has done so already."""
-    if not dist.is_available():
+    if _alone or not dist.is_available():
         return 1
     if not dist.is_initialized():
         if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -48,7 +51,18 @@ def _meeting_place() -> dict[str, Any]:
 
 def is_distributed() -> bool:
     """Return whether there is anybody else to talk to."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return not _alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Compute as if this process were the only one, while the others do something else."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
 
 
 def rank() -> int:

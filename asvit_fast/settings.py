@@ -21,6 +21,8 @@ MIN_IMG_SIZE = 32  # pixels per side that our networks take
 LARGEST_SEED = 2**63 - 1
 POS_EMBEDS = ("absolute", "none")
 CONVENTIONS = ("paper", "reference")
+SCALE_RULES = ("scores", "random", "swin", "vit", "resnet", "uniform")  # what chooses the next step of a growth
+SEARCH_RULES = ("reinforce", "random", "evolution")  # what draws the next topology of a search
 METRICS = ("length_distortion", "curvature", "gauss_length", "ntk_condition")
 EXPORT_FORMATS = {  # and their files, the first of which makes a folder an export
     "timm": ("config.json", "model.safetensors"),
@@ -153,6 +155,12 @@ class SearchSettings(Settings):
     momentum: float = _setting(
         0.9, "momentum of the moving average that rewards are compared with, a number below 1", below=1
     )
+    rule: str = _setting(
+        "reinforce",
+        "what draws topologies: reinforce (the paper's policy gradient), or for comparison random, evolution",
+        choices=SEARCH_RULES,
+    )
+    topk: int = _setting(10, "number of best sampled topologies that result.json and top.csv list", minimum=1)
 
 
 @dataclass(frozen=True)
@@ -168,6 +176,29 @@ class ScaleSettings(Settings):
     shrink: int | None = _setting(
         None, "real width / scored width, a whole number; without it 1, or 4 in the reference convention", minimum=1
     )
+    rule: str = _setting(
+        "scores",
+        f"what chooses among the candidates of a step, for comparison: {', '.join(SCALE_RULES)}",
+        choices=SCALE_RULES,
+    )
+
+
+@dataclass(frozen=True)
+class StudySettings(Settings):
+    """Choices of a study. Raises InputError for a value that cannot be used."""
+
+    topologies: int = _setting(87, "number of topologies; a study on record goes on with more", minimum=1)
+    sampling: str = _setting(
+        "stratified",
+        "uniform, or stratified: by turns from each eighth of the space by number of parameters",
+        choices=("stratified", "uniform"),
+    )
+    width: int = _setting(DEFAULT_WIDTH, "number of channels in the first stage of the networks", minimum=1)
+    repeats: int = _setting(3, "trainings of a topology that is trained with several seeds", minimum=1)
+    repeat_every: int = _setting(
+        8, "every so manieth topology is trained with several seeds, which tells the noise of accuracies", minimum=1
+    )
+    score_repeats: int = _setting(5, "freshly initialised networks that each measure is averaged over", minimum=1)
 
 
 @dataclass(frozen=True)

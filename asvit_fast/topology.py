@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -266,10 +266,23 @@ class SearchSpace:
                     f"search space: index of {name} must be from 0 to {len(choices) - 1}, got {int(index)}"
                 )
             value[name] = choices[int(index)]
+        return self.topology_of(value, width)
+
+    def topology_of(self, value: Mapping[str, int], width: int = DEFAULT_WIDTH) -> Topology:
+        """The topology with a value for each dimension; depths are 1."""
         stages = tuple(
             StageSpec(value[f"K{i}"], value.get(f"S{i}", 1), value[f"E{i}"]) for i in range(1, NUM_STAGES + 1)
         )
         return Topology(stages, value["heads"], width)  # type: ignore[arg-type]
+
+    @staticmethod
+    def choices_of(topology: Topology) -> dict[str, int]:
+        """The value of a topology in each dimension; S4, which is none, is left out."""
+        value: dict[str, int] = {"heads": topology.heads}
+        for index, stage in enumerate(topology.stages, start=1):
+            value |= {f"K{index}": stage.kernel, f"S{index}": stage.splits, f"E{index}": stage.expansion}
+        value.pop("S4")
+        return value
 
     def sample(self, generator: torch.Generator | None = None, width: int = DEFAULT_WIDTH) -> Topology:
         """A topology drawn uniformly."""
@@ -286,7 +299,7 @@ class SearchSpace:
     def __contains__(self, topology: object) -> bool:
         if not isinstance(topology, Topology):
             return False
-        value: dict[str, int] = {"heads": topology.heads}
-        for index, stage in enumerate(topology.stages, start=1):
-            value |= {f"K{index}": stage.kernel, f"S{index}": stage.splits, f"E{index}": stage.expansion}
-        return value.pop("S4") == 1 and all(value[name] in choices for name, choices in self.dimensions.items())
+        value = self.choices_of(topology)
+        return topology.stages[-1].splits == 1 and all(
+            value[name] in choices for name, choices in self.dimensions.items()
+        )

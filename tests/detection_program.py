@@ -35,7 +35,11 @@ def square(height: int, width: int, box: tuple[int, int, int, int]) -> list[list
 
 def content(images: int, categories: tuple[int, ...] = (3, 7)) -> dict[str, Any]:
     """Annotations of images with none, one or two bright squares; the ids of the categories have holes."""
-    file: dict[str, Any] = {"images": [], "annotations": [], "categories": [{"id": c, "name": f"c{c}"} for c in categories]}
+    file: dict[str, Any] = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": c, "name": f"c{c}"} for c in categories],
+    }
     for number in range(images):
         height, width = SIZES[number % len(SIZES)]
         file["images"].append({"id": number, "file_name": f"{number}.png", "height": height, "width": width})
@@ -43,8 +47,13 @@ def content(images: int, categories: tuple[int, ...] = (3, 7)) -> dict[str, Any]
             box = (4 + 20 * index, 6 + 3 * number % 8, 14 + 2 * index, 16)
             file["annotations"].append(
                 {
-                    "id": len(file["annotations"]) + 1, "image_id": number, "category_id": categories[index],
-                    "bbox": list(box), "area": box[2] * box[3], "iscrowd": 0, "segmentation": square(height, width, box),
+                    "id": len(file["annotations"]) + 1,
+                    "image_id": number,
+                    "category_id": categories[index],
+                    "bbox": list(box),
+                    "area": box[2] * box[3],
+                    "iscrowd": 0,
+                    "segmentation": square(height, width, box),
                 }  # fmt: skip
             )
     return file
@@ -55,7 +64,9 @@ def write_split(folder: Path, split: str, file: dict[str, Any]) -> None:
     (folder / "annotations").mkdir(exist_ok=True)
     (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(file))
     for image in file["images"]:
-        pixels = np.random.default_rng(image["id"]).integers(0, 60, (image["height"], image["width"], 3), dtype=np.uint8)
+        pixels = np.random.default_rng(image["id"]).integers(
+            0, 60, (image["height"], image["width"], 3), dtype=np.uint8
+        )
         for one in file["annotations"]:
             if one["image_id"] == image["id"]:
                 left, top, width, height = map(int, one["bbox"])

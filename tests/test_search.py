@@ -39,6 +39,7 @@ def test_trace_and_result(tmp_path: Path) -> None:
         "trace.jsonl",
         "state.pt",
         "result.json",
+        "top.csv",
         "starts.jsonl",
         ".lock",
     }

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from ..recipe import DetectionRecipe, Recipe
-from ..settings import DETECTORS, EXPORT_FORMATS, TUNED_OPS, BenchSettings, ScaleSettings, SearchSettings, TuneSettings
-from .common import DEVICE, IMG_SIZE, METRICS, QUIET, SCORING, WHAT
+from ..settings import (
+    DETECTORS,
+    EXPORT_FORMATS,
+    TUNED_OPS,
+    BenchSettings,
+    ScaleSettings,
+    SearchSettings,
+    StudySettings,
+    TuneSettings,
+)
+from .common import CIRCLE, DEVICE, IMAGES, IMG_SIZE, METRICS, QUIET, SCORING, SEED, WHAT
 from .options import (
     Command,
     Option,
@@ -42,6 +51,16 @@ MODEL_KWARGS = Option(
     None,
     "further arguments of the network: --model-kwargs attn_scale=true; may be repeated",
     "NAME=VALUE",
+    repeated=True,
+)
+
+
+SPACE = Option(
+    "space",
+    choices_per_dimension,
+    {},
+    "narrow a dimension (K1..K4, S1..S3, E1..E4, heads): --space K1=8 --space heads=16,32; may be repeated",
+    "NAME=CHOICES",
     repeated=True,
 )
 
@@ -111,14 +130,7 @@ SEARCH = Command(
         Option("params", bounds, None, "window of the number of parameters: LOW:HIGH, :10M or 1M:", "LO:HI"),
         Option("flops", bounds, None, "window of the number of multiply-adds per image: LOW:HIGH, :1G or 1M:", "LO:HI"),
         Option("max_params", number, None, "largest number of parameters: the high end of --params", "NUMBER"),
-        Option(
-            "space",
-            choices_per_dimension,
-            {},
-            "narrow a dimension (K1..K4, S1..S3, E1..E4, heads): --space K1=8 --space heads=16,32; may be repeated",
-            "NAME=CHOICES",
-            repeated=True,
-        ),
+        SPACE,
         Option(
             "baseline",
             choice("random"),
@@ -167,6 +179,31 @@ TRAIN = Command(
         QUIET,
     ),
     epilog="example: asvit-fast train asvit_small --data imagenet/ --schedule 40:4,30:2,230:1 --out runs/train",
+    resumable=True,
+)
+
+STUDY = Command(
+    name="study",
+    summary="Find out which measures of untrained networks predict accuracy on your data; also under torchrun.",
+    options=(
+        Option("data", text, None, "folder of images, a subfolder per class in train/ and val/", "DIR"),
+        OUT,
+        *options_of(StudySettings),
+        Option("epochs", integer(1), 300, "epochs of each training", "N"),
+        Option(
+            "accuracies", text, None, "CSV of topology,accuracy of trainings done elsewhere, instead of --data", "FILE"
+        ),
+        SPACE,
+        IMG_SIZE,
+        *CIRCLE,
+        IMAGES,
+        SEED,
+        DEVICE,
+        *(option for option in options_of(Recipe) if option.name != "seed"),
+        QUIET,
+    ),
+    epilog="example: asvit-fast study --data photos/ --topologies 87 --epochs 30 --out runs/study\n"
+    "         asvit-fast study --accuracies trained.csv --img-size 224 --out runs/study",
     resumable=True,
 )
 
@@ -377,6 +414,7 @@ TUNE = Command(
 COMMANDS = {
     command.name: command
     for command in (
-        *(ENV, BENCH, SCORE, SEARCH, SCALE, TRAIN, EVAL, DETECT_TRAIN, DETECT_EVAL, DETECT_SHOW, REPORT, EXPORT, TUNE),
+        *(ENV, BENCH, SCORE, SEARCH, SCALE, TRAIN, STUDY, EVAL),
+        *(DETECT_TRAIN, DETECT_EVAL, DETECT_SHOW, REPORT, EXPORT, TUNE),
     )
 }

@@ -21,6 +21,7 @@ METRICS, IMG_SIZE, DEVICE = (_SCORE.pop(name) for name in ("metrics", "img_size"
 IMAGES = Option("images", text, None, "folder of images for the NTK; without it, normal noise from the seed", "DIR")
 SEED = Option("seed", seed, 0, "seed (a whole number) of everything that is drawn", "N")
 QUIET = Option("quiet", flag, False, "no progress bar and no explanations, only the result", flag=True)
+CIRCLE = (_SCORE["thetas"], _SCORE["batch"])
 SCORING = (IMG_SIZE, *_SCORE.values(), IMAGES, SEED, DEVICE)
 
 

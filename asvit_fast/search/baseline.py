@@ -6,7 +6,9 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..run_directory import RunDirectory
+from ..errors import InputError
+from ..files import write_atomic
+from ..run_directory import RESULT, RunDirectory
 from ..scoring.draws import stream
 from ..settings import SearchSettings
 from ..topology import SearchSpace, Topology
@@ -14,8 +16,8 @@ from .budget import Budget
 from .distributed import Share
 from .evaluation import Evaluator, Measures, Task
 from .progress import Progress
-from .records import check_trace, with_floats
-from .result import Baseline
+from .records import check_trace, difference, measures_of, with_floats
+from .result import TOP, Baseline, SearchResult, top_sampled, top_table
 
 _DRAWS = 2**31  # key of the stream that topologies are drawn from; those of the weights begin with a step
 
@@ -81,6 +83,37 @@ class RandomSearch:
                 directory.record(record, self.state_dict())
                 shown.step(step + 1, self.describe(record))
         return done
+
+    def find(self, directory: RunDirectory, share: Share[Task], progress: bool) -> SearchResult:
+        """Do what is left of the search, and say what it found."""
+        done = self.advance(directory, share, progress)
+        stored = directory.result if done == self.settings.steps else None
+        trace = [with_floats(record) for record in directory.trace]
+        topology = self.answer(trace)
+        if stored is None:  # scored as one more step would be
+            measures = self.evaluator.measure(share, [topology], self.settings.steps)[0]
+        else:
+            try:
+                measures = measures_of(stored)
+            except (InputError, AttributeError) as error:
+                raise directory.damaged(RESULT, str(error)) from None
+        result = self.result(topology, measures, trace)
+        if stored is None:
+            directory.finish(result.to_dict())
+        elif reason := difference(stored, result.to_dict()):
+            raise directory.damaged(RESULT, reason)
+        if directory.path is not None:
+            write_atomic(directory.path / TOP, top_table(top_sampled(trace, self.settings.topk)))
+        return result
+
+    def answer(self, trace: list[dict[str, Any]]) -> Topology:
+        """The topology that the search finds."""
+        raise NotImplementedError
+
+    def result(self, topology: Topology, measures: Measures, trace: list[dict[str, Any]]) -> SearchResult:
+        """What the search found; a search without a policy has no entropy."""
+        cost = self.evaluator.cost(topology)
+        return SearchResult(topology, *measures, cost.params, cost.flops, self.settings.steps, None, trace, None)
 
     def draw(self) -> Draw:
         """The next topology that fits the budget, which some do (``Budget.check_possible``)."""

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..run_directory import BASELINE, RESULT, RunDirectory
+from ..run_directory import BASELINE, RunDirectory
 from ..settings import ImageSize, ScoreSettings, SearchSettings, check_kind
 from ..topology import SearchSpace, Topology
 from .baseline import Draw, RandomSearch
 from .budget import Budget
 from .distributed import Share, run_shared
 from .evaluation import METRICS, Evaluator, Images, Measures, Scorer, Task
+from .evolution import RULES
 from .policy import Policy
-from .records import difference, measures_of, with_floats
 from .result import SearchResult
 from .reward import RewardHistory
 
@@ -48,6 +48,8 @@ def search(
     lr: float = SearchSettings.lr,
     momentum: float = SearchSettings.momentum,
     baseline: str | None = None,
+    rule: str = SearchSettings.rule,
+    topk: int = SearchSettings.topk,
 ) -> SearchResult:
     """Find a topology whose untrained networks have a large length distortion and a small NTK condition number.
 
@@ -80,6 +82,9 @@ def search(
             rewards are compared with.
         baseline: "random" also scores ``steps`` topologies drawn uniformly (within the budget), after the search and
             under the same settings, for ``result.baseline``; may be asked for later, too.
+        rule: "reinforce", or for comparison "random" (the best of ``steps`` uniform draws) or "evolution" (regularised
+            evolution, arXiv 1802.01548), which end with the best that they scored.
+        topk: how many of the best sampled topologies top.csv lists.
 
     Raises:
         InputError: an option that cannot be used, a budget that no topology fits, a run directory that is read-only, in
@@ -96,10 +101,10 @@ def search(
         raise InputError(f"baseline must be 'random' or None, got {baseline!r}")
     check_kind("space", space, SearchSpace | None, "a SearchSpace, or None for that of the paper")
     check_kind("budget", budget, Budget | None, "a Budget(params=..., flops=...), or None")
-    settings = SearchSettings(steps, width, history, lr, momentum)
+    settings = SearchSettings(steps, width, history, lr, momentum, rule, topk)
     scoring = ScoreSettings(METRICS, img_size, thetas, repeats, batch, convention, norms, device)
     evaluator = Evaluator(scoring, images, seed, scorer)
-    run = _Search(SearchSpace() if space is None else space, settings, evaluator, budget or Budget())
+    run = RULES.get(rule, _Search)(SearchSpace() if space is None else space, settings, evaluator, budget or Budget())
 
     def lead(share: Share[Task]) -> SearchResult:
         for note in run.notes:
@@ -128,25 +133,6 @@ class _Search(RandomSearch):
         self.policy = Policy(space, lr=settings.lr, momentum=settings.momentum, generator=self.generator)
         self.rewards = RewardHistory(evaluator.settings.convention, settings.history)
         self.notes = budget.check_possible(space, evaluator.cost, settings.width)
-
-    def find(self, directory: RunDirectory, share: Share[Task], progress: bool) -> SearchResult:
-        """Do what is left of the search, and say what it found."""
-        done = self.advance(directory, share, progress)
-        stored = directory.result if done == self.settings.steps else None
-        topology = self.most_probable()
-        if stored is None:  # scored as one more step would be
-            measures = self.evaluator.measure(share, [topology], self.settings.steps)[0]
-        else:
-            try:
-                measures = measures_of(stored)
-            except (InputError, AttributeError) as error:
-                raise directory.damaged(RESULT, str(error)) from None
-        result = self.result(topology, measures, [with_floats(record) for record in directory.trace])
-        if stored is None:
-            directory.finish(result.to_dict())
-        elif reason := difference(stored, result.to_dict()):
-            raise directory.damaged(RESULT, reason)
-        return result
 
     def draw(self) -> Draw:
         """An action of the policy within the budget; after many that are not, the most probable one that is."""
@@ -196,9 +182,11 @@ class _Search(RandomSearch):
         topologies = (self.space.topology(action, self.settings.width) for action in self.policy.ranked())
         return next(filter(self.fits, topologies))
 
+    def answer(self, trace: list[dict[str, Any]]) -> Topology:
+        return self.most_probable()
+
     def result(self, topology: Topology, measures: Measures, trace: list[dict[str, Any]]) -> SearchResult:
-        cost, steps, entropy = self.evaluator.cost(topology), self.settings.steps, self.policy.entropy()
-        return SearchResult(topology, *measures, cost.params, cost.flops, steps, entropy, trace, self.policy)
+        return replace(super().result(topology, measures, trace), entropy=self.policy.entropy(), policy=self.policy)
 
     def check_state(self, directory: RunDirectory) -> None:
         if directory.state is not None and not _same_logits(directory.state, self.policy):

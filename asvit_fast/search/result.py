@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ..topology import Topology
 from .evaluation import METRICS, Measures
 from .policy import Policy
-from .ranking import choose
+from .ranking import choose, order
 from .records import measures_of
+
+TOP = "top.csv"  # of a run: its best sampled topologies
 
 
 @dataclass(frozen=True)
@@ -36,22 +40,39 @@ class ScoredTopology:
 
 
 def best_sampled(trace: Iterable[Mapping[str, Any]]) -> ScoredTopology | None:
-    """The best topology on record by the sum of its ranks in both measures, as scaling ranks (As-ViT, Algorithm 2).
+    """The best topology on record, see ``top_sampled``; None when no topology has finite measures."""
+    return next(iter(top_sampled(trace, 1)), None)
+
+
+def top_sampled(trace: Iterable[Mapping[str, Any]], count: int) -> list[ScoredTopology]:
+    """The best ``count`` topologies on record, the best first, by the sum of their ranks in both measures, as scaling
+    ranks (As-ViT, Algorithm 2).
 
     ``trace``: records of trace.jsonl, of a search or of its baseline. A topology that was drawn several times counts
-    once, with the means of its measures. Ties go to the better value of the measure that varies more. None when no
-    topology has finite measures. Raises InputError for measures that are not numbers.
+    once, with the means of its measures. Ties go to the better value of the measure that varies more. Those without
+    finite measures are left out. Raises InputError for measures that are not numbers.
     """
     drawn: dict[str, list[Mapping[str, Any]]] = {}
     for record in trace:
         drawn.setdefault(record["topology"], []).append(record)
     means = [_mean([measures_of(record) for record in records]) for records in drawn.values()]
-    winner = choose(means)[0]
-    if winner is None:
-        return None
-    text, records = list(drawn.items())[winner]
-    steps = tuple(record["step"] for record in records)
-    return ScoredTopology(Topology.parse(text), *means[winner], records[0]["params"], records[0]["flops"], steps)
+    found = []
+    for place in order(means)[:count]:
+        text, records = list(drawn.items())[place]
+        steps, cost = tuple(record["step"] for record in records), (records[0]["params"], records[0]["flops"])
+        found.append(ScoredTopology(Topology.parse(text), *means[place], *cost, steps))
+    return found
+
+
+def top_table(top: Sequence[ScoredTopology]) -> str:
+    """The best topologies as CSV: the content of top.csv."""
+    text = io.StringIO()
+    names = [one.name for one in fields(ScoredTopology) if one.name != "steps"]
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["place", *names])
+    for place, one in enumerate(top, start=1):
+        writer.writerow([place, *(getattr(one, name) for name in names)])
+    return text.getvalue()
 
 
 def _mean(measures: list[Measures]) -> Measures:
@@ -77,7 +98,8 @@ class Baseline:
 class SearchResult:
     """The topology that a search found and how.
 
-    ``topology`` is the paper's answer, the most probable one of the final policy (that fits the budget),
+    ``topology`` is the paper's answer, the most probable one of the final policy (that fits the budget); of a search by
+    another rule, which has no policy and no entropy, the best that was sampled, scored anew.
     ``length_distortion`` and ``ntk_condition`` its measures, ``params`` and ``flops`` (multiply-adds) its cost,
     ``entropy`` the final policy's in nats, ``trace`` one record a step as in trace.jsonl, ``baseline`` the random
     search that was asked for, or None.
@@ -89,9 +111,9 @@ class SearchResult:
     params: int
     flops: int
     steps: int
-    entropy: float
+    entropy: float | None
     trace: list[dict[str, Any]] = field(repr=False)
-    policy: Policy = field(repr=False, compare=False)
+    policy: Policy | None = field(repr=False, compare=False)
     baseline: Baseline | None = field(repr=False, default=None)
 
     @property

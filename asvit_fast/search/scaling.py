@@ -18,6 +18,7 @@ from ..topology import Topology
 from .budget import Budget
 from .distributed import Share, run_shared
 from .evaluation import METRICS, Evaluator, Images, Measures, Scorer, Task
+from .growth_rules import GROWTH_RULES
 from .progress import Progress
 from .ranking import choose
 from .records import difference, measures_of, seconds_of
@@ -89,6 +90,7 @@ def scale(
     device: str | torch.device | None = None,
     progress: bool = True,
     shrink: int | None = None,
+    rule: str = ScaleSettings.rule,
 ) -> list[ScaleStep]:
     """Grow ``topology`` until it reaches a number of parameters; one entry a step, the last one holds the result.
 
@@ -114,6 +116,9 @@ def scale(
         scorer: replaces the scores: candidate -> {"length_distortion": float, "ntk_condition": float}; the candidate
             has the scored width.
         max_steps: end after so many steps.
+        rule: "scores" chooses as said above. Others are there for comparison: they take the same steps, choose without
+            scores, and score what they chose: "random", and "swin", "vit", "resnet", "uniform", which keep to the depth
+            and width of these families (``search/growth_rules.py``).
         shrink: real width / scored width; 1 for "paper" and 4 for "reference" by default.
         images, seed, out, img_size, repeats, thetas, batch, norms, device, progress: as in ``search``.
 
@@ -129,7 +134,7 @@ def scale(
     """
     scoring = ScoreSettings(METRICS, img_size, thetas, repeats, batch, convention, norms, device)
     evaluator = Evaluator(scoring, images, seed, scorer)
-    run = _Scaling(Topology.parse(topology), ScaleSettings(max_params, max_steps, shrink), evaluator)
+    run = _Scaling(Topology.parse(topology), ScaleSettings(max_params, max_steps, shrink, rule), evaluator)
 
     def lead(share: Share[Task]) -> list[ScaleStep]:
         with RunDirectory(out, run.config, changeable=("max_params", "max_steps"), rebuilds=True) as directory:
@@ -166,6 +171,7 @@ class _Scaling:
         self.shrink = settings.shrink or (REFERENCE_SHRINK if self.convention == "reference" else 1)
         if start.width % self.shrink:
             raise InputError(f"shrink must divide the width {start.width}, got {self.shrink}")
+        self.rule = GROWTH_RULES.get(settings.rule)  # None: by scores
         self.steps: list[ScaleStep] = []
         self.known: Known = {}
         self.config = {
@@ -174,6 +180,7 @@ class _Scaling:
             "max_params": self.limits,
             "max_steps": self.max_steps,
             "shrink": self.shrink,
+            **({} if self.rule is None else {"rule": settings.rule}),  # as it was before there were rules
             **evaluator.config,
         }
         self.scored(start)  # raises when the heads do not fit the scored width
@@ -280,6 +287,8 @@ class _Scaling:
         """The next step, given the measures of its candidates."""
         candidates, dropped = self.candidates()
         winner, sums = choose(measures, self.convention)
+        if self.rule is not None:  # it has chosen already
+            winner = 0
         if winner is None:
             raise InputError(
                 f"scale: none of the {len(candidates)} candidates of step {len(self.steps)} has finite measures; "
@@ -305,7 +314,8 @@ class _Scaling:
         return {"scored": {candidate: list(values) for candidate, values in self.known.items()}}
 
     def candidates(self) -> tuple[list[Topology], list[dict[str, str]]]:
-        """Those of the next step that are within the limit, and the others with the reason."""
+        """Those of the next step that are within the limit (of these, the one that the rule chooses, if it is not by
+        scores), and the others with the reason."""
         fitting, dropped = [], []
         for candidate in grown(self.reached, self.convention, self.shrink):
             reason = self.budget.reject(self.cost(candidate))
@@ -313,6 +323,8 @@ class _Scaling:
                 fitting.append(candidate)
             else:
                 dropped.append({"topology": str(candidate), "reason": reason})
+        if self.rule is not None and fitting:
+            fitting = [self.rule(self.reached, fitting, self.evaluator.seed, len(self.steps))]
         return fitting, dropped
 
     def _check_limits(self) -> None:

@@ -250,6 +250,10 @@ def learning_rate(
     return optimizer.param_groups[0]["lr"]
 
 
+class Diverged(InputError):
+    """The loss or the weights are not finite."""
+
+
 class FiniteGuard:
     """Remembers the first update after which something was not finite, without waiting for the device.
 
@@ -268,7 +272,7 @@ class FiniteGuard:
         self.first = torch.where(finite, self.first, self.first.clamp(max=update))
 
     def check(self) -> None:
-        """Raise InputError if anything was not finite, on any rank; every rank must call it."""
+        """Raise Diverged if anything was not finite, on any rank; every rank must call it."""
         if processes.is_distributed():
             dist.all_reduce(self.first, op=dist.ReduceOp.MIN)
         update = int(self.first)
@@ -276,7 +280,7 @@ class FiniteGuard:
             return
         kept = self.checkpoint if self.checkpoint is not None and self.checkpoint.exists() else None
         good = f"the last good checkpoint is {kept}" if kept else "no checkpoint has been written yet"
-        raise InputError(
+        raise Diverged(
             f"the loss or the weights are not finite since update {update % self.updates_per_epoch} of epoch "
             f"{update // self.updates_per_epoch} (update {update} of the training); {good}; train again with a lower "
             f"lr ({self.step.lr:.3g} here), clip_grad, or without amp"

@@ -1,0 +1,177 @@
+"""How well measures of untrained networks order trained ones."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..files import as_float
+from .measures import KINDS, MeasureKind
+from .ranks import Floats, kendall, partial, resamples, spearman, worst_last
+
+RESAMPLES = 2000
+LEVEL = 95  # percent of resamples that an interval holds
+TOP = 0.1  # part of the networks that counts as the best
+AGAINST = "combined_rank"  # what the search and scaling of the paper rank by; others are compared with it
+PAPER = "sum of ranks, as scaling ranks"
+COMBINED: dict[str, tuple[MeasureKind, tuple[str, ...]]] = {  # measures made of ranks among all networks of a study
+    "combined_rank": (MeasureKind(1, PAPER, "As-ViT, Algorithm 2"), ("length_distortion", "ntk_condition")),
+    "combined_rank_reference": (
+        MeasureKind(1, f"{PAPER}, authors' code", "As-ViT, Algorithm 2"),
+        ("length_distortion_reference", "ntk_condition_reference"),
+    ),
+    "az_nas": (
+        MeasureKind(1, "AZ-NAS", "arXiv 2403.19232"),
+        ("az_expressivity", "az_progressivity", "az_trainability", "flops"),
+    ),
+}
+ALL_KINDS: dict[str, MeasureKind] = {**KINDS, **{name: kind for name, (kind, _) in COMBINED.items()}}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and the ends of its 95 % interval, of bootstrap resamples of the networks."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+
+    @classmethod
+    def of(cls, values: Floats) -> Estimate:
+        """The first of the values [1 + B] is that of the networks themselves, the others are of resamples."""
+        usable = values[1:][np.isfinite(values[1:])]
+        if not math.isfinite(values[0]) or not len(usable):
+            return cls(math.nan, math.nan, math.nan)
+        low, high = np.percentile(usable, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
+        return cls(float(values[0]), float(low), float(high))
+
+
+class Analysis:
+    """Correlations between measures and accuracies of ``rows``, in the order of trace.jsonl.
+
+    Correlations have the direction in which a measure is said to be better: above 0 means that it is right. Networks
+    whose training diverged and measures that are not finite rank last. ``seed`` draws the resamples, the same ones for
+    all measures, so that differences between measures are paired.
+    """
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]], seed: int = 0) -> None:
+        self.rows = rows
+        self.accuracy = np.array([accuracy_of(row) for row in rows])  # [n], percent; NaN: diverged
+        self.weights = np.concatenate([np.ones((1, len(rows))), resamples(len(rows), RESAMPLES, seed)])  # [1 + B, n]
+        self._target = worst_last(self.accuracy)
+        present = [name for name in KINDS if rows and name in rows[0]["measures"]]
+        ranks = {name: worst_last(self.values(name), KINDS[name].direction) for name in present}
+        for name, (_, parts) in COMBINED.items():
+            if all(part in ranks for part in parts):
+                ranks[name] = worst_last(_combine(name, [ranks[part] for part in parts]))
+        self.ranks: dict[str, Floats] = ranks  # of each measure [n], 0 = worst
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.ranks)
+
+    def values(self, name: str) -> Floats:
+        """A measure of every network [n]; of a combination, its rank."""
+        if name in COMBINED:
+            return self.ranks[name]
+        return np.array([as_float(row["measures"][name]) for row in self.rows])
+
+    def seconds(self, name: str) -> float:
+        """Mean time that a measure takes for one network."""
+        parts = COMBINED[name][1] if name in COMBINED else (name,)
+        return sum(float(np.mean([as_float(row["seconds"][part]) for row in self.rows])) for part in parts)
+
+    def kendall_tau(self, name: str) -> Estimate:
+        return Estimate.of(self._tau(name, None))
+
+    def spearman_rho(self, name: str) -> Estimate:
+        return Estimate.of(spearman(self.ranks[name], self._target, self.weights))
+
+    def partial_tau(self, name: str, fixed: str) -> Estimate:
+        """Kendall's tau at equal ``fixed``, "params" or "flops"."""
+        own, size, both = self._tau(name, None), self._tau(fixed, None), self._tau(name, fixed)
+        return Estimate.of(partial(own, both, size))
+
+    def difference(self, name: str, other: str = AGAINST) -> Estimate:
+        """How much larger Kendall's tau is than that of another measure."""
+        return Estimate.of(self._tau(name, None) - self._tau(other, None))
+
+    def precision_at_top(self, name: str) -> float:
+        """Share of the best tenth by the measure that is in the best tenth by accuracy; by chance, a tenth."""
+        count = max(1, round(TOP * len(self.rows)))
+        best = [set(_top(ranks, count)) for ranks in (self.ranks[name], self._target)]
+        return len(best[0] & best[1]) / count
+
+    def regret(self, name: str) -> float:
+        """Percentage points that the network with the best measure (the mean of such) is behind the best one."""
+        accuracy = np.nan_to_num(self.accuracy, nan=0.0)
+        return float(accuracy.max() - accuracy[self.ranks[name] == self.ranks[name].max()].mean())
+
+    def chance_regret(self) -> float:
+        """Percentage points that a network drawn at random is behind the best one."""
+        accuracy = np.nan_to_num(self.accuracy, nan=0.0)
+        return float(accuracy.max() - accuracy.mean())
+
+    @functools.lru_cache(maxsize=256)  # noqa: B019  (as long as the analysis)
+    def _tau(self, name: str, other: str | None) -> Floats:
+        """Kendall's tau [1 + B] of a measure with accuracy, or with another measure."""
+        return kendall(self.ranks[name], self._target if other is None else self.ranks[other], self.weights)
+
+    def noise(self) -> Noise | None:
+        """What the seeds of training do, of the networks that were trained several times."""
+        repeated = [accuracies for row in self.rows if len(accuracies := finite(row["top1"])) > 1]
+        if len(repeated) < 2 or len(self.rows) < 3:
+            return None
+        within = float(np.mean([np.var(accuracies, ddof=1) for accuracies in repeated]))
+        firsts = np.array([as_float(row["top1"][0]) for row in self.rows])
+        total = float(np.var(firsts[np.isfinite(firsts)], ddof=1))
+        reliability = min(max(1 - within / total, 0.0), 1.0) if total else 0.0
+        return Noise(math.sqrt(within), math.sqrt(total), reliability, len(repeated))
+
+
+@dataclass(frozen=True)
+class Noise:
+    """``within``: standard deviation of the accuracy over seeds; ``total``: over networks with one seed each, seeds
+    included (percentage points); ``reliability``: the part of the variance that is the networks'; ``networks`` that
+    were trained several times."""
+
+    within: float
+    total: float
+    reliability: float
+    networks: int
+
+    @property
+    def ceiling(self) -> float:
+        """Kendall's tau of a perfect measure with accuracies of one seed, if both are normally distributed."""
+        return 2 / math.pi * math.asin(math.sqrt(self.reliability))
+
+
+def accuracy_of(row: Mapping[str, Any]) -> float:
+    """Top-1 of a network, percent: the mean over its trainings; NaN when one of them diverged."""
+    values = [as_float(value) for value in row["top1"]]
+    return sum(values) / len(values)
+
+
+def finite(values: Sequence[Any]) -> list[float]:
+    return [value for value in map(as_float, values) if math.isfinite(value)]
+
+
+def _combine(name: str, ranks: Sequence[Floats]) -> Floats:
+    """The sum of ranks [n]; in AZ-NAS of their logarithms, so that one bad rank counts much."""
+    if name != "az_nas":
+        return np.sum(ranks, 0)
+    combine: Callable[[Floats], Floats] = np.log
+    return np.sum([combine((rank + 1) / (rank.max() + 1)) for rank in ranks], 0)
+
+
+def _top(ranks: Floats, count: int) -> list[int]:
+    """The best ``count`` networks, the first ones of equals."""
+    return [int(index) for index in np.argsort(-ranks, kind="stable")[:count]]

@@ -1,0 +1,110 @@
+"""The result of a study."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from .analysis import AGAINST, ALL_KINDS, Analysis, Estimate, Noise
+
+
+@dataclass(frozen=True)
+class Study:
+    """Topologies with what was measured of them untrained and the accuracy that they were trained to.
+
+    ``rows``: one for each topology, as in trace.jsonl. Every property maps the name of a measure to an ``Estimate``
+    (``.value``, and ``.low`` and ``.high`` of its 95 % bootstrap interval) or a number. Correlations above 0 mean that
+    the measure orders networks as its authors say; NaN stands for a measure that is the same for all networks.
+    """
+
+    rows: list[dict[str, Any]] = field(repr=False)
+    seed: int = 0
+
+    @cached_property
+    def analysis(self) -> Analysis:
+        return Analysis(self.rows, self.seed)
+
+    @property
+    def kendall_tau(self) -> dict[str, Estimate]:
+        """Kendall's tau-b between each measure and top-1 accuracy."""
+        return self._each(self.analysis.kendall_tau)
+
+    @property
+    def spearman_rho(self) -> dict[str, Estimate]:
+        """Spearman's rho between each measure and top-1 accuracy."""
+        return self._each(self.analysis.spearman_rho)
+
+    @property
+    def tau_at_equal_params(self) -> dict[str, Estimate]:
+        """Partial Kendall's tau at equal numbers of parameters."""
+        return self._each(lambda name: self.analysis.partial_tau(name, "params"))
+
+    @property
+    def tau_at_equal_flops(self) -> dict[str, Estimate]:
+        """Partial Kendall's tau at equal numbers of multiply-adds."""
+        return self._each(lambda name: self.analysis.partial_tau(name, "flops"))
+
+    @property
+    def gain(self) -> dict[str, Estimate]:
+        """Kendall's tau minus that of the paper's sum of ranks, of the same resamples."""
+        return self._each(self.analysis.difference)
+
+    @property
+    def precision_at_top(self) -> dict[str, float]:
+        """Share of the best tenth by each measure that is among the best tenth by accuracy; a tenth by chance."""
+        return self._each(self.analysis.precision_at_top)
+
+    @property
+    def regret(self) -> dict[str, float]:
+        """Percentage points lost by taking the network with the best measure instead of the best network."""
+        return self._each(self.analysis.regret)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Time that each measure takes for one network; measures of one pass have that pass's."""
+        return self._each(self.analysis.seconds)
+
+    @property
+    def noise(self) -> Noise | None:
+        """How much accuracies depend on the seed of training; None where too few networks have several."""
+        return self.analysis.noise()
+
+    @property
+    def diverged(self) -> list[str]:
+        """Topologies of which a training diverged; they rank last."""
+        return [row["topology"] for row in self.rows if not math.isfinite(sum(map(float, row["top1"])))]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of result.json."""
+        accuracy = self.analysis.accuracy[np.isfinite(self.analysis.accuracy)]
+        noise = self.noise
+        properties = ("kendall_tau", "spearman_rho", "tau_at_equal_params", "tau_at_equal_flops", "gain")
+        estimates = {name: getattr(self, name) for name in properties}
+        numbers = {name: getattr(self, name) for name in ("precision_at_top", "regret", "seconds")}
+        return {
+            "kind": "study",
+            "topologies": len(self.rows),
+            "diverged": self.diverged,
+            "top1": {"lowest": float(accuracy.min()), "mean": float(accuracy.mean()), "highest": float(accuracy.max())},
+            "noise": noise and {**asdict(noise), "ceiling": noise.ceiling},
+            "chance_regret": self.analysis.chance_regret(),
+            "compared_with": AGAINST,
+            "measures": {
+                name: {
+                    "title": ALL_KINDS[name].title,
+                    "source": ALL_KINDS[name].source,
+                    "direction": ALL_KINDS[name].direction,
+                    **{key: asdict(values[name]) for key, values in estimates.items() if name in values},
+                    **{key: values[name] for key, values in numbers.items()},
+                }
+                for name in self.analysis.names
+            },
+        }
+
+    def _each(self, of: Callable[[str], Any]) -> dict[str, Any]:
+        return {name: of(name) for name in self.analysis.names}

@@ -1,0 +1,125 @@
+"""The trainings of a study: one recipe for all, on images that are prepared once where the recipe allows it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from .. import processes
+from ..errors import InputError
+from ..images import find_images
+from ..recipe import Recipe
+from ..settings import ImageSize
+from ..topology import Topology
+from ..training import train
+from ..training.build import pixel_statistics
+from ..training.data import Reader, load_validation
+from ..training.step import Diverged
+from ..training.training_setup import Data
+
+HASHED_FILES = 10_000  # whose contents tell whether data are the same; of more, as many spread evenly
+MOST_IN_MEMORY = 2 << 30  # bytes of images that are kept decoded
+
+
+class Trained(NamedTuple):
+    """Outcome of a training: percent, nats, seconds in training steps; all NaN but the time where it diverged."""
+
+    top1: float
+    eval_loss: float
+    train_loss: float
+    seconds: float
+
+
+@dataclass
+class Trainer:
+    """Trains topologies with one recipe; see ``study`` for the arguments."""
+
+    data: Data
+    recipe: Mapping[str, Any]
+    epochs: int
+    img_size: ImageSize
+    device: torch.device
+    seed: int
+    out: Path | None
+
+    def __post_init__(self) -> None:
+        self._prepared: Data | None = None
+
+    def folder(self, number: int, repeat: int) -> Path | None:
+        """Where training ``repeat`` of topology ``number`` is kept until the topology is on record."""
+        return None if self.out is None else self.out / f"{number:04}-{repeat}"
+
+    def __call__(self, topology: Topology, number: int, repeat: int) -> Trained:
+        """Train one network in this process alone, or go on with its training."""
+        if self._prepared is None:
+            self._prepared = prepared(self.data, Recipe.of(**self.recipe), self.img_size)
+        folder = self.folder(number, repeat)
+        with processes.alone():
+            try:
+                result = train(
+                    topology,
+                    self._prepared,
+                    epochs=self.epochs,
+                    out=folder,
+                    img_size=self.img_size,
+                    device=self.device,
+                    progress=False,
+                    **{**self.recipe, "seed": self.seed + repeat, "eval_interval": self.epochs},
+                )
+            except Diverged:
+                return Trained(math.nan, math.nan, math.nan, 0.0)
+        last = result.epochs[-1]
+        if last.get("top1") is None:
+            raise InputError("data must hold images for validation, in val/ or validation/: a study needs accuracies")
+        return Trained(last["top1"], last["eval_loss"], last["train_loss"], result.seconds)
+
+
+def prepared(data: Data, recipe: Recipe, img_size: ImageSize) -> Data:
+    """The data as tensors in memory, where every epoch would decode the same pixels and they fit; else as they are."""
+    if not isinstance(data, (str, Path)) or not recipe.no_aug or recipe.dataset or not recipe.val_split:
+        return data
+    mean, std = pixel_statistics("asvit", recipe)
+    splits = []
+    for split in (recipe.train_split, recipe.val_split):
+        own = replace(recipe, val_split=split, workers=0)
+        reader = Reader(own, img_size, torch.device("cpu"), mean=mean, std=std)
+        images = load_validation(data, reader)
+        size = math.prod((images.images, *reader.shape)) * torch.float32.itemsize
+        if size > MOST_IN_MEMORY:
+            return data
+        pixels, targets = zip(*images.batches(recipe.batch_size), strict=True)
+        splits.append(_tensors(pixels, targets))
+    return splits[0], splits[1]
+
+
+def _tensors(pixels: tuple[Tensor, ...], targets: tuple[Tensor, ...]) -> TensorDataset:
+    """Batches [B, 3, H, W] and [B] as one data set."""
+    return TensorDataset(torch.cat(pixels), torch.cat(targets))
+
+
+def fingerprint_of(data: Data) -> str:
+    """Number and hash of the files of a folder, by which a study knows its data again.
+
+    Names and sizes of all files count, and contents of 10,000 of them. Of data sets in memory, their lengths.
+    """
+    if not isinstance(data, (str, Path)):
+        return "data sets of " + " and ".join(str(len(part)) for part in data if part is not None)  # type: ignore[arg-type]
+    if not Path(data).is_dir():
+        return str(data)
+    files = find_images(data)
+    digest = hashlib.sha256()
+    spacing = max(1, math.ceil(len(files) / HASHED_FILES))
+    for number, file in enumerate(files):
+        digest.update(f"{file.relative_to(data).as_posix()} {os.path.getsize(file)}\n".encode())
+        if number % spacing == 0:
+            digest.update(file.read_bytes())
+    return f"{len(files)} images {digest.hexdigest()[:16]}"

@@ -131,6 +131,14 @@ wheel: install
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair $(foreach library,$(NOT_IN_WHEELS),--exclude '$(library)') \
 		--wheel-dir $(DIST) build/wheel/asvit_fast-*.whl
 
+# The documentation in build/docs/index.html, readable without a server and a network; a broken link is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+# examples/notebooks, made from examples/*.py
+notebooks: install
+	$(BIN)/python examples/make_notebooks.py
+
 clean:
 	rm -rf build dist *.egg-info asvit_fast/_build.json asvit_fast/_C.*.so $(VENV)/.installed
 	find asvit_fast kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

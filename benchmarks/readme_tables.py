@@ -1,9 +1,9 @@
-"""README's tables of speeds, made from the rows in benchmarks/results: no figure is copied by hand.
+"""Tables of README and the documentation, made from the rows in benchmarks/results: no figure is copied by hand.
 
     python benchmarks/readme_tables.py [--write]
 
-prints them, or puts them between README's comments. Of rows that were measured again the last count. A test compares
-README with this.
+prints them, or puts them between the comments of the files. Of rows that were measured again the last count. A test
+compares the files with this.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pathlib import Path
 from statistics import median
 
 RESULTS = Path(__file__).parent / "results"
-README = RESULTS.parent.parent / "README.md"
+ROOT = RESULTS.parent.parent
+PAGES = [ROOT / name for name in ("README.md", "docs/results.md", "docs/reference/families.md")]
 ZEN3, ZEN4, ZEN5 = "zen3", "zen4", "zen5"  # folders there, by the processor that measured
 OURS = "ours"
 EAGER = ("eager", "unfold + LN + Linear", "conv NCHW + permute + LN")  # whose memory ours is compared with
@@ -280,7 +281,47 @@ def gpus() -> str:
     return markdown(["work", "GPU", "forward", "replayed", "forward and backward", "replayed"], lines)
 
 
+def summary() -> str:
+    """One line for each thing that is made faster: README's table."""
+    lines = []
+    for title, peer, file, name in (
+        ("Swin-T of timm, inference", "timm, its faster way", "models", "swin_tiny_patch4_window7_224"),
+        ("As-ViT-S, inference", "plain PyTorch operations", "models", "asvit_small"),
+        ("Video Swin-T, inference", "its source", "families", "Video Swin-T"),
+        ("MONAI's SwinUNETR 3-D, encoder", "its source", "families", "MONAI SwinUNETR 3-D, encoder"),
+    ):
+        rows = [row for row in read(ZEN4, file) if row["network"] == name and row["mode"] == "inference"]
+        providers = {row["provider"]: row for row in rows if row["milliseconds"]}
+        factor = _milliseconds(_fastest(providers, False)) / _milliseconds(providers[OURS])
+        lines.append([title, peer, times(factor), "CPU, Zen 4"])
+    for title, case in (("length distortion of a network", "order 1, 10 thetas, 224 px"),):
+        found = {row["provider"]: _milliseconds(row) for row in read(ZEN4, "scores") if row["case"] == case}
+        peer = found["torch.func.jvp, compiled"]
+        lines.append([title, "torch.func.jvp, compiled", times(peer / found[OURS]), "CPU, Zen 4"])
+    attention = _cases("h100", "window_attention", lambda case: True)
+    for title, mode in (("window attention", "forward"), ("and backward", "both")):
+        speeds = [_speed(rows) for (_, found), rows in attention.items() if found == mode]
+        lines.append([title, "the fastest of SDPA, cuDNN, eager", span(speeds), "H100, bfloat16"])
+    swin = [row for row in read("h100", "models") if row["mode"] == "inference" and "swin_tiny" in row["network"]]
+    batches = dict.fromkeys(row["batch"] for row in swin)
+    speeds = [_speed([row for row in swin if row["batch"] == batch]) for batch in batches]
+    lines.append([f"Swin-T of timm, batches of {' and '.join(batches)}", "timm", span(speeds), "H100, bfloat16"])
+    rows = [row for row in read(ZEN5, "retokenization") if row["schedule"] == "table6-120"]
+    saved = median(float(row["time_saved"]) for row in rows)
+    lines.append(["training with coarse tokens first", "full tokens", times(1 / (1 - saved)), "CPU, Zen 5"])
+    return markdown(["what", "against", "speed", "on"], lines)
+
+
+def known() -> str:
+    """What ``accelerate`` knows."""
+    from asvit_fast.acceleration import families_table
+
+    return families_table().rstrip()
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "summary": summary,
+    "known": known,
     "runtimes": runtimes,
     "networks": networks,
     "families": families,
@@ -292,22 +333,25 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def filled(text: str) -> str:
-    """The text with every table between its comments, <!-- NAME --> and <!-- end of NAME -->."""
+    """The text with its tables, each between its comments, <!-- NAME --> and <!-- end of NAME -->."""
     for name, table in TABLES.items():
         start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-        before, _, rest = text.partition(start)
+        before, found, rest = text.partition(start)
+        if not found:
+            continue
         _, found, after = rest.partition(end)
         if not found:
-            raise SystemExit(f"{README} has no {start.strip()} and {end}")
+            raise SystemExit(f"{start.strip()} has no {end}")
         text = f"{before}{start}\n{table()}\n\n{end}{after}"
     return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="into README.md")
+    parser.add_argument("--write", action="store_true", help="into the files")
     if parser.parse_args().write:
-        README.write_text(filled(README.read_text()))
+        for page in PAGES:
+            page.write_text(filled(page.read_text()))
     else:
         print("\n\n".join(table() for table in TABLES.values()))
 

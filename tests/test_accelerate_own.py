@@ -1,4 +1,4 @@
-"""Replacements that users add: the public way, its example in README, and ``check_replacement``."""
+"""Replacements that users add: the public way, its example in the documentation, and ``check_replacement``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from asvit_fast import acceleration
 from asvit_fast.acceleration import Replacement, register, registry, unregister
 
 pytestmark = needs_kernels
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "develop" / "family.md"
 
 
 @pytest.fixture(autouse=True)
@@ -68,11 +68,10 @@ def maps(*sizes: tuple[int, int]) -> list[Tensor]:
     return [torch.randn(2, *size, 8, generator=torch.Generator().manual_seed(1)) for size in sizes]
 
 
-def test_example_of_the_readme(tmp_path, monkeypatch):
+def test_example_of_the_documentation(tmp_path, monkeypatch):
     """As a file of its own, as a user has it."""
-    section = README.read_text().partition("## Modules of your own")[2]
     path = tmp_path / "quadrants.py"
-    path.write_text(section.partition("```python\n")[2].partition("```")[0])
+    path.write_text(PAGE.read_text().partition("```python\n")[2].partition("```")[0])
     spec = importlib.util.spec_from_file_location("quadrants", path)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "quadrants", module)

@@ -1,4 +1,4 @@
-"""README's figures are those of benchmarks/results."""
+"""The figures of README and of the documentation are those of benchmarks/results."""
 
 from __future__ import annotations
 
@@ -13,5 +13,9 @@ def test_tables_are_made_from_the_results() -> None:
     assert spec is not None and spec.loader is not None
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)
-    text = (ROOT / "README.md").read_text()
-    assert tables.filled(text) == text, "python benchmarks/readme_tables.py --write"
+    found = ""
+    for page in tables.PAGES:
+        text = page.read_text()
+        assert tables.filled(text) == text, f"{page.name}: python benchmarks/readme_tables.py --write"
+        found += text
+    assert [name for name in tables.TABLES if f"<!-- {name} -->" not in found] == []

@@ -28,10 +28,15 @@ def unsupported_reason(report: dict[str, Any], running_torch: str) -> str | None
         return "asvit_fast runs from a source tree that was never installed: pip install --no-build-isolation -e ."
     if not report["extension"]:
         return f"built without compiled kernels: {report['reason']}; build them {BUILD}"
-    if report["torch"] != running_torch:
-        mismatch = f"the compiled kernels were built for torch {report['torch']}, this is torch {running_torch}"
-        return f"{mismatch}: rebuild them {BUILD}"
+    oldest = report["oldest torch"]
+    if _version(running_torch) < _version(oldest):
+        return f"the compiled kernels run with torch {oldest} and later ones, this is torch {running_torch}: update torch"
     return None
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """(2, 11) of "2.11.0+cu130"."""
+    return tuple(int(part) for part in text.split(".")[:2])
 
 
 @functools.cache

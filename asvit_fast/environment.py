@@ -15,7 +15,8 @@ from .machine import processor
 PACKAGES = ("asvit-fast", "torch", "torchvision", "triton", "timm", "numpy")
 BUILD_FACTS = {
     "mode": "built with ASVIT_FAST_BUILD",
-    "torch": "built for torch",
+    "torch": "built with torch",
+    "oldest torch": "runs from torch",
     "cuda": "built with CUDA",
     "archs": "built for archs",
     "compiler": "compiler",

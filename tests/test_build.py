@@ -170,9 +170,10 @@ def test_reasons_for_no_extension():
     assert "never installed" in _extension.unsupported_reason({}, "2.15.0")
     why = _extension.unsupported_reason({"extension": False, "reason": "no C++ compiler"}, "2.15.0")
     assert "no C++ compiler; build them with `pip install --no-build-isolation" in why
-    built = {"extension": True, "torch": "2.14.0"}
-    assert "built for torch 2.14.0, this is torch 2.15.0: rebuild" in _extension.unsupported_reason(built, "2.15.0")
-    assert _extension.unsupported_reason(built, "2.14.0") is None
+    built = {"extension": True, "torch": "2.14.0", "oldest torch": "2.11"}
+    assert "torch 2.11 and later ones, this is torch 2.9.1" in _extension.unsupported_reason(built, "2.9.1+cpu")
+    for running in ("2.11.0", "2.14.0+cu130", "2.100.0a0+git1234", "3.0.0"):
+        assert _extension.unsupported_reason(built, running) is None
 
 
 def test_loader_keeps_the_error(monkeypatch):

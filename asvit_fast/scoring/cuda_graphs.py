@@ -113,10 +113,10 @@ class GraphCache:
         try:
             stream = self._stream(device)
             recorded = self.capture(function, inputs, stream, self._pool(device))
-        except torch.OutOfMemoryError:
-            self.clear()
-            return None
         except RuntimeError as error:
+            if out_of_memory(error):
+                self.clear()
+                return None
             self.failed.add(kind)
             reason = first_line(error.__context__ or error)  # what happened, before the capture that it ended
             backends.notify_once(

@@ -6,10 +6,11 @@ the reason is kept, word for word, for `show_config()` and for whoever forces a 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -30,7 +31,7 @@ def unsupported_reason(report: dict[str, Any], running_torch: str) -> str | None
         return f"built without compiled kernels: {report['reason']}; build them {BUILD}"
     oldest = report["oldest torch"]
     if _version(running_torch) < _version(oldest):
-        return f"the compiled kernels run with torch {oldest} and later ones, this is torch {running_torch}: update torch"
+        return f"the compiled kernels need torch {oldest} or later, this is torch {running_torch}: update torch"
     return None
 
 
@@ -68,6 +69,21 @@ def when_loaded(action: Callable[[], None]) -> None:
 def extension() -> ModuleType | None:
     """The extension, or None; loading it registers its ops in `torch.ops.asvit_fast_C`."""
     return _load()[0]
+
+
+@contextlib.contextmanager
+def memory_of_torch() -> Iterator[None]:
+    """Inside of the block our ops keep no memory for later results: torch allocates all, and its profiler sees it."""
+    module = extension()
+    if module is None:
+        yield
+        return
+    limit = module.memory_limit()
+    module.set_memory_limit(0)
+    try:
+        yield
+    finally:
+        module.set_memory_limit(limit)
 
 
 def reason() -> str | None:

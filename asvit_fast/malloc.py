@@ -8,7 +8,7 @@ import platform
 import sys
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # parameters of glibc's mallopt
-_SHARE = "ASVIT_FAST_MEMORY_SHARE"  # N: our ops keep an N-th of the machine's memory at most (default: 16)
+_SHARE = "ASVIT_FAST_MEMORY_SHARE"  # N: our ops keep an N-th of the machine's memory at most (16); 0: nothing
 
 
 def tune_allocator() -> bool:
@@ -17,9 +17,9 @@ def tune_allocator() -> bool:
     By default glibc returns large blocks to the system, and every network faults its activations in anew, page by page:
     a tenth of the time of a score, half of the time of the first feed-forward networks of Swin-T. After this call glibc
     keeps them, in one pool for all threads, and our ops keep up to a fourth of the machine's memory for their results
-    (without it a sixteenth; the environment variable ASVIT_FAST_MEMORY_SHARE=8 makes it an eighth). The memory of the
-    process stays at its peak. The commands of this package call it, but for ``asvit-fast bench``; in a script of your
-    own call it first, before threads are started.
+    (without it a sixteenth; the environment variable ASVIT_FAST_MEMORY_SHARE=8 makes it an eighth, and 0 nothing: all
+    memory is torch's then). The memory of the process stays at its peak. The commands of this package call it, but for
+    ``asvit-fast bench``; in a script of your own call it first, before threads are started.
 
     Returns:
         Whether glibc was told; False where there is no glibc.
@@ -27,7 +27,8 @@ def tune_allocator() -> bool:
     os.environ.setdefault(_SHARE, "4")
     extension = sys.modules.get("asvit_fast._C")  # asks itself when it needs memory first
     if extension is not None:
-        extension.set_memory_limit(_memory() // int(os.environ[_SHARE]))
+        share = int(os.environ[_SHARE])
+        extension.set_memory_limit(_memory() // share if share > 0 else 0)
     if platform.libc_ver()[0] != "glibc":
         return False
     c_library = ctypes.CDLL(None)

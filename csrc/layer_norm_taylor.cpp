@@ -15,8 +15,7 @@ void check(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& 
   check_channels(kOp, "bias", bias, x);
 }
 
-Tensor layer_norm_taylor_cpu(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-                                 double eps) {
+Tensor layer_norm_taylor_cpu(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
   check(x, weight, bias);
   return run_taylor_cpu(kOp, x, [&](auto zero, const Tensor& input, const Tensor& output) {
     using T = decltype(zero);
@@ -31,13 +30,13 @@ Tensor layer_norm_taylor_cpu(const Tensor& x, const OptionalTensor& weight, cons
 }
 
 #ifdef ASVIT_FAST_CUDA
-Tensor layer_norm_taylor_gpu(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-                                 double eps) {
+Tensor layer_norm_taylor_gpu(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
   check(x, weight, bias);
   const Dtype type = compute_type(x.scalar_type());
   const OptionalTensor scale = parameters(weight, type), offset = parameters(bias, type);
   const auto launch = [&](const Tensor& input, const Tensor& output, ScalarType type, void* stream) {
-    layer_norm_taylor_cuda(taylor_matrix<void>(input, output), pointer_or_null<void>(scale), pointer_or_null<void>(offset), eps, type, stream);
+    layer_norm_taylor_cuda(taylor_matrix<void>(input, output), pointer_or_null<void>(scale),
+                           pointer_or_null<void>(offset), eps, type, stream);
   };
   return run_taylor_cuda(kOp, x, launch);
 }
@@ -49,10 +48,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(asvit_fast_C, library) {
   library.def("layer_norm_taylor(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(asvit_fast_C, CPU, library) { library.impl("layer_norm_taylor", TORCH_BOX(&layer_norm_taylor_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(asvit_fast_C, CPU, library) {
+  library.impl("layer_norm_taylor", TORCH_BOX(&layer_norm_taylor_cpu));
+}
 
 #ifdef ASVIT_FAST_CUDA
-STABLE_TORCH_LIBRARY_IMPL(asvit_fast_C, CUDA, library) { library.impl("layer_norm_taylor", TORCH_BOX(&layer_norm_taylor_gpu)); }
+STABLE_TORCH_LIBRARY_IMPL(asvit_fast_C, CUDA, library) {
+  library.impl("layer_norm_taylor", TORCH_BOX(&layer_norm_taylor_gpu));
+}
 #endif
 
 }  // namespace asvit_fast

@@ -31,7 +31,7 @@ Matrix<float> matrix(const Tensor& tensor) {
 
 void check_matrix(const char* name, const Tensor& tensor) {
   ASVIT_FAST_CHECK(tensor.dim() == 2 && is_count(tensor.size(0), 0) && is_count(tensor.size(1), 0), kOp, ": ", name,
-                    " must be a matrix with sides below 2^31, not ", tensor.sizes());
+                   " must be a matrix with sides below 2^31, not ", tensor.sizes());
   ASVIT_FAST_CHECK(compute_type(tensor.scalar_type()) == kFloat, kOp, ": ", name,
                    " must be float32, bfloat16 or float16, not ", tensor.scalar_type());
 }
@@ -66,8 +66,8 @@ struct Tiling {
 
 void check_packed(const Tensor& packed, int64_t outputs, int64_t inputs) {
   ASVIT_FAST_CHECK(is_count(outputs, 1) && inputs > 0 && packed.dim() == 1 && packed.is_contiguous() &&
-                        packed.scalar_type() == kFloat && packed.size(0) == packed_size(inputs, outputs),
-                    "linear: packed is not what linear_pack makes of a weight [", outputs, ", ", inputs, "] now");
+                       packed.scalar_type() == kFloat && packed.size(0) == packed_size(inputs, outputs),
+                   "linear: packed is not what linear_pack makes of a weight [", outputs, ", ", inputs, "] now");
 }
 
 // A layer: its packed weight, its bias in float32, and what follows.
@@ -132,12 +132,13 @@ Activation parse_activation(const std::string& name) {
 // x [*, K] as a matrix.
 Tensor flattened(const Tensor& x) {
   if (x.dim() == 2) return x;
-  const int64_t columns = x.size(-1), rows = columns > 0 ? x.numel() / columns : product(x.sizes().slice(0, x.dim() - 1));
+  const int64_t columns = x.size(-1),
+                rows = columns > 0 ? x.numel() / columns : product(x.sizes().slice(0, x.dim() - 1));
   return x.is_contiguous() ? reshaped(x, {rows, columns}) : torch::stable::reshape(x, {rows, columns});
 }
 
 Tensor linear_cpu(const Tensor& x, const Tensor& packed, int64_t outputs, const OptionalTensor& bias,
-                      const OptionalTensor& residual, const std::string& activation) {
+                  const OptionalTensor& residual, const std::string& activation) {
   ASVIT_FAST_CHECK(x.dim() >= 1, "linear: x must be [*, K], not a number");
   OwnedSizes sizes = x.sizes().vec();
   sizes.back() = outputs;
@@ -195,9 +196,9 @@ int64_t state_size(const Tensor& weight) { return 2 + divide_up(weight.numel(), 
 
 bool weight_changed_cpu(const Tensor& weight, int64_t version, const Tensor& state) {
   ASVIT_FAST_CHECK(weight.dim() > 0 && weight.is_contiguous() && state.scalar_type() == kLong &&
-                        state.is_contiguous() && state.numel() == state_size(weight),
-                    "weight_changed: state must be int64 [", state_size(weight), "] for a contiguous weight ",
-                    weight.sizes());
+                       state.is_contiguous() && state.numel() == state_size(weight),
+                   "weight_changed: state must be int64 [", state_size(weight), "] for a contiguous weight ",
+                   weight.sizes());
   const int64_t known[] = {version, reinterpret_cast<int64_t>(weight.const_data_ptr())};
   auto* const to = static_cast<int64_t*>(state.mutable_data_ptr());
   switch (weight.element_size()) {

@@ -15,23 +15,22 @@ constexpr int64_t kPieceTokens = 1024;  // of a piece, at least: adding up its g
 constexpr int64_t kMaximumPieces = 64;
 constexpr double kMaximumWorkspace = 1ll << 48;  // elements
 
-void check(const Tensor& image, const Tensor& weight, int64_t stride, int64_t dilation,
-           Sizes padding) {
+void check(const Tensor& image, const Tensor& weight, int64_t stride, int64_t dilation, Sizes padding) {
   ASVIT_FAST_CHECK(image.dim() == 4 && weight.dim() == 4 && image.size(1) == weight.size(1) &&
-                        weight.size(2) == weight.size(3) && weight.numel() > 0,
-                    "patch_embed: image must be [B, Cin, H, W] and weight [C, Cin, K, K], not ", image.sizes(), " and ",
-                    weight.sizes());
+                       weight.size(2) == weight.size(3) && weight.numel() > 0,
+                   "patch_embed: image must be [B, Cin, H, W] and weight [C, Cin, K, K], not ", image.sizes(), " and ",
+                   weight.sizes());
   ASVIT_FAST_CHECK(is_count(stride, 1) && is_count(dilation, 1) && is_padding(padding) && is_count(weight.size(2), 1),
-                    "patch_embed: stride ", stride, " and dilation ", dilation, " must be positive, padding ", padding,
-                    " four numbers of zeros, all below 2^31");
+                   "patch_embed: stride ", stride, " and dilation ", dilation, " must be positive, padding ", padding,
+                   " four numbers of zeros, all below 2^31");
   const int64_t span = dilation * (weight.size(2) - 1) + 1;
   ASVIT_FAST_CHECK(image.size(2) + padding[2] + padding[3] >= span && image.size(3) + padding[0] + padding[1] >= span,
-                    "patch_embed: patches of ", span, " pixels do not fit the padded image ", image.sizes());
+                   "patch_embed: patches of ", span, " pixels do not fit the padded image ", image.sizes());
   // a thread's rows of pixels reach a block of tokens beyond the image
   const double row = static_cast<double>(image.size(3) + padding[0] + padding[1] + span + 16 * stride);
   ASVIT_FAST_CHECK(row * static_cast<double>(weight.size(1) * weight.size(2)) < kMaximumWorkspace,
-                    "patch_embed: patches ", weight.sizes(), " at stride ", stride, " and padding ", padding,
-                    " are too large");
+                   "patch_embed: patches ", weight.sizes(), " at stride ", stride, " and padding ", padding,
+                   " are too large");
   scalar_type(kOp, image.scalar_type());
   check_device_and_type(kOp, "weight", weight, image);
 }
@@ -52,16 +51,16 @@ struct Inputs {
   bool norm;
   double eps;
 
-  Inputs(const Tensor& image, const Tensor& weight, const OptionalTensor& bias, int64_t stride,
-         int64_t dilation, Sizes padding, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
-         double eps)
+  Inputs(const Tensor& image, const Tensor& weight, const OptionalTensor& bias, int64_t stride, int64_t dilation,
+         Sizes padding, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double eps)
       : type(checked_type(image, weight, stride, dilation, padding)),
         image(as_type(image, type)),
         kernel(weight.size(-1)),
         stride(stride),
         dilation(dilation),
         channels(weight.size(0)),
-        parameters(empty({weight.numel() / channels + 3, (channels + kChannelBlock - 1) / kChannelBlock * kChannelBlock}, type)),
+        parameters(empty(
+            {weight.numel() / channels + 3, (channels + kChannelBlock - 1) / kChannelBlock * kChannelBlock}, type)),
         padding(padding),
         norm(norm_weight.has_value()),
         eps(eps) {
@@ -137,11 +136,10 @@ double row_work(const PatchEmbed<T>& problem) {
 
 // The tokens [B, Ho, Wo, C] and, if it is to be saved for the backward pass, the output of the convolution (else
 // empty).
-std::tuple<Tensor, Tensor> patch_embed_cpu(const Tensor& image, const Tensor& weight,
-                                                   const OptionalTensor& bias, const OptionalTensor& norm_weight,
-                                                   const OptionalTensor& norm_bias, int64_t stride, int64_t dilation,
-                                                   Sizes padding, double eps, Dtype dtype,
-                                                   bool save_conv_output) {
+std::tuple<Tensor, Tensor> patch_embed_cpu(const Tensor& image, const Tensor& weight, const OptionalTensor& bias,
+                                           const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
+                                           int64_t stride, int64_t dilation, Sizes padding, double eps, Dtype dtype,
+                                           bool save_conv_output) {
   const Inputs inputs(image, weight, bias, stride, dilation, padding, norm_weight, norm_bias, eps);
   const OwnedSizes sizes = inputs.output_sizes();
   const Tensor output = new_empty(sizes, inputs.type);
@@ -170,7 +168,7 @@ int64_t piece_count(const PatchEmbed<T>& problem) {
 // Gradients of the pieces [pieces, Cin * K * K + 3, padded channels] added up, in the shapes and types of the
 // parameters; empty for those that are missing.
 std::tuple<Tensor, Tensor, Tensor, Tensor> unpack(const Tensor& sums, const Tensor& weight,
-                                                                  std::array<OptionalTensor, 3> vectors) {
+                                                  std::array<OptionalTensor, 3> vectors) {
   const Tensor sum = sum_first(sums);  // [Cin * K * K + 3, padded channels]
   const int64_t channels = weight.size(0), patch = sum.size(0) - 3, padded = sum.size(1);
   const Tensor grad_weight = empty(weight.sizes(), weight.scalar_type());
@@ -189,17 +187,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> unpack(const Tensor& sums, const Tens
 // needed.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> patch_embed_backward_cpu(
     const Tensor& gradient, const Tensor& image, const Tensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, int64_t stride, int64_t dilation,
-    Sizes padding, double eps, const Tensor& conv_output, bool needs_conv_output_grad,
-    bool needs_parameter_grad) {
+    const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, int64_t stride, int64_t dilation, Sizes padding,
+    double eps, const Tensor& conv_output, bool needs_conv_output_grad, bool needs_parameter_grad) {
   const Inputs inputs(image, weight, bias, stride, dilation, padding, norm_weight, norm_bias, eps);
   const OwnedSizes sizes = inputs.output_sizes();
-  ASVIT_FAST_CHECK(
-      gradient.sizes().equals(sizes) && (conv_output.numel() == 0 || conv_output.sizes().equals(sizes)),
-      "patch_embed_backward: gradient ", gradient.sizes(), " must have the output's shape");
+  ASVIT_FAST_CHECK(gradient.sizes().equals(sizes) && (conv_output.numel() == 0 || conv_output.sizes().equals(sizes)),
+                   "patch_embed_backward: gradient ", gradient.sizes(), " must have the output's shape");
   check_device_and_type("patch_embed_backward", "gradient", gradient, image);
   check_device_and_type("patch_embed_backward", "conv_output", conv_output, image);
-  const Tensor wide = as_contiguous(as_type(gradient, inputs.type)), conv_values = as_contiguous(as_type(conv_output, inputs.type));
+  const Tensor wide = as_contiguous(as_type(gradient, inputs.type)),
+               conv_values = as_contiguous(as_type(conv_output, inputs.type));
   const auto nothing = [&] { return empty({0}, inputs.type); };  // each its own, as outputs must not share memory
   const Tensor grad_conv_output = needs_conv_output_grad ? new_empty(sizes, inputs.type) : nothing();
   OptionalTensor sums;

@@ -57,20 +57,18 @@ struct Merge {
   Tensor part(const Tensor& tensor, const Block& block) const {
     return rows_of(tensor, block.begin * map.out_width, (block.end - block.begin) * map.out_width);
   }
-  Tensor buffer() const {
-    return empty({rows_per_block() * map.out_width * map.features() + kRowSlack}, compute_type);
-  }
+  Tensor buffer() const { return empty({rows_per_block() * map.out_width * map.features() + kRowSlack}, compute_type); }
 };
 
 void check(const Tensor& x, const Tensor& weight, int64_t kernel, int64_t stride, const Tensor& norm_weight,
            const OptionalTensor& norm_bias, Sizes padding) {
   ASVIT_FAST_CHECK(is_count(kernel, 1) && is_count(stride, 1) && is_padding(padding), "patch_merge: kernel ", kernel,
-                    " and stride ", stride, " must be positive, padding ", padding,
-                    " four numbers of zeros, all below 2^31");
+                   " and stride ", stride, " must be positive, padding ", padding,
+                   " four numbers of zeros, all below 2^31");
   ASVIT_FAST_CHECK(x.dim() == 4 && weight.dim() == 2 && x.size(3) > 0 && weight.size(1) % x.size(3) == 0 &&
-                        weight.size(1) / x.size(3) == kernel * kernel,
-                    "patch_merge: x must be [B, H, W, C] and weight [Cout, C*", kernel, "*", kernel, "], not ",
-                    x.sizes(), " and ", weight.sizes());
+                       weight.size(1) / x.size(3) == kernel * kernel,
+                   "patch_merge: x must be [B, H, W, C] and weight [Cout, C*", kernel, "*", kernel, "], not ",
+                   x.sizes(), " and ", weight.sizes());
   scalar_type(kOp, x.scalar_type());
   scalar_type(kOp, weight.scalar_type());
   check_device_and_type(kOp, "weight", weight, x);
@@ -78,9 +76,8 @@ void check(const Tensor& x, const Tensor& weight, int64_t kernel, int64_t stride
   check_operand(kOp, "norm_bias", norm_bias, {weight.size(1)}, x);
 }
 
-Merge make_merge(const Tensor& x, const Tensor& weight, int64_t kernel, int64_t stride,
-                 const Tensor& norm_weight, const OptionalTensor& norm_bias, double eps, bool channels_last,
-                 Sizes padding) {
+Merge make_merge(const Tensor& x, const Tensor& weight, int64_t kernel, int64_t stride, const Tensor& norm_weight,
+                 const OptionalTensor& norm_bias, double eps, bool channels_last, Sizes padding) {
   check(x, weight, kernel, stride, norm_weight, norm_bias, padding);
   const Neighbourhoods map = {x.size(1),
                               x.size(2),
@@ -138,10 +135,9 @@ PatchMerge<T> make_problem(const Merge& merge, const Tensor& statistics, bool di
           differentiate};
 }
 
-std::tuple<Tensor, Tensor> patch_merge_cpu(const Tensor& x, const Tensor& weight, int64_t kernel,
-                                                   int64_t stride, const Tensor& norm_weight,
-                                                   const OptionalTensor& norm_bias, const OptionalTensor& bias,
-                                                   double eps, bool channels_last, Sizes padding) {
+std::tuple<Tensor, Tensor> patch_merge_cpu(const Tensor& x, const Tensor& weight, int64_t kernel, int64_t stride,
+                                           const Tensor& norm_weight, const OptionalTensor& norm_bias,
+                                           const OptionalTensor& bias, double eps, bool channels_last, Sizes padding) {
   const Merge merge = make_merge(x, weight, kernel, stride, norm_weight, norm_bias, eps, channels_last, padding);
   const auto& map = merge.map;
   const Tensor output = new_empty({merge.output_tokens(), merge.outputs}, weight.scalar_type());
@@ -211,7 +207,7 @@ void add_rows(const Tensor& matrix, T* total) {
 // few pieces and these one after the other; columns of the gradient go apart.
 template <typename T>
 std::tuple<Tensor, Tensor> parameter_products(const Merge& merge, const PatchMerge<T>& problem,
-                                                      const Tensor& gradient) {
+                                              const Tensor& gradient) {
   const int64_t blocks = merge.blocks(), most = std::min(kPieces, blocks);
   const int64_t pieces = std::clamp<int64_t>(merge.output_tokens() / (4 * merge.outputs), 1, most);
   const int64_t groups = std::max<int64_t>(1, merge.outputs / kWeightRows);
@@ -248,8 +244,7 @@ std::tuple<Tensor, Tensor> parameter_products(const Merge& merge, const PatchMer
 
 // Gradients of weight, norm_weight, norm_bias and bias.
 template <typename T>
-std::vector<Tensor> parameter_gradients(const Merge& merge, const PatchMerge<T>& problem,
-                                            const Tensor& gradient) {
+std::vector<Tensor> parameter_gradients(const Merge& merge, const PatchMerge<T>& problem, const Tensor& gradient) {
   const auto [sums, total] = parameter_products<T>(merge, problem, gradient);
   const Tensor wide = as_contiguous(as_type(merge.weight, merge.compute_type));
   const Tensor grad_norm_weight = empty({merge.map.features()}, merge.compute_type);
@@ -272,12 +267,11 @@ std::vector<Tensor> parameter_gradients(const Merge& merge, const PatchMerge<T>&
   return {sums, grad_norm_weight, grad_norm_bias, total};
 }
 
-std::vector<Tensor> patch_merge_backward_cpu(const Tensor& gradient, const Tensor& x,
-                                                 const Tensor& weight, const Tensor& statistics, int64_t kernel,
-                                                 int64_t stride, const Tensor& norm_weight,
-                                                 const OptionalTensor& norm_bias, double eps, bool channels_last,
-                                                 Sizes padding, bool needs_input_grad,
-                                                 bool needs_parameter_grad) {
+std::vector<Tensor> patch_merge_backward_cpu(const Tensor& gradient, const Tensor& x, const Tensor& weight,
+                                             const Tensor& statistics, int64_t kernel, int64_t stride,
+                                             const Tensor& norm_weight, const OptionalTensor& norm_bias, double eps,
+                                             bool channels_last, Sizes padding, bool needs_input_grad,
+                                             bool needs_parameter_grad) {
   const Merge merge = make_merge(x, weight, kernel, stride, norm_weight, norm_bias, eps, channels_last, padding);
   const char* const op = "patch_merge_backward";
   const int64_t images = merge.images, rows = merge.map.out_height, columns = merge.map.out_width;

@@ -15,7 +15,7 @@ Tensor softmax_taylor_cpu(const Tensor& x) {
     const TaylorMatrix<T> matrix = taylor_matrix<T>(input, output);
     const auto kernel = ASVIT_FAST_SELECT(softmax_taylor<T>);
     parallel_for(0, matrix.count, grain_size(kElements, matrix.size),
-                     [&](int64_t begin, int64_t end) { kernel(matrix, begin, end); });
+                 [&](int64_t begin, int64_t end) { kernel(matrix, begin, end); });
   });
 }
 
@@ -33,10 +33,14 @@ Tensor softmax_taylor_gpu(const Tensor& x) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(asvit_fast_C, library) { library.def("softmax_taylor(Tensor x) -> Tensor"); }
 
-STABLE_TORCH_LIBRARY_IMPL(asvit_fast_C, CPU, library) { library.impl("softmax_taylor", TORCH_BOX(&softmax_taylor_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(asvit_fast_C, CPU, library) {
+  library.impl("softmax_taylor", TORCH_BOX(&softmax_taylor_cpu));
+}
 
 #ifdef ASVIT_FAST_CUDA
-STABLE_TORCH_LIBRARY_IMPL(asvit_fast_C, CUDA, library) { library.impl("softmax_taylor", TORCH_BOX(&softmax_taylor_gpu)); }
+STABLE_TORCH_LIBRARY_IMPL(asvit_fast_C, CUDA, library) {
+  library.impl("softmax_taylor", TORCH_BOX(&softmax_taylor_gpu));
+}
 #endif
 
 }  // namespace asvit_fast

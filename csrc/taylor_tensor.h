@@ -14,20 +14,20 @@ namespace asvit_fast {
 
 inline void check_orders(const char* op, const Tensor& x) {
   ASVIT_FAST_CHECK(x.dim() >= 1 && x.size(0) >= 1 && x.size(0) <= 3, op,
-                    ": x must be [orders + 1, ...] with 0 to 2 orders, not ", x.sizes());
+                   ": x must be [orders + 1, ...] with 0 to 2 orders, not ", x.sizes());
 }
 
 inline void check_rows(const char* op, const Tensor& x) {
   check_orders(op, x);
   ASVIT_FAST_CHECK(x.dim() >= 2 && x.size(-1) >= 1, op, ": x must be [orders + 1, ..., C] with C >= 1, not ",
-                    x.sizes());
+                   x.sizes());
 }
 
 // A vector of parameters, one per channel, or none.
 inline void check_channels(const char* op, const char* name, const OptionalTensor& vector, const Tensor& x) {
   if (!vector) return;
   ASVIT_FAST_CHECK(x.dim() >= 2 && vector->dim() == 1 && vector->size(0) == x.size(-1), op, ": ", name,
-                    " must be [C] for x [orders + 1, ..., C] ", x.sizes(), ", not ", vector->sizes());
+                   " must be [C] for x [orders + 1, ..., C] ", x.sizes(), ", not ", vector->sizes());
   check_device_and_type(op, name, *vector, x);
 }
 

@@ -1,5 +1,5 @@
-// Tensors through torch's stable ABI, in short words: C functions and headers that every torch from 2.11 on has, so that
-// one build runs with all of them. Only what includes this file knows torch.
+// Tensors through torch's stable ABI, in short words: C functions and headers that every torch from 2.11 on has, so
+// that one build runs with all of them. Only what includes this file knows torch.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -57,14 +57,14 @@ std::string text_of(const Parts&... parts) {
 }
 
 // Python sees a ValueError with the text of the parts, which are looked at in that case only.
-#define ASVIT_FAST_CHECK(condition, ...) \
-  if (!(condition)) throw std::invalid_argument(text_of(__VA_ARGS__))
+#define ASVIT_FAST_CHECK(condition, ...)                                 \
+  do {                                                                   \
+    if (!(condition)) throw std::invalid_argument(text_of(__VA_ARGS__)); \
+  } while (false)
 
 // ------------------------------------------------------------------------------------------------------ what they are
 
-inline bool is_floating(Dtype type) {
-  return type == kFloat || type == kDouble || type == kHalf || type == kBFloat16;
-}
+inline bool is_floating(Dtype type) { return type == kFloat || type == kDouble || type == kHalf || type == kBFloat16; }
 
 inline int32_t code_of(Dtype type) { return torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)); }
 
@@ -94,8 +94,9 @@ inline Tensor empty(Sizes sizes, Dtype type, const Device& device = Device(torch
   using torch::stable::detail::from, torch::stable::detail::to;
   const OwnedSizes strides = contiguous_strides(sizes);
   AtenTensorHandle handle;
-  const auto failed = aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                               code_of(type), to<int32_t>(from(device.type())), device.index(), &handle);
+  const auto failed =
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), code_of(type),
+                               to<int32_t>(from(device.type())), device.index(), &handle);
   if (failed) throw_no_memory(static_cast<size_t>(product(sizes)) * bytes_of(type));
   return Tensor(handle);
 }

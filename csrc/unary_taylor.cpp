@@ -11,7 +11,7 @@ namespace {
 
 UnaryFunction gelu(const std::string& approximate) {
   ASVIT_FAST_CHECK(approximate == "none" || approximate == "tanh",
-                    "gelu_taylor: approximate must be 'none' or 'tanh', not '", approximate, "'");
+                   "gelu_taylor: approximate must be 'none' or 'tanh', not '", approximate, "'");
   return approximate == "tanh" ? UnaryFunction::gelu_tanh : UnaryFunction::gelu;
 }
 
@@ -39,7 +39,7 @@ Tensor apply_cpu(const char* op, UnaryFunction function, const Tensor& x, const 
     const TaylorRows<T> rows = taylor_rows<T>(input, output, channels);
     const auto kernel = ASVIT_FAST_SELECT(unary_taylor<T>);
     parallel_for(0, rows.count, grain_size(kElements, 1),
-                     [&](int64_t begin, int64_t end) { kernel(rows, begin, end, function); });
+                 [&](int64_t begin, int64_t end) { kernel(rows, begin, end, function); });
   });
 }
 

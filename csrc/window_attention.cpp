@@ -50,30 +50,30 @@ WindowLayout parse_layout(const std::string& name) {
 
 void check_windows(const Arguments& a) {
   const auto axes = a.window.size();
-  ASVIT_FAST_CHECK(is_window(a.window, a.shift, axes) && is_count(a.tokens(), 1), "window_attention: window ",
-                    a.window, " and shift ", a.shift, " must be ", axes,
-                    " numbers each, 0 <= shift < window, of fewer than 2^31 tokens");
+  ASVIT_FAST_CHECK(is_window(a.window, a.shift, axes) && is_count(a.tokens(), 1), "window_attention: window ", a.window,
+                   " and shift ", a.shift, " must be ", axes,
+                   " numbers each, 0 <= shift < window, of fewer than 2^31 tokens");
   ASVIT_FAST_CHECK(a.kv_window.empty() || a.kv_window.size() == axes, "window_attention: kv_window ", a.kv_window,
-                    " must be ", axes, " numbers");
+                   " must be ", axes, " numbers");
   for (size_t i = 0; i < a.kv_window.size(); ++i)
     ASVIT_FAST_CHECK(is_count(a.kv_window[i], a.window[i]) && (a.kv_window[i] - a.window[i]) % 2 == 0 &&
-                          a.shift[i] == 0 && a.layout != WindowLayout::grid,
-                      "window_attention: kv_window ", a.kv_window, " must be larger than window ", a.window,
-                      " by even numbers, without a shift, and not in the layout grid");
+                         a.shift[i] == 0 && a.layout != WindowLayout::grid,
+                     "window_attention: kv_window ", a.kv_window, " must be larger than window ", a.window,
+                     " by even numbers, without a shift, and not in the layout grid");
   for (size_t i = 0; i < axes && a.layout == WindowLayout::grid; ++i)
     ASVIT_FAST_CHECK(a.shift[i] == 0 && a.q.size(static_cast<int64_t>(i) + 1) % a.window[i] == 0,
-                      "window_attention: with the layout grid windows must divide the map, without a shift");
+                     "window_attention: with the layout grid windows must divide the map, without a shift");
   const double row_bytes = 8. * static_cast<double>(a.channels() / a.heads + kMaximumLanes);
   ASVIT_FAST_CHECK(is_count(a.keys(), 1) && row_bytes * static_cast<double>(a.keys()) < kMaximumWindowBytes,
-                    "window_attention: windows of ", a.keys(), " tokens of ", a.channels(), " channels are too large");
+                   "window_attention: windows of ", a.keys(), " tokens of ", a.channels(), " channels are too large");
 }
 
 void check(const Arguments& a) {
   const auto axes = static_cast<int64_t>(a.window.size());
   ASVIT_FAST_CHECK((axes == 2 || axes == 3) && a.q.dim() == axes + 2 && is_count(a.heads, 1) && a.q.size(-1) > 0 &&
-                        a.q.size(-1) % ((a.fused() ? 3 : 1) * a.heads) == 0 && a.k.has_value() == a.v.has_value(),
-                    "window_attention: qkv must be [B, H, W, 3 * ", a.heads, " heads * head_dim] or [B, D, H, W, ...],",
-                    " or three such maps of heads * head_dim channels, not ", a.q.sizes());
+                       a.q.size(-1) % ((a.fused() ? 3 : 1) * a.heads) == 0 && a.k.has_value() == a.v.has_value(),
+                   "window_attention: qkv must be [B, H, W, 3 * ", a.heads, " heads * head_dim] or [B, D, H, W, ...],",
+                   " or three such maps of heads * head_dim channels, not ", a.q.sizes());
   check_windows(a);
   scalar_type(kOp, a.q.scalar_type());
   check_operand(kOp, "k", a.k, a.q.sizes(), a.q);
@@ -125,7 +125,8 @@ Tensor whole_groups(const Tensor& matrix) {
 Tensor last_queries(const Tensor& matrix) {
   const Sizes sizes = matrix.sizes(), strides = matrix.strides();
   const int64_t rest = sizes[1] % kGroup;
-  return strided(matrix, {sizes[0], sizes[2], rest}, {strides[0], strides[2], strides[1]}, (sizes[1] - rest) * strides[1]);
+  return strided(matrix, {sizes[0], sizes[2], rest}, {strides[0], strides[2], strides[1]},
+                 (sizes[1] - rest) * strides[1]);
 }
 
 // The same two of a contiguous tensor [heads, groups of queries, keys, kGroup].
@@ -135,7 +136,8 @@ Tensor grouped_whole(const Tensor& grouped, int64_t queries) {
 
 Tensor grouped_last(const Tensor& grouped, int64_t queries) {
   const Sizes sizes = grouped.sizes(), strides = grouped.strides();
-  return strided(grouped, {sizes[0], sizes[2], queries % kGroup}, {strides[0], strides[2], 1}, queries / kGroup * strides[1]);
+  return strided(grouped, {sizes[0], sizes[2], queries % kGroup}, {strides[0], strides[2], 1},
+                 queries / kGroup * strides[1]);
 }
 
 // A bias [heads, queries, keys] as [heads, groups of queries, keys, kGroup], with zeros for missing queries.
@@ -158,7 +160,7 @@ Tensor ungroup_bias(const Tensor& grouped, int64_t queries, Dtype type) {
 
 // Operands as the kernels want them.
 struct Operands {
-  Tensor q;             // with the channels of k and v where these are not maps of their own
+  Tensor q;  // with the channels of k and v where these are not maps of their own
   OptionalTensor k, v;
   Tensor padding;
   OptionalTensor bias, attn_scale, head_scale;
@@ -206,10 +208,11 @@ std::vector<int64_t> statistics_sizes(const Arguments& a) {
   return sizes;
 }
 
-std::tuple<Tensor, Tensor> window_attention_cpu(
-    const Tensor& q, const OptionalTensor& k, const OptionalTensor& v, const OptionalTensor& bias,
-    const OptionalTensor& padding, const OptionalTensor& attn_scale, const OptionalTensor& head_scale, int64_t heads,
-    Sizes window, Sizes shift, Sizes kv_window, double scale, const std::string& layout) {
+std::tuple<Tensor, Tensor> window_attention_cpu(const Tensor& q, const OptionalTensor& k, const OptionalTensor& v,
+                                                const OptionalTensor& bias, const OptionalTensor& padding,
+                                                const OptionalTensor& attn_scale, const OptionalTensor& head_scale,
+                                                int64_t heads, Sizes window, Sizes shift, Sizes kv_window, double scale,
+                                                const std::string& layout) {
   const Arguments arguments{q,     k,      v,     bias,      padding, attn_scale,          head_scale,
                             heads, window, shift, kv_window, scale,   parse_layout(layout)};
   check(arguments);
@@ -305,12 +308,13 @@ void run_backward(const WindowAttentionBackward<T>& problem) {
       [&](int64_t begin, int64_t end, char* memory) { kernel(problem, begin, end, memory); });
 }
 
-std::vector<Tensor> window_attention_backward_cpu(
-    const Tensor& gradient, const Tensor& output, const Tensor& statistics, const Tensor& q,
-    const OptionalTensor& k, const OptionalTensor& v, const OptionalTensor& bias, const OptionalTensor& padding,
-    const OptionalTensor& attn_scale, const OptionalTensor& head_scale, int64_t heads, Sizes window,
-    Sizes shift, Sizes kv_window, double scale, const std::string& layout,
-    const std::vector<bool>& needs_grad) {
+std::vector<Tensor> window_attention_backward_cpu(const Tensor& gradient, const Tensor& output,
+                                                  const Tensor& statistics, const Tensor& q, const OptionalTensor& k,
+                                                  const OptionalTensor& v, const OptionalTensor& bias,
+                                                  const OptionalTensor& padding, const OptionalTensor& attn_scale,
+                                                  const OptionalTensor& head_scale, int64_t heads, Sizes window,
+                                                  Sizes shift, Sizes kv_window, double scale, const std::string& layout,
+                                                  const std::vector<bool>& needs_grad) {
   const Arguments arguments{q,     k,      v,     bias,      padding, attn_scale,          head_scale,
                             heads, window, shift, kv_window, scale,   parse_layout(layout)};
   check(arguments);
@@ -324,7 +328,7 @@ std::vector<Tensor> window_attention_backward_cpu(
   ASVIT_FAST_CHECK(needs_grad.size() == kOperands, op, ": needs_grad must be ", int{kOperands}, " values");
   for (int i = kBias; i < kOperands; ++i)
     ASVIT_FAST_CHECK(!needs_grad[i] || optional[i - 1]->has_value(), op, ": no operand ", i,
-                      " to find the gradient of");
+                     " to find the gradient of");
   const Operands operands(arguments);
   std::vector<Tensor> found;
   with_compute_type(kOp, arguments.type(), [&](auto zero) {

@@ -16,9 +16,8 @@ AttentionOperand<T> operand(const Tensor& x) {
 }
 
 template <typename T>
-WindowAttentionTaylor<T> make_problem(const Tensor& q, const Tensor& k, const Tensor& v,
-                                      Sizes window, Sizes shift, const T* bias, double scale,
-                                      const Tensor& output) {
+WindowAttentionTaylor<T> make_problem(const Tensor& q, const Tensor& k, const Tensor& v, Sizes window, Sizes shift,
+                                      const T* bias, double scale, const Tensor& output) {
   return {operand<T>(q),
           operand<T>(k),
           operand<T>(v),
@@ -43,14 +42,13 @@ void run_cpu(const WindowAttentionTaylor<T>& problem) {
       [&](int64_t begin, int64_t end, char* memory) { kernel(problem, begin, end, memory); });
 }
 
-void check(const Tensor& q, const Tensor& k, const Tensor& v, Sizes window, Sizes shift,
-           const OptionalTensor& bias) {
+void check(const Tensor& q, const Tensor& k, const Tensor& v, Sizes window, Sizes shift, const OptionalTensor& bias) {
   ASVIT_FAST_CHECK(q.dim() == 6 && q.size(0) >= 1 && q.size(0) <= 3, kOp,
-                    ": q must be [orders + 1, B, H, W, heads, head_dim] with 0 to 2 orders, not ", q.sizes());
-  ASVIT_FAST_CHECK(k.sizes().equals(q.sizes()) && v.sizes().equals(q.sizes()), kOp, ": q ", q.sizes(), ", k ", k.sizes(),
-                    " and v ", v.sizes(), " must have the same shape");
+                   ": q must be [orders + 1, B, H, W, heads, head_dim] with 0 to 2 orders, not ", q.sizes());
+  ASVIT_FAST_CHECK(k.sizes().equals(q.sizes()) && v.sizes().equals(q.sizes()), kOp, ": q ", q.sizes(), ", k ",
+                   k.sizes(), " and v ", v.sizes(), " must have the same shape");
   ASVIT_FAST_CHECK(is_window(window, shift, 2), kOp, ": window ", window, " and shift ", shift,
-                    " must be two numbers below 2^31 each, 0 <= shift < window");
+                   " must be two numbers below 2^31 each, 0 <= shift < window");
   ASVIT_FAST_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type() &&
                        (!bias || bias->scalar_type() == q.scalar_type()),
                    kOp, ": q, k, v and bias must have one dtype");
@@ -62,8 +60,8 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, Sizes window, Size
 
 // The output that run(problem) writes, which may be of either type.
 template <typename Run>
-Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, Sizes window,
-                  Sizes shift, const OptionalTensor& bias, double scale, Run run) {
+Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, Sizes window, Sizes shift, const OptionalTensor& bias,
+              double scale, Run run) {
   const Dtype type = compute_type(q.scalar_type());
   const Tensor wide_q = as_type(q, type), wide_k = as_type(k, type), wide_v = as_type(v, type);
   const OptionalTensor wide_bias = parameters(bias, type);
@@ -77,20 +75,18 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, Sizes window,
   return as_type(output, q.scalar_type());
 }
 
-Tensor window_attention_taylor_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
-                                       Sizes window, Sizes shift, const OptionalTensor& bias,
-                                       double scale) {
+Tensor window_attention_taylor_cpu(const Tensor& q, const Tensor& k, const Tensor& v, Sizes window, Sizes shift,
+                                   const OptionalTensor& bias, double scale) {
   check(q, k, v, window, shift, bias);
   return attend(q, k, v, window, shift, bias, scale, [](const auto& problem) { run_cpu(problem); });
 }
 
 #ifdef ASVIT_FAST_CUDA
-Tensor window_attention_taylor_gpu(const Tensor& q, const Tensor& k, const Tensor& v,
-                                       Sizes window, Sizes shift, const OptionalTensor& bias,
-                                       double scale) {
+Tensor window_attention_taylor_gpu(const Tensor& q, const Tensor& k, const Tensor& v, Sizes window, Sizes shift,
+                                   const OptionalTensor& bias, double scale) {
   check(q, k, v, window, shift, bias);
   ASVIT_FAST_CHECK(q.size(5) <= kMaximumHeadDimCuda, kOp, ": head_dim ", q.size(5),
-                    " is too large for the CUDA kernel, which goes up to ", kMaximumHeadDimCuda);
+                   " is too large for the CUDA kernel, which goes up to ", kMaximumHeadDimCuda);
   return attend(q, k, v, window, shift, bias, scale, [&](const auto& problem) {
     launch_cuda(q, [&](void* stream) { window_attention_taylor_cuda(problem, stream); });
   });
@@ -105,7 +101,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(asvit_fast_C, library) {
       "Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(asvit_fast_C, CPU, library) { library.impl("window_attention_taylor", TORCH_BOX(&window_attention_taylor_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(asvit_fast_C, CPU, library) {
+  library.impl("window_attention_taylor", TORCH_BOX(&window_attention_taylor_cpu));
+}
 
 #ifdef ASVIT_FAST_CUDA
 STABLE_TORCH_LIBRARY_IMPL(asvit_fast_C, CUDA, library) {

@@ -20,6 +20,7 @@ from torch import Tensor
 from .. import backends
 from ..cuda_capture import capturing
 from ..errors import first_line
+from .memory import out_of_memory
 
 Pass = Callable[..., Tensor]  # (*inputs) -> output, all on one device, without reading a number of theirs
 

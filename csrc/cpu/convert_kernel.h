@@ -26,6 +26,12 @@ inline float float_of(uint32_t bits) {
   return x;
 }
 
+// Without a branch, for which compilers would take floating point out of vectors.
+inline uint32_t choose(bool condition, uint32_t yes, uint32_t no) {
+  const uint32_t mask = 0 - static_cast<uint32_t>(condition);
+  return (yes & mask) | (no & ~mask);
+}
+
 constexpr uint32_t kMagnitude = 0x7fffffff, kInfinity = 0x7f800000;  // of a float's bits
 constexpr uint32_t kExponents = 112u << 23;                          // by which the biases of float and float16 differ
 
@@ -52,7 +58,7 @@ inline Out convert(Float16 x, Out) {
   const uint32_t sign = (x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
   const uint32_t normal = (magnitude << 13) + kExponents + (magnitude >= 0x7c00 ? kExponents : 0);  // or infinite, NaN
   const uint32_t subnormal = bits_of(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
-  return float_of(sign | (magnitude < 0x400 ? subnormal : normal));
+  return float_of(sign | choose(magnitude < 0x400, subnormal, normal));
 }
 
 template <typename In>
@@ -60,9 +66,9 @@ inline Float16 convert(In x, Float16) {
   const uint32_t bits = bits_of(static_cast<float>(x)), magnitude = bits & kMagnitude;
   const uint32_t normal = (magnitude - kExponents + 0xfff + (magnitude >> 13 & 1)) >> 13;
   const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);  // whose last bit counts 2^-24
-  uint32_t half = magnitude < bits_of(0x1p-14f) ? subnormal : normal;
-  half = magnitude >= bits_of(65520.f) ? 0x7c00 : half;
-  half = magnitude > kInfinity ? 0x7e00 : half;
+  uint32_t half = choose(magnitude < bits_of(0x1p-14f), subnormal, normal);
+  half = choose(magnitude >= bits_of(65520.f), 0x7c00, half);
+  half = choose(magnitude > kInfinity, 0x7e00, half);
   return {static_cast<uint16_t>((bits >> 16 & 0x8000) | half)};
 }
 

@@ -17,7 +17,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
-# torch comes first, as the extension is built against the torch that will load it
+# torch comes first, as the extension is built with its headers
 $(VENV)/.torch: | $(VENV)/bin/python
 	$(BIN)/python -m pip install --progress-bar off "torch>=2.11" torchvision "setuptools>=77" ninja
 	@touch $@
@@ -54,7 +54,7 @@ test-slow: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow $(PYTEST_ARGS)
 
 # The oldest torch that is supported, with its Triton and torchvision: an environment of its own, and a copy of the sources,
-# as the extension is built against one torch. Ops, models and tracers, and all Triton kernels for all GPUs.
+# as the extension is built with its headers here. Ops, models and tracers, and all Triton kernels for all GPUs.
 OLDEST := .venv-oldest
 OLDEST_COPY := build/oldest
 OLDEST_TESTS := $(wildcard tests/test_*_taylor.py tests/test_window*.py tests/test_patch*.py tests/test_accelerate*.py) \

@@ -48,6 +48,8 @@ CXX_FLAGS = [
     "-Wno-unknown-pragmas",
 ]
 NVCC_FLAGS = ["-O3", "--threads=2"]
+OLDEST_TORCH = (2, 11)  # whose stable ABI the extension keeps to: it runs with that torch and all later ones
+OLDEST_PYTHON = "cp311"  # likewise Python's limited API
 ISAS = {"portable": 16, "avx2": 32, "avx512": 64}  # instruction sets of CPU kernels, and the bytes of their vectors
 SANITIZERS = os.environ.get("ASVIT_FAST_SANITIZE", "")
 if SANITIZERS:  # later flags win
@@ -201,7 +203,8 @@ def make_plan(mode: str) -> Plan:
         plan.report["reason"] = str(reason)
         return plan
     plan.extension = True
-    plan.report |= {"torch": torch.__version__, "compiler": compiler, "cxx_flags": CXX_FLAGS}
+    oldest = ".".join(map(str, OLDEST_TORCH))
+    plan.report |= {"torch": torch.__version__, "oldest torch": oldest, "compiler": compiler, "cxx_flags": CXX_FLAGS}
     if mode == "cpu":
         plan.report["cuda_reason"] = "ASVIT_FAST_BUILD=cpu"
         return plan
@@ -269,6 +272,11 @@ def isa_sources() -> dict[Path, str]:
     return sources
 
 
+def limited_api() -> bool:
+    """Whether one build is for every Python: those without the GIL have no limited API."""
+    return not sysconfig.get_config_var("Py_GIL_DISABLED")
+
+
 def make_extension(plan: Plan) -> tuple[Any, type]:
     """The extension and the command that builds it (torch's, with a report and a lasting folder for its objects)."""
     scripts = sysconfig.get_path("scripts")  # ninja installed by pip is found even if the environment is not activated
@@ -283,17 +291,22 @@ def make_extension(plan: Plan) -> tuple[Any, type]:
     if plan.toolkit:
         cpp_extension.CUDA_HOME = str(plan.toolkit.root)
         sources += sorted(ROOT.glob("csrc/cuda/*.cu"))
+    major, minor = OLDEST_TORCH
+    macros = [("TORCH_TARGET_VERSION", f"{major << 56 | minor << 48:#x}"), ("TORCH_STABLE_ONLY", "1")]
     kind = cpp_extension.CUDAExtension if plan.toolkit else cpp_extension.CppExtension
     extension = kind(
         "asvit_fast._C",
         [str(source.relative_to(ROOT)) for source in sources],
         include_dirs=[str(ROOT / "csrc")],
         depends=[str(header) for header in sorted(ROOT.glob("csrc/**/*.h"))],
-        define_macros=[("ASVIT_FAST_CUDA", "1")] if plan.toolkit else [],
+        define_macros=[*macros, *([("ASVIT_FAST_CUDA", "1"), ("USE_CUDA", "1")] if plan.toolkit else [])],
         # libgomp is not linked: torch's own copy serves the OpenMP calls, so both share one pool of threads
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
-        extra_link_args=[f"-fsanitize={SANITIZERS}"] if SANITIZERS else [],
+        extra_link_args=["-Wl,--exclude-libs,ALL", *([f"-fsanitize={SANITIZERS}"] if SANITIZERS else [])],
+        py_limited_api=limited_api(),
     )
+    # libtorch.so brings torch's other libraries, CUDA's where it has them; CUDA's runtime is ours, whatever torch's is
+    extension.libraries = ["torch", "torch_cpu", *(["cudart_static", "rt", "dl", "pthread"] if plan.toolkit else [])]
 
     class BuildExtension(cpp_extension.BuildExtension):
         def finalize_options(self) -> None:
@@ -360,6 +373,7 @@ def main() -> None:
         package_data={"asvit_fast": ["py.typed", "*.pyi"], "asvit_fast.kernels": ["tiles/*.json"]},
         ext_modules=extensions,
         cmdclass=commands,
+        options={"bdist_wheel": {"py_limited_api": OLDEST_PYTHON}} if extensions and limited_api() else {},
     )
 
 

@@ -6,10 +6,11 @@ the reason is kept, word for word, for `show_config()` and for whoever forces a 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -28,10 +29,15 @@ def unsupported_reason(report: dict[str, Any], running_torch: str) -> str | None
         return "asvit_fast runs from a source tree that was never installed: pip install --no-build-isolation -e ."
     if not report["extension"]:
         return f"built without compiled kernels: {report['reason']}; build them {BUILD}"
-    if report["torch"] != running_torch:
-        mismatch = f"the compiled kernels were built for torch {report['torch']}, this is torch {running_torch}"
-        return f"{mismatch}: rebuild them {BUILD}"
+    oldest = report["oldest torch"]
+    if _version(running_torch) < _version(oldest):
+        return f"the compiled kernels need torch {oldest} or later, this is torch {running_torch}: update torch"
     return None
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """(2, 11) of "2.11.0+cu130"."""
+    return tuple(int(part) for part in text.split(".")[:2])
 
 
 @functools.cache
@@ -63,6 +69,21 @@ def when_loaded(action: Callable[[], None]) -> None:
 def extension() -> ModuleType | None:
     """The extension, or None; loading it registers its ops in `torch.ops.asvit_fast_C`."""
     return _load()[0]
+
+
+@contextlib.contextmanager
+def memory_of_torch() -> Iterator[None]:
+    """Inside of the block our ops keep no memory for later results: torch allocates all, and its profiler sees it."""
+    module = extension()
+    if module is None:
+        yield
+        return
+    limit = module.memory_limit()
+    module.set_memory_limit(0)
+    try:
+        yield
+    finally:
+        module.set_memory_limit(limit)
 
 
 def reason() -> str | None:

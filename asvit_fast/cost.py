@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ._extension import memory_of_torch
 from .backends import resolve_device
 from .errors import InputError
 from .modes import evaluation_mode, restored_attributes
@@ -153,7 +154,8 @@ def peak_allocation(run: Callable[[], object], device: torch.device) -> int:
         _synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler talks otherwise
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with memory_of_torch(), torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
         run()
     current = peak = 0
     for event in profile.profiler.kineto_results.events():

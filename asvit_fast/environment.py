@@ -21,7 +21,8 @@ VARIABLES = (  # of the environment: what changes results or speed
 )  # fmt: skip
 BUILD_FACTS = {
     "mode": "built with ASVIT_FAST_BUILD",
-    "torch": "built for torch",
+    "torch": "built with torch",
+    "oldest torch": "runs from torch",
     "cuda": "built with CUDA",
     "archs": "built for archs",
     "compiler": "compiler",

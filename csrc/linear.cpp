@@ -2,12 +2,8 @@
 // cpu/.
 #include "linear.h"
 
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <torch/library.h>
-
 #include <cstring>
-#include <string_view>
-#include <vector>
+#include <string>
 
 #include "products.h"
 #include "tensor_utils.h"
@@ -29,30 +25,30 @@ Panels panels_here() {
 
 int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
-Matrix<float> matrix(const at::Tensor& tensor) {
+Matrix<float> matrix(const Tensor& tensor) {
   return {tensor.const_data_ptr<float>(), tensor.stride(0), tensor.stride(1)};
 }
 
-void check_matrix(const char* name, const at::Tensor& tensor) {
-  TORCH_CHECK_VALUE(tensor.dim() == 2 && is_count(tensor.size(0), 0) && is_count(tensor.size(1), 0), kOp, ": ", name,
-                    " must be a matrix with sides below 2^31, not ", tensor.sizes());
-  TORCH_CHECK_TYPE(compute_type(tensor.scalar_type()) == at::kFloat, kOp, ": ", name,
+void check_matrix(const char* name, const Tensor& tensor) {
+  ASVIT_FAST_CHECK(tensor.dim() == 2 && is_count(tensor.size(0), 0) && is_count(tensor.size(1), 0), kOp, ": ", name,
+                   " must be a matrix with sides below 2^31, not ", tensor.sizes());
+  ASVIT_FAST_CHECK(compute_type(tensor.scalar_type()) == kFloat, kOp, ": ", name,
                    " must be float32, bfloat16 or float16, not ", tensor.scalar_type());
 }
 
 int64_t packed_size(int64_t inputs, int64_t outputs) { return inputs * panels_here().padded(outputs); }
 
-at::Tensor linear_pack_cpu(const at::Tensor& weight) {
+Tensor linear_pack_cpu(const Tensor& weight) {
   check_matrix("weight", weight);
   const int64_t outputs = weight.size(0), inputs = weight.size(1);
-  const at::Tensor wide = weight.to(at::kFloat);
-  const at::Tensor packed = at::empty({packed_size(inputs, outputs)}, wide.options());
+  const Tensor wide = as_type(weight, kFloat);
+  const Tensor packed = empty({packed_size(inputs, outputs)}, kFloat);
   const Panels panels = panels_here();
-  const Matrix<float> transposed = matrix(wide.t());
+  const Matrix<float> from = {wide.const_data_ptr<float>(), wide.stride(1), wide.stride(0)};  // transposed
   const auto kernel = ASVIT_FAST_SELECT(pack_panels<float>);
   const double work = static_cast<double>(inputs * panels.width);
-  at::parallel_for(0, panels.count(outputs), grain_size(kElements, work), [&](int64_t begin, int64_t end) {
-    kernel(transposed, inputs, outputs, begin, end, packed.mutable_data_ptr<float>());
+  parallel_for(0, panels.count(outputs), grain_size(kElements, work), [&](int64_t begin, int64_t end) {
+    kernel(from, inputs, outputs, begin, end, packed.mutable_data_ptr<float>());
   });
   return packed;
 }
@@ -62,25 +58,26 @@ struct Tiling {
   int64_t row_blocks, panel_blocks;
 
   Tiling(int64_t rows, int64_t depth, int64_t panels) {
-    const int64_t wanted = at::get_num_threads() > 1 ? kTasksPerThread * at::get_num_threads() : 1;
+    const int64_t threads = torch::stable::get_num_threads(), wanted = threads > 1 ? kTasksPerThread * threads : 1;
     row_blocks = divide_up(rows, std::clamp(kTileElements / depth, kLeastTileRows, kTileRows));
     panel_blocks = std::clamp<int64_t>(divide_up(wanted, row_blocks), 1, panels);
   }
 };
 
-void check_packed(const at::Tensor& packed, int64_t outputs, int64_t inputs) {
-  TORCH_CHECK_VALUE(is_count(outputs, 1) && inputs > 0 && packed.dim() == 1 && packed.is_contiguous() &&
-                        packed.scalar_type() == at::kFloat && packed.size(0) == packed_size(inputs, outputs),
-                    "linear: packed is not what linear_pack makes of a weight [", outputs, ", ", inputs, "] now");
+void check_packed(const Tensor& packed, int64_t outputs, int64_t inputs) {
+  ASVIT_FAST_CHECK(is_count(outputs, 1) && inputs > 0 && packed.dim() == 1 && packed.is_contiguous() &&
+                       packed.scalar_type() == kFloat && packed.size(0) == packed_size(inputs, outputs),
+                   "linear: packed is not what linear_pack makes of a weight [", outputs, ", ", inputs, "] now");
 }
 
-// A layer: its packed weight, its bias in float32 or undefined, and what follows.
+// A layer: its packed weight, its bias in float32, and what follows.
 struct Layer {
-  at::Tensor packed, bias;
+  Tensor packed;
+  OptionalTensor bias;
   Activation activation;
 };
 
-Linear<float> make_problem(const at::Tensor& x, const Layer& layer, const at::Tensor& residual, const at::Tensor& y) {
+Linear<float> make_problem(const Tensor& x, const Layer& layer, const OptionalTensor& residual, const Tensor& y) {
   return {matrix(x),
           x.size(1),
           y.size(1),
@@ -99,8 +96,8 @@ void multiply(const Linear<float>& problem, int64_t rows) {
   const int64_t tiles = tiling.row_blocks * tiling.panel_blocks;
   const double work = static_cast<double>(rows * problem.depth) * static_cast<double>(problem.columns);
   const auto kernel = ASVIT_FAST_SELECT(linear_tile<float>);
-  at::parallel_for(0, tiles, grain_size(kMultiplyAdds, work / tiles), [&](int64_t begin, int64_t end) {
-    const at::Tensor scratch = at::empty({kScratchRows * panels.width}, at::kFloat);
+  parallel_for(0, tiles, grain_size(kMultiplyAdds, work / tiles), [&](int64_t begin, int64_t end) {
+    const Tensor scratch = empty({kScratchRows * panels.width}, kFloat);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t block = i / tiling.panel_blocks, part = i % tiling.panel_blocks;
       kernel(problem,
@@ -112,50 +109,54 @@ void multiply(const Linear<float>& problem, int64_t rows) {
 }
 
 // y of 16-bit operands, which are widened a tile of rows at a time, in one thread.
-void multiply_widened(const at::Tensor& x, const Layer& layer, const at::Tensor& residual, const at::Tensor& y) {
+void multiply_widened(const Tensor& x, const Layer& layer, const OptionalTensor& residual, const Tensor& y) {
   const int64_t rows = x.size(0), tiles = divide_up(rows, kTileRows);  // one: panels are shared among threads
-  at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView guard;  // a guard of the calling thread does not hold in others
+  parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = rows * i / tiles, count = rows * (i + 1) / tiles - first;
-      const at::Tensor wide_x = x.narrow(0, first, count).to(at::kFloat);
-      const at::Tensor added = residual.defined() ? residual.narrow(0, first, count).to(at::kFloat) : residual;
-      const at::Tensor wide_y = new_empty({count, y.size(1)}, wide_x.options());
+      const Tensor wide_x = widened<float>(rows_of(x, first, count));
+      OptionalTensor added;
+      if (residual) added = widened<float>(rows_of(*residual, first, count));
+      const Tensor wide_y = new_empty({count, y.size(1)}, kFloat);
       multiply(make_problem(wide_x, layer, added, wide_y), count);
-      y.narrow(0, first, count).copy_(wide_y);
+      assign<float>(rows_of(y, first, count), wide_y);
     }
   });
 }
 
-Activation parse_activation(std::string_view name) {
-  TORCH_CHECK_VALUE(name == "none" || name == "gelu", "linear: activation must be none or gelu, not ", name);
+Activation parse_activation(const std::string& name) {
+  ASVIT_FAST_CHECK(name == "none" || name == "gelu", "linear: activation must be none or gelu, not ", name);
   return name == "gelu" ? Activation::gelu : Activation::none;
 }
 
-std::vector<int64_t> output_sizes(const at::Tensor& x, int64_t outputs) {
-  std::vector<int64_t> sizes = x.sizes().vec();
-  sizes.back() = outputs;
-  return sizes;
+// x [*, K] as a matrix.
+Tensor flattened(const Tensor& x) {
+  if (x.dim() == 2) return x;
+  const int64_t columns = x.size(-1),
+                rows = columns > 0 ? x.numel() / columns : product(x.sizes().slice(0, x.dim() - 1));
+  return x.is_contiguous() ? reshaped(x, {rows, columns}) : torch::stable::reshape(x, {rows, columns});
 }
 
-at::Tensor linear_cpu(const at::Tensor& x, const at::Tensor& packed, int64_t outputs, const OptionalTensor& bias,
-                      const OptionalTensor& residual, std::string_view activation) {
-  TORCH_CHECK_VALUE(x.dim() >= 1, "linear: x must be [*, K], not a number");
-  const std::vector<int64_t> sizes = output_sizes(x, outputs);
-  const at::Tensor flat = x.reshape({-1, x.size(-1)});
+Tensor linear_cpu(const Tensor& x, const Tensor& packed, int64_t outputs, const OptionalTensor& bias,
+                  const OptionalTensor& residual, const std::string& activation) {
+  ASVIT_FAST_CHECK(x.dim() >= 1, "linear: x must be [*, K], not a number");
+  OwnedSizes sizes = x.sizes().vec();
+  sizes.back() = outputs;
+  const Tensor flat = flattened(x);
   check_matrix("x", flat);
   check_packed(packed, outputs, flat.size(1));
   check_operand(kOp, "bias", bias, {outputs}, x);
   check_operand(kOp, "residual", residual, sizes, x);
-  const Layer layer = {packed, parameters(bias, at::kFloat), parse_activation(activation)};
-  const at::Tensor y = new_empty(sizes, x.options()), rows = y.view({flat.size(0), outputs});
-  at::Tensor added = parameters(residual, x.scalar_type());
-  if (added.defined()) added = added.view(rows.sizes());
+  const Layer layer = {packed, parameters(bias, kFloat), parse_activation(activation)};
+  const Dtype type = x.scalar_type();
+  const Tensor y = new_empty(sizes, type), rows = reshaped(y, {flat.size(0), outputs});
+  OptionalTensor added = parameters(residual, type);
+  if (added) added = reshaped(*added, rows.sizes());
   if (y.numel() == 0) return y;
-  if (x.scalar_type() == at::kFloat) {
+  if (type == kFloat) {
     multiply(make_problem(flat, layer, added, rows), flat.size(0));
   } else {
-    multiply_widened(flat, layer, added, rows);
+    multiply_widened(flat.stride(1) == 1 ? flat : as_contiguous(flat), layer, added, rows);
   }
   return y;
 }
@@ -164,7 +165,7 @@ at::Tensor linear_cpu(const at::Tensor& x, const at::Tensor& packed, int64_t out
 // changed
 
 // Distance of the numbers of a contiguous weight that are looked at: they lie in as many rows and columns as may be.
-int64_t sample_distance(const at::Tensor& weight) {
+int64_t sample_distance(const Tensor& weight) {
   const int64_t shorter = std::min(weight.size(0), weight.size(-1));
   return std::max(shorter, weight.numel() / kSamples) + 1;
 }
@@ -172,7 +173,7 @@ int64_t sample_distance(const at::Tensor& weight) {
 // Writes what a weight is known by to `known`, and says whether it was something else: its version, which autograd
 // counts, its address, and some of its numbers, as changes of `weight.data` have no version.
 template <typename T>
-bool update_state(const at::Tensor& weight, std::vector<int64_t>& known, int64_t* state) {
+bool update_state(const Tensor& weight, const int64_t (&known)[2], int64_t* state) {
   const T* numbers = static_cast<const T*>(weight.const_data_ptr());
   const int64_t distance = sample_distance(weight), count = weight.numel();
   bool changed = false;
@@ -191,16 +192,15 @@ bool update_state(const at::Tensor& weight, std::vector<int64_t>& known, int64_t
   return changed;
 }
 
-int64_t state_size(const at::Tensor& weight) { return 2 + divide_up(weight.numel(), sample_distance(weight)); }
+int64_t state_size(const Tensor& weight) { return 2 + divide_up(weight.numel(), sample_distance(weight)); }
 
-bool weight_changed_cpu(const at::Tensor& weight, const at::Tensor& state) {
-  TORCH_CHECK_VALUE(weight.dim() > 0 && weight.is_contiguous() && state.scalar_type() == at::kLong &&
-                        state.is_contiguous() && state.numel() == state_size(weight),
-                    "weight_changed: state must be int64 [", state_size(weight), "] for a contiguous weight ",
-                    weight.sizes());
-  std::vector<int64_t> known = {static_cast<int64_t>(weight._version()),
-                                reinterpret_cast<int64_t>(weight.const_data_ptr())};
-  auto* const to = static_cast<int64_t*>(state.data_ptr());
+bool weight_changed_cpu(const Tensor& weight, int64_t version, const Tensor& state) {
+  ASVIT_FAST_CHECK(weight.dim() > 0 && weight.is_contiguous() && state.scalar_type() == kLong &&
+                       state.is_contiguous() && state.numel() == state_size(weight),
+                   "weight_changed: state must be int64 [", state_size(weight), "] for a contiguous weight ",
+                   weight.sizes());
+  const int64_t known[] = {version, reinterpret_cast<int64_t>(weight.const_data_ptr())};
+  auto* const to = static_cast<int64_t*>(state.mutable_data_ptr());
   switch (weight.element_size()) {
     case 2:
       return update_state<uint16_t>(weight, known, to);
@@ -213,26 +213,26 @@ bool weight_changed_cpu(const at::Tensor& weight, const at::Tensor& state) {
 
 }  // namespace
 
-at::Tensor pack_weight(const at::Tensor& weight) { return linear_pack_cpu(weight); }
+Tensor pack_weight(const Tensor& weight) { return linear_pack_cpu(weight); }
 
-at::Tensor multiply_packed(const at::Tensor& x, const at::Tensor& packed, int64_t outputs, const at::Tensor& bias) {
-  const at::Tensor y = new_empty({x.size(0), outputs}, x.options());
+Tensor multiply_packed(const Tensor& x, const Tensor& packed, int64_t outputs, const OptionalTensor& bias) {
+  const Tensor y = new_empty({x.size(0), outputs}, kFloat);
   if (y.numel() > 0) multiply(make_problem(x, {packed, bias, Activation::none}, {}, y), x.size(0));
   return y;
 }
 
-TORCH_LIBRARY_FRAGMENT(asvit_fast_C, library) {
+STABLE_TORCH_LIBRARY_FRAGMENT(asvit_fast_C, library) {
   library.def("linear_pack(Tensor weight) -> Tensor");
   library.def("linear(Tensor x, Tensor packed, int outputs, Tensor? bias, Tensor? residual, str activation) -> Tensor");
-  library.def("weight_changed(Tensor weight, Tensor(a!) state) -> bool");
+  library.def("weight_changed(Tensor weight, int version, Tensor(a!) state) -> bool");
   library.def("weight_state_size(Tensor weight) -> int");
 }
 
-TORCH_LIBRARY_IMPL(asvit_fast_C, CPU, library) {
-  library.impl("weight_changed", weight_changed_cpu);
-  library.impl("weight_state_size", state_size);
-  library.impl("linear_pack", linear_pack_cpu);
-  library.impl("linear", linear_cpu);
+STABLE_TORCH_LIBRARY_IMPL(asvit_fast_C, CPU, library) {
+  library.impl("weight_changed", TORCH_BOX(&weight_changed_cpu));
+  library.impl("weight_state_size", TORCH_BOX(&state_size));
+  library.impl("linear_pack", TORCH_BOX(&linear_pack_cpu));
+  library.impl("linear", TORCH_BOX(&linear_cpu));
 }
 
 }  // namespace asvit_fast

@@ -1,16 +1,12 @@
 #include "memory_pool.h"
 
-#include <ATen/Context.h>
-#include <ATen/EmptyTensor.h>
-#include <ATen/ops/empty.h>
-#include <c10/core/Allocator.h>
 #include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
-#include <limits>
 #include <map>
 #include <mutex>
 
@@ -23,7 +19,7 @@ constexpr size_t kSmallest = ~size_t(0);  // it sees what goes too far only in m
 constexpr size_t kSmallest = size_t(1) << 20;  // below, the C library keeps memory itself
 #endif
 constexpr size_t kHugePage = size_t(2) << 20;
-constexpr const char* kShareVariable = "ASVIT_FAST_MEMORY_SHARE";  // 4: a fourth of the machine's memory is kept
+constexpr const char* kShareVariable = "ASVIT_FAST_MEMORY_SHARE";  // 4: a fourth of the machine's memory; 0: nothing
 constexpr int64_t kShare = 16;                                     // without it
 
 struct Block {
@@ -44,7 +40,7 @@ size_t block_size(size_t bytes) {
 void* map_memory(size_t size) {
   const size_t reserved = size + kHugePage;
   void* const start = mmap(nullptr, reserved, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  TORCH_CHECK_WITH(OutOfMemoryError, start != MAP_FAILED, "asvit_fast: not enough memory for ", size, " bytes");
+  if (start == MAP_FAILED) throw_no_memory(size);
   const auto address = reinterpret_cast<uintptr_t>(start);
   const uintptr_t aligned = round_up(address, kHugePage);
   if (aligned > address) munmap(start, aligned - address);
@@ -60,12 +56,13 @@ void* map_memory(size_t size) {
 
 int64_t share_of_memory() {
   const char* const given = std::getenv(kShareVariable);
-  const int64_t wanted = given ? std::atoll(given) : kShare, share = wanted >= 1 ? wanted : kShare;
+  const int64_t wanted = given && *given ? std::atoll(given) : kShare, share = wanted >= 0 ? wanted : kShare;
+  if (share == 0) return 0;
   const int64_t pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGESIZE);
   return pages > 0 && page > 0 ? pages / share * page : int64_t(1) << 28;
 }
 
-class Pool final : public c10::Allocator {
+class Pool {
  public:
   // Never destroyed: tensors may outlive everything else at the end of a process.
   static Pool& instance() {
@@ -77,14 +74,27 @@ class Pool final : public c10::Allocator {
     return *pool;
   }
 
-  c10::DataPtr allocate(size_t bytes) override {
-    const size_t size = block_size(std::max<size_t>(bytes, 1));
-    auto* const block = new Block(take(size));
-    c10::reportMemoryUsageToProfiler(block->memory, static_cast<int64_t>(block->size), 0, 0, c10::Device(c10::kCPU));
-    return {block->memory, block, &give_back, c10::Device(c10::kCPU)};
+  Block take(size_t bytes) {
+    const size_t size = block_size(bytes);
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      const auto found = free_.lower_bound(size);
+      if (found != free_.end() && found->first <= size + size / 4) {
+        const Block block = {found->second, found->first};
+        free_.erase(found);
+        kept_ -= static_cast<int64_t>(block.size);
+        return block;
+      }
+    }
+    return {map_memory(size), size};
   }
 
-  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+  void give_back(const Block& block) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    free_.emplace(block.size, block.memory);
+    kept_ += static_cast<int64_t>(block.size);
+    trim();
+  }
 
   void set_limit(int64_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -101,31 +111,6 @@ class Pool final : public c10::Allocator {
   }
 
  private:
-  Block take(size_t size) {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      const auto found = free_.lower_bound(size);
-      if (found != free_.end() && found->first <= size + size / 4) {
-        const Block block = {found->second, found->first};
-        free_.erase(found);
-        kept_ -= static_cast<int64_t>(block.size);
-        return block;
-      }
-    }
-    return {map_memory(size), size};
-  }
-
-  static void give_back(void* context) {
-    auto* const block = static_cast<Block*>(context);
-    c10::reportMemoryUsageToProfiler(block->memory, -static_cast<int64_t>(block->size), 0, 0, c10::Device(c10::kCPU));
-    Pool& pool = instance();
-    const std::lock_guard<std::mutex> lock(pool.mutex_);
-    pool.free_.emplace(block->size, block->memory);
-    pool.kept_ += static_cast<int64_t>(block->size);
-    pool.trim();
-    delete block;
-  }
-
   // The largest go first: they cost least to get again, for each byte.
   void trim() {
     while (kept_ > limit_ && !free_.empty()) {
@@ -141,19 +126,31 @@ class Pool final : public c10::Allocator {
   int64_t kept_ = 0, limit_ = share_of_memory();
 };
 
+// Whether torch was asked to fill what it allocates: with NaN, so that what nobody writes shows. It is seen by asking.
+bool fills_new_memory() {
+  const Tensor tensor = empty({8}, kFloat);
+  const auto* const numbers = tensor.const_data_ptr<float>();
+  return std::all_of(numbers, numbers + 8, [](float number) { return std::isnan(number); });
+}
+
 }  // namespace
 
-at::Tensor new_empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  const int64_t count = c10::multiply_integers(sizes);
-  const auto type = c10::typeMetaToScalarType(options.dtype());
-  if (!options.device().is_cpu() || static_cast<size_t>(count) * c10::elementSize(type) < kSmallest)
-    return at::empty(sizes, options);
-  at::Tensor tensor = at::detail::empty_generic(sizes, &Pool::instance(), c10::DispatchKeySet(c10::DispatchKey::CPU),
-                                                type, std::nullopt);
-  const at::Context& context = at::globalContext();
-  if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory() && at::isFloatingType(type))
-    tensor.fill_(std::numeric_limits<double>::quiet_NaN());
-  return tensor;
+Tensor new_empty(Sizes sizes, Dtype type) {
+  const size_t bytes = static_cast<size_t>(product(sizes)) * bytes_of(type);
+  if (bytes < kSmallest || Pool::instance().limit() == 0) return empty(sizes, type);
+  auto* const block = new Block(Pool::instance().take(bytes));
+  const auto give_back = [](void*, void* context) {
+    auto* const block = static_cast<Block*>(context);
+    Pool::instance().give_back(*block);
+    delete block;
+  };
+  const OwnedSizes strides = contiguous_strides(sizes);
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(torch_from_blob(block->memory, static_cast<int64_t>(sizes.size()), sizes.data(),
+                                         strides.data(), 0, code_of(type), aoti_torch_device_type_cpu(), -1, &handle,
+                                         aoti_torch_layout_strided(), nullptr, 0, give_back, block));
+  if (fills_new_memory()) std::memset(block->memory, 0xff, bytes);  // NaN in every type
+  return Tensor(handle);
 }
 
 void set_pool_limit(int64_t bytes) { Pool::instance().set_limit(bytes); }

@@ -2,15 +2,16 @@
 // longer than most kernels take to fill them.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <cstdint>
+
+#include "tensor.h"
 
 namespace asvit_fast {
 
-// at::empty. On the CPU tensors of a mebibyte and more come from memory that earlier ones left, in huge pages where the
-// system has them; up to `pool_limit` bytes are kept.
-at::Tensor new_empty(at::IntArrayRef sizes, const at::TensorOptions& options);
+// `empty` on the CPU. Tensors of a mebibyte and more come from memory that earlier ones left, in huge pages where the
+// system has them; up to `pool_limit` bytes are kept. Their storage cannot grow, and torch's profiler does not see it:
+// with a limit of 0 all memory is torch's own.
+Tensor new_empty(Sizes sizes, Dtype type);
 
 void set_pool_limit(int64_t bytes);  // frees what is above
 int64_t pool_limit();

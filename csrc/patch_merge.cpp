@@ -5,12 +5,6 @@
 // shapes only.
 #include "patch_merge.h"
 
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/sum_cpu_dispatch.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
-
 #include <tuple>
 #include <vector>
 
@@ -38,15 +32,15 @@ struct Merge {
   Neighbourhoods map;
   int64_t images, outputs;
   double eps;
-  at::ScalarType compute_type;                   // LayerNorm's type; the products have the weight's
-  at::Tensor x, weight, norm_weight, norm_bias;  // weight [outputs, features]
+  Dtype compute_type;             // LayerNorm's type; the products have the weight's
+  Tensor x, weight, norm_weight;  // weight [outputs, features]
+  OptionalTensor norm_bias;
 
   int64_t output_rows() const { return images * map.out_height; }
   int64_t output_tokens() const { return output_rows() * map.out_width; }
-  at::TensorOptions options() const { return x.options().dtype(compute_type); }
 
   int64_t rows_per_block() const {
-    const int64_t item = compute_type == at::kDouble ? 8 : 4;
+    const int64_t item = compute_type == kDouble ? 8 : 4;
     const int64_t cached = kBufferBytes / (map.features() * item);
     const int64_t tokens = std::max(kFewTokens, std::min(output_tokens() / kBlocks, cached));
     const int64_t reach = (map.kernel + map.stride - 1) / map.stride - 1;  // blocks two apart share no input
@@ -60,23 +54,21 @@ struct Merge {
     return {index * rows, std::min((index + 1) * rows, output_rows())};
   }
   // Of [output tokens, ...]
-  at::Tensor part(const at::Tensor& tensor, const Block& block) const {
-    return tensor.narrow(0, block.begin * map.out_width, (block.end - block.begin) * map.out_width);
+  Tensor part(const Tensor& tensor, const Block& block) const {
+    return rows_of(tensor, block.begin * map.out_width, (block.end - block.begin) * map.out_width);
   }
-  at::Tensor buffer() const {
-    return at::empty({rows_per_block() * map.out_width * map.features() + kRowSlack}, options());
-  }
+  Tensor buffer() const { return empty({rows_per_block() * map.out_width * map.features() + kRowSlack}, compute_type); }
 };
 
-void check(const at::Tensor& x, const at::Tensor& weight, int64_t kernel, int64_t stride, const at::Tensor& norm_weight,
-           const OptionalTensor& norm_bias, at::IntArrayRef padding) {
-  TORCH_CHECK_VALUE(is_count(kernel, 1) && is_count(stride, 1) && is_padding(padding), "patch_merge: kernel ", kernel,
-                    " and stride ", stride, " must be positive, padding ", padding,
-                    " four numbers of zeros, all below 2^31");
-  TORCH_CHECK_VALUE(x.dim() == 4 && weight.dim() == 2 && x.size(3) > 0 && weight.size(1) % x.size(3) == 0 &&
-                        weight.size(1) / x.size(3) == kernel * kernel,
-                    "patch_merge: x must be [B, H, W, C] and weight [Cout, C*", kernel, "*", kernel, "], not ",
-                    x.sizes(), " and ", weight.sizes());
+void check(const Tensor& x, const Tensor& weight, int64_t kernel, int64_t stride, const Tensor& norm_weight,
+           const OptionalTensor& norm_bias, Sizes padding) {
+  ASVIT_FAST_CHECK(is_count(kernel, 1) && is_count(stride, 1) && is_padding(padding), "patch_merge: kernel ", kernel,
+                   " and stride ", stride, " must be positive, padding ", padding,
+                   " four numbers of zeros, all below 2^31");
+  ASVIT_FAST_CHECK(x.dim() == 4 && weight.dim() == 2 && x.size(3) > 0 && weight.size(1) % x.size(3) == 0 &&
+                       weight.size(1) / x.size(3) == kernel * kernel,
+                   "patch_merge: x must be [B, H, W, C] and weight [Cout, C*", kernel, "*", kernel, "], not ",
+                   x.sizes(), " and ", weight.sizes());
   scalar_type(kOp, x.scalar_type());
   scalar_type(kOp, weight.scalar_type());
   check_device_and_type(kOp, "weight", weight, x);
@@ -84,35 +76,27 @@ void check(const at::Tensor& x, const at::Tensor& weight, int64_t kernel, int64_
   check_operand(kOp, "norm_bias", norm_bias, {weight.size(1)}, x);
 }
 
-Merge make_merge(const at::Tensor& x, const at::Tensor& weight, int64_t kernel, int64_t stride,
-                 const at::Tensor& norm_weight, const OptionalTensor& norm_bias, double eps, bool channels_last,
-                 at::IntArrayRef padding) {
+Merge make_merge(const Tensor& x, const Tensor& weight, int64_t kernel, int64_t stride, const Tensor& norm_weight,
+                 const OptionalTensor& norm_bias, double eps, bool channels_last, Sizes padding) {
   check(x, weight, kernel, stride, norm_weight, norm_bias, padding);
-  Merge merge;
-  merge.map = {x.size(1),
-               x.size(2),
-               x.size(3),
-               kernel,
-               stride,
-               padding[0],
-               padding[2],
-               patches_along(x.size(1), padding[0] + padding[1], kernel, stride),
-               patches_along(x.size(2), padding[2] + padding[3], kernel, stride),
-               channels_last};
-  merge.images = x.size(0);
-  merge.outputs = weight.size(0);
-  merge.eps = eps;
-  merge.compute_type = x.scalar_type() == at::kDouble || weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  merge.x = x.detach().contiguous();
-  merge.weight = weight.detach();
-  merge.norm_weight = norm_weight.detach().to(merge.compute_type).contiguous();
-  if (norm_bias) merge.norm_bias = norm_bias->detach().to(merge.compute_type).contiguous();
-  return merge;
+  const Neighbourhoods map = {x.size(1),
+                              x.size(2),
+                              x.size(3),
+                              kernel,
+                              stride,
+                              padding[0],
+                              padding[2],
+                              patches_along(x.size(1), padding[0] + padding[1], kernel, stride),
+                              patches_along(x.size(2), padding[2] + padding[3], kernel, stride),
+                              channels_last};
+  const Dtype type = x.scalar_type() == kDouble || weight.scalar_type() == kDouble ? kDouble : kFloat;
+  const Tensor gain = as_contiguous(as_type(norm_weight, type));
+  return {map, x.size(0), weight.size(0), eps, type, as_contiguous(x), weight, gain, parameters(norm_bias, type)};
 }
 
 // The input rows that a block's neighbourhoods touch, in LayerNorm's type; `problem` gets their address.
 template <typename T>
-at::Tensor input_rows(const Merge& merge, const Block& block, PatchMerge<T>& problem) {
+Tensor input_rows(const Merge& merge, const Block& block, PatchMerge<T>& problem) {
   const Neighbourhoods& map = merge.map;
   const auto row = [&](int64_t output_row, int64_t offset) {  // of the input
     const int64_t inside =
@@ -120,7 +104,8 @@ at::Tensor input_rows(const Merge& merge, const Block& block, PatchMerge<T>& pro
     return output_row / map.out_height * map.height + inside;
   };
   const int64_t begin = row(block.begin, 0), end = std::max(begin, row(block.end - 1, map.kernel));
-  const at::Tensor rows = merge.x.flatten(0, 1).narrow(0, begin, end - begin).to(merge.compute_type);
+  const int64_t row_length = map.width * map.channels;
+  const Tensor rows = widened<T>(reshaped(merge.x, {end - begin, row_length}, begin * row_length));
   problem.tokens = rows.const_data_ptr<T>();
   problem.first_row = begin;
   return rows;
@@ -128,21 +113,21 @@ at::Tensor input_rows(const Merge& merge, const Block& block, PatchMerge<T>& pro
 
 // Rows [tokens, features] of a block, in `buffer`.
 template <typename T>
-at::Tensor normalised_rows(const Merge& merge, const Block& block, PatchMerge<T> problem, const at::Tensor& buffer) {
+Tensor normalised_rows(const Merge& merge, const Block& block, PatchMerge<T> problem, const Tensor& buffer) {
   const int64_t columns = merge.map.out_width, tokens = (block.end - block.begin) * columns;
-  const at::Tensor source = input_rows(merge, block, problem);
+  const Tensor source = input_rows(merge, block, problem);
   ASVIT_FAST_SELECT(patch_merge_rows<T>)(problem, block.begin * columns, block.end * columns,
                                          buffer.mutable_data_ptr<T>());
-  return buffer.narrow(0, 0, tokens * merge.map.features()).view({tokens, merge.map.features()});
+  return reshaped(buffer, {tokens, merge.map.features()});
 }
 
 template <typename T>
-PatchMerge<T> make_problem(const Merge& merge, const at::Tensor& statistics, bool differentiate) {
+PatchMerge<T> make_problem(const Merge& merge, const Tensor& statistics, bool differentiate) {
   T* mean = statistics.mutable_data_ptr<T>();
   return {merge.map,
           nullptr,
           0,
-          pointer_or_null<T>(merge.norm_weight),
+          merge.norm_weight.const_data_ptr<T>(),
           pointer_or_null<T>(merge.norm_bias),
           static_cast<T>(merge.eps),
           mean,
@@ -150,50 +135,46 @@ PatchMerge<T> make_problem(const Merge& merge, const at::Tensor& statistics, boo
           differentiate};
 }
 
-std::tuple<at::Tensor, at::Tensor> patch_merge_cpu(const at::Tensor& x, const at::Tensor& weight, int64_t kernel,
-                                                   int64_t stride, const at::Tensor& norm_weight,
-                                                   const OptionalTensor& norm_bias, const OptionalTensor& bias,
-                                                   double eps, bool channels_last, at::IntArrayRef padding) {
+std::tuple<Tensor, Tensor> patch_merge_cpu(const Tensor& x, const Tensor& weight, int64_t kernel, int64_t stride,
+                                           const Tensor& norm_weight, const OptionalTensor& norm_bias,
+                                           const OptionalTensor& bias, double eps, bool channels_last, Sizes padding) {
   const Merge merge = make_merge(x, weight, kernel, stride, norm_weight, norm_bias, eps, channels_last, padding);
   const auto& map = merge.map;
-  const at::Tensor output = new_empty({merge.output_tokens(), merge.outputs}, weight.options());
-  const at::Tensor statistics = at::empty({2, merge.images, map.out_height, map.out_width}, merge.options());
+  const Tensor output = new_empty({merge.output_tokens(), merge.outputs}, weight.scalar_type());
+  const Tensor statistics = empty({2, merge.images, map.out_height, map.out_width}, merge.compute_type);
   check_operand(kOp, "bias", bias, {merge.outputs}, x);
-  at::Tensor offset;
-  if (bias) offset = bias->detach().to(weight.scalar_type());
+  const OptionalTensor offset = parameters(bias, weight.scalar_type());
   if (output.numel() > 0)
     with_compute_type(kOp, merge.compute_type, [&](auto zero) {
       using T = decltype(zero);
       const auto problem = make_problem<T>(merge, statistics, false);
       const SharedLinear layer(merge.weight, offset);
-      at::parallel_for(0, merge.blocks(), 1, [&](int64_t begin, int64_t end) {
-        const at::AutoDispatchBelowADInplaceOrView guard;  // a guard of the calling thread does not hold in others
-        const at::Tensor buffer = merge.buffer();
+      parallel_for(0, merge.blocks(), 1, [&](int64_t begin, int64_t end) {
+        const Tensor buffer = merge.buffer();
         for (int64_t i = begin; i < end; ++i) {
           const Block block = merge.block(i);
-          merge.part(output, block).copy_(layer(normalised_rows<T>(merge, block, problem, buffer)));
+          assign<T>(merge.part(output, block), layer(normalised_rows<T>(merge, block, problem, buffer)));
         }
       });
     });
-  return {output.view({merge.images, map.out_height, map.out_width, merge.outputs}), statistics};
+  return {reshaped(output, {merge.images, map.out_height, map.out_width, merge.outputs}), statistics};
 }
 
 // Gradient of x. Blocks that follow each other add to the same tokens: first go the even ones, then the odd ones.
 template <typename T>
-at::Tensor input_gradient(const Merge& merge, const PatchMerge<T>& problem, const at::Tensor& gradient) {
-  const at::Tensor grad_x = new_empty(merge.x.sizes(), merge.options()).zero_();
+Tensor input_gradient(const Merge& merge, const PatchMerge<T>& problem, const Tensor& gradient) {
+  Tensor grad_x = new_empty(merge.x.sizes(), merge.compute_type);
+  torch::stable::zero_(grad_x);
   const int64_t features = merge.map.features(), columns = merge.map.out_width;
-  const SharedLinear layer(merge.weight.t(), {});  // [features, outputs]
+  const SharedLinear layer(transposed(merge.weight), {});  // [features, outputs]
   for (int64_t parity = 0; parity < 2; ++parity)
-    at::parallel_for(0, (merge.blocks() + 1 - parity) / 2, 1, [&](int64_t begin, int64_t end) {
-      const at::AutoDispatchBelowADInplaceOrView guard;  // a guard of the calling thread does not hold in others
-      const at::Tensor buffer = merge.buffer();
-      const at::Tensor workspace = at::empty({2 * (features + kRowSlack)}, merge.options());
+    parallel_for(0, (merge.blocks() + 1 - parity) / 2, 1, [&](int64_t begin, int64_t end) {
+      const Tensor buffer = merge.buffer();
+      const Tensor workspace = empty({2 * (features + kRowSlack)}, merge.compute_type);
       for (int64_t i = begin; i < end; ++i) {
         const Block block = merge.block(2 * i + parity);
-        const at::Tensor rows = normalised_rows<T>(merge, block, problem, buffer);
-        const at::Tensor grad_rows =
-            layer(merge.part(gradient, block).to(merge.compute_type)).to(merge.compute_type).contiguous();
+        const Tensor rows = normalised_rows<T>(merge, block, problem, buffer);
+        const Tensor grad_rows = widened<T>(layer(widened<T>(merge.part(gradient, block))));
         ASVIT_FAST_SELECT(patch_merge_gradient<T>)(problem, block.begin * columns, block.end * columns,
                                                    rows.const_data_ptr<T>(), grad_rows.const_data_ptr<T>(),
                                                    workspace.mutable_data_ptr<T>(), grad_x.mutable_data_ptr<T>());
@@ -202,58 +183,72 @@ at::Tensor input_gradient(const Merge& merge, const PatchMerge<T>& problem, cons
   return grad_x;
 }
 
+// Adds a tensor of the same sizes; both are contiguous.
+template <typename T>
+void add(const Tensor& sum, const Tensor& tensor) {
+  T* const to = sum.mutable_data_ptr<T>();
+  const T* const from = tensor.const_data_ptr<T>();
+  const int64_t count = sum.numel();
+  for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+}
+
+// Adds the sum of a matrix's rows to `total`.
+template <typename T>
+void add_rows(const Tensor& matrix, T* total) {
+  const int64_t rows = matrix.size(0), columns = matrix.size(1), stride = matrix.stride(0);
+  const T* from = matrix.const_data_ptr<T>();
+  std::vector<double> sums(static_cast<size_t>(columns));
+  for (int64_t row = 0; row < rows; ++row, from += stride)
+    for (int64_t i = 0; i < columns; ++i) sums[i] += from[i];
+  for (int64_t i = 0; i < columns; ++i) total[i] += static_cast<T>(sums[i]);
+}
+
 // gradient^T x [outputs, features], x the normalised rows, and the sum of the gradient [outputs]. Blocks are added in a
 // few pieces and these one after the other; columns of the gradient go apart.
 template <typename T>
-std::tuple<at::Tensor, at::Tensor> parameter_products(const Merge& merge, const PatchMerge<T>& problem,
-                                                      const at::Tensor& gradient) {
+std::tuple<Tensor, Tensor> parameter_products(const Merge& merge, const PatchMerge<T>& problem,
+                                              const Tensor& gradient) {
   const int64_t blocks = merge.blocks(), most = std::min(kPieces, blocks);
   const int64_t pieces = std::clamp<int64_t>(merge.output_tokens() / (4 * merge.outputs), 1, most);
   const int64_t groups = std::max<int64_t>(1, merge.outputs / kWeightRows);
-  std::vector<at::Tensor> sums, totals;  // one by one, so that all but the first can be freed
+  std::vector<Tensor> sums, totals;  // one by one, so that all but the first can be freed
   for (int64_t piece = 0; piece < pieces; ++piece) {
-    sums.push_back(groups == 1 ? at::Tensor() : at::empty({merge.outputs, merge.map.features()}, merge.options()));
-    totals.push_back(at::zeros({merge.outputs}, merge.options()));
+    sums.push_back(empty({merge.outputs, merge.map.features()}, merge.compute_type));
+    totals.push_back(zeros({merge.outputs}, merge.compute_type));
   }
-  at::parallel_for(0, pieces * groups, 1, [&](int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView guard;  // a guard of the calling thread does not hold in others
-    const at::Tensor buffer = merge.buffer();
+  parallel_for(0, pieces * groups, 1, [&](int64_t begin, int64_t end) {
+    const Tensor buffer = merge.buffer();
     for (int64_t task = begin; task < end; ++task) {
       const int64_t piece = task / groups, first = merge.outputs * (task % groups) / groups;
       const int64_t count = merge.outputs * (task % groups + 1) / groups - first, start = blocks * piece / pieces;
-      at::Tensor sum = groups == 1 ? at::Tensor() : sums[piece].narrow(0, first, count);
-      at::Tensor total = totals[piece].narrow(0, first, count);
+      const Tensor sum = rows_of(sums[piece], first, count);
       for (int64_t i = start; i < blocks * (piece + 1) / pieces; ++i) {
-        const at::Tensor part = merge.part(gradient, merge.block(i)).narrow(1, first, count).to(merge.compute_type);
-        const at::Tensor rows = normalised_rows<T>(merge, merge.block(i), problem, buffer);
-        const at::Tensor more = linear(part.t(), rows.t());
+        const Tensor part = widened<T>(columns_of(merge.part(gradient, merge.block(i)), first, count));
+        const Tensor rows = normalised_rows<T>(merge, merge.block(i), problem, buffer);
+        const Tensor more = linear(transposed(part), transposed(rows));
         if (i > start) {
-          sum.add_(more);
-        } else if (groups > 1) {
-          sum.copy_(more);
+          add<T>(sum, more);
         } else {
-          sum = more.contiguous();
+          assign<T>(sum, more);
         }
-        total.add_(at::cpu::sum(part, at::IntArrayRef{0}));
+        add_rows<T>(part, totals[piece].mutable_data_ptr<T>() + first);
       }
-      if (groups == 1) sums[piece] = sum;
     }
   });
   for (int64_t piece = 1; piece < pieces; ++piece) {
-    sums[0].add_(sums[piece]);
-    totals[0].add_(totals[piece]);
+    add<T>(sums[0], sums[piece]);
+    add<T>(totals[0], totals[piece]);
   }
   return {sums[0], totals[0]};
 }
 
 // Gradients of weight, norm_weight, norm_bias and bias.
 template <typename T>
-std::vector<at::Tensor> parameter_gradients(const Merge& merge, const PatchMerge<T>& problem,
-                                            const at::Tensor& gradient) {
+std::vector<Tensor> parameter_gradients(const Merge& merge, const PatchMerge<T>& problem, const Tensor& gradient) {
   const auto [sums, total] = parameter_products<T>(merge, problem, gradient);
-  const at::Tensor wide = merge.weight.to(merge.compute_type).contiguous();
-  const at::Tensor grad_norm_weight = at::empty({merge.map.features()}, merge.options());
-  const at::Tensor grad_norm_bias = at::empty_like(grad_norm_weight);
+  const Tensor wide = as_contiguous(as_type(merge.weight, merge.compute_type));
+  const Tensor grad_norm_weight = empty({merge.map.features()}, merge.compute_type);
+  const Tensor grad_norm_bias = empty({merge.map.features()}, merge.compute_type);
   const PatchMergeParameters<T> parameters = {merge.outputs,
                                               merge.map.features(),
                                               wide.const_data_ptr<T>(),
@@ -265,51 +260,51 @@ std::vector<at::Tensor> parameter_gradients(const Merge& merge, const PatchMerge
                                               grad_norm_bias.mutable_data_ptr<T>()};
   const auto kernel = ASVIT_FAST_SELECT(patch_merge_parameters<T>);
   const int64_t parts = (parameters.features + kFeatures - 1) / kFeatures;
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       kernel(parameters, i * kFeatures, std::min((i + 1) * kFeatures, parameters.features));
   });
   return {sums, grad_norm_weight, grad_norm_bias, total};
 }
 
-std::vector<at::Tensor> patch_merge_backward_cpu(const at::Tensor& gradient, const at::Tensor& x,
-                                                 const at::Tensor& weight, const at::Tensor& statistics, int64_t kernel,
-                                                 int64_t stride, const at::Tensor& norm_weight,
-                                                 const OptionalTensor& norm_bias, double eps, bool channels_last,
-                                                 at::IntArrayRef padding, bool needs_input_grad,
-                                                 bool needs_parameter_grad) {
+std::vector<Tensor> patch_merge_backward_cpu(const Tensor& gradient, const Tensor& x, const Tensor& weight,
+                                             const Tensor& statistics, int64_t kernel, int64_t stride,
+                                             const Tensor& norm_weight, const OptionalTensor& norm_bias, double eps,
+                                             bool channels_last, Sizes padding, bool needs_input_grad,
+                                             bool needs_parameter_grad) {
   const Merge merge = make_merge(x, weight, kernel, stride, norm_weight, norm_bias, eps, channels_last, padding);
   const char* const op = "patch_merge_backward";
   const int64_t images = merge.images, rows = merge.map.out_height, columns = merge.map.out_width;
   check_operand(op, "gradient", gradient, {images, rows, columns, merge.outputs}, x);
   check_operand(op, "statistics", statistics, {2, images, rows, columns}, x);
-  TORCH_CHECK_TYPE(statistics.scalar_type() == merge.compute_type && statistics.is_contiguous(), op,
+  ASVIT_FAST_CHECK(statistics.scalar_type() == merge.compute_type && statistics.is_contiguous(), op,
                    ": statistics must be contiguous ", merge.compute_type, ", not ", statistics.scalar_type());
-  std::vector<at::Tensor> gradients(5, at::empty({0}, x.options()));
+  std::vector<Tensor> gradients(5, empty({0}, x.scalar_type()));
   if (gradient.numel() == 0) {
-    if (needs_input_grad) gradients[0] = at::zeros(x.sizes(), x.options());
+    if (needs_input_grad) gradients[0] = zeros(x.sizes(), x.scalar_type());
     if (!needs_parameter_grad) return gradients;
-    gradients[1] = at::zeros(weight.sizes(), merge.options());
-    for (size_t i = 2; i < 4; ++i) gradients[i] = at::zeros({weight.size(1)}, merge.options());
-    gradients[4] = at::zeros({weight.size(0)}, merge.options());
+    gradients[1] = zeros(weight.sizes(), merge.compute_type);
+    for (size_t i = 2; i < 4; ++i) gradients[i] = zeros({weight.size(1)}, merge.compute_type);
+    gradients[4] = zeros({weight.size(0)}, merge.compute_type);
     return gradients;
   }
   with_compute_type(kOp, merge.compute_type, [&](auto zero) {
     using T = decltype(zero);
     const auto problem = make_problem<T>(merge, statistics, true);
-    const at::Tensor flat = gradient.to(weight.scalar_type()).reshape({merge.output_tokens(), merge.outputs});
+    const Tensor flat =
+        reshaped(as_contiguous(as_type(gradient, weight.scalar_type())), {merge.output_tokens(), merge.outputs});
     if (needs_parameter_grad) {
-      const std::vector<at::Tensor> of_parameters = parameter_gradients<T>(merge, problem, flat);
+      const std::vector<Tensor> of_parameters = parameter_gradients<T>(merge, problem, flat);
       std::copy(of_parameters.begin(), of_parameters.end(), gradients.begin() + 1);
     }
-    if (needs_input_grad) gradients[0] = input_gradient<T>(merge, problem, flat).to(x.scalar_type());
+    if (needs_input_grad) gradients[0] = as_type(input_gradient<T>(merge, problem, flat), x.scalar_type());
   });
   return gradients;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(asvit_fast_C, library) {
+STABLE_TORCH_LIBRARY_FRAGMENT(asvit_fast_C, library) {
   library.def(
       "patch_merge(Tensor x, Tensor weight, int kernel, int stride, Tensor norm_weight, Tensor? norm_bias, "
       "Tensor? bias, float eps, bool channels_last, int[] padding) -> (Tensor, Tensor)");
@@ -319,9 +314,9 @@ TORCH_LIBRARY_FRAGMENT(asvit_fast_C, library) {
       "bool needs_parameter_grad) -> Tensor[]");
 }
 
-TORCH_LIBRARY_IMPL(asvit_fast_C, CPU, library) {
-  library.impl("patch_merge", patch_merge_cpu);
-  library.impl("patch_merge_backward", patch_merge_backward_cpu);
+STABLE_TORCH_LIBRARY_IMPL(asvit_fast_C, CPU, library) {
+  library.impl("patch_merge", TORCH_BOX(&patch_merge_cpu));
+  library.impl("patch_merge_backward", TORCH_BOX(&patch_merge_backward_cpu));
 }
 
 }  // namespace asvit_fast

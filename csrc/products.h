@@ -1,16 +1,7 @@
 // Matrix products of large tensors on the CPU: our kernel's, oneDNN's or torch's own.
 #pragma once
 
-#include <ATen/core/List.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/addmm_cpu_dispatch.h>
-#include <ATen/ops/mm_cpu_dispatch.h>
-
-#include <optional>
-#include <string_view>
-
-#include "cpu/for_each_isa.h"
+#include "tensor_utils.h"
 
 namespace asvit_fast {
 
@@ -19,64 +10,72 @@ namespace asvit_fast {
 inline bool prefers_own_products() { return active_isa() == Isa::avx2; }
 
 // A weight [N, K] in the order of our kernel, for the instruction set of the moment.
-at::Tensor pack_weight(const at::Tensor& weight);
+Tensor pack_weight(const Tensor& weight);
 
-// x [rows, K] times the transpose of a packed weight [N, K], plus bias [N] if it is defined; float32.
-at::Tensor multiply_packed(const at::Tensor& x, const at::Tensor& packed, int64_t outputs, const at::Tensor& bias);
+// x [rows, K] times the transpose of a packed weight [N, K], plus bias [N] if there is one; float32.
+Tensor multiply_packed(const Tensor& x, const Tensor& packed, int64_t outputs, const OptionalTensor& bias);
 
-using LinearPointwise = at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
-                                   std::string_view, c10::List<std::optional<at::Scalar>>,
-                                   std::optional<std::string_view>);
-
-// oneDNN's product, if this torch has one.
-inline const std::optional<c10::TypedOperatorHandle<LinearPointwise>>& onednn() {
-  static const auto handle = []() -> std::optional<c10::TypedOperatorHandle<LinearPointwise>> {
-    const auto schema = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
-    if (!schema) return std::nullopt;
-    return schema->typed<LinearPointwise>();
-  }();
-  return handle;
-}
+// oneDNN's product as torch declares it in a header that is not for others; a torch without oneDNN lacks it.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(
+    AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias, const char* attribute, const double** scalars,
+    int64_t scalar_count, const char** algorithm, AtenTensorHandle* result);
 
 // Whether oneDNN should multiply [m, k] by [k, n]: in float32 torch's own product is MKL's, which uses half of the
 // vector units of AMD's processors. Below so many multiply-adds oneDNN is not worth its call from C++.
-inline bool prefers_onednn(at::ScalarType type, int64_t m, int64_t n, int64_t k) {
+inline bool prefers_onednn(Dtype type, int64_t m, int64_t n, int64_t k) {
   constexpr int64_t least = 1 << 19;
-  return type == at::kFloat && onednn() && m * n * k >= least;
+  return type == kFloat && &aoti_torch_cpu__linear_pointwise != nullptr && m * n * k >= least;
 }
 
 // A Linear layer that many threads apply to rows of their own.
 class SharedLinear {
  public:
-  // The product is in the weight's type, or in float32 where our kernel makes it. bias: of the weight's type, or
-  // undefined.
-  SharedLinear(const at::Tensor& weight, const at::Tensor& bias);
+  // The product is in the weight's type, or in float32 where our kernel makes it. bias: of the weight's type.
+  SharedLinear(const Tensor& weight, const OptionalTensor& bias);
 
-  // x [rows, K], float32 or float64 -> [rows, N].
-  at::Tensor operator()(const at::Tensor& x) const;
+  // x [rows, K], contiguous, float32 or float64 -> [rows, N].
+  Tensor operator()(const Tensor& x) const;
 
  private:
-  at::Tensor weight_, bias_, packed_;  // the last only for our kernel
+  Tensor weight_;
+  OptionalTensor bias_, packed_;  // the last only for our kernel
 };
 
-// a [M, K] times b^T, b [N, K], plus bias [N] if it is defined.
-inline at::Tensor linear(const at::Tensor& a, const at::Tensor& b, const at::Tensor& bias = {}) {
+// a [M, K] times b^T, b [N, K], plus bias [N] if there is one. In any thread: the C functions are the CPU's own.
+inline Tensor linear(const Tensor& a, const Tensor& b, const OptionalTensor& bias = {}) {
+  AtenTensorHandle added = bias ? bias->get() : nullptr;
   if (prefers_onednn(a.scalar_type(), a.size(0), b.size(0), a.size(1))) {
-    const std::optional<at::Tensor> added = bias.defined() ? std::optional(bias) : std::nullopt;
-    return onednn()->call(a, b, added, "none", c10::List<std::optional<at::Scalar>>(), "");
+    const char* algorithm = "";
+    AtenTensorHandle y;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(a.get(), b.get(), added ? &added : nullptr, "none", nullptr,
+                                                            0, &algorithm, &y));
+    return Tensor(y);
   }
-  return bias.defined() ? at::cpu::addmm(bias, a, b.t()) : at::cpu::mm(a, b.t());
+  const Tensor y = new_empty({a.size(0), b.size(0)}, a.scalar_type()), columns = transposed(b);
+  if (added) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(y.get(), added, a.get(), columns.get(), 1, 1));
+  } else {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(y.get(), a.get(), columns.get()));
+  }
+  return y;
 }
 
-inline SharedLinear::SharedLinear(const at::Tensor& weight, const at::Tensor& bias) : weight_(weight), bias_(bias) {
-  if (weight.scalar_type() == at::kDouble || !prefers_own_products()) return;
+inline SharedLinear::SharedLinear(const Tensor& weight, const OptionalTensor& bias) : weight_(weight), bias_(bias) {
+  if (weight.scalar_type() == kDouble || !prefers_own_products()) return;
   packed_ = pack_weight(weight);
-  if (bias.defined()) bias_ = bias.to(at::kFloat);
+  if (bias) bias_ = as_type(*bias, kFloat);
 }
 
-inline at::Tensor SharedLinear::operator()(const at::Tensor& x) const {
-  if (packed_.defined() && x.scalar_type() == at::kFloat) return multiply_packed(x, packed_, weight_.size(0), bias_);
-  return linear(x.to(weight_.scalar_type()), weight_, bias_);
+inline Tensor SharedLinear::operator()(const Tensor& x) const {
+  if (packed_ && x.scalar_type() == kFloat) return multiply_packed(x, *packed_, weight_.size(0), bias_);
+  if (x.scalar_type() == weight_.scalar_type()) return linear(x, weight_, bias_);
+  const Tensor rounded = new_empty(x.sizes(), weight_.scalar_type());
+  if (x.scalar_type() == kFloat) {
+    assign<float>(rounded, x);
+  } else {
+    assign<double>(rounded, x);
+  }
+  return linear(rounded, weight_, bias_);
 }
 
 }  // namespace asvit_fast

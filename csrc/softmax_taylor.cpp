@@ -1,8 +1,6 @@
 // asvit_fast_C::softmax_taylor: schema, checks, allocation, threads and streams. The arithmetic is in cpu/ and cuda/.
 #include "softmax_taylor.h"
 
-#include <torch/library.h>
-
 #include "taylor_tensor.h"
 
 namespace asvit_fast {
@@ -10,21 +8,21 @@ namespace {
 
 constexpr const char* kOp = "softmax_taylor";
 
-at::Tensor softmax_taylor_cpu(const at::Tensor& x) {
+Tensor softmax_taylor_cpu(const Tensor& x) {
   check_rows(kOp, x);
-  return run_taylor_cpu(kOp, x, [](auto zero, const at::Tensor& input, const at::Tensor& output) {
+  return run_taylor_cpu(kOp, x, [](auto zero, const Tensor& input, const Tensor& output) {
     using T = decltype(zero);
     const TaylorMatrix<T> matrix = taylor_matrix<T>(input, output);
     const auto kernel = ASVIT_FAST_SELECT(softmax_taylor<T>);
-    at::parallel_for(0, matrix.count, grain_size(kElements, matrix.size),
-                     [&](int64_t begin, int64_t end) { kernel(matrix, begin, end); });
+    parallel_for(0, matrix.count, grain_size(kElements, matrix.size),
+                 [&](int64_t begin, int64_t end) { kernel(matrix, begin, end); });
   });
 }
 
 #ifdef ASVIT_FAST_CUDA
-at::Tensor softmax_taylor_gpu(const at::Tensor& x) {
+Tensor softmax_taylor_gpu(const Tensor& x) {
   check_rows(kOp, x);
-  const auto launch = [](const at::Tensor& input, const at::Tensor& output, ScalarType type, void* stream) {
+  const auto launch = [](const Tensor& input, const Tensor& output, ScalarType type, void* stream) {
     softmax_taylor_cuda(taylor_matrix<void>(input, output), type, stream);
   };
   return run_taylor_cuda(kOp, x, launch);
@@ -33,12 +31,16 @@ at::Tensor softmax_taylor_gpu(const at::Tensor& x) {
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(asvit_fast_C, library) { library.def("softmax_taylor(Tensor x) -> Tensor"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(asvit_fast_C, library) { library.def("softmax_taylor(Tensor x) -> Tensor"); }
 
-TORCH_LIBRARY_IMPL(asvit_fast_C, CPU, library) { library.impl("softmax_taylor", softmax_taylor_cpu); }
+STABLE_TORCH_LIBRARY_IMPL(asvit_fast_C, CPU, library) {
+  library.impl("softmax_taylor", TORCH_BOX(&softmax_taylor_cpu));
+}
 
 #ifdef ASVIT_FAST_CUDA
-TORCH_LIBRARY_IMPL(asvit_fast_C, CUDA, library) { library.impl("softmax_taylor", softmax_taylor_gpu); }
+STABLE_TORCH_LIBRARY_IMPL(asvit_fast_C, CUDA, library) {
+  library.impl("softmax_taylor", TORCH_BOX(&softmax_taylor_gpu));
+}
 #endif
 
 }  // namespace asvit_fast

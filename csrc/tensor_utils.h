@@ -1,38 +1,33 @@
 // Checks, conversions and pointers of an op's tensors, and work cut into parts for threads.
 #pragma once
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <limits>
-#include <optional>
 
 #include "arena.h"
+#include "convert.h"
 #include "memory_pool.h"
 #include "scalar_type.h"
+#include "tensor.h"
 
 namespace asvit_fast {
-
-using OptionalTensor = std::optional<at::Tensor>;
 
 // ------------------------------------------------------------------------------------------------------------ checks
 
 // `tensor` is read through pointers of x's device, after a conversion of its numbers.
-inline void check_device_and_type(const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& x) {
-  TORCH_CHECK_VALUE(tensor.device() == x.device(), op, ": ", name, " must be on ", x.device(), ", not on ",
-                    tensor.device());
-  TORCH_CHECK_TYPE(at::isFloatingType(tensor.scalar_type()), op, ": ", name, " must be floating point, not ",
+inline void check_device_and_type(const char* op, const char* name, const Tensor& tensor, const Tensor& x) {
+  ASVIT_FAST_CHECK(tensor.device() == x.device(), op, ": ", name, " must be on ", x.device(), ", not on ",
+                   tensor.device());
+  ASVIT_FAST_CHECK(is_floating(tensor.scalar_type()), op, ": ", name, " must be floating point, not ",
                    tensor.scalar_type());
 }
 
 // The same with sizes, for a tensor that may be missing.
-inline void check_operand(const char* op, const char* name, const OptionalTensor& tensor, at::IntArrayRef sizes,
-                          const at::Tensor& x) {
+inline void check_operand(const char* op, const char* name, const OptionalTensor& tensor, Sizes sizes,
+                          const Tensor& x) {
   if (!tensor) return;
-  TORCH_CHECK_VALUE(tensor->sizes() == sizes, op, ": ", name, " must be ", sizes, ", not ", tensor->sizes());
+  ASVIT_FAST_CHECK(tensor->sizes().equals(sizes), op, ": ", name, " must be ", sizes, ", not ", tensor->sizes());
   check_device_and_type(op, name, *tensor, x);
 }
 
@@ -42,7 +37,7 @@ inline bool is_count(int64_t value, int64_t least) {
 }
 
 // Whether these are the zeros around an image: four numbers.
-inline bool is_padding(at::IntArrayRef padding) {
+inline bool is_padding(Sizes padding) {
   return padding.size() == 4 &&
          std::all_of(padding.begin(), padding.end(), [](int64_t zeros) { return is_count(zeros, 0); });
 }
@@ -53,7 +48,7 @@ inline int64_t patches_along(int64_t size, int64_t padding, int64_t span, int64_
 }
 
 // Whether windows of a map with so many axes may be cut after this shift.
-inline bool is_window(at::IntArrayRef window, at::IntArrayRef shift, size_t axes) {
+inline bool is_window(Sizes window, Sizes shift, size_t axes) {
   if (window.size() != axes || shift.size() != axes) return false;
   for (size_t i = 0; i < axes; ++i)
     if (!is_count(window[i], 1) || shift[i] < 0 || shift[i] >= window[i]) return false;
@@ -62,47 +57,72 @@ inline bool is_window(at::IntArrayRef window, at::IntArrayRef shift, size_t axes
 
 // ------------------------------------------------------------------------------------------------------------- types
 
-inline ScalarType scalar_type(const char* op, at::ScalarType type) {
-  switch (type) {
-    case at::kFloat:
-      return ScalarType::float32;
-    case at::kDouble:
-      return ScalarType::float64;
-    case at::kHalf:
-      return ScalarType::float16;
-    case at::kBFloat16:
-      return ScalarType::bfloat16;
-    default:
-      TORCH_CHECK_TYPE(false, op, ": no kernel for ", type);
-  }
+inline ScalarType scalar_type(const char* op, Dtype type) {
+  ASVIT_FAST_CHECK(is_floating(type), op, ": no kernel for ", type);
+  if (type == kFloat) return ScalarType::float32;
+  if (type == kDouble) return ScalarType::float64;
+  return type == kHalf ? ScalarType::float16 : ScalarType::bfloat16;
 }
 
 // Half precision is computed in single precision.
-inline at::ScalarType compute_type(at::ScalarType type) {
-  return type == at::kHalf || type == at::kBFloat16 ? at::kFloat : type;
-}
+inline Dtype compute_type(Dtype type) { return type == kHalf || type == kBFloat16 ? kFloat : type; }
 
 // Calls run(T()) with the type T that numbers of `type` are computed in: float or double.
 template <typename Run>
-void with_compute_type(const char* op, at::ScalarType type, Run run) {
+void with_compute_type(const char* op, Dtype type, Run run) {
   with_type<float, float>(scalar_type(op, type), run);
 }
 
 // ---------------------------------------------------------------------------------------------------------- pointers
 
-// `vector` as the kernels want it: contiguous, of the given type; undefined for none.
-inline at::Tensor parameters(const OptionalTensor& vector, at::ScalarType type) {
-  return vector ? vector->to(type).contiguous() : at::Tensor();
+// `vector` as the kernels want it: contiguous, of the given type; none for none.
+inline OptionalTensor parameters(const OptionalTensor& vector, Dtype type) {
+  if (!vector) return std::nullopt;
+  return as_contiguous(as_type(*vector, type));
 }
 
 template <typename T>
-const T* pointer_or_null(const at::Tensor& tensor) {
-  return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
+const T* pointer_or_null(const OptionalTensor& tensor) {
+  return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
 }
 
 template <typename T>
-T* mutable_or_null(const at::Tensor& tensor) {
-  return tensor.defined() ? tensor.mutable_data_ptr<T>() : nullptr;
+T* mutable_or_null(const OptionalTensor& tensor) {
+  return tensor ? static_cast<T*>(tensor->mutable_data_ptr()) : nullptr;
+}
+
+// ------------------------------------------------------------------------------------------ types, in any thread
+//
+// torch's ops may only run in the calling thread: others do not have its settings, such as that nothing is recorded.
+
+template <typename T>
+constexpr Dtype kTypeOf = sizeof(T) == sizeof(float) ? kFloat : kDouble;
+
+// A matrix whose rows are contiguous as numbers of type T: itself, or a contiguous copy.
+template <typename T>
+Tensor widened(const Tensor& matrix) {
+  const Dtype dtype = matrix.scalar_type();
+  if (dtype == kTypeOf<T>) return matrix;
+  const int64_t rows = matrix.size(0), columns = matrix.size(1), stride = matrix.stride(0) * bytes_of(dtype);
+  const Tensor wide = new_empty({rows, columns}, kTypeOf<T>);
+  const auto* const from = static_cast<const char*>(matrix.const_data_ptr());
+  T* const to = wide.mutable_data_ptr<T>();
+  const ScalarType type = scalar_type("widened", dtype);
+  const auto kernel = ASVIT_FAST_SELECT(widen<T>);
+  for (int64_t row = 0; row < rows; ++row) kernel(from + row * stride, type, columns, to + row * columns);
+  return wide;
+}
+
+// Writes the numbers of `from`, of type T or to's type, to `to`; both are contiguous.
+template <typename T>
+void assign(const Tensor& to, const Tensor& from) {
+  const Dtype type = to.scalar_type();
+  const int64_t count = to.numel();
+  if (from.scalar_type() == type) {
+    std::memcpy(to.mutable_data_ptr(), from.const_data_ptr(), static_cast<size_t>(count) * bytes_of(type));
+  } else {
+    ASVIT_FAST_SELECT(round_to<T>)(from.const_data_ptr<T>(), count, scalar_type("assign", type), to.mutable_data_ptr());
+  }
 }
 
 // ----------------------------------------------------------------------------------------------------------- threads
@@ -122,8 +142,8 @@ template <typename Memory, typename Problem, typename Run>
 void parallel_with_memory(const Problem& problem, int64_t count, double work, Run run) {
   Arena arena(nullptr);
   const Memory memory(problem, arena);
-  at::parallel_for(0, count, grain_size(kMultiplyAdds, work), [&](int64_t begin, int64_t end) {
-    const at::Tensor bytes = at::empty({arena.used()}, at::kByte);
+  parallel_for(0, count, grain_size(kMultiplyAdds, work), [&](int64_t begin, int64_t end) {
+    const Tensor bytes = empty({arena.used()}, kByte);
     run(begin, end, static_cast<char*>(bytes.mutable_data_ptr()));
   });
 }

@@ -2,11 +2,7 @@
 // arithmetic is in cpu/.
 #include "window_attention.h"
 
-#include <ATen/core/List.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
-
-#include <string_view>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -22,18 +18,18 @@ constexpr double kMaximumWindowBytes = 1ll << 48;  // of one head's tokens; a fe
 
 // The arguments that forward and backward pass have in common.
 struct Arguments {
-  const at::Tensor& q;  // [B, *size, 3 * heads * head_dim], or without k and v's channels
+  const Tensor& q;  // [B, *size, 3 * heads * head_dim], or without k and v's channels
   const OptionalTensor &k, &v, &bias, &padding, &attn_scale, &head_scale;
   int64_t heads;
-  at::IntArrayRef window, shift, kv_window;
+  Sizes window, shift, kv_window;
   double scale;
   WindowLayout layout;
 
   bool fused() const { return !k; }
   int64_t channels() const { return q.size(-1) / (fused() ? 3 : 1); }
-  int64_t tokens() const { return c10::multiply_integers(window); }
-  int64_t keys() const { return c10::multiply_integers(kv_window.empty() ? window : kv_window); }
-  at::ScalarType type() const { return compute_type(q.scalar_type()); }
+  int64_t tokens() const { return product(window); }
+  int64_t keys() const { return product(kv_window.empty() ? window : kv_window); }
+  Dtype type() const { return compute_type(q.scalar_type()); }
 
   // Along one of the kAxes axes.
   WindowAxis axis(int64_t index) const {
@@ -44,40 +40,40 @@ struct Arguments {
   }
 };
 
-WindowLayout parse_layout(std::string_view name) {
+WindowLayout parse_layout(const std::string& name) {
   if (name == "masked") return WindowLayout::masked;
   if (name == "timm") return WindowLayout::timm;
   if (name == "torchvision") return WindowLayout::torchvision;
-  TORCH_CHECK_VALUE(name == "grid", "window_attention: layout must be masked, timm, torchvision or grid, not ", name);
+  ASVIT_FAST_CHECK(name == "grid", "window_attention: layout must be masked, timm, torchvision or grid, not ", name);
   return WindowLayout::grid;
 }
 
 void check_windows(const Arguments& a) {
   const auto axes = a.window.size();
-  TORCH_CHECK_VALUE(is_window(a.window, a.shift, axes) && is_count(a.tokens(), 1), "window_attention: window ",
-                    a.window, " and shift ", a.shift, " must be ", axes,
-                    " numbers each, 0 <= shift < window, of fewer than 2^31 tokens");
-  TORCH_CHECK_VALUE(a.kv_window.empty() || a.kv_window.size() == axes, "window_attention: kv_window ", a.kv_window,
-                    " must be ", axes, " numbers");
+  ASVIT_FAST_CHECK(is_window(a.window, a.shift, axes) && is_count(a.tokens(), 1), "window_attention: window ", a.window,
+                   " and shift ", a.shift, " must be ", axes,
+                   " numbers each, 0 <= shift < window, of fewer than 2^31 tokens");
+  ASVIT_FAST_CHECK(a.kv_window.empty() || a.kv_window.size() == axes, "window_attention: kv_window ", a.kv_window,
+                   " must be ", axes, " numbers");
   for (size_t i = 0; i < a.kv_window.size(); ++i)
-    TORCH_CHECK_VALUE(is_count(a.kv_window[i], a.window[i]) && (a.kv_window[i] - a.window[i]) % 2 == 0 &&
-                          a.shift[i] == 0 && a.layout != WindowLayout::grid,
-                      "window_attention: kv_window ", a.kv_window, " must be larger than window ", a.window,
-                      " by even numbers, without a shift, and not in the layout grid");
+    ASVIT_FAST_CHECK(is_count(a.kv_window[i], a.window[i]) && (a.kv_window[i] - a.window[i]) % 2 == 0 &&
+                         a.shift[i] == 0 && a.layout != WindowLayout::grid,
+                     "window_attention: kv_window ", a.kv_window, " must be larger than window ", a.window,
+                     " by even numbers, without a shift, and not in the layout grid");
   for (size_t i = 0; i < axes && a.layout == WindowLayout::grid; ++i)
-    TORCH_CHECK_VALUE(a.shift[i] == 0 && a.q.size(static_cast<int64_t>(i) + 1) % a.window[i] == 0,
-                      "window_attention: with the layout grid windows must divide the map, without a shift");
+    ASVIT_FAST_CHECK(a.shift[i] == 0 && a.q.size(static_cast<int64_t>(i) + 1) % a.window[i] == 0,
+                     "window_attention: with the layout grid windows must divide the map, without a shift");
   const double row_bytes = 8. * static_cast<double>(a.channels() / a.heads + kMaximumLanes);
-  TORCH_CHECK_VALUE(is_count(a.keys(), 1) && row_bytes * static_cast<double>(a.keys()) < kMaximumWindowBytes,
-                    "window_attention: windows of ", a.keys(), " tokens of ", a.channels(), " channels are too large");
+  ASVIT_FAST_CHECK(is_count(a.keys(), 1) && row_bytes * static_cast<double>(a.keys()) < kMaximumWindowBytes,
+                   "window_attention: windows of ", a.keys(), " tokens of ", a.channels(), " channels are too large");
 }
 
 void check(const Arguments& a) {
   const auto axes = static_cast<int64_t>(a.window.size());
-  TORCH_CHECK_VALUE((axes == 2 || axes == 3) && a.q.dim() == axes + 2 && is_count(a.heads, 1) && a.q.size(-1) > 0 &&
-                        a.q.size(-1) % ((a.fused() ? 3 : 1) * a.heads) == 0 && a.k.has_value() == a.v.has_value(),
-                    "window_attention: qkv must be [B, H, W, 3 * ", a.heads, " heads * head_dim] or [B, D, H, W, ...],",
-                    " or three such maps of heads * head_dim channels, not ", a.q.sizes());
+  ASVIT_FAST_CHECK((axes == 2 || axes == 3) && a.q.dim() == axes + 2 && is_count(a.heads, 1) && a.q.size(-1) > 0 &&
+                       a.q.size(-1) % ((a.fused() ? 3 : 1) * a.heads) == 0 && a.k.has_value() == a.v.has_value(),
+                   "window_attention: qkv must be [B, H, W, 3 * ", a.heads, " heads * head_dim] or [B, D, H, W, ...],",
+                   " or three such maps of heads * head_dim channels, not ", a.q.sizes());
   check_windows(a);
   scalar_type(kOp, a.q.scalar_type());
   check_operand(kOp, "k", a.k, a.q.sizes(), a.q);
@@ -89,7 +85,7 @@ void check(const Arguments& a) {
 }
 
 // The distance of neighbouring tokens of a map [B, *size, channels], if all have the same.
-std::optional<int64_t> token_distance(const at::Tensor& map) {
+std::optional<int64_t> token_distance(const Tensor& map) {
   std::optional<int64_t> distance;
   int64_t tokens = 1;
   for (int64_t i = map.dim() - 2; i >= 0; --i) {
@@ -102,72 +98,88 @@ std::optional<int64_t> token_distance(const at::Tensor& map) {
 }
 
 // In the type that is computed in (low precision is widened once), channels neighbours, tokens evenly spaced.
-at::Tensor map_operand(const at::Tensor& map, at::ScalarType type) {
-  const at::Tensor wide = map.to(type);
-  return wide.stride(-1) == 1 && token_distance(wide) ? wide : wide.contiguous();
+Tensor map_operand(const Tensor& map, Dtype type) {
+  const Tensor wide = as_type(map, type);
+  return wide.stride(-1) == 1 && token_distance(wide) ? wide : as_contiguous(wide);
 }
 
-// Part 0, 1 or 2 of the channels of a fused map.
-at::Tensor channel_part(const at::Tensor& map, int64_t part) {
-  const int64_t channels = map.size(-1) / 3;
-  return map.narrow(-1, part * channels, channels);
+// Of the channels of a map, those from `first` on.
+template <typename T>
+TokenMap<const T> token_map(const Tensor& map, int64_t first = 0) {
+  return {map.const_data_ptr<T>() + first, *token_distance(map)};
 }
 
 template <typename T>
-TokenMap<T> token_map(const at::Tensor& map) {
-  return {const_cast<T*>(map.const_data_ptr<std::remove_const_t<T>>()), *token_distance(map)};
+TokenMap<T> mutable_token_map(const Tensor& map, int64_t first = 0) {
+  return {map.mutable_data_ptr<T>() + first, *token_distance(map)};
 }
 
 // A matrix for each head [heads, queries, keys] -> a view [heads, whole groups of queries, keys, kGroup] of it.
-at::Tensor whole_groups(const at::Tensor& matrix) {
-  const int64_t groups = matrix.size(1) / kGroup;
-  const at::Tensor whole = matrix.narrow(1, 0, groups * kGroup);
-  return whole.unflatten(1, {groups, kGroup}).transpose(2, 3);
+Tensor whole_groups(const Tensor& matrix) {
+  const Sizes sizes = matrix.sizes(), strides = matrix.strides();
+  return strided(matrix, {sizes[0], sizes[1] / kGroup, sizes[2], kGroup},
+                 {strides[0], strides[1] * kGroup, strides[2], strides[1]});
 }
 
-// A bias [heads, queries, keys] as [heads, groups of queries, keys, kGroup].
-at::Tensor group_bias(const at::Tensor& bias) {
-  const int64_t whole = bias.size(1) / kGroup, rest = bias.size(1) % kGroup;
-  const at::Tensor grouped = at::empty({bias.size(0), group_count(bias.size(1)), bias.size(2), kGroup}, bias.options());
-  grouped.narrow(1, 0, whole).copy_(whole_groups(bias));
-  if (rest > 0) {
-    const at::Tensor last = grouped.select(1, whole);
-    last.narrow(2, 0, rest).copy_(bias.narrow(1, whole * kGroup, rest).transpose(1, 2));
-    last.narrow(2, rest, kGroup - rest).zero_();
-  }
+// The last queries of it, a view [heads, keys, queries].
+Tensor last_queries(const Tensor& matrix) {
+  const Sizes sizes = matrix.sizes(), strides = matrix.strides();
+  const int64_t rest = sizes[1] % kGroup;
+  return strided(matrix, {sizes[0], sizes[2], rest}, {strides[0], strides[2], strides[1]},
+                 (sizes[1] - rest) * strides[1]);
+}
+
+// The same two of a contiguous tensor [heads, groups of queries, keys, kGroup].
+Tensor grouped_whole(const Tensor& grouped, int64_t queries) {
+  return strided(grouped, {grouped.size(0), queries / kGroup, grouped.size(2), kGroup}, grouped.strides());
+}
+
+Tensor grouped_last(const Tensor& grouped, int64_t queries) {
+  const Sizes sizes = grouped.sizes(), strides = grouped.strides();
+  return strided(grouped, {sizes[0], sizes[2], queries % kGroup}, {strides[0], strides[2], 1},
+                 queries / kGroup * strides[1]);
+}
+
+// A bias [heads, queries, keys] as [heads, groups of queries, keys, kGroup], with zeros for missing queries.
+Tensor group_bias(const Tensor& bias, Dtype type) {
+  const int64_t queries = bias.size(1);
+  const OwnedSizes sizes = {bias.size(0), group_count(queries), bias.size(2), kGroup};
+  const Tensor grouped = queries % kGroup > 0 ? zeros(sizes, type) : empty(sizes, type);
+  if (queries >= kGroup) copy_to(grouped_whole(grouped, queries), whole_groups(bias));
+  if (queries % kGroup > 0) copy_to(grouped_last(grouped, queries), last_queries(bias));
   return grouped;
 }
 
 // The inverse for its gradient.
-at::Tensor ungroup_bias(const at::Tensor& grouped, int64_t queries) {
-  const int64_t whole = queries / kGroup, rest = queries % kGroup;
-  const at::Tensor bias = at::empty({grouped.size(0), queries, grouped.size(2)}, grouped.options());
-  whole_groups(bias).copy_(grouped.narrow(1, 0, whole));
-  if (rest > 0) bias.narrow(1, whole * kGroup, rest).copy_(grouped.select(1, whole).narrow(2, 0, rest).transpose(1, 2));
+Tensor ungroup_bias(const Tensor& grouped, int64_t queries, Dtype type) {
+  const Tensor bias = empty({grouped.size(0), queries, grouped.size(2)}, type);
+  if (queries >= kGroup) copy_to(whole_groups(bias), grouped_whole(grouped, queries));
+  if (queries % kGroup > 0) copy_to(last_queries(bias), grouped_last(grouped, queries));
   return bias;
 }
 
 // Operands as the kernels want them.
 struct Operands {
-  at::Tensor q, k, v, bias, padding, attn_scale, head_scale;
+  Tensor q;  // with the channels of k and v where these are not maps of their own
+  OptionalTensor k, v;
+  Tensor padding;
+  OptionalTensor bias, attn_scale, head_scale;
 
   explicit Operands(const Arguments& a)
       : q(map_operand(a.q, a.type())),
+        padding(a.padding ? as_contiguous(as_type(*a.padding, a.type())) : zeros({3 * a.channels()}, a.type())),
         attn_scale(parameters(a.attn_scale, a.type())),
         head_scale(parameters(a.head_scale, a.type())) {
-    const at::Tensor fused = q;
-    if (a.fused()) q = channel_part(fused, 0);
-    k = a.fused() ? channel_part(fused, 1) : map_operand(*a.k, a.type());
-    v = a.fused() ? channel_part(fused, 2) : map_operand(*a.v, a.type());
-    padding = a.padding ? parameters(a.padding, a.type()) : at::zeros({3 * a.channels()}, q.options());
-    if (a.bias) bias = group_bias(a.bias->to(a.type()));
+    if (a.k) k = map_operand(*a.k, a.type());
+    if (a.v) v = map_operand(*a.v, a.type());
+    if (a.bias) bias = group_bias(*a.bias, a.type());
   }
 
   template <typename T>
-  WindowAttention<T> problem(const Arguments& a, const at::Tensor& output, const at::Tensor& statistics) const {
-    return {token_map<const T>(q),
-            token_map<const T>(k),
-            token_map<const T>(v),
+  WindowAttention<T> problem(const Arguments& a, const Tensor& output, const Tensor& statistics) const {
+    return {token_map<T>(q),
+            k ? token_map<T>(*k) : token_map<T>(q, a.channels()),
+            v ? token_map<T>(*v) : token_map<T>(q, 2 * a.channels()),
             padding.const_data_ptr<T>(),
             pointer_or_null<T>(bias),
             pointer_or_null<T>(attn_scale),
@@ -196,17 +208,17 @@ std::vector<int64_t> statistics_sizes(const Arguments& a) {
   return sizes;
 }
 
-std::tuple<at::Tensor, at::Tensor> window_attention_cpu(
-    const at::Tensor& q, const OptionalTensor& k, const OptionalTensor& v, const OptionalTensor& bias,
-    const OptionalTensor& padding, const OptionalTensor& attn_scale, const OptionalTensor& head_scale, int64_t heads,
-    at::IntArrayRef window, at::IntArrayRef shift, at::IntArrayRef kv_window, double scale, std::string_view layout) {
+std::tuple<Tensor, Tensor> window_attention_cpu(const Tensor& q, const OptionalTensor& k, const OptionalTensor& v,
+                                                const OptionalTensor& bias, const OptionalTensor& padding,
+                                                const OptionalTensor& attn_scale, const OptionalTensor& head_scale,
+                                                int64_t heads, Sizes window, Sizes shift, Sizes kv_window, double scale,
+                                                const std::string& layout) {
   const Arguments arguments{q,     k,      v,     bias,      padding, attn_scale,          head_scale,
                             heads, window, shift, kv_window, scale,   parse_layout(layout)};
   check(arguments);
   const Operands operands(arguments);
-  const auto options = operands.q.options();
-  const at::Tensor output = new_empty(map_sizes(arguments, arguments.channels()), options);
-  const at::Tensor statistics = new_empty(statistics_sizes(arguments), options);
+  const Tensor output = new_empty(map_sizes(arguments, arguments.channels()), arguments.type());
+  const Tensor statistics = new_empty(statistics_sizes(arguments), arguments.type());
   if (output.numel() > 0)
     with_compute_type(kOp, arguments.type(), [&](auto zero) {
       using T = decltype(zero);
@@ -217,7 +229,7 @@ std::tuple<at::Tensor, at::Tensor> window_attention_cpu(
           problem, window_count(problem) * heads * query_units(problem), work,
           [&](int64_t begin, int64_t end, char* memory) { kernel(problem, begin, end, memory); });
     });
-  return {output.to(q.scalar_type()), statistics};
+  return {as_type(output, q.scalar_type()), statistics};
 }
 
 // Fixed by the shapes alone, so that sums do not depend on the number of threads.
@@ -231,56 +243,58 @@ int64_t piece_count(int64_t windows, bool parameters, int64_t bias_bytes) {
 enum Operand { kQ, kK, kV, kBias, kPadding, kAttnScale, kHeadScale, kOperands };
 
 // A parameter's gradient: the sum over pieces [pieces, ...]; empty where it is not needed.
-at::Tensor sum_pieces(const at::Tensor& pieces, const at::Tensor& q) {
-  if (!pieces.defined()) return at::empty({0}, q.options());
-  return pieces.size(0) == 1 ? pieces.squeeze(0) : pieces.sum(0);
+Tensor sum_pieces(const OptionalTensor& pieces, const Tensor& q) {
+  if (!pieces) return empty({0}, q.scalar_type());
+  return pieces->size(0) == 1 ? reshaped(*pieces, pieces->sizes().slice(1)) : sum_first(*pieces);
 }
 
-// Gradients of parameters, a slice for each piece; undefined where they are not needed.
+// Gradients of parameters, a slice for each piece, where they are needed.
 struct Pieces {
   int64_t count;
-  at::Tensor bias, padding, attn_scale, head_scale;
+  OptionalTensor bias, padding, attn_scale, head_scale;
 
-  Pieces(const Arguments& a, const c10::List<bool>& needs_grad, int64_t windows, const at::TensorOptions& options) {
+  Pieces(const Arguments& a, const std::vector<bool>& needs_grad, int64_t windows) {
     const int64_t groups = group_count(a.tokens());
     const int64_t bytes =
-        needs_grad[kBias] ? a.heads * groups * kGroup * a.keys() * static_cast<int64_t>(options.dtype().itemsize()) : 0;
+        needs_grad[kBias] ? a.heads * groups * kGroup * a.keys() * static_cast<int64_t>(bytes_of(a.type())) : 0;
     count = piece_count(
         windows, needs_grad[kBias] || needs_grad[kPadding] || needs_grad[kAttnScale] || needs_grad[kHeadScale], bytes);
-    if (needs_grad[kBias]) bias = at::zeros({count, a.heads, groups, a.keys(), kGroup}, options);
-    if (needs_grad[kPadding]) padding = at::zeros({count, 3 * a.channels()}, options);
-    if (needs_grad[kAttnScale]) attn_scale = at::zeros({count, a.heads}, options);
-    if (needs_grad[kHeadScale]) head_scale = at::zeros({count, a.heads}, options);
+    if (needs_grad[kBias]) bias = zeros({count, a.heads, groups, a.keys(), kGroup}, a.type());
+    if (needs_grad[kPadding]) padding = zeros({count, 3 * a.channels()}, a.type());
+    if (needs_grad[kAttnScale]) attn_scale = zeros({count, a.heads}, a.type());
+    if (needs_grad[kHeadScale]) head_scale = zeros({count, a.heads}, a.type());
   }
 };
 
 // Gradients of q, k and v: parts of one fused map, or maps of their own. Where windows of keys overlap, those of k and
 // v are of each window, [B * windows, keys, heads * head_dim], zeros at first.
 struct MapGradients {
-  at::Tensor q, k, v;
   bool overlap;
+  Tensor q;
+  OptionalTensor k, v;
 
-  MapGradients(const Arguments& a, int64_t windows, const at::TensorOptions& options) : overlap(!a.kv_window.empty()) {
-    const auto sizes = map_sizes(a, a.channels());
-    if (overlap || !a.fused()) {
-      q = new_empty(sizes, options);
-      k = overlap ? at::zeros({windows, a.keys(), a.channels()}, options) : new_empty(sizes, options);
-      v = overlap ? at::zeros(k.sizes(), options) : new_empty(sizes, options);
-    } else {
-      q = new_empty(a.q.sizes(), options);
+  MapGradients(const Arguments& a, int64_t windows)
+      : overlap(!a.kv_window.empty()),
+        q(new_empty(map_sizes(a, overlap || !a.fused() ? a.channels() : a.q.size(-1)), a.type())) {
+    if (overlap) {
+      k = zeros({windows, a.keys(), a.channels()}, a.type());
+      v = zeros(k->sizes(), a.type());
+    } else if (!a.fused()) {
+      k = new_empty(q.sizes(), a.type());
+      v = new_empty(q.sizes(), a.type());
     }
   }
 
   template <typename T>
   TokenMap<T> map(int64_t part) const {
-    if (!k.defined()) return token_map<T>(channel_part(q, part));
     if (part > 0 && overlap) return {};
-    return token_map<T>(part == 0 ? q : part == 1 ? k : v);
+    if (!k) return mutable_token_map<T>(q, part * (q.size(-1) / 3));
+    return mutable_token_map<T>(part == 0 ? q : part == 1 ? *k : *v);
   }
 
   template <typename T>
-  T* window_rows(const at::Tensor& gradient) const {
-    return overlap ? gradient.mutable_data_ptr<T>() : nullptr;
+  T* window_rows(const OptionalTensor& gradient) const {
+    return overlap ? mutable_or_null<T>(gradient) : nullptr;
   }
 };
 
@@ -294,12 +308,13 @@ void run_backward(const WindowAttentionBackward<T>& problem) {
       [&](int64_t begin, int64_t end, char* memory) { kernel(problem, begin, end, memory); });
 }
 
-std::vector<at::Tensor> window_attention_backward_cpu(
-    const at::Tensor& gradient, const at::Tensor& output, const at::Tensor& statistics, const at::Tensor& q,
-    const OptionalTensor& k, const OptionalTensor& v, const OptionalTensor& bias, const OptionalTensor& padding,
-    const OptionalTensor& attn_scale, const OptionalTensor& head_scale, int64_t heads, at::IntArrayRef window,
-    at::IntArrayRef shift, at::IntArrayRef kv_window, double scale, std::string_view layout,
-    const c10::List<bool>& needs_grad) {
+std::vector<Tensor> window_attention_backward_cpu(const Tensor& gradient, const Tensor& output,
+                                                  const Tensor& statistics, const Tensor& q, const OptionalTensor& k,
+                                                  const OptionalTensor& v, const OptionalTensor& bias,
+                                                  const OptionalTensor& padding, const OptionalTensor& attn_scale,
+                                                  const OptionalTensor& head_scale, int64_t heads, Sizes window,
+                                                  Sizes shift, Sizes kv_window, double scale, const std::string& layout,
+                                                  const std::vector<bool>& needs_grad) {
   const Arguments arguments{q,     k,      v,     bias,      padding, attn_scale,          head_scale,
                             heads, window, shift, kv_window, scale,   parse_layout(layout)};
   check(arguments);
@@ -307,41 +322,39 @@ std::vector<at::Tensor> window_attention_backward_cpu(
   check_operand(op, "gradient", gradient, map_sizes(arguments, arguments.channels()), q);
   check_operand(op, "output", output, map_sizes(arguments, arguments.channels()), q);
   check_operand(op, "statistics", statistics, statistics_sizes(arguments), q);
-  TORCH_CHECK_TYPE(statistics.scalar_type() == arguments.type(), op, ": statistics must be ", arguments.type(),
+  ASVIT_FAST_CHECK(statistics.scalar_type() == arguments.type(), op, ": statistics must be ", arguments.type(),
                    ", not ", statistics.scalar_type());
   const OptionalTensor* const optional[] = {&k, &v, &bias, &padding, &attn_scale, &head_scale};
-  TORCH_CHECK_VALUE(needs_grad.size() == kOperands, op, ": needs_grad must be ", int{kOperands}, " values");
+  ASVIT_FAST_CHECK(needs_grad.size() == kOperands, op, ": needs_grad must be ", int{kOperands}, " values");
   for (int i = kBias; i < kOperands; ++i)
-    TORCH_CHECK_VALUE(!needs_grad[i] || optional[i - 1]->has_value(), op, ": no operand ", i,
-                      " to find the gradient of");
+    ASVIT_FAST_CHECK(!needs_grad[i] || optional[i - 1]->has_value(), op, ": no operand ", i,
+                     " to find the gradient of");
   const Operands operands(arguments);
-  std::vector<at::Tensor> found(kOperands);
+  std::vector<Tensor> found;
   with_compute_type(kOp, arguments.type(), [&](auto zero) {
     using T = decltype(zero);
-    const at::Tensor wide_output = output.to(arguments.type()).contiguous();
-    const at::Tensor wide_gradient = map_operand(gradient, arguments.type()), rows = statistics.contiguous();
+    const Tensor wide_output = as_contiguous(as_type(output, arguments.type()));
+    const Tensor wide_gradient = map_operand(gradient, arguments.type()), rows = as_contiguous(statistics);
     const auto forward = operands.problem<T>(arguments, wide_output, rows);
-    const auto options = operands.q.options();
-    const Pieces pieces(arguments, needs_grad, window_count(forward), options);
-    const MapGradients maps(arguments, window_count(forward), options);
+    const Pieces pieces(arguments, needs_grad, window_count(forward));
+    const MapGradients maps(arguments, window_count(forward));
     if (output.numel() > 0)
-      run_backward<T>({forward, token_map<const T>(wide_gradient), maps.map<T>(0), maps.map<T>(1), maps.map<T>(2),
+      run_backward<T>({forward, token_map<T>(wide_gradient), maps.map<T>(0), maps.map<T>(1), maps.map<T>(2),
                        maps.window_rows<T>(maps.k), maps.window_rows<T>(maps.v), mutable_or_null<T>(pieces.bias),
                        mutable_or_null<T>(pieces.padding), mutable_or_null<T>(pieces.attn_scale),
                        mutable_or_null<T>(pieces.head_scale), pieces.count});
-    found = {maps.q,
-             maps.k,
-             maps.v,
+    const Dtype type = q.scalar_type();
+    found = {as_type(maps.q, type),
+             maps.k ? as_type(*maps.k, type) : empty({0}, type),
+             maps.v ? as_type(*maps.v, type) : empty({0}, type),
              sum_pieces(pieces.bias, q),
              sum_pieces(pieces.padding, q),
              sum_pieces(pieces.attn_scale, q),
              sum_pieces(pieces.head_scale, q)};
   });
-  for (int i = kQ; i <= kV; ++i)
-    found[i] = found[i].defined() ? found[i].to(q.scalar_type()) : at::empty({0}, q.options());
-  if (needs_grad[kBias]) found[kBias] = ungroup_bias(found[kBias], arguments.tokens());
-  for (int i = kBias; i < kOperands; ++i)
-    if (needs_grad[i]) found[i] = found[i].to((*optional[i - 1])->scalar_type());
+  if (needs_grad[kBias]) found[kBias] = ungroup_bias(found[kBias], arguments.tokens(), (*bias).scalar_type());
+  for (int i = kBias + 1; i < kOperands; ++i)
+    if (needs_grad[i]) found[i] = as_type(found[i], (*optional[i - 1])->scalar_type());
   return found;
 }
 
@@ -351,15 +364,15 @@ std::vector<at::Tensor> window_attention_backward_cpu(
   "Tensor q, Tensor? k, Tensor? v, Tensor? bias, Tensor? padding, Tensor? attn_scale, Tensor? head_scale, int heads, " \
   "int[] window, int[] shift, int[] kv_window, float scale, str layout"
 
-TORCH_LIBRARY_FRAGMENT(asvit_fast_C, library) {
+STABLE_TORCH_LIBRARY_FRAGMENT(asvit_fast_C, library) {
   library.def("window_attention(" ASVIT_FAST_WINDOW_ATTENTION_ARGUMENTS ") -> (Tensor, Tensor)");
   library.def("window_attention_backward(Tensor gradient, Tensor output, Tensor statistics, "  //
               ASVIT_FAST_WINDOW_ATTENTION_ARGUMENTS ", bool[] needs_grad) -> Tensor[]");
 }
 
-TORCH_LIBRARY_IMPL(asvit_fast_C, CPU, library) {
-  library.impl("window_attention", window_attention_cpu);
-  library.impl("window_attention_backward", window_attention_backward_cpu);
+STABLE_TORCH_LIBRARY_IMPL(asvit_fast_C, CPU, library) {
+  library.impl("window_attention", TORCH_BOX(&window_attention_cpu));
+  library.impl("window_attention_backward", TORCH_BOX(&window_attention_backward_cpu));
 }
 
 }  // namespace asvit_fast

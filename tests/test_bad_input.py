@@ -283,5 +283,5 @@ def test_curve_measures_need_no_two_images():
 
 def test_a_share_of_memory_that_is_none_is_named(monkeypatch):
     monkeypatch.setenv("ASVIT_FAST_MEMORY_SHARE", "half")
-    with pytest.raises(InputError, match="ASVIT_FAST_MEMORY_SHARE must be a whole number of 1 or more, got 'half'"):
+    with pytest.raises(InputError, match="ASVIT_FAST_MEMORY_SHARE must be a whole number, 0 for none, got 'half'"):
         af.tune_allocator()

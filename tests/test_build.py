@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -174,9 +175,10 @@ def test_reasons_for_no_extension():
     assert "never installed" in _extension.unsupported_reason({}, "2.15.0")
     why = _extension.unsupported_reason({"extension": False, "reason": "no C++ compiler"}, "2.15.0")
     assert "no C++ compiler; build them with `pip install --no-build-isolation" in why
-    built = {"extension": True, "torch": "2.14.0"}
-    assert "built for torch 2.14.0, this is torch 2.15.0: rebuild" in _extension.unsupported_reason(built, "2.15.0")
-    assert _extension.unsupported_reason(built, "2.14.0") is None
+    built = {"extension": True, "torch": "2.14.0", "oldest torch": "2.11"}
+    assert "need torch 2.11 or later, this is torch 2.9.1" in _extension.unsupported_reason(built, "2.9.1+cpu")
+    for running in ("2.11.0", "2.14.0+cu130", "2.100.0a0+git1234", "3.0.0"):
+        assert _extension.unsupported_reason(built, running) is None
 
 
 def test_loader_keeps_the_error(monkeypatch):
@@ -191,6 +193,20 @@ def test_loader_keeps_the_error(monkeypatch):
         assert _extension.reason().startswith("asvit_fast._C does not load: undefined symbol: _ZN3c10; rebuild it with")
     finally:
         _extension._load.cache_clear()
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+def test_only_c_functions_of_torch_are_needed():
+    """One build for every torch: C++ of torch changes with each, its C functions stay. And one for every Python."""
+    if _extension.reason() is not None:
+        pytest.skip(_extension.reason())
+    path = _extension.extension().__file__
+    listing = subprocess.run(["nm", "-D", "--undefined-only", path], capture_output=True, text=True, check=True).stdout
+    names = [line.split()[-1] for line in listing.splitlines()]
+    torchs = [name for name in names if re.search("torch|c10|2at", name)]
+    assert torchs and all(re.match("(aoti_)?torch_", name) for name in torchs), torchs
+    if not sysconfig.get_config_var("Py_GIL_DISABLED"):
+        assert Path(path).name == "_C.abi3.so"
 
 
 def test_kernels_of_older_sources(monkeypatch):

@@ -73,6 +73,22 @@ def test_kernel(shape: tuple[int, int, int], dtype: torch.dtype, activation: str
 
 
 @every_isa
+@pytest.mark.parametrize("dtype", TYPES[1:], ids=str)
+def test_numbers_of_16_bits(dtype: torch.dtype, isa: str) -> None:
+    """All of them are read, and sums of two are rounded, as torch does: the nearest one, of two the even one."""
+    numbers = torch.arange(65536).to(torch.uint16).view(dtype)
+    read = compiled(numbers[:, None], torch.ones(1, 1, dtype=dtype), None, None, "none")[:, 0]
+    torch.testing.assert_close(read, numbers, rtol=0, atol=0, equal_nan=True)
+    torch.manual_seed(0)
+    near = numbers.float().abs().mul(torch.finfo(dtype).eps).to(dtype)  # about half of the distance of neighbours
+    pairs = torch.cat([torch.stack([numbers, near * sign], 1) for sign in (-0.75, -0.5, 0.25, 0.5, 0.75)])
+    pairs = torch.cat([pairs, torch.stack([numbers, numbers[torch.randperm(65536)]], 1)])
+    found = compiled(pairs, torch.ones(1, 2, dtype=dtype), None, None, "none")[:, 0]
+    want = (pairs[:, 0].float() + pairs[:, 1].float()).to(dtype)
+    torch.testing.assert_close(found, want, rtol=0, atol=0, equal_nan=True)
+
+
+@every_isa
 def test_strides_leading_axes_and_threads(isa: str) -> None:
     """Rows and weights of any strides; the bits do not depend on the number of threads."""
     torch.manual_seed(0)

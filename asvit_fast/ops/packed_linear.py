@@ -104,6 +104,6 @@ def _packed(weight: Tensor, library: str, dtype: torch.dtype) -> Tensor:
     kept = _kept.get(id(weight))
     if kept is None or kept.reference() is not weight:
         kept = _kept[id(weight)] = _Kept(weight)
-    if torch.ops.asvit_fast_C.weight_changed(weight, kept.state) or kept.by != (library, dtype):
+    if torch.ops.asvit_fast_C.weight_changed(weight, weight._version, kept.state) or kept.by != (library, dtype):
         kept.tensor, kept.by = _pack(weight.detach(), library, dtype), (library, dtype)
     return kept.tensor

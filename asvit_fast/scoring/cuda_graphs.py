@@ -20,6 +20,7 @@ from torch import Tensor
 from .. import backends
 from ..cuda_capture import capturing
 from ..errors import first_line
+from .memory import out_of_memory
 
 Pass = Callable[..., Tensor]  # (*inputs) -> output, all on one device, without reading a number of theirs
 
@@ -113,10 +114,10 @@ class GraphCache:
         try:
             stream = self._stream(device)
             recorded = self.capture(function, inputs, stream, self._pool(device))
-        except torch.OutOfMemoryError:
-            self.clear()
-            return None
         except RuntimeError as error:
+            if out_of_memory(error):
+                self.clear()
+                return None
             self.failed.add(kind)
             reason = first_line(error.__context__ or error)  # what happened, before the capture that it ended
             backends.notify_once(

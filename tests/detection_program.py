@@ -18,8 +18,9 @@ from asvit_fast.detection.training import DetectionStep
 TOPOLOGY = "8,2,2,1|2,1,2,1|2,1,2,1|2,1,2,1|16,16"
 SIZES = ((48, 64), (64, 48), (40, 56), (64, 64))  # height, width of images
 DETECTOR: dict[str, Any] = {
-    "representation_size": 16, "mask_layers": (8,), "anchor_sizes": (8, 16, 32, 64, 128), "box_batch_size_per_image": 16,
-    "rpn_post_nms_top_n_train": 40, "rpn_post_nms_top_n_test": 20, "box_detections_per_img": 10, "box_score_thresh": 0.0,
+    "representation_size": 16, "mask_layers": (8,), "anchor_sizes": (8, 16, 32, 64, 128), "box_score_thresh": 0.0,
+    "box_batch_size_per_image": 16, "rpn_post_nms_top_n_train": 40, "rpn_post_nms_top_n_test": 20,
+    "box_detections_per_img": 10,
 }  # fmt: skip
 OPTIONS: dict[str, Any] = {
     "detector": "mask_rcnn", "epochs": 2, "out_channels": 8, "detector_kwargs": DETECTOR, "batch_size": 2,
@@ -28,14 +29,18 @@ OPTIONS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def square(height: int, width: int, box: tuple[int, int, int, int]) -> list[list[float]]:
+def square(box: tuple[int, int, int, int]) -> list[list[float]]:
     left, top, w, h = box
     return [[left, top, left + w, top, left + w, top + h, left, top + h]]
 
 
 def content(images: int, categories: tuple[int, ...] = (3, 7)) -> dict[str, Any]:
     """Annotations of images with none, one or two bright squares; the ids of the categories have holes."""
-    file: dict[str, Any] = {"images": [], "annotations": [], "categories": [{"id": c, "name": f"c{c}"} for c in categories]}
+    file: dict[str, Any] = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": c, "name": f"c{c}"} for c in categories],
+    }
     for number in range(images):
         height, width = SIZES[number % len(SIZES)]
         file["images"].append({"id": number, "file_name": f"{number}.png", "height": height, "width": width})
@@ -43,9 +48,14 @@ def content(images: int, categories: tuple[int, ...] = (3, 7)) -> dict[str, Any]
             box = (4 + 20 * index, 6 + 3 * number % 8, 14 + 2 * index, 16)
             file["annotations"].append(
                 {
-                    "id": len(file["annotations"]) + 1, "image_id": number, "category_id": categories[index],
-                    "bbox": list(box), "area": box[2] * box[3], "iscrowd": 0, "segmentation": square(height, width, box),
-                }  # fmt: skip
+                    "id": len(file["annotations"]) + 1,
+                    "image_id": number,
+                    "category_id": categories[index],
+                    "bbox": list(box),
+                    "area": box[2] * box[3],
+                    "iscrowd": 0,
+                    "segmentation": square(box),
+                }
             )
     return file
 
@@ -55,7 +65,9 @@ def write_split(folder: Path, split: str, file: dict[str, Any]) -> None:
     (folder / "annotations").mkdir(exist_ok=True)
     (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(file))
     for image in file["images"]:
-        pixels = np.random.default_rng(image["id"]).integers(0, 60, (image["height"], image["width"], 3), dtype=np.uint8)
+        pixels = np.random.default_rng(image["id"]).integers(
+            0, 60, (image["height"], image["width"], 3), dtype=np.uint8
+        )
         for one in file["annotations"]:
             if one["image_id"] == image["id"]:
                 left, top, width, height = map(int, one["bbox"])

@@ -64,7 +64,7 @@ LAYERS: dict[str, set[str]] = {
     "what": {"models", "runs", "training"},
     "export": {"what", "graph"},
     "bench": {"cuda_capture", "acceleration", "cost", "export", "environment"},
-    "report": {"runs", "topology", "bench"},
+    "report": {"runs", "topology", "bench", "detection"},
     "capabilities": {"ops"},
     "environment": {"capabilities", "machine"},
     "cli": {"search", "training", "detection", "acceleration", "export", "report", "environment", "bench"},

@@ -64,5 +64,3 @@ def register() -> None:
 def build_asvit_fast_backbone(cfg: Any, input_shape: Any) -> Any:
     """Make the backbone of a yaml configuration."""
     return detectron2_backbone(cfg.MODEL.ASVIT_FAST.NAME, out_channels=cfg.MODEL.FPN.OUT_CHANNELS)
-
-

@@ -1,7 +1,7 @@
 """Our backbones in mmdetection: https://github.com/open-mmlab/mmdetection. Importing this module registers them.
 
-    custom_imports = dict(imports=["asvit_fast.detection.mmdet"])
-    model = dict(backbone=dict(type="AsViTFast", name="asvit_small"), neck=dict(in_channels=[88, 176, 352, 704]), ...)
+custom_imports = dict(imports=["asvit_fast.detection.mmdet"])
+model = dict(backbone=dict(type="AsViTFast", name="asvit_small"), neck=dict(in_channels=[88, 176, 352, 704]), ...)
 """
 
 from __future__ import annotations

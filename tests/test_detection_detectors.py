@@ -58,7 +58,10 @@ def test_parameters_of_table_8() -> None:
 
 @pytest.mark.parametrize("what", ["resnet18", "asvit"])
 def test_torchvisions_mask_rcnn_finds_the_same(what: str) -> None:
-    options: dict[str, Any] = {"min_size": 96, "max_size": 160, "box_score_thresh": 0.0}
+    options: dict[str, Any] = {
+        "min_size": 96, "max_size": 160, "box_score_thresh": 0.0, "rpn_post_nms_top_n_test": 30,
+        "box_detections_per_img": 8,
+    }  # fmt: skip
     torch.manual_seed(1)
     if what == "resnet18":
         trunk: Any = resnet_fpn_backbone(
@@ -126,7 +129,7 @@ def test_an_image_of_32_by_4000(name: str) -> None:
         found = made([torch.rand(3, 32, 4000)])[0]
     boxes = found["boxes"]
     assert len(boxes) and found["masks"].shape[1:] == (1, 32, 4000)
-    assert (boxes[:, 2] <= 4000).all() and (boxes[:, 3] <= 32).all() and (boxes >= 0).all()
+    assert (boxes >= 0).all() and (boxes[:, 2:] <= torch.tensor([4000.01, 32.01])).all()
     heads = made.roi_heads if name == "mask_rcnn" else made.roi_heads.last
     assert heads.box_roi_pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
 

@@ -47,7 +47,7 @@ $(VENV)/.integrations: $(VENV)/.installed pyproject.toml
 
 test-integrations: $(VENV)/.integrations
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(addprefix tests/test_,accelerate_transformers.py \
-		accelerate_transformers_use.py accelerate_monai.py bench_sources.py) $(PYTEST_ARGS)
+		accelerate_transformers_use.py accelerate_monai.py bench_sources.py detection_adapters.py) $(PYTEST_ARGS)
 
 # what `make test` leaves out
 test-slow: install

@@ -12,7 +12,8 @@ from .files import read_jsonl
 from .run_directory import BASELINE, CONFIG, RESULT, STARTS, TRACE, read_json
 
 DESIGNS = ("search", "scale")  # runs whose result is a topology
-KINDS = (*DESIGNS, "train")
+TRAININGS = ("train", "detect")
+KINDS = (*DESIGNS, *TRAININGS)
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Run:
     @property
     def topology(self) -> str:
         """The final topology, or the one that leads so far; of a training, the network's name."""
-        if self.kind == "train":
+        if self.kind in TRAININGS:
             return _text(self.config.get("model"), "model", self.directory / CONFIG)
         if self.result is not None:
             return _text(self.result, "topology", self.directory / RESULT)

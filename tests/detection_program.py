@@ -18,8 +18,9 @@ from asvit_fast.detection.training import DetectionStep
 TOPOLOGY = "8,2,2,1|2,1,2,1|2,1,2,1|2,1,2,1|16,16"
 SIZES = ((48, 64), (64, 48), (40, 56), (64, 64))  # height, width of images
 DETECTOR: dict[str, Any] = {
-    "representation_size": 16, "mask_layers": (8,), "anchor_sizes": (8, 16, 32, 64, 128), "box_batch_size_per_image": 16,
-    "rpn_post_nms_top_n_train": 40, "rpn_post_nms_top_n_test": 20, "box_detections_per_img": 10, "box_score_thresh": 0.0,
+    "representation_size": 16, "mask_layers": (8,), "anchor_sizes": (8, 16, 32, 64, 128), "box_score_thresh": 0.0,
+    "box_batch_size_per_image": 16, "rpn_post_nms_top_n_train": 40, "rpn_post_nms_top_n_test": 20,
+    "box_detections_per_img": 10,
 }  # fmt: skip
 OPTIONS: dict[str, Any] = {
     "detector": "mask_rcnn", "epochs": 2, "out_channels": 8, "detector_kwargs": DETECTOR, "batch_size": 2,
@@ -28,7 +29,7 @@ OPTIONS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def square(height: int, width: int, box: tuple[int, int, int, int]) -> list[list[float]]:
+def square(box: tuple[int, int, int, int]) -> list[list[float]]:
     left, top, w, h = box
     return [[left, top, left + w, top, left + w, top + h, left, top + h]]
 
@@ -53,8 +54,8 @@ def content(images: int, categories: tuple[int, ...] = (3, 7)) -> dict[str, Any]
                     "bbox": list(box),
                     "area": box[2] * box[3],
                     "iscrowd": 0,
-                    "segmentation": square(height, width, box),
-                }  # fmt: skip
+                    "segmentation": square(box),
+                }
             )
     return file
 

@@ -66,7 +66,7 @@ LAYERS: dict[str, set[str]] = {
     "model_card": {"runs", "training"},
     "export": {"what", "graph", "model_card"},
     "bench": {"cuda_capture", "acceleration", "cost", "export", "environment"},
-    "report": {"runs", "topology", "bench"},
+    "report": {"runs", "topology", "bench", "detection"},
     "capabilities": {"ops"},
     "environment": {"capabilities", "machine"},
     "cli": {"search", "training", "studies", "detection", "acceleration", "export", "report", "environment", "bench"},

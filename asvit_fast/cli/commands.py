@@ -361,8 +361,8 @@ REPORT = Command(
     options=(
         _what(
             "directory",
-            "run directory of search, scale or train, one that holds them as search/, scale/ and train/, or the CSV or "
-            "JSON file of bench",
+            "run directory of search, scale, train or detect, one that holds them as search/, scale/, ..., or the CSV "
+            "or JSON file of bench",
         ),
     ),
     epilog="example: asvit-fast report runs/search",

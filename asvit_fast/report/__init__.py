@@ -17,7 +17,8 @@ __all__ = ["report"]
 
 
 def report(directory: str | Path) -> Path:
-    """Draw the run of ``search``, ``scale`` or ``train`` in ``directory``, or those in its subfolders of these names.
+    """Draw the run of ``search``, ``scale``, ``train`` or ``detect`` in ``directory``, or those in its subfolders of
+    these names.
 
     Writes the plots as PNG files and ``report.html``, which holds them too and needs no other file, into ``directory``.
     A run that is still going, or was stopped, is drawn as far as it got. Of a file of ``asvit-fast bench`` (CSV or
@@ -25,7 +26,7 @@ def report(directory: str | Path) -> Path:
     there is no run, nothing to draw yet, a file that cannot be understood, or no way to write.
     """
     try:
-        from . import bench_plots, plots, training_plots
+        from . import bench_plots, detection_plots, plots, training_plots
     except ModuleNotFoundError as error:
         raise InputError(f"a report needs {error.name}; pip install 'asvit-fast[report]'") from None
     directory = Path(directory)
@@ -37,8 +38,10 @@ def report(directory: str | Path) -> Path:
         "search": {"search_progress.png": plots.progress, "search_candidates.png": plots.search_candidates},
         "scale": {"scale_trajectory.png": plots.trajectory, "scale_candidates.png": plots.scale_candidates},
         "train": {"train_epochs.png": training_plots.epochs, "train_cost.png": training_plots.cost},
+        "detect": {"detect_epochs.png": training_plots.epochs, "detect_cost.png": training_plots.cost},
     }
-    sections = [_section(run, draw[run.kind]) for run in find_runs(directory, KINDS)]
+    more = {"detect": detection_plots.pictures}
+    sections = [_section(run, draw[run.kind], more.get(run.kind)) for run in find_runs(directory, KINDS)]
     return _write(directory / "report.html", directory.resolve().name, sections)
 
 
@@ -50,9 +53,13 @@ def _write(page: Path, name: str, sections: list[Section], note: str = DESIGN_NO
     return page
 
 
-def _section(run: Run, draw: dict[str, Callable[[Run], bytes]]) -> Section:
+def _section(
+    run: Run, draw: dict[str, Callable[[Run], bytes]], more: Callable[[Run], dict[str, bytes]] | None = None
+) -> Section:
+    """``more`` draws what a run may have or not."""
     try:
-        return Section.of(run, {name: function(run) for name, function in draw.items()})
+        images = {name: function(run) for name, function in draw.items()}
+        return Section.of(run, images | (more(run) if more else {}))
     except (KeyError, TypeError, IndexError) as error:
         raise InputError(
             f"{str(run.directory / TRACE)!r} is not a trace of {run.kind} ({type(error).__name__}: {error}); "

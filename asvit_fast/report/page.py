@@ -16,10 +16,11 @@ from .._version import __version__
 from ..errors import InputError
 from ..files import as_float
 from ..run_directory import STATE
-from ..runs import Run
+from ..runs import TRAININGS, Run
 from ..topology import SearchSpace, Topology
 from .training_tables import phase_table, training_result_table
 
+TITLES = {"search": "Topology search", "scale": "Scaling", "train": "Training", "detect": "Training of a detector"}
 TOP = 10  # rows in the tables of the best
 
 DESIGN_NOTE = (
@@ -41,6 +42,13 @@ CAPTIONS = {  # by the ends of file names
     "ones see fewer tokens, which makes their epochs cheaper. Validation sees as many tokens as its phase.",
     "train_cost.png": "The same training over what it has cost: multiply-adds of all forward passes on the left (the "
     "backward passes cost about twice as many again), time in training steps on the right.",
+    "detect_epochs.png": "Loss and COCO's average precision of every epoch, of boxes and of masks. The shades are the "
+    "phases of the training: darker ones see fewer tokens.",
+    "detect_cost.png": "The same training over what it has cost: multiply-adds of all forward passes of the backbone "
+    "on the left, time in training steps on the right.",
+    "detect_examples.png": "Validation images with what is in them (above) and what the last validation found with a "
+    "score of 0.5 or more (below). F1 counts what was found with the right class and an overlap (IoU) of 0.5 or more.",
+    "detect_hardest.png": "The hardest images: those with the smallest F1, the truth above.",
     "-inference.png": "Inference: medians; shades or whiskers are quartiles of the turns.",
     "-train.png": "Forward and backward of a training step: medians; shades or whiskers are quartiles of the turns.",
     "-memory.png": "Largest memory that a call takes beyond weights and images.",
@@ -83,16 +91,16 @@ class Section:
     @classmethod
     def of(cls, run: Run, images: dict[str, bytes]) -> Section:
         """The section of one run."""
-        steps = f"{len(run.trace)} {'epochs' if run.kind == 'train' else 'steps'}"
+        steps = f"{len(run.trace)} {'epochs' if run.kind in TRAININGS else 'steps'}"
         status = f"finished after {steps}" if run.finished else f"not finished: {steps} so far"
         makers = {
             "search": (_result_table, _top_table, _choice_table),
             "scale": (_result_table, _growth_table),
-            "train": (training_result_table, phase_table),
+            **dict.fromkeys(TRAININGS, (training_result_table, phase_table)),
         }
         common = (_config_table, _starts_table) if run.starts else (_config_table,)
         tables = [make(run) for make in (*makers[run.kind], *common)]
-        title = {"search": "Topology search", "scale": "Scaling", "train": "Training"}[run.kind]
+        title = TITLES[run.kind]
         return cls(title, status, run.topology, images, tables)
 
 
@@ -111,7 +119,7 @@ def render(name: str, sections: Sequence[Section], note: str = DESIGN_NOTE) -> s
 def _section(section: Section) -> str:
     figures = "\n".join(_figure(name, png) for name, png in section.images.items())
     tables = "\n".join(_table(*table) for table in section.tables)
-    label = "Network" if section.title == "Training" else "Topology"
+    label = "Network" if section.title in (TITLES[kind] for kind in TRAININGS) else "Topology"
     result = f'<div class="result">{label} <code>{escape(section.topology)}</code></div>\n' if section.topology else ""
     return f'<h2>{section.title}</h2>\n<p class="note">{escape(section.status)}</p>\n{result}{figures}\n{tables}'
 

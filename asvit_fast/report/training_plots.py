@@ -11,13 +11,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..files import as_float
+from ..run_directory import accuracy
 from ..runs import Run
 from .plots import BLUE, GREY, ORANGE, STYLE, VERMILLION, png, whole_steps
-from .training_tables import Row, epoch_macs, macs_unit, phases, time_unit, train_seconds
+from .training_tables import Row, epoch_macs, macs_unit, measure, measure_name, phases, time_unit, train_seconds
 
 LOSSES = (("train_loss", "training", BLUE), ("eval_loss", "validation", ORANGE))
 CHARACTER = 0.075  # inches, of the font of the labels
-ACCURACIES = (("top1", "network", VERMILLION), ("ema_top1", "moving average", BLUE))
+ACCURACIES = {  # by kind of run
+    "train": (("top1", "network", VERMILLION), ("ema_top1", "moving average", BLUE)),
+    "detect": (
+        ("ap", "boxes", VERMILLION),
+        ("mask_ap", "masks", BLUE),
+        ("ema_ap", "boxes, moving average", ORANGE),
+        ("ema_mask_ap", "masks, moving average", GREY),
+    ),
+}
 
 
 def epochs(run: Run) -> bytes:
@@ -28,8 +37,8 @@ def epochs(run: Run) -> bytes:
         above, below = figure.subplots(2, 1, sharex=True)
         _lines(above, run, ends, LOSSES)
         above.set(title="Loss", ylabel="loss (nats)")
-        _lines(below, run, ends, ACCURACIES)
-        below.set(title="Accuracy", xlabel="epochs", ylabel="top-1 (%)")
+        _lines(below, run, ends, ACCURACIES[run.kind])
+        below.set(title=measure_name(run), xlabel="epochs", ylabel=f"{measure(run)} (%)")
         for axes in (above, below):
             _shade(axes, run, ends)
             _legend(axes)
@@ -39,17 +48,17 @@ def epochs(run: Run) -> bytes:
 
 def cost(run: Run) -> bytes:
     """Accuracy (or the loss, of a training that is not validated) over multiply-adds and over time."""
-    validated = any(row.get("top1") is not None for row in run.trace)
+    validated = any(accuracy(row) is not None for row in run.trace)
     macs = _sums(run, lambda row: epoch_macs(run, row["token_reduction"]))
     unit_macs, prefix = macs_unit(macs[-1])
     divisor, unit = time_unit(sum(map(train_seconds, run.trace)))
     times = _sums(run, lambda row: train_seconds(row) / divisor)
-    axis = "top-1 (%)" if validated else "loss (nats)"
+    axis = f"{measure(run)} (%)" if validated else "loss (nats)"
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 4.6))
         left, right = figure.subplots(1, 2, sharey=True)
         for axes, ends in ((left, [value / unit_macs for value in macs]), (right, times)):
-            _lines(axes, run, ends, ACCURACIES if validated else LOSSES)
+            _lines(axes, run, ends, ACCURACIES[run.kind] if validated else LOSSES)
             _shade(axes, run, ends)
         _legend(right)
         left.set(title="Over computation", xlabel=f"{prefix}multiply-adds", ylabel=axis)

@@ -57,6 +57,16 @@ def _macs_text(macs: float) -> str:
     return f"{macs / factor:,.3g} {prefix}MACs"
 
 
+def measure_name(run: Run) -> str:
+    """What a validation measures, in words."""
+    return "Average precision" if run.kind == "detect" else "Accuracy"
+
+
+def measure(run: Run) -> str:
+    """The same in short."""
+    return "AP of boxes" if run.kind == "detect" else "top-1"
+
+
 def training_result_table(run: Run) -> Table:
     """The state of the training, and its cost compared with full tokens throughout."""
     spent = sum(epoch_macs(run, row["token_reduction"]) for row in run.trace)
@@ -69,13 +79,13 @@ def training_result_table(run: Run) -> Table:
     best = best_row(run.trace)
     if best is not None:
         last = next(row for row in reversed(run.trace) if accuracy(row) is not None)
-        rows.append(("top-1 of the last validation (%)", f"{accuracy(last):.2f}"))
-        rows.append(("best top-1 (%)", f"{accuracy(best):.2f} after {best['epoch'] + 1} epochs"))
+        rows.append((f"{measure(run)} of the last validation (%)", f"{accuracy(last):.2f}"))
+        rows.append((f"best {measure(run)} (%)", f"{accuracy(best):.2f} after {best['epoch'] + 1} epochs"))
     divisor, unit = time_unit(sum(map(train_seconds, run.trace)))
     rows.append((f"time in training steps ({unit})", f"{sum(map(train_seconds, run.trace)) / divisor:,.2f}"))
     rows.append(("multiply-adds of the forward passes", _macs_text(spent)))
     rows.append(("saved of these by fewer tokens", f"{100 * saved:.1f} %"))
-    note = "Accuracy is that of the network or of its moving average, whichever is better."
+    note = f"{measure_name(run)} is that of the network or of its moving average, whichever is better."
     return ("Result" if run.finished else "Last epoch"), note, ("", "value"), rows
 
 
@@ -109,6 +119,6 @@ def phase_table(run: Run) -> Table:
         "of all its epochs",
         "seconds",
         "seconds an epoch",
-        "top-1 (%)",
+        f"{measure(run)} (%)",
     )
     return "Phases", note, header, rows

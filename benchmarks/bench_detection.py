@@ -1,0 +1,180 @@
+"""Detectors on real images: handwritten digits on photographs, in COCO's format (``coco_digits.py``).
+
+The seed topology with Mask R-CNN and with the cascade, with coarse tokens first, the topology that the demo's search
+finds, and a ResNet-18 of about the seed's cost, three seeds each: AP, AP of masks, seconds. Fixed windows are compared
+with split ones at twice the size of images. Every training can be stopped and goes on; rows that are there stay.
+
+    python benchmarks/bench_detection.py --out runs/bench_detection --csv benchmarks/results/detection.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import itertools
+import statistics
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from coco_digits import write_coco_digits
+
+import asvit_fast as af
+from asvit_fast import demo
+from asvit_fast.cost import params
+from asvit_fast.detection import detector_macs, evaluate_detector, load_detector, open_coco
+from asvit_fast.detection.data import DetectionLoader, DetectionPrefetcher, make_reader
+from asvit_fast.files import write_atomic
+from asvit_fast.machine import processor
+from asvit_fast.recipe import DetectionRecipe
+from asvit_fast.topology import NAMED_TOPOLOGIES
+
+IMAGES = 2000
+SEEDS = (0, 1, 2)
+EPOCHS = 3
+TEST_SIDE, TEST_LONGEST = 112, 224  # pixels
+FACTOR = 2  # of the larger test size
+COLUMNS = (
+    "name", "seed", "schedule", "epochs", "params", "macs", "windows", "min_size", "ap", "ap50", "ap75", "mask_ap",
+    "mask_ap50", "mask_ap75", "train_seconds", "machine",
+)  # fmt: skip
+HEADER = (
+    "detector", "windows", "short side", "seeds", "AP", "AP50", "AP75", "AP of masks", "parameters (M)", "MACs (G)",
+    "seconds",
+)  # fmt: skip
+DETECTOR: dict[str, Any] = {  # heads and proposals in proportion to images of 112 pixels
+    "representation_size": 128, "mask_layers": (32, 32), "anchor_sizes": (12, 24, 48, 96, 192),
+    "rpn_pre_nms_top_n_train": 300, "rpn_post_nms_top_n_train": 100, "rpn_pre_nms_top_n_test": 100,
+    "rpn_post_nms_top_n_test": 50, "box_batch_size_per_image": 32, "rpn_batch_size_per_image": 64,
+    "box_detections_per_img": 10,
+}  # fmt: skip
+RECIPE: dict[str, Any] = {  # digits are not mirrored
+    "batch_size": 4, "grad_accum_steps": 1, "lr": 1e-3, "warmup_epochs": 1, "clip_grad": 1.0, "drop_path": 0.0,
+    "augmentation": "multiscale", "scales": (96, 128), "min_size": TEST_SIDE, "max_size": TEST_LONGEST, "hflip": 0.0,
+    "workers": 0, "checkpoint_interval": 50, "eval_interval": EPOCHS, "out_channels": 32,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """A training: its name in the table, what is trained, and how."""
+
+    name: str
+    model: str
+    options: dict[str, Any]
+    seed: int
+
+
+def cases(found: str, seeds: Iterable[int]) -> list[Case]:
+    """All of a seed, then those of the next."""
+    seed_topology = NAMED_TOPOLOGIES["asvit_seed"]
+    narrow = {"drop_path": 0.0, "model_kwargs": {"channels": [32, 64, 128, 256], "stem_width": 32}, "norm": False}
+    kinds: list[tuple[str, str, dict[str, Any]]] = [
+        ("seed topology, Mask R-CNN", seed_topology, {"detector": "mask_rcnn"}),
+        ("seed topology, Cascade Mask R-CNN", seed_topology, {"detector": "cascade_mask_rcnn"}),
+        (
+            "seed topology, Mask R-CNN, coarse tokens first",
+            seed_topology,
+            {"detector": "mask_rcnn", "schedule": "1:2,2:1"},
+        ),
+        ("found topology, Mask R-CNN", found, {"detector": "mask_rcnn"}),
+        ("ResNet-18 of half the width, Mask R-CNN", "resnet18", {"detector": "mask_rcnn", **narrow}),
+    ]
+    return [Case(*kind, seed) for seed, kind in itertools.product(seeds, kinds)]
+
+
+def find_topology(out: Path) -> str:
+    """The topology that the demo's search finds, searched once."""
+    demo.write_images(out / "images")
+    return str(demo.run_search(out / "search", out / "images").topology)
+
+
+def run(case: Case, data: Path, out: Path) -> list[dict[str, Any]]:
+    """Train, or go on, and return the rows of the case."""
+    torch.set_num_threads(1)
+    folder = out / f"{case.name} {case.seed}".replace(",", "").replace(" ", "_").lower()
+    options = {**RECIPE, "epochs": EPOCHS, "seed": case.seed, "detector_kwargs": DETECTOR, **case.options}
+    result = af.detection.train(case.model, data, out=folder, **options)
+    detector: Any = result.model
+    row = {
+        "name": case.name, "seed": case.seed, "schedule": str(result.schedule), "epochs": EPOCHS,
+        "params": params(detector), "macs": detector_macs(detector, 128, 50, 10)["all"], "windows": "fixed",
+        "min_size": TEST_SIDE, **result.epochs[-1], "train_seconds": round(result.seconds, 1), "machine": processor(),
+    }  # fmt: skip
+    rows = [row]
+    if case.name == "seed topology, Mask R-CNN":
+        rows += [{**row, **at_larger_size(folder, data, windows)} for windows in ("fixed", "split")]
+    return [{name: row.get(name) for name in COLUMNS} for row in rows]
+
+
+def at_larger_size(folder: Path, data: Path, windows: str) -> dict[str, Any]:
+    """The detector of a run on images of another size, with windows that stay or that grow with the map."""
+    loaded = load_detector(folder, windows=windows)
+    transform: Any = loaded.model.transform
+    transform.min_size, transform.max_size = (FACTOR * TEST_SIDE,), FACTOR * TEST_LONGEST
+    truth, device = open_coco(data, "val", masks=True), torch.device("cpu")
+    loader = DetectionLoader(truth, make_reader(DetectionRecipe(workers=0), device), len(truth.categories), False)
+    found = evaluate_detector(loaded.model, DetectionPrefetcher(device)(loader(0, 0, loader.images, 1)), truth, True)
+    return {**found.measures, "windows": windows, "min_size": FACTOR * TEST_SIDE}
+
+
+def write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue())
+    write_atomic(path.with_suffix(".md"), page(rows))
+
+
+def page(rows: Sequence[dict[str, Any]]) -> str:
+    """Means over the seeds, with the standard deviation where there are several."""
+    lines = [
+        "# Detectors on digits on photographs", "",
+        f"{IMAGES} images of 128 to 320 pixels by `benchmarks/coco_digits.py`, {EPOCHS} epochs, by "
+        "`benchmarks/bench_detection.py`; COCO's AP in percent on validation images, whose photographs and digits "
+        "training has not seen. MACs of a whole detector at 128 x 128 pixels.", "",
+        f"| {' | '.join(HEADER)} |", "|" + "---|" * len(HEADER),
+    ]  # fmt: skip
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["name"], row["windows"], row["min_size"]), []).append(row)
+    for key, group in groups.items():
+        numbers = [spread(group, name) for name in ("ap", "ap50", "ap75", "mask_ap")]
+        cost = [f"{group[0]['params'] / 1e6:.2f}", f"{group[0]['macs'] / 1e9:.2f}", spread(group, "train_seconds", 0)]
+        lines.append("| " + " | ".join(map(str, (*key, len(group), *numbers, *cost))) + " |")
+    machines = ", ".join(dict.fromkeys(row["machine"] for row in rows))
+    return "\n".join([*lines, "", f"Machine: {machines}, a thread for each training.", ""])
+
+
+def spread(group: Sequence[dict[str, Any]], name: str, digits: int = 1) -> str:
+    values = [float(row[name]) for row in group]
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{deviation}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench_detection"), help="folder of images and trainings")
+    parser.add_argument("--csv", type=Path, default=Path("benchmarks/results/detection.csv"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at once, a thread each")
+    arguments = parser.parse_args()
+    data = arguments.out / "coco_digits"
+    write_coco_digits(data, IMAGES)
+    found = find_topology(arguments.out)
+    rows: list[dict[str, Any]] = []
+    with ProcessPoolExecutor(arguments.jobs, get_context("spawn")) as pool:
+        all_cases = cases(found, arguments.seeds)
+        for finished in pool.map(run, all_cases, itertools.repeat(data), itertools.repeat(arguments.out / "runs")):
+            rows += finished
+            write_rows(rows, arguments.csv)
+
+
+if __name__ == "__main__":
+    main()

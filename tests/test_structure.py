@@ -64,7 +64,7 @@ LAYERS: dict[str, set[str]] = {
     "what": {"models", "runs", "training"},
     "export": {"what", "graph"},
     "bench": {"cuda_capture", "acceleration", "cost", "export", "environment"},
-    "report": {"runs", "topology", "bench"},
+    "report": {"runs", "topology", "bench", "studies"},
     "capabilities": {"ops"},
     "environment": {"capabilities", "machine"},
     "cli": {"search", "training", "studies", "acceleration", "export", "report", "environment", "bench"},

@@ -18,6 +18,7 @@ from ..files import as_float
 from ..run_directory import STATE
 from ..runs import Run
 from ..topology import SearchSpace, Topology
+from .study_tables import measure_table, network_table, study_result_table
 from .training_tables import phase_table, training_result_table
 
 TOP = 10  # rows in the tables of the best
@@ -41,6 +42,11 @@ CAPTIONS = {  # by the ends of file names
     "ones see fewer tokens, which makes their epochs cheaper. Validation sees as many tokens as its phase.",
     "train_cost.png": "The same training over what it has cost: multiply-adds of all forward passes on the left (the "
     "backward passes cost about twice as many again), time in training steps on the right.",
+    "study_scatter.png": "Each dot is one topology: what was measured of it untrained, and the top-1 after training. "
+    "Tau is Kendall's, in the direction in which the measure is said to be better, with its 95 % bootstrap interval. "
+    "Red: As-ViT; grey: sizes; blue and orange: training-free measures of others.",
+    "study_taus.png": "How well each measure orders the trained networks, 1 being perfect and 0 chance, and what it "
+    "costs. An interval that holds 0 may be luck.",
     "-inference.png": "Inference: medians; shades or whiskers are quartiles of the turns.",
     "-train.png": "Forward and backward of a training step: medians; shades or whiskers are quartiles of the turns.",
     "-memory.png": "Largest memory that a call takes beyond weights and images.",
@@ -83,16 +89,17 @@ class Section:
     @classmethod
     def of(cls, run: Run, images: dict[str, bytes]) -> Section:
         """The section of one run."""
-        steps = f"{len(run.trace)} {'epochs' if run.kind == 'train' else 'steps'}"
+        steps = f"{len(run.trace)} { {'train': 'epochs', 'study': 'topologies'}.get(run.kind, 'steps') }"
         status = f"finished after {steps}" if run.finished else f"not finished: {steps} so far"
         makers = {
             "search": (_result_table, _top_table, _choice_table),
             "scale": (_result_table, _growth_table),
             "train": (training_result_table, phase_table),
+            "study": (study_result_table, measure_table, network_table),
         }
         common = (_config_table, _starts_table) if run.starts else (_config_table,)
         tables = [make(run) for make in (*makers[run.kind], *common)]
-        title = {"search": "Topology search", "scale": "Scaling", "train": "Training"}[run.kind]
+        title = {"search": "Topology search", "scale": "Scaling", "train": "Training", "study": "Study"}[run.kind]
         return cls(title, status, run.topology, images, tables)
 
 
@@ -163,7 +170,7 @@ def _result_table(run: Run):
     for key, label in (("length_distortion", "length distortion"), ("ntk_condition", "NTK condition number")):
         if run.finished and key in source:
             rows.append((label, _score(source[key])))
-    if run.finished and "entropy" in source:
+    if run.finished and source.get("entropy") is not None:
         rows.append(("entropy of the policy at the end (nats)", _score(source["entropy"])))
     rows.append(("time in all steps (seconds)", f"{sum(as_float(record['seconds']) for record in run.trace):,.1f}"))
     rejected = sum(len(record.get("rejected") or record.get("dropped") or []) for record in run.trace)

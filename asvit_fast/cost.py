@@ -28,10 +28,12 @@ from .topology import EMBED_STRIDE, Topology
 
 @dataclass(frozen=True)
 class Cost:
-    """``params``: parameters; ``flops``: multiply-adds of one image."""
+    """``params``: parameters; ``flops``: multiply-adds of one image; ``latency_ms``: milliseconds of a forward pass,
+    where somebody has measured them."""
 
     params: int
     flops: int
+    latency_ms: float | None = None
 
 
 def params(model: nn.Module) -> int:
@@ -122,10 +124,10 @@ def measure_latency(
             forward()
         milliseconds = []
         for _ in range(max(runs, 2)):
-            _synchronize(device)
+            synchronize(device)
             start = time.perf_counter()
             forward()
-            _synchronize(device)
+            synchronize(device)
             milliseconds.append(1e3 * (time.perf_counter() - start))
     lower, median, upper = statistics.quantiles(milliseconds, n=4, method="inclusive")
     return median, upper - lower
@@ -147,11 +149,11 @@ def measure_memory(
 def peak_allocation(run: Callable[[], object], device: torch.device) -> int:
     """Bytes allocated at the worst moment of one call, beyond what was there before it."""
     if device.type == "cuda":
-        _synchronize(device)
+        synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
-        _synchronize(device)
+        synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler talks otherwise
     cpu = [torch.profiler.ProfilerActivity.CPU]
@@ -178,7 +180,8 @@ def _forward_pass(
     return lambda: model(images), device
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -13,7 +13,7 @@ from .run_directory import BASELINE, CONFIG, RESULT, STARTS, TRACE, read_json
 
 DESIGNS = ("search", "scale")  # runs whose result is a topology
 TRAININGS = ("train", "detect")
-KINDS = (*DESIGNS, *TRAININGS)
+KINDS = (*DESIGNS, *TRAININGS, "study")
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,14 @@ class Run:
 
     @property
     def topology(self) -> str:
-        """The final topology, or the one that leads so far; of a training, the network's name."""
+        """The final topology, or the one that leads so far; of a training, the network's name; of a study, nothing."""
         if self.kind in TRAININGS:
             return _text(self.config.get("model"), "model", self.directory / CONFIG)
+        if self.kind == "study":
+            return ""
         if self.result is not None:
             return _text(self.result, "topology", self.directory / RESULT)
-        leads = "most_probable" if self.kind == "search" else "topology"
+        leads = {"search": "best" if "rule" in self.config else "most_probable", "scale": "topology"}[self.kind]
         return _text(self.trace[-1], leads, self.directory / TRACE)
 
 

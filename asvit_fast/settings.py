@@ -161,6 +161,7 @@ class SearchSettings(Settings):
         choices=SEARCH_RULES,
     )
     topk: int = _setting(10, "number of best sampled topologies that result.json and top.csv list", minimum=1)
+    batch_size: int = _setting(1, "number of images in the forward pass that --latency-ms counts", minimum=1)
 
 
 @dataclass(frozen=True)

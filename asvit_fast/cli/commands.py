@@ -129,6 +129,13 @@ SEARCH = Command(
         *SCORING,
         Option("params", bounds, None, "window of the number of parameters: LOW:HIGH, :10M or 1M:", "LO:HI"),
         Option("flops", bounds, None, "window of the number of multiply-adds per image: LOW:HIGH, :1G or 1M:", "LO:HI"),
+        Option(
+            "latency_ms",
+            bounds,
+            None,
+            "window of the milliseconds of a forward pass of --batch-size images on --device, measured here: LOW:HIGH",
+            "LO:HI",
+        ),
         Option("max_params", number, None, "largest number of parameters: the high end of --params", "NUMBER"),
         SPACE,
         Option(

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 from ..files import to_json
 from ..scoring import Score, score
+from ..scoring.result import percentile_text
 from ..settings import ScoreSettings
 from ..what import resolve
 from .common import initialisations, size_text, source_text, table
@@ -37,9 +38,9 @@ def describe(values: SimpleNamespace, result: Score) -> str:
         f"{values.what}\n{initialisations(values.repeats)} at {size_text(values.img_size)} pixels, seed {values.seed}, "
         f"{values.convention} convention, {source_text(values.images)}\n"
     )
-    rows = [("score", "mean", "std", "seconds", "direction")]
+    rows = [("score", "mean", "std", "seconds", "direction", "")]
     for metric in values.metrics:
         measured = result[metric]
         numbers = f"{measured.mean:.5g}", f"± {measured.std:.2g}", f"{measured.seconds:.2f}"
-        rows.append((metric, *numbers, DIRECTIONS[metric]))
+        rows.append((metric, *numbers, DIRECTIONS[metric], percentile_text(metric, measured.percentile)))
     return heading + "\n" + table(rows)

@@ -37,9 +37,9 @@ def budget(values: SimpleNamespace) -> Budget | None:
     low, high = values.params or (None, None)
     ceilings = [ceiling for ceiling in (high, values.max_params) if ceiling is not None]
     params = (low, min(ceilings)) if ceilings else (low, None)
-    if params == (None, None) and values.flops is None:
+    if params == (None, None) and values.flops is None and values.latency_ms is None:
         return None
-    return Budget(params=params, flops=values.flops)
+    return Budget(params=params, flops=values.flops, latency_ms=values.latency_ms)
 
 
 def announce(values: SimpleNamespace, space: SearchSpace) -> None:

@@ -17,7 +17,7 @@ __all__ = ["report"]
 
 
 def report(directory: str | Path) -> Path:
-    """Draw the run of ``search``, ``scale``, ``train`` or ``detect`` in ``directory``, or those in its subfolders of
+    """Draw the run of ``search``, ``scale``, ``train``, ``detect`` or ``study`` in ``directory``, or those in its subfolders of
     these names.
 
     Writes the plots as PNG files and ``report.html``, which holds them too and needs no other file, into ``directory``.
@@ -26,7 +26,7 @@ def report(directory: str | Path) -> Path:
     there is no run, nothing to draw yet, a file that cannot be understood, or no way to write.
     """
     try:
-        from . import bench_plots, detection_plots, plots, training_plots
+        from . import bench_plots, detection_plots, plots, study_plots, training_plots
     except ModuleNotFoundError as error:
         raise InputError(f"a report needs {error.name}; pip install 'asvit-fast[report]'") from None
     directory = Path(directory)
@@ -37,6 +37,7 @@ def report(directory: str | Path) -> Path:
     draw: dict[str, dict[str, Callable[[Run], bytes]]] = {
         "search": {"search_progress.png": plots.progress, "search_candidates.png": plots.search_candidates},
         "scale": {"scale_trajectory.png": plots.trajectory, "scale_candidates.png": plots.scale_candidates},
+        "study": {"study_scatter.png": study_plots.scatter, "study_taus.png": study_plots.taus},
         "train": {"train_epochs.png": training_plots.epochs, "train_cost.png": training_plots.cost},
         "detect": {"detect_epochs.png": training_plots.epochs, "detect_cost.png": training_plots.cost},
     }

@@ -18,9 +18,16 @@ from ..files import as_float
 from ..run_directory import STATE
 from ..runs import TRAININGS, Run
 from ..topology import SearchSpace, Topology
+from .study_tables import measure_table, network_table, study_result_table
 from .training_tables import phase_table, training_result_table
 
-TITLES = {"search": "Topology search", "scale": "Scaling", "train": "Training", "detect": "Training of a detector"}
+TITLES = {
+    "search": "Topology search",
+    "scale": "Scaling",
+    "train": "Training",
+    "detect": "Training of a detector",
+    "study": "Study",
+}
 TOP = 10  # rows in the tables of the best
 
 DESIGN_NOTE = (
@@ -49,6 +56,11 @@ CAPTIONS = {  # by the ends of file names
     "detect_examples.png": "Validation images with what is in them (above) and what the last validation found with a "
     "score of 0.5 or more (below). F1 counts what was found with the right class and an overlap (IoU) of 0.5 or more.",
     "detect_hardest.png": "The hardest images: those with the smallest F1, the truth above.",
+    "study_scatter.png": "Each dot is one topology: what was measured of it untrained, and the top-1 after training. "
+    "Tau is Kendall's, in the direction in which the measure is said to be better, with its 95 % bootstrap interval. "
+    "Red: As-ViT; grey: sizes; blue and orange: training-free measures of others.",
+    "study_taus.png": "How well each measure orders the trained networks, 1 being perfect and 0 chance, and what it "
+    "costs. An interval that holds 0 may be luck.",
     "-inference.png": "Inference: medians; shades or whiskers are quartiles of the turns.",
     "-train.png": "Forward and backward of a training step: medians; shades or whiskers are quartiles of the turns.",
     "-memory.png": "Largest memory that a call takes beyond weights and images.",
@@ -91,12 +103,14 @@ class Section:
     @classmethod
     def of(cls, run: Run, images: dict[str, bytes]) -> Section:
         """The section of one run."""
-        steps = f"{len(run.trace)} {'epochs' if run.kind in TRAININGS else 'steps'}"
+        unit = "topologies" if run.kind == "study" else "epochs" if run.kind in TRAININGS else "steps"
+        steps = f"{len(run.trace)} {unit}"
         status = f"finished after {steps}" if run.finished else f"not finished: {steps} so far"
         makers = {
             "search": (_result_table, _top_table, _choice_table),
             "scale": (_result_table, _growth_table),
             **dict.fromkeys(TRAININGS, (training_result_table, phase_table)),
+            "study": (study_result_table, measure_table, network_table),
         }
         common = (_config_table, _starts_table) if run.starts else (_config_table,)
         tables = [make(run) for make in (*makers[run.kind], *common)]
@@ -171,7 +185,7 @@ def _result_table(run: Run):
     for key, label in (("length_distortion", "length distortion"), ("ntk_condition", "NTK condition number")):
         if run.finished and key in source:
             rows.append((label, _score(source[key])))
-    if run.finished and "entropy" in source:
+    if run.finished and source.get("entropy") is not None:
         rows.append(("entropy of the policy at the end (nats)", _score(source["entropy"])))
     rows.append(("time in all steps (seconds)", f"{sum(as_float(record['seconds']) for record in run.trace):,.1f}"))
     rejected = sum(len(record.get("rejected") or record.get("dropped") or []) for record in run.trace)

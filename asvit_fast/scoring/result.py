@@ -20,11 +20,14 @@ CURVE_METRICS = {"length_distortion": length_distortion, "curvature": curvature,
 class Measure:
     """One metric over the repeats; ``seconds`` is the time of one repeat (metrics of the same pass share it).
 
-    Non-finite values stay what they are: they are reported, and rank worst.
+    Non-finite values stay what they are: they are reported, and rank worst. ``percentile`` says how many percent of
+    random topologies have a worse score at the same image size; None where no comparable ones are stored (they are
+    those of Table 1 at 64 and 224 pixels, as the search scores them).
     """
 
     values: tuple[float, ...]
     seconds: float
+    percentile: float | None = None
 
     @property
     def mean(self) -> float:
@@ -36,6 +39,14 @@ class Measure:
         if len(self.values) == 1:
             return 0.0
         return statistics.stdev(self.values) if all(map(math.isfinite, self.values)) else math.nan
+
+
+def percentile_text(metric: str, percentile: float | None, before: str = "") -> str:
+    """Words such as "longer than 87 % of random topologies"; nothing where it is unknown."""
+    if percentile is None:
+        return ""
+    better = {"length_distortion": "longer", "gauss_length": "longer"}.get(metric, "smaller")
+    return f"{before}{better} than {percentile:.0f} % of random topologies"
 
 
 @dataclass(frozen=True, repr=False)
@@ -61,7 +72,10 @@ class Score(Mapping[str, Measure]):
         """The target and one metric a line."""
         width = max(map(len, self.measures))
         target = self.target if len(self.target) <= 60 else f"{self.target[:57]}..."
-        lines = (f"  {name:{width}}  {m.mean:.5g} ± {m.std:.2g}" for name, m in self.measures.items())
+        lines = (
+            f"  {name:{width}}  {m.mean:.5g} ± {m.std:.2g}{percentile_text(name, m.percentile, ', ')}"
+            for name, m in self.measures.items()
+        )
         return "\n".join([f"Score({target!r}, seed={self.seed})", *lines])
 
     def _repr_html_(self) -> str:
@@ -79,7 +93,13 @@ class Score(Mapping[str, Measure]):
         settings["device"] = None if self.settings.device is None else str(self.settings.device)
         settings |= {"seed": self.seed, "images": self.images}
         measures = {
-            name: {"mean": m.mean, "std": m.std, "seconds": m.seconds, "values": list(m.values)}
+            name: {
+                "mean": m.mean,
+                "std": m.std,
+                "seconds": m.seconds,
+                "values": list(m.values),
+                "percentile": m.percentile,
+            }
             for name, m in self.measures.items()
         }
         return {"target": self.target, "settings": settings, "metrics": measures}

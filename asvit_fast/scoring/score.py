@@ -40,6 +40,7 @@ from .draws import (
 from .memory import out_of_memory
 from .ntk import ntk_condition, ntk_gram_of, score_features
 from .parallel import map_in_threads, worker_count
+from .percentile import percentile
 from .result import CURVE_METRICS, Measure, Score
 from .stacked_score import MOST_TOGETHER, score_stacked
 
@@ -77,7 +78,7 @@ def score(
             topology are run together, and their number shows in the rounding. torch's own generator is left as it was.
 
     Returns:
-        A mapping: ``score(...)["length_distortion"].mean``, ``.std``, ``.seconds``, ``.values``.
+        A mapping: ``score(...)["length_distortion"].mean``, ``.std``, ``.seconds``, ``.values``, ``.percentile``.
 
     Raises:
         InputError: a value that cannot be used, naming it.
@@ -105,7 +106,8 @@ def score(
     for name in settings.metrics:
         repeated = [result[name] for result in results if name in result]
         seconds = statistics.fmean(one["seconds"] for one in repeated)
-        measures[name] = Measure(tuple(one["value"] for one in repeated), seconds)
+        measure = Measure(tuple(one["value"] for one in repeated), seconds)
+        measures[name] = replace(measure, percentile=percentile(name, measure.mean, target, settings))
     source = None if pixels is None else fingerprint(pixels) if isinstance(images, Tensor) else str(images)
     return Score(_describe(target), replace(settings, device=where), measures, seed, source)
 

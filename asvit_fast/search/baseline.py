@@ -135,6 +135,7 @@ class RandomSearch:
             **measures._asdict(),
             "params": cost.params,
             "flops": cost.flops,
+            **({} if cost.latency_ms is None else {"latency_ms": cost.latency_ms}),
             "seconds": seconds,
         }
 

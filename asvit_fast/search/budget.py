@@ -18,14 +18,15 @@ from ..topology import SearchSpace, Topology
 Window = tuple[float | None, float | None]
 
 ENUMERATE_UP_TO = 20_000  # topologies; a larger space is probed with as many random ones
-_UNITS = {"params": "parameters", "flops": "FLOPs (multiply-adds)"}
+_UNITS = {"params": "parameters", "flops": "FLOPs (multiply-adds)", "latency_ms": "ms"}
 
 
 @dataclass(frozen=True)
 class Budget:
     """Windows (lowest, highest) that a topology's cost must lie in, ends included; None or infinity leaves an end open.
 
-    ``params`` counts parameters, ``flops`` multiply-adds of one image. Raises InputError for a window that is no pair,
+    ``params`` counts parameters, ``flops`` multiply-adds of one image, ``latency_ms`` milliseconds of a forward pass on
+    the machine at hand, measured block by block (``latency.py``). Raises InputError for a window that is no pair,
     is negative or is upside down.
 
     Examples:
@@ -36,6 +37,7 @@ class Budget:
 
     params: Window | None = None
     flops: Window | None = None
+    latency_ms: Window | None = None
 
     def __post_init__(self) -> None:
         for name in _UNITS:
@@ -46,10 +48,12 @@ class Budget:
         for name, unit in _UNITS.items():
             low, high = getattr(self, name) or (None, None)
             value = getattr(cost, name)
+            if value is None:
+                continue
             if low is not None and value < low:
-                return f"{value:,} {unit} < {low:,.0f}"
+                return f"{_text(value)} {unit} < {_text(low)}"
             if high is not None and value > high:
-                return f"{value:,} {unit} > {high:,.0f}"
+                return f"{_text(value)} {unit} > {_text(high)}"
         return None
 
     def to_dict(self) -> dict[str, list[float | None] | None]:
@@ -70,7 +74,7 @@ class Budget:
                 continue
             value_of = functools.partial(lambda get, topology: get(cost_of(topology)), operator.attrgetter(name))
             least, most = _extreme(space, value_of, width, min), _extreme(space, value_of, width, max)
-            facts = f"the topologies of the space at width {width} have {least:,} to {most:,} {unit}"
+            facts = f"the topologies of the space at width {width} have {_text(least)} to {_text(most)} {unit}"
             if (high is not None and least > high) or (low is not None and most < low):
                 raise InputError(
                     f"budget: {name} must be from {_text(low)} to {_text(high)}, but {facts}; change the budget"
@@ -99,11 +103,11 @@ def _window(name: str, window: Window | None) -> Window | None:
             raise InputError(f"budget: {name} must hold numbers from 0 up, or None for an open end, got {end!r}")
     low, high = (None if end is None or math.isinf(end) else end for end in window)
     if low is not None and high is not None and low > high:
-        raise InputError(f"budget: {name} has lowest {low:,.0f} above highest {high:,.0f}; swap them")
+        raise InputError(f"budget: {name} has lowest {_text(low)} above highest {_text(high)}; swap them")
     return (low, high)
 
 
-def _extreme(space: SearchSpace, value_of: Callable[[Topology], int], width: int, pick: Callable[..., Any]) -> int:
+def _extreme(space: SearchSpace, value_of: Callable[[Topology], float], width: int, pick: Callable[..., Any]) -> float:
     """The smallest (``pick=min``) or largest (``max``) cost of any topology of the space."""
     names = list(space.dimensions)
     extremes = []
@@ -117,8 +121,10 @@ def _extreme(space: SearchSpace, value_of: Callable[[Topology], int], width: int
                 ]
                 action = pick(options, key=lambda option: value_of(space.topology(option, width)))
         extremes.append(value_of(space.topology(action, width)))
-    return int(pick(extremes))
+    return pick(extremes)
 
 
 def _text(end: float | None) -> str:
-    return "any" if end is None else f"{end:,.0f}"
+    if end is None:
+        return "any"
+    return f"{end:,.0f}" if end >= 1000 or end == int(end) else f"{end:.4g}"

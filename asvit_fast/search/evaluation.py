@@ -13,6 +13,7 @@ from ..backends import rank_device
 from ..cost import Cost, topology_cost
 from ..errors import InputError
 from ..images import fingerprint
+from ..latency import LatencyModel
 from ..scoring.score import load, score_networks
 from ..settings import ScoreSettings, check_seed
 from ..topology import Topology
@@ -54,6 +55,7 @@ class Evaluator:
         self.settings = replace(settings, metrics=METRICS, device=self.device)
         self.scorer = scorer
         self.seed = seed
+        self.latency: LatencyModel | None = None  # of the networks that may be drawn, where a budget asks for it
         self.pos_embed = "absolute" if settings.convention == "paper" else "none"
         self.repeats = settings.repeats if scorer is None else 1
         self.images = load(images, self.settings) if scorer is None else None  # [batch, 3, H, W]
@@ -72,7 +74,8 @@ class Evaluator:
         In the "paper" convention the one that ``export`` writes, position embedding included; in the "reference"
         convention without it, as the authors count.
         """
-        return topology_cost(topology, self.settings.img_size, pos_embed=self.pos_embed)
+        cost = topology_cost(topology, self.settings.img_size, pos_embed=self.pos_embed)
+        return cost if self.latency is None else replace(cost, latency_ms=self.latency(topology))
 
     def work(self, tasks: Sequence[Task]) -> list[tuple[float, ...]]:
         """Do tasks: the values of METRICS of each. Scorers of users are called one at a time."""

@@ -6,12 +6,15 @@ import itertools
 import os
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..latency import LATENCY, LatencyModel, latency_model
+from ..processes import init_process_group, rank, run_on_rank0
 from ..run_directory import BASELINE, RunDirectory
 from ..settings import ImageSize, ScoreSettings, SearchSettings, check_kind
 from ..topology import SearchSpace, Topology
@@ -50,6 +53,7 @@ def search(
     baseline: str | None = None,
     rule: str = SearchSettings.rule,
     topk: int = SearchSettings.topk,
+    batch_size: int = SearchSettings.batch_size,
 ) -> SearchResult:
     """Find a topology whose untrained networks have a large length distortion and a small NTK condition number.
 
@@ -84,6 +88,7 @@ def search(
             under the same settings, for ``result.baseline``; may be asked for later, too.
         rule: "reinforce", or for comparison "random" (the best of ``steps`` uniform draws) or "evolution" (regularised
             evolution, arXiv 1802.01548), which end with the best that they scored.
+        batch_size: of the forward pass whose latency a budget of ``latency_ms`` means; measured once, in latency.json.
         topk: how many of the best sampled topologies top.csv lists.
 
     Raises:
@@ -101,10 +106,13 @@ def search(
         raise InputError(f"baseline must be 'random' or None, got {baseline!r}")
     check_kind("space", space, SearchSpace | None, "a SearchSpace, or None for that of the paper")
     check_kind("budget", budget, Budget | None, "a Budget(params=..., flops=...), or None")
-    settings = SearchSettings(steps, width, history, lr, momentum, rule, topk)
+    settings = SearchSettings(steps, width, history, lr, momentum, rule, topk, batch_size)
     scoring = ScoreSettings(METRICS, img_size, thetas, repeats, batch, convention, norms, device)
     evaluator = Evaluator(scoring, images, seed, scorer)
-    run = RULES.get(rule, _Search)(SearchSpace() if space is None else space, settings, evaluator, budget or Budget())
+    space, budget = space or SearchSpace(), budget or Budget()
+    if budget.latency_ms is not None:
+        evaluator.latency = _measured(space, width, scoring, batch_size, evaluator.device, out)
+    run = RULES.get(rule, _Search)(space, settings, evaluator, budget)
 
     def lead(share: Share[Task]) -> SearchResult:
         for note in run.notes:
@@ -119,6 +127,27 @@ def search(
             return replace(result, baseline=compared)
 
     return run_shared(lead, evaluator.work, evaluator.device)
+
+
+def _measured(
+    space: SearchSpace,
+    width: int,
+    scoring: ScoreSettings,
+    batch_size: int,
+    device: torch.device,
+    out: str | os.PathLike[str] | None,
+) -> LatencyModel:
+    """Latencies on this machine, measured by one process for all, and how far they can be trusted."""
+    path = None if out is None else Path(out) / LATENCY
+    init_process_group(device)
+    model = run_on_rank0(lambda: latency_model(space, width, scoring.img_size, batch_size, device, path))
+    if rank() == 0:
+        warnings.warn(
+            f"latencies are sums over {len(model.pieces)} measured blocks; those of {len(model.checks)} whole networks "
+            f"are missed by {100 * model.error:.0f} % on average ({100 * model.bias:+.0f} % with sign)",
+            stacklevel=4,
+        )
+    return model
 
 
 class _Search(RandomSearch):
@@ -165,6 +194,7 @@ class _Search(RandomSearch):
             "most_probable": str(self.most_probable()),
             "params": cost.params,
             "flops": cost.flops,
+            **({} if cost.latency_ms is None else {"latency_ms": cost.latency_ms}),
             "seconds": seconds,
             "rejected": draw.rejected,
         }

@@ -127,10 +127,12 @@ class Analysis:
 
     def noise(self) -> Noise | None:
         """What the seeds of training do, of the networks that were trained several times."""
-        repeated = [accuracies for row in self.rows if len(accuracies := finite(row["top1"])) > 1]
-        if len(repeated) < 2 or len(self.rows) < 3:
+        most = max(len(row["top1"]) for row in self.rows)
+        repeated = np.array([row for row in map(finite, (row["top1"] for row in self.rows)) if len(row) == most])
+        if most < 2 or len(repeated) < 2 or len(self.rows) < 3:
             return None
-        within = float(np.mean([np.var(accuracies, ddof=1) for accuracies in repeated]))
+        residual = repeated - repeated.mean(0) - repeated.mean(1, keepdims=True) + repeated.mean()  # [networks, seeds]
+        within = float((residual**2).sum() / ((len(repeated) - 1) * (most - 1)))
         firsts = np.array([as_float(row["top1"][0]) for row in self.rows])
         total = float(np.var(firsts[np.isfinite(firsts)], ddof=1))
         reliability = min(max(1 - within / total, 0.0), 1.0) if total else 0.0
@@ -139,9 +141,13 @@ class Analysis:
 
 @dataclass(frozen=True)
 class Noise:
-    """``within``: standard deviation of the accuracy over seeds; ``total``: over networks with one seed each, seeds
-    included (percentage points); ``reliability``: the part of the variance that is the networks'; ``networks`` that
-    were trained several times."""
+    """How much of the accuracies is luck.
+
+    ``within``: standard deviation (percentage points) of the accuracy of a network over seeds of training, beyond what
+    a seed, which orders the images, does to all networks alike; ``total``: over networks with one seed each, seeds
+    included; ``reliability``: the part of the variance that is the networks'; ``networks``: how many were trained
+    several times.
+    """
 
     within: float
     total: float

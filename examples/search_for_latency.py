@@ -23,7 +23,7 @@ def latency(topology: af.Topology) -> float:
 def scorer(topology: af.Topology) -> dict[str, float]:
     """The usual scores of what is fast enough, and the worst ones of what is not."""
     if latency(topology) > LIMIT:
-        return {"length_distortion": 0.0, "ntk_condition": float("inf")}
+        return {"length_distortion": 1e-9, "ntk_condition": 1e9}
     scores = af.score(
         topology, ("length_distortion", "ntk_condition"), img_size=SIDE, repeats=1, batch=len(images), images=images
     )

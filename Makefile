@@ -139,6 +139,11 @@ docs: install
 notebooks: install
 	$(BIN)/python examples/make_notebooks.py
 
+# Before a release: version, date and tag agree, the source distribution holds the repository and builds alone, the wheel
+# imports, requirements and their licences. It publishes nothing.
+release-check: install
+	$(BIN)/python .ci/release_check.py
+
 clean:
 	rm -rf build dist *.egg-info asvit_fast/_build.json asvit_fast/_C.*.so $(VENV)/.installed
 	find asvit_fast kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -370,7 +370,11 @@ def main() -> None:
     setup(
         packages=[*find_packages(include=["asvit_fast", "asvit_fast.*"]), "asvit_fast.kernels"],
         package_dir={"asvit_fast": "asvit_fast", "asvit_fast.kernels": "kernels"},
-        package_data={"asvit_fast": ["py.typed", "*.pyi"], "asvit_fast.scoring": ["*.json"], "asvit_fast.kernels": ["tiles/*.json"]},
+        package_data={
+            "asvit_fast": ["py.typed", "*.pyi"],
+            "asvit_fast.scoring": ["*.json"],
+            "asvit_fast.kernels": ["tiles/*.json"],
+        },
         ext_modules=extensions,
         cmdclass=commands,
         options={"bdist_wheel": {"py_limited_api": OLDEST_PYTHON}} if extensions and limited_api() else {},

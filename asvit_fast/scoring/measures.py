@@ -24,6 +24,7 @@ REFERENCE_BATCH = 6  # thetas that the authors' code passes at a time, which its
 def _integral(values: Tensor, convention: str) -> float:
     """values [n], one per theta."""
     check_choice("convention", convention, CONVENTIONS)
+    values = values.detach()
     return float(values.sum() if convention == "reference" else 2 * math.pi * values.mean())
 
 

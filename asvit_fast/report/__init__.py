@@ -17,8 +17,8 @@ __all__ = ["report"]
 
 
 def report(directory: str | Path) -> Path:
-    """Draw the run of ``search``, ``scale``, ``train``, ``detect`` or ``study`` in ``directory``, or those in its subfolders of
-    these names.
+    """Draw the run of ``search``, ``scale``, ``train``, ``detect`` or ``study`` in ``directory``, or those in its
+    subfolders of these names.
 
     Writes the plots as PNG files and ``report.html``, which holds them too and needs no other file, into ``directory``.
     A run that is still going, or was stopped, is drawn as far as it got. Of a file of ``asvit-fast bench`` (CSV or

@@ -253,7 +253,7 @@ def test_triton_kernels(tmp_path, capsys):
     rows = {row["kernel"].removeprefix("window_attention_"): row for row in rows_of(out)}
     assert list(rows) == ["single_tile", "single_tile_backward", "tiled", "tiled_backward"]
     for row in rows.values():
-        assert row["spilled"] == "0" and int(row["tensor"]) > 0 and "back to" in row["loop"]
+        assert int(row["spilled"]) <= kernel_report.FEW and int(row["tensor"]) > 0 and "back to" in row["loop"]
         assert float(row["pipes_ps"]) >= float(row["exp_ps"]) > 0.2  # at least an exponential per score
         assert float(row["issue_ps"]) > float(row["tensor_ps"])
         assert 0 < float(row["occupancy"]) <= 1

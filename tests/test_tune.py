@@ -29,7 +29,7 @@ from asvit_fast.kernels import tile_table
 from asvit_fast.topology import Topology
 
 START = {"block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 2}
-FEATURES = (("bits", 16), ("tokens", 784), ("block_d", 16))
+FEATURES = (("bits", 32), ("tokens", 784), ("block_d", 16))
 
 
 @pytest.fixture(autouse=True)
@@ -181,7 +181,7 @@ def test_candidates_are_checked():
 
 
 def tasks(*tokens: int) -> list[Task]:
-    return [Task("tiled", (("bits", 16), ("tokens", n), ("block_d", 16)), (Fake(),)) for n in tokens]
+    return [Task("tiled", (("bits", 32), ("tokens", n), ("block_d", 16)), (Fake(),)) for n in tokens]
 
 
 def tune_with(todo: list[Task], table: UserTable, **options):
@@ -208,7 +208,7 @@ def test_tune_writes_rows_that_lookups_find(folder, monkeypatch):
     row = json.loads(table.path.read_text())["kernels"]["tiled"][0]
     assert row == dict(todo[0].features) | best.tiles | {"tuned": row["tuned"]}
     assert row["tuned"]["speed"] == pytest.approx(best.speed, abs=1e-3)
-    assert tile_table.nearest("tiled", "hopper/My GPU", bits=16, tokens=784, block_d=16) == best.tiles
+    assert tile_table.nearest("tiled", "hopper/My GPU", bits=32, tokens=784, block_d=16) == best.tiles
     assert tune_with(todo, table) == {}
     assert set(tune_with(todo, table, again=True)) == set(todo)
     assert len(table.read()["tiled"]) == 1

@@ -42,6 +42,11 @@ CAPTIONS = {  # by the ends of file names
     "ones see fewer tokens, which makes their epochs cheaper. Validation sees as many tokens as its phase.",
     "train_cost.png": "The same training over what it has cost: multiply-adds of all forward passes on the left (the "
     "backward passes cost about twice as many again), time in training steps on the right.",
+    "search_pareto.png": "Every sampled topology: the sum of its ranks in both measures as a share of the largest, "
+    "against what it costs. The line joins those that no other one beats in both.",
+    "scale_compared.png": "Left: how each rule grows the same topology. Right: what was measured of it on the way; the "
+    "numbers are steps.",
+    "search_compared.png": "Moving means of what each search drew, a line for each seed.",
     "study_scatter.png": "Each dot is one topology: what was measured of it untrained, and the top-1 after training. "
     "Tau is Kendall's, in the direction in which the measure is said to be better, with its 95 % bootstrap interval. "
     "Red: As-ViT; grey: sizes; blue and orange: training-free measures of others.",
@@ -247,7 +252,7 @@ def _space(run: Run) -> SearchSpace:
 def _policy(run: Run) -> dict[tuple[str, int], float] | None:
     """Probability of each (dimension, value) in the saved state; None when there is no state beside the trace."""
     path = run.directory / STATE
-    if not path.is_file():
+    if not path.is_file() or "rule" in run.config:
         return None
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu")

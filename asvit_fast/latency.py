@@ -24,7 +24,6 @@ LATENCY = "latency.json"  # of a run: what was measured, which a run that contin
 RUNS = 15  # of which the shortest counts
 WARM_UP = 3
 CHECKED = 6  # random networks that are timed whole and held against their sums
-PIECES = ("embed", "block", "merge", "head")
 
 
 @dataclass(frozen=True)
@@ -83,15 +82,14 @@ def latency_model(
         return _read(path, same)
     pieces: dict[str, float] = {}
     for topology in _covering(space, width):
-        wanted = {key for key, _ in keys(topology)} - set(pieces)
-        if wanted:
-            pieces |= _measure(topology, wanted, same["img_size"], batch_size, where)
+        if {key for key, _ in keys(topology)} - set(pieces):
+            measured = _measure(topology, same["img_size"], batch_size, where)
+            pieces |= {key: min(value, pieces.get(key, value)) for key, value in measured.items()}
     model = LatencyModel(**same, pieces=pieces)
     generator = torch.Generator().manual_seed(0)
     for _ in range(CHECKED):
         topology = space.sample(generator, width)
-        network, images = _network(topology, model.img_size, where), _images(model.img_size, batch_size, where)
-        model.checks.append((model(topology), _milliseconds(lambda n=network, x=images: n(x), where)))
+        model.checks.append((model(topology), _whole(topology, model.img_size, batch_size, where)))
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, to_json(model.to_dict(), indent=1) + "\n")
@@ -136,19 +134,25 @@ def _images(sides: tuple[int, int], batch_size: int, device: torch.device) -> Te
     return torch.randn(batch_size, 3, *sides, device=device)  # [B, 3, H, W]
 
 
-def _measure(
-    topology: Topology, wanted: set[str], sides: tuple[int, int], batch_size: int, device: torch.device
-) -> dict[str, float]:
-    """Milliseconds of the wanted pieces of a network, each on the activations that it gets there."""
-    network, found = _network(topology, sides, device), {}
-    names = [key for key, _ in keys(topology)]
+def _measure(topology: Topology, sides: tuple[int, int], batch_size: int, device: torch.device) -> dict[str, float]:
+    """Milliseconds of every piece of a network, each behind those before it: in a loop of its own, a piece would find
+    its weights in the processor's cache. The shortest of several runs, as what else the machine does makes them longer.
+    """
+    network, images = _network(topology, sides, device), _images(sides, batch_size, device)
+    pieces = list(zip([key for key, _ in keys(topology)], _pieces(network), strict=True))
+    shortest: dict[str, float] = {}
     with torch.inference_mode():
-        x: Tensor = _images(sides, batch_size, device)
-        for name, piece in zip(names, _pieces(network), strict=True):
-            if name in wanted:
-                found[name] = _milliseconds(lambda run=piece, given=x: run(given), device)
-            x = piece(x)
-    return found
+        for turn in range(WARM_UP + RUNS):
+            x = images
+            for key, piece in pieces:
+                synchronize(device)
+                start = time.perf_counter()
+                x = piece(x)
+                synchronize(device)
+                if turn >= WARM_UP:
+                    passed = 1e3 * (time.perf_counter() - start)
+                    shortest[key] = min(passed, shortest.get(key, passed))
+    return shortest
 
 
 def _pieces(network: AsViT) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -161,18 +165,18 @@ def _pieces(network: AsViT) -> Iterator[Callable[[Tensor], Tensor]]:
     yield nn.Sequential(network.norm, network.head)
 
 
-def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
-    """The shortest of several runs: what else the machine does only makes runs longer."""
+def _whole(topology: Topology, sides: tuple[int, int], batch_size: int, device: torch.device) -> float:
+    """Milliseconds of a whole network, the shortest of several runs."""
+    network, images = _network(topology, sides, device), _images(sides, batch_size, device)
+    times = []
     with torch.inference_mode():
-        times = []
-        for turn in range(WARM_UP + RUNS):
+        for _ in range(WARM_UP + RUNS):
             synchronize(device)
             start = time.perf_counter()
-            run()
+            network(images)
             synchronize(device)
-            if turn >= WARM_UP:
-                times.append(1e3 * (time.perf_counter() - start))
-    return min(times)
+            times.append(1e3 * (time.perf_counter() - start))
+    return min(times[WARM_UP:])
 
 
 def _read(path: Path, same: dict[str, Any]) -> LatencyModel:

@@ -59,6 +59,19 @@ def find_runs(directory: Path, kinds: Sequence[str] = DESIGNS) -> list[Run]:
     return [read_run(folder, kinds) for folder in folders]
 
 
+def find_compared(directory: Path) -> list[Run]:
+    """The searches and growths in subfolders of any name, in natural order; [] where ``directory`` is a run itself or
+    has its runs in subfolders named as their kinds."""
+    if not directory.is_dir() or any(has_run(folder) for folder in (directory, *(directory / kind for kind in KINDS))):
+        return []
+    return [read_run(folder, DESIGNS) for folder in sorted(directory.iterdir()) if has_run(folder)]
+
+
+def rule_of(run: Run) -> str:
+    """What chose in a search or a growth."""
+    return str(run.config.get("rule", {"search": "reinforce", "scale": "scores"}[run.kind]))
+
+
 def has_run(directory: Path) -> bool:
     return (directory / CONFIG).is_file()
 

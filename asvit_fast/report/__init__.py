@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..bench.rows import read_rows
 from ..errors import InputError
 from ..files import write_atomic
 from ..run_directory import TRACE
-from ..runs import KINDS, Run, find_runs
+from ..runs import KINDS, Run, find_compared, find_runs, rule_of
 from .bench_tables import NOTE, bench_section
+from .comparison_tables import agreement_table, reached_table
 from .page import DESIGN_NOTE, Section, render
 
 __all__ = ["report"]
@@ -18,7 +19,7 @@ __all__ = ["report"]
 
 def report(directory: str | Path) -> Path:
     """Draw the run of ``search``, ``scale``, ``train``, ``detect`` or ``study`` in ``directory``, or those in its
-    subfolders of these names.
+    subfolders of these names; or compare the searches and growths in its subfolders of other names, by their rules.
 
     Writes the plots as PNG files and ``report.html``, which holds them too and needs no other file, into ``directory``.
     A run that is still going, or was stopped, is drawn as far as it got. Of a file of ``asvit-fast bench`` (CSV or
@@ -26,7 +27,7 @@ def report(directory: str | Path) -> Path:
     there is no run, nothing to draw yet, a file that cannot be understood, or no way to write.
     """
     try:
-        from . import bench_plots, detection_plots, plots, study_plots, training_plots
+        from . import bench_plots, comparison_plots, detection_plots, plots, study_plots, training_plots
     except ModuleNotFoundError as error:
         raise InputError(f"a report needs {error.name}; pip install 'asvit-fast[report]'") from None
     directory = Path(directory)
@@ -34,8 +35,16 @@ def report(directory: str | Path) -> Path:
         rows = read_rows(directory)
         section = bench_section(directory, rows, bench_plots.throughput, bench_plots.memory)
         return _write(directory.with_suffix(".html"), directory.name, [section], NOTE)
+    if compared := find_compared(directory):
+        figures = {"search": comparison_plots.searches, "scale": comparison_plots.growths}
+        sections = compared_sections(compared, figures)
+        return _write(directory / "report.html", directory.resolve().name, sections)
     draw: dict[str, dict[str, Callable[[Run], bytes]]] = {
-        "search": {"search_progress.png": plots.progress, "search_candidates.png": plots.search_candidates},
+        "search": {
+            "search_progress.png": plots.progress,
+            "search_candidates.png": plots.search_candidates,
+            "search_pareto.png": plots.pareto,
+        },
         "scale": {"scale_trajectory.png": plots.trajectory, "scale_candidates.png": plots.scale_candidates},
         "study": {"study_scatter.png": study_plots.scatter, "study_taus.png": study_plots.taus},
         "train": {"train_epochs.png": training_plots.epochs, "train_cost.png": training_plots.cost},
@@ -52,6 +61,20 @@ def _write(page: Path, name: str, sections: list[Section], note: str = DESIGN_NO
             write_atomic(page.parent / file_name, png)
     write_atomic(page, render(name, sections, note))
     return page
+
+
+def compared_sections(runs: Sequence[Run], figures: dict[str, Callable[[Sequence[Run]], bytes]]) -> list[Section]:
+    """A section for the growths and one for the searches."""
+    sections = []
+    for kind, title in (("scale", "Growths compared"), ("search", "Searches compared")):
+        own = [run for run in runs if run.kind == kind]
+        if own:
+            tables = [reached_table(own)]
+            policies = [run for run in own if rule_of(run) == "reinforce"]
+            tables += [agreement_table(policies)] if policies else []
+            images = {f"{kind}_compared.png": figures[kind](own)}
+            sections.append(Section(title, f"{len(own)} runs", "", images, tables))
+    return sections
 
 
 def _section(

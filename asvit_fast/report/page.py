@@ -56,6 +56,11 @@ CAPTIONS = {  # by the ends of file names
     "detect_examples.png": "Validation images with what is in them (above) and what the last validation found with a "
     "score of 0.5 or more (below). F1 counts what was found with the right class and an overlap (IoU) of 0.5 or more.",
     "detect_hardest.png": "The hardest images: those with the smallest F1, the truth above.",
+    "search_pareto.png": "Every sampled topology: the sum of its ranks in both measures as a share of the largest, "
+    "against what it costs. The line joins those that no other one beats in both.",
+    "scale_compared.png": "Left: how each rule grows the same topology. Right: what was measured of it on the way; the "
+    "numbers are steps.",
+    "search_compared.png": "Moving means of what each search drew, a line for each seed.",
     "study_scatter.png": "Each dot is one topology: what was measured of it untrained, and the top-1 after training. "
     "Tau is Kendall's, in the direction in which the measure is said to be better, with its 95 % bootstrap interval. "
     "Red: As-ViT; grey: sizes; blue and orange: training-free measures of others.",
@@ -262,7 +267,7 @@ def _space(run: Run) -> SearchSpace:
 def _policy(run: Run) -> dict[tuple[str, int], float] | None:
     """Probability of each (dimension, value) in the saved state; None when there is no state beside the trace."""
     path = run.directory / STATE
-    if not path.is_file():
+    if not path.is_file() or "rule" in run.config:
         return None
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu")

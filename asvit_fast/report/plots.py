@@ -61,20 +61,27 @@ class Point:
 def progress(run: Run) -> bytes:
     """Both measures of the sampled topologies beside those of random ones, and the policy's entropy, over the steps."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9, 9))
-        length, condition, policy = figure.subplots(3, 1, sharex=True)
+        has_policy = "entropy" in run.trace[0]
+        figure = Figure(figsize=(9, 9 if has_policy else 6.5))
+        length, condition, *policy = figure.subplots(3 if has_policy else 2, 1, sharex=True)
         _measure(length, run, "length_distortion", np.asarray)
         length.set(title="Length distortion (up is better)")
         condition.set_yscale("log")
         _measure(condition, run, "ntk_condition", np.log)
         condition.set(title="NTK condition number (down is better)")
         _plain_ticks(condition.yaxis, *condition.get_ylim())
-        entropy = [as_float(record["entropy"]) for record in run.trace]  # [steps], nats
-        policy.plot(_done(run), entropy, color=BLUE, linewidth=2)
-        policy.set(title="Entropy of the policy: it falls as the policy commits itself", ylabel="nats", xlabel="step")
-        whole_steps(policy)
+        if has_policy:
+            _entropy(policy[0], run)
+        (policy[0] if has_policy else condition).set_xlabel("step")
+        whole_steps(condition)
         figure.legend(*length.get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=10)
         return png(figure)
+
+
+def _entropy(axes: Axes, run: Run) -> None:
+    entropy = [as_float(record["entropy"]) for record in run.trace]  # [steps], nats
+    axes.plot(_done(run), entropy, color=BLUE, linewidth=2)
+    axes.set(title="Entropy of the policy: it falls as the policy commits itself", ylabel="nats")
 
 
 def _measure(axes: Axes, run: Run, name: str, to_scale: Callable[[np.ndarray], np.ndarray]) -> None:
@@ -123,7 +130,8 @@ def search_candidates(run: Run) -> bytes:
     drawn = [record for record in run.trace if record["topology"] == run.topology]
     marked = drawn[-1:] if run.result is None else [run.result]
     points += [Point.of(record, last, chosen=True) for record in marked]
-    label = "the result: most probable" if run.finished else "the most probable so far"
+    name = "best" if "rule" in run.config else "most probable"
+    label = f"the result: {name}" if run.finished else f"the {name} so far"
     return _scatter(points, "Every sampled topology", label, random)
 
 
@@ -135,6 +143,45 @@ def scale_candidates(run: Run) -> bytes:
         for candidate in record["candidates"]
     ]
     return _scatter(points, "Every candidate of every growth step", "chosen in its step")
+
+
+def pareto(run: Run) -> bytes:
+    """The sum of ranks in both measures against parameters, multiply-adds and, if measured, latency, with the front of
+    those that no other topology beats in both."""
+    records = list({record["topology"]: record for record in run.trace}.values())
+    points = [Point.of(record, record["step"]) for record in records]
+    records = [record for record, point in zip(records, points, strict=True) if point.finite]
+    ranks = _rank_sums([point for point in points if point.finite])  # [topologies], 100 = best in both
+    costs = [("params", "parameters (millions)", 1e6), ("flops", "multiply-adds (millions)", 1e6)]
+    if records and "latency_ms" in records[0]:
+        costs.append(("latency_ms", "latency (ms)", 1.0))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.2 * len(costs), 4.6))
+        panels = figure.subplots(1, len(costs), sharey=True)
+        for axes, (name, label, unit) in zip(panels, costs, strict=True):
+            values = np.array([as_float(record[name]) / unit for record in records])  # [topologies]
+            axes.plot(values, ranks, "o", color=GREY, alpha=0.5, markersize=4, markeredgewidth=0)
+            front = _front(values, ranks)
+            axes.plot(values[front], ranks[front], "o-", color=VERMILLION, markersize=6, drawstyle="steps-post")
+            axes.set_xlabel(label)
+        panels[0].set(title="Scores against costs", ylabel="sum of ranks (% of the best possible)")
+        return png(figure)
+
+
+def _rank_sums(points: Sequence[Point]) -> np.ndarray:
+    """Both ranks of each point, equal values sharing one, added: 100 is best in both, 0 worst."""
+    columns = [[point.length_distortion for point in points], [-point.ntk_condition for point in points]]
+    ranks = [np.unique(np.array(column), return_inverse=True)[1] for column in columns]  # [points] each
+    return 50 * sum((rank / max(rank.max(initial=0), 1) for rank in ranks), np.zeros(len(points)))
+
+
+def _front(costs: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Indices of the points that no other has both cheaper and better, by cost."""
+    front: list[int] = []
+    for index in np.lexsort((-scores, costs)):
+        if not front or scores[index] > scores[front[-1]]:
+            front.append(int(index))
+    return np.array(front, dtype=int)
 
 
 def trajectory(run: Run) -> bytes:

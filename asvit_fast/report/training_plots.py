@@ -88,6 +88,7 @@ def _legend(axes: Axes) -> None:
 def _shade(axes: Axes, run: Run, ends: Sequence[float]) -> None:
     """The phases, darker the fewer tokens they see, with their tokens along the bottom."""
     start, done = 0.0, 0
+    cast(Figure, axes.figure).draw_without_rendering()  # only the layout knows how wide the axes will be
     inches = axes.get_window_extent().width / cast(Figure, axes.figure).dpi
     for phase in phases(run):
         done += len(phase.rows)

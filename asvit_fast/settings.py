@@ -199,7 +199,9 @@ class StudySettings(Settings):
     repeat_every: int = _setting(
         8, "every so manieth topology is trained with several seeds, which tells the noise of accuracies", minimum=1
     )
-    score_repeats: int = _setting(5, "freshly initialised networks that each measure is averaged over", minimum=1)
+    score_repeats: int = _setting(
+        5, "number of freshly initialised networks that each measure is averaged over", minimum=1
+    )
 
 
 @dataclass(frozen=True)

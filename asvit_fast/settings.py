@@ -197,10 +197,10 @@ class StudySettings(Settings):
     width: int = _setting(DEFAULT_WIDTH, "number of channels in the first stage of the networks", minimum=1)
     repeats: int = _setting(3, "trainings of a topology that is trained with several seeds", minimum=1)
     repeat_every: int = _setting(
-        8, "every so manieth topology is trained with several seeds, which tells the noise of accuracies", minimum=1
+        8, "one topology in this number is trained with several seeds, which tells the noise of accuracies", minimum=1
     )
     score_repeats: int = _setting(
-        5, "number of freshly initialised networks that each measure is averaged over", minimum=1
+        5, "number of freshly initialised networks to average each measure over", minimum=1
     )
 
 

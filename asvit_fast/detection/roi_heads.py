@@ -57,13 +57,18 @@ class RoIHeads(parts.RoIHeads):
         return [boxes if len(boxes) else corner.to(boxes) for boxes in together]
 
 
+def single(x: Tensor) -> Tensor:
+    """Float32 of what has fewer bits."""
+    return x if x.dtype.itemsize >= 4 else x.float()
+
+
 class Predictor(FastRCNNPredictor):
     """torchvision's, whose answers are float32 under autocast, too: it adds them to pixels in the type that they have,
     and bfloat16 has no odd pixels above 256."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scores, deltas = super().forward(x)
-        return scores.float(), deltas.float()
+        return single(scores), single(deltas)
 
 
 class ProposalHead(RPNHead):
@@ -71,7 +76,7 @@ class ProposalHead(RPNHead):
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         objectness, deltas = super().forward(x)
-        return [one.float() for one in objectness], [one.float() for one in deltas]
+        return list(map(single, objectness)), list(map(single, deltas))
 
 
 class ClassAgnosticPredictor(nn.Module):
@@ -84,7 +89,7 @@ class ClassAgnosticPredictor(nn.Module):
         self.bbox_pred = nn.Linear(features, 4)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.cls_score(x).float(), self.bbox_pred(x).float().repeat(1, self.num_classes)
+        return single(self.cls_score(x)), single(self.bbox_pred(x)).repeat(1, self.num_classes)
 
 
 class CascadeRoIHeads(nn.Module):

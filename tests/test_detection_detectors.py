@@ -111,6 +111,16 @@ def test_accelerate_changes_nothing(name: str) -> None:
         torch.testing.assert_close(before[key], after[key], rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["mask_rcnn", "cascade_mask_rcnn"])
+def test_boxes_are_exact_in_bfloat16(name: str) -> None:
+    """Large images: pixels above 256 are no numbers of bfloat16."""
+    made = make(name, box_score_thresh=0.0, min_size=512, max_size=512, box_detections_per_img=20).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        boxes = made([torch.rand(3, 512, 512)])[0]["boxes"]
+    assert boxes.dtype == torch.float32
+    assert (boxes != boxes.bfloat16().float()).any()
+
+
 @pytest.mark.parametrize("name", MAKERS)
 def test_no_proposals(name: str) -> None:
     heads = make(name).roi_heads
@@ -155,7 +165,7 @@ def test_cascade_by_hand() -> None:
     with torch.no_grad():
         found = heads(features, [boxes], [(96, 128)])[0][0]
         scores = []
-        for stage in heads.stages:
+        for stage in heads.stages.values():
             logits, deltas = stage.box_predictor(stage.box_head(stage.box_roi_pool(features, [boxes], [(96, 128)])))
             scores.append(logits.softmax(1))
             boxes = stage.box_coder.decode(deltas[:, :4], [boxes])[:, 0]
@@ -174,10 +184,10 @@ def test_stages_of_a_cascade_learn_from_their_own_overlaps() -> None:
     proposal = torch.tensor([[0.0, 0, 100, 55]])
     labels = [
         stage.assign_targets_to_proposals([proposal], [truth], [torch.tensor([3])])[1][0].item()
-        for stage in made.roi_heads.stages
+        for stage in made.roi_heads.stages.values()
     ]
     assert labels == [3, 0, 0]
-    assert [stage.box_coder.weights[0] for stage in made.roi_heads.stages] == [10, 20, 30]
+    assert [stage.box_coder.weights[0] for stage in made.roi_heads.stages.values()] == [10, 20, 30]
 
 
 @pytest.mark.parametrize(

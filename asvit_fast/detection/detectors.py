@@ -9,16 +9,16 @@ from typing import Any
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from ..errors import InputError
 from ..settings import DETECTORS, check_integer
 from .backbone import LEVELS, _prefixed
-from .roi_heads import CascadeRoIHeads, ClassAgnosticPredictor, RoIAlign, RoIHeads
+from .roi_heads import CascadeRoIHeads, ClassAgnosticPredictor, Predictor, ProposalHead, RoIAlign, RoIHeads
 
 BOX_SIDE, MASK_SIDE = 7, 14  # of pooled maps
 
@@ -139,7 +139,7 @@ def _rpn(backbone: Any, options: DetectorOptions) -> RegionProposalNetwork:
     anchors = AnchorGenerator(sizes, (options.aspect_ratios,) * len(sizes))
     return RegionProposalNetwork(
         anchors,
-        RPNHead(backbone.out_channels, anchors.num_anchors_per_location()[0]),
+        ProposalHead(backbone.out_channels, anchors.num_anchors_per_location()[0]),
         options.rpn_fg_iou_thresh,
         options.rpn_bg_iou_thresh,
         options.rpn_batch_size_per_image,
@@ -191,7 +191,7 @@ def _heads(
 def _single(backbone: nn.Module, num_classes: int, masks: bool, options: DetectorOptions) -> Detector:
     iou = (options.box_fg_iou_thresh, options.box_bg_iou_thresh)
     _check(backbone, num_classes)
-    heads = _heads(backbone, num_classes, masks, options, iou, options.bbox_reg_weights, FastRCNNPredictor)
+    heads = _heads(backbone, num_classes, masks, options, iou, options.bbox_reg_weights, Predictor)
     return Detector(backbone, num_classes, heads, options)
 
 
@@ -268,4 +268,4 @@ MASKED = ("mask_rcnn", "cascade_mask_rcnn")  # those that find masks
 def stage_heads(detector: Detector) -> list[Any]:
     """The heads of all stages, one of a detector without a cascade."""
     heads = detector.roi_heads
-    return list(heads.stages) if isinstance(heads, CascadeRoIHeads) else [heads]
+    return list(heads.stages.values()) if isinstance(heads, CascadeRoIHeads) else [heads]

@@ -67,8 +67,7 @@ def evaluate_detector(
     """
     coco_masks()
     context = autocast or contextlib.nullcontext
-    seen: list[int] = []
-    found: list[dict[str, Any]] = []
+    found: dict[int, list[dict[str, Any]]] = {}  # by image: the next one takes the place of what cannot be read
     device = next(model.parameters()).device
     with evaluation_mode(model), torch.no_grad():
         bar = tqdm(batches, desc="evaluating", unit=" batches", leave=False, disable=None if progress else True)
@@ -76,16 +75,15 @@ def evaluate_detector(
             with context():
                 outputs = model(images)
             for target, output in zip(targets, outputs, strict=True):
-                if target["image_id"] not in (None, *seen[-1:]):
-                    seen.append(target["image_id"])
-                    found += to_results(output, target["image_id"], truth.categories)
-    together = processes.gather((seen, found)) if ranks > 1 else [(seen, found)]
-    seen = list(dict.fromkeys(number for numbers, _ in together for number in numbers))
-    found = [one for _, results in together for one in results]
-    if not seen:
+                if target["image_id"] is not None:
+                    found[target["image_id"]] = to_results(output, target["image_id"], truth.categories)
+    for others in processes.gather(found) if ranks > 1 else []:
+        found |= others
+    if not found:
         raise InputError("there are no images to evaluate; give other data")
-    measures = processes.run_on_rank0(lambda: measure(found, truth, set(seen), masks))
-    return DetectionEvaluation(len(seen), measures, found)
+    results = [one for number in sorted(found) for one in found[number]]
+    measures = processes.run_on_rank0(lambda: measure(results, truth, set(found), masks))
+    return DetectionEvaluation(len(found), measures, results)
 
 
 def _sharded(model: nn.Module, ranks: int) -> bool:

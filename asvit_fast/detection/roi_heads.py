@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection import roi_heads as parts
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops import boxes as box_ops
 from torchvision.ops.poolers import LevelMapper
@@ -55,6 +57,28 @@ class RoIHeads(parts.RoIHeads):
         return [boxes if len(boxes) else corner.to(boxes) for boxes in together]
 
 
+def single(x: Tensor) -> Tensor:
+    """Float32 of what has fewer bits."""
+    return x if x.dtype.itemsize >= 4 else x.float()
+
+
+class Predictor(FastRCNNPredictor):
+    """torchvision's, whose answers are float32 under autocast, too: it adds them to pixels in the type that they have,
+    and bfloat16 has no odd pixels above 256."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores, deltas = super().forward(x)
+        return single(scores), single(deltas)
+
+
+class ProposalHead(RPNHead):
+    """torchvision's head of the region proposal network, with answers in float32 for the same reason."""
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        objectness, deltas = super().forward(x)
+        return list(map(single, objectness)), list(map(single, deltas))
+
+
 class ClassAgnosticPredictor(nn.Module):
     """Scores of all classes and one box for all of them: [n, features] -> [n, classes], [n, 4 * classes]."""
 
@@ -65,7 +89,7 @@ class ClassAgnosticPredictor(nn.Module):
         self.bbox_pred = nn.Linear(features, 4)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.cls_score(x), self.bbox_pred(x).repeat(1, self.num_classes)
+        return single(self.cls_score(x)), single(self.bbox_pred(x)).repeat(1, self.num_classes)
 
 
 class CascadeRoIHeads(nn.Module):
@@ -81,11 +105,13 @@ class CascadeRoIHeads(nn.Module):
 
     def __init__(self, stages: Sequence[RoIHeads], loss_weights: Sequence[float]) -> None:
         super().__init__()
-        self.stages, self.loss_weights = nn.ModuleList(stages), tuple(loss_weights)
+        # no ModuleList: FSDP2 would shard a stage by its forward pass, which is not what runs
+        self.stages = nn.ModuleDict({str(number): stage for number, stage in enumerate(stages)})
+        self.loss_weights = tuple(loss_weights)
 
     @property
     def last(self) -> Any:
-        return self.stages[-1]
+        return list(self.stages.values())[-1]
 
     def has_mask(self) -> bool:
         return self.last.has_mask()
@@ -104,7 +130,7 @@ class CascadeRoIHeads(nn.Module):
         self, features: Maps, proposals: list[Tensor], image_shapes: Sizes, targets: Targets | None
     ) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = {}
-        for number, (stage, weight) in enumerate(zip(self.stages, self.loss_weights, strict=True)):
+        for number, (stage, weight) in enumerate(zip(self.stages.values(), self.loss_weights, strict=True)):
             found, proposals = self._stage_losses(stage, features, proposals, image_shapes, targets)
             losses |= {f"{name}_{number}": weight * loss for name, loss in found.items()}
         return losses
@@ -128,7 +154,7 @@ class CascadeRoIHeads(nn.Module):
 
     def _detect(self, features: Maps, proposals: list[Tensor], image_shapes: Sizes) -> Targets:
         scores, total = [], len(self.stages)
-        for index, stage in enumerate(self.stages):
+        for index, stage in enumerate(self.stages.values()):
             pooled = stage.box_roi_pool(features, proposals, image_shapes)  # [n, C, 7, 7]
             logits, regression = stage.box_predictor(stage.box_head(pooled))  # [n, classes], [n, 4 * classes]
             scores.append(F.softmax(logits, -1))
@@ -144,7 +170,7 @@ class CascadeRoIHeads(nn.Module):
     def _add_masks(self, result: Targets, features: Maps, image_shapes: Sizes) -> None:
         boxes, labels = ([one[name] for one in result] for name in ("boxes", "labels"))
         by_stage = []
-        for stage in self.stages:
+        for stage in self.stages.values():
             pooled = stage.mask_roi_pool(features, boxes, image_shapes)  # [n, C, 14, 14]
             logits = stage.mask_predictor(stage.mask_head(pooled))  # [n, classes, 28, 28]
             by_stage.append(parts.maskrcnn_inference(logits, labels))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -188,8 +188,18 @@ class DetectionTrainer(Trainer):
 
     def _schedule_cost(self, network: Any) -> ScheduleCost:
         """Of the backbone with its pyramid: what tokens change."""
-        side = self.recipe.crop_size if self.recipe.augmentation == "lsj" else self.recipe.min_size
-        return schedule_cost(network.backbone, self.schedule, side)
+        return schedule_cost(network.backbone, self.schedule, self._side)
+
+    @property
+    def _side(self) -> int:
+        """Pixels of a typical image."""
+        return self.recipe.crop_size if self.recipe.augmentation == "lsj" else self.recipe.min_size
+
+    def description_lines(self) -> Iterator[str]:
+        *lines, table = super().description_lines()
+        yield from lines
+        yield f"{self.detector}; the cost of its backbone at {self._side} x {self._side} pixels:"
+        yield table
 
     def _pass_memory(self, network: nn.Module) -> Callable[[int, int], int]:
         def measure(reduction: int, images: int) -> int:

@@ -1,6 +1,6 @@
 """Scores of random topologies, with which ``af.score`` compares: asvit_fast/scoring/random_topologies.json.
 
-    python benchmarks/score_sample.py 64:200 224:100
+    python benchmarks/score_sample.py 64:200 224:60
 
 Each argument is an image size in pixels and a number of topologies.
 """

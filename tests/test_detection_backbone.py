@@ -120,6 +120,7 @@ def test_checkpointing_gives_the_same_gradients() -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.slow
 def test_one_graph_for_all_sizes() -> None:
     made = backbone(SMALL, img_size=64, out_channels=8).eval()
     graphs: list[Any] = []

@@ -155,6 +155,13 @@ def test_accuracies_of_elsewhere_take_the_place_of_trainings(tmp_path: Path) -> 
         af.study(data(), accuracies=file, **options)
 
 
+def test_candidates_take_the_place_of_a_sample(tmp_path: Path) -> None:
+    file = tmp_path / "top.csv"
+    file.write_text('place,topology\n1,"4,2,2|2,1,2|2,1,2|2,1,2|16,8"\n2,"4,2,2|2,1,2|2,1,2|2,1,2|16,8"\n')
+    result = af.study(data(), candidates=file, **{**TINY, "repeats": 1}, **RECIPE)
+    assert [row["topology"] for row in result.rows] == ["4,2,2,1|2,1,2,1|2,1,2,1|2,1,2,1|16,8"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

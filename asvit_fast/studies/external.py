@@ -40,7 +40,7 @@ def read_accuracies(path: str | Path) -> dict[Topology, list[float]]:
 
 def _lines(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[Topology, dict[str, str]]]:
     """The topology and all columns of every line, one at least."""
-    count = 0
+    empty = True
     with file_errors("read", path), open(path, newline="", encoding="utf-8") as file:
         try:
             reader = csv.DictReader(file, skipinitialspace=True)
@@ -49,14 +49,15 @@ def _lines(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[Topology, dic
                 raise InputError(
                     f"{path} has no column {', '.join(missing)}; its first line must name {','.join(columns)}"
                 )
-            for count, row in enumerate(reader, start=1):
+            for row in reader:
+                empty = False
                 try:
                     yield Topology.parse(row["topology"]), row
                 except InputError as error:
                     raise InputError(f"{path}, line {reader.line_num}: {error}") from None
         except (csv.Error, UnicodeDecodeError) as error:
             raise InputError(f"{path} is not a CSV file of text: {error}") from None
-    if count == 0:
+    if empty:
         raise InputError(f"{path} has no line of {' and '.join(columns)}; add some below its first line")
 
 

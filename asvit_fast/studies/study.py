@@ -83,7 +83,7 @@ def study(
         out: run directory; trace.jsonl has a row for each topology, result.json all correlations.
         accuracies: CSV file of topology and accuracy, of trainings done elsewhere, which take the place of sampling
             and training.
-        candidates: CSV file with a column ``topology``, such as the top.csv of a search: they take the place of a sample.
+        candidates: CSV file with a column ``topology``, such as the top.csv of a search, in the place of a sample.
         space: what is sampled, by default Table 1 of the paper. sampling: "stratified" over numbers of parameters, or
             "uniform". width: channels of the first stage.
         score_repeats: initialisations that each measure is averaged over. thetas, batch: as in ``score``.

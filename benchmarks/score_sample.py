@@ -2,14 +2,15 @@
 
     python benchmarks/score_sample.py 64:200 224:60
 
-Each argument is an image size in pixels and a number of topologies.
+Each argument is an image size in pixels and a number of topologies. What the file has of them already is kept.
 """
 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-from asvit_fast.files import to_json, write_atomic
+from asvit_fast.files import read_object, to_json, write_atomic
 from asvit_fast.scoring import score
 from asvit_fast.scoring.draws import stream
 from asvit_fast.scoring.percentile import SAMPLE
@@ -20,28 +21,32 @@ REPEATS = 2
 SEED = 2202
 
 
-def scores_of(img_size: int, count: int) -> dict[str, list[float]]:
-    """Ascending values of each metric."""
+def add_scores(content: dict[str, Any], img_size: int, count: int) -> None:
+    """Score topologies until there are so many of this size, in the order of drawing."""
+    size = f"{img_size}x{img_size}"
+    empty = {"repeats": REPEATS, "seed": SEED, "scores": {metric: [] for metric in METRICS}}
+    scores = content.setdefault(size, empty)["scores"]
+    done = len(scores[METRICS[0]])
     generator, space = stream(SEED), SearchSpace()
-    results = []
     for number in range(count):
         topology = space.sample(generator)
-        results.append(score(topology, METRICS, img_size, repeats=REPEATS, seed=SEED + number, device="cpu"))
+        if number < done:
+            continue
+        result = score(topology, METRICS, img_size, repeats=REPEATS, seed=SEED + number, device="cpu")
+        for metric in METRICS:
+            scores[metric].append(float(f"{result[metric].mean:.6g}"))
+        write_atomic(SAMPLE, to_json(content) + "\n")
         print(f"{img_size} pixels: {number + 1} of {count}", flush=True)
-    return {metric: sorted(float(f"{result[metric].mean:.6g}") for result in results) for metric in METRICS}
 
 
 def main() -> None:
     """Score and write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", nargs="+", metavar="PIXELS:TOPOLOGIES")
-    content = {}
+    content = read_object(SAMPLE)
     for argument in parser.parse_args().sizes:
         img_size, count = map(int, argument.split(":"))
-        content[f"{img_size}x{img_size}"] = {
-            "topologies": count, "repeats": REPEATS, "seed": SEED, "scores": scores_of(img_size, count)
-        }  # fmt: skip
-    write_atomic(SAMPLE, to_json(content, indent=1) + "\n")
+        add_scores(content, img_size, count)
 
 
 if __name__ == "__main__":

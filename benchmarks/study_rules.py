@@ -1,4 +1,4 @@
-"""Searches and growths by every rule and ten seeds, by cheap scores at 64 pixels: Figures 3 and 5, Tables 3, 7.
+"""Searches and growths by every rule and ten seeds, with cheap scores at 64 pixels (As-ViT, Figures 3, 5, Tables 3, 7).
 
     python benchmarks/study_rules.py scale build/rules/scale --seeds 10
     python benchmarks/study_rules.py search build/rules/search --seeds 10 --steps 200

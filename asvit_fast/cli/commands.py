@@ -200,6 +200,7 @@ STUDY = Command(
         Option(
             "accuracies", text, None, "CSV of topology,accuracy of trainings done elsewhere, instead of --data", "FILE"
         ),
+        Option("candidates", text, None, "CSV with a column topology, such as a search's top.csv: no sample", "FILE"),
         SPACE,
         IMG_SIZE,
         *CIRCLE,

@@ -27,6 +27,7 @@ def run(values: SimpleNamespace) -> int:
         epochs=values.epochs,
         out=values.out,
         accuracies=values.accuracies,
+        candidates=values.candidates,
         space=SearchSpace().narrow(**values.space),
         img_size=values.img_size,
         thetas=values.thetas,

@@ -27,7 +27,7 @@ from ..search.progress import Progress
 from ..settings import ImageSize, ScoreSettings, StudySettings, check_integer, check_seed
 from ..topology import SearchSpace, Topology
 from ..training.training_setup import Data
-from .external import read_accuracies
+from .external import read_accuracies, read_topologies
 from .measures import NAMES, measure
 from .result import Study
 from .sample import sample
@@ -53,6 +53,7 @@ def study(
     out: str | os.PathLike[str] | None = None,
     *,
     accuracies: str | os.PathLike[str] | None = None,
+    candidates: str | os.PathLike[str] | None = None,
     space: SearchSpace | None = None,
     sampling: str = StudySettings.sampling,
     repeat_every: int = StudySettings.repeat_every,
@@ -82,6 +83,7 @@ def study(
         out: run directory; trace.jsonl has a row for each topology, result.json all correlations.
         accuracies: CSV file of topology and accuracy, of trainings done elsewhere, which take the place of sampling
             and training.
+        candidates: CSV file with a column ``topology``, such as the top.csv of a search, in the place of a sample.
         space: what is sampled, by default Table 1 of the paper. sampling: "stratified" over numbers of parameters, or
             "uniform". width: channels of the first stage.
         score_repeats: initialisations that each measure is averaged over. thetas, batch: as in ``score``.
@@ -102,7 +104,10 @@ def study(
     if images is None and isinstance(data, (str, Path)):
         split = Path(data) / Recipe.of(**recipe).train_split
         images = split if split.is_dir() else None
-    run = _Study(SearchSpace() if space is None else space, settings, scoring, data, accuracies, images, seed)
+    given = candidates is not None and read_topologies(candidates)
+    run = _Study(
+        SearchSpace() if space is None else space, settings, scoring, data, accuracies, given or None, images, seed
+    )
     run.prepare(epochs, recipe, out)
     return run_shared(lambda share: run.run(share, progress), run.work, run.device)
 
@@ -117,6 +122,7 @@ class _Study:
         scoring: ScoreSettings,
         data: Data | None,
         accuracies: str | os.PathLike[str] | None,
+        candidates: list[Topology] | None,
         images: Tensor | str | Path | None,
         seed: int,
     ) -> None:
@@ -125,7 +131,8 @@ class _Study:
         self.scoring = replace(scoring, device=self.device)
         self.images = load(images, self.scoring)  # [batch, 3, H, W]
         self.known = None if accuracies is None else read_accuracies(accuracies)
-        self.topologies = self._sample() if self.known is None else list(self.known)
+        self.candidates = candidates if self.known is None else list(self.known)
+        self.topologies = self._sample() if self.candidates is None else self.candidates
 
     def prepare(self, epochs: int, recipe: dict[str, Any], out: str | os.PathLike[str] | None) -> None:
         """Check the recipe, and note all that the result depends on."""
@@ -151,8 +158,7 @@ class _Study:
         self.config |= {
             "data": str(self.data) if isinstance(self.data, (str, Path)) else "data sets",
             "data_fingerprint": fingerprint_of(self.data),
-            "space": self.space.dimensions,
-            "sampling": self.settings.sampling,
+            **(self._sampling() if self.candidates is None else {"candidates": list(map(str, self.candidates))}),
             "epochs": epochs,
             "trainings": self.settings.repeats,
             "repeat_every": self.settings.repeat_every,
@@ -193,6 +199,10 @@ class _Study:
         if self.trainer is None:
             return 0
         return self.settings.repeats if number % self.settings.repeat_every == 0 else 1
+
+    def _sampling(self) -> dict[str, Any]:
+        """What decides the sample, for the configuration."""
+        return {"space": self.space.dimensions, "sampling": self.settings.sampling}
 
     def _sample(self) -> list[Topology]:
         img_size, settings = self.scoring.img_size, self.settings

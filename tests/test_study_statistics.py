@@ -1,0 +1,108 @@
+"""Rank correlations, their intervals and what a study concludes from them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from asvit_fast.studies import Estimate, Study
+from asvit_fast.studies.analysis import Analysis
+from asvit_fast.studies.measures import NAMES
+from asvit_fast.studies.ranks import kendall, partial, resamples, spearman, worst_last
+
+RNG = np.random.default_rng(0)
+
+
+def rows(accuracies: list[list[float]], **measures: list[float]) -> list[dict]:
+    """Rows of a study in which every measure but those given is the same for all networks."""
+    given = {name: measures.get(name, [1.0] * len(accuracies)) for name in NAMES}
+    return [
+        {
+            "step": number,
+            "topology": f"network {number}",
+            "top1": top1,
+            "measures": {name: values[number] for name, values in given.items()},
+            "seconds": dict.fromkeys(NAMES, 0.5),
+        }
+        for number, top1 in enumerate(accuracies)
+    ]
+
+
+@pytest.mark.parametrize("choices", [1000, 4])  # few and many ties
+def test_correlations_are_those_of_scipy_also_in_resamples(choices: int) -> None:
+    x, y = RNG.integers(0, choices, (2, 30))
+    weights = np.concatenate([np.ones((1, 30)), resamples(30, 5, seed=1)])
+    taus, rhos = (function(worst_last(x), worst_last(y), weights) for function in (kendall, spearman))
+    for weight, tau, rho in zip(weights, taus, rhos, strict=True):
+        drawn = np.repeat(np.arange(30), weight.astype(int))
+        assert tau == pytest.approx(stats.kendalltau(x[drawn], y[drawn]).statistic, abs=1e-12)
+        assert rho == pytest.approx(stats.spearmanr(x[drawn], y[drawn]).statistic, abs=1e-12)
+
+
+def test_a_constant_measure_has_no_correlation() -> None:
+    result = Study(rows([[float(k)] for k in range(12)]))
+    assert math.isnan(result.kendall_tau["tokens"].value)
+    assert math.isnan(result.spearman_rho["tokens"].high)
+
+
+def test_what_is_not_finite_ranks_last() -> None:
+    assert worst_last([1.0, math.nan, 3.0, math.inf, -math.inf]).tolist() == [1, 0, 2, 0, 0]
+    assert worst_last([1.0, math.inf, 3.0], direction=-1).tolist() == [2, 0, 1]
+
+
+def test_partial_correlation_removes_what_size_explains() -> None:
+    size = np.arange(40.0)
+    one, other = size + RNG.normal(0, 3, 40), size + RNG.normal(0, 3, 40)
+    weights = np.ones((1, 40))
+    xy, xz, yz = (kendall(worst_last(a), worst_last(b), weights) for a, b in ((one, other), (one, size), (other, size)))
+    assert xy[0] > 0.5 and abs(partial(xy, xz, yz)[0]) < 0.35
+    assert np.isnan(partial(xy, np.ones(1), yz)[0])  # size decides all
+
+
+def test_signs_are_those_in_which_a_measure_is_said_to_be_better() -> None:
+    top1 = [float(k) for k in range(20)]
+    result = Study(rows([[value] for value in top1], length_distortion=top1, ntk_condition=[-value for value in top1]))
+    assert result.kendall_tau["length_distortion"].value == pytest.approx(1)
+    assert result.kendall_tau["ntk_condition"].value == pytest.approx(1)
+    assert result.kendall_tau["combined_rank"].value == pytest.approx(1)
+    assert result.gain["length_distortion"].value == pytest.approx(0)
+    assert result.precision_at_top["length_distortion"] == 1
+    assert result.regret["length_distortion"] == 0
+    assert result.regret["tokens"] == pytest.approx(9.5)  # all are best: the mean of all
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
+    held = 0
+    for trial in range(60):
+        x = np.random.default_rng(trial).normal(size=(2, 40))
+        y = 0.5 * x[0] + math.sqrt(0.75) * x[1]
+        estimate = Analysis(rows([[float(v)] for v in y], params=x[0].tolist()), trial).kendall_tau("params")
+        held += estimate.low <= 2 / math.pi * math.asin(0.5) <= estimate.high
+    assert 51 <= held <= 60
+
+
+def test_diverged_trainings_are_marked_and_rank_last() -> None:
+    top1: list[list[float]] = [[50.0 + k] for k in range(10)] + [[math.nan]]
+    result = Study(rows(top1, params=[float(k) for k in range(11)]))
+    assert result.diverged == ["network 10"]
+    assert result.kendall_tau["params"].value == pytest.approx(1 - 2 * 10 / 55)
+    assert result.regret["params"] == pytest.approx(59)  # it picked the network that diverged
+    assert result.to_dict()["top1"]["lowest"] == 50
+
+
+def test_noise_of_seeds_leaves_out_what_a_seed_does_to_all() -> None:
+    networks, luck = RNG.normal(60, 3, 200), RNG.normal(0, 2, (200, 2))
+    accuracies = networks[:, None] + luck + [0.0, -10.0]  # the second seed is worse for all
+    noise = Study(rows(accuracies.tolist())).noise
+    assert noise is not None
+    assert noise.within == pytest.approx(2, rel=0.15)
+    assert noise.reliability == pytest.approx(9 / 13, abs=0.1)
+    assert noise.ceiling == pytest.approx(2 / math.pi * math.asin(math.sqrt(9 / 13)), abs=0.06)
+    assert Study(rows([[1.0], [2.0], [3.0]])).noise is None
+
+
+def test_an_estimate_prints_as_a_reader_wants_it() -> None:
+    assert str(Estimate(0.49, -0.012, 0.7)) == "+0.49 [-0.01, +0.70]"

@@ -148,8 +148,8 @@ def check_toolkit(root: Path) -> Toolkit:
         raise CannotBuild(f"{root} has no bin/nvcc")
     if not any(root.glob("include/cuda_runtime_api.h")):
         raise CannotBuild(f"{root} has no include/cuda_runtime_api.h")
-    if not any(any(root.glob(f"{folder}/libcudart*")) for folder in ("lib64", "lib")):
-        raise CannotBuild(f"{root} has no lib64/libcudart")
+    if not any((root / folder / "libcudart_static.a").is_file() for folder in ("lib64", "lib")):
+        raise CannotBuild(f"{root} has no lib64/libcudart_static.a")
     release = re.search(r"release (\d+\.\d+)", output_of(root / "bin" / "nvcc", "--version"))
     if release is None:
         raise CannotBuild(f"{root}/bin/nvcc does not run")

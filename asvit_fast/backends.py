@@ -203,6 +203,9 @@ def _cuda_reason(index: int | None) -> str | None:
     why = _extension.cuda_reason()
     if why is not None:
         return why
+    built, driver = _extension.build_report()["cuda"], torch._C._cuda_getDriverVersion() // 1000
+    if driver < int(built.split(".")[0]):  # the kernels' runtime is that of the build, not torch's
+        return f"built with CUDA {built}, the driver of the GPU knows CUDA {driver}: update it, or rebuild"
     archs = _extension.build_report()["archs"]
     capability = torch.cuda.get_device_capability(index)
     if any(arch_runs_on(arch, capability) for arch in archs):

@@ -67,7 +67,7 @@ def test_mode_none_builds_nothing(build):
 @pytest.fixture
 def toolkit(tmp_path, build, monkeypatch) -> Path:
     """A folder that looks like a CUDA 13.0 toolkit, the only one on the machine."""
-    for file in ("include/cuda_runtime_api.h", "lib64/libcudart.so", "bin/nvcc"):
+    for file in ("include/cuda_runtime_api.h", "lib64/libcudart_static.a", "bin/nvcc"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).touch()
     answers = {
@@ -84,7 +84,7 @@ def test_toolkit_is_found(build, toolkit):
     assert build.find_toolkit("13.2") == build.Toolkit(toolkit, "13.0")
 
 
-@pytest.mark.parametrize("missing", ["include/cuda_runtime_api.h", "lib64/libcudart.so", "bin/nvcc"])
+@pytest.mark.parametrize("missing", ["include/cuda_runtime_api.h", "lib64/libcudart_static.a", "bin/nvcc"])
 def test_incomplete_toolkit(build, toolkit, missing):
     (toolkit / missing).unlink()
     with pytest.raises(build.CannotBuild, match=f"{toolkit} has no .*{Path(missing).stem}"):

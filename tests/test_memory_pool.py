@@ -70,7 +70,7 @@ def test_limit() -> None:
 
 
 def test_it_is_a_tensor_like_any_other() -> None:
-    """It can be shared, saved by autograd, made in inference mode and made smaller; only torch's memory grows."""
+    """It can be shared, saved by autograd, made in inference mode and made smaller; to grow, memory is torch's."""
     assert EXTENSION is not None
     x = large()
     assert x.resize_(1000, 1024).shape == (1000, 1024) and bool((x.resize_(8192, 1024) == 1).all())

@@ -226,8 +226,12 @@ class DetectionRecipe(TrainingRecipe):
     )
     hflip: float = _option(0.5, "probability of a horizontal flip")
     crop_size: int = _option(1024, "side of lsj's crops in pixels")
-    scale_jitter: tuple[float, float] = _option((0.1, 2.0), "lsj: the image's size relative to the crop, from and to")
-    scales: tuple[float, float] = _option((480.0, 800.0), "multiscale: smallest and largest short side, in steps of 32")
+    scale_jitter: tuple[float, float] = _option(
+        (0.1, 2.0), "lsj: smallest and largest ratio of the image's size to the crop's"
+    )
+    scales: tuple[float, float] = _option(
+        (480.0, 800.0), "multiscale: smallest and largest short side in pixels, in steps of 32"
+    )
     min_size: int = _option(800, "short side that images are tested with, in pixels, as far as max_size allows")
     max_size: int = _option(1333, "longest side of multiscale training and of tests, in pixels")
 

@@ -199,9 +199,7 @@ class StudySettings(Settings):
     repeat_every: int = _setting(
         8, "one topology in this number is trained with several seeds, which tells the noise of accuracies", minimum=1
     )
-    score_repeats: int = _setting(
-        5, "number of freshly initialised networks to average each measure over", minimum=1
-    )
+    score_repeats: int = _setting(5, "number of freshly initialised networks to average each measure over", minimum=1)
 
 
 @dataclass(frozen=True)

@@ -296,7 +296,7 @@ def test_search_scale_report_export(tmp_path: Path) -> None:
     page = program("report", str(tmp_path))
     assert page.returncode == 0, page.stderr
     assert Path(page.stdout.strip()).is_file()
-    assert len(list(tmp_path.glob("*.png"))) == 4
+    assert len(list(tmp_path.glob("*.png"))) == 5
 
     exported = program("export", grown, "--to", model, "--img-size", "32", "--num-classes", "10")
     assert exported.returncode == 0, exported.stderr

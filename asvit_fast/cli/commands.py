@@ -304,7 +304,13 @@ DETECT_TRAIN = Command(
         Option("out_channels", integer(1), 256, "number of channels of the feature pyramid", "N"),
         Option("windows", choice("fixed", "split"), "fixed", "As-ViT's windows: fixed tokens, or split maps", "NAME"),
         Option("norm", switch, True, "a norm on each map before the pyramid", "true|false"),
-        Option("frozen_stages", integer(0, 4), 0, "so many stages, and the first projection, keep their weights", "N"),
+        Option(
+            "frozen_stages",
+            integer(0, 4),
+            0,
+            "number of stages that keep their weights",
+            "N",
+        ),
         MODEL_KWARGS,
         Option(
             "detector_kwargs",

@@ -20,6 +20,13 @@ class Study:
     ``rows``: one for each topology, as in trace.jsonl. Every property maps the name of a measure to an ``Estimate``
     (``.value``, and ``.low`` and ``.high`` of its 95 % bootstrap interval) or a number. Correlations above 0 mean that
     the measure orders networks as its authors say; NaN stands for a measure that is the same for all networks.
+
+    Examples:
+        >>> import asvit_fast as af
+        >>> measured = [{"params": 1e6, "flops": 2e9}, {"params": 2e6, "flops": 3e9}, {"params": 3e6, "flops": 1e9}]
+        >>> rows = [{"measures": m, "top1": [top1]} for m, top1 in zip(measured, (60.0, 70.0, 80.0))]
+        >>> af.Study(rows).kendall_tau["params"].value
+        1.0
     """
 
     rows: list[dict[str, Any]] = field(repr=False)

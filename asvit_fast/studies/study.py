@@ -94,6 +94,17 @@ def study(
     Raises:
         InputError: an option or data that cannot be used, a run directory of other options or whose data have changed
             since, before any work. A training that diverges is no error: it is marked and ranks last.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> import asvit_fast as af
+        >>> small, large = "4,2,2|2,1,2|2,1,2|2,1,2|16", "4,2,4|2,1,4|2,1,4|2,1,4|16"
+        >>> lines = ["topology,accuracy", f'"{small}",71.5', f'"{large}",74.0']  # trained elsewhere
+        >>> table = Path("trained.csv")
+        >>> _ = table.write_text("\\n".join(lines))
+        >>> st = af.study(accuracies=table, img_size=32, thetas=2, batch=2, score_repeats=1, progress=False)
+        >>> st.kendall_tau["params"].value
+        1.0
     """
     settings = StudySettings(topologies, sampling, width, repeats, repeat_every, score_repeats)
     check_seed(seed)

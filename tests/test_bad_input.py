@@ -213,6 +213,7 @@ def test_disk_fills_up_during_a_search(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_full_disk_keeps_an_earlier_export(tmp_path: Path) -> None:
     target = tmp_path / "model"
     command = ["export", TOPOLOGY, "--to", str(target), "--img-size", "32", "--num-classes", "10"]
@@ -223,6 +224,7 @@ def test_full_disk_keeps_an_earlier_export(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.slow
 def test_full_disk_behind_stdout(unbuffered: str) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(

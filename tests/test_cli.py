@@ -318,9 +318,8 @@ def test_search_says_what_it_does_and_resumes(tmp_path: Path, capsys: pytest.Cap
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == files
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupt(tmp_path: Path, number: int, code: int) -> None:
     """Ctrl-C or a preemption in the middle of a search: its exit code, a line a step so far, and the same command goes
     on."""

@@ -62,6 +62,7 @@ def test_launches(fake_runtime, root):
     assert set(traced(fake_runtime, "cuda_launches_program.py")) == kernels
 
 
+@pytest.mark.slow
 def test_launcher(fake_runtime):
     """After its first launch a kernel is started without Triton's binding, with the same arguments, unless Triton would
     have another kernel or sees the launch itself."""

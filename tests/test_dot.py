@@ -53,6 +53,7 @@ for line in sys.stdin.read().splitlines():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the test forks")
+@pytest.mark.slow
 def test_torchs_switches():
     """All ways to set them, mixed as well: none raises, and what torch's own products do is done."""
     result = subprocess.run(
@@ -94,6 +95,7 @@ def check(name: str, device: torch.device) -> None:
 
 
 @triton_versions.interpreter
+@pytest.mark.slow
 def test_rounding_interpreted(root):
     triton_versions.run_interpreted(__name__, "rounding", root)
 

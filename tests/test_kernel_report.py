@@ -262,6 +262,7 @@ def test_triton_kernels(tmp_path, capsys):
     assert 1.0 <= lanes / float(tiled["units"]) <= 1.2  # an exponential per score, and some to rescale
 
 
+@pytest.mark.slow
 def test_a_cuda_source(tmp_path, capsys):
     if cuda_sources.find_nvcc() is None:
         pytest.skip("no nvcc: set CUDA_HOME or PATH")

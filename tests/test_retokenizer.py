@@ -231,6 +231,7 @@ def test_warmup_records_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(parameter.grad is None for parameter in model.parameters()) and model.training
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_for_the_batches_of_the_phases() -> None:
     """With another batch size for every reduction, mixed precision, and torch.compile's own choice of shapes."""
     torch._dynamo.reset()

@@ -220,6 +220,7 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_two_processes(arguments, tmp_path):
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "asvit_fast.timm"]
     done = run([*command, *arguments, "--model-ema", "ModelEmaV3", "--start-epoch", "1", *SCHEDULE], tmp_path)

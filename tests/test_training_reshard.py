@@ -141,6 +141,7 @@ def test_sigterm(tmp_path: Path, where: str, at: int, position: tuple[int, int],
     assert [row["train_loss"] for row in found.epochs] == [row["train_loss"] for row in expected.epochs]
 
 
+@pytest.mark.slow
 def test_sigterm_of_torchrun(tmp_path: Path, whole: Path) -> None:
     """Which passes it on: one rank cannot read on, the other waits for it, both keep the last whole update."""
     process = start(2, tmp_path, {**TWELVE, "checkpoint_interval": 0, "batch_size": 6}, "--stall-at", "16")

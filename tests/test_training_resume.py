@@ -57,6 +57,7 @@ def test_killed_in_the_middle_of_an_epoch(tmp_path: Path, name: str) -> None:
     assert_same_end(run(out, **ENDS[name]), expected)
 
 
+@pytest.mark.slow
 def test_killed_while_reading_image_files(tmp_path: Path, folder: str) -> None:
     """Crops, RandAugment and erasing are drawn again as they were; the number of workers may change."""
     expected = run(None, folder, workers=0)

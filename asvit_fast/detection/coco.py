@@ -217,7 +217,7 @@ def _unique(entries: Sequence[Entry], name: str, source: str) -> None:
     """Raise InputError for an id that is none, or comes twice."""
     seen: set[int] = set()
     for entry in entries:
-        number = entry.get("id")
+        number: Any = entry.get("id")
         if not is_whole(number):
             raise InputError(f"{source}: {name} must have whole numbers as ids, got {shown(number)}")
         if number in seen:

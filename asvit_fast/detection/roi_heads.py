@@ -153,6 +153,7 @@ class CascadeRoIHeads(nn.Module):
     # ------------------------------------------------------------------ testing
 
     def _detect(self, features: Maps, proposals: list[Tensor], image_shapes: Sizes) -> Targets:
+        stage: Any
         scores, total = [], len(self.stages)
         for index, stage in enumerate(self.stages.values()):
             pooled = stage.box_roi_pool(features, proposals, image_shapes)  # [n, C, 7, 7]
@@ -169,6 +170,7 @@ class CascadeRoIHeads(nn.Module):
 
     def _add_masks(self, result: Targets, features: Maps, image_shapes: Sizes) -> None:
         boxes, labels = ([one[name] for one in result] for name in ("boxes", "labels"))
+        stage: Any
         by_stage = []
         for stage in self.stages.values():
             pooled = stage.mask_roi_pool(features, boxes, image_shapes)  # [n, C, 14, 14]

@@ -31,9 +31,10 @@ def embed_patches(
     span = dilation * (weight.shape[2] - 1) + 1  # pixels that one patch covers
     before = max(span - stride, 0) // 2
     height, width = image.shape[2], image.shape[3]
-    below = max((-(-height // stride) - 1) * stride + span - height - before, 0)
-    right = max((-(-width // stride) - 1) * stride + span - width - before, 0)
-    padding = (before, right, before, below)
+    below = (-(-height // stride) - 1) * stride + span - height - before
+    right = (-(-width // stride) - 1) * stride + span - width - before
+    # comparisons, as max() would stay in every size that torch.compile derives for images of any size
+    padding = (before, right if right > 0 else 0, before, below if below > 0 else 0)
     return patch_embed(image, weight, bias, stride, dilation, padding, norm_weight, norm_bias, eps)
 
 

@@ -140,7 +140,8 @@ def test_options_are_in_words(tmp_path: Path) -> None:
 def test_search_report(tmp_path: Path, finished: bool) -> None:
     page = report(write_search(tmp_path, finished=finished))
     assert page == tmp_path / "report.html"
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["search_candidates.png", "search_progress.png"]
+    names = ["search_candidates.png", "search_pareto.png", "search_progress.png"]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == names
     assert all(path.read_bytes().startswith(PNG) and path.stat().st_size > 20_000 for path in tmp_path.glob("*.png"))
     html = page.read_text()
     assert ("finished after 12 steps" if finished else "not finished: 12 steps so far") in html
@@ -150,7 +151,7 @@ def test_search_report(tmp_path: Path, finished: bool) -> None:
 
 def test_page_is_self_contained(tmp_path: Path) -> None:
     page = report(write_search(tmp_path))
-    assert len(images_in(page)) == 2
+    assert len(images_in(page)) == 3
     assert all(source.startswith("data:image/png;base64,") for source in images_in(page))
     assert not re.search(r'(src|href)="(?!data:)', page.read_text())
     assert "http" not in page.read_text()
@@ -168,8 +169,8 @@ def test_both_runs_in_subfolders(tmp_path: Path) -> None:
     write_scale(tmp_path / "scale")
     page = report(tmp_path)
     assert page.parent == tmp_path
-    assert len(images_in(page)) == 4
-    assert len(list(tmp_path.glob("*.png"))) == 4
+    assert len(images_in(page)) == 5
+    assert len(list(tmp_path.glob("*.png"))) == 5
 
 
 @pytest.mark.parametrize("steps", [1, 2])

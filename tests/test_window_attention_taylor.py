@@ -438,5 +438,5 @@ def test_compiled_op_checks_for_itself():
         op(q, q, q, [2, 2], [2, 0], None, 1.0)
     with pytest.raises(ValueError, match=r"bias must be \[2, 4, 4\]"):
         op(q, q, q, [2, 2], [0, 0], torch.zeros(2, 4, 5), 1.0)
-    with pytest.raises(TypeError, match="one dtype"):
+    with pytest.raises(ValueError, match="one dtype"):
         op(q, q.double(), q, [2, 2], [0, 0], None, 1.0)

@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def killed(*arguments: Any) -> None:
     process = CONTEXT.Process(target=run_killed, args=arguments)
     process.start()
-    process.join(300)
+    process.join(900)
     assert process.exitcode == -signal.SIGKILL
 
 

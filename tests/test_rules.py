@@ -186,7 +186,7 @@ def test_a_report_compares_rules(tmp_path: Path) -> None:
     for name in ("scale_compared.png", "search_compared.png"):
         assert 10_000 < (tmp_path / name).stat().st_size < 300_000
     single = report(tmp_path / "search-random-0").read_text()
-    assert "entropy of the policy" not in single
+    assert "entropy of the policy at the end" not in single
 
 
 def test_draws_do_not_depend_on_the_rule_of_torch() -> None:

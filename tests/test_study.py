@@ -130,7 +130,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     append = run_directory.append_jsonl
 
     def full(path: Path, record: Any) -> None:
-        if path.name == "trace.jsonl" and record["step"] == 1:
+        if path == tmp_path / "trace.jsonl" and record["step"] == 1:
             raise af.InputError(f"cannot append to {path}: No space left on device; free space")
         append(path, record)
 

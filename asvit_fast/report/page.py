@@ -38,7 +38,7 @@ DESIGN_NOTE = (
 CAPTIONS = {  # by the ends of file names
     "search_progress.png": "Measures of the topology that each step drew and scored, their moving mean with its "
     "standard error, and what random topologies reach: the mean of the baseline (search --baseline random), with one "
-    "standard deviation to either side. Below, the entropy of the policy before each step.",
+    "standard deviation to either side. Below, the entropy of the policy before each step, where there is one.",
     "search_candidates.png": "Each dot is one sampled topology, coloured by its step. "
     "Both scores are means over freshly initialised networks; no network was trained.",
     "scale_trajectory.png": "Blocks in all four stages against channels of the first; "

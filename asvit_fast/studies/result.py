@@ -89,6 +89,8 @@ class Study:
     def to_dict(self) -> dict[str, Any]:
         """The content of result.json."""
         accuracy = self.analysis.accuracy[np.isfinite(self.analysis.accuracy)]
+        if not len(accuracy):  # all diverged
+            accuracy = np.array([math.nan])
         noise = self.noise
         properties = ("kendall_tau", "spearman_rho", "tau_at_equal_params", "tau_at_equal_flops", "gain")
         estimates = {name: getattr(self, name) for name in properties}

@@ -115,10 +115,8 @@ def study(
     if images is None and isinstance(data, (str, Path)):
         split = Path(data) / Recipe.of(**recipe).train_split
         images = split if split.is_dir() else None
-    given = candidates is not None and read_topologies(candidates)
-    run = _Study(
-        SearchSpace() if space is None else space, settings, scoring, data, accuracies, given or None, images, seed
-    )
+    given = None if candidates is None else read_topologies(candidates)
+    run = _Study(SearchSpace() if space is None else space, settings, scoring, data, accuracies, given, images, seed)
     run.prepare(epochs, recipe, out)
     return run_shared(lambda share: run.run(share, progress), run.work, run.device)
 

@@ -13,14 +13,14 @@
 #include ASVIT_FAST_KERNELS
 #elif defined(__x86_64__)
 #if defined(__clang__) && ASVIT_FAST_VECTOR_BYTES == 64
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), \
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c,fma"))), \
                              apply_to = function)
 #elif defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,f16c,fma"))), apply_to = function)
 #elif ASVIT_FAST_VECTOR_BYTES == 64
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c,fma")
 #else
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,f16c,fma")
 #endif
 #include ASVIT_FAST_KERNELS
 #ifdef __clang__

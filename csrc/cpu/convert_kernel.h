@@ -72,6 +72,39 @@ inline Float16 convert(In x, Float16) {
   return {static_cast<uint16_t>((bits >> 16 & 0x8000) | half)};
 }
 
+// Eight at a time by the processor's own instructions, where the instruction set has them; how many were converted.
+template <typename In, typename Out>
+inline int64_t convert_eights(const In*, int64_t, Out*) {
+  return 0;
+}
+
+#if defined(__x86_64__) && ASVIT_FAST_VECTOR_BYTES > 16
+typedef short Eight __attribute__((vector_size(16)));
+typedef float EightFloats __attribute__((vector_size(32)));
+
+inline int64_t convert_eights(const Float16* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    Eight halves;
+    std::memcpy(&halves, from + i, sizeof halves);
+    const EightFloats floats = __builtin_ia32_vcvtph2ps256(halves);
+    std::memcpy(to + i, &floats, sizeof floats);
+  }
+  return i;
+}
+
+inline int64_t convert_eights(const float* from, int64_t count, Float16* to) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    EightFloats floats;
+    std::memcpy(&floats, from + i, sizeof floats);
+    const Eight halves = __builtin_ia32_vcvtps2ph256(floats, 0);  // 0: to the nearest, of two to the even one
+    std::memcpy(to + i, &halves, sizeof halves);
+  }
+  return i;
+}
+#endif
+
 }  // namespace
 
 namespace ASVIT_FAST_ISA {
@@ -80,7 +113,7 @@ template <typename T>
 void widen(const void* from, ScalarType type, int64_t count, T* to) {
   with_type<Float16, BFloat16>(type, [&](auto number) {
     const auto* const numbers = static_cast<const decltype(number)*>(from);
-    for (int64_t i = 0; i < count; ++i) to[i] = convert(numbers[i], T());
+    for (int64_t i = convert_eights(numbers, count, to); i < count; ++i) to[i] = convert(numbers[i], T());
   });
 }
 
@@ -89,7 +122,7 @@ void round_to(const T* from, int64_t count, ScalarType type, void* to) {
   with_type<Float16, BFloat16>(type, [&](auto number) {
     using Number = decltype(number);
     auto* const numbers = static_cast<Number*>(to);
-    for (int64_t i = 0; i < count; ++i) numbers[i] = convert(from[i], Number());
+    for (int64_t i = convert_eights(from, count, numbers); i < count; ++i) numbers[i] = convert(from[i], Number());
   });
 }
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from detection_program import content, run, run_killed, write_coco, write_split
+from test_trackers import Notes
 
 import asvit_fast as af
 from asvit_fast.detection import DetectionResult, evaluate_detector, load_detector, open_coco
@@ -61,6 +62,13 @@ def test_killed_and_started_again_it_ends_on_the_same_bits(tmp_path: Path, folde
         for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
             assert torch.equal(a, b), name
     assert [row["token_reduction"] for row in found.epochs] == [2, 1]
+
+
+def test_callbacks_follow_a_training(folder: Path) -> None:
+    notes = Notes()
+    result = run(folder, epochs=1, callbacks=[notes])
+    assert notes.calls == ["begin", "end", "close"] and notes.rows == result.epochs
+    assert notes.rows[0]["ap"] == result.ap and notes.info.model is result.model
 
 
 def test_run_directory_checkpoint_and_evaluation(tmp_path: Path, folder: Path) -> None:

@@ -45,6 +45,10 @@ SCHEDULE = Option(
     "1 = full tokens",
     "TEXT",
 )
+TRACKERS = (
+    Option("log_wandb", flag, False, "report to Weights & Biases, project WANDB_PROJECT", flag=True),
+    Option("log_mlflow", flag, False, "report to MLflow, at MLFLOW_TRACKING_URI", flag=True),
+)
 MODEL_KWARGS = Option(
     "model_kwargs",
     keywords,
@@ -53,8 +57,6 @@ MODEL_KWARGS = Option(
     "NAME=VALUE",
     repeated=True,
 )
-
-
 SPACE = Option(
     "space",
     choices_per_dimension,
@@ -181,8 +183,7 @@ TRAIN = Command(
         Option("resume", text, "", "checkpoint of timm's train.py whose training this one continues", "FILE"),
         DEVICE,
         *options_of(Recipe),
-        Option("log_wandb", flag, False, "report to Weights & Biases, project WANDB_PROJECT", flag=True),
-        Option("log_mlflow", flag, False, "report to MLflow, at MLFLOW_TRACKING_URI", flag=True),
+        *TRACKERS,
         QUIET,
     ),
     epilog="example: asvit-fast train asvit_small --data imagenet/ --schedule 40:4,30:2,230:1 --out runs/train",
@@ -324,6 +325,7 @@ DETECT_TRAIN = Command(
         Option("initial_checkpoint", text, "", "weights of the network to start from, in timm's format", "FILE"),
         DEVICE,
         *options_of(DetectionRecipe),
+        *TRACKERS,
         QUIET,
     ),
     epilog="example: asvit-fast detect train asvit_small --data coco/ --out runs/detect --initial-checkpoint FILE\n"

@@ -8,7 +8,7 @@ from ..detection import DetectionResult, train
 from ..recipe import DetectionRecipe
 from .common import check_output_folder, print_on_main
 from .options import chosen
-from .train import network
+from .train import network, trackers
 
 
 def run(values: SimpleNamespace) -> int:
@@ -29,6 +29,7 @@ def run(values: SimpleNamespace) -> int:
         **{"initial_checkpoint": values.initial_checkpoint, **network(values)},
         device=values.device,
         progress=not values.quiet,
+        callbacks=trackers(values),
         **chosen(values, DetectionRecipe),
     )
     conclude(values, result)

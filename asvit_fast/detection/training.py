@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +17,7 @@ from ..files import to_json, write_atomic
 from ..recipe import DetectionRecipe, Recipe
 from ..settings import DETECTORS, check_choice
 from ..training.build import What, create_network, pixel_statistics
+from ..training.callbacks import Callback
 from ..training.result import TrainResult
 from ..training.schedule import RetokenizationSchedule
 from ..training.schedule_cost import ScheduleCost, schedule_cost
@@ -50,6 +51,7 @@ def train(
     initial_checkpoint: str = "",
     device: str | torch.device | None = None,
     progress: bool = True,
+    callbacks: Sequence[Callback] = (),
     **recipe: Any,
 ) -> DetectionResult:
     """Train a detector. Under torchrun, on all its processes.
@@ -70,6 +72,8 @@ def train(
         model_kwargs: further arguments of the network (pretrained=True for timm's weights).
         detector_kwargs: fields of ``DetectorOptions``.
         initial_checkpoint: weights of the network to start from, of a training of ours or in timm's format.
+        progress: show a bar and lines of text, on stderr.
+        callbacks: who follows the training, as of ``asvit_fast.train``.
         recipe: the fields of ``DetectionRecipe``.
 
     Raises:
@@ -90,6 +94,7 @@ def train(
         model_kwargs=model_kwargs,
         initial_checkpoint=initial_checkpoint,
         progress=progress,
+        callbacks=callbacks,
         detector=detector,
         pyramid={"out_channels": out_channels, "windows": windows, "norm": norm, "frozen_stages": frozen_stages},
         detector_kwargs=dict(detector_kwargs or {}),

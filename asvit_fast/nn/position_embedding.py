@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed_nhwc
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 def resample_position_embedding(embedding: Tensor, size: tuple[int, int]) -> Tensor:
@@ -15,9 +16,24 @@ def resample_position_embedding(embedding: Tensor, size: tuple[int, int]) -> Ten
     so that a training repeats to the bit.
     """
     rows, columns = size
+    if not torch.jit.is_scripting() and torch.compiler.is_compiling():
+        return _resample_traced(embedding, rows, columns)
     if not embedding.is_cuda or (embedding.shape[1] == rows and embedding.shape[2] == columns):
         return resample_abs_pos_embed_nhwc(embedding, [rows, columns])
     return resample_by_products(embedding, rows, columns)
+
+
+@torch.jit.unused
+def _resample_traced(embedding: Tensor, rows: int, columns: int) -> Tensor:
+    """For a graph of any size, which resamples to the embedding's own grid too: that changes no number, and asking for
+    the size would make another graph."""
+    if statically_known_true(embedding.shape[1] == rows) and statically_known_true(embedding.shape[2] == columns):
+        return embedding
+    if embedding.is_cuda:
+        return resample_by_products(embedding, rows, columns)
+    maps = embedding.permute(0, 3, 1, 2).float()  # [1, C, H, W]
+    resized = F.interpolate(maps, size=(rows, columns), mode="bicubic", antialias=True)
+    return resized.to(embedding.dtype).permute(0, 2, 3, 1)
 
 
 def resample_by_products(embedding: Tensor, rows: int, columns: int) -> Tensor:

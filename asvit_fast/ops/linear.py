@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import Parameter
 from torch.overrides import has_torch_function
 
@@ -68,6 +69,8 @@ def _fake(operands: Operands, config: LinearConfig) -> Result:
 
 def _cpu(operands: Operands, config: LinearConfig) -> Result:
     x, weight, bias, residual = operands
+    if is_small(x, weight):  # of a compiled graph for any size
+        return linear_reference(x, weight, bias, config.activation, residual), x.new_empty(0)
     keep = torch.is_inference_mode_enabled()  # not by the mode of gradients: autograd switches them off here
     return product(x, weight, bias, config.activation, residual, keep), x.new_empty(0)
 
@@ -116,7 +119,10 @@ def _cpu_cannot(operands: Operands, config: LinearConfig) -> str | None:
         return "it takes x [*, K], weight [N, K] and bias [N]"
     if residual is not None and residual.shape != (*x.shape[:-1], weight.shape[0]):
         return "it takes a residual of the output's shape"
-    return "the product is small" if is_small(x, weight) else None
+    small = is_small(x, weight)
+    if torch.compiler.is_compiling():  # no other graph for another size
+        small = statically_known_true(small)
+    return "the product is small" if small else None
 
 
 LINEAR = FusedOp(

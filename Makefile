@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.h)
 CLANG_FORMAT := $(filter %.cpp %.h %.cu,$(SOURCES)) $(wildcard tests/cuda_on_cpu/*.* tests/cuda_on_cpu/cuda/*.h)
 
-.PHONY: install demo test test-threads test-integrations test-slow test-oldest sanitize kernel-report gpu lint format bench wheel docs \
+.PHONY: install demo test test-threads test-integrations test-slow test-oldest sanitize kernel-report gpu lint format bench wheel test-wheel docs \
 	notebooks release-check clean
 
 install: $(VENV)/.installed
@@ -130,6 +130,11 @@ wheel: install
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair $(foreach library,$(NOT_IN_WHEELS),--exclude '$(library)') \
 		--wheel-dir $(DIST) build/wheel/asvit_fast-*.whl
+
+# The tests of ops on that file in fresh environments with the oldest torch and with the newest
+test-wheel: wheel
+	ASVIT_FAST_TEST_WHEEL=$$(ls -t $(abspath $(DIST))/asvit_fast-*.whl | head -1) OMP_NUM_THREADS=1 \
+		$(BIN)/pytest -m slow tests/test_packaging.py -k wheel $(PYTEST_ARGS)
 
 # The documentation in build/docs/index.html, readable without a server and a network; a broken link is an error.
 docs: install

@@ -4,7 +4,7 @@ The seed topology with Mask R-CNN and with the cascade, with coarse tokens first
 finds, and a ResNet-18 of about the seed's cost, three seeds each: AP, AP of masks, seconds. Fixed windows are compared
 with split ones at twice the size of images. Every training can be stopped and goes on; rows that are there stay.
 
-    python benchmarks/bench_detection.py --out runs/bench_detection --csv benchmarks/results/detection.csv
+    python benchmarks/bench_detection.py --out runs/bench_detection --csv benchmarks/results/zen3/detection.csv
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import argparse
 import csv
 import io
 import itertools
-import statistics
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -42,10 +41,6 @@ FACTOR = 2  # of the larger test size
 COLUMNS = (
     "name", "seed", "schedule", "epochs", "params", "macs", "windows", "min_size", "ap", "ap50", "ap75", "mask_ap",
     "mask_ap50", "mask_ap75", "train_seconds", "machine",
-)  # fmt: skip
-HEADER = (
-    "detector", "windows", "short side", "seeds", "AP", "AP50", "AP75", "AP of masks", "parameters (M)", "MACs (G)",
-    "seconds",
 )  # fmt: skip
 DETECTOR: dict[str, Any] = {  # heads and proposals in proportion to images of 112 pixels
     "representation_size": 128, "mask_layers": (32, 32), "anchor_sizes": (12, 24, 48, 96, 192),
@@ -129,39 +124,12 @@ def write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_atomic(path, text.getvalue())
-    write_atomic(path.with_suffix(".md"), page(rows))
-
-
-def page(rows: Sequence[dict[str, Any]]) -> str:
-    """Means over the seeds, with the standard deviation where there are several."""
-    lines = [
-        "# Detectors on digits on photographs", "",
-        f"{IMAGES} images of 128 to 320 pixels by `benchmarks/coco_digits.py`, {EPOCHS} epochs, by "
-        "`benchmarks/bench_detection.py`; COCO's AP in percent on validation images, whose photographs and digits "
-        "training has not seen. MACs of a whole detector at 128 x 128 pixels.", "",
-        f"| {' | '.join(HEADER)} |", "|" + "---|" * len(HEADER),
-    ]  # fmt: skip
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["name"], row["windows"], row["min_size"]), []).append(row)
-    for key, group in groups.items():
-        numbers = [spread(group, name) for name in ("ap", "ap50", "ap75", "mask_ap")]
-        cost = [f"{group[0]['params'] / 1e6:.2f}", f"{group[0]['macs'] / 1e9:.2f}", spread(group, "train_seconds", 0)]
-        lines.append("| " + " | ".join(map(str, (*key, len(group), *numbers, *cost))) + " |")
-    machines = ", ".join(dict.fromkeys(row["machine"] for row in rows))
-    return "\n".join([*lines, "", f"Machine: {machines}, a thread for each training.", ""])
-
-
-def spread(group: Sequence[dict[str, Any]], name: str, digits: int = 1) -> str:
-    values = [float(row[name]) for row in group]
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{deviation}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/bench_detection"), help="folder of images and trainings")
-    parser.add_argument("--csv", type=Path, default=Path("benchmarks/results/detection.csv"))
+    parser.add_argument("--csv", type=Path, default=Path("benchmarks/results/zen3/detection.csv"))
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--jobs", type=int, default=2, help="trainings at once, a thread each")
     arguments = parser.parse_args()

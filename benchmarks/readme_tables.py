@@ -12,11 +12,13 @@ import argparse
 import csv
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median, stdev
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = RESULTS.parent.parent
-PAGES = [ROOT / name for name in ("README.md", "docs/results.md", "docs/reference/families.md")]
+PAGES = [
+    ROOT / name for name in ("README.md", "docs/results.md", "docs/reference/families.md", "docs/guides/detect.md")
+]
 ZEN3, ZEN4, ZEN5 = "zen3", "zen4", "zen5"  # folders there, by the processor that measured
 OURS = "ours"
 EAGER = ("eager", "unfold + LN + Linear", "conv NCHW + permute + LN")  # whose memory ours is compared with
@@ -50,7 +52,22 @@ def read(processor: str, name: str) -> list[Row]:
     """The rows of a file, of those with the same setting the last."""
     with open(RESULTS / processor / f"{name}.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    setting = ("case", "network", "provider", "mode", "dtype", "batch", "model", "schedule", "seed")
+    setting = (
+        "case",
+        "network",
+        "provider",
+        "mode",
+        "dtype",
+        "batch",
+        "model",
+        "schedule",
+        "seed",
+        "name",
+        "windows",
+        "min_size",
+        "work",
+        "detector",
+    )
     return list({tuple(row.get(key) for key in setting): row for row in rows}.values())
 
 
@@ -228,6 +245,52 @@ def trainings() -> str:
     return markdown([*header, "time / FLOPs"], lines)
 
 
+def detection() -> str:
+    """Detectors: COCO's AP in percent, means and standard deviations over seeds."""
+    header = [
+        "detector",
+        "short side in the test",
+        "AP",
+        "AP50",
+        "AP75",
+        "AP of masks",
+        "parameters",
+        "MACs",
+        "seconds",
+    ]
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    all_rows = read(ZEN3, "detection")
+    trained_at = min((row["min_size"] for row in all_rows), key=int)
+    for row in all_rows:
+        groups.setdefault((row["name"], row["windows"], row["min_size"]), []).append(row)
+    lines = []
+    for (name, windows, side), rows in groups.items():
+        shown = name if side == trained_at else f"&nbsp; the same, {windows} windows"
+        figures = [_mean_and_deviation(rows, key) for key in ("ap", "ap50", "ap75", "mask_ap")]
+        cost = [f"{float(rows[0]['params']) / 1e6:.2f} M", f"{float(rows[0]['macs']) / 1e9:.2f} G"]
+        lines.append([shown, side, *figures, *cost, _mean_and_deviation(rows, "train_seconds", 0)])
+    return markdown(header, lines)
+
+
+def _mean_and_deviation(rows: Sequence[Row], key: str, digits: int = 1) -> str:
+    values = [float(row[key]) for row in rows]
+    return f"{fmean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def detection_speed() -> str:
+    """Detectors of the same weights, against torchvision's around timm's network."""
+    header = ["work", "detector", "seconds", "speed", "peak memory"]
+    rows = read(ZEN3, "detection_speed")
+    return markdown(
+        header,
+        [
+            [row["work"], row["detector"], f"{float(row['seconds']):.2f}", times(float(row["speed_up"])),
+             f"{row['peak_mib']} MiB"]
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
 SCORES = {  # work: case, the peers of each column
     "value and first derivative, 10 points: length distortion": "order 1, 10 thetas, 224 px",
     "and the second: curvature": "order 2, 10 thetas, 224 px",
@@ -361,6 +424,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "families": families,
     "ops": ops,
     "trainings": trainings,
+    "detection": detection,
+    "detection speed": detection_speed,
     "scores": scores,
     "gpus": gpus,
 }

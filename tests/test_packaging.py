@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 GENERATED = {"PKG-INFO", "setup.cfg"}  # by setuptools
-OP_TESTS = ("test_linear.py", "test_patch_merge.py")
+OP_TESTS = ("test_linear.py", "test_patch_merge.py", "test_window_attention.py", "test_layer_norm_taylor.py")
 
 
 def tracked(root: Path) -> set[str]:
@@ -61,37 +61,60 @@ def test_citation_has_the_version(root: Path) -> None:
     assert citation["preferred-citation"]["title"] in (root / "docs" / "citation.md").read_text()
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-@pytest.mark.skipif(importlib.util.find_spec("auditwheel") is None, reason="auditwheel is not installed")
-def test_wheel_installs_and_runs(root: Path, tmp_path: Path) -> None:
-    """`make wheel`, then tests of ops with nothing of the checkout but these tests."""
-    environment = {**os.environ, "ASVIT_FAST_BUILD": "cpu"}
-    environment.pop("PYTHONPATH", None)
-    variables = [f"BIN={Path(sys.executable).parent}", f"DIST={tmp_path / 'dist'}"]
+@pytest.fixture(scope="module")
+def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file that ``make wheel`` writes; ``ASVIT_FAST_TEST_WHEEL`` names one that is there."""
+    if given := os.environ.get("ASVIT_FAST_TEST_WHEEL"):
+        return Path(given)
+    if shutil.which("make") is None or importlib.util.find_spec("auditwheel") is None:
+        pytest.skip("make or auditwheel is not installed")
+    dist = tmp_path_factory.mktemp("dist")
+    variables = [f"BIN={Path(sys.executable).parent}", f"DIST={dist}"]
+    environment = {"ASVIT_FAST_BUILD": "cpu", **outside_of_the_checkout()}
     subprocess.run(["make", "--old-file=install", "wheel", *variables], cwd=root, env=environment, check=True)
-    (wheel,) = (tmp_path / "dist").iterdir()
-    assert "manylinux" in wheel.name
+    return next(dist.iterdir())
+
+
+def outside_of_the_checkout() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
+@pytest.mark.slow
+def test_content_of_the_wheel(wheel: Path) -> None:
+    """Nothing of torch is in it, and it is for any Linux of its age, any Python and any torch that are supported."""
+    assert "cp311-abi3" in wheel.name and "manylinux" in wheel.name
     with zipfile.ZipFile(wheel) as content:
         names = content.namelist()
-    assert {"asvit_fast/py.typed", "asvit_fast/__init__.pyi", "asvit_fast/_build.json"} <= set(names)
-    assert any(name.startswith("asvit_fast/_C.") for name in names)
+    needed = {"py.typed", "__init__.pyi", "_build.json", "_C.abi3.so"}
+    assert {f"asvit_fast/{name}" for name in needed} <= set(names)
     assert not [name for name in names if "libtorch" in name or "libc10" in name]
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "site", wheel]
-    subprocess.run(install, check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("torch", ["", "torch==2.11.* torchvision==0.26.*", "torch torchvision"])
+def test_wheel_installs_and_runs(wheel: Path, root: Path, tmp_path: Path, torch: str) -> None:
+    """Tests of ops on the wheel, with nothing of the checkout but these tests: beside the torch that is here, and in
+    fresh environments with the oldest torch and with the newest, which `make test-wheel` asks for."""
+    python, environment = sys.executable, {**outside_of_the_checkout(), "ASVIT_FAST_STRICT": "1"}
+    if torch:
+        if "ASVIT_FAST_TEST_WHEEL" not in environment:
+            pytest.skip("for make test-wheel")
+        subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+        python = str(tmp_path / "venv" / "bin" / "python")
+        for wanted in (torch.split(), [f"{wheel}[test]"]):
+            subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted], env=environment, check=True)
+    else:
+        site = str(tmp_path / "site")
+        install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, str(wheel)]
+        subprocess.run(install, check=True)
+        environment["PYTHONPATH"] = site
     shutil.copytree(root / "tests", tmp_path / "tests")
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    slow\n    gpu\naddopts = -m 'not slow'\n")
-    environment |= {"PYTHONPATH": f"{tmp_path / 'site'}", "ASVIT_FAST_STRICT": "1"}
     where = "import asvit_fast, asvit_fast._extension as e; print(asvit_fast.__file__, e.reason())"
-    told = subprocess.run([sys.executable, "-c", where], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert told.stdout.split() == [str(tmp_path / "site" / "asvit_fast" / "__init__.py"), "None"], told.stderr
+    told = subprocess.run([python, "-c", where], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    file, reason = told.stdout.split()
+    assert Path(file).is_relative_to(tmp_path) and reason == "None", told.stderr
+    main = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
     tests = [str(tmp_path / "tests" / name) for name in OP_TESTS]
-    run = [
-        sys.executable,
-        "-c",
-        "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-    ]
-    subprocess.run([*run, *tests], cwd=tmp_path, env=environment, check=True)
+    run = [python, "-c", main, "-q", "-p", "no:cacheprovider", *tests]
+    subprocess.run(run, cwd=tmp_path, env=environment, check=True)

@@ -2,7 +2,7 @@
 
 The seed topology with Mask R-CNN and with the cascade, with coarse tokens first, the topology that the demo's search
 finds, and a ResNet-18 of about the seed's cost, three seeds each: AP, AP of masks, seconds. Fixed windows are compared
-with split ones at twice the size of images. Every training can be stopped and goes on; rows that are there stay.
+with split ones on images that are enlarged twice and four times. Every training can be stopped and goes on.
 
     python benchmarks/bench_detection.py --out runs/bench_detection --csv benchmarks/results/zen3/detection.csv
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from coco_digits import write_coco_digits
 
 import asvit_fast as af
@@ -35,24 +36,12 @@ from asvit_fast.topology import NAMED_TOPOLOGIES
 
 IMAGES = 2000
 SEEDS = (0, 1, 2)
-EPOCHS = 3
-TEST_SIDE, TEST_LONGEST = 112, 224  # pixels
-FACTOR = 2  # of the larger test size
+FACTORS = (2, 4)  # of the larger test sizes
 COLUMNS = (
     "name", "seed", "schedule", "epochs", "params", "macs", "windows", "min_size", "ap", "ap50", "ap75", "mask_ap",
     "mask_ap50", "mask_ap75", "train_seconds", "machine",
 )  # fmt: skip
-DETECTOR: dict[str, Any] = {  # heads and proposals in proportion to images of 112 pixels
-    "representation_size": 128, "mask_layers": (32, 32), "anchor_sizes": (12, 24, 48, 96, 192),
-    "rpn_pre_nms_top_n_train": 300, "rpn_post_nms_top_n_train": 100, "rpn_pre_nms_top_n_test": 100,
-    "rpn_post_nms_top_n_test": 50, "box_batch_size_per_image": 32, "rpn_batch_size_per_image": 64,
-    "box_detections_per_img": 10,
-}  # fmt: skip
-RECIPE: dict[str, Any] = {  # digits are not mirrored
-    "batch_size": 4, "grad_accum_steps": 1, "lr": 1e-3, "warmup_epochs": 1, "clip_grad": 1.0, "drop_path": 0.0,
-    "augmentation": "multiscale", "scales": (96, 128), "min_size": TEST_SIDE, "max_size": TEST_LONGEST, "hflip": 0.0,
-    "workers": 0, "checkpoint_interval": 50, "eval_interval": EPOCHS, "out_channels": 32,
-}  # fmt: skip
+OPTIONS: dict[str, Any] = yaml.safe_load((Path(__file__).parents[1] / "examples" / "detect_digits.yaml").read_text())
 
 
 @dataclass(frozen=True)
@@ -93,29 +82,31 @@ def run(case: Case, data: Path, out: Path) -> list[dict[str, Any]]:
     """Train, or go on, and return the rows of the case."""
     torch.set_num_threads(1)
     folder = out / f"{case.name} {case.seed}".replace(",", "").replace(" ", "_").lower()
-    options = {**RECIPE, "epochs": EPOCHS, "seed": case.seed, "detector_kwargs": DETECTOR, **case.options}
+    options = {**OPTIONS, "seed": case.seed, **case.options}
     result = af.detection.train(case.model, data, out=folder, **options)
     detector: Any = result.model
     row = {
-        "name": case.name, "seed": case.seed, "schedule": str(result.schedule), "epochs": EPOCHS,
+        "name": case.name, "seed": case.seed, "schedule": str(result.schedule), "epochs": OPTIONS["epochs"],
         "params": params(detector), "macs": detector_macs(detector, 128, 50, 10)["all"], "windows": "fixed",
-        "min_size": TEST_SIDE, **result.epochs[-1], "train_seconds": round(result.seconds, 1), "machine": processor(),
+        "min_size": OPTIONS["min_size"], **result.epochs[-1], "train_seconds": round(result.seconds, 1),
+        "machine": processor(),
     }  # fmt: skip
     rows = [row]
     if case.name == "seed topology, Mask R-CNN":
-        rows += [{**row, **at_larger_size(folder, data, windows)} for windows in ("fixed", "split")]
+        larger = itertools.product(FACTORS, ("fixed", "split"))
+        rows += [{**row, **at_larger_size(folder, data, factor, windows)} for factor, windows in larger]
     return [{name: row.get(name) for name in COLUMNS} for row in rows]
 
 
-def at_larger_size(folder: Path, data: Path, windows: str) -> dict[str, Any]:
+def at_larger_size(folder: Path, data: Path, factor: int, windows: str) -> dict[str, Any]:
     """The detector of a run on images of another size, with windows that stay or that grow with the map."""
     loaded = load_detector(folder, windows=windows)
     transform: Any = loaded.model.transform
-    transform.min_size, transform.max_size = (FACTOR * TEST_SIDE,), FACTOR * TEST_LONGEST
+    transform.min_size, transform.max_size = (factor * OPTIONS["min_size"],), factor * OPTIONS["max_size"]
     truth, device = open_coco(data, "val", masks=True), torch.device("cpu")
     loader = DetectionLoader(truth, make_reader(DetectionRecipe(workers=0), device), len(truth.categories), False)
     found = evaluate_detector(loaded.model, DetectionPrefetcher(device)(loader(0, 0, loader.images, 1)), truth, True)
-    return {**found.measures, "windows": windows, "min_size": FACTOR * TEST_SIDE}
+    return {**found.measures, "windows": windows, "min_size": factor * OPTIONS["min_size"]}
 
 
 def write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:

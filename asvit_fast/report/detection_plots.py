@@ -99,8 +99,8 @@ def _grid(truth: CocoImages, entries: Sequence[ImageEntry], found: Results, scor
         axes = figure.subplots(2, len(entries), squeeze=False)
         for column, entry in enumerate(entries):
             above, below = axes[0, column], axes[1, column]
-            above.set_title(f"{entry.path.name}", fontsize=10)
-            below.set_title(f"F1 {scores[entry.id]:.2f}", fontsize=10)
+            above.set_title(f"{entry.path.name}: truth", fontsize=10)
+            below.set_title(f"found: F1 {scores[entry.id]:.2f}", fontsize=10)
             try:
                 image, _ = truth[truth.images.index(entry)]
             except UnreadableImage:

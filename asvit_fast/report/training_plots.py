@@ -36,9 +36,9 @@ def epochs(run: Run) -> bytes:
         figure = Figure(figsize=(9, 6.2))
         above, below = figure.subplots(2, 1, sharex=True)
         _lines(above, run, ends, LOSSES)
-        above.set(title="Loss", ylabel="loss (nats)")
+        above.set(title="Loss", ylabel=_loss_axis(run))
         _lines(below, run, ends, ACCURACIES[run.kind])
-        below.set(title=measure_name(run), xlabel="epochs", ylabel=f"{measure(run)} (%)")
+        below.set(title=measure_name(run), xlabel="epochs", ylabel=f"{_short(run)} (%)")
         for axes in (above, below):
             _shade(axes, run, ends)
             _legend(axes)
@@ -53,7 +53,7 @@ def cost(run: Run) -> bytes:
     unit_macs, prefix = macs_unit(macs[-1])
     divisor, unit = time_unit(sum(map(train_seconds, run.trace)))
     times = _sums(run, lambda row: train_seconds(row) / divisor)
-    axis = f"{measure(run)} (%)" if validated else "loss (nats)"
+    axis = f"{_short(run)} (%)" if validated else _loss_axis(run)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 4.6))
         left, right = figure.subplots(1, 2, sharey=True)
@@ -64,6 +64,16 @@ def cost(run: Run) -> bytes:
         left.set(title="Over computation", xlabel=f"{prefix}multiply-adds", ylabel=axis)
         right.set(title="Over time", xlabel=f"{unit} in training steps")
         return png(figure)
+
+
+def _loss_axis(run: Run) -> str:
+    """A detector's loss is a sum of losses in different units."""
+    return "sum of losses" if run.kind == "detect" else "loss (nats)"
+
+
+def _short(run: Run) -> str:
+    """What the curves show: of detectors, boxes and masks."""
+    return "AP" if run.kind == "detect" else measure(run)
 
 
 def _sums(run: Run, of: Callable[[Row], float]) -> list[float]:

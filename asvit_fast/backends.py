@@ -11,6 +11,7 @@ of the device while tracing is constant.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.util
 import os
@@ -199,11 +200,20 @@ def _cpu_reason(index: int | None) -> str | None:
     return _extension.reason()
 
 
+def _driver_version() -> int:
+    """The newest CUDA that the driver of the GPUs knows, 13000 for 13.0."""
+    if hasattr(torch._C, "_cuda_getDriverVersion"):  # torch 2.14 has it no more
+        return torch._C._cuda_getDriverVersion()
+    version = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return version.value
+
+
 def _cuda_reason(index: int | None) -> str | None:
     why = _extension.cuda_reason()
     if why is not None:
         return why
-    built, driver = _extension.build_report()["cuda"], torch._C._cuda_getDriverVersion() // 1000
+    built, driver = _extension.build_report()["cuda"], _driver_version() // 1000
     if driver < int(built.split(".")[0]):  # the kernels' runtime is that of the build, not torch's
         return f"built with CUDA {built}, the driver of the GPU knows CUDA {driver}: update it, or rebuild"
     archs = _extension.build_report()["archs"]

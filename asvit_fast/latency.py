@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,15 @@ LATENCY = "latency.json"  # of a run: what was measured, which a run that contin
 RUNS = 15  # of which the shortest counts
 WARM_UP = 3
 CHECKED = 6  # random networks that are timed whole and held against their sums
+
+
+class _Conditions(TypedDict):
+    """What measurements were made of and on: fields of ``LatencyModel``."""
+
+    batch_size: int
+    img_size: tuple[int, int]
+    width: int
+    device: str
 
 
 @dataclass(frozen=True)
@@ -77,13 +86,14 @@ def latency_model(
     Raises InputError where ``path`` holds measurements of another batch, image size, width or device.
     """
     where = resolve_device(device)
-    same = {"batch_size": batch_size, "img_size": image_sides(img_size), "width": width, "device": str(where)}
+    sides = image_sides(img_size)
+    same: _Conditions = {"batch_size": batch_size, "img_size": sides, "width": width, "device": str(where)}
     if path is not None and path.exists():
         return _read(path, same)
     pieces: dict[str, float] = {}
     for topology in _covering(space, width):
         if {key for key, _ in keys(topology)} - set(pieces):
-            measured = _measure(topology, same["img_size"], batch_size, where)
+            measured = _measure(topology, sides, batch_size, where)
             pieces |= {key: min(value, pieces.get(key, value)) for key, value in measured.items()}
     model = LatencyModel(**same, pieces=pieces)
     generator = torch.Generator().manual_seed(0)
@@ -160,8 +170,8 @@ def _pieces(network: AsViT) -> Iterator[Callable[[Tensor], Tensor]]:
     yield network.embed
     for number, stage in enumerate(network.stages):
         if number:
-            yield stage.downsample
-        yield stage.blocks
+            yield stage.get_submodule("downsample")
+        yield stage.get_submodule("blocks")
     yield nn.Sequential(network.norm, network.head)
 
 
@@ -179,7 +189,7 @@ def _whole(topology: Topology, sides: tuple[int, int], batch_size: int, device: 
     return min(times[WARM_UP:])
 
 
-def _read(path: Path, same: dict[str, Any]) -> LatencyModel:
+def _read(path: Path, same: Mapping[str, object]) -> LatencyModel:
     try:
         stored = from_json(path.read_bytes())
         stored["img_size"] = tuple(stored["img_size"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import triton
@@ -44,5 +44,6 @@ def precision(dtype: torch.dtype, operation: Literal["matmul", "conv"] = "matmul
     """
     if dtype != torch.float32:
         return "tf32x3"  # means nothing, but must not compile another kernel
-    switch = torch.backends.cudnn.conv if operation == "conv" else torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn  # whose annotations leave out `conv`
+    switch = cudnn.conv if operation == "conv" else torch.backends.cuda.matmul
     return "tf32" if switch.fp32_precision == "tf32" else "tf32x3"

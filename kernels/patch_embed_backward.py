@@ -173,8 +173,8 @@ def patch_embed_backward(
     grad_weight.flatten(1).t().copy_(weight_sums.sum(0))
     # of bias, norm_weight and norm_bias, [C] each
     vectors = (grad_output.sum((0, 1, 2), dtype=torch.float32), None, None) if norm_weight is None else sums.sum(0)
-    grad_vectors = (
+    grad_bias, grad_norm_weight, grad_norm_bias = (
         None if x is None else row.to(x.dtype, copy=True)
         for x, row in zip((bias, norm_weight, norm_bias), vectors, strict=True)
     )
-    return grad_conv, grad_weight, *grad_vectors
+    return grad_conv, grad_weight, grad_bias, grad_norm_weight, grad_norm_bias

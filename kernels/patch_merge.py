@@ -243,8 +243,9 @@ class Problem(NamedTuple):
     def arguments(self) -> dict[str, Any]:
         """Arguments of all kernels after the first, besides tensors, by name."""
         batch, rows, columns = self.output_size
+        _, height, width, _ = self.size
         top, _, left, _ = self.padding
-        sizes = Sizes(batch * rows * columns, *self.size[1:3], rows, columns, top, left)
+        sizes = Sizes(batch * rows * columns, height, width, rows, columns, top, left)
         return sizes._asdict() | {"SHAPE": self.shape}
 
     def tiles(self, kernel: str) -> dict[str, Any]:

@@ -318,10 +318,9 @@ def window_attention_backward(
         _start_tiled_backward(plan, tensors, output.contiguous(), statistics, written, sums, float(scale))
     if plan.overlap is not None:
         plan.overlap(in_windows, *maps)
-    if problem.fused:
-        found += [None, None]
-    found += _of_parameters(plan, sums, parameters, num_heads, scale)
-    return [new if want else None for new, want in zip(found, needs_grad, strict=True)]
+    gradients: list[Optional] = [*found, None, None] if problem.fused else [*found]
+    gradients += _of_parameters(plan, sums, parameters, num_heads, scale)
+    return [new if want else None for new, want in zip(gradients, needs_grad, strict=True)]
 
 
 def _of_parameters(

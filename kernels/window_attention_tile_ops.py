@@ -25,7 +25,7 @@ def _elements(pointer, tokens, STRIDE: tl.constexpr, PART: tl.constexpr, SHAPE: 
 @triton.jit
 def load(pointer, tokens, STRIDE: tl.constexpr, SHAPE: tl.constexpr):
     """A tile, zeros for tokens that are not on the map and behind head_dim."""
-    tile = ()
+    tile = ()  # type: tuple[object, ...]
     for part in tl.static_range(len(SHAPE.parts)):
         elements, mask = _elements(pointer, tokens, STRIDE, part, SHAPE)
         tile += (tl.load(elements, mask=mask, other=0.0),)
@@ -39,7 +39,7 @@ def load_projection(inputs, tokens, WHICH: tl.constexpr, SHAPE: tl.constexpr):
     tile = load(pointer, tokens, SHAPE.strides[WHICH], SHAPE)
     if SHAPE.HAS_PAD_VALUE and WHICH > 0:
         is_padding = tokens.is_key & ~tokens.real
-        filled = ()
+        filled = ()  # type: tuple[object, ...]
         for part in tl.static_range(len(SHAPE.parts)):
             channel = part * SHAPE.parts[0] + tl.arange(0, SHAPE.parts[part])
             mask = is_padding[:, None] & (channel < SHAPE.head_dim)[None, :]
@@ -114,7 +114,7 @@ def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 @triton.jit
 def zeros(ROWS: tl.constexpr, SHAPE: tl.constexpr):
     """A tile of float32 zeros."""
-    tile = ()
+    tile = ()  # type: tuple[object, ...]
     for part in tl.static_range(len(SHAPE.parts)):
         tile += (_zeros(ROWS, SHAPE.parts[part]),)
     return tile
@@ -132,7 +132,7 @@ def inner(a, b, SHAPE: tl.constexpr):
 @triton.jit
 def combine(weights, tile, SHAPE: tl.constexpr):
     """weights [M, N] @ a tile of N tokens -> a tile of M tokens, float32."""
-    result = ()
+    result = ()  # type: tuple[object, ...]
     for part in tl.static_range(len(SHAPE.parts)):
         result += (dot(weights.to(tile[part].dtype), tile[part], tl.constexpr(SHAPE.precision)),)
     return result
@@ -141,7 +141,7 @@ def combine(weights, tile, SHAPE: tl.constexpr):
 @triton.jit
 def combine_transposed(weights, tile, SHAPE: tl.constexpr):
     """The same with weights [N, M]."""
-    result = ()
+    result = ()  # type: tuple[object, ...]
     for part in tl.static_range(len(SHAPE.parts)):
         result += (dot(tl.trans(weights.to(tile[part].dtype)), tile[part], tl.constexpr(SHAPE.precision)),)
     return result
@@ -150,7 +150,7 @@ def combine_transposed(weights, tile, SHAPE: tl.constexpr):
 @triton.jit
 def add(a, b, SHAPE: tl.constexpr):
     """The sum of two tuples."""
-    result = ()
+    result = ()  # type: tuple[object, ...]
     for part in tl.static_range(len(SHAPE.parts)):
         result += (a[part] + b[part],)
     return result
@@ -159,7 +159,7 @@ def add(a, b, SHAPE: tl.constexpr):
 @triton.jit
 def times(tile, factor, SHAPE: tl.constexpr):
     """Each tensor of a tuple times a factor."""
-    result = ()
+    result = ()  # type: tuple[object, ...]
     for part in tl.static_range(len(SHAPE.parts)):
         result += (tile[part] * factor,)
     return result

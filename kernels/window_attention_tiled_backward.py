@@ -77,7 +77,7 @@ def _statistics_of(pointer, job, ROWS: tl.constexpr):
 @triton.jit
 def _load_rows(pointer, number, are_there, WIDTH: tl.constexpr, SHAPE: tl.constexpr):
     # a tile of rows that are WIDTH apart, zeros behind them and where there are none yet
-    tile = ()
+    tile = ()  # type: tuple[object, ...]
     for part in tl.static_range(len(SHAPE.parts)):
         channel = part * SHAPE.parts[0] + tl.arange(0, SHAPE.parts[part])
         elements = pointer + number[:, None] * WIDTH + channel[None, :]

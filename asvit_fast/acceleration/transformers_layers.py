@@ -164,7 +164,7 @@ class SplitLayer(WindowLayer):
 
     def forward(
         self: Any, hidden_states: Tensor, input_dimensions: tuple[int, int], *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, ...]:
+    ) -> Any:  # a tuple, whose length the sources annotate in several ways
         options = dict(zip(self.options, args, strict=False)) | kwargs
         if not self._can_attend(input_dimensions, options) or self._attention_drops():
             return super().forward(hidden_states, input_dimensions, *args, **kwargs)  # type: ignore[misc]

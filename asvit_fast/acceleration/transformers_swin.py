@@ -11,7 +11,8 @@ from transformers.models.swin.modeling_swin import SwinAttention, SwinLayer, Swi
 from .replacement import Parts
 from .transformers_layers import JoinedLayer, SplitLayer, TokenMerging
 
-JOINED = hasattr(modeling_swin, "SwinMLP")
+modeling: Any = modeling_swin  # versions have other names in it
+JOINED = hasattr(modeling, "SwinMLP")
 Layer: Any = JoinedLayer if JOINED else SplitLayer
 
 
@@ -19,9 +20,9 @@ class FastSwinLayer(Layer, SwinLayer):
     """Computes the attention of whole maps with the weights of its `attention`."""
 
     parts: ClassVar[Parts] = (
-        JoinedLayer.joined_parts(SwinAttention, modeling_swin.SwinRelativePositionBias)
+        JoinedLayer.joined_parts(SwinAttention, modeling.SwinRelativePositionBias)
         if JOINED
-        else SplitLayer.split_parts(SwinAttention, modeling_swin.SwinSelfAttention, modeling_swin.SwinSelfOutput)
+        else SplitLayer.split_parts(SwinAttention, modeling.SwinSelfAttention, modeling.SwinSelfOutput)
     )
 
 

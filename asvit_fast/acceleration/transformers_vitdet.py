@@ -36,7 +36,7 @@ class FastVitDetLayer(Replacement, VitDetLayer):
     def unsupported_reason(cls, module: Any) -> str | None:
         return cls.skip_reason(module) or super().unsupported_reason(module)
 
-    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor] | tuple[Tensor]:
         why = wanted_reason(dict(zip(OPTIONS, args, strict=False)) | kwargs)
         if why is not None:
             warn_wanted(self.source.__name__, why)

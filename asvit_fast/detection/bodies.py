@@ -62,14 +62,15 @@ class Intermediates(Maps):
     patch: int = 1
 
     def of(self, network: Any, x: Tensor) -> list[Tensor]:
-        options = {"stop_early": True, "intermediates_only": True}
         if isinstance(network, AsViT):  # channels last in memory, as the norms want them
-            maps = network.forward_intermediates(x, list(self.indices), output_fmt="NHWC", **options)
+            maps = network.forward_intermediates(
+                x, list(self.indices), stop_early=True, output_fmt="NHWC", intermediates_only=True
+            )
             return [one.permute(0, 3, 1, 2) for one in maps]
         below, right = -x.shape[2] % self.patch, -x.shape[3] % self.patch
         if below or right:
             x = F.pad(x, (0, right, 0, below))
-        return network.forward_intermediates(x, list(self.indices), **options)
+        return network.forward_intermediates(x, list(self.indices), stop_early=True, intermediates_only=True)
 
 
 def make_body(
@@ -123,7 +124,8 @@ def _of_asvit(network: AsViT, sides: tuple[int, int], windows: str) -> tuple[nn.
     grids = [[math.ceil(side / stride) for side in sides] for stride in STRIDES]
     fixed = [tuple(math.ceil(side / stage.splits) for side in grid) for stage, grid in zip(stages, grids, strict=True)]
     network._set_windows(fixed if windows == "fixed" else None)
-    network.norm, network.head = nn.Identity(), nn.Identity()  # the maps have norms of their own
+    for name in ("norm", "head"):  # the maps have norms of their own
+        setattr(network, name, nn.Identity())
     return network, _intermediates(network.feature_info, range(len(stages)))
 
 

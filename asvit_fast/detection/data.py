@@ -52,28 +52,28 @@ def make_augmentation(recipe: DetectionRecipe) -> v2.Transform:
 class DetectionSamples(Samples):
     """Batches of a split, each asked for by (epoch, indices)."""
 
-    def __init__(self, dataset: CocoImages, reader: Reader, training: bool) -> None:
+    def __init__(self, dataset: CocoImages, reader: Reader[DetectionRecipe], training: bool) -> None:
         self.dataset, self.seed, self.mode, self.tensors = dataset, reader.recipe.seed, reader.mode, None
         self.training, self.skip = training, reader.recipe.bad_images == "skip"
-        self.transform = make_augmentation(reader.recipe) if training else None
+        self.augmentation = make_augmentation(reader.recipe) if training else None
 
     def finish(self, image: Image.Image, entry: ImageEntry) -> tuple[Tensor, Target]:
         """An image uint8 [3, H, W]; in training with its objects, else with its id."""
         pixels = v2.functional.pil_to_tensor(image)  # [3, H, W]
-        if self.transform is None:
+        if self.augmentation is None:
             return pixels, {"image_id": entry.id}
         objects = drop_crowds(entry.objects)
         size = (entry.height, entry.width)
         boxes = torch.tensor([one.box for one in objects], dtype=torch.float32).reshape(-1, 4)  # [n, 4]
         target: Target = {
-            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),  # type: ignore[call-overload]
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
             "labels": torch.tensor([one.label for one in objects], dtype=torch.int64),  # [n]
         }
         if self.dataset.masks:
             masks = [torch.from_numpy(mask_of(one.entry, *size)) for one in objects]
             empty = torch.zeros(0, *size, dtype=torch.uint8)
             target["masks"] = tv_tensors.Mask(torch.stack(masks) if masks else empty)  # [n, H, W]
-        pixels, target = self.transform(tv_tensors.Image(pixels), target)
+        pixels, target = self.augmentation(tv_tensors.Image(pixels), target)
         return pixels.as_subclass(Tensor), {name: value.as_subclass(Tensor) for name, value in target.items()}
 
     def _stack(self, samples: list[Any], skipped: list[str]) -> Detections:
@@ -84,7 +84,7 @@ class DetectionSamples(Samples):
 class DetectionLoader(MapLoader):
     """This rank's share of a split, as ``MapLoader`` deals it out."""
 
-    def _samples_of(self, dataset: Any, reader: Reader, classes: int, training: bool) -> Samples:
+    def _samples_of(self, dataset: Any, reader: Reader[DetectionRecipe], classes: int, training: bool) -> Samples:
         return DetectionSamples(dataset, reader, training)
 
 
@@ -117,7 +117,7 @@ class DetectionData:
 
     is_stream = False
 
-    def __init__(self, data: Any, reader: Reader, masks: bool) -> None:
+    def __init__(self, data: Any, reader: Reader[DetectionRecipe], masks: bool) -> None:
         recipe = reader.recipe
         if isinstance(data, tuple) and len(data) == 2:
             training, validation = (None if one is None else open_coco(one, "", masks) for one in data)
@@ -170,6 +170,8 @@ class DetectionData:
             )
 
 
-def make_reader(recipe: DetectionRecipe, device: torch.device, rank: int = 0, ranks: int = 1) -> Reader:
+def make_reader(
+    recipe: DetectionRecipe, device: torch.device, rank: int = 0, ranks: int = 1
+) -> Reader[DetectionRecipe]:
     """How images of any size are read."""
-    return Reader(recipe, recipe.crop_size, device, rank, ranks)  # type: ignore[arg-type]
+    return Reader(recipe, recipe.crop_size, device, rank, ranks)

@@ -127,7 +127,7 @@ def measure(results: Sequence[dict[str, Any]], truth: CocoImages, image_ids: set
     from pycocotools.cocoeval import COCOeval
 
     images = [entry for entry in truth.images if entry.id in image_ids]
-    measures = {}
+    measures: dict[str, float] = {}
     for kind, prefix in KINDS.items() if masks else (("bbox", ""),):
         annotations = [annotation for entry in images for annotation in _truth_of(entry, kind)]
         found = [_result(one, kind) for one in results if one["image_id"] in image_ids]

@@ -99,7 +99,8 @@ def train(
         pyramid={"out_channels": out_channels, "windows": windows, "norm": norm, "frozen_stages": frozen_stages},
         detector_kwargs=dict(detector_kwargs or {}),
     )
-    return trainer.run()
+    trainer.run()
+    return trainer.result
 
 
 class DetectionResult(TrainResult):

@@ -4,7 +4,7 @@ Feature maps are channels last, [B, H, W, C], everywhere inside the network.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, overload
 
 import torch
 import torch.fx
@@ -335,6 +335,29 @@ class AsViT(nn.Module):
         if self.pos_embed is not None:
             x = x + resample_position_embedding(self.pos_embed, (x.shape[1], x.shape[2]))
         return self.pos_drop(x)
+
+    @overload
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        *,
+        intermediates_only: Literal[True],
+    ) -> list[Tensor]: ...
+
+    @overload
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: Literal[False] = False,
+    ) -> tuple[Tensor, list[Tensor]]: ...
 
     def forward_intermediates(
         self,

@@ -181,10 +181,12 @@ def _triton(operands: Operands, config: PatchEmbedConfig) -> Result:
     """kernels/patch_embed.py; keeps nothing."""
     from asvit_fast.kernels.patch_embed import patch_embed
 
+    image, weight, bias, norm_weight, norm_bias = operands
     tokens = patch_embed(
-        *operands, config.stride, config.dilation, config.padding, config.eps, config.compute_dtype, config.dtype
-    )
-    return tokens, operands[0].new_empty(0, dtype=_working_type(operands[0]))
+        image, weight, bias, norm_weight, norm_bias, config.stride, config.dilation, config.padding, config.eps,
+        config.compute_dtype, config.dtype,
+    )  # fmt: skip
+    return tokens, image.new_empty(0, dtype=_working_type(image))
 
 
 def _triton_backward(
@@ -192,9 +194,10 @@ def _triton_backward(
 ) -> Gradients:
     from asvit_fast.kernels.patch_embed_backward import patch_embed_backward
 
+    image, weight, bias, norm_weight, norm_bias = operands
     grad_conv, *parameters = patch_embed_backward(
-        gradient, *operands, config.stride, config.dilation, config.padding, config.eps, config.compute_dtype,
-        any(needs_grad[1:]),
+        gradient, image, weight, bias, norm_weight, norm_bias, config.stride, config.dilation, config.padding,
+        config.eps, config.compute_dtype, any(needs_grad[1:]),
     )  # fmt: skip
     return _image_gradient(grad_conv, operands, config) if needs_grad[0] else None, *parameters
 

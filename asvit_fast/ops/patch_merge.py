@@ -150,10 +150,11 @@ def _triton(operands: Operands, config: PatchMergeConfig) -> Result:
     """kernels/patch_merge.py."""
     from asvit_fast.kernels.patch_merge import patch_merge
 
-    x, weight, *vectors = operands
+    x, weight, norm_weight, norm_bias, bias = operands
     return patch_merge(
-        x, weight, config.kernel, config.stride, *vectors, config.eps, _order(config), _padding(x, config)
-    )
+        x, weight, config.kernel, config.stride, norm_weight, norm_bias, bias, config.eps, _order(config),
+        _padding(x, config),
+    )  # fmt: skip
 
 
 def _triton_backward(
@@ -161,9 +162,9 @@ def _triton_backward(
 ) -> Gradients:
     from asvit_fast.kernels.patch_merge_backward import patch_merge_backward
 
-    x, weight, *vectors = operands
+    x, weight, norm_weight, norm_bias, bias = operands
     return patch_merge_backward(
-        gradient, x, result[1], weight, config.kernel, config.stride, *vectors, _order(config),
+        gradient, x, result[1], weight, config.kernel, config.stride, norm_weight, norm_bias, bias, _order(config),
         _padding(x, config), needs_grad[0], any(needs_grad[1:]),
     )  # fmt: skip
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -171,7 +171,7 @@ class WindowAttentionConfig:
         return None if self.kv_window == self.window else self.kv_window
 
     @property
-    def kernel_arguments(self) -> tuple[Any, ...]:
+    def kernel_arguments(self) -> tuple[int, list[int], list[int], list[int], float, str]:
         """As kernels take them: none has dropout."""
         return self.num_heads, self.window, self.shift, self.key_window or [], self.scale, self.layout
 
@@ -325,9 +325,10 @@ def _triton_backward(
     """Sums over windows in an order that only shapes decide."""
     from asvit_fast.kernels.window_attention import window_attention_backward
 
+    x = _Operands(*operands)
     output, statistics = result
-    saved = None if _is_single_tile(_Operands(*operands), config) else statistics
-    return window_attention_backward(gradient, output, saved, *operands, *config.kernel_arguments, needs_grad)
+    saved = None if _is_single_tile(x, config) else statistics
+    return window_attention_backward(gradient, output, saved, *x, *config.kernel_arguments, needs_grad)
 
 
 def _no_dropout(operands: Operands, config: WindowAttentionConfig) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ..bench.rows import read_rows
@@ -63,7 +63,7 @@ def _write(page: Path, name: str, sections: list[Section], note: str = DESIGN_NO
     return page
 
 
-def compared_sections(runs: Sequence[Run], figures: dict[str, Callable[[Sequence[Run]], bytes]]) -> list[Section]:
+def compared_sections(runs: Sequence[Run], figures: Mapping[str, Callable[[Sequence[Run]], bytes]]) -> list[Section]:
     """A section for the growths and one for the searches."""
     sections = []
     for kind, title in (("scale", "Growths compared"), ("search", "Searches compared")):

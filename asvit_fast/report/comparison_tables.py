@@ -12,7 +12,7 @@ from ..runs import Run
 from ..topology import SearchSpace, Topology
 from .comparison_plots import by_rule
 
-Table = tuple[str, str, Sequence[str], list[Sequence[Any]]]  # title, note, header, rows
+Table = tuple[str, str, Sequence[str], Sequence[Sequence[Any]]]  # title, note, header, rows
 PAPER_TABLE_3 = {  # mean and standard deviation / mean of ten searches
     "K1": (7.3, 0.1), "K2": (4.0, 0.0), "K3": (4.0, 0.0), "K4": (4.0, 0.0), "S1": (4.0, 0.6), "S2": (2.7, 0.5),
     "S3": (1.5, 0.3), "E1": (3.3, 0.4), "E2": (3.9, 0.4), "E3": (4.2, 0.3), "E4": (5.2, 0.2), "heads": (42.7, 0.5),

@@ -103,7 +103,7 @@ class Section:
     status: str
     topology: str
     images: dict[str, bytes]
-    tables: list[tuple[str, str, Sequence[str], list[Sequence[Any]]]]  # title, note, header, rows
+    tables: list[tuple[str, str, Sequence[str], Sequence[Sequence[Any]]]]  # title, note, header, rows
 
     @classmethod
     def of(cls, run: Run, images: dict[str, bytes]) -> Section:

@@ -10,7 +10,7 @@ from ..runs import Run
 from ..studies.analysis import AGAINST, ALL_KINDS, Estimate, accuracy_of
 from ..studies.result import Study
 
-Table = tuple[str, str, Sequence[str], list[Sequence[Any]]]  # title, note, header, rows
+Table = tuple[str, str, Sequence[str], Sequence[Sequence[Any]]]  # title, note, header, rows
 MOST_ROWS = 10  # of the best and the worst networks
 
 

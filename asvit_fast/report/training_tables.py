@@ -12,7 +12,7 @@ from ..run_directory import accuracy, best_row
 from ..runs import Run
 
 Row = dict[str, Any]
-Table = tuple[str, str, Sequence[str], list[Sequence[Any]]]  # title, note, header, rows
+Table = tuple[str, str, Sequence[str], Sequence[Sequence[Any]]]  # title, note, header, rows
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,7 @@ from .percentile import percentile
 from .result import CURVE_METRICS, Measure, Score
 from .stacked_score import MOST_TOGETHER, score_stacked
 
+Network = TypeVar("Network", bound=nn.Module)
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
 
 Task = tuple[tuple[Target, int, Seed], tuple[str, ...]]  # (network, repeat, seed), metrics
@@ -286,7 +288,7 @@ def load(images: Tensor | str | Path | None, settings: ScoreSettings) -> Tensor 
     return images[: settings.batch]
 
 
-def without_norms(model: nn.Module) -> nn.Module:
+def without_norms(model: Network) -> Network:
     """A copy that shares the weights and has no normalisation layers (As-ViT measures the curve so)."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     bare = copy.deepcopy(model, shared)

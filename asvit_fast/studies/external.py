@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from ..files import file_errors
 from ..topology import Topology
 
 
-def read_topologies(path: str | Path) -> list[Topology]:
+def read_topologies(path: str | os.PathLike[str]) -> list[Topology]:
     """The different topologies in the column ``topology`` of a file, such as a search's top.csv, in their order.
 
     Raises InputError as ``read_accuracies`` does.
@@ -20,7 +21,7 @@ def read_topologies(path: str | Path) -> list[Topology]:
     return list(dict.fromkeys(topology for topology, _ in _lines(Path(path), ("topology",))))
 
 
-def read_accuracies(path: str | Path) -> dict[Topology, list[float]]:
+def read_accuracies(path: str | os.PathLike[str]) -> dict[Topology, list[float]]:
     """Accuracies (larger is better) of each topology, in the order of the file; a topology may have several lines.
 
     The file has a header with ``topology`` and ``accuracy``; other columns are left alone. An empty accuracy, nan or

@@ -25,7 +25,7 @@ def sample(
     draws = _stratified(space, width, seed, params_of) if sampling == "stratified" else _uniform(space, width, seed)
     if space.size <= count:
         return list(space.enumerate(width))
-    different = dict.fromkeys(())  # in the order of drawing
+    different: dict[Topology, None] = {}  # in the order of drawing
     for topology in draws:
         different[topology] = None
         if len(different) == count:

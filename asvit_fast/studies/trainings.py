@@ -112,7 +112,7 @@ def fingerprint_of(data: Data) -> str:
     Names and sizes of all files count, and contents of 10,000 of them. Of data sets in memory, their lengths.
     """
     if not isinstance(data, (str, Path)):
-        return "data sets of " + " and ".join(str(len(part)) for part in data if part is not None)  # type: ignore[arg-type]
+        return "data sets of " + " and ".join(str(len(part)) for part in data if part is not None)
     if not Path(data).is_dir():
         return str(data)
     files = find_images(data)

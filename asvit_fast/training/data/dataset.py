@@ -15,6 +15,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from ...errors import InputError
 from ...images import UnreadableImage, decode
+from ...recipe import Recipe
 from .. import rng
 from .reader import Reader
 from .transforms import make_transform
@@ -37,7 +38,7 @@ class Batch(NamedTuple):
 class _Samples:
     """Common part of the samples of a split."""
 
-    def __init__(self, dataset: Any, reader: Reader, classes: int, training: bool) -> None:
+    def __init__(self, dataset: Any, reader: Reader[Recipe], classes: int, training: bool) -> None:
         self.dataset, self.classes, self.seed, self.mode = dataset, classes, reader.recipe.seed, reader.mode
         self.transform = make_transform(reader, training)
         self.reprob = reader.recipe.reprob if training and not reader.recipe.no_aug else 0.0
@@ -64,7 +65,7 @@ class Samples(_Samples, Dataset):
     a traceback.
     """
 
-    def __init__(self, dataset: Any, reader: Reader, classes: int, training: bool) -> None:
+    def __init__(self, dataset: Any, reader: Reader[Recipe], classes: int, training: bool) -> None:
         super().__init__(dataset, reader, classes, training)
         self.tensors = float_tensors(dataset)
 

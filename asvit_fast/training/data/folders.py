@@ -12,6 +12,7 @@ from timm.data import ImageDataset, create_dataset
 
 from ...errors import InputError, first_line
 from ...images import ImageFolder, ImageTar, is_hidden
+from ...recipe import Recipe
 from .reader import Reader
 
 PACKAGES = {  # prefix of the name -> module, package of pip
@@ -25,7 +26,7 @@ FOLDERS = ("", "folder", "tar")
 SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))  # timm's, in its order
 
 
-def open_split(data: str | Path, reader: Reader, training: bool) -> Any:
+def open_split(data: str | Path, reader: Reader[Recipe], training: bool) -> Any:
     """The training or validation split as timm reads it, undecoded where timm can leave it so; the split "" of a folder
     is the folder itself.
 

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from ...backends import notify_once
 from ...errors import InputError
+from ...recipe import Recipe
 from .. import rng
 from .dataset import Batch, Request, Samples, StreamSamples
 from .reader import Reader
@@ -26,7 +27,7 @@ from .reader import Reader
 PARENT_CHECK_SECONDS = 0.5  # between a worker's looks at the process that it reads for
 
 
-def make_loader(dataset: Any, reader: Reader, classes: int, training: bool) -> MapLoader | StreamLoader:
+def make_loader(dataset: Any, reader: Reader[Recipe], classes: int, training: bool) -> MapLoader | StreamLoader:
     """Make what reads this rank's share of a split.
 
     ``loader(epoch, start, stop, batch_size)`` has the images ``start`` to ``stop`` of its ``images`` in batches, the
@@ -49,7 +50,7 @@ class RequestSampler(Sampler):
 class MapLoader:
     """Batches of a map-style data set: by the main process, or by workers that stay for the next pass."""
 
-    def __init__(self, dataset: Any, reader: Reader, classes: int, training: bool) -> None:
+    def __init__(self, dataset: Any, reader: Reader[Any], classes: int, training: bool) -> None:
         self.samples = self._samples_of(dataset, reader, classes, training)
         self.reader, self.training = reader, training
         total, rank, ranks = len(self.samples), reader.rank, reader.ranks
@@ -62,7 +63,7 @@ class MapLoader:
             options = {"sampler": self.requests, "persistent_workers": True}
             self.loader = worker_loader(self.samples, reader, reader.recipe.workers, **options)
 
-    def _samples_of(self, dataset: Any, reader: Reader, classes: int, training: bool) -> Samples:
+    def _samples_of(self, dataset: Any, reader: Reader[Any], classes: int, training: bool) -> Samples:
         return Samples(dataset, reader, classes, training)
 
     def __call__(self, epoch: int, start: int, stop: int, batch_size: int) -> Iterator[Any]:
@@ -99,7 +100,7 @@ class MapLoader:
 class StreamLoader:
     """Batches of a data set that is read from its start; workers are new in every pass, their order repeats."""
 
-    def __init__(self, dataset: Any, reader: Reader, classes: int, training: bool) -> None:
+    def __init__(self, dataset: Any, reader: Reader[Recipe], classes: int, training: bool) -> None:
         self.samples = StreamSamples(dataset, reader, classes, training)
         self.reader, self.workers = reader, max(1, reader.recipe.workers)
         total = getattr(dataset.reader, "num_samples", None)
@@ -119,7 +120,7 @@ class StreamLoader:
         return rebatch(raise_errors(loader), start, stop, batch_size)
 
 
-def worker_loader(samples: Any, reader: Reader, workers: int, **options: Any) -> DataLoader:
+def worker_loader(samples: Any, reader: Reader[Any], workers: int, **options: Any) -> DataLoader:
     """Whole batches from workers. A generator of its own: torch would draw one number of the global one otherwise."""
     options = {"generator": torch.Generator().manual_seed(reader.recipe.seed), **options}
     return DataLoader(
@@ -196,7 +197,7 @@ class DevicePrefetcher:
     current when the next one is asked for.
     """
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: Reader[Recipe]) -> None:
         self.device = device = reader.device
         self.mean, self.std = (  # [3, 1, 1], in uint8's units
             torch.tensor(values, device=device).mul(255).view(-1, 1, 1) for values in (reader.mean, reader.std)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
 
 from ...errors import InputError
-from ...recipe import Recipe, per_channel
+from ...recipe import TrainingRecipe, per_channel
 
+AnyRecipe = TypeVar("AnyRecipe", bound=TrainingRecipe)
 MODES = {1: "L", 3: "RGB"}  # channels -> Pillow's name
 
 
 @dataclass(frozen=True)
-class Reader:
+class Reader(Generic[AnyRecipe]):
     """Settings of how images are read and shared.
 
     Args:
@@ -30,7 +32,7 @@ class Reader:
         InputError: another number of channels.
     """
 
-    recipe: Recipe
+    recipe: AnyRecipe
     img_size: int | tuple[int, int]
     device: torch.device
     rank: int = 0

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from ...errors import InputError
+from ...recipe import Recipe
 from .. import rng
 from .classes import check_same_classes, class_names, count_classes, targets_of
 from .dataset import float_tensors
@@ -35,7 +36,9 @@ class Validation:
         class_names: their names in the order of their numbers, None where the data set has none.
     """
 
-    def __init__(self, dataset: Any, classes: int, reader: Reader, prefetch: DevicePrefetcher | None = None) -> None:
+    def __init__(
+        self, dataset: Any, classes: int, reader: Reader[Recipe], prefetch: DevicePrefetcher | None = None
+    ) -> None:
         self.num_classes, self.class_names = classes, class_names(dataset)
         self._prefetch = prefetch or DevicePrefetcher(reader)
         self._load = make_loader(dataset, reader, classes, training=False)
@@ -73,7 +76,7 @@ class TrainingData:
         has_validation: whether there are validation images.
     """
 
-    def __init__(self, train: Any, classes: int, reader: Reader, validation: Any = None) -> None:
+    def __init__(self, train: Any, classes: int, reader: Reader[Recipe], validation: Any = None) -> None:
         self.num_classes, self.class_names = classes, class_names(train)
         self._reader, self._prefetch = reader, DevicePrefetcher(reader)
         self._load = make_loader(train, reader, classes, training=True)
@@ -120,7 +123,7 @@ class TrainingData:
             )
 
 
-def load_data(data: str | Path | DataSets, reader: Reader, num_classes: int | None = None) -> TrainingData:
+def load_data(data: str | Path | DataSets, reader: Reader[Recipe], num_classes: int | None = None) -> TrainingData:
     """Open training and validation images.
 
     Args:
@@ -149,7 +152,7 @@ def load_data(data: str | Path | DataSets, reader: Reader, num_classes: int | No
     return TrainingData(train, classes, reader, held_out)
 
 
-def load_validation(data: str | Path, reader: Reader, num_classes: int | None = None) -> Validation:
+def load_validation(data: str | Path, reader: Reader[Recipe], num_classes: int | None = None) -> Validation:
     """The images of the recipe's ``val_split`` alone; arguments and errors as for ``load_data``."""
     dataset = open_split(data, reader, training=False)
     return Validation(dataset, count_classes(dataset, num_classes), reader)

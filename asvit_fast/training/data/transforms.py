@@ -11,6 +11,7 @@ from timm.data.auto_augment import AugmentOp
 from torch import Tensor
 
 from ...errors import InputError, first_line
+from ...recipe import Recipe
 from .reader import Reader
 
 Transform = Callable[[Image.Image], Tensor]
@@ -18,7 +19,7 @@ Transform = Callable[[Image.Image], Tensor]
 TURNING = (Image.Resampling.NEAREST, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
 
 
-def make_transform(reader: Reader, training: bool) -> Transform:
+def make_transform(reader: Reader[Recipe], training: bool) -> Transform:
     """PIL image to uint8 ``reader.shape``: augmented (random erasing is left to the device), or resized and cropped as
     timm validates.
 

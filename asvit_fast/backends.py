@@ -201,10 +201,8 @@ def _cpu_reason(index: int | None) -> str | None:
 
 
 def _driver_version() -> int:
-    """The newest CUDA that the driver of the GPUs knows, 13000 for 13.0."""
-    if hasattr(torch._C, "_cuda_getDriverVersion"):  # torch 2.14 has it no more
-        return torch._C._cuda_getDriverVersion()
-    version = ctypes.c_int()
+    """The newest CUDA that the driver of the GPUs knows, 13000 for 13.0; 0 where the driver does not answer."""
+    version = ctypes.c_int(0)
     ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
     return version.value
 

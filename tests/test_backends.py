@@ -31,6 +31,35 @@ def test_decorates():
     assert af.use_backend("reference")(backends.forced_backend)() == "reference"
 
 
+@pytest.mark.parametrize(
+    ("driver", "capability", "expected"),
+    [
+        (13000, (9, 0), None),
+        (13020, (9, 0), None),
+        (12080, (9, 0), "the driver of the GPU knows CUDA 12: update it"),
+        (0, (9, 0), "the driver of the GPU knows CUDA 0"),
+        (13000, (7, 5), "compiled for 9.0, the GPU is 7.5"),
+    ],
+)
+def test_cuda_kernels_need_a_driver_and_a_gpu(monkeypatch, driver, capability, expected):
+    """Everything that is asked before a CUDA kernel runs, on a machine without one: torch has no function for it."""
+
+    class Driver:
+        def __init__(self, name):
+            assert name == "libcuda.so.1"
+
+        def cuDriverGetVersion(self, pointer):
+            pointer._obj.value = driver
+            return 0
+
+    monkeypatch.setattr(backends.ctypes, "CDLL", Driver)
+    monkeypatch.setattr(_extension, "cuda_reason", lambda: None)
+    monkeypatch.setattr(_extension, "build_report", lambda: {"cuda": "13.0", "archs": ["9.0"]})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: capability)
+    found = backends._cuda_reason(0)
+    assert found is expected if expected is None else expected in found
+
+
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_what_cannot_run_says_why(backend):
     qkv = torch.randn(1, 8, 8, 12)

@@ -2,11 +2,15 @@
 
 from typing import Any
 
+import torch
 import torch.fx
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import InputError
 from ..ops.patch_embed import patch_embed
 from ..tokens import check_token_reduction
+from .plain import is_plain
 
 torch.fx.wrap("embed_patches")  # it branches on sizes, which torch.fx does not know while it traces
 
@@ -15,6 +19,17 @@ def dilation_of(kernel: int, reduction: int) -> int:
     """The dilation with which K x K weights cover about ``reduction`` * K pixels per side (As-ViT, arXiv 2202.11921,
     section 3.4)."""
     return round((reduction - 1) * kernel / max(kernel - 1, 1)) + 1
+
+
+def _padding(image: Tensor, kernel: int, stride: int, dilation: int) -> tuple[int, int, int, int]:
+    """Pixels to the left, to the right, above, below, with which the grid is ceil(image / stride)."""
+    span = dilation * (kernel - 1) + 1  # pixels that one patch covers
+    before = max(span - stride, 0) // 2
+    height, width = image.shape[2], image.shape[3]
+    below = (-(-height // stride) - 1) * stride + span - height - before
+    right = (-(-width // stride) - 1) * stride + span - width - before
+    # comparisons, as max() would stay in every size that torch.compile derives for images of any size
+    return before, right if right > 0 else 0, before, below if below > 0 else 0
 
 
 def embed_patches(
@@ -28,13 +43,7 @@ def embed_patches(
     eps: float,
 ) -> Tensor:
     """``patch_embed`` padded so that the grid is ceil(image / stride): [B, Cin, H, W] -> [B, Ho, Wo, C]."""
-    span = dilation * (weight.shape[2] - 1) + 1  # pixels that one patch covers
-    before = max(span - stride, 0) // 2
-    height, width = image.shape[2], image.shape[3]
-    below = (-(-height // stride) - 1) * stride + span - height - before
-    right = (-(-width // stride) - 1) * stride + span - width - before
-    # comparisons, as max() would stay in every size that torch.compile derives for images of any size
-    padding = (before, right if right > 0 else 0, before, below if below > 0 else 0)
+    padding = _padding(image, weight.shape[2], stride, dilation)
     return patch_embed(image, weight, bias, stride, dilation, padding, norm_weight, norm_bias, eps)
 
 
@@ -76,6 +85,8 @@ class OverlapPatchEmbed(nn.Module):
         self.dilation = dilation_of(self.kernel, reduction)
 
     def forward(self, image: Tensor) -> Tensor:
+        if not torch.jit.is_scripting() and self._calls_layers():
+            return self._by_layers(image)
         norm_weight: Tensor | None = None
         norm_bias: Tensor | None = None
         eps = 1e-5
@@ -84,3 +95,20 @@ class OverlapPatchEmbed(nn.Module):
         return embed_patches(
             image, self.proj.weight, self.proj.bias, self.stride, self.dilation, norm_weight, norm_bias, eps
         )
+
+    @torch.jit.unused
+    def _calls_layers(self) -> bool:
+        return not (is_plain(self.proj, nn.Conv2d) and is_plain(self.norm, nn.LayerNorm))
+
+    @torch.jit.unused
+    def _by_layers(self, image: Tensor) -> Tensor:
+        """With adapters, quantised layers and hooks: every layer is called."""
+        if self.stride != self.base_stride:
+            raise InputError(
+                f"fewer tokens need the plain Conv2d and LayerNorm of the patch embedding; proj is a "
+                f"{type(self.proj).__name__}, norm a {type(self.norm).__name__}, or one has hooks: merge adapters, "
+                "remove hooks, or train with full tokens"
+            )
+        image = F.pad(image, _padding(image, self.kernel, self.stride, self.dilation))
+        tokens = self.proj(image).permute(0, 2, 3, 1)  # [B, Ho, Wo, C]
+        return tokens if self.norm is None else self.norm(tokens)

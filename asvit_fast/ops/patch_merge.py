@@ -31,7 +31,7 @@ def merge_padding(size: int, kernel: int, stride: int) -> list[int]:
     return [before, total - before]
 
 
-def _pad(x: Tensor, kernel: int, stride: int) -> Tensor:
+def pad_for_merging(x: Tensor, kernel: int, stride: int) -> Tensor:
     """[B, H, W, C] -> [B, C, H', W']."""
     top_bottom, left_right = merge_padding(x.shape[1], kernel, stride), merge_padding(x.shape[2], kernel, stride)
     return F.pad(x.permute(0, 3, 1, 2), left_right + top_bottom)
@@ -62,7 +62,7 @@ def patch_merge_reference(
         norm_weight = None if norm_weight is None else unfold_order(norm_weight, kernel)
         norm_bias = None if norm_bias is None else unfold_order(norm_bias, kernel)
     bias = None if bias is None else bias.to(weight.dtype)
-    x = _pad(x, kernel, stride)  # [B, C, H', W']
+    x = pad_for_merging(x, kernel, stride)  # [B, C, H', W']
     if norm_weight is None:  # nothing between unfolding and projection: a convolution
         kernels = weight.reshape(weight.shape[0], channels, kernel, kernel)
         return F.conv2d(x.to(weight.dtype), kernels, bias, stride=stride).permute(0, 2, 3, 1)
@@ -114,7 +114,7 @@ def _working_type(x: Tensor, weight: Tensor) -> torch.dtype:
 def _statistics(operands: Operands, config: PatchMergeConfig) -> Tensor:
     """[2, B, Ho, Wo]: mean and 1 / standard deviation of every neighbourhood."""
     x, weight = operands[:2]
-    patches = F.unfold(_pad(x, config.kernel, config.stride), config.kernel, stride=config.stride)
+    patches = F.unfold(pad_for_merging(x, config.kernel, config.stride), config.kernel, stride=config.stride)
     variance, mean = torch.var_mean(patches.to(_working_type(x, weight)), 1, correction=0)  # [B, Ho*Wo]
     statistics = torch.stack((mean, torch.rsqrt(variance + config.eps)))
     return statistics.unflatten(2, _output_shape(x, weight, config.stride)[1:3])

@@ -256,7 +256,7 @@ def detection() -> str:
         "AP of masks",
         "parameters",
         "MACs",
-        "seconds",
+        "seconds, least",
     ]
     groups: dict[tuple[str, ...], list[Row]] = {}
     all_rows = read(ZEN3, "detection")
@@ -268,13 +268,14 @@ def detection() -> str:
         shown = name if side == trained_at else f"&nbsp; the same, {windows} windows"
         figures = [_mean_and_deviation(rows, key) for key in ("ap", "ap50", "ap75", "mask_ap")]
         cost = [f"{float(rows[0]['params']) / 1e6:.2f} M", f"{float(rows[0]['macs']) / 1e9:.2f} G"]
-        lines.append([shown, side, *figures, *cost, _mean_and_deviation(rows, "train_seconds", 0)])
+        seconds = min(float(row["train_seconds"]) for row in rows)
+        lines.append([shown, side, *figures, *cost, f"{seconds:.0f}"])
     return markdown(header, lines)
 
 
-def _mean_and_deviation(rows: Sequence[Row], key: str, digits: int = 1) -> str:
+def _mean_and_deviation(rows: Sequence[Row], key: str) -> str:
     values = [float(row[key]) for row in rows]
-    return f"{fmean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+    return f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def detection_speed() -> str:

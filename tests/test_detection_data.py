@@ -168,6 +168,21 @@ def test_coco_detection_of_torchvision(tmp_path: Path) -> None:
         open_coco([1], "", masks=True)
 
 
+def test_a_data_set_alone_is_not_validated_on_itself(tmp_path: Path) -> None:
+    from torchvision.datasets import CocoDetection
+
+    write_coco(tmp_path)
+    alone = CocoDetection(tmp_path / "train", tmp_path / "annotations" / "instances_train.json")
+    with pytest.raises(InputError, match="give a pair"):
+        run(alone, epochs=1)
+    assert run(alone, epochs=1, val_split="").ap is None
+
+
+def test_no_network(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="a topology, a name or a module, got NoneType"):
+        run(write_coco(tmp_path), what=None)
+
+
 def test_splits_agree_and_have_something_to_find(tmp_path: Path) -> None:
     write_split(tmp_path, "train", content(3))
     write_split(tmp_path, "val", content(3, categories=(3, 8)))

@@ -140,6 +140,10 @@ class DetectionData:
         if isinstance(data, tuple) and len(data) == 2:
             training, validation = (None if one is None else open_coco(one, "", masks) for one in data)
         else:
+            if recipe.val_split and hasattr(data, "coco"):
+                raise InputError(
+                    "one data set cannot be both training and validation: give a pair (training, validation or None)"
+                )
             training = open_coco(data, recipe.train_split, masks)
             validation = open_coco(data, recipe.val_split, masks) if recipe.val_split else None
         if training is None:

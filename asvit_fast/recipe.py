@@ -252,5 +252,7 @@ class DetectionRecipe(TrainingRecipe):
         for name in ("crop_size", "min_size", "max_size"):
             self._check(name, getattr(self, name) >= 32, "32 pixels or more")
         self._check("max_size", self.max_size >= self.min_size, f"min_size ({self.min_size}) or more")
-        self._check("scale_jitter", 0 < self.scale_jitter[0] <= self.scale_jitter[1], "two numbers above 0")
-        self._check("scales", 32 <= self.scales[0] <= self.scales[1], "two numbers from 32 pixels")
+        self._check(
+            "scale_jitter", 0 < self.scale_jitter[0] <= self.scale_jitter[1], "two numbers above 0, the smaller first"
+        )
+        self._check("scales", 32 <= self.scales[0] <= self.scales[1], "two numbers from 32 pixels, the smaller first")

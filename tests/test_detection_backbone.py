@@ -34,6 +34,8 @@ def expected(height: int, width: int, channels: int) -> list[tuple[int, ...]]:
         ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1), "embed_dim": 24}),
         ("resnet18", {"norm": False}),
         ("pvt_v2_b0", {}),
+        ("dla34", {}),
+        ("hrnet_w18_small", {}),
     ],
 )
 def test_maps_of_any_size(what: str, options: dict[str, Any]) -> None:
@@ -148,6 +150,8 @@ def test_one_graph_for_all_sizes() -> None:
         (SMALL, {"windows": "moving"}, "fixed, split"),
         (SMALL, {"frozen_stages": 5}, "at most 4"),
         (SMALL, {"out_channels": 0}, "1 or more"),
+        ("resnet18", {"colour": 1}, "resnet18 cannot be made with these arguments.*colour"),
+        (None, {}, "a topology, a name or a network, got NoneType"),
         ("asvit_smal", {}, "did you mean asvit_small"),
         (torchvision.models.AlexNet(), {}, "strides none"),
         (torchvision.models.AlexNet(), {"depths": 2}, "made already"),

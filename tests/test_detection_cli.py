@@ -79,6 +79,11 @@ def test_train_eval_show_report(tmp_path: Path, capsys: pytest.CaptureFixture[st
     [
         (["detect", "eval", "nowhere.pth.tar", "--data", "."], "does not exist"),
         (["detect", "show", "x.pth.tar", "gone.png"], "'gone.png' does not exist"),
+        (["detect", "show", "x.pth.tar", "."], "'.' is a folder; give image files"),
+        (["detect", "eval", "x.pth.tar", "--data", ".", "--results", "gone/r.json"], "'gone/r.json' cannot be written"),
+        (["detect", "eval", "x.pth.tar", "--data", ".", "--results", "."], "'.' cannot be written"),
+        (["detect", "asvit_seed", "--data", ".", "--out", "x", "--scale-jitter", "2,1"], "the smaller first"),
+        (["detect", "asvit_seed", "--data", ".", "--out", "x", "--scales", "64,32"], "the smaller first"),
         (["detect", "asvit_seed", "--out", "x"], "--data"),
         (["detect", "asvit_seed", "--data", ".", "--out", "x", "--detecter", "y"], "did you mean --detector"),
         (["detect", "asvit_seed", "--data", ".", "--out", "x", "--detector", "yolo"], "expected one of"),

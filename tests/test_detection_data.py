@@ -113,6 +113,13 @@ def test_crowds_are_not_learnt(tmp_path: Path) -> None:
         (update(0, bbox=[1, 2, 3, "x"]), "bbox of four numbers"),
         (update(0, segmentation={"size": [9, 9], "counts": [81]}), r"is of \[9, 9\] pixels, its image of \[64, 48\]"),
         (update(0, segmentation={"size": [64, 48], "counts": [7]}), "runs of 7 pixels, its image 3072"),
+        (update(0, segmentation={"size": 64, "counts": [3072]}), r"is of 64 pixels, its image of \[64, 48\]"),
+        (update(0, segmentation={"size": [64, 48], "counts": ["a"]}), "counts that are no run lengths"),
+        (update(0, segmentation={"size": [64, 48], "counts": [-5, 3077]}), "counts that are no run lengths"),
+        (update(0, segmentation={"size": [64, 48], "counts": "garbage"}), "counts that are no run lengths|has runs of"),
+        (update(0, segmentation={"size": [64, 48], "counts": "no\u20ac"}), "counts that are no run lengths"),
+        (update(0, image_id=[1]), r"has image_id \[1\]"),
+        (update(0, category_id={}), r"has category_id \{\}"),
         (update(0, segmentation=None), "train a detector without masks"),
         (update(0, segmentation=[[1, 2, 3]]), "must be polygons"),
         (lambda file: file["images"][0].pop("height"), "image 0 must have a height"),
@@ -161,6 +168,21 @@ def test_coco_detection_of_torchvision(tmp_path: Path) -> None:
         open_coco([1], "", masks=True)
 
 
+def test_a_data_set_alone_is_not_validated_on_itself(tmp_path: Path) -> None:
+    from torchvision.datasets import CocoDetection
+
+    write_coco(tmp_path)
+    alone = CocoDetection(tmp_path / "train", tmp_path / "annotations" / "instances_train.json")
+    with pytest.raises(InputError, match="give a pair"):
+        run(alone, epochs=1)
+    assert run(alone, epochs=1, val_split="").ap is None
+
+
+def test_no_network(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="a topology, a name or a module, got NoneType"):
+        run(write_coco(tmp_path), what=None)
+
+
 def test_splits_agree_and_have_something_to_find(tmp_path: Path) -> None:
     write_split(tmp_path, "train", content(3))
     write_split(tmp_path, "val", content(3, categories=(3, 8)))
@@ -188,6 +210,28 @@ def test_an_image_of_another_size_than_it_says(tmp_path: Path) -> None:
     folder = changed(tmp_path, lambda file: file["images"][1].update(height=60))
     with pytest.raises(InputError, match=r"1.png.*48 x 64 pixels.*says 48 x 60"):
         list(data(folder).train_batches(0, 0, 3))
+
+
+@pytest.mark.parametrize("augmentation", ["lsj", "multiscale"])
+def test_thin_images(tmp_path: Path, augmentation: str) -> None:
+    """Whatever their shape, a pixel of each side stays."""
+    file = content(1)
+    file["images"][0].update(height=2, width=600)
+    write_split(tmp_path, "train", file)
+    loaded = data(tmp_path, augmentation=augmentation, crop_size=64, scales=(32, 64), min_size=32, max_size=96)
+    for epoch in range(3):
+        assert min(next(loaded.train_batches(epoch, 0, 1))[0][0].shape) >= 1
+
+
+def test_compressed_run_lengths_of_every_kind(tmp_path: Path) -> None:
+    """What pycocotools packs is taken: long runs, short ones, a mask that begins with an object."""
+    generator = np.random.default_rng(0)
+    for share in (0.0, 0.02, 0.5, 1.0):
+        drawn = (generator.random((64, 48)) < share).astype(np.uint8)
+        packed = coco_mask.encode(np.asfortranarray(drawn))
+        entry = {"size": [64, 48], "counts": packed["counts"].decode()}
+        images = open_coco(str(changed(tmp_path, update(0, segmentation=entry))), "train", masks=True)
+        assert np.array_equal(mask_of(images.images[1].objects[0].entry, 64, 48), drawn)
 
 
 @pytest.mark.parametrize("augmentation", ["lsj", "multiscale"])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
@@ -14,6 +15,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 import asvit_fast as af
 from asvit_fast.cost import params
 from asvit_fast.detection import Detector, detector_macs
+from asvit_fast.detection.pictures import draw
 from asvit_fast.errors import InputError
 
 SMALL = "8,2,2,1|2,1,2,1|2,1,2,1|2,1,2,1|16,16"
@@ -196,6 +198,19 @@ def test_stages_of_a_cascade_learn_from_their_own_overlaps() -> None:
         ({"box_score_tresh": 0.1}, "unknown option box_score_tresh"),
         ({"anchor_sizes": (32,)}, "one for each of 5 maps"),
         ({"cascade_ious": (0.5,)}, "an entry for each stage"),
+        ({"cascade_ious": (0.5, 0.6, 7)}, "cascade_ious must be numbers above 0 and up to 1"),
+        ({"cascade_reg_weights": (1, 2, 3)}, "four numbers above 0 for each stage"),
+        ({"anchor_sizes": 32}, "anchor_sizes must be numbers above 0, got 32"),
+        ({"aspect_ratios": ()}, "aspect_ratios must be numbers above 0"),
+        ({"mask_layers": ()}, "mask_layers must be whole numbers above 0"),
+        ({"min_size": 0}, "min_size must be an integer of 1 or more, got 0"),
+        ({"min_size": 900}, r"max_size must be min_size \(900\) or more, got 128"),
+        ({"representation_size": 0}, "representation_size must be an integer of 1 or more"),
+        ({"box_batch_size_per_image": -1}, "box_batch_size_per_image must be"),
+        ({"box_nms_thresh": "x"}, "box_nms_thresh must be a number, got 'x'"),
+        ({"box_nms_thresh": 2.0}, "box_nms_thresh must be a number from 0 to 1"),
+        ({"box_fg_iou_thresh": 0.3}, r"box_bg_iou_thresh must be box_fg_iou_thresh \(0.3\) or less"),
+        ({"image_std": (0, 0, 0)}, "image_std must be numbers above 0"),
     ],
 )
 def test_mistakes(options: dict[str, Any], message: str) -> None:
@@ -203,8 +218,29 @@ def test_mistakes(options: dict[str, Any], message: str) -> None:
         make("cascade_rcnn", **options)
 
 
+def test_thin_images() -> None:
+    """As torchvision scales them, no pixel of the short side would be left."""
+    made = make("faster_rcnn", box_score_thresh=0.0)
+    image = torch.rand(3, 2, 900)
+    with torch.no_grad():
+        found = made.eval()([image, torch.rand(3, 40, 60)])
+    assert len(found) == 2 and found[0]["boxes"][:, 3].max() <= 2
+    made.train()
+    boxes = torch.tensor([[100.0, 0, 700, 2]])
+    losses = made([image], [{"boxes": boxes, "labels": torch.tensor([1])}])
+    assert all(loss.isfinite() for loss in losses.values())
+
+
 def test_backbones_of_others() -> None:
     with pytest.raises(InputError, match="out_channels"):
         af.detection.mask_rcnn(nn.Linear(2, 2))
     with pytest.raises(InputError, match="num_classes"):
         af.detection.mask_rcnn(af.detection.backbone(SMALL, out_channels=8), num_classes=1)
+
+
+def test_pictures_of_thin_images_stay_small() -> None:
+    """Small images are enlarged until text can be read, not to gigabytes."""
+    nothing = {"boxes": NO_BOXES, "labels": torch.zeros(0, dtype=torch.int64)}
+    assert draw(Image.new("RGB", (900, 5)), nothing, []).size == (3600, 20)
+    assert draw(Image.new("RGB", (100, 60)), nothing, []).size == (800, 480)
+    assert draw(Image.new("RGB", (9000, 5)), nothing, []).size == (9000, 5)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import json
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from asvit_fast.detection import DetectionResult, evaluate_detector, load_detect
 from asvit_fast.detection.evaluate import measure, to_results
 from asvit_fast.detection.training import DETECTIONS, DetectionStep
 from asvit_fast.errors import InputError
+from asvit_fast.training import WandbTracker
 from asvit_fast.training.build import build_from_checkpoint
 from asvit_fast.training.checkpoint import LAST
 
@@ -218,3 +221,22 @@ def test_two_processes(tmp_path: Path, folder: Path, parallel: str) -> None:
     with pytest.warns(UserWarning, match="not to the same bits"):
         longer = run(folder, tmp_path / "run", **{**options, "batch_size": 4, "epochs": 3, "parallel": "ddp"})
     assert len(longer.epochs) == 3
+
+
+def test_trackers_that_refuse_to_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one line, not with what is inside of them."""
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+
+    def init(**_: Any) -> None:
+        raise ValueError("no key\nlog in")
+
+    wandb.init = init  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.raises(InputError, match=r"log_wandb: wandb cannot begin \(no key log in\)"):
+        run(write_coco(tmp_path / "data"), tmp_path / "run", epochs=1, val_split="", callbacks=[WandbTracker()])
+
+
+def test_a_folder_is_no_initial_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a folder; give a file"):
+        run(write_coco(tmp_path / "data"), tmp_path / "run", initial_checkpoint=str(tmp_path))

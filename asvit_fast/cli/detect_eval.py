@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +27,7 @@ LABELS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # of these measures, as pa
 
 
 def run(values: SimpleNamespace) -> int:
+    check_results_file(values.results)
     device = rank_device(values.device)
     loaded = load_detector(resolve(values.checkpoint).trained, values.use_ema, values.windows)
     resize(loaded, values.min_size, values.max_size)
@@ -46,6 +49,15 @@ def run(values: SimpleNamespace) -> int:
             write_atomic(values.results, to_json(found.detections))
         show(values, result)
     return 0
+
+
+def check_results_file(path: str | None) -> None:
+    """Raise InputError, before any work, for a file that cannot be written."""
+    if path is None:
+        return
+    folder = Path(path).resolve().parent
+    if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f"results {path!r} cannot be written: give a file in a folder that exists and can be written")
 
 
 def resize(loaded: TrainedDetector, min_size: int | None, max_size: int | None) -> None:

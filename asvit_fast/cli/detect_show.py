@@ -23,6 +23,8 @@ def run(values: SimpleNamespace) -> int:
     check_output_folder(values.out)
     files = [Path(image) for image in values.images]
     for file in files:  # before any work
+        if file.is_dir():
+            raise InputError(f"image {str(file)!r} is a folder; give image files")
         if not file.is_file():
             raise InputError(f"image {str(file)!r} does not exist; give image files")
     out = Path(values.out)

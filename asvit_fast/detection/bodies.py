@@ -11,13 +11,15 @@ from typing import Any
 
 import timm
 import torch
+from timm.models.dla import DLA
+from timm.models.hrnet import HighResolutionNet
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models._utils import IntermediateLayerGetter
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..models import AsViT
 from ..models.library import check_known, create_by_name, module_of, takes_size
 from ..modes import evaluation_mode
@@ -28,6 +30,10 @@ STRIDES = (4, 8, 16, 32)
 WINDOWS = ("fixed", "split")
 WINDOWED = tuple(f"timm.models.swin_transformer{version}" for version in ("", "_v2", "_v2_cr"))
 ANY_SIZE = {"strict_img_size": False, "always_partition": True}  # of these: masks by map, windows as they are
+WHOLE: dict[int, tuple[type[nn.Module], ...]] = {  # networks of timm that take sides of such multiples only
+    STRIDES[0]: (SwinTransformer, SwinTransformerV2),  # whole patches
+    STRIDES[-1]: (DLA, HighResolutionNet),  # which add maps of several strides
+}
 PROBE = (128, 192)  # pixels: sides that tell rows from columns, and both from channels
 
 
@@ -35,13 +41,24 @@ PROBE = (128, 192)  # pixels: sides that tell rows from columns, and both from c
 class Maps:
     """How the maps of a network are had: images [B, C, H, W] -> four maps [B, C_i, h, w] of strides 4, 8, 16, 32.
 
-    ``channels`` are C_1 to C_4; ``levels`` the names of the modules that end them.
+    ``channels`` are C_1 to C_4; ``levels`` the names of the modules that end them; ``patch``: pixels that the sides
+    must be multiples of. Other images are padded, and what is of the padding alone is cut off the maps.
     """
 
     channels: tuple[int, ...]
     levels: tuple[str, ...]
+    patch: int = 1
 
     def of(self, network: Any, x: Tensor) -> list[Tensor]:
+        height, width = x.shape[2:]
+        below, right = -height % self.patch, -width % self.patch
+        if not (below or right):
+            return self._of(network, x)
+        maps = self._of(network, F.pad(x, (0, right, 0, below)))
+        sides = [(-(-height // stride), -(-width // stride)) for stride in STRIDES]
+        return [one[:, :, :rows, :columns] for one, (rows, columns) in zip(maps, sides, strict=True)]
+
+    def _of(self, network: Any, x: Tensor) -> list[Tensor]:
         """The maps of a network that returns all of them in order."""
         maps = network(x)
         return list(maps.values()) if isinstance(maps, dict) else maps
@@ -50,27 +67,24 @@ class Maps:
 class ChannelsLastMaps(Maps):
     """Of a network whose maps are [B, h, w, C_i]."""
 
-    def of(self, network: Any, x: Tensor) -> list[Tensor]:
-        return [one.permute(0, 3, 1, 2) for one in super().of(network, x)]
+    def _of(self, network: Any, x: Tensor) -> list[Tensor]:
+        return [one.permute(0, 3, 1, 2) for one in super()._of(network, x)]
 
 
 @dataclass(frozen=True)
 class Intermediates(Maps):
-    """Of a network with timm's ``forward_intermediates``; ``patch``: pixels that the sides must be multiples of."""
+    """Of a network with timm's ``forward_intermediates``."""
 
-    indices: tuple[int, ...]
-    patch: int = 1
+    indices: tuple[int, ...] = ()
 
-    def of(self, network: Any, x: Tensor) -> list[Tensor]:
+    def _of(self, network: Any, x: Tensor) -> list[Tensor]:
+        indices = list(self.indices)
         if isinstance(network, AsViT):  # channels last in memory, as the norms want them
             maps = network.forward_intermediates(
-                x, list(self.indices), stop_early=True, output_fmt="NHWC", intermediates_only=True
+                x, indices, stop_early=True, output_fmt="NHWC", intermediates_only=True
             )
             return [one.permute(0, 3, 1, 2) for one in maps]
-        below, right = -x.shape[2] % self.patch, -x.shape[3] % self.patch
-        if below or right:
-            x = F.pad(x, (0, right, 0, below))
-        return network.forward_intermediates(x, list(self.indices), stop_early=True, intermediates_only=True)
+        return network.forward_intermediates(x, indices, stop_early=True, intermediates_only=True)
 
 
 def make_body(
@@ -101,13 +115,18 @@ def create(what: str | Topology | nn.Module, img_size: ImageSize | None, **optio
         if options:
             raise InputError(f"{', '.join(options)}: a network that is made already takes no arguments")
         return copy.deepcopy(what), type(what).__name__
+    if not isinstance(what, (str, Topology)):
+        raise InputError(f"a backbone is made of a topology, a name or a network, got {type(what).__name__}")
     if isinstance(what, Topology) or "|" in what:
         options["topology"], what = str(Topology.parse(what)), "asvit"
     check_known(what)
     if img_size is not None and takes_size(what):
         options.setdefault("img_size", image_sides(img_size))
     options = {**any_size(what), **options}
-    network = create_by_name(what, **options)
+    try:
+        network = create_by_name(what, **options)
+    except TypeError as error:
+        raise InputError(f"{what} cannot be made with these arguments: {one_line(error)}") from error
     if takes_size(what) and not (isinstance(network, AsViT) or any_size(what)):
         raise InputError(f"{what} takes images of one size only; give a network for any, such as asvit_small")
     return network, what
@@ -139,22 +158,21 @@ def _of_timm(network: Any, name: str, options: dict[str, Any]) -> tuple[nn.Modul
             "hierarchical network such as asvit_small, swin_tiny_patch4_window7_224 or resnet50"
         )
     indices = [found[stride] for stride in STRIDES]
+    patch = next((pixels for pixels, kinds in WHOLE.items() if isinstance(network, kinds)), 1)
     if not hasattr(network, "forward_intermediates"):
         if not timm.is_model(name):
             raise InputError(f"{name} has no forward_intermediates; give its name in timm")
         listed: Any = timm.create_model(name, features_only=True, out_indices=indices, **any_size(name), **options)
         levels = tuple(module.replace(".", "_") for module in listed.feature_info.module_name())
-        return listed, Maps(tuple(listed.feature_info.channels()), levels)
+        return listed, Maps(tuple(listed.feature_info.channels()), levels, patch)
     network.prune_intermediate_layers(indices, prune_norm=True, prune_head=True)
-    # timm's Swins take whole patches only
-    patch = STRIDES[0] if isinstance(network, (SwinTransformer, SwinTransformerV2)) else 1
     return network, _intermediates(infos, indices, patch)
 
 
 def _intermediates(infos: Sequence[dict[str, Any]], indices: Iterable[int], patch: int = 1) -> Intermediates:
     chosen = [infos[index] for index in indices]
     channels, levels = (tuple(info[key] for info in chosen) for key in ("num_chs", "module"))
-    return Intermediates(channels, levels, tuple(indices), patch)
+    return Intermediates(channels, levels, patch, tuple(indices))
 
 
 def _of_chain(network: nn.Module, name: str) -> tuple[nn.Module, Maps]:

@@ -9,7 +9,6 @@ objects stay: they have nothing to find. Crowds are not learnt; evaluation ignor
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from PIL import Image
 from ..errors import InputError
 from ..files import file_errors, from_json
 from ..images import UnreadableImage, decode
-from ..training.fields import is_whole, shown
+from ..training.fields import is_finite, is_whole, shown
 
 Entry = Mapping[str, Any]
 LEAST_POINTS = 3  # of a polygon
@@ -247,7 +246,7 @@ def _with_known(
     """The annotations. Raises InputError where one is of an image or a category that the file does not have."""
     _unique(annotations, "annotations", source)
     for key, known, name in (("image_id", sizes, "images"), ("category_id", labels, "categories")):
-        unknown = [entry for entry in annotations if entry.get(key) not in known]
+        unknown = [entry for entry in annotations if not is_whole(entry.get(key)) or entry[key] not in known]
         if unknown:
             first = unknown[0]
             raise InputError(
@@ -261,21 +260,17 @@ def _check_files(images: Iterable[ImageEntry], source: str) -> None:
     missing = [entry.path for entry in images if not entry.path.is_file()]
     if missing:
         raise InputError(
-            f"{source}: {len(missing)} of its images are missing, the first is {str(missing[0])!r}; restore them or "
-            "remove them from the file"
+            f"{source}: {len(missing)} of its images are missing, the first is {str(missing[0])!r}; restore them, in a "
+            "folder of the split's name, or remove them from the file"
         )
 
 
 def _box(entry: Entry, source: str) -> tuple[float, float, float, float]:
     """Left, top, width, height."""
     box = entry.get("bbox")
-    if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(map(_is_finite, box)):
+    if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(map(is_finite, box)):
         raise InputError(f"{source}: annotation {entry['id']} must have a bbox of four numbers, got {shown(box)}")
     return tuple(map(float, box))  # type: ignore[return-value]
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _inside(box: tuple[float, float, float, float], size: tuple[int, int]) -> tuple[float, float, float, float] | None:
@@ -292,7 +287,7 @@ def _segmentation(entry: Entry, size: tuple[int, int], source: str) -> Any:
     where = f"{source}: the segmentation of annotation {entry['id']}"
     if isinstance(found, list):
         if not all(
-            isinstance(polygon, list) and len(polygon) % 2 == 0 and all(map(_is_finite, polygon)) for polygon in found
+            isinstance(polygon, list) and len(polygon) % 2 == 0 and all(map(is_finite, polygon)) for polygon in found
         ):
             raise InputError(f"{where} must be polygons [x, y, x, y, ...], got {shown(found)}")
         return [polygon for polygon in found if len(polygon) >= 2 * LEAST_POINTS]
@@ -300,13 +295,39 @@ def _segmentation(entry: Entry, size: tuple[int, int], source: str) -> Any:
         raise InputError(
             f"{where} must be polygons or run lengths, got {shown(found)}; add it, or train a detector without masks"
         )
-    if list(found.get("size", ())) != list(size):
-        raise InputError(f"{where} is of {shown(found.get('size'))} pixels, its image of {list(size)}; make it anew")
-    if isinstance(found["counts"], list) and sum(found["counts"]) != size[0] * size[1]:
-        raise InputError(
-            f"{where} has runs of {sum(found['counts'])} pixels, its image {size[0] * size[1]}; make it anew"
-        )
+    stated = found.get("size")
+    if not isinstance(stated, (list, tuple)) or list(stated) != list(size):
+        raise InputError(f"{where} is of {shown(stated)} pixels, its image of {list(size)}; make it anew")
+    pixels = _pixels_of(found["counts"])
+    if pixels is None:
+        raise InputError(f"{where} has counts that are no run lengths: {shown(found['counts'])}; make it anew")
+    if pixels != size[0] * size[1]:
+        raise InputError(f"{where} has runs of {pixels} pixels, its image {size[0] * size[1]}; make it anew")
     return dict(found)
+
+
+def _pixels_of(counts: list[Any] | str) -> int | None:
+    """The sum of run lengths, compressed ones as pycocotools packs them; None where they are none."""
+    runs = _unpacked(counts) if isinstance(counts, str) else counts
+    return sum(runs) if runs is not None and all(is_whole(run, 0) for run in runs) else None
+
+
+def _unpacked(text: str) -> list[int] | None:
+    """Five bits a character from the lowest on, the sixth says that more follow, the last of them is the sign; from
+    the fourth run on, the difference to the run before the last. None where the text is none of this."""
+    runs: list[int] = []
+    value = shift = 0
+    for code in text.encode():
+        bits = code - 48
+        if not 0 <= bits < 64:
+            return None
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            value -= (1 << shift) if bits & 16 else 0
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return None if shift else runs
 
 
 def drop_crowds(objects: Iterable[Object]) -> list[Object]:

@@ -35,6 +35,24 @@ class Detections(NamedTuple):
     skipped: tuple[str, ...] = ()
 
 
+class ScaleJitter(v2.ScaleJitter):
+    """torchvision's; thin images keep a pixel of each side."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        return _at_least_a_pixel(super().make_params(flat_inputs))
+
+
+class ShortestSize(v2.RandomShortestSize):
+    """torchvision's; thin images keep a pixel of each side."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        return _at_least_a_pixel(super().make_params(flat_inputs))
+
+
+def _at_least_a_pixel(params: dict[str, Any]) -> dict[str, Any]:
+    return {**params, "size": tuple(max(1, side) for side in params["size"])}
+
+
 def make_augmentation(recipe: DetectionRecipe) -> v2.Transform:
     """torchvision's transforms of image, boxes and masks: a flip, then large-scale jitter (arXiv 2012.07177), a short
     side drawn from a range, or nothing."""
@@ -42,10 +60,10 @@ def make_augmentation(recipe: DetectionRecipe) -> v2.Transform:
     if recipe.augmentation == "lsj":
         crop = (recipe.crop_size, recipe.crop_size)
         fill: Any = {tv_tensors.Image: FILL, "others": 0}
-        steps += [v2.ScaleJitter(crop, recipe.scale_jitter), v2.RandomCrop(crop, pad_if_needed=True, fill=fill)]
+        steps += [ScaleJitter(crop, recipe.scale_jitter), v2.RandomCrop(crop, pad_if_needed=True, fill=fill)]
     elif recipe.augmentation == "multiscale":
         low, high = (int(side) for side in recipe.scales)
-        steps.append(v2.RandomShortestSize([*range(low, high, SIDE_STEP), high], recipe.max_size))
+        steps.append(ShortestSize([*range(low, high, SIDE_STEP), high], recipe.max_size))
     return v2.Compose([*steps, v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=LEAST_SIDE)])
 
 
@@ -122,6 +140,10 @@ class DetectionData:
         if isinstance(data, tuple) and len(data) == 2:
             training, validation = (None if one is None else open_coco(one, "", masks) for one in data)
         else:
+            if recipe.val_split and hasattr(data, "coco"):
+                raise InputError(
+                    "one data set cannot be both training and validation: give a pair (training, validation or None)"
+                )
             training = open_coco(data, recipe.train_split, masks)
             validation = open_coco(data, recipe.val_split, masks) if recipe.val_split else None
         if training is None:

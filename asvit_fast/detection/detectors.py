@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
@@ -17,10 +17,21 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from ..errors import InputError
 from ..settings import DETECTORS, check_integer
+from ..training.fields import is_finite
 from .backbone import LEVELS, _prefixed
 from .roi_heads import CascadeRoIHeads, ClassAgnosticPredictor, Predictor, ProposalHead, RoIAlign, RoIHeads
 
 BOX_SIDE, MASK_SIDE = 7, 14  # of pooled maps
+FRACTIONS = (  # choices from 0 to 1
+    "rpn_nms_thresh",
+    "rpn_fg_iou_thresh",
+    "rpn_bg_iou_thresh",
+    "rpn_positive_fraction",
+    "box_nms_thresh",
+    "box_fg_iou_thresh",
+    "box_bg_iou_thresh",
+    "box_positive_fraction",
+)
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,7 @@ class DetectorOptions:
     )
 
     def __post_init__(self) -> None:
+        self._check_values()
         if not len(self.cascade_ious) == len(self.cascade_loss_weights) == len(self.cascade_reg_weights):
             raise InputError(
                 f"cascade_ious, cascade_loss_weights and cascade_reg_weights must have an entry for each stage, got "
@@ -75,6 +87,37 @@ class DetectorOptions:
             )
         if len(self.anchor_sizes) != len(LEVELS) + 1:
             raise InputError(f"anchor_sizes must be one for each of {len(LEVELS) + 1} maps, got {self.anchor_sizes}")
+
+    def _check_values(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if isinstance(one.default, int):
+                check_integer(one.name, value, 1)
+            elif isinstance(one.default, float):
+                self._check(one.name, is_finite(value), "a number")
+        self._check("max_size", self.max_size >= self.min_size, f"min_size ({self.min_size}) or more")
+        for name in FRACTIONS:
+            self._check(name, 0 <= getattr(self, name) <= 1, "a number from 0 to 1")
+        for part in ("rpn", "box"):
+            high = getattr(self, f"{part}_fg_iou_thresh")
+            low = getattr(self, f"{part}_bg_iou_thresh")
+            self._check(f"{part}_bg_iou_thresh", low <= high, f"{part}_fg_iou_thresh ({high}) or less")
+        for name in ("image_std", "anchor_sizes", "aspect_ratios", "cascade_ious"):
+            self._check(name, _are_positive(getattr(self, name)), "numbers above 0")
+        self._check("cascade_ious", max(self.cascade_ious) <= 1, "numbers above 0 and up to 1")
+        for name in ("image_mean", "cascade_loss_weights"):
+            value = getattr(self, name)
+            self._check(name, isinstance(value, tuple) and value and all(map(is_finite, value)), "numbers")
+        layers = self.mask_layers
+        self._check("mask_layers", _are_positive(layers) and _are_whole(layers), "whole numbers above 0")
+        self._check("bbox_reg_weights", _are_positive(self.bbox_reg_weights, 4), "four numbers above 0")
+        stages = self.cascade_reg_weights
+        well = isinstance(stages, tuple) and all(_are_positive(weights, 4) for weights in stages)
+        self._check("cascade_reg_weights", well, "four numbers above 0 for each stage")
+
+    def _check(self, name: str, holds: Any, expected: str) -> None:
+        if not holds:
+            raise InputError(f"{name} must be {expected}, got {getattr(self, name)!r}")
 
     @classmethod
     def of(cls, **options: Any) -> DetectorOptions:
@@ -86,9 +129,35 @@ class DetectorOptions:
         return cls(**{name: _tuples(value) for name, value in options.items()})
 
 
+def _are_positive(values: Any, count: int | None = None) -> bool:
+    """Whether it is a tuple of numbers above 0: of so many, or of any."""
+    right = isinstance(values, tuple) and (len(values) == count if count is not None else len(values) > 0)
+    return right and all(is_finite(value) and value > 0 for value in values)
+
+
+def _are_whole(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, int) for value in values)
+
+
 def _tuples(value: Any) -> Any:
     """Lists, as files hold them, as tuples."""
     return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
+class ImageTransform(GeneralizedRCNNTransform):
+    """torchvision's resizing and normalisation; images so thin that its scale leaves no pixel of a side keep one."""
+
+    def resize(self, image: Tensor, target: Any = None) -> tuple[Tensor, Any]:
+        """Image [C, H, W] and its target, scaled."""
+        short, long = sorted(image.shape[-2:])
+        if self.fixed_size is not None or short * self.max_size > long:
+            return super().resize(image, target)
+        height, width = (max(1, side * self.max_size // long) for side in image.shape[-2:])
+        self.fixed_size = (width, height)
+        try:
+            return super().resize(image, target)
+        finally:
+            self.fixed_size = None
 
 
 class Detector(GeneralizedRCNN):
@@ -107,7 +176,7 @@ class Detector(GeneralizedRCNN):
     roi_heads: Any
 
     def __init__(self, backbone: nn.Module, num_classes: int, roi_heads: nn.Module, options: DetectorOptions) -> None:
-        transform = GeneralizedRCNNTransform(
+        transform = ImageTransform(
             options.min_size,
             options.max_size,
             list(options.image_mean),

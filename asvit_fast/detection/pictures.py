@@ -16,6 +16,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from .detectors import Detector
 
 LEAST_SIDE = 480  # pixels of a picture's short side: text on a smaller one cannot be read
+LARGEST_SIDE = 4096  # pixels of the long side of an enlarged picture
 MASK_ALPHA = 0.45
 TURN = 0.618033988749895  # of the colour wheel, from a class to the next: neighbours differ most
 
@@ -39,7 +40,7 @@ def draw(image: Image.Image, objects: dict[str, Tensor], names: Sequence[str]) -
     ``objects``: boxes [n, 4] in pixels, labels [n] from 1, and where there are some scores [n] and masks bool
     [n, H, W]; ``names`` are those of the classes.
     """
-    factor = max(1, -(-LEAST_SIDE // min(image.size)))
+    factor = max(1, min(-(-LEAST_SIDE // min(image.size)), LARGEST_SIDE // max(image.size)))
     size = (image.size[0] * factor, image.size[1] * factor)
     picture = pil_to_tensor(image.resize(size, Image.Resampling.BICUBIC))  # uint8 [3, H, W]
     labels = [int(label) for label in objects["labels"]]

@@ -60,6 +60,8 @@ def create_network(
         name, options = constructor_arguments(what)
         return what, _description(name, num_classes, img_size, options)
     options = dict(model_kwargs or {})
+    if not isinstance(what, (str, Topology)):
+        raise InputError(f"a network is a topology, a name or a module, got {type(what).__name__}")
     if isinstance(what, Topology) or "|" in what:
         if "topology" in options:
             raise InputError(

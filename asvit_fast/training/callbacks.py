@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..files import read_object, to_json, write_atomic
 
 EVENTS, RUNS = "tensorboard", "trackers.json"  # in a run directory: events, and the names that trackers gave the run
@@ -113,7 +114,7 @@ class TensorBoard(Callback):
 class WandbTracker(Callback):
     """A run of Weights & Biases, in the project of ``WANDB_PROJECT``; a continued training continues its run.
 
-    ``options`` go to ``wandb.init``. Raises InputError when wandb is not installed.
+    ``options`` go to ``wandb.init``. Raises InputError when wandb is not installed, or refuses to begin.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -128,7 +129,8 @@ class WandbTracker(Callback):
         if info.directory is not None:
             identity = _run_name(info.directory, "wandb", lambda: secrets.token_hex(8))
             named |= {"id": identity, "name": info.directory.name, "resume": "allow", "dir": str(info.directory)}
-        self._run = wandb.init(**{**named, **self.options})
+        with _starting("wandb"):
+            self._run = wandb.init(**{**named, **self.options})
         self._run.define_metric("*", step_metric="update")  # a step may be reported twice, after a kill
 
     def on_update(self, metrics: Mapping[str, float], update: int) -> None:
@@ -150,7 +152,7 @@ class MlflowTracker(Callback):
     """A run of MLflow, where ``MLFLOW_TRACKING_URI`` and ``MLFLOW_EXPERIMENT_NAME`` say; a continued training
     continues its run.
 
-    Raises InputError when mlflow is not installed.
+    Raises InputError when mlflow is not installed, or refuses to begin.
     """
 
     def __init__(self) -> None:
@@ -161,8 +163,9 @@ class MlflowTracker(Callback):
     def on_train_begin(self, info: TrainingInfo) -> None:
         import mlflow
 
-        self._client = mlflow.MlflowClient()
-        experiment = mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)).experiment_id
+        with _starting("mlflow"):
+            self._client = mlflow.MlflowClient()
+            experiment = mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)).experiment_id
         name = None if info.directory is None else info.directory.name
 
         def create() -> str:
@@ -202,6 +205,17 @@ def numbers(row: Mapping[str, Any]) -> dict[str, float]:
 def _require(package: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise InputError(f"log_{package} needs {package}: pip install 'asvit-fast[trackers]'")
+
+
+@contextlib.contextmanager
+def _starting(package: str) -> Iterator[None]:
+    """What a tracker refuses before the first update (no key, no server, a store that it cannot use) as InputError."""
+    try:
+        yield
+    except Exception as error:  # each has its own
+        raise InputError(
+            f"log_{package}: {package} cannot begin ({one_line(error)}); set it up, or leave it out"
+        ) from error
 
 
 def _run_name(directory: Path, tracker: str, create: Callable[[], str]) -> str:

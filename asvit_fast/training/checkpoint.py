@@ -182,7 +182,8 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"checkpoint {str(path)!r} does not exist; give a file of asvit-fast train or of timm")
+        reason = "is a folder" if path.is_dir() else "does not exist"
+        raise InputError(f"checkpoint {str(path)!r} {reason}; give a file of asvit-fast train or of timm")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

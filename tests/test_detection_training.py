@@ -237,6 +237,31 @@ def test_trackers_that_refuse_to_begin(tmp_path: Path, monkeypatch: pytest.Monke
         run(write_coco(tmp_path / "data"), tmp_path / "run", epochs=1, val_split="", callbacks=[WandbTracker()])
 
 
+@pytest.mark.parametrize("detector", ["mask_rcnn", "cascade_rcnn"])
+def test_a_detector_is_trained_on_for_other_classes(tmp_path: Path, folder: Path, detector: str) -> None:
+    """Everything but what predicts classes begins as it was; for the same classes all does."""
+    trained = run(folder, tmp_path / "run", detector=detector, epochs=1)
+    file = str(tmp_path / "run" / LAST)
+    other = tmp_path / "other"
+    write_split(other, "train", content(6, categories=(1, 2, 9)))
+    still = {"detector": detector, "epochs": 1, "lr": 1e-12, "min_lr": 1e-12, "weight_decay": 0.0}
+    same = run(folder, None, initial_checkpoint=file, **still).model.state_dict()
+    with pytest.warns(UserWarning, match="of other classes"):
+        found = run(other, None, initial_checkpoint=file, **still, val_split="").model.state_dict()
+    for name, before in trained.model.state_dict().items():
+        torch.testing.assert_close(same[name], before)
+        if found[name].shape == before.shape:
+            torch.testing.assert_close(found[name], before)
+        else:
+            assert "_predictor." in name, name
+
+
+def test_another_detector_is_no_initial_checkpoint(tmp_path: Path, folder: Path) -> None:
+    run(folder, tmp_path / "run", detector="faster_rcnn", epochs=1)
+    with pytest.raises(InputError, match="another detector"):
+        run(folder, None, initial_checkpoint=str(tmp_path / "run" / LAST))
+
+
 def test_a_folder_is_no_initial_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a folder; give a file"):
         run(write_coco(tmp_path / "data"), tmp_path / "run", initial_checkpoint=str(tmp_path))

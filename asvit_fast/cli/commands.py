@@ -322,7 +322,7 @@ DETECT_TRAIN = Command(
             "NAME=VALUE",
             repeated=True,
         ),
-        Option("initial_checkpoint", text, "", "weights of the network to start from, in timm's format", "FILE"),
+        Option("initial_checkpoint", text, "", "weights to start from: of a classifier, or of a detector", "FILE"),
         DEVICE,
         *options_of(DetectionRecipe),
         *TRACKERS,

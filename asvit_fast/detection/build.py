@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ..backends import notify_once
 from ..errors import InputError, one_line
 from ..settings import DETECTORS
 from ..training.build import build, checkpoint_file
@@ -24,6 +25,7 @@ def _is_category(value: Any) -> bool:
 
 
 _TABLE: Field = (lambda value: isinstance(value, Mapping) and is_plain(value), "arguments by their names")
+PREDICTOR = "_predictor."  # in the names of weights that depend on the classes
 _FIELDS: dict[str, Field] = {
     "detector": one_of(DETECTORS),
     "pyramid": _TABLE,
@@ -66,6 +68,27 @@ def build_detector(
         return MAKERS[detector](backbone(network, **pyramid), num_classes, **options)
     except TypeError as error:
         raise InputError(f"{detector} cannot be made with these arguments: {one_line(error)}") from error
+
+
+def is_detector(path: str) -> bool:
+    """Whether the file is a checkpoint of a detector, and not of a classifier. Raises InputError for no checkpoint."""
+    arguments = read_file(path).get("args")
+    return isinstance(arguments, Mapping) and "detector" in arguments
+
+
+def start_from(detector: Detector, path: str) -> None:
+    """Load a detector's weights; what predicts other classes starts afresh, which warns once.
+
+    Raises InputError where anything else does not fit.
+    """
+    weights, own = weights_of(read_file(path), path), detector.state_dict()
+    afresh = [name for name in own if PREDICTOR in name and name in weights and weights[name].shape != own[name].shape]
+    if afresh:
+        notify_once(("predictors", path), f"{path} is of other classes: {', '.join(afresh)} start afresh")
+    try:
+        detector.load_state_dict({**weights, **{name: own[name] for name in afresh}})
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"the weights of {path!r} are of another detector: {one_line(error)}") from error
 
 
 def load_detector(path: str | Path, use_ema: bool = False, windows: str = "") -> TrainedDetector:

@@ -24,7 +24,7 @@ from ..training.schedule_cost import ScheduleCost, schedule_cost
 from ..training.step import Batches, Step, make_optimizer
 from ..training.train import Trainer
 from .bodies import any_size
-from .build import build_detector
+from .build import build_detector, is_detector, start_from
 from .coco import coco_masks
 from .data import DetectionData, make_reader
 from .detectors import MASKED
@@ -71,7 +71,8 @@ def train(
         out_channels, windows, norm, frozen_stages: see ``backbone``.
         model_kwargs: further arguments of the network (pretrained=True for timm's weights).
         detector_kwargs: fields of ``DetectorOptions``.
-        initial_checkpoint: weights of the network to start from, of a training of ours or in timm's format.
+        initial_checkpoint: weights to start from: the network's, of a training of ours or in timm's format, or a whole
+            detector's, for the same detector and other data.
         progress: show a bar and lines of text, on stderr.
         callbacks: who follows the training, as of ``asvit_fast.train``.
         recipe: the fields of ``DetectionRecipe``.
@@ -171,18 +172,22 @@ class DetectionTrainer(Trainer):
         if isinstance(self.model, str) and "|" not in self.model:
             options = {**any_size(self.model), **options}
         classes = getattr(self.model, "num_classes", 0) if isinstance(self.model, nn.Module) else 0
+        start = self.initial_checkpoint
+        whole = bool(start) and is_detector(start)
         network, description = create_network(
             self.model,
             classes,
             self.img_size,
             options,
             drop_path=recipe.drop_path,
-            initial_checkpoint=self.initial_checkpoint,
+            initial_checkpoint="" if whole else start,
         )
         mean, std = pixel_statistics(self.model, Recipe())
         sizes = {"min_size": recipe.min_size, "max_size": recipe.max_size, "image_mean": mean, "image_std": std}
         chosen = {**sizes, **self.detector_kwargs}
         made = build_detector(network, self.detector, self.images.num_classes + 1, self.pyramid, chosen)
+        if whole:
+            start_from(made, start)
         made.transform._skip_resize = recipe.augmentation != "none"  # torchvision's way to leave it to the data
         return made, {
             **description,

@@ -1,66 +1,73 @@
-"""Our backbones in detectron2: https://github.com/facebookresearch/detectron2.
+"""Our backbones in detectron2: https://github.com/facebookresearch/detectron2. Importing this module registers them.
 
-``detectron2_backbone("asvit_small")`` in a LazyConfig; in a yaml config, MODEL.BACKBONE.NAME:
-build_asvit_fast_backbone after ``register()``, with MODEL.ASVIT_FAST.NAME and MODEL.FPN.OUT_CHANNELS.
+A LazyConfig has ``L(AsViTFastBackbone)(name_or_model="asvit_small")`` as its backbone. A yaml configuration, after
+``add_config(cfg)``, has MODEL.BACKBONE.NAME: build_asvit_fast_backbone, and MODEL.ASVIT_FAST.NAME and .OPTIONS.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
+from ..errors import InputError
 from .backbone import backbone
 from .bodies import STRIDES
 
-NAMES = ("p2", "p3", "p4", "p5", "p6")  # detectron2's, of strides 4 to 64
-DIVISIBILITY = STRIDES[-1]
+LEVELS = {f"p{index}": stride for index, stride in enumerate((*STRIDES, 2 * STRIDES[-1]), 2)}  # detectron2's names
 
 
-def detectron2_backbone(name_or_model: str | nn.Module, **options: Any) -> Any:
-    """A ``detectron2.modeling.Backbone``: images [B, 3, H, W] -> {"p2": [B, C, h, w], ..., "p6"} of strides 4 to 64.
+class AsViTFastBackbone(Backbone):
+    """Images [B, 3, H, W] -> {"p2": [B, out_channels, h, w], ..., "p6"} of strides 4 to 64, by a pyramid of its own.
 
-    Arguments are those of ``asvit_fast.detection.backbone``. Raises ImportError without detectron2.
+    Args:
+        name_or_model: a topology, a name of timm or torchvision, or a network, which is copied.
+        options: the other arguments of ``asvit_fast.detection.backbone`` (out_channels, frozen_stages, windows, ...);
+            ``checkpoint_path`` are weights of a classifier to start from.
+
+    Raises:
+        InputError: as ``asvit_fast.detection.backbone``.
     """
-    from detectron2.layers import ShapeSpec
-    from detectron2.modeling import Backbone
 
-    class AsViTFastBackbone(Backbone):
-        """The contract of detectron2's backbones."""
+    def __init__(self, name_or_model: str | nn.Module, **options: Any) -> None:
+        super().__init__()
+        self.pyramid = backbone(name_or_model, **options)
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.pyramid = backbone(name_or_model, **options)
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return dict(zip(LEVELS, self.pyramid(x).values(), strict=True))
 
-        def forward(self, x: Tensor) -> dict[str, Tensor]:
-            return dict(zip(NAMES, self.pyramid(x).values(), strict=True))
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        channels = self.pyramid.out_channels
+        return {name: ShapeSpec(channels=channels, stride=stride) for name, stride in LEVELS.items()}
 
-        def output_shape(self) -> dict[str, Any]:
-            strides = (*STRIDES, 2 * STRIDES[-1])
-            channels = self.pyramid.out_channels
-            return {
-                name: ShapeSpec(channels=channels, stride=stride) for name, stride in zip(NAMES, strides, strict=True)
-            }
+    @property
+    def size_divisibility(self) -> int:
+        return STRIDES[-1]
 
-        @property
-        def size_divisibility(self) -> int:
-            return DIVISIBILITY
-
-        @property
-        def padding_constraints(self) -> dict[str, int]:
-            return {"square_size": 0, "size_divisibility": DIVISIBILITY}
-
-    return AsViTFastBackbone()
+    @property
+    def padding_constraints(self) -> dict[str, int]:
+        return {"square_size": 0, "size_divisibility": self.size_divisibility}
 
 
-def register() -> None:
-    """Make ``build_asvit_fast_backbone`` known to detectron2's yaml configurations. Raises ImportError without it."""
-    from detectron2.modeling import BACKBONE_REGISTRY
+def add_config(cfg: CfgNode) -> None:
+    """Give a configuration of ``get_cfg()`` the keys of ``build_asvit_fast_backbone``, before a file is merged into it.
 
-    if "build_asvit_fast_backbone" not in BACKBONE_REGISTRY:
-        BACKBONE_REGISTRY.register(build_asvit_fast_backbone)
+    MODEL.ASVIT_FAST.NAME is a topology or a name, MODEL.ASVIT_FAST.OPTIONS any arguments of
+    ``asvit_fast.detection.backbone`` but out_channels, which is MODEL.FPN.OUT_CHANNELS.
+    """
+    cfg.MODEL.ASVIT_FAST = CfgNode({"NAME": "asvit_small"})
+    cfg.MODEL.ASVIT_FAST.OPTIONS = CfgNode(new_allowed=True)
 
 
-def build_asvit_fast_backbone(cfg: Any, input_shape: Any) -> Any:
-    """Make the backbone of a yaml configuration."""
-    return detectron2_backbone(cfg.MODEL.ASVIT_FAST.NAME, out_channels=cfg.MODEL.FPN.OUT_CHANNELS)
+@BACKBONE_REGISTRY.register()
+def build_asvit_fast_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> AsViTFastBackbone:
+    """The backbone of a yaml configuration. Raises InputError where ``add_config`` was left out."""
+    if "ASVIT_FAST" not in cfg.MODEL:
+        raise InputError(
+            "the configuration has no MODEL.ASVIT_FAST; call asvit_fast.detection.detectron2.add_config(cfg) first"
+        )
+    ours = cfg.MODEL.ASVIT_FAST
+    return AsViTFastBackbone(ours.NAME, out_channels=cfg.MODEL.FPN.OUT_CHANNELS, **ours.OPTIONS)

@@ -147,6 +147,8 @@ def _tuples(value: Any) -> Any:
 class ImageTransform(GeneralizedRCNNTransform):
     """torchvision's resizing and normalisation; images so thin that its scale leaves no pixel of a side keep one."""
 
+    fixed_size: tuple[int, int] | None
+
     def resize(self, image: Tensor, target: Any = None) -> tuple[Tensor, Any]:
         """Image [C, H, W] and its target, scaled."""
         short, long = sorted(image.shape[-2:])

@@ -2,7 +2,7 @@
 
 The seed topology with Mask R-CNN and with the cascade, with coarse tokens first, the topology that the demo's search
 finds, and a ResNet-18 of about the seed's cost, three seeds each: AP, AP of masks, seconds. Fixed windows are compared
-with split ones at twice the size of images. Every training can be stopped and goes on.
+with split ones at two and four times the size of images. Every training can be stopped and goes on.
 
     python benchmarks/bench_detection.py --out runs/bench_detection --csv benchmarks/results/zen3/detection.csv
 """
@@ -36,7 +36,7 @@ from asvit_fast.topology import NAMED_TOPOLOGIES
 
 IMAGES = 2000
 SEEDS = (0, 1, 2)
-FACTOR = 2  # of the larger test size
+FACTORS = (2, 4)  # of the larger test sizes
 COLUMNS = (
     "name", "seed", "schedule", "epochs", "params", "macs", "windows", "min_size", "ap", "ap50", "ap75", "mask_ap",
     "mask_ap50", "mask_ap75", "train_seconds", "machine",
@@ -93,19 +93,20 @@ def run(case: Case, data: Path, out: Path) -> list[dict[str, Any]]:
     }  # fmt: skip
     rows = [row]
     if case.name == "seed topology, Mask R-CNN":
-        rows += [{**row, **at_larger_size(folder, data, windows)} for windows in ("fixed", "split")]
+        larger = itertools.product(FACTORS, ("fixed", "split"))
+        rows += [{**row, **at_larger_size(folder, data, factor, windows)} for factor, windows in larger]
     return [{name: row.get(name) for name in COLUMNS} for row in rows]
 
 
-def at_larger_size(folder: Path, data: Path, windows: str) -> dict[str, Any]:
+def at_larger_size(folder: Path, data: Path, factor: int, windows: str) -> dict[str, Any]:
     """The detector of a run on images of another size, with windows that stay or that grow with the map."""
     loaded = load_detector(folder, windows=windows)
     transform: Any = loaded.model.transform
-    transform.min_size, transform.max_size = (FACTOR * OPTIONS["min_size"],), FACTOR * OPTIONS["max_size"]
+    transform.min_size, transform.max_size = (factor * OPTIONS["min_size"],), factor * OPTIONS["max_size"]
     truth, device = open_coco(data, "val", masks=True), torch.device("cpu")
     loader = DetectionLoader(truth, make_reader(DetectionRecipe(workers=0), device), len(truth.categories), False)
     found = evaluate_detector(loaded.model, DetectionPrefetcher(device)(loader(0, 0, loader.images, 1)), truth, True)
-    return {**found.measures, "windows": windows, "min_size": FACTOR * OPTIONS["min_size"]}
+    return {**found.measures, "windows": windows, "min_size": factor * OPTIONS["min_size"]}
 
 
 def write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:

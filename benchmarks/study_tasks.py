@@ -3,9 +3,10 @@
     python benchmarks/study_tasks.py photographs build/tasks/photographs
     python benchmarks/study_tasks.py digits build/tasks/digits
 
-photographs: which of 16 photographs and textures (scikit-image's, scikit-learn's, matplotlib's) a crop is of. Crops for
-validation come from the right of a photograph, those for training from the left; a strip between them belongs to
-neither. Crops differ in size, orientation, the strength of each colour, brightness and noise.
+photographs: which of 16 photographs and textures (scikit-image's, scikit-learn's, matplotlib's) a crop is of. A photograph
+is cut into tiles like a chessboard: crops for training lie on its white tiles, those for validation on the black ones, a
+strip between them belongs to neither. Crops are grey, as colours alone would tell many photographs apart, and differ in
+size, orientation, contrast, brightness and noise.
 
 digits: scikit-learn's handwritten digits of 8 x 8 pixels, enlarged, turned and put light on dark, with
 light, with noise. The digits of validation are of other writers than those of training.
@@ -28,8 +29,10 @@ Pixels = NDArray[np.float64]  # from 0 to 1
 IMG_SIZE = 64  # pixels
 IMAGES = {"train": 120, "val": 100}  # of each photograph
 DIGITS = {"train": 180, "val": 120}  # of each digit
-SIDES = {"train": (0.0, 0.6), "val": (0.65, 1.0)}  # of a photograph's width
-CROP = (48, 110)  # pixels of a photograph, from and to
+COLORS = {"train": 0, "val": 1}  # of the tiles, by (row + column) % 2
+TILE = 112  # pixels, at least
+GAP = 4  # pixels at each side of a tile that no crop has
+CROP = (48, 104)  # pixels of a photograph, from and to
 DIGIT = (44, 64)  # pixels of an enlarged digit, from and to
 WRITERS = 1100  # scikit-learn's digits are sorted by writers: those before are for training
 SEED = 2202
@@ -44,7 +47,7 @@ PHOTOGRAPHS = {  # as they lie in the folders of the libraries
 
 
 def photographs() -> dict[str, Pixels]:
-    """All photographs by their names: [H, W, 3]."""
+    """All photographs by their names, in grey: [H, W, 3]."""
     found = {}
     for folder, names in PHOTOGRAPHS.items():
         package, _, inside = folder.partition("/")
@@ -53,14 +56,19 @@ def photographs() -> dict[str, Pixels]:
             raise SystemExit(f"study_tasks: {package} is missing; pip install 'asvit-fast[demo]'")
         for name in names:
             with Image.open(Path(spec.origin).parent / inside / name) as image:
-                found[Path(name).stem] = np.asarray(image.convert("RGB"), dtype=np.float64) / 255
+                found[Path(name).stem] = np.asarray(image.convert("L").convert("RGB"), dtype=np.float64) / 255
     return found
 
 
-def region(photograph: Pixels, split: str) -> Pixels:
-    """The part of a photograph [H, W, 3] that belongs to a split."""
-    left, right = (round(part * photograph.shape[1]) for part in SIDES[split])
-    return photograph[:, left:right]
+def tiles(photograph: Pixels, split: str) -> list[Pixels]:
+    """The tiles of a photograph [H, W, 3] that belong to a split."""
+    rows, columns = (np.linspace(0, side, max(side // TILE, 1) + 1).astype(int) for side in photograph.shape[:2])
+    return [
+        photograph[rows[row] + GAP : rows[row + 1] - GAP, columns[column] + GAP : columns[column + 1] - GAP]
+        for row in range(len(rows) - 1)
+        for column in range(len(columns) - 1)
+        if (row + column) % 2 == COLORS[split]
+    ]
 
 
 def crop(photograph: Pixels, rng: np.random.Generator) -> Pixels:
@@ -75,9 +83,8 @@ def crop(photograph: Pixels, rng: np.random.Generator) -> Pixels:
 
 
 def jittered(image: Pixels, rng: np.random.Generator) -> Pixels:
-    """[H, W, 3] with other colours, another brightness, and noise."""
-    colours = rng.uniform(0.85, 1.15, 3)  # [3]
-    return image * colours + rng.uniform(-0.05, 0.05) + rng.normal(0, 0.02, image.shape)
+    """[H, W, 3] with another contrast, another brightness, and noise."""
+    return image * rng.uniform(0.85, 1.15) + rng.uniform(-0.05, 0.05) + rng.normal(0, 0.02, image.shape)
 
 
 def drawn(digit: Pixels, rng: np.random.Generator) -> Pixels:
@@ -104,9 +111,9 @@ def write_photographs(out: Path) -> int:
     for split_number, (split, count) in enumerate(IMAGES.items()):
         for class_number, (name, photograph) in enumerate(names.items()):
             rng = np.random.default_rng([SEED, 0, split_number, class_number])
-            part = region(photograph, split)
+            own = tiles(photograph, split)
             for number in range(count):
-                save(jittered(crop(part, rng), rng), out / split / name / f"{number:03}.png")
+                save(jittered(crop(own[rng.integers(len(own))], rng), rng), out / split / name / f"{number:03}.png")
     return len(names) * sum(IMAGES.values())
 
 

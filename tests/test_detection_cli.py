@@ -86,6 +86,7 @@ def test_train_eval_show_report(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["detect", "asvit_seed", "--data", ".", "--out", "x", "--scales", "64,32"], "the smaller first"),
         (["detect", "asvit_seed", "--out", "x"], "--data"),
         (["detect", "asvit_seed", "--data", ".", "--out", "x", "--detecter", "y"], "did you mean --detector"),
+        (["detect", "evl", "runs/detect"], "detect does not know evl (did you mean eval?)"),
         (["detect", "asvit_seed", "--data", ".", "--out", "x", "--detector", "yolo"], "expected one of"),
     ],
 )

@@ -245,7 +245,7 @@ def test_a_detector_is_trained_on_for_other_classes(tmp_path: Path, folder: Path
     other = tmp_path / "other"
     write_split(other, "train", content(6, categories=(1, 2, 9)))
     still = {"detector": detector, "epochs": 1, "lr": 1e-12, "min_lr": 1e-12, "weight_decay": 0.0}
-    same = run(folder, None, initial_checkpoint=file, **still).model.state_dict()
+    same = run(folder, None, initial_checkpoint=str(tmp_path / "run"), **still).model.state_dict()
     with pytest.warns(UserWarning, match="of other classes"):
         found = run(other, None, initial_checkpoint=file, **still, val_split="").model.state_dict()
     for name, before in trained.model.state_dict().items():
@@ -262,6 +262,6 @@ def test_another_detector_is_no_initial_checkpoint(tmp_path: Path, folder: Path)
         run(folder, None, initial_checkpoint=str(tmp_path / "run" / LAST))
 
 
-def test_a_folder_is_no_initial_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is a folder; give a file"):
+def test_a_folder_without_a_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no model_best"):
         run(write_coco(tmp_path / "data"), tmp_path / "run", initial_checkpoint=str(tmp_path))

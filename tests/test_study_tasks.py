@@ -8,10 +8,17 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 
-def test_regions_of_a_photograph_do_not_touch() -> None:
-    columns = np.tile(np.arange(640.0)[:, None], (4, 1, 3))  # [4, 640, 3], each pixel its column
-    left, right = (study_tasks.region(columns, split) for split in ("train", "val"))
-    assert left.max() + 30 < right.min() and right.max() == 639
+def test_tiles_of_a_photograph_do_not_touch() -> None:
+    height, width = 240, 640
+    pixels = np.arange(height * width, dtype=float).reshape(height, width, 1).repeat(3, 2)  # [H, W, 3], each its number
+    train, val = ([tile[..., 0].astype(int) for tile in study_tasks.tiles(pixels, split)] for split in ("train", "val"))
+    assert len(train) == len(val) == 5
+    owner = np.zeros(height * width, dtype=int)  # of each pixel: nobody, training or validation
+    for number, owned in enumerate((train, val), start=1):
+        owner[np.concatenate([tile.ravel() for tile in owned])] = number
+    owner = owner.reshape(height, width)
+    assert not np.any(owner[:, :-1] * owner[:, 1:] == 2) and not np.any(owner[:-1] * owner[1:] == 2)
+    assert min(min(tile.shape) for tile in (*train, *val)) >= study_tasks.CROP[1]
 
 
 def test_images_are_the_same_every_time_and_of_all_classes(tmp_path, monkeypatch) -> None:

@@ -180,7 +180,7 @@ def test_fine_tuning_starts_from_a_checkpoint(tmp_path: Path) -> None:
     """The same classes keep their classifier, others get a new one, another image size resizes position embeddings."""
     before = run(tmp_path)
     frozen = {**PLAIN, "lr": 1e-12, "warmup_lr": 0.0, "min_lr": 0.0, "weight_decay": 0.0, "model_ema": False}
-    again = run(None, **frozen, initial_checkpoint=str(tmp_path / LAST))
+    again = run(None, **frozen, initial_checkpoint=str(tmp_path))
     torch.testing.assert_close(weights(again), weights(before), rtol=0, atol=1e-6)
     with pytest.warns(FallbackWarning, match="start afresh"):
         other = run(None, **frozen, initial_checkpoint=str(tmp_path / LAST), num_classes=6)

@@ -27,6 +27,7 @@ from .options import Command, Option, require, settings, to_yaml
 
 PROGRAM = "asvit-fast"
 DETECT = "detect"  # whose commands have two words
+SECOND_WORDS = [name.removeprefix(f"{DETECT} ") for name in COMMANDS if name.startswith(f"{DETECT} ")]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -83,6 +84,11 @@ def _joined(argv: Sequence[str]) -> list[str]:
         return list(argv)
     if rest and f"{DETECT} {rest[0]}" in COMMANDS:
         return [f"{DETECT} {rest[0]}", *rest[1:]]
+    meant = difflib.get_close_matches(rest[0], SECOND_WORDS, 1, 0.7) if rest else []
+    if meant:
+        raise InputError(
+            f"{DETECT} does not know {rest[0]} (did you mean {meant[0]}?); see {PROGRAM} {DETECT} --help"
+        )
     return [f"{DETECT} train", *rest]
 
 

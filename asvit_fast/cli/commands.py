@@ -179,7 +179,13 @@ TRAIN = Command(
         Option("img_size", image_size, 224, "image size in pixels: a side, or HEIGHTxWIDTH", "PIXELS"),
         Option("num_classes", integer(1), None, "number of classes; without it, as many as the data has", "N"),
         MODEL_KWARGS,
-        Option("initial_checkpoint", text, "", "weights to start from, in timm's format", "FILE"),
+        Option(
+            "initial_checkpoint",
+            text,
+            "",
+            "weights to start from: a training's folder, or a file in timm's format",
+            "PATH",
+        ),
         Option("resume", text, "", "checkpoint of timm's train.py whose training this one continues", "FILE"),
         DEVICE,
         *options_of(Recipe),
@@ -322,13 +328,19 @@ DETECT_TRAIN = Command(
             "NAME=VALUE",
             repeated=True,
         ),
-        Option("initial_checkpoint", text, "", "weights to start from: of a classifier, or of a detector", "FILE"),
+        Option(
+            "initial_checkpoint",
+            text,
+            "",
+            "weights to start from, of a classifier or a detector: a training's folder, or a file",
+            "PATH",
+        ),
         DEVICE,
         *options_of(DetectionRecipe),
         *TRACKERS,
         QUIET,
     ),
-    epilog="example: asvit-fast detect train asvit_small --data coco/ --out runs/detect --initial-checkpoint FILE\n"
+    epilog="example: asvit-fast detect train runs/train --data coco/ --out runs/detect\n"
     "See also: asvit-fast detect eval --help, asvit-fast detect show --help",
     resumable=True,
 )

@@ -7,31 +7,14 @@ from types import SimpleNamespace
 from ..detection import DetectionResult, train
 from ..recipe import DetectionRecipe
 from .common import check_output_folder, print_on_main
-from .options import chosen
-from .train import network, trackers
+from .train import shared_arguments
 
 
 def run(values: SimpleNamespace) -> int:
     check_output_folder(values.out)
     print_on_main(f"Writing to {values.out}; stop at any time, the same command continues.", values.quiet)
-    result = train(
-        data=values.data,
-        detector=values.detector,
-        schedule=values.schedule,
-        epochs=values.epochs,
-        out=values.out,
-        img_size=values.img_size,
-        out_channels=values.out_channels,
-        windows=values.windows,
-        norm=values.norm,
-        frozen_stages=values.frozen_stages,
-        detector_kwargs=values.detector_kwargs,
-        **{"initial_checkpoint": values.initial_checkpoint, **network(values)},
-        device=values.device,
-        progress=not values.quiet,
-        callbacks=trackers(values),
-        **chosen(values, DetectionRecipe),
-    )
+    own = ("detector", "out_channels", "windows", "norm", "frozen_stages", "detector_kwargs")
+    result = train(**{name: getattr(values, name) for name in own}, **shared_arguments(values, DetectionRecipe))
     conclude(values, result)
     return 0
 

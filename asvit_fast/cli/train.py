@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..errors import InputError
-from ..recipe import Recipe
+from ..recipe import DetectionRecipe, Recipe
 from ..training import Callback, MlflowTracker, TrainResult, WandbTracker, train
 from ..what import resolve
 from .common import check_output_folder, is_main_process, print_on_main
@@ -16,25 +16,25 @@ from .options import chosen
 def run(values: SimpleNamespace) -> int:
     check_output_folder(values.out)
     print_on_main(f"Writing to {values.out}; stop at any time, the same command continues.", values.quiet)
-    result = train(
-        data=values.data,
-        schedule=values.schedule,
-        epochs=values.epochs,
-        out=values.out,
-        img_size=values.img_size,
-        num_classes=values.num_classes,
-        **{"initial_checkpoint": values.initial_checkpoint, **network(values)},
-        resume=values.resume,
-        device=values.device,
-        progress=not values.quiet,
-        callbacks=trackers(values),
-        **chosen(values, Recipe),
-    )
+    result = train(num_classes=values.num_classes, resume=values.resume, **shared_arguments(values, Recipe))
     conclude(values, result)
     return 0
 
 
-def trackers(values: SimpleNamespace) -> list[Callback]:
+def shared_arguments(values: SimpleNamespace, recipe: type[Recipe | DetectionRecipe]) -> dict[str, Any]:
+    """The arguments that the trainings of classifiers and of detectors share."""
+    plain = ("data", "schedule", "epochs", "out", "img_size", "device")
+    return {
+        **{name: getattr(values, name) for name in plain},
+        "initial_checkpoint": values.initial_checkpoint,
+        **_network(values),
+        "progress": not values.quiet,
+        "callbacks": _trackers(values),
+        **chosen(values, recipe),
+    }
+
+
+def _trackers(values: SimpleNamespace) -> list[Callback]:
     """What --log-wandb and --log-mlflow ask for, on the process that reports."""
     if not is_main_process():
         return []
@@ -42,7 +42,7 @@ def trackers(values: SimpleNamespace) -> list[Callback]:
     return [tracker() for wanted, tracker in asked if wanted]
 
 
-def network(values: SimpleNamespace) -> dict[str, Any]:
+def _network(values: SimpleNamespace) -> dict[str, Any]:
     """The network's part of the arguments of ``train``: with weights, it starts from these."""
     target = resolve(values.what, to_train=True)
     if target.weights is None:

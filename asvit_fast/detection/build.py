@@ -71,8 +71,9 @@ def build_detector(
 
 
 def is_detector(path: str) -> bool:
-    """Whether the file is a checkpoint of a detector, and not of a classifier. Raises InputError for no checkpoint."""
-    arguments = read_file(path).get("args")
+    """Whether the file or folder of a training is of a detector, and not of a classifier. Raises InputError for no
+    checkpoint."""
+    arguments = read_file(checkpoint_file(Path(path))).get("args")
     return isinstance(arguments, Mapping) and "detector" in arguments
 
 
@@ -81,6 +82,7 @@ def start_from(detector: Detector, path: str) -> None:
 
     Raises InputError where anything else does not fit.
     """
+    path = str(checkpoint_file(Path(path)))
     weights, own = weights_of(read_file(path), path), detector.state_dict()
     afresh = [name for name in own if PREDICTOR in name and name in weights and weights[name].shape != own[name].shape]
     if afresh:

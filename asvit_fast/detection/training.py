@@ -71,8 +71,8 @@ def train(
         out_channels, windows, norm, frozen_stages: see ``backbone``.
         model_kwargs: further arguments of the network (pretrained=True for timm's weights).
         detector_kwargs: fields of ``DetectorOptions``.
-        initial_checkpoint: weights to start from: the network's, of a training of ours or in timm's format, or a whole
-            detector's, for the same detector and other data.
+        initial_checkpoint: weights to start from: the network's, the folder of a training of ours or a file in timm's
+            format, or a whole detector's, for the same detector and other data.
         progress: show a bar and lines of text, on stderr.
         callbacks: who follows the training, as of ``asvit_fast.train``.
         recipe: the fields of ``DetectionRecipe``.

@@ -92,7 +92,8 @@ def _check(
         raise InputError(
             f"patch_embed: padding {padding} makes an image of {height} x {width} pixels, which is too large"
         )
-    return min(stride, max(height, width)), dilation if kernel > 1 else 1
+    # min() would stay in every size that torch.compile derives for images of any size
+    return stride if stride <= span else min(stride, max(height, width)), dilation if kernel > 1 else 1
 
 
 # --------------------------------------------------------------------------- fused op

@@ -240,6 +240,8 @@ def fit_windows(
     ``bias`` [heads, tokens, tokens] is that of the windows as they are, or already that of windows that fit.
     """
     fitting = [min(length, max(size[axis], 1)) for axis, length in enumerate(window)]
+    if bias is None and max(shift) == 0:  # no comparison that torch.compile would compile again for
+        return fitting, shift, None
     if fitting == window:
         return window, shift, bias
     if bias is not None and bias.shape[1] != token_count(fitting):

@@ -46,7 +46,7 @@ def create_network(
     Args:
         what: a topology or its text, a name that timm or torchvision knows, or a network, which is taken as it is.
         model_kwargs: further arguments of its constructor.
-        initial_checkpoint: weights to start from, a file in timm's format.
+        initial_checkpoint: weights to start from, a file in timm's format or the folder of a training.
 
     Raises:
         InputError: an unknown name, arguments that the network does not take, a network for other classes.
@@ -132,6 +132,7 @@ def start_from(model: Any, path: str) -> None:
     Raises:
         InputError: no such file, or weights of another network.
     """
+    path = str(checkpoint_file(Path(path)))
     weights = weights_of(read_file(path), path)
     fit = fit_state_dict if isinstance(model, AsViT) else vars(sys.modules[type(model).__module__]).get(TIMMS_FIT)
     own = model.state_dict()

@@ -79,7 +79,7 @@ def train(
         img_size: pixels, a side or (height, width).
         num_classes: by default as many as the data has.
         model_kwargs: further arguments of the network.
-        initial_checkpoint: weights to start from, in timm's format.
+        initial_checkpoint: weights to start from: a file in timm's format, or the folder of a training (its best).
         resume: checkpoint of timm's train.py (or ours) whose training this one continues: weights, optimizer, average.
         progress: show a bar and lines of text, on stderr.
         callbacks: who follows the training, besides TensorBoard in the run directory: ``WandbTracker``,

@@ -192,6 +192,20 @@ def test_stages_of_a_cascade_learn_from_their_own_overlaps() -> None:
     assert [stage.box_coder.weights[0] for stage in made.roi_heads.stages.values()] == [10, 20, 30]
 
 
+def test_losses_of_stages_count_by_their_weights() -> None:
+    """1, 0.5 and 0.25 (arXiv 1712.00726, section 4), and others that are chosen."""
+    found = []
+    for weights in (None, (1.0, 1.0, 1.0), (0.0, 2.0, 3.0)):
+        made = make("cascade_mask_rcnn", **({} if weights is None else {"cascade_loss_weights": weights})).train()
+        torch.manual_seed(1)  # which the samplers draw with
+        found.append(made([torch.full((3, 100, 80), 0.5)], [target(100, 80, [[10, 10, 60, 80]])]))
+    default, equal, chosen = found
+    for number, (ours, theirs) in enumerate(zip((1.0, 0.5, 0.25), (0.0, 2.0, 3.0), strict=True)):
+        for name in (f"loss_{kind}_{number}" for kind in ("classifier", "box_reg", "mask")):
+            torch.testing.assert_close(default[name], ours * equal[name])
+            torch.testing.assert_close(chosen[name], theirs * equal[name])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -74,6 +74,12 @@ def test_windows_are_those_of_the_weights() -> None:
     assert [block.shift_size for block in swin.body.layers[1].blocks] == [(0, 0), (3, 3)]
 
 
+def test_windows_that_do_not_divide_the_map() -> None:
+    """20, 10, 5 and 3 tokens to a side, in 8, 4, 2 and 1 windows to a side."""
+    made = backbone("4,8,2,1|2,4,2,1|2,2,2,1|2,1,2,1|16,16", img_size=80, out_channels=8)
+    assert made.body.window_size == ((3, 3), (3, 3), (3, 3), (3, 3))
+
+
 def test_the_same_numbers_as_the_network() -> None:
     """At its own size a backbone's maps are those of the network's stages, normalised."""
     network = timm.create_model("asvit", topology=SMALL, img_size=64).eval()

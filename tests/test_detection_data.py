@@ -16,7 +16,7 @@ from PIL import Image
 
 from asvit_fast.detection import open_coco
 from asvit_fast.detection.coco import mask_of
-from asvit_fast.detection.data import DetectionData, make_reader
+from asvit_fast.detection.data import DetectionData, make_augmentation, make_reader
 from asvit_fast.errors import InputError
 from asvit_fast.recipe import DetectionRecipe
 
@@ -210,6 +210,13 @@ def test_an_image_of_another_size_than_it_says(tmp_path: Path) -> None:
     folder = changed(tmp_path, lambda file: file["images"][1].update(height=60))
     with pytest.raises(InputError, match=r"1.png.*48 x 64 pixels.*says 48 x 60"):
         list(data(folder).train_batches(0, 0, 3))
+
+
+def test_short_sides_of_multiscale_training() -> None:
+    """Steps of 32 pixels, and the largest in any case."""
+    augmentation: Any = make_augmentation(DetectionRecipe.of(augmentation="multiscale", scales=(480, 800)))
+    (resize,) = [step for step in augmentation.transforms if hasattr(step, "min_size") and hasattr(step, "max_size")]
+    assert list(resize.min_size) == [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
 
 
 @pytest.mark.parametrize("augmentation", ["lsj", "multiscale"])

@@ -159,24 +159,41 @@ def test_strides_follow_the_tokens(reduction: int) -> None:
         assert made.roi_heads.box_roi_pool.scales == [1 / (4 * now * 2**i) for i in range(4)]
 
 
+def test_images_are_padded_as_chosen() -> None:
+    """RoIAlign finds the strides of maps by the padding, too."""
+    made = make("faster_rcnn", size_divisible=64).eval()
+    batch, _ = made.transform([torch.rand(3, 96, 70)])
+    assert batch.tensors.shape[2:] == (128, 128)
+    pool = made.roi_heads.box_roi_pool
+    with torch.no_grad():
+        pool(made.backbone(batch.tensors), [torch.tensor([[8.0, 8, 60, 50]])], batch.image_sizes)
+    assert pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+
+
 def test_cascade_by_hand() -> None:
-    """Boxes go from stage to stage, scores are averaged, the last stage's boxes count."""
-    made = make("cascade_rcnn", box_score_thresh=0.0, box_nms_thresh=1.0, box_detections_per_img=1000).eval()
+    """Boxes go from stage to stage inside the image, scores and masks are averaged, the last boxes count."""
+    made = make("cascade_mask_rcnn", box_score_thresh=0.0, box_nms_thresh=1.0, box_detections_per_img=1000).eval()
     heads, features = made.roi_heads, maps()
     boxes = torch.tensor([[8.0, 8, 60, 50], [30, 20, 90, 80]])
     with torch.no_grad():
+        for number, stage in enumerate(heads.stages.values()):
+            stage.box_predictor.bbox_pred.bias.fill_(5.0 * (number + 1))  # boxes move by half their sides
         found = heads(features, [boxes], [(96, 128)])[0][0]
-        scores = []
+        scores, masks = [], []
         for stage in heads.stages.values():
             logits, deltas = stage.box_predictor(stage.box_head(stage.box_roi_pool(features, [boxes], [(96, 128)])))
             scores.append(logits.softmax(1))
             boxes = stage.box_coder.decode(deltas[:, :4], [boxes])[:, 0]
             boxes = torchvision.ops.clip_boxes_to_image(boxes, (96, 128))
+            pooled = stage.mask_roi_pool(features, [found["boxes"]], [(96, 128)])
+            logits = stage.mask_predictor(stage.mask_head(pooled))  # [8, 5, 28, 28]
+            masks.append(logits[torch.arange(8), found["labels"], None].sigmoid())
         mean = torch.stack(scores).mean(0)[:, 1:]  # [2, 4]: without the background
     order = mean.flatten().argsort(descending=True)
     torch.testing.assert_close(found["scores"], mean.flatten()[order])
     torch.testing.assert_close(found["boxes"], boxes.repeat_interleave(4, 0)[order], rtol=1e-4, atol=1e-3)
     assert torch.equal(found["labels"], (order % 4) + 1)
+    torch.testing.assert_close(found["masks"], torch.stack(masks).mean(0))
 
 
 def test_stages_of_a_cascade_learn_from_their_own_overlaps() -> None:
@@ -190,6 +207,16 @@ def test_stages_of_a_cascade_learn_from_their_own_overlaps() -> None:
     ]
     assert labels == [3, 0, 0]
     assert [stage.box_coder.weights[0] for stage in made.roi_heads.stages.values()] == [10, 20, 30]
+
+
+def test_overlaps_of_objects_and_of_background() -> None:
+    """What overlaps by less than an object and more than background is neither."""
+    heads = make("faster_rcnn", box_fg_iou_thresh=0.6, box_bg_iou_thresh=0.4).roi_heads
+    proposals = torch.tensor([[0.0, 0, 100, side] for side in (70, 50, 30)])
+    _, (labels,) = heads.assign_targets_to_proposals(
+        [proposals], [torch.tensor([[0.0, 0, 100, 100]])], [torch.tensor([3])]
+    )
+    assert labels.tolist() == [3, -1, 0]
 
 
 def test_losses_of_stages_count_by_their_weights() -> None:

@@ -65,6 +65,15 @@ def test_killed_and_started_again_it_ends_on_the_same_bits(tmp_path: Path, folde
         for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
             assert torch.equal(a, b), name
     assert [row["token_reduction"] for row in found.epochs] == [2, 1]
+    assert {"ap", "mask_ap75", "ema_ap", "ema_mask_ap75"} <= set(found.epochs[-1])
+
+
+def test_what_is_compiled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backbone, for all sizes at once."""
+    calls: list[Any] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: calls.append((module, options)))
+    result = run(folder, None, epochs=1, torchcompile=True)
+    assert calls == [(result.model.backbone, {"dynamic": True})]
 
 
 def test_callbacks_follow_a_training(folder: Path) -> None:

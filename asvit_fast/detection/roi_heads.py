@@ -183,7 +183,7 @@ class CascadeRoIHeads(nn.Module):
 def _refine(stage: Any, regression: Tensor, proposals: list[Tensor], image_shapes: Sizes) -> list[Tensor]:
     """The boxes that a stage makes of its proposals, inside the images: as many of each image."""
     counts = [len(boxes) for boxes in proposals]
-    boxes = stage.box_coder.decode(regression[:, :4].detach(), proposals).reshape(-1, 4)  # [n, 4]
+    boxes = stage.box_coder.decode(regression[:, :4], proposals).reshape(-1, 4)  # [n, 4]
     return [
         box_ops.clip_boxes_to_image(part, shape) for part, shape in zip(boxes.split(counts), image_shapes, strict=True)
     ]

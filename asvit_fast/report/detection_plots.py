@@ -110,7 +110,7 @@ def _grid(truth: CocoImages, entries: Sequence[ImageEntry], found: Results, scor
             below.imshow(np.asarray(draw(image, _found_objects(entry, results, truth), truth.class_names)))
         for one in axes.flat:
             one.set_axis_off()
-        return png(figure)
+        return png(figure, photographs=True)
 
 
 def _true_objects(entry: ImageEntry, truth: CocoImages) -> dict[str, Tensor]:

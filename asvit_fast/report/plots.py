@@ -297,8 +297,11 @@ def whole_steps(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def png(figure: Figure) -> bytes:
-    drawn, opaque = io.BytesIO(), io.BytesIO()
+def png(figure: Figure, photographs: bool = False) -> bytes:
+    """The drawing as a file; in 96 colours, a third of the bytes, unless it has photographs in it."""
+    drawn, file = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=DOTS_PER_INCH)
-    Image.open(drawn).convert("RGB").save(opaque, "png", optimize=True)  # an eighth fewer bytes
-    return opaque.getvalue()
+    image = Image.open(drawn).convert("RGB")
+    image = image if photographs else image.quantize(96, dither=Image.Dither.NONE)
+    image.save(file, "png", optimize=True)
+    return file.getvalue()

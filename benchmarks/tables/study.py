@@ -32,4 +32,4 @@ def _interval(estimate: dict[str, float]) -> str:
     return f"{estimate['value']:+.2f} [{estimate['low']:+.2f}, {estimate['high']:+.2f}]"
 
 
-TASKS = {f"study of {task}": functools.partial(study, task) for task in ("digits", "photographs")}
+TASKS = {f"study of {task}": functools.partial(study, task) for task in ("digits", "photographs", "photographs-longer")}

@@ -3,10 +3,10 @@
     python benchmarks/study_tasks.py photographs build/tasks/photographs
     python benchmarks/study_tasks.py digits build/tasks/digits
 
-photographs: which of 16 photographs and textures (scikit-image's, scikit-learn's, matplotlib's) a crop is of. A photograph
-is cut into tiles like a chessboard: crops for training lie on its white tiles, those for validation on the black ones, a
-strip between them belongs to neither. Crops are grey, as colours alone would tell many photographs apart, and differ in
-size, orientation, contrast, brightness and noise.
+photographs: which of 16 photographs and textures (scikit-image's, scikit-learn's, matplotlib's) a crop is of. A
+photograph is cut into tiles like a chessboard: crops for training lie on its white tiles, those for validation on the
+black ones, a strip between them belongs to neither. Crops are grey, as colours alone would tell many photographs apart,
+and differ in size, orientation, contrast, brightness and noise.
 
 digits: scikit-learn's handwritten digits of 8 x 8 pixels, enlarged, turned and put light on dark, with
 light, with noise. The digits of validation are of other writers than those of training.

@@ -86,9 +86,7 @@ def _joined(argv: Sequence[str]) -> list[str]:
         return [f"{DETECT} {rest[0]}", *rest[1:]]
     meant = difflib.get_close_matches(rest[0], SECOND_WORDS, 1, 0.7) if rest else []
     if meant:
-        raise InputError(
-            f"{DETECT} does not know {rest[0]} (did you mean {meant[0]}?); see {PROGRAM} {DETECT} --help"
-        )
+        raise InputError(f"{DETECT} does not know {rest[0]} (did you mean {meant[0]}?); see {PROGRAM} {DETECT} --help")
     return [f"{DETECT} train", *rest]
 
 

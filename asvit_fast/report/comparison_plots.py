@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from ..files import as_float
 from ..runs import Run, rule_of
 from ..topology import Topology
-from .plots import BLUE, GREY, ORANGE, STYLE, VERMILLION, png, whole_steps
+from .plots import BLUE, GREY, ORANGE, STYLE, VERMILLION, plain_ticks, png, whole_steps
 
 RULE_COLOURS = {
     "scores": VERMILLION, "reinforce": VERMILLION, "random": GREY, "evolution": BLUE, "swin": BLUE, "vit": ORANGE,
@@ -38,6 +38,8 @@ def growths(runs: Sequence[Run]) -> bytes:
         right.set_xlabel("NTK condition number (left is better)")
         right.set_xscale("log")
         right.set_yscale("log")
+        plain_ticks(right.xaxis, *right.get_xlim())
+        plain_ticks(right.yaxis, *right.get_ylim())
         return png(figure)
 
 

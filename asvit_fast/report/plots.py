@@ -70,7 +70,7 @@ def progress(run: Run) -> bytes:
         condition.set_yscale("log")
         _measure(condition, run, "ntk_condition", np.log)
         condition.set(title="NTK condition number (down is better)")
-        _plain_ticks(condition.yaxis, *condition.get_ylim())
+        plain_ticks(condition.yaxis, *condition.get_ylim())
         if has_policy:
             _entropy(policy[0], run)
         (policy[0] if has_policy else condition).set_xlabel("step")
@@ -258,7 +258,7 @@ def _scatter(points: Sequence[Point], title: str, chosen_label: str, random: Seq
                 zorder=3,
             )
         _non_finite(axes, [point for point in points if not point.finite])
-        _plain_ticks(axes.xaxis, *axes.get_xlim())
+        plain_ticks(axes.xaxis, *axes.get_xlim())
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc="best")
         return png(figure)
@@ -269,7 +269,7 @@ def _dots(axes: Axes, points: Sequence[Point], **style: Any) -> Any:
     return axes.scatter(conditions, lengths, **style)
 
 
-def _plain_ticks(axis: Axis, low: float, high: float) -> None:
+def plain_ticks(axis: Axis, low: float, high: float) -> None:
     """Plain numbers on a logarithmic axis, also when it spans less than a decade."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 10 * low else MaxNLocator(8, steps=(1, 2, 5, 10)))
     axis.set_major_formatter("{x:.4g}")

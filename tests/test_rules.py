@@ -11,6 +11,7 @@ import pytest
 import torch
 from search_program import measures
 
+import asvit_fast as af
 from asvit_fast.errors import InputError
 from asvit_fast.latency import LATENCY, LatencyModel, keys, latency_model
 from asvit_fast.report import report
@@ -164,6 +165,12 @@ def test_a_percentile_counts_random_topologies_with_worse_scores(monkeypatch: py
         (topology, ScoreSettings(img_size=64, thetas=5)),
     ):
         assert percentile("length_distortion", 2.0, *other) is None
+    # the sample is of normal noise, and only the NTK depends on the images
+    assert percentile("ntk_condition", 5.5, topology, settings, noise=False) is None
+    assert percentile("length_distortion", 2.0, topology, settings, noise=False) == 50
+    options: dict[str, Any] = {"metrics": ("length_distortion", "ntk_condition"), "img_size": 64, "device": "cpu"}
+    found = af.score(topology, repeats=1, images=torch.rand(16, 3, 64, 64), **options)
+    assert found["ntk_condition"].percentile is None and found["length_distortion"].percentile is not None
 
 
 def test_the_stored_sample_is_whole() -> None:

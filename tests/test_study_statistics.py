@@ -106,3 +106,12 @@ def test_noise_of_seeds_leaves_out_what_a_seed_does_to_all() -> None:
 
 def test_an_estimate_prints_as_a_reader_wants_it() -> None:
     assert str(Estimate(0.49, -0.012, 0.7)) == "+0.49 [-0.01, +0.70]"
+
+
+def test_equals_share_the_best_places() -> None:
+    """A measure that is the same for all finds a tenth of the best by chance, in whatever order the rows are."""
+    measured = [{"params": 1.0, "flops": float(number // 2)} for number in range(20)]
+    rows = [{"measures": m, "top1": [float(number)], "topology": str(number)} for number, m in enumerate(measured)]
+    for ordered in (rows, rows[::-1]):
+        found = Study(ordered).precision_at_top
+        assert found["params"] == pytest.approx(0.1) and found["flops"] == pytest.approx(1.0)

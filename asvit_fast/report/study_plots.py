@@ -21,7 +21,7 @@ MOST_DECADES = 1.5  # a measure that spans more is drawn on a logarithmic axis
 
 def scatter(run: Run) -> bytes:
     """Accuracy against every measure, with Kendall's tau in each panel (As-ViT, Figure 2)."""
-    analysis = Analysis(run.trace)
+    analysis = Analysis(run.trace, run.config["seed"])
     names = analysis.names
     lines = -(-len(names) // COLUMNS)
     with matplotlib.rc_context({**STYLE, "font.size": 9, "axes.titlesize": 9, "axes.titlepad": 6}):
@@ -55,7 +55,7 @@ def _panel(axes: Axes, analysis: Analysis, name: str) -> None:
 
 def taus(run: Run) -> bytes:
     """Kendall's tau of every measure with its interval, and the time that it takes (As-ViT, Table 2)."""
-    analysis = Analysis(run.trace)
+    analysis = Analysis(run.trace, run.config["seed"])
     estimates = {name: analysis.kendall_tau(name) for name in analysis.names}
     names = sorted((n for n in estimates if math.isfinite(estimates[n].value)), key=lambda n: estimates[n].value)
     places = np.arange(len(names))

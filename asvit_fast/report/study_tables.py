@@ -16,7 +16,7 @@ MOST_ROWS = 10  # of the best and the worst networks
 
 def study_result_table(run: Run) -> Table:
     """What was trained, how much accuracies differ, and how much of that is the seed."""
-    result = Study(run.trace)
+    result = Study(run.trace, run.config["seed"])
     facts = result.to_dict()
     top1 = facts["top1"]
     rows: list[Sequence[Any]] = [
@@ -40,7 +40,7 @@ def study_result_table(run: Run) -> Table:
 
 def measure_table(run: Run) -> Table:
     """Every measure, the best first."""
-    result = Study(run.trace)
+    result = Study(run.trace, run.config["seed"])
     columns = (
         result.kendall_tau, result.spearman_rho, result.tau_at_equal_params, result.tau_at_equal_flops, result.gain
     )  # fmt: skip

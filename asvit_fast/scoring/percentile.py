@@ -30,13 +30,13 @@ def stored_sample() -> dict[str, Any]:
     return sample
 
 
-def percentile(metric: str, value: float, target: Any, settings: ScoreSettings) -> float | None:
+def percentile(metric: str, value: float, target: Any, settings: ScoreSettings, noise: bool = True) -> float | None:
     """The share of random topologies, in percent, whose score is worse: smaller, or for the NTK condition number and
     curvature larger. Half of equal ones count.
 
     None where nothing comparable is stored: for other networks than topologies of depths 1 and width 32, other image
     sizes, the reference convention, another treatment of norms or number of thetas, or an NTK of another number of
-    images; and for a value that is not a number.
+    images or of others than ``noise``; and for a value that is not a number.
     """
     sample = stored_sample().get("x".join(map(str, image_sides(settings.img_size))))
     comparable = (
@@ -47,6 +47,7 @@ def percentile(metric: str, value: float, target: Any, settings: ScoreSettings) 
         and settings.norms == "auto"
         and (settings.batch if metric == "ntk_condition" else settings.thetas)
         == getattr(ScoreSettings, "batch" if metric == "ntk_condition" else "thetas")
+        and (noise or metric != "ntk_condition")
     )
     if sample is None or not comparable or math.isnan(value):
         return None

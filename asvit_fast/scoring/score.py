@@ -109,7 +109,8 @@ def score(
         repeated = [result[name] for result in results if name in result]
         seconds = statistics.fmean(one["seconds"] for one in repeated)
         measure = Measure(tuple(one["value"] for one in repeated), seconds)
-        measures[name] = replace(measure, percentile=percentile(name, measure.mean, target, settings))
+        among = percentile(name, measure.mean, target, settings, noise=pixels is None)
+        measures[name] = replace(measure, percentile=among)
     source = None if pixels is None else fingerprint(pixels) if isinstance(images, Tensor) else str(images)
     return Score(_describe(target), replace(settings, device=where), measures, seed, source)
 

@@ -107,8 +107,7 @@ class Analysis:
     def precision_at_top(self, name: str) -> float:
         """Share of the best tenth by the measure that is in the best tenth by accuracy; by chance, a tenth."""
         count = max(1, round(TOP * len(self.rows)))
-        best = [set(_top(ranks, count)) for ranks in (self.ranks[name], self._target)]
-        return len(best[0] & best[1]) / count
+        return float(_chances(self.ranks[name], count) @ _chances(self._target, count) / count)
 
     def regret(self, name: str) -> float:
         """Percentage points that the network with the best measure (the mean of such) is behind the best one."""
@@ -178,6 +177,8 @@ def _combine(name: str, ranks: Sequence[Floats]) -> Floats:
     return np.sum([combine((rank + 1) / (rank.max() + 1)) for rank in ranks], 0)
 
 
-def _top(ranks: Floats, count: int) -> list[int]:
-    """The best ``count`` networks, the first ones of equals."""
-    return [int(index) for index in np.argsort(-ranks, kind="stable")[:count]]
+def _chances(ranks: Floats, count: int) -> Floats:
+    """The chance of every network [n] to be among the best ``count``, where equals are drawn from."""
+    last = np.sort(ranks)[-count]
+    above, equal = ranks > last, ranks == last
+    return above + equal * ((count - above.sum()) / equal.sum())

@@ -42,7 +42,7 @@ def read_accuracies(path: str | os.PathLike[str]) -> dict[Topology, list[float]]
 def _lines(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[Topology, dict[str, str]]]:
     """The topology and all columns of every line, one at least."""
     empty = True
-    with file_errors("read", path), open(path, newline="", encoding="utf-8") as file:
+    with file_errors("read", path), open(path, newline="", encoding="utf-8-sig") as file:
         try:
             reader = csv.DictReader(file, skipinitialspace=True)
             missing = [name for name in columns if name not in (reader.fieldnames or ())]

@@ -166,6 +166,7 @@ def test_dropout() -> None:
 
 def test_dropout_with_attn_scale_warns_that_it_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eagerly and compiled; in evaluation and by wish of the caller nothing is said."""
+    monkeypatch.delenv("ASVIT_FAST_STRICT", raising=False)
     monkeypatch.setattr(backends, "_notified", set())
     qkv, scale = torch.randn(1, 8, 8, 48), torch.randn(2)
     compiled = torch.compile(ops.window_attention, fullgraph=True, backend="eager")

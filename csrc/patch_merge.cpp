@@ -149,11 +149,12 @@ std::tuple<Tensor, Tensor> patch_merge_cpu(const Tensor& x, const Tensor& weight
       using T = decltype(zero);
       const auto problem = make_problem<T>(merge, statistics, false);
       const SharedLinear layer(merge.weight, offset);
+      const bool alone = merge.blocks() == 1;
       parallel_for(0, merge.blocks(), 1, [&](int64_t begin, int64_t end) {
         const Tensor buffer = merge.buffer();
         for (int64_t i = begin; i < end; ++i) {
           const Block block = merge.block(i);
-          assign<T>(merge.part(output, block), layer(normalised_rows<T>(merge, block, problem, buffer)));
+          assign<T>(merge.part(output, block), layer(normalised_rows<T>(merge, block, problem, buffer), alone));
         }
       });
     });
@@ -167,19 +168,21 @@ Tensor input_gradient(const Merge& merge, const PatchMerge<T>& problem, const Te
   torch::stable::zero_(grad_x);
   const int64_t features = merge.map.features(), columns = merge.map.out_width;
   const SharedLinear layer(transposed(merge.weight), {});  // [features, outputs]
-  for (int64_t parity = 0; parity < 2; ++parity)
-    parallel_for(0, (merge.blocks() + 1 - parity) / 2, 1, [&](int64_t begin, int64_t end) {
+  for (int64_t parity = 0; parity < 2; ++parity) {
+    const int64_t blocks = (merge.blocks() + 1 - parity) / 2;
+    parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
       const Tensor buffer = merge.buffer();
       const Tensor workspace = empty({2 * (features + kRowSlack)}, merge.compute_type);
       for (int64_t i = begin; i < end; ++i) {
         const Block block = merge.block(2 * i + parity);
         const Tensor rows = normalised_rows<T>(merge, block, problem, buffer);
-        const Tensor grad_rows = widened<T>(layer(widened<T>(merge.part(gradient, block))));
+        const Tensor grad_rows = widened<T>(layer(widened<T>(merge.part(gradient, block)), blocks == 1));
         ASVIT_FAST_SELECT(patch_merge_gradient<T>)(problem, block.begin * columns, block.end * columns,
                                                    rows.const_data_ptr<T>(), grad_rows.const_data_ptr<T>(),
                                                    workspace.mutable_data_ptr<T>(), grad_x.mutable_data_ptr<T>());
       }
     });
+  }
   return grad_x;
 }
 
@@ -211,6 +214,7 @@ std::tuple<Tensor, Tensor> parameter_products(const Merge& merge, const PatchMer
   const int64_t blocks = merge.blocks(), most = std::min(kPieces, blocks);
   const int64_t pieces = std::clamp<int64_t>(merge.output_tokens() / (4 * merge.outputs), 1, most);
   const int64_t groups = std::max<int64_t>(1, merge.outputs / kWeightRows);
+  const auto multiply = pieces * groups == 1 ? linear_alone : linear;
   std::vector<Tensor> sums, totals;  // one by one, so that all but the first can be freed
   for (int64_t piece = 0; piece < pieces; ++piece) {
     sums.push_back(empty({merge.outputs, merge.map.features()}, merge.compute_type));
@@ -225,7 +229,7 @@ std::tuple<Tensor, Tensor> parameter_products(const Merge& merge, const PatchMer
       for (int64_t i = start; i < blocks * (piece + 1) / pieces; ++i) {
         const Tensor part = widened<T>(columns_of(merge.part(gradient, merge.block(i)), first, count));
         const Tensor rows = normalised_rows<T>(merge, merge.block(i), problem, buffer);
-        const Tensor more = linear(transposed(part), transposed(rows));
+        const Tensor more = multiply(transposed(part), transposed(rows), {});
         if (i > start) {
           add<T>(sum, more);
         } else {

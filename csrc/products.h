@@ -1,6 +1,9 @@
 // Matrix products of large tensors on the CPU: our kernel's, oneDNN's or torch's own.
 #pragma once
 
+#include <algorithm>
+#include <cstring>
+
 #include "tensor_utils.h"
 
 namespace asvit_fast {
@@ -27,14 +30,14 @@ inline bool prefers_onednn(Dtype type, int64_t m, int64_t n, int64_t k) {
   return type == kFloat && &aoti_torch_cpu__linear_pointwise != nullptr && m * n * k >= least;
 }
 
-// A Linear layer that many threads apply to rows of their own.
+// A Linear layer that many threads apply to rows of their own, or one of them to all rows.
 class SharedLinear {
  public:
   // The product is in the weight's type, or in float32 where our kernel makes it. bias: of the weight's type.
   SharedLinear(const Tensor& weight, const OptionalTensor& bias);
 
-  // x [rows, K], contiguous, float32 or float64 -> [rows, N].
-  Tensor operator()(const Tensor& x) const;
+  // x [rows, K], contiguous, float32 or float64 -> [rows, N]. alone: no other thread is at work.
+  Tensor operator()(const Tensor& x, bool alone) const;
 
  private:
   Tensor weight_;
@@ -60,22 +63,46 @@ inline Tensor linear(const Tensor& a, const Tensor& b, const OptionalTensor& bia
   return y;
 }
 
+// The same by a thread that no other works beside. Libraries would take all threads then, and may add in another order
+// with more of them; here each takes outputs of its own, in parts that sizes decide alone.
+inline Tensor linear_alone(const Tensor& a, const Tensor& b, const OptionalTensor& bias = {}) {
+  constexpr int64_t least = 64, most = 16;
+  const int64_t rows = a.size(0), outputs = b.size(0), item = static_cast<int64_t>(bytes_of(a.scalar_type()));
+  const int64_t parts = std::clamp<int64_t>(outputs / least, 2, most);  // of one part, the library's threads
+  const Tensor y = new_empty({rows, outputs}, a.scalar_type());
+  auto* const to = static_cast<char*>(y.mutable_data_ptr());
+  parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = outputs * i / parts, count = outputs * (i + 1) / parts - first;
+      if (count == 0) continue;
+      OptionalTensor added;
+      if (bias) added = strided(*bias, {count}, bias->strides(), first * bias->stride(0));
+      const Tensor part = as_contiguous(linear(a, rows_of(b, first, count), added));
+      const auto* const from = static_cast<const char*>(part.const_data_ptr());
+      for (int64_t row = 0; row < rows; ++row)
+        std::memcpy(to + (row * outputs + first) * item, from + row * count * item, static_cast<size_t>(count * item));
+    }
+  });
+  return y;
+}
+
 inline SharedLinear::SharedLinear(const Tensor& weight, const OptionalTensor& bias) : weight_(weight), bias_(bias) {
   if (weight.scalar_type() == kDouble || !prefers_own_products()) return;
   packed_ = pack_weight(weight);
   if (bias) bias_ = as_type(*bias, kFloat);
 }
 
-inline Tensor SharedLinear::operator()(const Tensor& x) const {
+inline Tensor SharedLinear::operator()(const Tensor& x, bool alone) const {
   if (packed_ && x.scalar_type() == kFloat) return multiply_packed(x, *packed_, weight_.size(0), bias_);
-  if (x.scalar_type() == weight_.scalar_type()) return linear(x, weight_, bias_);
+  const auto multiply = alone ? linear_alone : linear;
+  if (x.scalar_type() == weight_.scalar_type()) return multiply(x, weight_, bias_);
   const Tensor rounded = new_empty(x.sizes(), weight_.scalar_type());
   if (x.scalar_type() == kFloat) {
     assign<float>(rounded, x);
   } else {
     assign<double>(rounded, x);
   }
-  return linear(rounded, weight_, bias_);
+  return multiply(rounded, weight_, bias_);
 }
 
 }  // namespace asvit_fast

@@ -165,13 +165,17 @@ def test_large_products() -> None:
 
 
 @needs_extension
-def test_threads_agree() -> None:
-    """Bit for bit."""
+@every_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_threads_agree(isa: str, dtype: torch.dtype) -> None:
+    """Bit for bit, also where there is so little that one thread alone would call the library's product."""
     torch.manual_seed(5)
     before = torch.get_num_threads()
-    for given, kernel in ((operands(28, 28, 32, 260, 4), 4), (operands(14, 14, 48, 96, 2, batch=1), 2)):
+    shapes = ((28, 28, 32, 260, 4, 2), (14, 14, 48, 96, 2, 1), (7, 7, 96, 130, 4, 1), (6, 6, 200, 40, 2, 1))
+    for height, width, channels, outputs, kernel, batch in shapes:
+        given = operands(height, width, channels, outputs, kernel, dtype, batch=batch)
         results = []
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             results.append(both_ways(given, kernel, 2, "unfold"))
         torch.set_num_threads(before)

@@ -24,8 +24,9 @@ def file_errors(verb: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputError(f"cannot {verb} {path}: {reason}; free space or choose another path") from error
+        reason, advice = error.strerror or str(error), "choose another path"
+        advice = advice if verb == "read" else f"free space or {advice}"
+        raise InputError(f"cannot {verb} {path}: {reason}; {advice}") from error
 
 
 def folder_path(folder: str | os.PathLike[str], name: str = "out") -> Path:

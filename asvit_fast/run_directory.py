@@ -53,6 +53,8 @@ class RunDirectory:
         changeable: options of ``config`` with which a run may be continued though it was begun with other values. They
             are in ``changes`` (name: (value there, value here)); the caller decides from the trace what they mean, and
             calls ``accept_changes`` or ``refuse_changes`` before anything else is written.
+        keeps: further files and folders that a run writes before its first step is on record. A folder that has neither
+            them nor a step is begun anew, whatever options its configuration has.
         rebuilds: the caller can do without the state, from the trace alone. ``state`` is then None where the file is
             lost or damaged, and ``trace`` complete. Otherwise such a folder is refused, and nothing is cut off.
 
@@ -68,10 +70,11 @@ class RunDirectory:
         state_file: str | None = STATE,
         *,
         changeable: Collection[str] = (),
+        keeps: Collection[str] = (),
         rebuilds: bool = False,
     ) -> None:
         self.path = None if out is None else folder_path(out)
-        self.state_file, self.changeable, self.rebuilds = state_file, changeable, rebuilds
+        self.state_file, self.changeable, self.keeps, self.rebuilds = state_file, changeable, keeps, rebuilds
         self.config = from_json(to_json({**config, "version": __version__}))  # as it will be read: lists for tuples
         self.trace: list[dict[str, Any]] = []
         self.state: dict[str, Any] | None = None
@@ -180,7 +183,7 @@ class RunDirectory:
         present = [name for name in files if (path / name).exists()]
         stored = read_json(path / CONFIG) if (path / CONFIG).exists() else None
         of_this_kind = isinstance(stored, dict) and stored.get("kind") == self.config["kind"]
-        if of_this_kind and self.state_file is not None and not present:
+        if of_this_kind and not present and not any(map(_has_content, (path / name for name in self.keeps))):
             (path / CONFIG).unlink()  # of a start that was refused, or ended before its first step
         if not (path / CONFIG).exists():
             if present:
@@ -319,8 +322,13 @@ def _checked_changes(path: Path, changes: Any) -> list[dict[str, Any]]:
     return changes
 
 
+def _has_content(path: Path) -> bool:
+    return any(path.iterdir()) if path.is_dir() else path.exists()
+
+
 def _differences(changes: dict[str, tuple[Any, Any]]) -> str:
-    return ", ".join(f"{name} is {to_json(old)} there and {to_json(new)} here" for name, (old, new) in changes.items())
+    names = {name: name.removeprefix("recipe.").removeprefix("space.") for name in changes}  # as the user gives them
+    return ", ".join(f"{names[name]} is {to_json(a)} there and {to_json(b)} here" for name, (a, b) in changes.items())
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -59,12 +59,25 @@ def find_runs(directory: Path, kinds: Sequence[str] = DESIGNS) -> list[Run]:
     return [read_run(folder, kinds) for folder in folders]
 
 
-def find_compared(directory: Path) -> list[Run]:
-    """The searches and growths in subfolders of any name, in natural order; [] where ``directory`` is a run itself or
-    has its runs in subfolders named as their kinds."""
+def find_compared(directory: Path) -> tuple[list[Run], list[str]]:
+    """The searches and growths in subfolders of any name, in their order, and the names of subfolders with other runs
+    or none of a finished step. Nothing where ``directory`` is a run itself or has its runs in subfolders named as their
+    kinds. InputError where there are runs, and none to compare."""
     if not directory.is_dir() or any(has_run(folder) for folder in (directory, *(directory / kind for kind in KINDS))):
-        return []
-    return [read_run(folder, DESIGNS) for folder in sorted(directory.iterdir()) if has_run(folder)]
+        return [], []
+    runs, others = [], []
+    for folder in sorted(filter(has_run, directory.iterdir())):
+        kind = _read_object(folder / CONFIG).get("kind")
+        if kind in DESIGNS and read_jsonl(folder / TRACE):
+            runs.append(read_run(folder, DESIGNS))
+        else:
+            others.append(f"{folder.name} ({'no step yet' if kind in DESIGNS else kind})")
+    if others and not runs:
+        raise InputError(
+            f"{str(directory)!r} holds no {' or '.join(DESIGNS)} runs to compare, but {', '.join(others)}; give one "
+            "of them"
+        )
+    return runs, others
 
 
 def rule_of(run: Run) -> str:

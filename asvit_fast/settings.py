@@ -88,6 +88,11 @@ class Settings:
         for one in fields(self):  # type: ignore[arg-type]
             self._check(one, getattr(self, one.name))
 
+    def changed(self, *names: str) -> list[str]:
+        """Those of the names whose values are not the defaults."""
+        defaults = {one.name: one.default for one in fields(self)}  # type: ignore[arg-type]
+        return [name for name in names if getattr(self, name) != defaults[name]]
+
     @staticmethod
     def _check(one: Field[Any], value: Any) -> None:
         if value is None and "None" in str(one.type):
@@ -157,7 +162,8 @@ class SearchSettings(Settings):
     )
     rule: str = _setting(
         "reinforce",
-        "what draws topologies: reinforce (the paper's policy gradient), or for comparison random, evolution",
+        "what draws topologies: reinforce (the paper's policy gradient); for comparison random (uniformly), or "
+        "evolution (50 random ones, then each changes one dimension of a good one among the last 50)",
         choices=SEARCH_RULES,
     )
     topk: int = _setting(10, "number of best sampled topologies that result.json and top.csv list", minimum=1)
@@ -179,7 +185,9 @@ class ScaleSettings(Settings):
     )
     rule: str = _setting(
         "scores",
-        f"what chooses among the candidates of a step, for comparison: {', '.join(SCALE_RULES)}",
+        "what chooses among the candidates of a step: scores (the paper's); for comparison, without scores: random; "
+        "uniform (equal depths, width by 10 %); vit (equal depths, width by 20 %); swin (depths 1:1:3:1) and resnet "
+        "(3:4:6:3), width by 5 %",
         choices=SCALE_RULES,
     )
 

@@ -110,10 +110,10 @@ class Topology:
                 )
 
     @classmethod
-    def parse(cls, text: str | Topology) -> Topology:
+    def parse(cls, text: str | Topology, width: int = DEFAULT_WIDTH) -> Topology:
         """Read ``K,S,E[,L]|K,S,E[,L]|K,S,E[,L]|K,S,E[,L]|heads[,width]``, or a name of Table 4, ``asvit_small``.
 
-        As the authors read it: a missing width is 32, and if any stage lacks its depth L, all depths are 1.
+        As the authors read it: if any stage lacks its depth L, all depths are 1. A missing width is ``width``.
         Raises InputError, naming what is wrong with the text.
         """
         if isinstance(text, Topology):
@@ -142,7 +142,7 @@ class Topology:
         try:
             for values in numbers[:-1]:
                 stages.append(StageSpec(*values) if has_depths else StageSpec(*values[:3]))
-            return cls(tuple(stages), *numbers[-1])  # type: ignore[arg-type]
+            return cls(tuple(stages), *[*numbers[-1], width][:2])  # type: ignore[arg-type]
         except InputError as error:
             problem = str(error).replace("stage:", f"stage {len(stages) + 1}:", 1)
             raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +193,30 @@ def test_a_report_compares_rules(tmp_path: Path) -> None:
     assert "Growths compared" in page and "Searches compared" in page and "Agreement of searches" in page
     for name in ("scale_compared.png", "search_compared.png"):
         assert 10_000 < (tmp_path / name).stat().st_size < 300_000
+    assert "agreement of searches (reinforce, 2 seeds)" in page.lower() and "not compared" not in page
     single = report(tmp_path / "search-random-0").read_text()
     assert "entropy of the policy at the end" not in single
+
+
+def test_a_report_does_not_mix_runs_of_other_options(tmp_path: Path) -> None:
+    """Other budgets are groups of their own, equal seeds are counted, what cannot be compared is named."""
+    for name, steps, seed in (("a", 3, 0), ("b", 3, 0), ("c", 5, 0), ("d", 5, 1)):
+        search(steps=steps, seed=seed, out=tmp_path / name, **QUIET)
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "config.json").write_text('{"kind": "study"}')
+    page = report(tmp_path).read_text()
+    for text in ("<td>reinforce, steps 3</td><td>2 runs of 1 seed</td>", "<td>reinforce, steps 5</td><td>2 seeds</td>"):
+        assert text in page
+    assert "4 runs; not compared: e (study)" in page
+    for name in "abcd":
+        shutil.rmtree(tmp_path / name)
+    with pytest.raises(InputError, match=r"no search or scale runs to compare, but e \(study\); give one of them"):
+        report(tmp_path)
+
+
+def test_options_of_the_policy_have_no_effect_without_one() -> None:
+    with pytest.warns(UserWarning, match="no effect with rule random, which has no policy: lr, history"):
+        search(steps=1, rule="random", lr=0.5, history=9, **QUIET)
 
 
 def test_draws_do_not_depend_on_the_rule_of_torch() -> None:

@@ -14,10 +14,11 @@ from training_images import write_images
 
 import asvit_fast as af
 from asvit_fast.cost import topology_cost
+from asvit_fast.recipe import Recipe
 from asvit_fast.scoring.draws import stream
 from asvit_fast.settings import ScoreSettings
 from asvit_fast.studies import trainings
-from asvit_fast.studies.external import read_accuracies
+from asvit_fast.studies.external import read_accuracies, read_topologies
 from asvit_fast.studies.measures import NAMES, measure, token_counts
 from asvit_fast.studies.sample import sample
 from asvit_fast.studies.trainings import fingerprint_of
@@ -147,7 +148,8 @@ def test_accuracies_of_elsewhere_take_the_place_of_trainings(tmp_path: Path) -> 
         'topology,accuracy,note\n"4,2,2|2,1,2|2,1,2|2,1,2|16,8",61.5,a\n'
         '"8,2,3|4,1,2|4,1,4|4,1,6|32,8",63,b\n"4,2,2|2,1,2|2,1,2|2,1,2|16,8",62.5,c\n'
     )
-    options = {name: value for name, value in TINY.items() if name not in ("topologies", "epochs", "width")}
+    unused = ("topologies", "epochs", "width", "repeats", "repeat_every")
+    options = {name: value for name, value in TINY.items() if name not in unused}
     result = af.study(accuracies=file, out=tmp_path / "out", **options)
     assert [row["top1"] for row in result.rows] == [[61.5, 62.5], [63.0]]
     assert result.kendall_tau["params"].value == pytest.approx(1)
@@ -158,7 +160,8 @@ def test_accuracies_of_elsewhere_take_the_place_of_trainings(tmp_path: Path) -> 
 def test_candidates_take_the_place_of_a_sample(tmp_path: Path) -> None:
     file = tmp_path / "top.csv"
     file.write_text('place,topology\n1,"4,2,2|2,1,2|2,1,2|2,1,2|16,8"\n2,"4,2,2|2,1,2|2,1,2|2,1,2|16,8"\n')
-    result = af.study(data(), candidates=file, **{**TINY, "repeats": 1}, **RECIPE)
+    options = {name: value for name, value in TINY.items() if name != "topologies"}
+    result = af.study(data(), candidates=file, **{**options, "repeats": 1}, **RECIPE)
     assert [row["topology"] for row in result.rows] == ["4,2,2,1|2,1,2,1|2,1,2,1|2,1,2,1|16,8"]
 
 
@@ -168,14 +171,65 @@ def test_candidates_take_the_place_of_a_sample(tmp_path: Path) -> None:
         ("name,accuracy\n", "has no column topology"),
         ("topology,accuracy\n", "has no line"),
         ('topology,accuracy\n"4,2|16",1\n', "line 2: topology '4,2|16'"),
-        ('topology,accuracy\n"8,2,3|4,1,2|4,1,4|4,1,6|32",good\n', "accuracy must be a number, got 'good'"),
+        ('topology,accuracy\n"8,2,3|4,1,2|4,1,4|4,1,6|32",70.5%\n', "plain number such as 70.5, got '70.5%'"),
+        (
+            "topology,accuracy\n8,2,3|4,1,2|4,1,4|4,1,6|32,70\n",
+            "line 2 has more cells than the first line has names; put",
+        ),
+        ("topology;accuracy\n8,2,3|4,1,2|4,1,4|4,1,6|32;70,5\n", "plain number such as 70.5, got '70,5'"),
     ],
 )
 def test_a_file_of_accuracies_that_cannot_be_used(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "a.csv").write_text(content)
     with pytest.raises(af.InputError) as raised:
-        read_accuracies(tmp_path / "a.csv")
+        read_accuracies(tmp_path / "a.csv", 32)
     assert message in str(raised.value)
+    with pytest.raises(af.InputError, match=r"cannot read .*none\.csv: No such file or directory; choose another path"):
+        read_accuracies(tmp_path / "none.csv", 32)
+
+
+def test_accuracies_and_candidates_need_no_file(tmp_path: Path) -> None:
+    topology = "8,2,3|4,1,2|4,1,4|4,1,6|32"
+    (tmp_path / "a.csv").write_text(f"topology\taccuracy\n{topology}\t61\n{topology}\t\n{topology},48\t7\n")
+    found = read_accuracies(tmp_path / "a.csv", 16)
+    assert [parsed.width for parsed in found] == [16, 48]
+    values = list(found.values())
+    assert values[0][0] == 61 and math.isnan(values[0][1]) and values[1] == [7]
+    assert read_accuracies({topology: [61, 62.5], f"{topology},48": 7}, 16) == {
+        af.Topology.parse(f"{topology},16"): [61.0, 62.5], af.Topology.parse(f"{topology},48"): [7.0]
+    }  # fmt: skip
+    assert read_topologies([topology, f"{topology},16"], 16) == [af.Topology.parse(topology, 16)]
+    for wrong in ({}, 3, {topology: "good"}):
+        with pytest.raises(af.InputError, match="accurac"):
+            read_accuracies(wrong, 16)  # type: ignore[arg-type]
+    for wrong in ([], 3):
+        with pytest.raises(af.InputError, match="candidates must be"):
+            read_topologies(wrong, 16)  # type: ignore[arg-type]
+
+
+def test_options_without_effect_are_said() -> None:
+    small = {name: TINY[name] for name in ("img_size", "score_repeats", "thetas", "batch", "device", "progress")}
+    trained = {"4,2,2|2,1,2|2,1,2|2,1,2|16,8": 60}
+    with pytest.warns(UserWarning, match="no effect beside accuracies, .*: topologies, epochs, lr"):
+        af.study(accuracies=trained, topologies=3, epochs=2, lr=0.1, mixup=Recipe.mixup, **small)
+    with pytest.raises(af.InputError, match="leave candidates out"):
+        af.study(accuracies=trained, candidates=list(trained), **small)
+    with pytest.warns(UserWarning, match="no effect beside candidates, .*: sampling"):
+        af.study(data(), candidates=list(trained), sampling="uniform", repeats=1, epochs=1, **small, **RECIPE)
+
+
+def test_a_study_that_was_refused_leaves_the_folder_to_the_next(tmp_path: Path) -> None:
+    for wrong, message in (({"batch_size": 64}, "8 training images are fewer"), ({"lr": -1.0}, "lr")):
+        with pytest.raises(af.InputError, match=message):
+            af.study(data(), out=tmp_path, **TINY, **{**RECIPE, **wrong})
+    with pytest.raises(af.InputError, match="must hold images for validation"):
+        af.study((data()[0], None), out=tmp_path, **TINY, **RECIPE)
+    assert not (tmp_path / "config.json").exists()
+    options = {**TINY, "topologies": 1, "repeats": 1}
+    (tmp_path / "config.json").write_text('{"kind": "study", "topologies": 7}')  # ended before its first topology
+    af.study(data(), out=tmp_path, **options, **RECIPE)
+    with pytest.raises(af.InputError, match=r"other options: lr is null there and 0\.1 here; choose"):
+        af.study(data(), out=tmp_path, **options, **RECIPE, lr=0.1)
 
 
 def test_samples_are_prefixes_of_each_other_and_spread_over_sizes() -> None:
@@ -192,7 +246,9 @@ def test_samples_are_prefixes_of_each_other_and_spread_over_sizes() -> None:
     borders = sorted(params(space.sample(generator, 16)) for _ in range(4000))[::500]
     assert [sum(size >= border for border in borders) for size in sizes] == pytest.approx(range(1, 9), abs=1)
     tiny = space.narrow(**{name: values[:1] for name, values in space.dimensions.items() if name != "K1"})
-    assert len(sample(tiny, 87, 16, "stratified", 0, params)) == 5
+    for sampling in ("uniform", "stratified"):
+        few, everything = (sample(tiny, n, 16, sampling, 0, params) for n in (3, 87))
+        assert everything[:3] == few and set(everything) == set(tiny.enumerate(16))
 
 
 def test_measures_are_a_pure_function_and_counts_are_right() -> None:

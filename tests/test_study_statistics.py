@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from asvit_fast.cli.study import describe
+from asvit_fast.errors import InputError
 from asvit_fast.studies import Estimate, Study
 from asvit_fast.studies.analysis import Analysis
 from asvit_fast.studies.measures import NAMES
 from asvit_fast.studies.ranks import kendall, partial, resamples, spearman, worst_last
+from asvit_fast.studies.words import Accuracies, remarks
 
 RNG = np.random.default_rng(0)
 
@@ -89,7 +92,8 @@ def test_diverged_trainings_are_marked_and_rank_last() -> None:
     result = Study(rows(top1, params=[float(k) for k in range(11)]))
     assert result.diverged == ["network 10"]
     assert result.kendall_tau["params"].value == pytest.approx(1 - 2 * 10 / 55)
-    assert result.regret["params"] == pytest.approx(59)  # it picked the network that diverged
+    assert result.regret["params"] == pytest.approx(9)  # it picked the network that diverged
+    assert result.analysis.chance_regret() == pytest.approx(9 - (45 + 0) / 11)
     assert result.to_dict()["top1"]["lowest"] == 50
 
 
@@ -115,3 +119,55 @@ def test_equals_share_the_best_places() -> None:
     for ordered in (rows, rows[::-1]):
         found = Study(ordered).precision_at_top
         assert found["params"] == pytest.approx(0.1) and found["flops"] == pytest.approx(1.0)
+
+
+def test_few_networks_have_no_narrow_interval() -> None:
+    """All resamples of four networks in a row have a tau of 1, which is no certainty."""
+    few, enough = (Study(rows([[float(k)] for k in range(n)], params=[float(k) for k in range(n)])) for n in (7, 8))
+    assert few.kendall_tau["params"] == Estimate(1.0, -1.0, 1.0)
+    given = [float(k) for k in range(7)]
+    both = Study(rows([[k] for k in given], params=given, length_distortion=given, ntk_condition=given[::-1]))
+    assert both.gain["params"] == Estimate(0.0, -2.0, 2.0)
+    assert enough.kendall_tau["params"] == Estimate(1.0, 1.0, 1.0)
+
+
+def test_an_interval_of_few_resamples_is_none() -> None:
+    """One network of twelve differs: a third of the resamples do not have it, and have no tau."""
+    result = Study(rows([[float(k)] for k in range(12)], params=[0.0] * 11 + [1.0]))
+    assert result.kendall_tau["params"].value > 0
+    assert (result.kendall_tau["params"].low, result.kendall_tau["params"].high) == (-1.0, 1.0)
+
+
+def test_rows_that_lack_something_are_refused() -> None:
+    with pytest.raises(InputError, match="one topology or more, got none"):
+        Study([]).kendall_tau  # noqa: B018
+    good = {"measures": {"params": 1.0}, "top1": [1.0]}
+    for wrong, missing in (({"top1": [1.0]}, "measures"), ({"measures": {}, "top1": [1.0]}, "measures")):
+        with pytest.raises(InputError, match=f"row 1 of the study lacks {missing}"):
+            Study([good, wrong]).kendall_tau  # noqa: B018
+    alone = Study([good] * 9)
+    assert str(alone.gain["params"]) == "none" and math.isnan(alone.seconds["params"])
+    assert set(alone.to_dict()["measures"]) == {"params"}
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "remark"),
+    [
+        ([math.nan] * 9, "Every training diverged"),
+        ([70.0], "One topology has no order"),
+        ([100.0] * 9, "several classes"),
+        ([0.1, 0.2, 0.3], "Fewer than 8 topologies"),
+        ([*range(9), math.nan], "1 diverged; they rank last"),
+    ],
+)
+def test_what_cannot_be_told_is_said(accuracies: list[float], remark: str) -> None:
+    result = Study(rows([[float(value)] for value in accuracies], params=[float(k) for k in range(len(accuracies))]))
+    assert remark in " ".join(remarks(result))
+    assert "nan" not in describe(result, Accuracies(percent=True))
+
+
+def test_accuracies_of_elsewhere_have_no_unit() -> None:
+    result = Study(rows([[0.5 + k / 100] for k in range(9)], params=[float(k) for k in range(9)]))
+    text = describe(result, Accuracies(percent=False))
+    assert "accuracy from 0.5 to 0.58, mean 0.54; a random pick is 0.04 behind the best." in text
+    assert "%" not in text.splitlines()[-1]

@@ -205,11 +205,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add(parser: argparse.ArgumentParser, option: Option) -> None:
     """Absent options stay absent (SUPPRESS), so that a YAML file can fill them before the defaults do."""
+    help_text = option.help.replace("%", "%%")  # argparse fills in what follows a single one
     if option.positional:
         nargs = "*" if option.several else "?"
-        parser.add_argument(option.name, nargs=nargs, default=argparse.SUPPRESS, metavar=option.label, help=option.help)
+        parser.add_argument(option.name, nargs=nargs, default=argparse.SUPPRESS, metavar=option.label, help=help_text)
     elif option.flag:
-        parser.add_argument(option.label, action="store_true", default=argparse.SUPPRESS, help=option.help)
+        parser.add_argument(option.label, action="store_true", default=argparse.SUPPRESS, help=help_text)
     else:
         parser.add_argument(
             option.label,
@@ -217,7 +218,7 @@ def _add(parser: argparse.ArgumentParser, option: Option) -> None:
             metavar=option.metavar,
             action="append" if option.repeated else "store",
             nargs="+" if option.several else None,
-            help=f"{option.help} {_default(option)}",
+            help=f"{help_text} {_default(option)}",
         )
 
 

@@ -61,7 +61,8 @@ SPACE = Option(
     "space",
     choices_per_dimension,
     {},
-    "narrow a dimension (K1..K4, S1..S3, E1..E4, heads): --space K1=8 --space heads=16,32; may be repeated",
+    "choices of a dimension (K1..K4, S1..S3, E1..E4, heads), instead of those of Table 1: --space K1=8 --space "
+    "heads=16,32; may be repeated",
     "NAME=CHOICES",
     repeated=True,
 )
@@ -205,7 +206,11 @@ STUDY = Command(
         *options_of(StudySettings),
         Option("epochs", integer(1), 300, "epochs of each training", "N"),
         Option(
-            "accuracies", text, None, "CSV of topology,accuracy of trainings done elsewhere, instead of --data", "FILE"
+            "accuracies",
+            text,
+            None,
+            "CSV of topology,accuracy of trainings done elsewhere, instead of --data; any unit, larger is better",
+            "FILE",
         ),
         Option("candidates", text, None, "CSV with a column topology, such as a search's top.csv: no sample", "FILE"),
         SPACE,
@@ -389,8 +394,8 @@ REPORT = Command(
     options=(
         _what(
             "directory",
-            "run directory of search, scale, train or detect, one that holds them as search/, scale/, ..., or the CSV "
-            "or JSON file of bench",
+            "run directory of search, scale, train, study or detect; a folder of them named so; a folder of several "
+            "searches or growths, which are compared by their rules; or the CSV or JSON file of bench",
         ),
     ),
     epilog="example: asvit-fast report runs/search",

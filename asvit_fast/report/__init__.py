@@ -9,9 +9,10 @@ from ..bench.rows import read_rows
 from ..errors import InputError
 from ..files import write_atomic
 from ..run_directory import TRACE
-from ..runs import KINDS, Run, find_compared, find_runs, rule_of
+from ..runs import KINDS, Run, find_compared, find_runs
 from .bench_tables import NOTE, bench_section
 from .comparison_tables import agreement_table, reached_table
+from .groups import groups_of
 from .page import DESIGN_NOTE, Section, render
 
 __all__ = ["report"]
@@ -35,9 +36,10 @@ def report(directory: str | Path) -> Path:
         rows = read_rows(directory)
         section = bench_section(directory, rows, bench_plots.throughput, bench_plots.memory)
         return _write(directory.with_suffix(".html"), directory.name, [section], NOTE)
-    if compared := find_compared(directory):
+    compared, left_out = find_compared(directory)
+    if compared:
         figures = {"search": comparison_plots.searches, "scale": comparison_plots.growths}
-        sections = compared_sections(compared, figures)
+        sections = compared_sections(compared, left_out, figures)
         return _write(directory / "report.html", directory.resolve().name, sections)
     draw: dict[str, dict[str, Callable[[Run], bytes]]] = {
         "search": {
@@ -63,17 +65,19 @@ def _write(page: Path, name: str, sections: list[Section], note: str = DESIGN_NO
     return page
 
 
-def compared_sections(runs: Sequence[Run], figures: Mapping[str, Callable[[Sequence[Run]], bytes]]) -> list[Section]:
+def compared_sections(
+    runs: Sequence[Run], left_out: Sequence[str], figures: Mapping[str, Callable[[Sequence[Run]], bytes]]
+) -> list[Section]:
     """A section for the growths and one for the searches."""
+    others = f"; not compared: {', '.join(left_out)}" if left_out else ""
     sections = []
     for kind, title in (("scale", "Growths compared"), ("search", "Searches compared")):
         own = [run for run in runs if run.kind == kind]
         if own:
-            tables = [reached_table(own)]
-            policies = [run for run in own if rule_of(run) == "reinforce"]
-            tables += [agreement_table(policies)] if policies else []
+            searches = [group for group in groups_of(own) if group.rule == "reinforce" and len(group.runs) > 1]
+            tables = [reached_table(own), *map(agreement_table, searches)]
             images = {f"{kind}_compared.png": figures[kind](own)}
-            sections.append(Section(title, f"{len(own)} runs", "", images, tables))
+            sections.append(Section(title, f"{len(own)} runs{others}", "", images, tables))
     return sections
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from ..files import as_float
 from ..runs import Run
 from ..topology import SearchSpace, Topology
-from .comparison_plots import by_rule
+from .groups import Group, groups_of
 
 Table = tuple[str, str, Sequence[str], Sequence[Sequence[Any]]]  # title, note, header, rows
 PAPER_TABLE_3 = {  # mean and standard deviation / mean of ten searches
@@ -28,28 +28,30 @@ COLUMNS = (
 def reached_table(runs: Sequence[Run]) -> Table:
     """What the runs of each rule end with: mean and standard deviation over seeds."""
     rows = []
-    for rule, own in by_rule(runs).items():
-        ends = [_end(run) for run in own]
+    for group in groups_of(runs):
+        ends = [_end(run) for run in group.runs]
         cells = [_spread([as_float(end[name]) / unit for end in ends]) for name, _, unit in COLUMNS]
-        steps = _spread([float(len(run.trace)) for run in own])
-        rows.append((rule, len(own), steps, *cells))
+        steps = _spread([float(len(run.trace)) for run in group.runs])
+        rows.append((group.label, group.seeds, steps, *cells))
     note = "Mean ± standard deviation over seeds of the result of each run."
+    if len(starts := {run.config.get("topology") for run in runs}) > 1:
+        note += f" The growths begin at {len(starts)} topologies."
     return "By rule", note, ("rule", "runs", "steps", *(title for _, title, _ in COLUMNS)), rows
 
 
-def agreement_table(runs: Sequence[Run]) -> Table:
+def agreement_table(group: Group) -> Table:
     """How far searches by policy gradient agree on each dimension, beside the paper's ten (As-ViT, Table 3)."""
-    found = [SearchSpace.choices_of(Topology.parse(run.topology)) for run in runs]
+    found = [SearchSpace.choices_of(Topology.parse(run.topology)) for run in group.runs]
     rows = []
     for name in SearchSpace().dimensions:
         values = [choices[name] for choices in found]
         mean = statistics.fmean(values)
-        deviation = statistics.stdev(values) / mean if len(values) > 1 else 0.0
+        deviation = statistics.stdev(values) / mean
         value, times = Counter(values).most_common(1)[0]
         paper = PAPER_TABLE_3[name]
         rows.append((name, f"{mean:.1f}", f"{deviation:.1f}", f"{value} in {times} of {len(values)}", *paper))
     header = ("dimension", "mean", "deviation / mean", "most frequent", "mean in the paper", "deviation / mean there")
-    return "Agreement of searches", "", header, rows
+    return f"Agreement of searches ({group.label}, {group.seeds})", "", header, rows
 
 
 def _end(run: Run) -> dict[str, Any]:

@@ -61,9 +61,9 @@ CAPTIONS = {  # by the ends of file names
     "scale_compared.png": "Left: how each rule grows the same topology. Right: what was measured of it on the way; the "
     "numbers are steps.",
     "search_compared.png": "Moving means of what each search drew, a line for each seed.",
-    "study_scatter.png": "Each dot is one topology: what was measured of it untrained, and the top-1 after training. "
+    "study_scatter.png": "Each dot is one topology: what was measured of it untrained, and its accuracy when trained. "
     "Tau is Kendall's, in the direction in which the measure is said to be better, with its 95 % bootstrap interval. "
-    "Red: As-ViT; grey: sizes; blue and orange: training-free measures of others.",
+    "Orange-red: As-ViT; grey: sizes; yellow: AZ-NAS; blue: other training-free measures.",
     "study_taus.png": "How well each measure orders the trained networks, 1 being perfect and 0 chance, and what it "
     "costs. An interval that holds 0 may be luck.",
     "-inference.png": "Inference: medians; shades or whiskers are quartiles of the turns.",

@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from ..runs import Run
 from ..studies.analysis import ALL_KINDS, Analysis
 from ..studies.measures import COST
+from ..studies.words import Accuracies
 from .plots import BLUE, GREY, ORANGE, STYLE, VERMILLION, png
 
 COLUMNS = 4  # of the panels of the scatter plots
@@ -32,7 +33,7 @@ def scatter(run: Run) -> bytes:
         for axes in panels.flat[len(names) :]:
             axes.remove()
         for row in panels:
-            row[0].set_ylabel("top-1 (%)")
+            row[0].set_ylabel(Accuracies.of(run.config).title)
         return png(figure)
 
 
@@ -48,7 +49,7 @@ def _panel(axes: Axes, analysis: Analysis, name: str) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(3))
     tau = analysis.kendall_tau(name)
     label = f"τ = {tau.value:+.2f} [{tau.low:+.2f}, {tau.high:+.2f}]" if math.isfinite(tau.value) else "constant"
-    axes.set_title(f"{_short(ALL_KINDS[name].title)}\n{label}")
+    axes.set_title(f"{ALL_KINDS[name].title.replace(', ', ',' + chr(10))}\n{label}")
     if left_out := int((~shown).sum()):
         axes.text(0.98, 0.04, f"{left_out} not finite", transform=axes.transAxes, ha="right", color=GREY)
 
@@ -81,7 +82,7 @@ def taus(run: Run) -> bytes:
             )
             left.legend(loc="lower right", fontsize=9)
         left.set_yticks(places, [ALL_KINDS[name].title for name in names])
-        left.set(title="Kendall's tau with top-1", xlabel="tau and 95 % bootstrap interval")
+        left.set(title=f"Kendall's tau with {Accuracies.of(run.config).name}", xlabel="tau and 95 % bootstrap interval")
         right.barh(places, [max(analysis.seconds(name), 1e-6) for name in names], color=colours, height=0.65)
         right.set_xscale("log")
         right.set(title="Time", xlabel="seconds a network")
@@ -97,7 +98,3 @@ def _colour(name: str) -> str:
     if kind.source.startswith("As-ViT"):
         return VERMILLION
     return ORANGE if kind.title.startswith("AZ-NAS") else BLUE
-
-
-def _short(title: str, most: int = 34) -> str:
-    return title if len(title) <= most else f"{title[: most - 3]}..."

@@ -9,6 +9,7 @@ from typing import Any
 from ..runs import Run
 from ..studies.analysis import AGAINST, ALL_KINDS, Estimate, accuracy_of
 from ..studies.result import Study
+from ..studies.words import Accuracies, remarks
 
 Table = tuple[str, str, Sequence[str], Sequence[Sequence[Any]]]  # title, note, header, rows
 MOST_ROWS = 10  # of the best and the worst networks
@@ -17,25 +18,25 @@ MOST_ROWS = 10  # of the best and the worst networks
 def study_result_table(run: Run) -> Table:
     """What was trained, how much accuracies differ, and how much of that is the seed."""
     result = Study(run.trace, run.config["seed"])
-    facts = result.to_dict()
-    top1 = facts["top1"]
+    facts, written = result.to_dict(), Accuracies.of(run.config)
+    top1 = ", ".join(written(facts["top1"][name]) for name in ("lowest", "mean", "highest"))
     rows: list[Sequence[Any]] = [
         ("topologies", f"{len(run.trace)} of {run.config['topologies']}"),
-        ("top-1 (%), lowest, mean, highest", ", ".join(f"{top1[name]:.1f}" for name in ("lowest", "mean", "highest"))),
-        ("regret of a topology drawn at random (points)", f"{facts['chance_regret']:.1f}"),
-        ("trainings that diverged", str(len(result.diverged))),
+        (f"{written.title}, lowest, mean, highest", top1),
+        ("how far a topology drawn at random is behind the best", written(facts["chance_regret"])),
+        ("topologies of which a training diverged", str(len(result.diverged))),
     ]
     if result.noise is not None:
         noise = result.noise
         rows += [
             (
-                "standard deviation of top-1 over seeds (points)",
+                f"standard deviation of {written.name} over seeds",
                 f"{noise.within:.2f}, from {noise.networks} topologies",
             ),
-            ("standard deviation of top-1 over topologies (points)", f"{noise.total:.2f}, seeds included"),
+            (f"standard deviation of {written.name} over topologies", f"{noise.total:.2f}, seeds included"),
             ("Kendall's tau of a perfect measure, about", f"{noise.ceiling:.2f}"),
         ]
-    return ("Result" if run.finished else "So far"), "", ("", "value"), rows
+    return ("Result" if run.finished else "So far"), " ".join(remarks(result)), ("", "value"), rows
 
 
 def measure_table(run: Run) -> Table:
@@ -44,20 +45,20 @@ def measure_table(run: Run) -> Table:
     columns = (
         result.kendall_tau, result.spearman_rho, result.tau_at_equal_params, result.tau_at_equal_flops, result.gain
     )  # fmt: skip
-    taus = result.kendall_tau
+    taus, written = result.kendall_tau, Accuracies.of(run.config)
     names = sorted(taus, key=lambda name: -taus[name].value if math.isfinite(taus[name].value) else math.inf)
     rows: list[Sequence[Any]] = []
     for name in names:
-        numbers = f"{100 * result.precision_at_top[name]:.0f} %", f"{result.regret[name]:.1f}"
+        numbers = f"{100 * result.precision_at_top[name]:.0f} %", written(result.regret[name])
         estimates = (_text(column[name]) for column in columns)
         rows.append(
             (ALL_KINDS[name].title, ALL_KINDS[name].source, *estimates, *numbers, f"{result.seconds[name]:.4f}")
         )
     note = (
-        "Correlations with top-1 in the direction in which a measure is said to be better, with 95 % bootstrap "
-        f"intervals; gain: tau minus that of the {ALL_KINDS[AGAINST].title}, of the same resamples. Found: how many of "
-        "the best tenth are in the best tenth by the measure, a tenth by chance. Regret: points of top-1 between the "
-        "best network and the one with the best measure. Seconds: of one network."
+        f"Correlations with {written.name} in the direction in which a measure is said to be better, with 95 % "
+        f"bootstrap intervals; gain: tau minus that of the {ALL_KINDS[AGAINST].title}, of the same resamples. Found: "
+        "how many of the best tenth are in the best tenth by the measure, a tenth by chance. Regret: how far the "
+        f"network with the best measure is behind the best one in {written.name}. Seconds: of one network."
     )
     header = (
         "measure", "source", "tau", "rho", "tau at equal parameters", "tau at equal MACs", "gain", "found", "regret",
@@ -70,10 +71,11 @@ def network_table(run: Run) -> Table:
     """The best and the worst networks."""
     ordered = sorted(run.trace, key=lambda row: -_finite(accuracy_of(row)))
     chosen = ordered if len(ordered) <= 2 * MOST_ROWS else [*ordered[:MOST_ROWS], *ordered[-MOST_ROWS:]]
+    written = Accuracies.of(run.config)
     rows = [
         (
             row["topology"],
-            " / ".join(f"{float(value):.1f}" for value in row["top1"]),
+            " / ".join(written(float(value)) for value in row["top1"]),
             f"{row['measures']['params'] / 1e6:.2f}",
             f"{row['measures']['flops'] / 1e6:.1f}",
             f"{float(row['measures']['length_distortion']):.4g}",
@@ -82,7 +84,14 @@ def network_table(run: Run) -> Table:
         for row in chosen
     ]
     note = f"The best {MOST_ROWS} and the worst {MOST_ROWS}." if len(chosen) < len(ordered) else ""
-    header = ("topology", "top-1 (%), by seed", "params (M)", "MACs (M)", "length distortion", "NTK condition")
+    header = (
+        "topology",
+        f"{written.title}, by training",
+        "params (M)",
+        "MACs (M)",
+        "length distortion",
+        "NTK condition",
+    )
     return "Networks", note, header, rows
 
 

@@ -46,7 +46,8 @@ def percentile_text(metric: str, percentile: float | None, before: str = "") -> 
     if percentile is None:
         return ""
     better = {"length_distortion": "longer", "gauss_length": "longer"}.get(metric, "smaller")
-    return f"{before}{better} than {percentile:.0f} % of random topologies"
+    share = "more than 99" if percentile > 99 else "fewer than 1" if percentile < 1 else f"{percentile:.0f}"
+    return f"{before}{better} than {share} % of random topologies"
 
 
 @dataclass(frozen=True, repr=False)

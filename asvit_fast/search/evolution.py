@@ -30,7 +30,9 @@ class RuleSearch(RandomSearch):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.config = {**self.config, "rule": self.rule}
-        self.notes = self.budget.check_possible(self.space, self.evaluator.cost, self.settings.width)
+        self.notes = list(self.budget.check_possible(self.space, self.evaluator.cost, self.settings.width))
+        if unused := self.settings.changed("lr", "momentum", "history"):
+            self.notes.append(f"no effect with rule {self.rule}, which has no policy: {', '.join(unused)}")
         self.scored: list[tuple[Topology, Measures]] = []
 
     def record(self, step: int, draw: Draw, measures: Measures, seconds: float) -> dict[str, Any]:

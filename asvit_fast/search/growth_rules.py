@@ -53,7 +53,8 @@ GROWTH_RULES: dict[str, GrowthRule] = {
     "swin": FixedRule((1, 1, 3, 1), 0.05),
     # ViT (arXiv 2010.11929) and DeiT: from Ti to B the width grows fourfold and the depth stays
     "vit": FixedRule((1, 1, 1, 1), 0.20),
-    # ResNet (arXiv 1512.03385): depths of ResNet-50; larger ones grow in depth alone
+    # ResNet (arXiv 1512.03385): depths of ResNet-50; larger ones grow in depth alone, here the width by the least there
+    # is. From depths of 1 the third stage comes first, as with Swin's, so that few steps may end the same.
     "resnet": FixedRule((3, 4, 6, 3), 0.05),
     "uniform": FixedRule((1, 1, 1, 1), 0.10),
 }

@@ -177,7 +177,7 @@ class _Scaling:
         self.config = {
             "kind": "scale",
             "topology": str(start),
-            "max_params": self.limits,
+            "max_params": self.limits if self.limits[0] < self.limits[1] else self.limits[1],
             "max_steps": self.max_steps,
             "shrink": self.shrink,
             **({} if self.rule is None else {"rule": settings.rule}),  # as it was before there were rules

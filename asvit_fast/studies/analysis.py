@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import InputError
 from ..files import as_float
 from .measures import KINDS, MeasureKind
 from .ranks import Floats, kendall, partial, resamples, spearman, worst_last
@@ -17,8 +18,10 @@ from .ranks import Floats, kendall, partial, resamples, spearman, worst_last
 RESAMPLES = 2000
 LEVEL = 95  # percent of resamples that an interval holds
 TOP = 0.1  # part of the networks that counts as the best
+FEWEST = 8  # networks, and
+MOST_UNDEFINED = 0.05  # part of the resamples in which a measure orders nothing, for an interval that means anything
 AGAINST = "combined_rank"  # what the search and scaling of the paper rank by; others are compared with it
-PAPER = "sum of ranks, as scaling ranks"
+PAPER = "sum of both ranks"
 COMBINED: dict[str, tuple[MeasureKind, tuple[str, ...]]] = {  # measures made of ranks among all networks of a study
     "combined_rank": (MeasureKind(1, PAPER, "As-ViT, Algorithm 2"), ("length_distortion", "ntk_condition")),
     "combined_rank_reference": (
@@ -35,21 +38,28 @@ ALL_KINDS: dict[str, MeasureKind] = {**KINDS, **{name: kind for name, (kind, _) 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and the ends of its 95 % interval, of bootstrap resamples of the networks."""
+    """A number and the ends of its 95 % interval, of bootstrap resamples of the networks.
+
+    Of fewer than 8 networks, or where more than a twentieth of the resamples has no such number (a measure that is the
+    same for all that were drawn), the interval is all that the number can be at all.
+    """
 
     value: float
     low: float
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+        return f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}]" if math.isfinite(self.value) else "none"
 
     @classmethod
-    def of(cls, values: Floats) -> Estimate:
-        """The first of the values [1 + B] is that of the networks themselves, the others are of resamples."""
-        usable = values[1:][np.isfinite(values[1:])]
-        if not math.isfinite(values[0]) or not len(usable):
+    def of(cls, values: Floats, networks: int, largest: float = 1.0) -> Estimate:
+        """The first of the values [1 + B] is that of the networks themselves, the others are of resamples; all are
+        from -largest to largest."""
+        if not math.isfinite(values[0]):
             return cls(math.nan, math.nan, math.nan)
+        usable = values[1:][np.isfinite(values[1:])]
+        if networks < FEWEST or len(usable) < (1 - MOST_UNDEFINED) * (len(values) - 1):
+            return cls(float(values[0]), -largest, largest)
         low, high = np.percentile(usable, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
         return cls(float(values[0]), float(low), float(high))
 
@@ -59,15 +69,17 @@ class Analysis:
 
     Correlations have the direction in which a measure is said to be better: above 0 means that it is right. Networks
     whose training diverged and measures that are not finite rank last. ``seed`` draws the resamples, the same ones for
-    all measures, so that differences between measures are paired.
+    all measures, so that differences between measures are paired. Raises InputError for no rows, or rows that lack
+    something.
     """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], seed: int = 0) -> None:
+        _check(rows)
         self.rows = rows
-        self.accuracy = np.array([accuracy_of(row) for row in rows])  # [n], percent; NaN: diverged
+        self.accuracy = np.array([accuracy_of(row) for row in rows])  # [n]; NaN: diverged
         self.weights = np.concatenate([np.ones((1, len(rows))), resamples(len(rows), RESAMPLES, seed)])  # [1 + B, n]
         self._target = worst_last(self.accuracy)
-        present = [name for name in KINDS if rows and name in rows[0]["measures"]]
+        present = [name for name in KINDS if name in rows[0]["measures"]]
         ranks = {name: worst_last(self.values(name), KINDS[name].direction) for name in present}
         for name, (_, parts) in COMBINED.items():
             if all(part in ranks for part in parts):
@@ -87,42 +99,51 @@ class Analysis:
     def seconds(self, name: str) -> float:
         """Mean time that a measure takes for one network."""
         parts = COMBINED[name][1] if name in COMBINED else (name,)
-        return sum(float(np.mean([as_float(row["seconds"][part]) for row in self.rows])) for part in parts)
+        times = [[as_float(row.get("seconds", {}).get(part, math.nan)) for row in self.rows] for part in parts]
+        return float(np.mean(times, 1).sum())
 
     def kendall_tau(self, name: str) -> Estimate:
-        return Estimate.of(self._tau(name, None))
+        return Estimate.of(self._tau(name, None), len(self.rows))
 
     def spearman_rho(self, name: str) -> Estimate:
-        return Estimate.of(spearman(self.ranks[name], self._target, self.weights))
+        return Estimate.of(spearman(self.ranks[name], self._target, self.weights), len(self.rows))
 
     def partial_tau(self, name: str, fixed: str) -> Estimate:
         """Kendall's tau at equal ``fixed``, "params" or "flops"."""
         own, size, both = self._tau(name, None), self._tau(fixed, None), self._tau(name, fixed)
-        return Estimate.of(partial(own, both, size))
+        return Estimate.of(partial(own, both, size), len(self.rows))
 
     def difference(self, name: str, other: str = AGAINST) -> Estimate:
         """How much larger Kendall's tau is than that of another measure."""
-        return Estimate.of(self._tau(name, None) - self._tau(other, None))
+        return Estimate.of(self._tau(name, None) - self._tau(other, None), len(self.rows), largest=2.0)
 
     def precision_at_top(self, name: str) -> float:
         """Share of the best tenth by the measure that is in the best tenth by accuracy; by chance, a tenth."""
-        count = max(1, round(TOP * len(self.rows)))
+        count = max(1, math.floor(TOP * len(self.rows) + 0.5))
         return float(_chances(self.ranks[name], count) @ _chances(self._target, count) / count)
 
     def regret(self, name: str) -> float:
-        """Percentage points that the network with the best measure (the mean of such) is behind the best one."""
-        accuracy = np.nan_to_num(self.accuracy, nan=0.0)
-        return float(accuracy.max() - accuracy[self.ranks[name] == self.ranks[name].max()].mean())
+        """How far the accuracy of the network with the best measure (the mean of such) is behind the best one."""
+        chosen = self.ranks[name] == self.ranks[name].max()  # [n]
+        return float(self._counted.max() - self._counted[chosen].mean())
 
     def chance_regret(self) -> float:
-        """Percentage points that a network drawn at random is behind the best one."""
-        accuracy = np.nan_to_num(self.accuracy, nan=0.0)
-        return float(accuracy.max() - accuracy.mean())
+        """How far a network drawn at random is behind the best one."""
+        return float(self._counted.max() - self._counted.mean())
+
+    @functools.cached_property
+    def _counted(self) -> Floats:
+        """Accuracies [n] in which a network that diverged has the lowest one of the others; NaN where all have."""
+        finite = self.accuracy[np.isfinite(self.accuracy)]
+        return np.where(np.isfinite(self.accuracy), self.accuracy, finite.min() if len(finite) else math.nan)
 
     @functools.lru_cache(maxsize=256)  # noqa: B019  (as long as the analysis)
     def _tau(self, name: str, other: str | None) -> Floats:
-        """Kendall's tau [1 + B] of a measure with accuracy, or with another measure."""
-        return kendall(self.ranks[name], self._target if other is None else self.ranks[other], self.weights)
+        """Kendall's tau [1 + B] of a measure with accuracy, or with another measure; NaN where one was not taken."""
+        own, with_which = self.ranks.get(name), self._target if other is None else self.ranks.get(other)
+        if own is None or with_which is None:
+            return np.full(len(self.weights), math.nan)
+        return kendall(own, with_which, self.weights)
 
     def noise(self) -> Noise | None:
         """What the seeds of training do, of the networks that were trained several times."""
@@ -159,8 +180,20 @@ class Noise:
         return 2 / math.pi * math.asin(math.sqrt(self.reliability))
 
 
+def _check(rows: Sequence[Mapping[str, Any]]) -> None:
+    if not rows:
+        raise InputError("a study needs the rows of one topology or more, got none")
+    for number, row in enumerate(rows):
+        missing = [name for name in ("measures", "top1") if not row.get(name)]
+        missing += [
+            f"measures[{name!r}]" for name in rows[0].get("measures", ()) if name not in row.get("measures", ())
+        ]
+        if missing:
+            raise InputError(f"row {number} of the study lacks {', '.join(missing)}; give rows as trace.jsonl has them")
+
+
 def accuracy_of(row: Mapping[str, Any]) -> float:
-    """Top-1 of a network, percent: the mean over its trainings; NaN when one of them diverged."""
+    """Accuracy of a network: the mean over its trainings; NaN when one of them diverged."""
     values = [as_float(value) for value in row["top1"]]
     return sum(values) / len(values)
 

@@ -5,46 +5,67 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..errors import InputError
 from ..files import file_errors
 from ..topology import Topology
 
+Candidates = str | os.PathLike[str] | Sequence[str | Topology]  # a file, or the topologies themselves
+Accuracies = str | os.PathLike[str] | Mapping[Any, Any]  # a file, or {topology: accuracy, or a list of them}
+SEPARATORS = ",;\t"
 
-def read_topologies(path: str | os.PathLike[str]) -> list[Topology]:
+
+def read_topologies(source: Candidates, width: int) -> list[Topology]:
     """The different topologies in the column ``topology`` of a file, such as a search's top.csv, in their order.
 
-    Raises InputError as ``read_accuracies`` does.
+    One that has no width gets ``width``. Raises InputError as ``read_accuracies`` does.
     """
-    return list(dict.fromkeys(topology for topology, _ in _lines(Path(path), ("topology",))))
+    if isinstance(source, (str, os.PathLike)):
+        return list(dict.fromkeys(topology for topology, _ in _lines(Path(source), ("topology",), width)))
+    if not isinstance(source, Iterable):
+        raise InputError(f"candidates must be a CSV file or a list of topologies, got {type(source).__name__}")
+    found = list(dict.fromkeys(Topology.parse(topology, width) for topology in source))
+    if not found:
+        raise InputError("candidates must be one topology or more, got none")
+    return found
 
 
-def read_accuracies(path: str | os.PathLike[str]) -> dict[Topology, list[float]]:
+def read_accuracies(source: Accuracies, width: int) -> dict[Topology, list[float]]:
     """Accuracies (larger is better) of each topology, in the order of the file; a topology may have several lines.
 
-    The file has a header with ``topology`` and ``accuracy``; other columns are left alone. An empty accuracy, nan or
-    inf stands for a training that diverged.
+    The file has a header with ``topology`` and ``accuracy``; other columns are left alone. Commas, semicolons or tabs
+    separate the columns. A topology that has no width gets ``width``. An empty accuracy, nan or inf stands for a
+    training that diverged.
 
     Raises:
         InputError: a file that cannot be read, has no such columns, or a line that cannot be understood, naming it.
     """
     found: dict[Topology, list[float]] = {}
-    for topology, row in _lines(Path(path), ("topology", "accuracy")):
-        try:
-            found.setdefault(topology, []).append(_number(row["accuracy"]))
-        except InputError as error:
-            raise InputError(f"{path}: {topology}: {error}") from None
+    if isinstance(source, Mapping):
+        for topology, values in source.items():
+            several = values if isinstance(values, (list, tuple)) and values else [values]
+            found[Topology.parse(topology, width)] = [_number(value, str(topology)) for value in several]
+        if not found:
+            raise InputError("accuracies must have one topology or more, got none")
+        return found
+    if not isinstance(source, (str, os.PathLike)):
+        raise InputError(f"accuracies must be a CSV file or a dict, got {type(source).__name__}")
+    for topology, row in _lines(Path(source), ("topology", "accuracy"), width):
+        found.setdefault(topology, []).append(_number(row["accuracy"], f"{source}: {topology}"))
     return found
 
 
-def _lines(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[Topology, dict[str, str]]]:
+def _lines(path: Path, columns: tuple[str, ...], width: int) -> Iterator[tuple[Topology, dict[str, str]]]:
     """The topology and all columns of every line, one at least."""
     empty = True
     with file_errors("read", path), open(path, newline="", encoding="utf-8-sig") as file:
         try:
-            reader = csv.DictReader(file, skipinitialspace=True)
+            header = file.readline()
+            separator = next((one for one in SEPARATORS if one in header), ",")
+            reader = csv.DictReader(file, _cells(header, separator), delimiter=separator, skipinitialspace=True)
             missing = [name for name in columns if name not in (reader.fieldnames or ())]
             if missing:
                 raise InputError(
@@ -52,19 +73,27 @@ def _lines(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[Topology, dic
                 )
             for row in reader:
                 empty = False
+                line = f"{path}, line {reader.line_num + 1}"
+                if None in row:
+                    quotes = "put a topology in quotes, for its commas" if separator == "," else "correct one of them"
+                    raise InputError(f"{line} has more cells than the first line has names; {quotes}")
                 try:
-                    yield Topology.parse(row["topology"]), row
+                    yield Topology.parse(row["topology"] or "", width), row
                 except InputError as error:
-                    raise InputError(f"{path}, line {reader.line_num}: {error}") from None
+                    raise InputError(f"{line}: {error}") from None
         except (csv.Error, UnicodeDecodeError) as error:
             raise InputError(f"{path} is not a CSV file of text: {error}") from None
     if empty:
         raise InputError(f"{path} has no line of {' and '.join(columns)}; add some below its first line")
 
 
-def _number(text: str | None) -> float:
+def _cells(line: str, separator: str) -> list[str]:
+    return next(csv.reader([line], delimiter=separator, skipinitialspace=True), [])
+
+
+def _number(text: Any, where: str) -> float:
     try:
-        value = float(text) if text else math.nan
-    except ValueError:
-        raise InputError(f"accuracy must be a number, got {text!r}; put a topology with commas in quotes") from None
+        value = math.nan if text in ("", None) else float(text)
+    except (TypeError, ValueError):
+        raise InputError(f"{where}: accuracy must be a plain number such as 70.5, got {text!r}") from None
     return value if math.isfinite(value) else math.nan

@@ -19,7 +19,9 @@ class Study:
 
     ``rows``: one for each topology, as in trace.jsonl. Every property maps the name of a measure to an ``Estimate``
     (``.value``, and ``.low`` and ``.high`` of its 95 % bootstrap interval) or a number. Correlations above 0 mean that
-    the measure orders networks as its authors say; NaN stands for a measure that is the same for all networks.
+    the measure orders networks as its authors say; NaN stands for a measure, or an accuracy, that is the same for all
+    networks. Fewer than 8 networks tell next to nothing: the interval is then from -1 to 1. Raises InputError for rows
+    that lack something, or none.
 
     Examples:
         >>> import asvit_fast as af
@@ -68,7 +70,8 @@ class Study:
 
     @property
     def regret(self) -> dict[str, float]:
-        """Percentage points lost by taking the network with the best measure instead of the best network."""
+        """How far the network with the best measure is behind the best network, in accuracy as ``rows`` have it. One
+        that diverged counts with the lowest accuracy of the others."""
         return self._each(self.analysis.regret)
 
     @property
@@ -84,7 +87,8 @@ class Study:
     @property
     def diverged(self) -> list[str]:
         """Topologies of which a training diverged; they rank last."""
-        return [row["topology"] for row in self.rows if not math.isfinite(sum(map(float, row["top1"])))]
+        finite = np.isfinite(self.analysis.accuracy)
+        return [str(row.get("topology")) for row, fine in zip(self.rows, finite, strict=True) if not fine]
 
     def to_dict(self) -> dict[str, Any]:
         """The content of result.json."""

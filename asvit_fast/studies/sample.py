@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 
@@ -20,15 +21,14 @@ def sample(
 
     "uniform": every topology is as likely as any other. "stratified": by turns from the smallest eighth of the space
     to the largest, so that sizes are spread evenly however few are drawn. A larger ``count`` adds topologies behind
-    the others.
+    the others, up to all of the space.
     """
-    draws = _stratified(space, width, seed, params_of) if sampling == "stratified" else _uniform(space, width, seed)
-    if space.size <= count:
-        return list(space.enumerate(width))
+    sizes = functools.lru_cache(maxsize=None)(params_of)
+    draws = _stratified(space, width, seed, sizes) if sampling == "stratified" else _uniform(space, width, seed)
     different: dict[Topology, None] = {}  # in the order of drawing
     for topology in draws:
         different[topology] = None
-        if len(different) == count:
+        if len(different) == min(count, space.size):
             break
     return list(different)
 

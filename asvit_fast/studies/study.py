@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,19 +21,20 @@ from ..files import as_float
 from ..images import fingerprint
 from ..processes import init_process_group
 from ..recipe import Recipe
-from ..run_directory import RunDirectory
+from ..run_directory import TRACE, RunDirectory
 from ..scoring.score import load
 from ..search.distributed import Share, run_shared
 from ..search.progress import Progress
 from ..settings import ImageSize, ScoreSettings, StudySettings, check_integer, check_seed
 from ..topology import SearchSpace, Topology
 from ..training.training_setup import Data
-from .external import read_accuracies, read_topologies
+from .external import Accuracies, Candidates, read_accuracies, read_topologies
 from .measures import NAMES, measure
 from .result import Study
 from .sample import sample
 from .trainings import Trained, Trainer, fingerprint_of
 
+EPOCHS = 300  # of the paper's trainings
 TRAININGS = "trainings"  # folder of those that are not on record yet
 _MEASURES = -1  # in the place of a training's number
 _FIELDS = (*NAMES, *(f"{name}.seconds" for name in NAMES))
@@ -48,12 +50,12 @@ class Task(NamedTuple):
 def study(
     data: Data | None = None,
     topologies: int = StudySettings.topologies,
-    epochs: int = 300,
+    epochs: int = EPOCHS,
     repeats: int = StudySettings.repeats,
     out: str | os.PathLike[str] | None = None,
     *,
-    accuracies: str | os.PathLike[str] | None = None,
-    candidates: str | os.PathLike[str] | None = None,
+    accuracies: Accuracies | None = None,
+    candidates: Candidates | None = None,
     space: SearchSpace | None = None,
     sampling: str = StudySettings.sampling,
     repeat_every: int = StudySettings.repeat_every,
@@ -81,11 +83,12 @@ def study(
         epochs: of each training. repeats: trainings, of different seeds, of every ``repeat_every``-th topology, which
             tell how much of the differences is luck; the others are trained once.
         out: run directory; trace.jsonl has a row for each topology, result.json all correlations.
-        accuracies: CSV file of topology and accuracy, of trainings done elsewhere, which take the place of sampling
-            and training.
-        candidates: CSV file with a column ``topology``, such as the top.csv of a search, in the place of a sample.
+        accuracies: CSV file of topology and accuracy, or a dict {topology: accuracy, or a list of them}, of trainings
+            done elsewhere, which take the place of sampling and training. Any unit, larger is better; nan: diverged.
+        candidates: CSV file with a column ``topology``, such as the top.csv of a search, or a list of topologies, in
+            the place of a sample.
         space: what is sampled, by default Table 1 of the paper. sampling: "stratified" over numbers of parameters, or
-            "uniform". width: channels of the first stage.
+            "uniform". width: channels of the first stage, also of topologies given without.
         score_repeats: initialisations that each measure is averaged over. thetas, batch: as in ``score``.
         images: what the NTK looks at, as in ``score``; by default the training images in the folder ``data``.
         seed: of topologies, weights, circles, trainings and bootstrap.
@@ -93,16 +96,14 @@ def study(
 
     Raises:
         InputError: an option or data that cannot be used, a run directory of other options or whose data have changed
-            since, before any work. A training that diverges is no error: it is marked and ranks last.
+            since, before any work. A training that diverges is no error: it is marked and ranks last. Options that
+            have no effect beside others are warned of.
 
     Examples:
-        >>> from pathlib import Path
         >>> import asvit_fast as af
         >>> small, large = "4,2,2|2,1,2|2,1,2|2,1,2|16", "4,2,4|2,1,4|2,1,4|2,1,4|16"
-        >>> lines = ["topology,accuracy", f'"{small}",71.5', f'"{large}",74.0']  # trained elsewhere
-        >>> table = Path("trained.csv")
-        >>> _ = table.write_text("\\n".join(lines))
-        >>> st = af.study(accuracies=table, img_size=32, thetas=2, batch=2, score_repeats=1, progress=False)
+        >>> trained = {small: 71.5, large: 74.0}  # elsewhere
+        >>> st = af.study(accuracies=trained, img_size=32, thetas=2, batch=2, score_repeats=1, progress=False)
         >>> st.kendall_tau["params"].value
         1.0
     """
@@ -111,14 +112,24 @@ def study(
     check_integer("epochs", epochs, 1)
     if (data is None) == (accuracies is None):
         raise InputError("a study needs data to train on, or accuracies of trainings done elsewhere: give one of them")
+    if accuracies is not None and candidates is not None:
+        raise InputError("accuracies name the topologies that they are of; leave candidates out")
     scoring = ScoreSettings(img_size=img_size, thetas=thetas, repeats=score_repeats, batch=batch, device=device)
     if images is None and isinstance(data, (str, Path)):
         split = Path(data) / Recipe.of(**recipe).train_split
         images = split if split.is_dir() else None
-    given = None if candidates is None else read_topologies(candidates)
-    run = _Study(SearchSpace() if space is None else space, settings, scoring, data, accuracies, given, images, seed)
+    known = None if accuracies is None else read_accuracies(accuracies, width)
+    given = None if candidates is None else read_topologies(candidates, width)
+    run = _Study(SearchSpace() if space is None else space, settings, scoring, data, known, given, images, seed)
     run.prepare(epochs, recipe, out)
-    return run_shared(lambda share: run.run(share, progress), run.work, run.device)
+    notes = run.notes(epochs, recipe)
+
+    def lead(share: Share[Task]) -> Study:
+        for note in notes:
+            warnings.warn(note, stacklevel=4)
+        return run.run(share, progress)
+
+    return run_shared(lead, run.work, run.device)
 
 
 class _Study:
@@ -130,7 +141,7 @@ class _Study:
         settings: StudySettings,
         scoring: ScoreSettings,
         data: Data | None,
-        accuracies: str | os.PathLike[str] | None,
+        known: dict[Topology, list[float]] | None,
         candidates: list[Topology] | None,
         images: Tensor | str | Path | None,
         seed: int,
@@ -139,8 +150,8 @@ class _Study:
         self.device = rank_device(scoring.device)
         self.scoring = replace(scoring, device=self.device)
         self.images = load(images, self.scoring)  # [batch, 3, H, W]
-        self.known = None if accuracies is None else read_accuracies(accuracies)
-        self.candidates = candidates if self.known is None else list(self.known)
+        self.known = known
+        self.candidates = candidates if known is None else list(known)
         self.topologies = self._sample() if self.candidates is None else self.candidates
 
     def prepare(self, epochs: int, recipe: dict[str, Any], out: str | os.PathLike[str] | None) -> None:
@@ -157,27 +168,47 @@ class _Study:
             "width": self.settings.width,
             "seed": self.seed,
             "images": None if self.images is None else fingerprint(self.images),
-            **{name: getattr(self.scoring, name) for name in ("img_size", "repeats", "thetas", "batch")},
+            "score_repeats": self.scoring.repeats,
+            **{name: getattr(self.scoring, name) for name in ("img_size", "thetas", "batch")},
         }
         if self.data is None:
             assert self.known is not None
             self.config["accuracies"] = {str(topology): values for topology, values in self.known.items()}
             return
-        self.trainer = Trainer(self.data, recipe, epochs, self.scoring.img_size, self.device, self.seed, kept)
+        self.trainer = Trainer(self.data, checked, epochs, self.scoring.img_size, self.device, self.seed, kept)
+        if self.out is None or not (self.out / TRACE).exists():
+            self.trainer.check(self.topologies[0])
         self.config |= {
             "data": str(self.data) if isinstance(self.data, (str, Path)) else "data sets",
             "data_fingerprint": fingerprint_of(self.data),
             **(self._sampling() if self.candidates is None else {"candidates": list(map(str, self.candidates))}),
             "epochs": epochs,
-            "trainings": self.settings.repeats,
+            "repeats": self.settings.repeats,
             "repeat_every": self.settings.repeat_every,
-            "recipe": {name: getattr(checked, name) for name in sorted(recipe)},
+            "recipe": {name: value for name, value in sorted(asdict(checked).items()) if name != "seed"},
         }
+
+    def notes(self, epochs: int, recipe: Mapping[str, Any]) -> list[str]:
+        """What the user may not expect: options without effect, and a space that has no more topologies."""
+        sampling = [*self.settings.changed("topologies", "sampling"), *["space"] * (self.space != SearchSpace())]
+        if self.known is not None:
+            unused = [*sampling, *self.settings.changed("repeats", "repeat_every"), *["epochs"] * (epochs != EPOCHS)]
+            unused += [name for name, value in recipe.items() if value != getattr(Recipe, name)]
+            why = "accuracies, whose networks are trained already"
+        elif self.candidates is not None:
+            unused, why = sampling, "candidates, which are all taken"
+        else:
+            missing = self.settings.topologies - len(self.topologies)
+            size = f"the space has {len(self.topologies)} topologies, which are all taken"
+            return [f"{size}, instead of {self.settings.topologies}"] * (missing > 0)
+        return [f"no effect beside {why}: {', '.join(unused)}"] * bool(unused)
 
     def run(self, share: Share[Task], progress: bool) -> Study:
         """Do what is left of the study; rank 0 alone."""
         processes = init_process_group(self.device)
-        with RunDirectory(self.out, self.config, None, changeable=("topologies",), rebuilds=True) as directory:
+        with RunDirectory(
+            self.out, self.config, None, changeable=("topologies",), keeps=(TRAININGS,), rebuilds=True
+        ) as directory:
             self._take_in(directory)
             with Progress("study", len(self.topologies), len(directory.trace), "topologies", progress) as shown:
                 while (done := len(directory.trace)) < len(self.topologies):
@@ -281,6 +312,6 @@ def _damage(row: dict[str, Any], number: int, topology: str) -> str | None:
 
 
 def _describe(row: dict[str, Any]) -> str:
-    accuracies = "/".join(f"{as_float(value):.1f}" for value in row["top1"])
+    accuracies = "/".join(f"{as_float(value):.4g}" for value in row["top1"])
     length = as_float(row["measures"]["length_distortion"])
-    return f"{row['topology']}: top-1 {accuracies} %, length {length:.4g}, {row['all_seconds']:.1f} s"
+    return f"{row['topology']}: accuracy {accuracies}, length {length:.4g}, {row['all_seconds']:.1f} s"

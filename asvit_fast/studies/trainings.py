@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +22,9 @@ from ..topology import Topology
 from ..training import train
 from ..training.build import pixel_statistics
 from ..training.data import Reader, load_validation
+from ..training.schedule import RetokenizationSchedule
 from ..training.step import Diverged
-from ..training.training_setup import Data
+from ..training.training_setup import Data, TrainingSetup
 
 HASHED_FILES = 10_000  # whose contents tell whether data are the same; of more, as many spread evenly
 MOST_IN_MEMORY = 2 << 30  # bytes of images that are kept decoded
@@ -44,7 +44,7 @@ class Trainer:
     """Trains topologies with one recipe; see ``study`` for the arguments."""
 
     data: Data
-    recipe: Mapping[str, Any]
+    recipe: Recipe
     epochs: int
     img_size: ImageSize
     device: torch.device
@@ -54,32 +54,52 @@ class Trainer:
     def __post_init__(self) -> None:
         self._prepared: Data | None = None
 
+    def check(self, topology: Topology) -> None:
+        """Make all that its training needs, and raise InputError for data or options that cannot be used."""
+        with processes.alone():
+            setup = TrainingSetup(
+                topology,
+                self._images(),
+                RetokenizationSchedule.parse("1").for_epochs(self.epochs),
+                self._recipe_of(0),
+                self.epochs,
+                self.device,
+                img_size=self.img_size,
+                progress=False,
+            )
+        if not setup.images.has_validation:
+            raise InputError("data must hold images for validation, in val/ or validation/: a study needs accuracies")
+
+    def _images(self) -> Data:
+        if self._prepared is None:
+            self._prepared = prepared(self.data, self.recipe, self.img_size)
+        return self._prepared
+
+    def _recipe_of(self, repeat: int) -> Recipe:
+        return replace(self.recipe, seed=self.seed + repeat, eval_interval=self.epochs)
+
     def folder(self, number: int, repeat: int) -> Path | None:
         """Where training ``repeat`` of topology ``number`` is kept until the topology is on record."""
         return None if self.out is None else self.out / f"{number:04}-{repeat}"
 
     def __call__(self, topology: Topology, number: int, repeat: int) -> Trained:
         """Train one network in this process alone, or go on with its training."""
-        if self._prepared is None:
-            self._prepared = prepared(self.data, Recipe.of(**self.recipe), self.img_size)
-        folder = self.folder(number, repeat)
+        recipe = self._recipe_of(repeat)
         with processes.alone():
             try:
                 result = train(
                     topology,
-                    self._prepared,
+                    self._images(),
                     epochs=self.epochs,
-                    out=folder,
+                    out=self.folder(number, repeat),
                     img_size=self.img_size,
                     device=self.device,
                     progress=False,
-                    **{**self.recipe, "seed": self.seed + repeat, "eval_interval": self.epochs},
+                    **{name: getattr(recipe, name) for name in vars(recipe)},
                 )
             except Diverged:
                 return Trained(math.nan, math.nan, math.nan, 0.0)
         last = result.epochs[-1]
-        if last.get("top1") is None:
-            raise InputError("data must hold images for validation, in val/ or validation/: a study needs accuracies")
         return Trained(last["top1"], last["eval_loss"], last["train_loss"], result.seconds)
 
 

@@ -5,7 +5,6 @@ softmax(scale q k^T + bias) v of each window and head. window_attention_referenc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,134 +14,18 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _extension, backends
 from ..errors import InputError
-from .checks import check_length, check_operand, check_probability, check_scale, check_tensor, once_per_arguments
 from .fused_op import FusedOp, Gradients, Operands, Result, Saved, no_float64
-from .transforms import sizes
+from .window_attention_config import WindowAttentionConfig, fitting_bias, make_config, split_scale
 from .window_attention_reference import masked_scores, window_attention_reference
 from .windows import (
-    check_channels,
-    check_kv_window,
-    check_windows,
-    fit_windows,
     fold_key_windows,
-    lowest_scores,
     merge_windows,
     token_count,
     window_mask,
-    window_padding,
     window_projections,
 )
 
 Projections = Tensor | tuple[Tensor, Tensor, Tensor]  # the fused map q | k | v, or three maps
-
-
-def _check_projections(op: str, projections: list[Tensor], axes: int, num_heads: int) -> None:
-    """InputError unless this is a map [B, *size, 3*heads*head_dim], or three maps [B, *size, heads*head_dim]."""
-    first, *others = projections
-    shape, names = list(first.shape), ("q", "k", "v") if others else ("qkv",)
-    size, factor = "H, W" if axes == 2 else "D, H, W", "" if others else "3*"
-    if first.dim() != axes + 2:
-        raise InputError(f"{op}: {names[0]} must be [B, {size}, {factor}heads*head_dim], got {shape}")
-    check_channels(op, shape[-1], num_heads, 1 if others else 3)
-    for name, x in zip(names, projections, strict=True):
-        check_operand(op, name, x, shape, first)
-        if x.dtype != first.dtype:
-            raise InputError(f"{op}: {name} must be {first.dtype} as q is, got {x.dtype}")
-
-
-def _split_scale(scale: float | Tensor | None) -> tuple[float | None, Tensor | None]:
-    """A number, and a factor for each head; torch.jit.trace makes tensors of numbers."""
-    if isinstance(scale, Tensor) and not (torch.jit.is_tracing() and scale.dim() == 0):
-        return 1.0, scale
-    return scale, None  # type: ignore[return-value]
-
-
-@once_per_arguments
-def _settings(
-    x: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    num_heads: int,
-    window: tuple[int, ...],
-    shift: tuple[int, ...] | None,
-    bias: Tensor | None,
-    factor: float | None,
-    head_scale: Tensor | None,
-    dropout: float,
-    layout: str,
-    padding: Tensor | None,
-    attn_scale: Tensor | None,
-    kv_window: tuple[int, ...] | None,
-) -> WindowAttentionConfig:
-    """Arguments that are no tensors, as the op takes them; InputError where any do not fit."""
-    op = "window_attention"
-    check_tensor(op, "qkv" if k is None else "q", x)
-    axes = 3 if x.dim() == 5 else 2
-    check_length(op, "window", window, axes)
-    shift = (0,) * axes if shift is None else shift
-    check_length(op, "shift", shift, axes)
-    if kv_window is not None:
-        check_length(op, "kv_window", kv_window, axes)
-    keys = None if kv_window is None else sizes(kv_window)
-    projections = [x] if k is None or v is None else [x, k, v]
-    windows, shifts = _check(
-        projections, num_heads, sizes(window), sizes(shift), bias, factor, head_scale, dropout, layout, padding,
-        attn_scale, keys,
-    )  # fmt: skip
-    channels = x.shape[-1] // (3 if k is None else 1)
-    factor = float(channels // num_heads) ** -0.5 if factor is None else factor
-    return WindowAttentionConfig(num_heads, windows, shifts, keys or windows, factor, layout, dropout)
-
-
-def _check(
-    projections: list[Tensor],
-    num_heads: int,
-    window: list[int],
-    shift: list[int],
-    bias: Tensor | None,
-    factor: float | None,
-    head_scale: Tensor | None,
-    dropout: float,
-    layout: str,
-    padding: Tensor | None,
-    attn_scale: Tensor | None,
-    kv_window: list[int] | None,
-) -> tuple[list[int], list[int]]:
-    """InputError for arguments that do not fit; window and shift as ``check_windows`` returns them."""
-    op = "window_attention"
-    x = projections[0]
-    _check_projections(op, projections, len(window), num_heads)
-    if layout not in ("masked", "timm", "torchvision", "grid"):
-        raise InputError(f"window_attention: layout must be masked, timm, torchvision or grid, got {layout}")
-    check_scale(op, factor)
-    if isinstance(head_scale, Tensor) and head_scale.dim() == 0:
-        raise InputError(f"{op}: scale must be a Python number, or a tensor [{num_heads}] with one for each head")
-    check_operand(op, "scale", head_scale, [num_heads], x)
-    check_probability(op, "dropout", dropout)
-    size = list(x.shape[1:-1])
-    if kv_window is not None:
-        check_kv_window(op, window, shift, kv_window, layout)
-    window, shift = check_windows(op, size, num_heads, window, shift, bias, x, layout, kv_window)[:2]
-    if layout == "grid":
-        if max(shift) != 0:
-            raise InputError(f"window_attention: the layout grid has no shift, got {shift}")
-        if any(window_padding(n, w) != 0 for n, w in zip(size, window, strict=True)):
-            raise InputError(f"window_attention: in the layout grid windows divide the map, got {window} for {size}")
-    if padding is not None and (layout == "masked" or layout == "grid"):
-        raise InputError(f"window_attention: padding is masked out in the layout {layout}, so it has no values")
-    check_operand(op, "padding", padding, [len(projections) * x.shape[-1]], x)
-    check_operand(op, "attn_scale", attn_scale, [num_heads], x)
-    return window, shift
-
-
-def _fitting_bias(
-    bias: Tensor, x: Tensor, window: tuple[int, ...], shift: tuple[int, ...] | None, config: WindowAttentionConfig
-) -> Tensor:
-    """The bias of windows that fit the map, if they had to be fitted."""
-    if config.window != list(window):
-        shifts = [0] * len(window) if shift is None else list(shift)
-        bias = fit_windows(list(x.shape[1:-1]), list(window), shifts, bias)[2]  # type: ignore[assignment]
-    return lowest_scores(bias, x)
 
 
 # --------------------------------------------------------------------------- fused op
@@ -151,29 +34,6 @@ def _fitting_bias(
 def is_single_tile(tokens: int, head_dim: int, bits: int) -> bool:
     """Whether Triton has all scores of a window in registers: its backward pass needs no statistics then."""
     return tokens <= 64 and head_dim <= 32 and bits == 16
-
-
-@dataclass(frozen=True)
-class WindowAttentionConfig:
-    """Arguments that are not tensors."""
-
-    num_heads: int
-    window: list[int]
-    shift: list[int]
-    kv_window: list[int]  # as window where keys come from the same ones
-    scale: float
-    layout: str
-    dropout: float = 0.0
-
-    @property
-    def key_window(self) -> list[int] | None:
-        """Windows of keys around those of queries, if there are such."""
-        return None if self.kv_window == self.window else self.kv_window
-
-    @property
-    def kernel_arguments(self) -> tuple[int, list[int], list[int], list[int], float, str]:
-        """As kernels take them: none has dropout."""
-        return self.num_heads, self.window, self.shift, self.key_window or [], self.scale, self.layout
 
 
 class _Operands(NamedTuple):
@@ -443,12 +303,12 @@ def window_attention(
     if len(projections) not in (1, 3):
         raise InputError(f"{op}: qkv must be a tensor or the three tensors q, k and v, got {len(projections)}")
     q, k, v = projections if projections[1:] else (projections[0], None, None)
-    factor, head_scale = _split_scale(scale)
-    config = _settings(
+    factor, head_scale = split_scale(scale)
+    config = make_config(
         q, k, v, num_heads, window, shift, bias, factor, head_scale, dropout, layout, padding, attn_scale, kv_window
     )
     if bias is not None:
-        bias = _fitting_bias(bias, q, window, shift, config)
+        bias = fitting_bias(bias, q, window, shift, config)
     x = _Operands(q, k, v, bias, padding, attn_scale, head_scale)
     if max(config.window) == 1 and _is_identity(x, config):
         return (q.chunk(3, -1)[2] if v is None else v).contiguous()

@@ -200,14 +200,17 @@ class RunDirectory:
             raise InputError(f"{path / CONFIG} is not the configuration of a run; choose another run directory")
         if stored["kind"] != self.config["kind"]:
             raise InputError(
-                f"run directory {path} holds a {stored['kind']} run, not a {self.config['kind']} run; choose another"
+                f"run directory {path} holds a {stored['kind']} run, not a {self.config['kind']} run; choose another "
+                "run directory"
             )
         version, changes = stored.pop("version", None), _checked_changes(path, stored.pop(_CHANGES, []))
         old, new = _flat(stored), _flat({name: value for name, value in self.config.items() if name != "version"})
-        different = {name: (old.get(name), new.get(name)) for name in {**old, **new} if old.get(name) != new.get(name)}
+        names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+        different = {name: (old.get(name), new.get(name)) for name in names if not _same_path(name, old, new)}
         if not set(different) <= set(self.changeable):
             raise InputError(
-                f"run directory {path} holds a run with other options: {_differences(different)}; choose another"
+                f"run directory {path} holds a run with other options: {_differences(different)}; give the options of "
+                "that run, or another run directory"
             )
         if version != self.config["version"]:
             warnings.warn(f"{path} was begun by version {version}, this is {self.config['version']}", stacklevel=5)
@@ -320,6 +323,14 @@ def _checked_changes(path: Path, changes: Any) -> list[dict[str, Any]]:
     ):
         raise InputError(f"{path / CONFIG}: {_CHANGES} is not a list of changed options; choose another run directory")
     return changes
+
+
+def _same_path(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether an option that names the images names the same folder."""
+    paths = old.get(name), new.get(name)
+    return (
+        name == "data" and all(isinstance(path, str) for path in paths) and len(set(map(os.path.realpath, paths))) == 1
+    )
 
 
 def _has_content(path: Path) -> bool:

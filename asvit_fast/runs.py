@@ -60,24 +60,44 @@ def find_runs(directory: Path, kinds: Sequence[str] = DESIGNS) -> list[Run]:
 
 
 def find_compared(directory: Path) -> tuple[list[Run], list[str]]:
-    """The searches and growths in subfolders of any name, in their order, and the names of subfolders with other runs
-    or none of a finished step. Nothing where ``directory`` is a run itself or has its runs in subfolders named as their
-    kinds. InputError where there are runs, and none to compare."""
+    """The finished searches and growths in subfolders of any name, in their order, and what is left out: names of
+    subfolders with other runs, unfinished, damaged or repeated ones, with the reason. Nothing where ``directory`` is a
+    run itself or has its runs in subfolders named as their kinds. InputError where there are runs, and none to compare.
+    """
     if not directory.is_dir() or any(has_run(folder) for folder in (directory, *(directory / kind for kind in KINDS))):
         return [], []
-    runs, others = [], []
+    runs: list[Run] = []
+    left_out = []
     for folder in sorted(filter(has_run, directory.iterdir())):
-        kind = _read_object(folder / CONFIG).get("kind")
-        if kind in DESIGNS and read_jsonl(folder / TRACE):
-            runs.append(read_run(folder, DESIGNS))
+        run = _comparable(folder, runs)
+        if isinstance(run, Run):
+            runs.append(run)
         else:
-            others.append(f"{folder.name} ({'no step yet' if kind in DESIGNS else kind})")
-    if others and not runs:
+            left_out.append(f"{folder.name} ({run})")
+    if left_out and not runs:
         raise InputError(
-            f"{str(directory)!r} holds no {' or '.join(DESIGNS)} runs to compare, but {', '.join(others)}; give one "
-            "of them"
+            f"{str(directory)!r} holds no finished {' or '.join(DESIGNS)} runs to compare, but {', '.join(left_out)}; "
+            "give one of them"
         )
-    return runs, others
+    return runs, left_out
+
+
+def _comparable(folder: Path, others: Sequence[Run]) -> Run | str:
+    """The run in a folder, or why it is not to be compared with others."""
+    try:
+        if (kind := _read_object(folder / CONFIG).get("kind")) not in DESIGNS:
+            return str(kind)
+        if not (folder / RESULT).is_file():
+            return "not finished"
+        run = read_run(folder, DESIGNS)
+    except InputError:
+        return "damaged"
+    same = [other.directory.name for other in others if _decisive(other) == _decisive(run)]
+    return f"as {same[0]}" if same else run
+
+
+def _decisive(run: Run) -> dict[str, Any]:
+    return {name: value for name, value in run.config.items() if name not in ("version", "changes")}
 
 
 def rule_of(run: Run) -> str:

@@ -125,7 +125,7 @@ class Topology:
         groups = text.strip().split("|")
         if len(groups) != NUM_STAGES + 1:
             names = f", or one of {', '.join(NAMED_TOPOLOGIES)}" if len(groups) == 1 else ""
-            raise InputError(f"topology {text!r}: {form}{names}; got {len(groups)} groups instead of {NUM_STAGES + 1}")
+            raise InputError(f"topology {text!r}: {form}{names}; got {len(groups)} instead of {NUM_STAGES + 1} groups")
         numbers: list[list[int]] = []
         for index, group in enumerate(groups, start=1):
             try:

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from search_program import measures
@@ -16,6 +17,7 @@ import asvit_fast as af
 from asvit_fast.errors import InputError
 from asvit_fast.latency import LATENCY, LatencyModel, keys, latency_model
 from asvit_fast.report import report
+from asvit_fast.report.comparison_plots import moving_mean
 from asvit_fast.scoring import percentile as percentiles
 from asvit_fast.scoring.percentile import percentile
 from asvit_fast.search import Budget, scale, search
@@ -142,7 +144,7 @@ def test_a_search_keeps_to_a_latency(tmp_path: Path) -> None:
     assert any("13 ms > 11" in reject["reason"] for record in result.trace for reject in record["rejected"])
     page = report(tmp_path)
     assert (tmp_path / "search_pareto.png").stat().st_size < 300_000 and page.exists()
-    with pytest.raises(InputError, match=r"latency_ms must be from 1 to 2, but .* have 9 to 17 ms"):
+    with pytest.raises(InputError, match=r"latency_ms must be at least 1 and at most 2, but .* have 9 to 17 ms"):
         search(space=SMALL, steps=3, budget=Budget(latency_ms=(1, 2)), out=tmp_path, **QUIET)
 
 
@@ -200,23 +202,35 @@ def test_a_report_compares_rules(tmp_path: Path) -> None:
 
 def test_a_report_does_not_mix_runs_of_other_options(tmp_path: Path) -> None:
     """Other budgets are groups of their own, equal seeds are counted, what cannot be compared is named."""
-    for name, steps, seed in (("a", 3, 0), ("b", 3, 0), ("c", 5, 0), ("d", 5, 1)):
+    for name, steps, seed in (("a", 3, 0), ("b", 3, 0), ("c", 5, 0), ("d", 5, 1), ("f", 5, 2)):
         search(steps=steps, seed=seed, out=tmp_path / name, **QUIET)
     (tmp_path / "e").mkdir()
     (tmp_path / "e" / "config.json").write_text('{"kind": "study"}')
+    (tmp_path / "f" / "result.json").unlink()
+    (tmp_path / "d" / "trace.jsonl").write_text("no json")
     page = report(tmp_path).read_text()
-    for text in ("<td>reinforce, steps 3</td><td>2 runs of 1 seed</td>", "<td>reinforce, steps 5</td><td>2 seeds</td>"):
+    for text in ("<td>reinforce, steps 3</td><td>1 seed</td>", "<td>reinforce, steps 5</td><td>1 seed</td>"):
         assert text in page
-    assert "4 runs; not compared: e (study)" in page
-    for name in "abcd":
+    assert "2 runs; not compared: b (as a), d (damaged), e (study), f (not finished)" in page
+    for name in "abc":
         shutil.rmtree(tmp_path / name)
-    with pytest.raises(InputError, match=r"no search or scale runs to compare, but e \(study\); give one of them"):
+    with pytest.raises(InputError, match=r"no finished search or scale runs to compare, but d .*; give one of them"):
         report(tmp_path)
+
+
+def test_short_searches_have_curves() -> None:
+    assert [len(moving_mean(np.arange(steps, dtype=float))[0]) for steps in (1, 4, 12, 500)] == [1, 4, 10, 481]
 
 
 def test_options_of_the_policy_have_no_effect_without_one() -> None:
     with pytest.warns(UserWarning, match="no effect with rule random, which has no policy: lr, history"):
         search(steps=1, rule="random", lr=0.5, history=9, **QUIET)
+    with pytest.warns(UserWarning, match="evolution begins with 50 random topologies: in 2 steps it is random"):
+        search(steps=2, rule="evolution", **QUIET)
+    with pytest.warns(UserWarning, match="no effect without latency_ms: batch_size"):
+        search(steps=1, batch_size=4, **QUIET)
+    with pytest.warns(UserWarning, match="no effect: baseline random"):
+        search(steps=1, rule="random", baseline="random", **QUIET)
 
 
 def test_draws_do_not_depend_on_the_rule_of_torch() -> None:

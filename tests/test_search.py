@@ -90,7 +90,7 @@ def test_a_finished_run_is_read_not_repeated(tmp_path: Path) -> None:
     [
         ({"seed": 1}, "seed is 0 there and 1 here"),
         ({"lr": 0.1}, "lr is 0.08 there and 0.1 here"),
-        ({"space": SearchSpace().narrow(K1=(8,))}, r"space.K1 is \[4, 5, 6, 7, 8\] there and \[8\] here"),
+        ({"space": SearchSpace().narrow(K1=(8,))}, r"K1 is \[4, 5, 6, 7, 8\] there and \[8\] here"),
         ({"budget": Budget(params=(0, 3e6))}, "budget.params is null there"),
         ({"convention": "reference", "steps": 6}, "steps is 5 there and 6 here, .*convention is"),
     ],
@@ -138,9 +138,9 @@ def test_a_policy_that_left_the_budget_does_not_stall() -> None:
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        (Budget(params=(None, 1e5)), "params must be from any to 100,000.*width 32 have [0-9,]* to [0-9,]* parameters"),
-        (Budget(params=(1e9, None)), "params must be from 1,000,000,000"),
-        (Budget(flops=(1e12, 2e12)), "flops must be from"),
+        (Budget(params=(None, 1e5)), "params must be at most 100,000.*width 32 have [0-9,]* to [0-9,]* parameters"),
+        (Budget(params=(1e9, None)), "params must be at least 1,000,000,000"),
+        (Budget(flops=(1e12, 2e12)), "flops must be at least 1,000,000,000,000 and at most 2,"),
         (Budget(params=(2_000_001, 2_000_002)), "none of 20,000"),
     ],
 )

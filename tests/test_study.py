@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import TensorDataset
@@ -174,7 +175,7 @@ def test_candidates_take_the_place_of_a_sample(tmp_path: Path) -> None:
         ('topology,accuracy\n"8,2,3|4,1,2|4,1,4|4,1,6|32",70.5%\n', "plain number such as 70.5, got '70.5%'"),
         (
             "topology,accuracy\n8,2,3|4,1,2|4,1,4|4,1,6|32,70\n",
-            "line 2 has more cells than the first line has names; put",
+            "line 2 has more cells than the first line has names; put what has commas in quotes",
         ),
         ("topology;accuracy\n8,2,3|4,1,2|4,1,4|4,1,6|32;70,5\n", "plain number such as 70.5, got '70,5'"),
     ],
@@ -199,6 +200,8 @@ def test_accuracies_and_candidates_need_no_file(tmp_path: Path) -> None:
         af.Topology.parse(f"{topology},16"): [61.0, 62.5], af.Topology.parse(f"{topology},48"): [7.0]
     }  # fmt: skip
     assert read_topologies([topology, f"{topology},16"], 16) == [af.Topology.parse(topology, 16)]
+    same = {topology: np.array([70.0, 71.0]), f"{topology},16": 72}
+    assert read_accuracies(same, 16) == {af.Topology.parse(topology, 16): [70.0, 71.0, 72.0]}
     for wrong in ({}, 3, {topology: "good"}):
         with pytest.raises(af.InputError, match="accurac"):
             read_accuracies(wrong, 16)  # type: ignore[arg-type]
@@ -218,6 +221,41 @@ def test_options_without_effect_are_said() -> None:
         af.study(data(), candidates=list(trained), sampling="uniform", repeats=1, epochs=1, **small, **RECIPE)
 
 
+def test_lines_are_added_behind_others(tmp_path: Path) -> None:
+    """Accuracies and candidates: a longer list goes on, another one is refused."""
+    small = {name: TINY[name] for name in ("img_size", "score_repeats", "thetas", "batch", "device", "progress")}
+    first, second = "4,2,2|2,1,2|2,1,2|2,1,2|16,8", "4,2,3|2,1,2|2,1,2|2,1,2|16,8"
+    af.study(accuracies={first: math.nan}, out=tmp_path / "a", **small)
+    result = af.study(accuracies={first: math.nan, second: [2, 3]}, out=tmp_path / "a", **small)
+    assert len(result.rows) == 2 and result.rows[1]["top1"] == [2, 3]
+    assert af.Study.load(tmp_path / "a").diverged == result.diverged
+    for changed in ({first: 1.0, second: [2, 3]}, {second: [2, 3], first: math.nan}):
+        with pytest.raises(af.InputError, match="on record"):
+            af.study(accuracies=changed, out=tmp_path / "a", **small)
+    options = {**small, "epochs": 1, "repeats": 1}
+    af.study(data(), candidates=[first], out=tmp_path / "c", **options, **RECIPE)
+    assert len(af.study(data(), candidates=[first, second], out=tmp_path / "c", **options, **RECIPE).rows) == 2
+
+
+def test_the_same_data_by_another_name_go_on(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    write_images(folder)
+    options = {**TINY, "topologies": 1, "repeats": 1}
+    first = af.study(folder, out=tmp_path / "out", **options, **RECIPE)
+    second = af.study(f"{folder}/", out=tmp_path / "out", **options, **RECIPE, bad_images="skip")
+    folder.rename(tmp_path / "moved")
+    third = af.study(tmp_path / "moved", out=tmp_path / "out", **options, **RECIPE)
+    assert first.rows == second.rows == third.rows
+
+
+def test_images_of_one_class_are_refused() -> None:
+    images = TensorDataset(torch.randn(8, 3, 32, 32), torch.zeros(8, dtype=torch.int64))
+    with pytest.raises(af.InputError, match="two classes or more"):
+        af.study((images, images), **TINY, **RECIPE)
+    with pytest.raises(af.InputError, match="space must be a SearchSpace"):
+        af.study(data(), space={"K1": [8]}, **TINY, **RECIPE)  # type: ignore[arg-type]
+
+
 def test_a_study_that_was_refused_leaves_the_folder_to_the_next(tmp_path: Path) -> None:
     for wrong, message in (({"batch_size": 64}, "8 training images are fewer"), ({"lr": -1.0}, "lr")):
         with pytest.raises(af.InputError, match=message):
@@ -228,7 +266,7 @@ def test_a_study_that_was_refused_leaves_the_folder_to_the_next(tmp_path: Path) 
     options = {**TINY, "topologies": 1, "repeats": 1}
     (tmp_path / "config.json").write_text('{"kind": "study", "topologies": 7}')  # ended before its first topology
     af.study(data(), out=tmp_path, **options, **RECIPE)
-    with pytest.raises(af.InputError, match=r"other options: lr is null there and 0\.1 here; choose"):
+    with pytest.raises(af.InputError, match=r"other options: lr is null there and 0\.1 here; give"):
         af.study(data(), out=tmp_path, **options, **RECIPE, lr=0.1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,11 +101,11 @@ def test_diverged_trainings_are_marked_and_rank_last() -> None:
 def test_noise_of_seeds_leaves_out_what_a_seed_does_to_all() -> None:
     networks, luck = RNG.normal(60, 3, 200), RNG.normal(0, 2, (200, 2))
     accuracies = networks[:, None] + luck + [0.0, -10.0]  # the second seed is worse for all
-    noise = Study(rows(accuracies.tolist())).noise
+    ours = [{**row, "train_seconds": [1.0, 1.0]} for row in rows(accuracies.tolist())]
+    noise = Study(ours).noise
     assert noise is not None
     assert noise.within == pytest.approx(2, rel=0.15)
-    assert noise.reliability == pytest.approx(9 / 13, abs=0.1)
-    assert noise.ceiling == pytest.approx(2 / math.pi * math.asin(math.sqrt(9 / 13)), abs=0.06)
+    assert noise.reliability == pytest.approx(9 / 11, abs=0.1)  # of the means of two
     assert Study(rows([[1.0], [2.0], [3.0]])).noise is None
 
 
@@ -140,11 +141,11 @@ def test_an_interval_of_few_resamples_is_none() -> None:
 
 def test_rows_that_lack_something_are_refused() -> None:
     with pytest.raises(InputError, match="one topology or more, got none"):
-        Study([]).kendall_tau  # noqa: B018
+        Study([])
     good = {"measures": {"params": 1.0}, "top1": [1.0]}
     for wrong, missing in (({"top1": [1.0]}, "measures"), ({"measures": {}, "top1": [1.0]}, "measures")):
         with pytest.raises(InputError, match=f"row 1 of the study lacks {missing}"):
-            Study([good, wrong]).kendall_tau  # noqa: B018
+            Study([good, wrong])
     alone = Study([good] * 9)
     assert str(alone.gain["params"]) == "none" and math.isnan(alone.seconds["params"])
     assert set(alone.to_dict()["measures"]) == {"params"}
@@ -171,3 +172,37 @@ def test_accuracies_of_elsewhere_have_no_unit() -> None:
     text = describe(result, Accuracies(percent=False))
     assert "accuracy from 0.5 to 0.58, mean 0.54; a random pick is 0.04 behind the best." in text
     assert "%" not in text.splitlines()[-1]
+
+
+@pytest.mark.parametrize("several", [1, 3])
+def test_the_ceiling_is_that_of_the_accuracies_that_are_compared(several: int) -> None:
+    """The tau of the true accuracies with means of ``several`` noisy ones, lines in any order."""
+    generator = np.random.default_rng(7)
+    truth = generator.normal(70, 2, 2000)
+    noisy = np.sort(truth[:, None] + generator.normal(0, 2, (2000, several)), 1)  # the best line last
+    few = noisy.tolist()
+    if several == 1:  # a few with a second one tell the noise
+        few = [[*row, float(truth[k] + generator.normal(0, 2))] if k < 1000 else row for k, row in enumerate(few)]
+    noise = Study(rows(few)).noise
+    assert noise is not None and noise.within == pytest.approx(2, rel=0.1)
+    reached = stats.kendalltau(truth, [np.mean(row) for row in few]).statistic
+    assert noise.ceiling == pytest.approx(reached, abs=0.03)
+
+
+def test_measures_of_your_own() -> None:
+    given = [{"measures": {"mine": float(k), "params": 1.0}, "top1": [float(k)]} for k in range(9)]
+    result = Study(given)
+    assert result.kendall_tau["mine"].value == pytest.approx(1) and set(result.kendall_tau) == {"params", "mine"}
+    assert repr(result) == "Study(9 topologies, 2 measures)"
+
+
+@pytest.mark.parametrize("wrong", ["run", {"a": 1}, [3], [{"measures": {"params": None}, "top1": [1.0]}], 7])
+def test_what_are_no_rows_is_refused_at_once(wrong: Any) -> None:
+    with pytest.raises(InputError, match="study"):
+        Study(wrong)
+
+
+def test_few_repeated_networks_set_no_ceiling() -> None:
+    for repeated, said in ((4, "too few to say"), (5, "a perfect measure would reach")):
+        accuracies = [[float(k), k + 0.5] if k < repeated else [float(k)] for k in range(12)]
+        assert said in " ".join(remarks(Study(rows(accuracies))))

@@ -218,8 +218,8 @@ def test_every_isa(isa: str, case: Case, dtype: torch.dtype) -> None:
         exact = both_ways(case, {name: x.double() for name, x in tensors.items()}, cotangent.double())
     for name, want in exact.items():
         assert ours[name].dtype == dtype
-        # a sum over the map, of which there are few to compare
-        tiny = 10 * TINY[dtype] if want.dim() == 1 else TINY[dtype]
+        # one sum over both maps: its roundings add up as a random walk does, and torch's may meet the truth by luck
+        tiny = TINY[dtype] * (math.sqrt(2 * math.prod(case.size)) if want.dim() == 1 else 1)
         assert_accurate(name, ours[name], theirs[name], want, tiny)
 
 

@@ -25,6 +25,7 @@ from .options import (
     image_size,
     integer,
     keywords,
+    milliseconds,
     number,
     numbers,
     options_of,
@@ -134,7 +135,7 @@ SEARCH = Command(
         Option("flops", bounds, None, "window of the number of multiply-adds per image: LOW:HIGH, :1G or 1M:", "LO:HI"),
         Option(
             "latency_ms",
-            bounds,
+            milliseconds,
             None,
             "window of the milliseconds of a forward pass of --batch-size images on --device, measured here: LOW:HIGH",
             "LO:HI",
@@ -197,6 +198,9 @@ TRAIN = Command(
     resumable=True,
 )
 
+NOT_OF_A_STUDY = (  # whose trainings run alone, with full tokens, and keep accuracies only; their seed is the study's
+    *("seed", "parallel", "phase_batch_sizes", "eval_interval", "log_interval"),
+)
 STUDY = Command(
     name="study",
     summary="Find out which measures of untrained networks predict accuracy on your data; also under torchrun.",
@@ -219,7 +223,7 @@ STUDY = Command(
         IMAGES,
         SEED,
         DEVICE,
-        *(option for option in options_of(Recipe) if option.name != "seed"),
+        *(option for option in options_of(Recipe) if option.name not in NOT_OF_A_STUDY),
         QUIET,
     ),
     epilog="example: asvit-fast study --data photos/ --topologies 87 --epochs 30 --out runs/study\n"

@@ -1,4 +1,4 @@
-"""Helpers of long runs on the command line: an early end, the announcement of what is on record."""
+"""How long runs on the command line end early."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from ..errors import EXIT_TERMINATED
-from ..files import read_jsonl
-from ..run_directory import TRACE
-from .common import is_main_process, print_on_main
+from .common import is_main_process
 
 
 @contextlib.contextmanager
@@ -32,13 +29,6 @@ def long_run() -> Iterator[None]:
     finally:
         if signal.getsignal(signal.SIGTERM) is _terminate:
             signal.signal(signal.SIGTERM, before)
-
-
-def announce_folder(directory: str, quiet: bool) -> None:
-    """Say whether the run directory is new."""
-    done = len(read_jsonl(Path(directory) / TRACE))
-    going_on = f"{directory} holds a run of {done} steps: continuing from there."
-    print_on_main(going_on if done else f"Writing to {directory}; stop at any time, the same command continues.", quiet)
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

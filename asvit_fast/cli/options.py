@@ -229,11 +229,20 @@ def image_size(value: Any) -> int | tuple[int, int]:
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
 
-def bounds(value: Any) -> tuple[float | None, float | None]:
-    """``1M:10M``, ``:10M``, ``1M:`` or a YAML pair -> (low, high); an open end is None."""
+def bounds(value: Any, low: str = "1M", high: str = "10M") -> tuple[float | None, float | None]:
+    """``1M:10M``, ``:10M``, ``1M:`` or a YAML pair -> (low, high); an open end is None. Examples are for the error."""
     parts = _parts(value, ":")
     if len(parts) != 2:
-        raise InputError(f"expected LOW:HIGH such as 1M:10M, :10M or 1M:, got {value!r}")
+        raise InputError(f"expected LOW:HIGH such as {low}:{high}, :{high} or {low}:, got {value!r}")
+    return _window(parts)
+
+
+def milliseconds(value: Any) -> tuple[float | None, float | None]:
+    """``5:20``, as ``bounds``."""
+    return bounds(value, "5", "20")
+
+
+def _window(parts: Sequence[Any]) -> tuple[float | None, float | None]:
     low, high = (None if part in ("", None) else number(part) for part in parts)
     if low is not None and high is not None and low > high:
         raise InputError(f"the low end {parts[0]} is above the high end {parts[1]}; swap them")

@@ -9,7 +9,7 @@ from ..settings import ScaleSettings, ScoreSettings
 from ..topology import Topology
 from ..what import resolve_topology
 from .common import check_output_folder, format_count, print_on_main, scoring_text, table
-from .long_run import announce_folder, long_run
+from .long_run import long_run
 from .options import chosen
 
 
@@ -37,11 +37,12 @@ def announce(values: SimpleNamespace, topology: Topology) -> None:
         if isinstance(ceiling, tuple)
         else f"up to {format_count(ceiling)} parameters"
     )
+    scores = values.rule == ScaleSettings.rule
+    does = "scores the wider and deeper candidates" if scores else f"takes what rule {values.rule} says, and scores it"
     print_on_main(
-        f"Growing {topology}, {until}: each step scores the wider and deeper candidates with {scoring_text(values)}.",
+        f"Growing {topology}, {until}: each step {does} with {scoring_text(values)}.",
         values.quiet,
     )
-    announce_folder(values.out, values.quiet)
 
 
 def conclude(values: SimpleNamespace, steps: list[ScaleStep]) -> None:

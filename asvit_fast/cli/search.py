@@ -9,7 +9,7 @@ from ..search import Budget, SearchResult, search
 from ..settings import ScoreSettings, SearchSettings
 from ..topology import SearchSpace
 from .common import check_output_folder, format_count, print_on_main, scoring_text, table
-from .long_run import announce_folder, long_run
+from .long_run import long_run
 from .options import chosen
 
 
@@ -48,14 +48,13 @@ def announce(values: SimpleNamespace, space: SearchSpace) -> None:
         f"{scoring_text(values)}.",
         values.quiet,
     )
-    announce_folder(values.out, values.quiet)
 
 
 def conclude(values: SimpleNamespace, result: SearchResult) -> None:
     topology, out = str(result.topology), shlex.quote(values.out)
     size = f"({format_count(result.params)} parameters, {format_count(result.flops)} multiply-adds)"
-    lines = [f"Found {topology}", size, "", table(scores(result)), ""]
-    if result.best != result.most_probable:
+    lines = [f"Found {topology}", size, "", table(scores(result, values.rule)), ""]
+    if values.rule == "reinforce" and result.best != result.most_probable:
         lines += ["The best sampled topology has better scores than the most probable one, which the paper takes.", ""]
     images = f" --images {shlex.quote(values.images)}" if values.images else ""
     lines.append(f"grow it:      asvit-fast scale '{topology}'{images} --max-params 100M --out {out}-scaled")
@@ -63,11 +62,12 @@ def conclude(values: SimpleNamespace, result: SearchResult) -> None:
     print_on_main(topology if values.quiet else "\n".join(lines))
 
 
-def scores(result: SearchResult) -> list[tuple[str, ...]]:
-    """The policy's choice beside the best sampled topology and the best random one."""
+def scores(result: SearchResult, rule: str) -> list[tuple[str, ...]]:
+    """What the search found beside the best sampled topology and the best random one."""
     rows: list[tuple[str, ...]] = [("", "length distortion", "NTK condition", "parameters", "topology")]
+    policy = rule == "reinforce"
     found = [
-        ("most probable of the policy", result.most_probable),
+        ("most probable of the policy" if policy else "result, scored once more", result.most_probable),
         (f"best of {result.steps} sampled", result.best_sampled),
     ]
     if result.baseline is not None:

@@ -9,18 +9,17 @@ from types import SimpleNamespace
 from ..recipe import Recipe
 from ..settings import StudySettings
 from ..studies import Study, study
-from ..studies.analysis import ALL_KINDS
+from ..studies.analysis import kind_of
 from ..studies.words import Accuracies, remarks
 from ..topology import SearchSpace
 from .common import check_output_folder, print_on_main, table
-from .long_run import announce_folder, long_run
+from .long_run import long_run
 from .options import chosen
 
 
 @long_run()
 def run(values: SimpleNamespace) -> int:
     check_output_folder(values.out)
-    announce_folder(values.out, values.quiet)
     recipe = {name: value for name, value in chosen(values, Recipe).items() if name != "seed"}  # of the study
     result = study(
         values.data,
@@ -46,15 +45,25 @@ def run(values: SimpleNamespace) -> int:
 
 def describe(result: Study, written: Accuracies) -> str:
     """Kendall's tau of every measure, the best first, and what to hold the table against."""
-    rows = [("measure", "Kendall's tau [95 %]", "at equal parameters", "top 10 % found", "regret", "seconds")]
+    rows = [
+        (
+            "measure",
+            "Kendall's tau [95 %]",
+            "at equal parameters",
+            f"best {result.analysis.best_tenth} found",
+            "regret",
+            "seconds",
+        )
+    ]
     taus, equal = result.kendall_tau, result.tau_at_equal_params
     names = sorted(taus, key=lambda name: -taus[name].value if math.isfinite(taus[name].value) else math.inf)
     for name in names:
         numbers = f"{100 * result.precision_at_top[name]:.0f} %", written(result.regret[name])
-        row = ALL_KINDS[name].title, str(taus[name]), str(equal[name]), *numbers, f"{result.seconds[name]:.3f}"
+        row = kind_of(name).title, str(taus[name]), str(equal[name]), *numbers, f"{result.seconds[name]:.3f}"
         rows.append(row)
     top1 = result.to_dict()["top1"]
     spread = f"{written.name} from {written(top1['lowest'])} to {written(top1['highest'])}{written.unit}"
     chance = f"a random pick is {written(result.analysis.chance_regret())} behind the best"
-    facts = f"{len(result.rows)} topologies: {spread}, mean {written(top1['mean'])}{written.unit}; {chance}."
+    count = "1 topology" if len(result.rows) == 1 else f"{len(result.rows)} topologies"
+    facts = f"{count}: {spread}, mean {written(top1['mean'])}{written.unit}; {chance}."
     return "\n".join([table(rows), "", facts, *remarks(result)])

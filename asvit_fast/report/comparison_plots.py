@@ -104,7 +104,9 @@ def searches(runs: Sequence[Run]) -> bytes:
                     values = np.array([as_float(record[name]) for record in run.trace])  # [steps]
                     steps, mean = moving_mean(values)
                     axes.plot(steps, mean, alpha=0.7, linewidth=1.3, label=label, **_style(group))
-        panels[0].set(title="Length distortion (up is better)", xlabel="step", ylabel=f"mean of {SMOOTHED} steps")
+        panels[0].set(
+            title="Length distortion (up is better)", xlabel="step", ylabel=f"moving mean, {SMOOTHED} steps at most"
+        )
         panels[1].set(title="NTK condition number (down is better)", xlabel="step")
         panels[0].legend(loc="best", fontsize=10)
         for axes in panels:
@@ -114,7 +116,7 @@ def searches(runs: Sequence[Run]) -> bytes:
 
 def moving_mean(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of steps, from 1, and the means of the last steps up to them; what is not finite is left out."""
-    window = min(SMOOTHED, len(values))
+    window = min(SMOOTHED, max(1, len(values) // 4))
     views = np.lib.stride_tricks.sliding_window_view(np.where(np.isfinite(values), values, np.nan), window)
     counts = np.isfinite(views).sum(1)  # [steps - window + 1]
     sums = np.nansum(views, 1)  # [steps - window + 1]

@@ -16,7 +16,7 @@ LONGEST = 30  # characters of a value in a label
 @dataclass(frozen=True)
 class Group:
     """``label``: the rule, with the options in which the compared runs differ; ``number``: which of its rule's groups
-    it is, from 0."""
+    it is, from 0; ``runs``: each with a seed of its own, or another topology to begin at."""
 
     rule: str
     label: str
@@ -25,11 +25,10 @@ class Group:
 
     @property
     def seeds(self) -> str:
-        """How many runs there are, and whether each has a seed of its own."""
-        different = len({run.config.get("seed") for run in self.runs})
-        if different == len(self.runs):
-            return "1 seed" if different == 1 else f"{different} seeds"
-        return f"{len(self.runs)} runs of {different} seed{'s' * (different > 1)}"
+        """How many runs there are, by their seeds where each has its own."""
+        count = len(self.runs)
+        unit = "seed" if len({run.config.get("seed") for run in self.runs}) == count else "run"
+        return f"{count} {unit}{'s' * (count > 1)}"
 
 
 def groups_of(runs: Sequence[Run]) -> list[Group]:

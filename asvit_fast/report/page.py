@@ -220,9 +220,10 @@ def _top_table(run: Run):
     ]
     note = (
         f"The best of {len(distinct)} different sampled topologies, by the sum of their ranks in length distortion "
-        "(larger is better) and NTK condition number (smaller is better). The search returns the most probable "
-        "topology of its policy, which need not be among them."
+        "(larger is better) and NTK condition number (smaller is better)."
     )
+    if "rule" not in run.config:
+        note += " The search returns the most probable topology of its policy, which need not be among them."
     header = ("topology", "rank sum", "length distortion", "NTK condition", "params (M)", "MACs (M)", "step")
     return "Best sampled topologies", note, header, rows
 
@@ -245,10 +246,14 @@ def _choice_table(run: Run):
         ]
         rows.append((name, *cells, *[""] * (columns - len(cells))))
     note = (
-        "K kernel, S splits per side, E expansion of the MLP, in stages 1 to 4; heads of the last stage. "
-        "In each cell: the choice; the policy's probability of it now, also as a bar; its share of all that were drawn."
+        "K kernel, S splits per side, E expansion of the MLP, in stages 1 to 4; heads of the last stage. In each cell: "
     )
-    return "What the policy learnt", note, ("dimension", *["" for _ in range(columns)]), rows
+    if probabilities is None:
+        note, title = note + "the choice; its share of all that were drawn.", "What was drawn"
+    else:
+        note += "the choice; the policy's probability of it now, also as a bar; its share of all that were drawn."
+        title = "What the policy learnt"
+    return title, note, ("dimension", *["" for _ in range(columns)]), rows
 
 
 def _choices(records: Iterable[dict[str, Any]]) -> Iterable[tuple[str, int]]:

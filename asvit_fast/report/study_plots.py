@@ -8,12 +8,12 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from ..runs import Run
-from ..studies.analysis import ALL_KINDS, Analysis
+from ..studies.analysis import Analysis, kind_of
 from ..studies.measures import COST
-from ..studies.words import Accuracies
+from ..studies.words import FEWEST_REPEATED, Accuracies
 from .plots import BLUE, GREY, ORANGE, STYLE, VERMILLION, png
 
 COLUMNS = 4  # of the panels of the scatter plots
@@ -47,11 +47,17 @@ def _panel(axes: Axes, analysis: Analysis, name: str) -> None:
         axes.set_xscale("log")
     else:
         axes.xaxis.set_major_locator(MaxNLocator(3))
+        if len(positive) and positive.max() >= 1e4:
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     tau = analysis.kendall_tau(name)
     label = f"τ = {tau.value:+.2f} [{tau.low:+.2f}, {tau.high:+.2f}]" if math.isfinite(tau.value) else "constant"
-    axes.set_title(f"{ALL_KINDS[name].title.replace(', ', ',' + chr(10))}\n{label}")
-    if left_out := int((~shown).sum()):
-        axes.text(0.98, 0.04, f"{left_out} not finite", transform=axes.transAxes, ha="right", color=GREY)
+    kind = kind_of(name)
+    better = " (smaller is better)" if kind.direction < 0 else ""
+    axes.set_title(f"{kind.title.replace(', ', ',' + chr(10))}{better}\n{label}")
+    diverged, other = int((~np.isfinite(accuracy)).sum()), int((np.isfinite(accuracy) & ~np.isfinite(values)).sum())
+    left_out = [f"{diverged} diverged"] * (diverged > 0) + [f"{other} not finite"] * (other > 0)
+    if left_out:
+        axes.set_xlabel(", ".join(left_out), color=GREY, fontsize=8)
 
 
 def taus(run: Run) -> bytes:
@@ -72,7 +78,7 @@ def taus(run: Run) -> bytes:
         left.barh(places, values, xerr=np.abs(spread), color=colours, height=0.65, capsize=2, ecolor="#444444")
         left.axvline(0, color="#444444", linewidth=1)
         noise = analysis.noise()
-        if noise is not None:
+        if noise is not None and noise.networks >= FEWEST_REPEATED:
             left.axvline(
                 noise.ceiling,
                 color=GREY,
@@ -81,18 +87,20 @@ def taus(run: Run) -> bytes:
                 label="a perfect measure, given the noise of seeds",
             )
             left.legend(loc="lower right", fontsize=9)
-        left.set_yticks(places, [ALL_KINDS[name].title for name in names])
+        left.set_yticks(places, [kind_of(name).title for name in names])
         left.set(title=f"Kendall's tau with {Accuracies.of(run.config).name}", xlabel="tau and 95 % bootstrap interval")
         right.barh(places, [max(analysis.seconds(name), 1e-6) for name in names], color=colours, height=0.65)
         right.set_xscale("log")
         right.set(title="Time", xlabel="seconds a network")
+        if not names:
+            left.text(0.5, 0.5, "no order to compare", transform=left.transAxes, ha="center", color=GREY)
         for axes in (left, right):
             axes.grid(axis="y", visible=False)
         return png(figure)
 
 
 def _colour(name: str) -> str:
-    kind = ALL_KINDS[name]
+    kind = kind_of(name)
     if kind.source == COST:
         return GREY
     if kind.source.startswith("As-ViT"):

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..runs import Run
-from ..studies.analysis import AGAINST, ALL_KINDS, Estimate, accuracy_of
+from ..studies.analysis import AGAINST, accuracy_of, kind_of
 from ..studies.result import Study
-from ..studies.words import Accuracies, remarks
+from ..studies.words import FEWEST_REPEATED, Accuracies, remarks
 
 Table = tuple[str, str, Sequence[str], Sequence[Sequence[Any]]]  # title, note, header, rows
 MOST_ROWS = 10  # of the best and the worst networks
@@ -30,12 +30,13 @@ def study_result_table(run: Run) -> Table:
         noise = result.noise
         rows += [
             (
-                f"standard deviation of {written.name} over seeds",
+                f"standard deviation of {written.name} over trainings",
                 f"{noise.within:.2f}, from {noise.networks} topologies",
             ),
-            (f"standard deviation of {written.name} over topologies", f"{noise.total:.2f}, seeds included"),
-            ("Kendall's tau of a perfect measure, about", f"{noise.ceiling:.2f}"),
+            (f"standard deviation of {written.name} over topologies", f"{noise.total:.2f}, those included"),
         ]
+        if noise.networks >= FEWEST_REPEATED:
+            rows.append(("Kendall's tau of a perfect measure, about", f"{noise.ceiling:.2f}"))
     return ("Result" if run.finished else "So far"), " ".join(remarks(result)), ("", "value"), rows
 
 
@@ -50,15 +51,14 @@ def measure_table(run: Run) -> Table:
     rows: list[Sequence[Any]] = []
     for name in names:
         numbers = f"{100 * result.precision_at_top[name]:.0f} %", written(result.regret[name])
-        estimates = (_text(column[name]) for column in columns)
-        rows.append(
-            (ALL_KINDS[name].title, ALL_KINDS[name].source, *estimates, *numbers, f"{result.seconds[name]:.4f}")
-        )
+        estimates = (str(column[name]) for column in columns)
+        rows.append((kind_of(name).title, kind_of(name).source, *estimates, *numbers, f"{result.seconds[name]:.4f}"))
+    best = f"{result.analysis.best_tenth} of {len(result.rows)}"
     note = (
         f"Correlations with {written.name} in the direction in which a measure is said to be better, with 95 % "
-        f"bootstrap intervals; gain: tau minus that of the {ALL_KINDS[AGAINST].title}, of the same resamples. Found: "
-        "how many of the best tenth are in the best tenth by the measure, a tenth by chance. Regret: how far the "
-        f"network with the best measure is behind the best one in {written.name}. Seconds: of one network."
+        f"bootstrap intervals; gain: tau minus that of the {kind_of(AGAINST).title}, of the same resamples. Found: how "
+        f"many of the best tenth ({best}) are in the best tenth by the measure. Regret: how far the network with the "
+        f"best measure is behind the best one in {written.name}. Seconds: of one network."
     )
     header = (
         "measure", "source", "tau", "rho", "tau at equal parameters", "tau at equal MACs", "gain", "found", "regret",
@@ -93,10 +93,6 @@ def network_table(run: Run) -> Table:
         "NTK condition",
     )
     return "Networks", note, header, rows
-
-
-def _text(estimate: Estimate) -> str:
-    return str(estimate) if math.isfinite(estimate.value) else ""
 
 
 def _finite(value: float) -> float:

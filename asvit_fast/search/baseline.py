@@ -74,7 +74,8 @@ class RandomSearch:
             directory.accept_changes(directory.trace, self.state_dict())
         elif directory.state is None and done:
             directory.save(self.state_dict())
-        with Progress(self.name, steps, done, "steps", progress) as shown:
+        recorded = f"{done} steps" if done else ""
+        with Progress(self.name, steps, done, "steps", progress, out=directory.path, recorded=recorded) as shown:
             for step in range(done, steps):
                 start = time.perf_counter()
                 draw = self.draw()

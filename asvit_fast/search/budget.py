@@ -76,9 +76,8 @@ class Budget:
             least, most = _extreme(space, value_of, width, min), _extreme(space, value_of, width, max)
             facts = f"the topologies of the space at width {width} have {_text(least)} to {_text(most)} {unit}"
             if (high is not None and least > high) or (low is not None and most < low):
-                raise InputError(
-                    f"budget: {name} must be from {_text(low)} to {_text(high)}, but {facts}; change the budget"
-                )
+                ends = [f"at least {_text(low)}"] * (low is not None) + [f"at most {_text(high)}"] * (high is not None)
+                raise InputError(f"budget: {name} must be {' and '.join(ends)}, but {facts}; change the budget")
             if (high is None or most <= high) and (low is None or low <= least):
                 ends = [f"from {_text(low)}"] * (low is not None) + [f"up to {_text(high)}"] * (high is not None)
                 idle.append(f"budget: {name} {' '.join(ends)} excludes nothing, as {facts}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -17,9 +18,25 @@ class Progress:
         name: of the run.
         total, done: size of the run and how much of it earlier processes have done, in ``unit``.
         digits: of these numbers, behind the point.
+        out: the run directory, which is named at the start.
+        recorded: what it holds already, such as "3 steps".
     """
 
-    def __init__(self, name: str, total: float, done: float, unit: str, show: bool, digits: int = 0) -> None:
+    def __init__(
+        self,
+        name: str,
+        total: float,
+        done: float,
+        unit: str,
+        show: bool,
+        digits: int = 0,
+        out: Path | None = None,
+        recorded: str = "",
+    ) -> None:
+        if show and out is not None:
+            going_on = f"{out} holds a run of {recorded}: continuing from there."
+            begin = f"Writing to {out}; stop at any time, the same command continues."
+            print(going_on if recorded else begin, file=sys.stderr, flush=True)
         self.name, self.total, self.begun_at, self.unit, self.digits = name, total, done, unit, digits
         terminal = sys.stderr.isatty()
         self._writes_lines = show and not terminal

@@ -115,7 +115,7 @@ def search(
     run = RULES.get(rule, _Search)(space, settings, evaluator, budget)
 
     def lead(share: Share[Task]) -> SearchResult:
-        for note in run.notes:
+        for note in run.notes + _without_effect(settings, budget, baseline):
             warnings.warn(note, stacklevel=4)
         with RunDirectory(out, run.config, changeable=("steps",), rebuilds=True) as directory:
             compared = None
@@ -127,6 +127,16 @@ def search(
             return replace(result, baseline=compared)
 
     return run_shared(lead, evaluator.work, evaluator.device)
+
+
+def _without_effect(settings: SearchSettings, budget: Budget, baseline: str | None) -> list[str]:
+    """Which options change nothing."""
+    notes = []
+    if budget.latency_ms is None and (unused := settings.changed("batch_size")):
+        notes.append(f"no effect without latency_ms: {', '.join(unused)}")
+    if settings.rule == "random" and baseline == "random":
+        notes.append("no effect: baseline random, which draws the topologies that rule random does")
+    return notes
 
 
 def _measured(

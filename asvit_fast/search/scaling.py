@@ -190,7 +190,8 @@ class _Scaling:
         """Take in the steps on record, and do the others."""
         self.replay(directory)
         millions = self.cost(self.reached).params / 1e6
-        with Progress("scale", self.limits[1] / 1e6, millions, "M parameters", progress, digits=2) as shown:
+        kept = {"out": directory.path, "recorded": f"{len(self.steps)} steps" if self.steps else ""}
+        with Progress("scale", self.limits[1] / 1e6, millions, "M parameters", progress, 2, **kept) as shown:
             while not self.finished:
                 step = self.step(directory, share, shown)
                 self.steps.append(step)

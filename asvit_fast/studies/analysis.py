@@ -15,7 +15,7 @@ from ..files import as_float
 from .measures import KINDS, MeasureKind
 from .ranks import Floats, kendall, partial, resamples, spearman, worst_last
 
-RESAMPLES = 2000
+RESAMPLES = 10_000
 LEVEL = 95  # percent of resamples that an interval holds
 TOP = 0.1  # part of the networks that counts as the best
 FEWEST = 8  # networks, and
@@ -34,6 +34,11 @@ COMBINED: dict[str, tuple[MeasureKind, tuple[str, ...]]] = {  # measures made of
     ),
 }
 ALL_KINDS: dict[str, MeasureKind] = {**KINDS, **{name: kind for name, (kind, _) in COMBINED.items()}}
+
+
+def kind_of(name: str) -> MeasureKind:
+    """What a measure is; one that nobody here knows is said to be better when larger."""
+    return ALL_KINDS.get(name, MeasureKind(1, name, "given"))
 
 
 @dataclass(frozen=True)
@@ -74,13 +79,14 @@ class Analysis:
     """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], seed: int = 0) -> None:
-        _check(rows)
+        check_rows(rows)
         self.rows = rows
         self.accuracy = np.array([accuracy_of(row) for row in rows])  # [n]; NaN: diverged
         self.weights = np.concatenate([np.ones((1, len(rows))), resamples(len(rows), RESAMPLES, seed)])  # [1 + B, n]
         self._target = worst_last(self.accuracy)
-        present = [name for name in KINDS if name in rows[0]["measures"]]
-        ranks = {name: worst_last(self.values(name), KINDS[name].direction) for name in present}
+        given = rows[0]["measures"]
+        present = [*(name for name in KINDS if name in given), *(name for name in given if name not in ALL_KINDS)]
+        ranks = {name: worst_last(self.values(name), kind_of(name).direction) for name in present}
         for name, (_, parts) in COMBINED.items():
             if all(part in ranks for part in parts):
                 ranks[name] = worst_last(_combine(name, [ranks[part] for part in parts]))
@@ -118,9 +124,14 @@ class Analysis:
         return Estimate.of(self._tau(name, None) - self._tau(other, None), len(self.rows), largest=2.0)
 
     def precision_at_top(self, name: str) -> float:
-        """Share of the best tenth by the measure that is in the best tenth by accuracy; by chance, a tenth."""
-        count = max(1, math.floor(TOP * len(self.rows) + 0.5))
-        return float(_chances(self.ranks[name], count) @ _chances(self._target, count) / count)
+        """Share of the best tenth by the measure that is in the best tenth by accuracy."""
+        best = self.best_tenth
+        return float(_chances(self.ranks[name], best) @ _chances(self._target, best) / best)
+
+    @property
+    def best_tenth(self) -> int:
+        """How many networks are the best tenth: one at least."""
+        return max(1, math.floor(TOP * len(self.rows) + 0.5))
 
     def regret(self, name: str) -> float:
         """How far the accuracy of the network with the best measure (the mean of such) is behind the best one."""
@@ -146,16 +157,21 @@ class Analysis:
         return kendall(own, with_which, self.weights)
 
     def noise(self) -> Noise | None:
-        """What the seeds of training do, of the networks that were trained several times."""
-        most = max(len(row["top1"]) for row in self.rows)
-        repeated = np.array([row for row in map(finite, (row["top1"] for row in self.rows)) if len(row) == most])
-        if most < 2 or len(repeated) < 2 or len(self.rows) < 3:
+        """What the seeds of training do, of the networks that have several accuracies."""
+        trainings = [row for row in map(finite, (row["top1"] for row in self.rows)) if row]
+        repeated = [row for row in trainings if len(row) > 1]
+        if len(repeated) < 2 or len(trainings) < 3:
             return None
-        residual = repeated - repeated.mean(0) - repeated.mean(1, keepdims=True) + repeated.mean()  # [networks, seeds]
-        within = float((residual**2).sum() / ((len(repeated) - 1) * (most - 1)))
-        firsts = np.array([as_float(row["top1"][0]) for row in self.rows])
-        total = float(np.var(firsts[np.isfinite(firsts)], ddof=1))
-        reliability = min(max(1 - within / total, 0.0), 1.0) if total else 0.0
+        if all(row.get("train_seconds") for row in self.rows):  # ours: training k of each has the same seed
+            most = max(map(len, repeated))
+            repeated = [row for row in repeated if len(row) == most]
+            within = _within_of_seeds(np.array(repeated)) if len(repeated) > 1 else math.nan
+        else:
+            deviations = [np.square(np.array(row) - np.mean(row)).sum() for row in repeated]
+            within = float(sum(deviations) / sum(len(row) - 1 for row in repeated))
+        total = float(np.var([np.mean(row) for row in trainings], ddof=1))
+        luck = within * float(np.mean([1 / len(row) for row in trainings]))  # left in the means
+        reliability = min(max(1 - luck / total, 0.0), 1.0) if total else 0.0
         return Noise(math.sqrt(within), math.sqrt(total), reliability, len(repeated))
 
 
@@ -163,10 +179,10 @@ class Analysis:
 class Noise:
     """How much of the accuracies is luck.
 
-    ``within``: standard deviation (percentage points) of the accuracy of a network over seeds of training, beyond what
-    a seed, which orders the images, does to all networks alike; ``total``: over networks with one seed each, seeds
-    included; ``reliability``: the part of the variance that is the networks'; ``networks``: how many were trained
-    several times.
+    ``within``: standard deviation of the accuracy of a network over trainings, in its unit. Where the trainings are the
+    study's own, beyond what a seed, which orders the images, does to all networks alike. ``total``: over networks, of
+    the accuracies that are compared (the mean of a network's trainings), luck included; ``reliability``: the part of
+    that variance that is the networks'; ``networks``: how many were trained several times, and tell it.
     """
 
     within: float
@@ -176,11 +192,26 @@ class Noise:
 
     @property
     def ceiling(self) -> float:
-        """Kendall's tau of a perfect measure with accuracies of one seed, if both are normally distributed."""
+        """Kendall's tau of a perfect measure with the accuracies that are compared, if both are normally
+        distributed."""
         return 2 / math.pi * math.asin(math.sqrt(self.reliability))
 
 
-def _check(rows: Sequence[Mapping[str, Any]]) -> None:
+def _within_of_seeds(accuracies: Floats) -> float:
+    """Variance of accuracies [networks, seeds] beyond the means of networks and of seeds."""
+    networks, seeds = accuracies.shape
+    residual = accuracies - accuracies.mean(0) - accuracies.mean(1, keepdims=True) + accuracies.mean()
+    return float((residual**2).sum() / ((networks - 1) * (seeds - 1)))
+
+
+def check_rows(rows: Any) -> None:
+    """Raise InputError unless these are rows of a study, naming what is missing or no number."""
+    if (
+        isinstance(rows, (str, Mapping))
+        or not isinstance(rows, Sequence)
+        or not all(isinstance(r, Mapping) for r in rows)
+    ):
+        raise InputError(f"a study needs a list of rows as trace.jsonl has them, got {type(rows).__name__}")
     if not rows:
         raise InputError("a study needs the rows of one topology or more, got none")
     for number, row in enumerate(rows):
@@ -190,6 +221,14 @@ def _check(rows: Sequence[Mapping[str, Any]]) -> None:
         ]
         if missing:
             raise InputError(f"row {number} of the study lacks {', '.join(missing)}; give rows as trace.jsonl has them")
+        try:
+            for value in (*row["top1"], *row["measures"].values()):
+                as_float(value)
+        except (TypeError, ValueError, AttributeError):
+            raise InputError(
+                f"row {number} of the study: top1 must be a list of numbers and measures a dict of numbers, got "
+                f"{row['top1']!r:.60} and {row['measures']!r:.60}"
+            ) from None
 
 
 def accuracy_of(row: Mapping[str, Any]) -> float:

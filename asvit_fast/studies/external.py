@@ -14,7 +14,7 @@ from ..files import file_errors
 from ..topology import Topology
 
 Candidates = str | os.PathLike[str] | Sequence[str | Topology]  # a file, or the topologies themselves
-Accuracies = str | os.PathLike[str] | Mapping[Any, Any]  # a file, or {topology: accuracy, or a list of them}
+Accuracies = str | os.PathLike[str] | Mapping[Any, Any]  # a file, or {topology: accuracy, or several of them}
 SEPARATORS = ",;\t"
 
 
@@ -24,7 +24,7 @@ def read_topologies(source: Candidates, width: int) -> list[Topology]:
     One that has no width gets ``width``. Raises InputError as ``read_accuracies`` does.
     """
     if isinstance(source, (str, os.PathLike)):
-        return list(dict.fromkeys(topology for topology, _ in _lines(Path(source), ("topology",), width)))
+        return list(dict.fromkeys(topology for topology, _, _ in _lines(Path(source), ("topology",), width)))
     if not isinstance(source, Iterable):
         raise InputError(f"candidates must be a CSV file or a list of topologies, got {type(source).__name__}")
     found = list(dict.fromkeys(Topology.parse(topology, width) for topology in source))
@@ -44,22 +44,23 @@ def read_accuracies(source: Accuracies, width: int) -> dict[Topology, list[float
         InputError: a file that cannot be read, has no such columns, or a line that cannot be understood, naming it.
     """
     found: dict[Topology, list[float]] = {}
-    if isinstance(source, Mapping):
+    if isinstance(source, (str, os.PathLike)):
+        for topology, row, line in _lines(Path(source), ("topology", "accuracy"), width):
+            found.setdefault(topology, []).append(_number(row["accuracy"], line))
+    elif isinstance(source, Mapping) or hasattr(source, "items"):  # or a pandas Series
         for topology, values in source.items():
-            several = values if isinstance(values, (list, tuple)) and values else [values]
-            found[Topology.parse(topology, width)] = [_number(value, str(topology)) for value in several]
+            several = list(values) if isinstance(values, Iterable) and not isinstance(values, str) else [values]
+            numbers = [_number(value, f"accuracies of {topology}") for value in several or [None]]
+            found.setdefault(Topology.parse(topology, width), []).extend(numbers)
         if not found:
             raise InputError("accuracies must have one topology or more, got none")
-        return found
-    if not isinstance(source, (str, os.PathLike)):
+    else:
         raise InputError(f"accuracies must be a CSV file or a dict, got {type(source).__name__}")
-    for topology, row in _lines(Path(source), ("topology", "accuracy"), width):
-        found.setdefault(topology, []).append(_number(row["accuracy"], f"{source}: {topology}"))
     return found
 
 
-def _lines(path: Path, columns: tuple[str, ...], width: int) -> Iterator[tuple[Topology, dict[str, str]]]:
-    """The topology and all columns of every line, one at least."""
+def _lines(path: Path, columns: tuple[str, ...], width: int) -> Iterator[tuple[Topology, dict[str, str], str]]:
+    """The topology and all columns of every line, one at least, and where it is."""
     empty = True
     with file_errors("read", path), open(path, newline="", encoding="utf-8-sig") as file:
         try:
@@ -75,12 +76,15 @@ def _lines(path: Path, columns: tuple[str, ...], width: int) -> Iterator[tuple[T
                 empty = False
                 line = f"{path}, line {reader.line_num + 1}"
                 if None in row:
-                    quotes = "put a topology in quotes, for its commas" if separator == "," else "correct one of them"
-                    raise InputError(f"{line} has more cells than the first line has names; {quotes}")
+                    advice = (
+                        "put what has commas in quotes, and write 70.5 for 70,5" if separator == "," else "correct it"
+                    )
+                    raise InputError(f"{line} has more cells than the first line has names; {advice}")
                 try:
-                    yield Topology.parse(row["topology"] or "", width), row
+                    topology = Topology.parse(row["topology"] or "", width)
                 except InputError as error:
                     raise InputError(f"{line}: {error}") from None
+                yield topology, row, line
         except (csv.Error, UnicodeDecodeError) as error:
             raise InputError(f"{path} is not a CSV file of text: {error}") from None
     if empty:

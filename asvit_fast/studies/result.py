@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .analysis import AGAINST, ALL_KINDS, Analysis, Estimate, Noise
+from ..runs import read_run
+from ..settings import check_seed
+from .analysis import AGAINST, Analysis, Estimate, Noise, check_rows, kind_of
 
 
 @dataclass(frozen=True)
@@ -19,9 +23,9 @@ class Study:
 
     ``rows``: one for each topology, as in trace.jsonl. Every property maps the name of a measure to an ``Estimate``
     (``.value``, and ``.low`` and ``.high`` of its 95 % bootstrap interval) or a number. Correlations above 0 mean that
-    the measure orders networks as its authors say; NaN stands for a measure, or an accuracy, that is the same for all
-    networks. Fewer than 8 networks tell next to nothing: the interval is then from -1 to 1. Raises InputError for rows
-    that lack something, or none.
+    the measure orders networks as its authors say, of a measure of your own that larger is better; NaN stands for a
+    measure, or an accuracy, that is the same for all networks. Fewer than 8 networks tell next to nothing: the interval
+    is then from -1 to 1. Raises InputError for rows that lack something, or none.
 
     Examples:
         >>> import asvit_fast as af
@@ -31,8 +35,21 @@ class Study:
         1.0
     """
 
-    rows: list[dict[str, Any]] = field(repr=False)
+    rows: list[dict[str, Any]]
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_rows(self.rows)
+        check_seed(self.seed)
+
+    def __repr__(self) -> str:
+        return f"Study({len(self.rows)} topologies, {len(self.rows[0]['measures'])} measures)"
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> Study:
+        """The study in a run directory, as far as it is done. Raises InputError where there is none."""
+        run = read_run(Path(directory), ("study",))
+        return cls(run.trace, run.config["seed"])
 
     @cached_property
     def analysis(self) -> Analysis:
@@ -65,7 +82,8 @@ class Study:
 
     @property
     def precision_at_top(self) -> dict[str, float]:
-        """Share of the best tenth by each measure that is among the best tenth by accuracy; a tenth by chance."""
+        """Share of the best tenth by each measure that is among the best tenth by accuracy; by chance, a tenth (of
+        fewer than 15 networks the best tenth is one network, which is more)."""
         return self._each(self.analysis.precision_at_top)
 
     @property
@@ -109,9 +127,7 @@ class Study:
             "compared_with": AGAINST,
             "measures": {
                 name: {
-                    "title": ALL_KINDS[name].title,
-                    "source": ALL_KINDS[name].source,
-                    "direction": ALL_KINDS[name].direction,
+                    **asdict(kind_of(name)),
                     **{key: asdict(values[name]) for key, values in estimates.items() if name in values},
                     **{key: values[name] for key, values in numbers.items()},
                 }

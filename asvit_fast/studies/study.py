@@ -17,7 +17,7 @@ from torch import Tensor
 from ..backends import rank_device
 from ..cost import topology_cost
 from ..errors import InputError
-from ..files import as_float
+from ..files import as_float, to_json
 from ..images import fingerprint
 from ..processes import init_process_group
 from ..recipe import Recipe
@@ -25,7 +25,7 @@ from ..run_directory import TRACE, RunDirectory
 from ..scoring.score import load
 from ..search.distributed import Share, run_shared
 from ..search.progress import Progress
-from ..settings import ImageSize, ScoreSettings, StudySettings, check_integer, check_seed
+from ..settings import ImageSize, ScoreSettings, StudySettings, check_integer, check_kind, check_seed
 from ..topology import SearchSpace, Topology
 from ..training.training_setup import Data
 from .external import Accuracies, Candidates, read_accuracies, read_topologies
@@ -35,6 +35,10 @@ from .sample import sample
 from .trainings import Trained, Trainer, fingerprint_of
 
 EPOCHS = 300  # of the paper's trainings
+APART = (  # fields of a recipe that results do not depend on
+    "seed", "workers", "bad_images", "parallel", "checkpoint_interval", "eval_interval", "log_interval",
+)  # fmt: skip
+CHANGEABLE = ("topologies", "data")  # on going on: the fingerprint knows the data again
 TRAININGS = "trainings"  # folder of those that are not on record yet
 _MEASURES = -1  # in the place of a training's number
 _FIELDS = (*NAMES, *(f"{name}.seconds" for name in NAMES))
@@ -107,6 +111,7 @@ def study(
         >>> st.kendall_tau["params"].value
         1.0
     """
+    check_kind("space", space, SearchSpace | None, "a SearchSpace, or None for that of the paper")
     settings = StudySettings(topologies, sampling, width, repeats, repeat_every, score_repeats)
     check_seed(seed)
     check_integer("epochs", epochs, 1)
@@ -173,7 +178,7 @@ class _Study:
         }
         if self.data is None:
             assert self.known is not None
-            self.config["accuracies"] = {str(topology): values for topology, values in self.known.items()}
+            self.config["accuracies"] = "given"
             return
         self.trainer = Trainer(self.data, checked, epochs, self.scoring.img_size, self.device, self.seed, kept)
         if self.out is None or not (self.out / TRACE).exists():
@@ -181,11 +186,11 @@ class _Study:
         self.config |= {
             "data": str(self.data) if isinstance(self.data, (str, Path)) else "data sets",
             "data_fingerprint": fingerprint_of(self.data),
-            **(self._sampling() if self.candidates is None else {"candidates": list(map(str, self.candidates))}),
+            **(self._sampling() if self.candidates is None else {"candidates": "given"}),
             "epochs": epochs,
             "repeats": self.settings.repeats,
             "repeat_every": self.settings.repeat_every,
-            "recipe": {name: value for name, value in sorted(asdict(checked).items()) if name != "seed"},
+            "recipe": {name: value for name, value in sorted(asdict(checked).items()) if name not in APART},
         }
 
     def notes(self, epochs: int, recipe: Mapping[str, Any]) -> list[str]:
@@ -207,10 +212,12 @@ class _Study:
         """Do what is left of the study; rank 0 alone."""
         processes = init_process_group(self.device)
         with RunDirectory(
-            self.out, self.config, None, changeable=("topologies",), keeps=(TRAININGS,), rebuilds=True
+            self.out, self.config, None, changeable=CHANGEABLE, keeps=(TRAININGS,), rebuilds=True
         ) as directory:
             self._take_in(directory)
-            with Progress("study", len(self.topologies), len(directory.trace), "topologies", progress) as shown:
+            total, done = len(self.topologies), len(directory.trace)
+            recorded = f"{done} topologies" if done else ""
+            with Progress("study", total, done, "topologies", progress, out=self.out, recorded=recorded) as shown:
                 while (done := len(directory.trace)) < len(self.topologies):
                     for row in self._rows(share, range(done, min(done + processes, len(self.topologies)))):
                         directory.record(row, {})
@@ -261,8 +268,19 @@ class _Study:
             expected = str(self.topologies[number]) if number < len(self.topologies) else None
             if expected is None:
                 raise directory.refuse_changes(f"{len(directory.trace)} topologies are on record, and none is dropped")
+            if self.candidates is not None and row.get("topology") != expected:
+                raise InputError(
+                    f"{self.out} has {row.get('topology')} on record where {expected} is given: add new topologies "
+                    "behind the others, or choose another run directory"
+                )
             if reason := _damage(row, number, expected):
                 raise directory.damaged_line(number, reason)
+            known = None if self.known is None else self.known[self.topologies[number]]
+            if known is not None and to_json(row["top1"]) != to_json(known):
+                raise InputError(
+                    f"{self.out}: accuracies of {expected} are {row['top1']} on record and {known} here; "
+                    "choose another run directory"
+                )
         if directory.changes:
             directory.accept_changes(directory.trace, None)
 

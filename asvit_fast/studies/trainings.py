@@ -67,6 +67,8 @@ class Trainer:
                 img_size=self.img_size,
                 progress=False,
             )
+        if setup.images.num_classes < 2:
+            raise InputError("data must hold images of two classes or more: of one, every network is always right")
         if not setup.images.has_validation:
             raise InputError("data must hold images for validation, in val/ or validation/: a study needs accuracies")
 

@@ -10,6 +10,8 @@ import numpy as np
 from .analysis import FEWEST
 from .result import Study
 
+FEWEST_REPEATED = 5  # networks with several trainings, to say what a perfect measure could reach
+
 
 class Accuracies:
     """How accuracies are written: those of our trainings in percent, those of elsewhere in a unit nobody knows."""
@@ -42,11 +44,12 @@ def remarks(result: Study) -> list[str]:
         lines.append("All topologies have the same accuracy: there is no order. Do the data have several classes?")
     elif len(accuracy) < FEWEST:
         lines.append(f"Fewer than {FEWEST} topologies tell next to nothing: intervals are all that is possible.")
-    if noise := result.noise:
-        lines.append(
-            f"Another seed changes the accuracy by {noise.within:.1f} (standard deviation; {noise.networks} topologies "
-            f"were trained several times), so a perfect measure would reach a tau of about {noise.ceiling:.2f}."
-        )
+    if (noise := result.noise) and np.isfinite(noise.within):
+        said = f"{noise.networks} topologies were trained several times"
+        lines.append(f"Another training changes the accuracy by {noise.within:.2g} (standard deviation; {said})")
+        few = "; too few to say how near to 1 a perfect measure would come."
+        ceiling = f", so a perfect measure would reach a tau of about {noise.ceiling:.2f}."
+        lines[-1] += few if noise.networks < FEWEST_REPEATED else ceiling
     if len(known) and (diverged := result.diverged):
         lines.append(
             f"{len(diverged)} diverged; they rank last, and regret takes their accuracy for the lowest of the others: "

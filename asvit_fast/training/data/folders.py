@@ -91,7 +91,8 @@ def _find_split(data: Path, split: str, training: bool) -> Path:
         for candidate in (data / name, data / f"{name}.tar"):
             if candidate.exists():
                 return candidate
-    raise InputError(f"data folder {str(data)!r} has no {split!r}; {_what_there_is(data, split, training)}")
+    wanted = " or ".join(map(repr, dict.fromkeys((split, *synonyms))))
+    raise InputError(f"data folder {str(data)!r} has no {wanted}; {_what_there_is(data, split, training)}")
 
 
 def _what_there_is(data: Path, split: str, training: bool) -> str:

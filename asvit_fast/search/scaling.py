@@ -190,8 +190,17 @@ class _Scaling:
         """Take in the steps on record, and do the others."""
         self.replay(directory)
         millions = self.cost(self.reached).params / 1e6
-        kept = {"out": directory.path, "recorded": f"{len(self.steps)} steps" if self.steps else ""}
-        with Progress("scale", self.limits[1] / 1e6, millions, "M parameters", progress, 2, **kept) as shown:
+        recorded = f"{len(self.steps)} steps" if self.steps else ""
+        with Progress(
+            "scale",
+            self.limits[1] / 1e6,
+            millions,
+            "M parameters",
+            progress,
+            digits=2,
+            out=directory.path,
+            recorded=recorded,
+        ) as shown:
             while not self.finished:
                 step = self.step(directory, share, shown)
                 self.steps.append(step)

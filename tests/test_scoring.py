@@ -316,7 +316,7 @@ def test_non_finite_results_are_reported() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"target": "8,2,3|4,1"}, "2 groups instead of 5"),
+        ({"target": "8,2,3|4,1"}, "2 instead of 5 groups"),
         ({"target": "vit_tinny"}, "neither a topology nor a model of timm or torchvision"),
         ({"target": 3}, "got int"),
         ({"metrics": ("speed",)}, "metrics must be some of"),

@@ -58,7 +58,7 @@ LAYERS: dict[str, set[str]] = {
     "recipe": {"errors"},
     "search": {"scoring", "models", "cost", "latency", "run_directory", "processes"},
     "training": {"models", "acceleration", "cost", "images", "run_directory", "processes", "recipe"},
-    "studies": {"search", "training"},
+    "studies": {"search", "training", "runs"},
     "acceleration": {"models", "modes"},
     "detection": {"training"},
     "graph": {"models", "modes"},

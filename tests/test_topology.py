@@ -46,7 +46,7 @@ def test_sizes() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("8,2,3|4,1,2|4,1,4|32", "4 groups instead of 5"),
+        ("8,2,3|4,1,2|4,1,4|32", "4 instead of 5 groups"),
         ("8,2|4,1,2|4,1,4|4,1,6|32", "stage 1 has 2 numbers"),
         ("8,2,3|4,1,2|4,1,4|4,1,6|32,1,2", "the last group has 3 numbers"),
         ("8,2,x|4,1,2|4,1,4|4,1,6|32", "group 1 ('8,2,x') must hold integers only"),
@@ -56,7 +56,7 @@ def test_sizes() -> None:
         ("8,2,3|4,1,2|4,1,4|4,1,600|32", "stage 4: expansion must be an integer from 1 to 64, got 600"),
         ("8,2,3|4,1,2|4,1,4|4,1,6|30", "heads must be a multiple of 8"),
         ("8,2,3|4,1,2|4,1,4|4,1,6|64,4", "8 heads need at least 8 channels, got 4"),
-        ("", "1 groups instead of 5"),
+        ("", "1 instead of 5 groups"),
         (None, "expected a string, got NoneType"),
     ],
 )

@@ -110,7 +110,7 @@ def renamed_val(root: Path) -> None:
         (loose, {}, "outside of class folders"),
         (extra_class, {}, r"other classes.*4, not 3.*unknown 'd'"),
         (missing_class, {}, r"other classes.*2, not 3.*without 'b'"),
-        (renamed_val, {}, r"no 'validation'; it holds 'test', 'train'; did you mean val_split='test'"),
+        (renamed_val, {}, r"no 'validation' or .*; it holds 'test', 'train'; did you mean val_split='test'"),
         (renamed_val, {"val_split": "held-out"}, r"val_split='test'"),
         (None, {"train_split": "training_set"}, r"no 'training_set'; it holds 'train', 'val'"),
         (None, {"batch_size": 22}, r"21 training images are fewer than one batch of 22; a batch_size up to 21 fits"),

@@ -109,9 +109,7 @@ def output_of(*command: str | Path) -> str:
 def find_torch() -> Any:
     """The torch of the build environment."""
     if importlib.util.find_spec("torch") is None:
-        raise CannotBuild(
-            "torch is not importable in the build environment: install torch, then `pip install --no-build-isolation .`"
-        )
+        raise CannotBuild("pip built apart from your torch: install torch, then `pip install --no-build-isolation .`")
     import torch
 
     return torch

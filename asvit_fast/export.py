@@ -25,7 +25,7 @@ from ._version import __version__
 from .cost import params
 from .errors import InputError, one_line
 from .files import folder_path, read_object, write_folder
-from .model_card import CARD, is_ours, model_card, write_card
+from .model_card import CARD, is_ours, model_card, run_facts, write_card
 from .models.library import takes_size
 from .runs import Run, has_run, read_run
 from .settings import EXPORT_FORMATS, ImageSize, check_choice
@@ -47,11 +47,13 @@ class Exported:
         built: the network, and how its images are prepared.
         trained: whether its weights are trained.
         run: the search, scaling or training that it is the result of, None where it is of none.
+        earlier: what an earlier export, which this is one of, says of itself in its configuration.
     """
 
     built: CheckpointModel
     trained: bool
     run: Run | None = None
+    earlier: Mapping[str, Any] | None = None
 
     @property
     def limit(self) -> float | None:
@@ -61,7 +63,17 @@ class Exported:
     @property
     def weights(self) -> str:
         """Where the weights are from, in words."""
+        if self.earlier is not None and isinstance(text := self.earlier.get("weights"), str):
+            return text
         return "fresh, not trained" if not self.trained else f"of {self.built.path.name or 'the network in memory'}"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the model card says of the run behind it."""
+        if self.run is not None:
+            return run_facts(self.run)
+        facts = {} if self.earlier is None else self.earlier.get("facts")
+        return facts if isinstance(facts, dict) and all(map(_is_text, facts.values())) else {}
 
     @property
     def parameters(self) -> int:
@@ -142,7 +154,7 @@ def writer(format: str, to: str | Path, push_to_hub: str = "") -> Callable[[Expo
     formats = [one for one, files in EXPORT_FORMATS.items() if one == format or (target / files[0]).is_file()]
 
     def write(source: Exported) -> Path:
-        card = model_card(source.built, source.weights, source.run, formats, Path(target.resolve().name))
+        card = model_card(source.built, source.weights, source.facts, formats, Path(target.resolve().name))
 
         def fill(folder: Path) -> None:
             _WRITERS[format](source, folder)
@@ -173,6 +185,10 @@ def open_network(
         img_size = img_size or config.get("img_size")
     built = _fresh(str(target.name), target.options, seed, num_classes, img_size)
     return Exported(built, False, run)
+
+
+def _is_text(fact: Any) -> bool:
+    return all(isinstance(text, str) for text in (fact if isinstance(fact, list) else [fact]))
 
 
 def limit_of(run: Run) -> float | None:
@@ -209,8 +225,13 @@ def _as_it_is(built: CheckpointModel, name: str, num_classes: int | None, img_si
     if num_classes not in (None, classes):
         raise InputError(f"{name} has {classes} classes; leave num_classes out")
     folder = built.path.parent
-    is_training = has_run(folder) and read_object(folder / CONFIG_FILE).get("kind") == "train"
-    return Exported(built, True, read_run(folder, ("train",)) if is_training else None)
+    config = read_object(folder / CONFIG_FILE)
+    if has_run(folder) and config.get("kind") == "train":
+        return Exported(built, True, read_run(folder, ("train",)))
+    earlier = config.get(MARK) if built.path.name == WEIGHTS_FILE else None
+    if not isinstance(earlier, dict):
+        return Exported(built, True)
+    return Exported(built, earlier.get("trained") is not False, earlier=earlier)
 
 
 def _fresh(
@@ -257,7 +278,8 @@ def _for_timm(source: Exported) -> dict[str, Any]:
     if tuple(own["input_size"][1:]) != tuple(config["input_size"][1:]):
         kept["pool_size"] = None
     model.pretrained_cfg = {**kept, **config, "architecture": built.name, "num_classes": model.num_classes}
-    notes: dict[str, Any] = {MARK: {"version": __version__, "trained": source.trained, "parameters": source.parameters}}
+    about = {"trained": source.trained, "weights": source.weights, "facts": source.facts}  # for exports of this one
+    notes: dict[str, Any] = {MARK: {"version": __version__, "parameters": source.parameters, **about}}
     if labels is not None:  # where the Hub's readers look, and where timm's do
         model.pretrained_cfg["label_names"] = notes["label_names"] = labels
     return {

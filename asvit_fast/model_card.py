@@ -36,14 +36,14 @@ def is_ours(path: Path) -> bool:
 
 
 def model_card(
-    built: CheckpointModel, weights: str, run: Run | None, formats: list[str], folder: Path
+    built: CheckpointModel, weights: str, facts: dict[str, Any], formats: list[str], folder: Path
 ) -> dict[str, Any]:
     """The facts of a network as timm's ``generate_readme`` and ``push_to_hf_hub`` take them.
 
     Args:
         built: the network, and how its images are prepared.
         weights: where its weights are from, in words.
-        run: the search, scaling or training that it is the result of.
+        facts: of the search, scaling or training that it is the result of, as ``run_facts`` has them.
         formats: the formats in the folder.
         folder: the folder, by the name that whoever loads it will use.
     """
@@ -56,7 +56,7 @@ def model_card(
         **({"Topology": f"`{built.options['topology']}`"} if "topology" in built.options else {}),
         "Images": images_text(config),
         "Weights": weights,
-        **({} if run is None else _facts(run)),
+        **facts,
     }
     usage = "\n".join(line for format in formats for line in ("```python", *how_to_load(format, folder), "```"))
     return {
@@ -83,13 +83,22 @@ def how_to_load(format: str, folder: Path) -> list[str]:
     """Lines of Python that load an export."""
     file = folder / EXPORT_FORMATS[format][0]
     if format == "onnx":
-        return ["import onnxruntime", f"session = onnxruntime.InferenceSession('{file}')"]
+        return [
+            "import onnxruntime",
+            f"session = onnxruntime.InferenceSession('{file}')",
+            "preprocessing = session.get_modelmeta().custom_metadata_map  # input_size, mean, std, ...: JSON each",
+        ]
     if format == "exported":
-        return ["import torch  # it needs nothing else", f"model = torch.export.load('{file}').module()"]
+        return [
+            "import torch  # it needs nothing else",
+            "preprocessing = {'asvit_fast.json': ''}  # filled in by load, as JSON",
+            f"model = torch.export.load('{file}', extra_files=preprocessing).module()",
+        ]
     return ["import asvit_fast, timm", f"model = timm.create_model('local-dir:{folder}', pretrained=True)"]
 
 
-def _facts(run: Run) -> dict[str, Any]:
+def run_facts(run: Run) -> dict[str, Any]:
+    """Scores of a search or a scaling, or schedule, length and accuracy of a training, and the commands of the run."""
     facts = _of_training(run) if run.kind == "train" else _of_design(run)
     commands = list(dict.fromkeys(start["command"] for start in run.starts if isinstance(start.get("command"), str)))
     return {**facts, **({"Commands": [f"`{command}`" for command in commands]} if commands else {})}

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
-from .files import read_object
+from .files import read_jsonl, read_object
 from .models.foreign import is_foreign
 from .models.library import check_known, is_known
-from .run_directory import CONFIG
+from .run_directory import CONFIG, TRACE
 from .runs import DESIGNS, Run, find_runs, has_run
 from .settings import EXPORT_FORMATS
 from .topology import NAMED_TOPOLOGIES, Topology
@@ -97,14 +97,17 @@ def resolve(what: str | Path | Topology, *, to_train: bool = False, foreign: boo
                 return Target(None, weights=path / "train")
             raise InputError(f"{str(path)!r} holds a training and other runs; give {path / 'train'} or another of them")
         if not to_train and read_object(path / CONFIG).get("kind") == "train":
-            raise InputError(
-                f"{str(path)!r} holds a training without its checkpoints, {BEST} and {LAST}: restore one of them"
-            )
+            begun = read_jsonl(path / TRACE)
+            advice = "restore one of them" if begun else "no epoch has ended yet: run the same train command again"
+            raise InputError(f"{str(path)!r} holds a training without its checkpoints, {BEST} and {LAST}; {advice}")
         run = _finished(path)
         return Target("asvit", {"topology": str(Topology.parse(run.topology))}, run=run)
     if "/" in str(what) or path.suffix:
         raise InputError(f"{str(what)!r} does not exist; give {FORMS}")
-    check_known(str(what))
+    try:
+        check_known(str(what))
+    except InputError as error:
+        raise InputError(f"{error}; there is no file or folder of that name either") from None
     raise AssertionError("a known name")
 
 

@@ -39,6 +39,29 @@ def test_card_of_a_training(tmp_path: Path) -> None:
     assert str(tmp_path) not in text
 
 
+def test_an_export_of_an_export_knows_what_the_first_knew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    training_program.run(tmp_path / "train")
+    first = (export(tmp_path / "train", tmp_path / "a" / "model") / "README.md").read_text()
+    again = export(tmp_path / "a" / "model", tmp_path / "b" / "model")
+    assert (again / "README.md").read_text() == first and "**Top-1:**" in first
+    export(again, again, format="exported")
+    text = (again / "README.md").read_text()
+    assert "**Top-1:**" in text and "extra_files=preprocessing" in text
+    code = text[text.index("import torch") :].partition("```")[0].replace("'model/", f"'{again}/")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert json.loads(names["preprocessing"]["asvit_fast.json"])["architecture"]
+    fresh = export(TOPOLOGY, tmp_path / "fresh", img_size=32)
+    assert main(["export", str(fresh), "--to", str(tmp_path / "second")]) == 0
+    assert "not trained)" in capsys.readouterr().out
+    config = json.loads((tmp_path / "second" / "config.json").read_text())
+    assert config["asvit_fast"]["trained"] is False
+    assert "- **Weights:** fresh, not trained" in (tmp_path / "second" / "README.md").read_text()
+    config["asvit_fast"]["facts"] = {"Schedule": {"no": "text"}}
+    (tmp_path / "second" / "config.json").write_text(json.dumps(config))
+    assert "Schedule" not in (export(tmp_path / "second", tmp_path / "third") / "README.md").read_text()
+
+
 def test_card_of_a_search(tmp_path: Path) -> None:
     run = write_run(tmp_path / "search", kind="search", img_size=32, convention="reference")
     scores = {"length_distortion": 2.5, "ntk_condition": "inf"}

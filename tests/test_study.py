@@ -154,7 +154,7 @@ def test_accuracies_of_elsewhere_take_the_place_of_trainings(tmp_path: Path) -> 
     result = af.study(accuracies=file, out=tmp_path / "out", **options)
     assert [row["top1"] for row in result.rows] == [[61.5, 62.5], [63.0]]
     assert result.kendall_tau["params"].value == pytest.approx(1)
-    with pytest.raises(af.InputError, match="give one of them"):
+    with pytest.raises(af.InputError, match="got both, give one"):
         af.study(data(), accuracies=file, **options)
 
 

@@ -239,7 +239,14 @@ EVAL = Command(
             "checkpoint",
             "a training's folder, a checkpoint in timm's format, an exported folder, or weights with --model",
         ),
-        Option("data", text, None, "folder of the split's folder, or where its library keeps it", "DIR", required=True),
+        Option(
+            "data",
+            text,
+            None,
+            "folder that holds the split's folder, or where its library keeps it",
+            "DIR",
+            required=True,
+        ),
         Option("dataset", text, "", "timm's name of the data set: folder, tar, hfds/NAME, wds/NAME, tfds/NAME", "NAME"),
         Option(
             "split", text, "validation", "split, or subfolder; '' for the folder itself", "NAME", parameter="val_split"

@@ -17,15 +17,16 @@ def run(values: SimpleNamespace) -> int:
     network = open_network(values.source, values.seed, values.num_classes, values.img_size, values.use_ema)
     target = write(network)
     fresh = f"fresh weights from seed {values.seed}, not trained"
-    weights = f"the weights of {network.built.path}" if network.trained else fresh
+    taken = f"the weights of {network.built.path}"
+    weights = taken if network.trained else f"{taken}, not trained" if network.earlier else fresh
     print(f"Wrote {', '.join((*EXPORT_FORMATS[values.format], CARD))} to {target} ({weights}).")
     print(f"network:      {size(network)}")
     print(f"images:       {images_text(network.built.data_config())}")
     if values.format == "onnx":
         ran = "the same outputs in ONNX Runtime as in torch" if runtime_installed() else NOT_RUN
         print(f"checked:      {ran}")
-    for heading, line in zip(("load it:", ""), how_to_load(values.format, target), strict=True):
-        print(f"{heading:14}{line}")
+    for number, line in enumerate(how_to_load(values.format, target)):
+        print(f"{'' if number else 'load it:':14}{line}")
     if values.push_to_hub:
         print(f"uploaded:     timm.create_model('hf-hub:{values.push_to_hub}', pretrained=True)")
     return 0

@@ -27,11 +27,13 @@ def report(directory: str | Path) -> Path:
     JSON), plots and page are written beside it, with its name. Returns the path of the page. Raises InputError when
     there is no run, nothing to draw yet, a file that cannot be understood, or no way to write.
     """
+    directory = Path(directory)
+    if not directory.exists():
+        find_runs(directory, KINDS)  # says what to give
     try:
         from . import bench_plots, comparison_plots, detection_plots, plots, study_plots, training_plots
     except ModuleNotFoundError as error:
         raise InputError(f"a report needs {error.name}; pip install 'asvit-fast[report]'") from None
-    directory = Path(directory)
     if directory.is_file():
         rows = read_rows(directory)
         section = bench_section(directory, rows, bench_plots.throughput, bench_plots.memory)

@@ -116,7 +116,10 @@ def study(
     check_seed(seed)
     check_integer("epochs", epochs, 1)
     if (data is None) == (accuracies is None):
-        raise InputError("a study needs data to train on, or accuracies of trainings done elsewhere: give one of them")
+        got = "neither" if data is None else "both"
+        raise InputError(
+            f"a study needs data to train on, or accuracies of trainings done elsewhere; got {got}, give one"
+        )
     if accuracies is not None and candidates is not None:
         raise InputError("accuracies name the topologies that they are of; leave candidates out")
     scoring = ScoreSettings(img_size=img_size, thetas=thetas, repeats=score_repeats, batch=batch, device=device)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..errors import first_line
+from ..errors import InputError, first_line
 from .value import Taylor, TaylorError, gradients_wanted, laid_out, refuse_autograd_functions
 
 T = TypeVar("T")  # what a function gives
@@ -81,10 +81,10 @@ def jet(fn: Callable[[Any], T], x: Tensor, dx: Tensor, ddx: Tensor) -> tuple[T, 
 def _propagate(fn: Callable[[Any], Any], *derivatives: Tensor) -> tuple[Any, ...]:
     x = derivatives[0]
     if not (x.is_floating_point() or x.is_complex()):
-        raise ValueError(f"x must be floating point or complex to move along a curve, got {x.dtype}")
+        raise InputError(f"x must be floating point or complex to move along a curve, got {x.dtype}")
     for name, derivative in zip(("dx", "ddx"), derivatives[1:], strict=False):
         if derivative.shape != x.shape or derivative.dtype != x.dtype or derivative.device != x.device:
-            raise ValueError(
+            raise InputError(
                 f"{name} must match x ({list(x.shape)}, {x.dtype}, {x.device}), "
                 f"got {list(derivative.shape)}, {derivative.dtype}, {derivative.device}"
             )

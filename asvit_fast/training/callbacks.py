@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import InputError, one_line
+from ..errors import InputError
 from ..files import read_object, to_json, write_atomic
 
 EVENTS, RUNS = "tensorboard", "trackers.json"  # in a run directory: events, and the names that trackers gave the run
@@ -213,9 +213,8 @@ def _starting(package: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # each has its own
-        raise InputError(
-            f"log_{package}: {package} cannot begin ({one_line(error)}); set it up, or leave it out"
-        ) from error
+        reason = " ".join(str(error).split())  # whole: it says how to set it up
+        raise InputError(f"log_{package}: {package} cannot begin ({reason}); set it up, or leave it out") from error
 
 
 def _run_name(directory: Path, tracker: str, create: Callable[[], str]) -> str:

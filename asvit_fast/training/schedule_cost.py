@@ -41,7 +41,7 @@ class ScheduleCost:
         lines = [f"{'epochs':>12}  {'fewer tokens per side':>21}  {'multiply-adds per image':>23}  {'saving':>7}"]
         for title, phase, saving in zip(self._titles(), self.schedule.phases, self.phase_savings, strict=True):
             factor = f"{phase.reduction} x"
-            macs = f"{self.macs[phase.reduction] / 1e9:.3f} G"
+            macs = f"{self.macs[phase.reduction] / 1e9:.3g} G"
             lines.append(f"{title:>12}  {factor:>21}  {macs:>23}  {saving:>7.1%}")
         return "\n".join([*lines, f"{'all':>12}  {'':>21}  {'':>23}  {self.saving:>7.1%}"])
 

@@ -138,7 +138,7 @@ test-wheel: wheel
 
 # The documentation in build/docs/index.html, readable without a server and a network; a broken link is an error.
 docs: install
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # examples/notebooks, made from examples/*.py
 notebooks: install

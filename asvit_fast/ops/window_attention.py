@@ -254,7 +254,7 @@ def window_attention(
     [B, H, W, heads*head_dim], or qkv [B, D, H, W, 3*heads*head_dim] -> [B, D, H, W, heads*head_dim].
 
     Args:
-        qkv: the fused projection, channels ordered q | k | v, each [head][head_dim]; or a tuple of three maps q, k and
+        qkv: the fused projection, channels ordered q | k | v, each [head, head_dim]; or a tuple of three maps q, k and
             v, [B, H, W, heads*head_dim] or [B, D, H, W, heads*head_dim] each, of any strides. Any floating dtype.
         num_heads: attention heads.
         window: (height, width) or (depth, height, width) in tokens. Windows need not divide the map: it is padded at

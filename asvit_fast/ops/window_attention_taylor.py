@@ -173,7 +173,7 @@ def window_attention_taylor(
 
     Args:
         qkv: [orders + 1, B, H, W, 3*heads*head_dim], the fused projection's value, then 0, 1 or 2 derivatives with
-            respect to t (not divided by factorials); channels ordered q | k | v, each [head][head_dim]; float32,
+            respect to t (not divided by factorials); channels ordered q | k | v, each [head, head_dim]; float32,
             float64, float16 or bfloat16 (the latter two computed in float32). Read in place whatever its strides.
         num_heads: attention heads.
         window, shift: as for `window_attention`.

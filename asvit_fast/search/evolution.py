@@ -33,10 +33,6 @@ class RuleSearch(RandomSearch):
         self.notes = list(self.budget.check_possible(self.space, self.evaluator.cost, self.settings.width))
         if unused := self.settings.changed("lr", "momentum", "history"):
             self.notes.append(f"no effect with rule {self.rule}, which has no policy: {', '.join(unused)}")
-        if self.rule == Evolution.rule and self.settings.steps <= POPULATION:
-            self.notes.append(
-                f"evolution begins with {POPULATION} random topologies: in {self.settings.steps} steps it is random"
-            )
         self.scored: list[tuple[Topology, Measures]] = []
 
     def record(self, step: int, draw: Draw, measures: Measures, seconds: float) -> dict[str, Any]:
@@ -57,6 +53,13 @@ class Evolution(RuleSearch):
     """Each step changes one dimension of a good topology among the latest; the oldest drop out."""
 
     rule = "evolution"
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        if self.settings.steps <= POPULATION:
+            self.notes.append(
+                f"evolution begins with {POPULATION} random topologies: in {self.settings.steps} steps it is random"
+            )
 
     def draw(self) -> Draw:
         if len(self.scored) < POPULATION:

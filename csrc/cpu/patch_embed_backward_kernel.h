@@ -51,15 +51,15 @@ inline void find_means(const PatchEmbed<T>& problem, const T* block, const T* gr
 #pragma GCC unroll 8
   for (int begin = 0; begin < kTokenBlock; begin += kLanes<T>) {
     Vector<T> sums[kLanes<T>] = {}, products[kLanes<T>] = {};
+    for (int64_t i = 0; i < vectors(); ++i) {
+      const int64_t at = i * kLanes<T>;
+      const Vector<T> weight = load<T>(problem.norm_weight + at);
 #pragma GCC unroll 16
-    for (int token = 0; token < kLanes<T> && begin + token < kTokenBlock; ++token) {
-      const int64_t row = (begin + token) * padded;
-      const Vector<T> mean = broadcast<T>(moments.mean[begin + token]);
-      for (int64_t i = 0; i < vectors(); ++i) {
-        const int64_t at = i * kLanes<T>;
-        const Vector<T> h = load<T>(gradients + row + at) * load<T>(problem.norm_weight + at);
+      for (int token = 0; token < kLanes<T> && begin + token < kTokenBlock; ++token) {
+        const int64_t row = (begin + token) * padded + at;
+        const Vector<T> h = load<T>(gradients + row) * weight;
         sums[token] += h;
-        products[token] += h * (load<T>(block + row + at) - mean);
+        products[token] += h * (load<T>(block + row) - moments.mean[begin + token]);
       }
     }
     store<T>(means + begin, totals<T>(sums) * share);
@@ -100,23 +100,26 @@ void differentiate_norm(const PatchEmbed<T>& problem, const T* block, int64_t co
   }
 }
 
-// Adds the products of all tokens of a row with `count` neighbouring pixels of their patches to `to` [count][padded].
-// Few products are summed in two or four independent rows of sums: an addition has to wait for the one before.
-template <int count, int vectors, typename T>
-inline void add_products(const PatchEmbed<T>& problem, const T* pixels, const T* tokens, T* to) {
-  constexpr int copies = count * vectors > 8 || !kWide ? 1 : count * vectors > 4 ? 2 : 4;
+// Adds the products of all tokens of a row with `count` neighbouring pixels in each of `lines` rows of pixels of their
+// patches to `to` [count][padded] of each line. An addition has to wait for the one before: few products are summed in
+// two or four independent rows of sums.
+template <int lines, int count, int vectors, typename T>
+inline void add_products(const PatchEmbed<T>& problem, const T* pixels, int64_t line, const T* tokens, T* to) {
+  constexpr int products = lines * count * vectors, copies = products > 8 || !kWide ? 1 : products > 4 ? 2 : 4;
   const int64_t padded = problem.padded(), dilation = problem.dilation, stride = problem.stride;
-  Vector<T> sums[copies][count][vectors] = {};
-  const auto add_token = [&](Vector<T>(&sum)[count][vectors]) {
+  Vector<T> sums[copies][lines][count][vectors] = {};
+  const auto add_token = [&](Vector<T>(&sum)[lines][count][vectors]) {
     Vector<T> values[vectors];
 #pragma GCC unroll 4
     for (int i = 0; i < vectors; ++i) values[i] = load<T>(tokens + i * kLanes<T>);
+#pragma GCC unroll 2
+    for (int y = 0; y < lines; ++y)
 #pragma GCC unroll 8
-    for (int x = 0; x < count; ++x) {
-      const Vector<T> pixel = broadcast<T>(pixels[x * dilation]);
+      for (int x = 0; x < count; ++x) {
+        const Vector<T> pixel = broadcast<T>(pixels[y * line + x * dilation]);
 #pragma GCC unroll 4
-      for (int i = 0; i < vectors; ++i) sum[x][i] += pixel * values[i];
-    }
+        for (int i = 0; i < vectors; ++i) sum[y][x][i] += pixel * values[i];
+      }
     pixels += stride;
     tokens += padded;
   };
@@ -125,54 +128,76 @@ inline void add_products(const PatchEmbed<T>& problem, const T* pixels, const T*
 #pragma GCC unroll 4
     for (int copy = 0; copy < copies; ++copy) add_token(sums[copy]);
   for (; token < problem.columns; ++token) add_token(sums[0]);
+#pragma GCC unroll 2
+  for (int y = 0; y < lines; ++y)
 #pragma GCC unroll 8
-  for (int x = 0; x < count; ++x)
+    for (int x = 0; x < count; ++x)
 #pragma GCC unroll 4
-    for (int i = 0; i < vectors; ++i) {
+      for (int i = 0; i < vectors; ++i) {
 #pragma GCC unroll 4
-      for (int copy = 1; copy < copies; ++copy) sums[0][x][i] += sums[copy][x][i];
-      add_to<T>(to + x * padded + i * kLanes<T>, sums[0][x][i]);
-    }
+        for (int copy = 1; copy < copies; ++copy) sums[0][y][x][i] += sums[copy][y][x][i];
+        add_to<T>(to + (y * problem.kernel + x) * padded + i * kLanes<T>, sums[0][y][x][i]);
+      }
 }
 
-template <int vectors, typename T>
-inline void add_products(const PatchEmbed<T>& problem, int64_t count, const T* pixels, const T* tokens, T* to) {
-  switch (count) {
-    case 1:
-      return add_products<1, vectors>(problem, pixels, tokens, to);
-    case 2:
-      return add_products<2, vectors>(problem, pixels, tokens, to);
-    case 3:
-      return add_products<3, vectors>(problem, pixels, tokens, to);
-    case 4:
-      return add_products<4, vectors>(problem, pixels, tokens, to);
-    case 5:
-      return add_products<5, vectors>(problem, pixels, tokens, to);
-    case 6:
-      return add_products<6, vectors>(problem, pixels, tokens, to);
-    case 7:
-      return add_products<7, vectors>(problem, pixels, tokens, to);
-    default:
-      return add_products<8, vectors>(problem, pixels, tokens, to);
+// Of `lines` rows of pixels, all channels.
+template <int lines, int count, typename T>
+void add_lines(const PatchEmbed<T>& problem, const T* pixels, int64_t line, const T* tokens, T* to) {
+  constexpr int vectors = kWide ? kChannelVectors : 1;
+  const int64_t end = vector_count(problem) * kLanes<T>;
+  int64_t i = 0;
+  for (; i + vectors * kLanes<T> <= end; i += vectors * kLanes<T>)
+    add_products<lines, count, vectors>(problem, pixels, line, tokens + i, to + i);
+  if (i < end) add_products<lines, count, 1>(problem, pixels, line, tokens + i, to + i);
+}
+
+// tokens: [columns][padded channels], gradients of the convolution's output. `count` neighbouring pixels of each row,
+// from the pixel x on; of few pixels two rows of a patch together, so that enough sums do not wait for each other.
+template <int count, typename T>
+void add_columns(const PatchEmbed<T>& problem, const TokenRow<T>& row, int64_t x, const T* tokens, T* grad_weight) {
+  constexpr int lines = count <= 4 ? 2 : 1;
+  const int64_t padded = problem.padded(), kernel = problem.kernel;
+  for (int64_t image = 0; image < problem.in_channels; ++image) {
+    const int64_t end = image * kernel + row.end;
+    int64_t y = image * kernel + row.begin;
+    const auto add = [&](auto together) {
+      const T* pixels = row.pixels + y * row.row + x * problem.dilation;
+      add_lines<together(), count>(problem, pixels, row.row, tokens, grad_weight + (y * kernel + x) * padded);
+      y += together();
+    };
+    while (y + lines <= end) add(Constant<lines>());
+    while (y < end) add(Constant<1>());
   }
 }
 
-// tokens: [columns][padded channels], gradients of the convolution's output.
 template <typename T>
 void add_weight_gradient(const PatchEmbed<T>& problem, const TokenRow<T>& row, const T* tokens, T* grad_weight) {
-  constexpr int vectors = kWide ? kChannelVectors : 1;
-  const int64_t padded = problem.padded(), kernel = problem.kernel, end = vector_count(problem) * kLanes<T>;
-  for (int64_t image = 0; image < problem.in_channels; ++image) {
-    for (int64_t y = image * kernel + row.begin; y < image * kernel + row.end; ++y) {
-      for (int64_t x = 0; x < kernel; x += 8) {
-        const int64_t count = kernel - x < 8 ? kernel - x : 8;
-        const T* pixels = row.pixels + y * row.row + x * problem.dilation;
-        T* to = grad_weight + (y * kernel + x) * padded;
-        int64_t i = 0;
-        for (; i + vectors * kLanes<T> <= end; i += vectors * kLanes<T>)
-          add_products<vectors>(problem, count, pixels, tokens + i, to + i);
-        if (i < end) add_products<1>(problem, count, pixels, tokens + i, to + i);
-      }
+  for (int64_t x = 0; x < problem.kernel; x += 8) {
+    const auto add = [&](auto count) { add_columns<count()>(problem, row, x, tokens, grad_weight); };
+    switch (problem.kernel - x) {
+      case 1:
+        add(Constant<1>());
+        break;
+      case 2:
+        add(Constant<2>());
+        break;
+      case 3:
+        add(Constant<3>());
+        break;
+      case 4:
+        add(Constant<4>());
+        break;
+      case 5:
+        add(Constant<5>());
+        break;
+      case 6:
+        add(Constant<6>());
+        break;
+      case 7:
+        add(Constant<7>());
+        break;
+      default:
+        add(Constant<8>());
     }
   }
 }

@@ -179,24 +179,21 @@ inline void find_moments(const PatchEmbed<T>& problem, const T* block, Vector<T>
 #pragma GCC unroll 8
   for (int begin = 0; begin < kTokenBlock; begin += kLanes<T>) {
     Vector<T> rows[kLanes<T>] = {};
+    for (int64_t i = 0; i < vectors(); ++i)  // tokens innermost: their sums do not wait for each other
 #pragma GCC unroll 16
-    for (int token = 0; token < kLanes<T> && begin + token < kTokenBlock; ++token) {
-      const T* from = block + (begin + token) * padded;
-      for (int64_t i = 0; i < vectors(); ++i) rows[token] += load<T>(from + i * kLanes<T>);
-    }
+      for (int token = 0; token < kLanes<T> && begin + token < kTokenBlock; ++token)
+        rows[token] += load<T>(block + (begin + token) * padded + i * kLanes<T>);
     store<T>(moments.mean + begin, totals<T>(rows) * share);
 #pragma GCC unroll 16
-    for (int token = 0; token < kLanes<T>; ++token) {
-      rows[token] = Vector<T>{};
-      if (begin + token >= kTokenBlock) continue;
-      const T* from = block + (begin + token) * padded;
-      const Vector<T> mean = broadcast<T>(moments.mean[begin + token]);
-      for (int64_t i = 0; i < vectors() - 1; ++i) {
-        const Vector<T> deviation = load<T>(from + i * kLanes<T>) - mean;
+    for (Vector<T>& row : rows) row = Vector<T>{};
+    for (int64_t i = 0; i < vectors(); ++i) {
+      const Vector<T> lanes = i + 1 < vectors() ? broadcast<T>(1) : last;
+#pragma GCC unroll 16
+      for (int token = 0; token < kLanes<T> && begin + token < kTokenBlock; ++token) {
+        const Vector<T> value = load<T>(block + (begin + token) * padded + i * kLanes<T>);
+        const Vector<T> deviation = (value - moments.mean[begin + token]) * lanes;
         rows[token] += deviation * deviation;
       }
-      const Vector<T> deviation = (load<T>(from + (vectors() - 1) * kLanes<T>) - mean) * last;
-      rows[token] += deviation * deviation;
     }
     T roots[kLanes<T>];
     store<T>(roots, totals<T>(rows) * share + problem.eps);

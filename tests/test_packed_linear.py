@@ -262,3 +262,86 @@ def test_sixteen_bits(dtype: torch.dtype, autocast: bool, monkeypatch: pytest.Mo
         torch.testing.assert_close(ops.linear(*inputs), found[0])
         residual = torch.randn(40, 20).to(inputs[0].dtype)
         assert ops.linear(*inputs, residual=residual).dtype == residual.dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_autocast_keeps_rounded_weights(
+    dtype: torch.dtype, mode: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a weight in float32, once for each type; a residual in that type is added in the product, another apart."""
+    for place in (packed_linear, module):
+        monkeypatch.setattr(place, "library", lambda dtype: None if dtype == torch.float64 else packed_linear.OWN)
+    calls: list[Tensor] = []
+    pack = packed_linear._pack
+    monkeypatch.setattr(packed_linear, "_pack", lambda *arguments: calls.append(arguments[0]) or pack(*arguments))
+    torch.manual_seed(0)
+    layer, x, residual = nn.Linear(33, 20), torch.randn(6, 33), torch.randn(6, 20)
+    with mode(), torch.autocast("cpu", dtype):
+        y = [ops.linear(given, layer.weight, layer.bias, "gelu") for given in (x, x.to(dtype))]
+        assert len(calls) == 1 and y[0].dtype == dtype and torch.equal(*y)
+        near = 4 * torch.finfo(dtype).eps  # as torch's sums are rounded before GELU
+        torch.testing.assert_close(y[0], F.gelu(layer(x)), rtol=near, atol=near)
+        apart = ops.linear(x, layer.weight, layer.bias, "gelu", residual)
+        assert torch.equal(apart, residual + y[0]) and apart.dtype == torch.float32
+        together = ops.linear(x, layer.weight, layer.bias, "gelu", residual.to(dtype))
+        assert together.dtype == dtype and len(calls) == 1
+        torch.testing.assert_close(together, residual.to(dtype) + y[0], rtol=near, atol=near)
+    with mode():
+        torch.testing.assert_close(ops.linear(x, layer.weight, layer.bias), layer(x))
+    assert len(calls) == 2
+
+
+# --------------------------------------------------------------------------- 16 bits with products of them
+
+
+def has_products(dtype: torch.dtype) -> bool:
+    return packed_linear._multiplied_by_onednn(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_inference_alone_packs_for_onednn(dtype: torch.dtype, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch multiplies where a gradient is recorded, where it calls oneDNN as well."""
+    products: list[bool] = []
+
+    def product(x: Tensor, weight: Tensor, *_: object, keep: bool) -> Tensor:
+        products.append(keep)
+        return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+    for place in (packed_linear, module):
+        monkeypatch.setattr(place, "library", lambda dtype: packed_linear.ONEDNN)
+    monkeypatch.setattr(module, "product", product)
+    layer, x = nn.Linear(33, 20), torch.randn(6, 33)
+    if not autocast:
+        layer, x = layer.to(dtype), x.to(dtype)
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        y = ops.linear(x, layer.weight, layer.bias)
+        torch.testing.assert_close(y, layer(x))
+        assert y.requires_grad and not products
+        with torch.no_grad():
+            assert ops.linear(x, layer.weight, layer.bias).dtype == dtype
+    assert products == [True]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_onednn_in_sixteen_bits(dtype: torch.dtype, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every combination of activation and residual, where the processor has the instructions."""
+    if not has_products(dtype):
+        pytest.skip(f"no products in {dtype} on this processor")
+    for place in (packed_linear, module):
+        monkeypatch.setattr(place, "library", lambda dtype: packed_linear.ONEDNN)
+    torch.manual_seed(0)
+    layer, x, residual = nn.Linear(33, 20), torch.randn(40, 33), torch.randn(40, 20).to(dtype)
+    if not autocast:
+        layer, x = layer.to(dtype), x.to(dtype)
+    rounded = [one.detach().to(dtype) for one in (x, layer.weight, layer.bias)]
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=autocast):
+        for activation in ("none", "gelu"):
+            for added in (None, residual):
+                wide = [one.double() for one in rounded], None if added is None else added.double()
+                exact = module.linear_reference(*wide[0], activation, wide[1])
+                eager = module.linear_reference(*rounded, activation, added)
+                found = ops.linear(x, layer.weight, layer.bias, activation, added)
+                assert found.dtype == dtype and error(found, exact) < 2 * error(eager, exact) + 1e-6

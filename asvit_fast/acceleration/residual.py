@@ -7,7 +7,6 @@ import functools
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
@@ -37,7 +36,7 @@ def does(block: Any, known: tuple[str, ...]) -> bool:
 
 def joins(x: Tensor, paths: Iterable[nn.Module]) -> bool:
     """Whether sums of a map x may be made in products: nothing stands between, and nobody would see it."""
-    if not is_plain_inference((), x) or torch.is_autocast_enabled("cpu") or library(x.dtype) is None:
+    if not is_plain_inference((), x) or library(x.dtype) is None:
         return False
     return not any(map(_is_active, paths))
 

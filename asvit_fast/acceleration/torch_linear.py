@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..ops.linear import is_small, linear
 from ..ops.packed_linear import library
+from ..ops.transforms import autocast_dtype
 from .replacement import Replacement, patch_reason
 
 torch.fx.wrap("linear")  # a graph of torch.fx calls it, too, and gets the same numbers
@@ -33,7 +34,8 @@ class FastLinear(Replacement, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
-            small = type(input) is Tensor and is_small(input, self.weight)  # an op's host time is more than it gains
+            dtype = autocast_dtype("cpu")  # an op's host time is more than it gains on a small product
+            small = type(input) is Tensor and is_small(input, self.weight, dtype)
             if small or patch_reason(type(self), self) is not None:
                 return super().forward(input)
         return linear(input, self.weight, self.bias)

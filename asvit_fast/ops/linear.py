@@ -106,14 +106,22 @@ def _onednn(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
-def is_small(x: Tensor, weight: Tensor) -> bool:
-    """Whether torch's own function is at least as fast on x [*, K] and weight [N, K]."""
-    return x.numel() * weight.shape[0] < (SMALL if library(x.dtype) == ONEDNN else SMALL_FOR_OURS)
+def is_small(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether torch's own function is at least as fast on x [*, K] and weight [N, K], multiplied in x's dtype or in
+    another."""
+    dtype = dtype or x.dtype
+    of_mkl = dtype == torch.float32 and library(dtype) == ONEDNN  # else torch's product is slow, or oneDNN's as well
+    return x.numel() * weight.shape[0] < (SMALL if of_mkl else SMALL_FOR_OURS)
+
+
+def _is_torchs(dtype: torch.dtype) -> bool:
+    """Whether torch's own products in that type are as fast as can be, but for packed weights."""
+    return library(dtype) is None or (library(dtype) == ONEDNN and dtype in HALF)
 
 
 def _cpu_cannot(operands: Operands, config: LinearConfig) -> str | None:
     x, weight, bias, residual = operands
-    if autocast_active("cpu") or library(x.dtype) is None:
+    if autocast_active("cpu") or _is_torchs(x.dtype):
         return f"in {str(x.dtype).removeprefix('torch.')} torch chooses the library itself"
     if weight.dim() != 2 or x.dim() < 2 or (bias is not None and bias.shape != weight.shape[:1]):
         return "it takes x [*, K], weight [N, K] and bias [N]"
@@ -173,25 +181,43 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, resi
             raise InputError(f"linear: {name} must be {x.dtype} as x is, got {operand.dtype}")
 
 
-def _is_inference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
-    """Whether it is a product for a library, and nothing looks at the call: by fewer questions than an op asks, which
-    of small batches take as long as products."""
+def _inference_dtype(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> torch.dtype | None:
+    """What a product for a library is computed in, if nothing looks at the call: by fewer questions than an op asks,
+    which of small batches take as long as products."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor:
-        return False
+        return None
     if x.device.type != "cpu" or type(weight) is not Parameter or not _fits(x, weight, bias, residual):
-        return False
-    if transform_active() or torch.is_autocast_enabled("cpu") or forced_backend() is not None:
-        return False
-    return library(x.dtype) is not None and not is_small(x, weight) and outside_of_modes((x, weight, bias, residual))
+        return None
+    if transform_active() or forced_backend() is not None:
+        return None
+    dtypes = {operand.dtype for operand in (x, weight, bias, residual) if operand is not None}
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        fitting = dtypes <= {torch.float32, *HALF}
+    else:
+        dtype = x.dtype
+        fitting = len(dtypes) == 1
+    fitting = fitting and library(dtype) is not None and not is_small(x, weight, dtype)
+    return dtype if fitting and outside_of_modes((x, weight, bias, residual)) else None
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
-    """Whether shapes and dtypes are those of a product x [*, K], weight [N, K], bias [N], residual [*, N]."""
-    if weight.dim() != 2 or x.dim() < 2 or x.dtype != weight.dtype or x.shape[-1] != weight.shape[1] or x.numel() == 0:
+    """Whether shapes are those of a product x [*, K], weight [N, K], bias [N], residual [*, N]."""
+    if weight.dim() != 2 or x.dim() < 2 or x.shape[-1] != weight.shape[1] or x.numel() == 0:
         return False
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
+    if bias is not None and bias.shape != weight.shape[:1]:
         return False
-    return residual is None or (residual.shape == (*x.shape[:-1], weight.shape[0]) and residual.dtype == x.dtype)
+    return residual is None or residual.shape == (*x.shape[:-1], weight.shape[0])
+
+
+def _kept_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """In that type, with a packed weight for later ones. A residual of another type, under autocast, is added apart."""
+    x = x.to(dtype)
+    if residual is None or residual.dtype == dtype:
+        return product(x, weight, bias, activation, residual, keep=True)
+    return residual + product(x, weight, bias, activation, keep=True)
 
 
 def linear(
@@ -223,8 +249,9 @@ def linear(
         >>> torch.allclose(y, torch.nn.functional.gelu(x @ weight.T + bias), atol=1e-4)
         True
     """
-    if _is_inference(x, weight, bias, residual) and activation in ("none", "gelu"):
-        return product(x, weight, bias, activation, residual, keep=True)
+    inference = _inference_dtype(x, weight, bias, residual)
+    if inference is not None and activation in ("none", "gelu"):
+        return _kept_product(x, weight, bias, activation, residual, inference)
     operands = (x, weight, bias, residual)
     if has_torch_function(operands):
         return linear_reference(x, weight, bias, activation, residual)
@@ -234,7 +261,7 @@ def linear(
         return linear_reference(x, weight, bias, activation, residual)
     _check(x, weight, bias, activation, residual)
     dtype = autocast_dtype("cpu") if x.device.type == "cpu" else None
-    if dtype is not None and x.dtype != torch.float64 and library(dtype) not in (None, ONEDNN):
+    if dtype is not None and x.dtype != torch.float64 and not _is_torchs(dtype):
         with torch.autocast("cpu", enabled=False):  # torch's product in that type is slow
             y = _linear(x.to(dtype), weight, bias, activation, None)
         return y if residual is None else residual + y

@@ -21,11 +21,11 @@ HALF = (torch.bfloat16, torch.float16)
 
 @torch.compiler.assume_constant_result  # the question to the extension would break the graph
 def library(dtype: torch.dtype) -> str | None:
-    """What multiplies on this processor: our kernel, oneDNN, or None for what torch chooses: in 16 bits oneDNN, too,
-    where there are instructions for them.
+    """What multiplies on this processor: our kernel, oneDNN, or None for what torch chooses.
 
     Ours was measured with AVX2, where it is as fast as MKL or faster, and where torch's products in 16 bits take five
-    to nine times as long as those in float32.
+    to nine times as long as those in float32. Where there are instructions for 16 bits torch calls oneDNN itself:
+    `linear` does so only to keep the packed weight.
     """
     extension = _extension.extension()
     return _library(extension is not None and extension.prefers_own_products(), dtype)
@@ -35,7 +35,15 @@ def library(dtype: torch.dtype) -> str | None:
 def _library(own: bool, dtype: torch.dtype) -> str | None:
     if own and dtype in (torch.float32, *HALF):
         return OWN
-    return ONEDNN if dtype == torch.float32 and torch.backends.mkldnn.is_available() else None
+    return ONEDNN if torch.backends.mkldnn.is_available() and _multiplied_by_onednn(dtype) else None
+
+
+def _multiplied_by_onednn(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has instructions for products in that type here."""
+    if dtype in HALF:
+        torchs = torch.ops.mkldnn
+        return torchs._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else torchs._is_mkldnn_fp16_supported()
+    return dtype == torch.float32
 
 
 def product(
@@ -61,8 +69,11 @@ def product(
     bias = None if bias is None else bias.to(x.dtype).contiguous()  # whose stride oneDNN does not look at
     matrix = _packed(weight, name, x.dtype) if keep else weight.to(x.dtype)
     multiply = torch.ops.mkldnn._linear_pointwise
-    if activation == "gelu":  # on numbers that are in the cache still, torch's is faster than oneDNN's
-        y = F.gelu(multiply(x, matrix, bias, "none", [], ""))
+    if activation == "gelu":
+        if x.dtype in HALF:
+            y = multiply(x, matrix, bias, "gelu", [], "none")  # the exact one, of sums that were not rounded
+        else:  # on numbers that are in the cache still, torch's is faster than oneDNN's
+            y = F.gelu(multiply(x, matrix, bias, "none", [], ""))
         return y if residual is None else y.add_(residual)
     if residual is None:
         return multiply(x, matrix, bias, "none", [], "")

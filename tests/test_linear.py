@@ -150,6 +150,25 @@ def test_what_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         ops.linear(x, weight, bias, residual=bias)
 
 
+@pytest.mark.parametrize("make", ["nested", "sparse", "csr", "mkldnn"])
+def test_other_layouts_are_torchs(make: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any size, in inference as well, where fewer questions are asked."""
+    monkeypatch.setattr(module, "SMALL", 0)
+    monkeypatch.setattr(module, "SMALL_FOR_OURS", 0)
+    layer, x = torch.nn.Linear(4, 3), torch.randn(5, 4)
+    given = {
+        "nested": lambda: torch.nested.nested_tensor([x[:2], x[2:]]),
+        "sparse": x.to_sparse,
+        "csr": x.to_sparse_csr,
+        "mkldnn": x.to_mkldnn,
+    }[make]()
+    with torch.no_grad():
+        found, want = (f(given, layer.weight, layer.bias) for f in (ops.linear, F.linear))
+    assert found.layout == want.layout and found.is_nested == want.is_nested
+    for a, b in zip(*(y.unbind() if y.is_nested else [y.to_dense()] for y in (found, want)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_residual() -> None:
     """Added in the product where no gradient is recorded, and with its gradient where one is."""
     tensors = operands((7, 5), 3)

@@ -305,7 +305,7 @@ def test_inference_alone_packs_for_onednn(dtype: torch.dtype, autocast: bool, mo
     """Torch multiplies where a gradient is recorded, where it calls oneDNN as well."""
     products: list[bool] = []
 
-    def product(x: Tensor, weight: Tensor, *_: object, keep: bool) -> Tensor:
+    def product(x: Tensor, weight: Tensor, *_: object, keep: bool, by: str) -> Tensor:
         products.append(keep)
         return x.new_empty(*x.shape[:-1], weight.shape[0])
 

@@ -28,6 +28,8 @@ from .transforms import autocast_active, autocast_dtype, transform_active
 
 SMALL = 10**7 if mkl_is_narrow() else 4 * 10**7  # multiply-adds below which calling oneDNN costs what it gains
 SMALL_FOR_OURS = 2 * 10**6  # and our kernel
+ACTIVATIONS = ("none", "gelu")
+_CAST = (torch.float32, *HALF)  # what autocast takes to its type
 
 
 def linear_reference(
@@ -110,7 +112,11 @@ def is_small(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> boo
     """Whether torch's own function is at least as fast on x [*, K] and weight [N, K], multiplied in x's dtype or in
     another."""
     dtype = dtype or x.dtype
-    of_mkl = dtype == torch.float32 and library(dtype) == ONEDNN  # else torch's product is slow, or oneDNN's as well
+    return _is_small(x, weight, dtype, library(dtype))
+
+
+def _is_small(x: Tensor, weight: Tensor, dtype: torch.dtype, by: str | None) -> bool:
+    of_mkl = dtype == torch.float32 and by == ONEDNN  # else torch's product is slow, or oneDNN's as well
     return x.numel() * weight.shape[0] < (SMALL if of_mkl else SMALL_FOR_OURS)
 
 
@@ -162,7 +168,7 @@ def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> None:
     """InputError where torch would not compute anything."""
-    if activation not in ("none", "gelu"):
+    if activation not in ACTIVATIONS:
         raise InputError(f"linear: activation must be none or gelu, got '{activation}'")
     if x.dim() == 0 or weight.dim() not in (1, 2) or x.shape[-1] != weight.shape[-1]:
         raise InputError(f"linear: x must be [*, K] and weight [N, K], got {list(x.shape)} and {list(weight.shape)}")
@@ -181,43 +187,49 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, resi
             raise InputError(f"linear: {name} must be {x.dtype} as x is, got {operand.dtype}")
 
 
-def _inference_dtype(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> torch.dtype | None:
-    """What a product for a library is computed in, if nothing looks at the call: by fewer questions than an op asks,
-    which of small batches take as long as products."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor:
+def _in_inference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
+) -> Tensor | None:
+    """The result by a library, with a packed weight that is kept for later products, if it is for one and nothing looks
+    at the call: by fewer questions than an op asks, which of small batches take as long as products."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu:
         return None
-    if x.device.type != "cpu" or type(weight) is not Parameter or not _fits(x, weight, bias, residual):
+    if not (_is_dense(x) and _is_dense(weight)):
         return None
-    if transform_active() or forced_backend() is not None:
+    autocast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+    by = library(dtype)
+    if by is None or activation not in ACTIVATIONS:
         return None
-    dtypes = {operand.dtype for operand in (x, weight, bias, residual) if operand is not None}
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        fitting = dtypes <= {torch.float32, *HALF}
-    else:
-        dtype = x.dtype
-        fitting = len(dtypes) == 1
-    fitting = fitting and library(dtype) is not None and not is_small(x, weight, dtype)
-    return dtype if fitting and outside_of_modes((x, weight, bias, residual)) else None
-
-
-def _fits(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
-    """Whether shapes are those of a product x [*, K], weight [N, K], bias [N], residual [*, N]."""
-    if weight.dim() != 2 or x.dim() < 2 or x.shape[-1] != weight.shape[1] or x.numel() == 0:
-        return False
-    if bias is not None and bias.shape != weight.shape[:1]:
-        return False
-    return residual is None or residual.shape == (*x.shape[:-1], weight.shape[0])
-
-
-def _kept_product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """In that type, with a packed weight for later ones. A residual of another type, under autocast, is added apart."""
-    x = x.to(dtype)
+    if not _fits(x, weight, bias, residual, _CAST if autocast else (dtype,)):
+        return None
+    if _is_small(x, weight, dtype, by) or not _is_alone(weight, bias, residual):
+        return None
+    x = x.to(dtype) if autocast else x
     if residual is None or residual.dtype == dtype:
-        return product(x, weight, bias, activation, residual, keep=True)
-    return residual + product(x, weight, bias, activation, keep=True)
+        return product(x, weight, bias, activation, residual, keep=True, by=by)
+    return residual + product(x, weight, bias, activation, keep=True, by=by)
+
+
+def _fits(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, dtypes: tuple[torch.dtype, ...]
+) -> bool:
+    """Whether shapes and dtypes are those of a product x [*, K], weight [N, K], bias [N], residual [*, N]."""
+    shape = x.shape
+    if x.dtype not in dtypes or weight.dtype not in dtypes or weight.dim() != 2 or len(shape) < 2:
+        return False
+    outputs, inputs = weight.shape
+    if shape[-1] != inputs or (bias is not None and (bias.dtype not in dtypes or bias.shape != (outputs,))):
+        return False
+    return residual is None or (residual.dtype in dtypes and residual.shape == (*shape[:-1], outputs))
+
+
+def _is_alone(weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
+    """Whether a product with a parameter is asked for by no tracer, transform, mode or subclass of Tensor, and may run
+    by any backend."""
+    if type(weight) is not Parameter or transform_active() or forced_backend() is not None:
+        return False
+    return outside_of_modes((weight, bias, residual))
 
 
 def linear(
@@ -249,9 +261,9 @@ def linear(
         >>> torch.allclose(y, torch.nn.functional.gelu(x @ weight.T + bias), atol=1e-4)
         True
     """
-    inference = _inference_dtype(x, weight, bias, residual)
-    if inference is not None and activation in ("none", "gelu"):
-        return _kept_product(x, weight, bias, activation, residual, inference)
+    found = _in_inference(x, weight, bias, activation, residual)
+    if found is not None:
+        return found
     operands = (x, weight, bias, residual)
     if has_torch_function(operands):
         return linear_reference(x, weight, bias, activation, residual)

@@ -53,6 +53,7 @@ def product(
     activation: str = "none",
     residual: Tensor | None = None,
     keep: bool = False,
+    by: str | None = None,
 ) -> Tensor:
     """activation(x @ weight.T + bias) + residual, by the library for their dtype -> [*, N].
 
@@ -60,8 +61,9 @@ def product(
         x: [*, K], weight [N, K], of any strides, bias [N], residual [*, N]: rounded to x's dtype.
         activation: "none" or "gelu".
         keep: the packed weight, for later products.
+        by: the library, if it was asked already.
     """
-    name = library(x.dtype)
+    name = by or library(x.dtype)
     assert name is not None
     if name != ONEDNN:
         matrix = _packed(weight, name, x.dtype) if keep else _pack(weight, name, x.dtype)
@@ -86,7 +88,7 @@ def product(
 class _Kept:
     """A packed weight."""
 
-    __slots__ = ("by", "reference", "state", "tensor")
+    __slots__ = ("dtype", "library", "reference", "state", "tensor")
 
     def __init__(self, weight: Tensor) -> None:
         identity = id(weight)
@@ -94,7 +96,8 @@ class _Kept:
         size = torch.ops.asvit_fast_C.weight_state_size(weight)
         self.state = torch.zeros(size, dtype=torch.int64)  # what the weight is known by; no weight has the address 0
         self.tensor: Tensor = weight
-        self.by: tuple[str, torch.dtype] | None = None  # who packed it, and the type that its numbers were rounded to
+        self.library: str | None = None  # who packed it
+        self.dtype = weight.dtype  # that its numbers were rounded to
 
 
 _kept: dict[int, _Kept] = {}  # by the identity of the weight, for as long as it lives
@@ -109,12 +112,13 @@ def _pack(weight: Tensor, library: str, dtype: torch.dtype) -> Tensor:
 def _packed(weight: Tensor, library: str, dtype: torch.dtype) -> Tensor:
     """Of a parameter, kept as long as it lives, and packed again when it has changed; of any other tensor for this
     product alone."""
-    plain = type(weight) is nn.Parameter and not weight.is_inference() and weight.is_contiguous()
-    if not plain or _extension.extension() is None:
-        return weight.to(dtype) if library == ONEDNN else _pack(weight, library, dtype)
     kept = _kept.get(id(weight))
-    if kept is None or kept.reference() is not weight:
+    if kept is None or kept.reference() is not weight or not weight.is_contiguous():
+        plain = type(weight) is nn.Parameter and not weight.is_inference() and weight.is_contiguous()
+        if not plain or _extension.extension() is None:
+            return weight.to(dtype) if library == ONEDNN else _pack(weight, library, dtype)
         kept = _kept[id(weight)] = _Kept(weight)
-    if torch.ops.asvit_fast_C.weight_changed(weight, weight._version, kept.state) or kept.by != (library, dtype):
-        kept.tensor, kept.by = _pack(weight.detach(), library, dtype), (library, dtype)
+    changed = torch.ops.asvit_fast_C.weight_changed(weight, weight._version, kept.state)
+    if changed or kept.library != library or kept.dtype != dtype:
+        kept.tensor, kept.library, kept.dtype = _pack(weight.detach(), library, dtype), library, dtype
     return kept.tensor

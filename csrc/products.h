@@ -24,10 +24,20 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise
     int64_t scalar_count, const char** algorithm, AtenTensorHandle* result);
 
 // Whether oneDNN should multiply [m, k] by [k, n]: in float32 torch's own product is MKL's, which uses half of the
-// vector units of AMD's processors. Below so many multiply-adds oneDNN is not worth its call from C++.
+// vector units of AMD's processors that have wide ones. Below so many multiply-adds oneDNN is not worth its call from
+// C++.
 inline bool prefers_onednn(Dtype type, int64_t m, int64_t n, int64_t k) {
   constexpr int64_t least = 1 << 19;
-  return type == kFloat && &aoti_torch_cpu__linear_pointwise != nullptr && m * n * k >= least;
+  static const bool wide = runs(Isa::avx512) && &aoti_torch_cpu__linear_pointwise != nullptr;
+  return wide && type == kFloat && m * n * k >= least;
+}
+
+// A matrix whose rows, or columns, follow each other without gaps: of other weights oneDNN has a product for reference
+// only, a hundred times slower.
+inline Tensor without_gaps(const Tensor& matrix) {
+  const bool by_rows = matrix.stride(1) == 1;
+  if (!by_rows && matrix.stride(0) == 1) return transposed(as_contiguous(transposed(matrix)));
+  return as_contiguous(matrix);
 }
 
 // A Linear layer that many threads apply to rows of their own, or one of them to all rows.
@@ -50,8 +60,9 @@ inline Tensor linear(const Tensor& a, const Tensor& b, const OptionalTensor& bia
   if (prefers_onednn(a.scalar_type(), a.size(0), b.size(0), a.size(1))) {
     const char* algorithm = "";
     AtenTensorHandle y;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(a.get(), b.get(), added ? &added : nullptr, "none", nullptr,
-                                                            0, &algorithm, &y));
+    const Tensor weight = without_gaps(b);
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(a.get(), weight.get(), added ? &added : nullptr, "none",
+                                                            nullptr, 0, &algorithm, &y));
     return Tensor(y);
   }
   const Tensor y = new_empty({a.size(0), b.size(0)}, a.scalar_type()), columns = transposed(b);

@@ -22,7 +22,7 @@ from ..errors import InputError
 from ..machine import mkl_is_narrow
 from .checks import check_device, check_tensor
 from .fused_op import FusedOp, Gradients, Operands, Result, Saved, outside_of_modes
-from .packed_linear import HALF, ONEDNN, library, product
+from .packed_linear import HALF, ONEDNN, library, product, without_gaps
 from .reference_gradients import gradients
 from .transforms import autocast_active, autocast_dtype, transform_active
 
@@ -105,7 +105,7 @@ def _weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
 
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, without_gaps(weight), None, "none", [], "")
 
 
 def is_small(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> bool:

@@ -20,16 +20,18 @@ NETWORKS = {
 
 
 def networks() -> str:
-    """Inference and training steps of networks, against the fastest way in which the source runs."""
+    """Inference and training steps of networks, against the fastest way in which the source runs; beside them the
+    speeds that earlier kernels had on other processors."""
     header = ["network", "inference: source", "ours", "speed", "training step", "memory of a step"]
     lines = []
     for case, title in NETWORKS.items():
-        inference, train = _of_network(ZEN4, case, "inference"), _of_network(ZEN4, case, "train")
+        inference, train = _of_network(ZEN3, case, "inference"), _of_network(ZEN3, case, "train")
         memory = float(train[OURS]["peak_mebibytes"]) / float(train["source"]["peak_mebibytes"])
-        lines.append([title, *_comparison(inference, train), f"{memory:.2f} x", *_speeds(ZEN5, case)])
+        others = [_speeds(processor, case) for processor in (ZEN4, ZEN5)]
+        lines.append([title, *_comparison(inference, train), f"{memory:.2f} x", *others])
         if f"{OURS}-compiled" in inference:
             lines.append(["&nbsp; both compiled", *_comparison(inference, train, "-compiled"), "", "", ""])
-    return markdown([*header, "Zen 5: inference", "training step"], lines)
+    return markdown([*header, "Zen 4, earlier: inference, step", "Zen 5, earlier"], lines)
 
 
 def _of_network(processor: str, case: str, mode: str) -> dict[str, Row]:
@@ -48,9 +50,9 @@ def _comparison(inference: dict[str, Row], train: dict[str, Row], compiled: str 
     return [*pace, *map(times, factors)]
 
 
-def _speeds(processor: str, case: str) -> list[str]:
+def _speeds(processor: str, case: str) -> str:
     found = [_of_network(processor, case, mode) for mode in ("inference", "train")]
-    return [times(milliseconds(fastest(one, False)) / milliseconds(one[OURS])) for one in found]
+    return ", ".join(times(milliseconds(fastest(one, False)) / milliseconds(one[OURS])) for one in found)
 
 
 RUNTIMES = {"source": "source", "compiled": "compiled", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}

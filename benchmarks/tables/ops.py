@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from .rows import ZEN4, ZEN5, Row, markdown, milliseconds, read, span, times
+from .rows import ZEN3, ZEN4, ZEN5, Row, markdown, milliseconds, read, span, times
 
 EAGER = ("eager", "unfold + LN + Linear", "conv NCHW + permute + LN")  # whose memory ours is compared with
 OPS: dict[str, tuple[str, Callable[[str], bool]]] = {  # title: file, which cases
@@ -19,16 +19,17 @@ OPS: dict[str, tuple[str, Callable[[str], bool]]] = {  # title: file, which case
 
 
 def ops() -> str:
-    """Ops against the fastest of torch's ways to do the same."""
+    """Ops against the fastest of torch's ways to do the same; beside them the speeds of earlier kernels on other
+    processors."""
     header = ["op", "forward", "forward and backward", "peak memory of both, of eager"]
     lines = []
     for title, (name, belongs) in OPS.items():
-        here, there = (cases(processor, name, belongs) for processor in (ZEN4, ZEN5))
+        here, *others = (cases(processor, name, belongs) for processor in (ZEN3, ZEN4, ZEN5))
         memory = sorted(_memory(rows) for (_, mode), rows in here.items() if mode == "both")
         least, most = f"{memory[0]:.2f}", f"{memory[-1]:.2f}"
         shown = f"{least} x" if least == most else f"{least} to {most} x"
-        lines.append([title, *_spans(here), shown, *_spans(there)])
-    return markdown([*header, "Zen 5: forward", "forward and backward"], lines)
+        lines.append([title, *_spans(here), shown, *(_spans(there)[1] for there in others)])
+    return markdown([*header, "Zen 4, earlier: both", "Zen 5, earlier: both"], lines)
 
 
 def cases(processor: str, name: str, belongs: Callable[[str], bool]) -> dict[tuple[str, str], list[Row]]:
@@ -73,7 +74,7 @@ def scores() -> str:
     """Passes behind the scores, against the fastest of torch.func eager and compiled, and of JAX."""
     lines = []
     for work, case in SCORES.items():
-        found = {row["provider"]: milliseconds(row) for row in read(ZEN4, "scores") if row["case"] == case}
+        found = {row["provider"]: milliseconds(row) for row in read(ZEN3, "scores") if row["case"] == case}
         ours = found.pop("ours")
         del found["reference"]
         line = [work, f"{ours / 1e3:.3f} s"]

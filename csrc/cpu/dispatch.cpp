@@ -54,6 +54,12 @@ std::atomic<Isa>& current() {
 
 }  // namespace
 
+bool runs(Isa isa) {
+  for (const Entry& entry : entries())
+    if (entry.isa == isa) return entry.runs;
+  return false;
+}
+
 Isa active_isa() { return current().load(std::memory_order_relaxed); }
 
 std::vector<std::string> compiled_isas() {

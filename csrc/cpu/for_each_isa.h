@@ -6,6 +6,7 @@ namespace asvit_fast {
 enum class Isa { portable, avx2, avx512 };
 
 Isa active_isa();
+bool runs(Isa isa);  // whether this processor has it
 
 // Declares template <typename T> void function(parameters) in the namespace of each ISA. It is compiled for each of
 // them: see cpu/compile_for_isa.h.

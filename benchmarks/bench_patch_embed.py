@@ -130,7 +130,7 @@ PROVIDERS: dict[str, tuple[Callable[[Case], Embed | None], bool]] = {  # and whe
 
 
 def with_isa(isa: str, embed: Embed, *operands: Tensor) -> Tensor:
-    """Our CPU kernels with one instruction set."""
+    """Our CPU kernels with one instruction set, but for a backward pass, which comes after."""
     extension = _extension.extension()
     before = extension.get_isa()
     extension.set_isa(isa)
@@ -140,10 +140,10 @@ def with_isa(isa: str, embed: Embed, *operands: Tensor) -> Tensor:
         extension.set_isa(before)
 
 
-def providers(case: Case, device: torch.device, compiled: bool) -> dict[str, tuple[Embed, bool]]:
+def providers(case: Case, mode: str, device: torch.device, compiled: bool) -> dict[str, tuple[Embed, bool]]:
     """Who takes part, by name, and whether images come channels_last."""
     table = {name: (make(case), last) for name, (make, last) in PROVIDERS.items()}
-    if device.type == "cpu" and _extension.extension() is not None:
+    if mode == "forward" and device.type == "cpu" and _extension.extension() is not None:
         slower = _extension.extension().available_isas()[1:]
         table |= {f"ours, {isa}": (partial(with_isa, isa, ours(case)), False) for isa in slower}
     if compiled:
@@ -231,7 +231,8 @@ def run_case(
     gradient = torch.randn(case.batch, case.grid, case.grid, case.channels, device=device).to(dtype)
     exact = exact_results(case, operands, gradient)
     table = {
-        name: (embed, prepared(operands, last)) for name, (embed, last) in providers(case, device, compiled).items()
+        name: (embed, prepared(operands, last))
+        for name, (embed, last) in providers(case, mode, device, compiled).items()
     }
     found = {name: errors(case, embed, own, gradient, exact) for name, (embed, own) in table.items()}
     wrong = {name: value for name, value in found.items() if not value < TOLERANCE[dtype]}

@@ -110,10 +110,15 @@ there = _extension.cuda_reason() is None
 raise SystemExit(not (there and any(backends.arch_runs_on(a, torch.cuda.get_device_capability()) for a in archs)))' 2>/dev/null
 }
 
+facts() {
+    "$PYTHON" -W ignore benchmarks/gpu_machine.py --facts 2>/dev/null || echo "no facts: torch or another package cannot be imported"
+}
+
 prepare() {
-    part packages 60 packages
     [[ -e asvit_fast/kernels ]] || ln -s ../kernels asvit_fast/kernels
-    FACTS=$("$PYTHON" -W ignore benchmarks/gpu_machine.py --facts 2>/dev/null) || FACTS="no facts: torch cannot be imported"
+    FACTS=$(facts)
+    part packages 60 packages
+    [[ $FACTS != "no facts"* ]] || FACTS=$(facts)
     if ((DRY)) || ! is_built; then part build 240 build; fi
 }
 

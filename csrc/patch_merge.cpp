@@ -19,7 +19,7 @@ constexpr int64_t kFewTokens = 96;         // below, the product of a block is s
 constexpr int64_t kBlocks = 4;             // that maps are cut into at least, as far as blocks do not get that small
 constexpr int64_t kBufferBytes = 1 << 19;  // of a block, which the cache holds beside a part of the weight
 constexpr int64_t kPieces = 16;            // of the gradient of the weights, at most
-constexpr int64_t kWeightRows = 256;       // outputs whose gradients are computed together, about
+constexpr int64_t kWeightRows = 176;       // outputs whose gradients are computed together, about
 constexpr int64_t kFeatures = 256;         // of the parameters' gradients that are computed together
 
 // A range of output rows, through all images.
@@ -161,9 +161,26 @@ std::tuple<Tensor, Tensor> patch_merge_cpu(const Tensor& x, const Tensor& weight
   return {reshaped(output, {merge.images, map.out_height, map.out_width, merge.outputs}), statistics};
 }
 
-// Gradient of x. Blocks that follow each other add to the same tokens: first go the even ones, then the odd ones.
+// Pieces that blocks are cut into for the gradient of the weights: of few tokens one.
+int64_t weight_pieces(const Merge& merge) {
+  return std::clamp<int64_t>(merge.output_tokens() / (4 * merge.outputs), 1, std::min(kPieces, merge.blocks()));
+}
+
+// The normalised rows of all blocks.
 template <typename T>
-Tensor input_gradient(const Merge& merge, const PatchMerge<T>& problem, const Tensor& gradient) {
+std::vector<Tensor> all_rows(const Merge& merge, const PatchMerge<T>& problem) {
+  std::vector<Tensor> rows(static_cast<size_t>(merge.blocks()));
+  parallel_for(0, merge.blocks(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) rows[i] = normalised_rows<T>(merge, merge.block(i), problem, merge.buffer());
+  });
+  return rows;
+}
+
+// Gradient of x. Blocks that follow each other add to the same tokens: first go the even ones, then the odd ones. kept:
+// all rows or none.
+template <typename T>
+Tensor input_gradient(const Merge& merge, const PatchMerge<T>& problem, const Tensor& gradient,
+                      const std::vector<Tensor>& kept) {
   Tensor grad_x = new_empty(merge.x.sizes(), merge.compute_type);
   torch::stable::zero_(grad_x);
   const int64_t features = merge.map.features(), columns = merge.map.out_width;
@@ -174,8 +191,9 @@ Tensor input_gradient(const Merge& merge, const PatchMerge<T>& problem, const Te
       const Tensor buffer = merge.buffer();
       const Tensor workspace = empty({2 * (features + kRowSlack)}, merge.compute_type);
       for (int64_t i = begin; i < end; ++i) {
-        const Block block = merge.block(2 * i + parity);
-        const Tensor rows = normalised_rows<T>(merge, block, problem, buffer);
+        const int64_t index = 2 * i + parity;
+        const Block block = merge.block(index);
+        const Tensor rows = kept.empty() ? normalised_rows<T>(merge, block, problem, buffer) : kept[index];
         const Tensor grad_rows = widened<T>(layer(widened<T>(merge.part(gradient, block)), blocks == 1));
         ASVIT_FAST_SELECT(patch_merge_gradient<T>)(problem, block.begin * columns, block.end * columns,
                                                    rows.const_data_ptr<T>(), grad_rows.const_data_ptr<T>(),
@@ -207,14 +225,13 @@ void add_rows(const Tensor& matrix, T* total) {
 }
 
 // gradient^T x [outputs, features], x the normalised rows, and the sum of the gradient [outputs]. Blocks are added in a
-// few pieces and these one after the other; columns of the gradient go apart.
+// few pieces and these one after the other; columns of the gradient go apart. kept: all rows or none.
 template <typename T>
-std::tuple<Tensor, Tensor> parameter_products(const Merge& merge, const PatchMerge<T>& problem,
-                                              const Tensor& gradient) {
-  const int64_t blocks = merge.blocks(), most = std::min(kPieces, blocks);
-  const int64_t pieces = std::clamp<int64_t>(merge.output_tokens() / (4 * merge.outputs), 1, most);
+std::tuple<Tensor, Tensor> parameter_products(const Merge& merge, const PatchMerge<T>& problem, const Tensor& gradient,
+                                              const std::vector<Tensor>& kept) {
+  const int64_t blocks = merge.blocks(), pieces = weight_pieces(merge);
   const int64_t groups = std::max<int64_t>(1, merge.outputs / kWeightRows);
-  const auto multiply = pieces * groups == 1 ? linear_alone : linear;
+  const auto multiply = pieces * groups == 1 ? multiply_alone_into : multiply_into;
   std::vector<Tensor> sums, totals;  // one by one, so that all but the first can be freed
   for (int64_t piece = 0; piece < pieces; ++piece) {
     sums.push_back(empty({merge.outputs, merge.map.features()}, merge.compute_type));
@@ -228,13 +245,8 @@ std::tuple<Tensor, Tensor> parameter_products(const Merge& merge, const PatchMer
       const Tensor sum = rows_of(sums[piece], first, count);
       for (int64_t i = start; i < blocks * (piece + 1) / pieces; ++i) {
         const Tensor part = widened<T>(columns_of(merge.part(gradient, merge.block(i)), first, count));
-        const Tensor rows = normalised_rows<T>(merge, merge.block(i), problem, buffer);
-        const Tensor more = multiply(transposed(part), transposed(rows), {});
-        if (i > start) {
-          add<T>(sum, more);
-        } else {
-          assign<T>(sum, more);
-        }
+        const Tensor rows = kept.empty() ? normalised_rows<T>(merge, merge.block(i), problem, buffer) : kept[i];
+        multiply(sum, transposed(part), transposed(rows), {}, i > start);
         add_rows<T>(part, totals[piece].mutable_data_ptr<T>() + first);
       }
     }
@@ -248,8 +260,9 @@ std::tuple<Tensor, Tensor> parameter_products(const Merge& merge, const PatchMer
 
 // Gradients of weight, norm_weight, norm_bias and bias.
 template <typename T>
-std::vector<Tensor> parameter_gradients(const Merge& merge, const PatchMerge<T>& problem, const Tensor& gradient) {
-  const auto [sums, total] = parameter_products<T>(merge, problem, gradient);
+std::vector<Tensor> parameter_gradients(const Merge& merge, const PatchMerge<T>& problem, const Tensor& gradient,
+                                        const std::vector<Tensor>& kept) {
+  const auto [sums, total] = parameter_products<T>(merge, problem, gradient, kept);
   const Tensor wide = as_contiguous(as_type(merge.weight, merge.compute_type));
   const Tensor grad_norm_weight = empty({merge.map.features()}, merge.compute_type);
   const Tensor grad_norm_bias = empty({merge.map.features()}, merge.compute_type);
@@ -297,11 +310,13 @@ std::vector<Tensor> patch_merge_backward_cpu(const Tensor& gradient, const Tenso
     const auto problem = make_problem<T>(merge, statistics, true);
     const Tensor flat =
         reshaped(as_contiguous(as_type(gradient, weight.scalar_type())), {merge.output_tokens(), merge.outputs});
+    std::vector<Tensor> kept;
     if (needs_parameter_grad) {
-      const std::vector<Tensor> of_parameters = parameter_gradients<T>(merge, problem, flat);
+      if (weight_pieces(merge) == 1) kept = all_rows<T>(merge, problem);
+      const std::vector<Tensor> of_parameters = parameter_gradients<T>(merge, problem, flat, kept);
       std::copy(of_parameters.begin(), of_parameters.end(), gradients.begin() + 1);
     }
-    if (needs_input_grad) gradients[0] = as_type(input_gradient<T>(merge, problem, flat), x.scalar_type());
+    if (needs_input_grad) gradients[0] = as_type(input_gradient<T>(merge, problem, flat, kept), x.scalar_type());
   });
   return gradients;
 }

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
 
 #include "tensor_utils.h"
 
@@ -54,47 +53,52 @@ class SharedLinear {
   OptionalTensor bias_, packed_;  // the last only for our kernel
 };
 
-// a [M, K] times b^T, b [N, K], plus bias [N] if there is one. In any thread: the C functions are the CPU's own.
-inline Tensor linear(const Tensor& a, const Tensor& b, const OptionalTensor& bias = {}) {
-  AtenTensorHandle added = bias ? bias->get() : nullptr;
+// y [M, N] += product [M, N]; y's rows may be apart.
+template <typename T>
+inline void add_rows_to(const Tensor& y, const Tensor& product) {
+  T* const to = y.mutable_data_ptr<T>();
+  const T* const from = product.const_data_ptr<T>();
+  const int64_t columns = y.size(1), distance = y.stride(0), from_distance = product.stride(0);
+  for (int64_t row = 0; row < y.size(0); ++row)
+    for (int64_t i = 0; i < columns; ++i) to[row * distance + i] += from[row * from_distance + i];
+}
+
+// y [M, N] = a b^T + bias, a [M, K], b [N, K], or, where `more`, y += a b^T. y's rows may be apart. In any thread: the
+// C functions are the CPU's own.
+inline void multiply_into(const Tensor& y, const Tensor& a, const Tensor& b, const OptionalTensor& bias, bool more) {
+  AtenTensorHandle added = more ? y.get() : bias ? bias->get() : nullptr;
   if (prefers_onednn(a.scalar_type(), a.size(0), b.size(0), a.size(1))) {
-    const char* algorithm = "";
-    AtenTensorHandle y;
     const Tensor weight = without_gaps(b);
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(a.get(), weight.get(), added ? &added : nullptr, "none",
-                                                            nullptr, 0, &algorithm, &y));
-    return Tensor(y);
+    const char* algorithm = "";
+    AtenTensorHandle result;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(a.get(), weight.get(), added && !more ? &added : nullptr,
+                                                            "none", nullptr, 0, &algorithm, &result));
+    const Tensor product(result);
+    return more ? add_rows_to<float>(y, as_contiguous(product)) : copy_to(y, product);
   }
-  const Tensor y = new_empty({a.size(0), b.size(0)}, a.scalar_type()), columns = transposed(b);
+  const Tensor columns = transposed(b);
   if (added) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(y.get(), added, a.get(), columns.get(), 1, 1));
   } else {
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(y.get(), a.get(), columns.get()));
   }
-  return y;
 }
 
 // The same by a thread that no other works beside. Libraries would take all threads then, and may add in another order
 // with more of them; here each takes outputs of its own, in parts that sizes decide alone.
-inline Tensor linear_alone(const Tensor& a, const Tensor& b, const OptionalTensor& bias = {}) {
+inline void multiply_alone_into(const Tensor& y, const Tensor& a, const Tensor& b, const OptionalTensor& bias,
+                                bool more) {
   constexpr int64_t least = 64, most = 16;
-  const int64_t rows = a.size(0), outputs = b.size(0), item = static_cast<int64_t>(bytes_of(a.scalar_type()));
-  const int64_t parts = std::clamp<int64_t>(outputs / least, 2, most);  // of one part, the library's threads
-  const Tensor y = new_empty({rows, outputs}, a.scalar_type());
-  auto* const to = static_cast<char*>(y.mutable_data_ptr());
+  const int64_t outputs = b.size(0), parts = std::clamp<int64_t>(outputs / least, 2, most);  // of one, all threads
   parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = outputs * i / parts, count = outputs * (i + 1) / parts - first;
       if (count == 0) continue;
       OptionalTensor added;
       if (bias) added = strided(*bias, {count}, bias->strides(), first * bias->stride(0));
-      const Tensor part = as_contiguous(linear(a, rows_of(b, first, count), added));
-      const auto* const from = static_cast<const char*>(part.const_data_ptr());
-      for (int64_t row = 0; row < rows; ++row)
-        std::memcpy(to + (row * outputs + first) * item, from + row * count * item, static_cast<size_t>(count * item));
+      multiply_into(columns_of(y, first, count), a, rows_of(b, first, count), added, more);
     }
   });
-  return y;
 }
 
 inline SharedLinear::SharedLinear(const Tensor& weight, const OptionalTensor& bias) : weight_(weight), bias_(bias) {
@@ -105,15 +109,19 @@ inline SharedLinear::SharedLinear(const Tensor& weight, const OptionalTensor& bi
 
 inline Tensor SharedLinear::operator()(const Tensor& x, bool alone) const {
   if (packed_ && x.scalar_type() == kFloat) return multiply_packed(x, *packed_, weight_.size(0), bias_);
-  const auto multiply = alone ? linear_alone : linear;
-  if (x.scalar_type() == weight_.scalar_type()) return multiply(x, weight_, bias_);
+  const auto multiply = [&](const Tensor& rows) {
+    const Tensor y = new_empty({rows.size(0), weight_.size(0)}, rows.scalar_type());
+    (alone ? multiply_alone_into : multiply_into)(y, rows, weight_, bias_, false);
+    return y;
+  };
+  if (x.scalar_type() == weight_.scalar_type()) return multiply(x);
   const Tensor rounded = new_empty(x.sizes(), weight_.scalar_type());
   if (x.scalar_type() == kFloat) {
     assign<float>(rounded, x);
   } else {
     assign<double>(rounded, x);
   }
-  return multiply(rounded, weight_, bias_);
+  return multiply(rounded);
 }
 
 }  // namespace asvit_fast

@@ -11,9 +11,10 @@ namespace asvit_fast {
 namespace {
 
 constexpr const char* kOp = "patch_embed";
-constexpr int64_t kPieceTokens = 1024;  // of a piece, at least: adding up its gradients is little beside finding them
-constexpr int64_t kMaximumPieces = 64;
-constexpr double kMaximumWorkspace = 1ll << 48;  // elements
+constexpr int64_t kLeastTokens = 128;  // of a piece: adding up its gradients is little beside finding them
+constexpr int64_t kPieces = 32;        // whatever the number of threads, they have about as many each
+constexpr int64_t kPieceTokens = 1024, kMaximumPieces = 64;  // of many tokens, for many threads
+constexpr double kMaximumWorkspace = 1ll << 48;              // elements
 
 void check(const Tensor& image, const Tensor& weight, int64_t stride, int64_t dilation, Sizes padding) {
   ASVIT_FAST_CHECK(image.dim() == 4 && weight.dim() == 4 && image.size(1) == weight.size(1) &&
@@ -161,8 +162,9 @@ std::tuple<Tensor, Tensor> patch_embed_cpu(const Tensor& image, const Tensor& we
 // Fixed by the shapes alone, so that sums do not depend on the number of threads.
 template <typename T>
 int64_t piece_count(const PatchEmbed<T>& problem) {
-  const int64_t rows = problem.batch * problem.rows;
-  return std::clamp<int64_t>(rows * problem.columns / kPieceTokens, 1, std::min(rows, kMaximumPieces));
+  const int64_t rows = problem.batch * problem.rows, tokens = rows * problem.columns;
+  const int64_t few = std::min(tokens / kLeastTokens, kPieces), many = std::min(tokens / kPieceTokens, kMaximumPieces);
+  return std::clamp<int64_t>(std::max(few, many), 1, rows);
 }
 
 // Gradients of the pieces [pieces, Cin * K * K + 3, padded channels] added up, in the shapes and types of the

@@ -31,12 +31,28 @@ inline bool prefers_onednn(Dtype type, int64_t m, int64_t n, int64_t k) {
   return wide && type == kFloat && m * n * k >= least;
 }
 
-// A matrix whose rows, or columns, follow each other without gaps: of other weights oneDNN has a product for reference
-// only, a hundred times slower.
+// y = x or y += x, matrices of one size whose rows may be apart.
+inline void copy_rows(const Tensor& y, const Tensor& x, bool more) {
+  float* const to = y.mutable_data_ptr<float>();
+  const float* const from = x.const_data_ptr<float>();
+  const int64_t columns = y.size(1), distance = y.stride(0), from_distance = x.stride(0);
+  for (int64_t row = 0; row < y.size(0); ++row) {
+    float* const line = to + row * distance;
+    const float* const from_line = from + row * from_distance;
+    for (int64_t i = 0; i < columns; ++i) line[i] = more ? line[i] + from_line[i] : from_line[i];
+  }
+}
+
+// A float32 matrix whose rows, or columns, follow each other without gaps, as those of the given one do but for gaps: of
+// other weights oneDNN has a product for reference only, a hundred times slower.
 inline Tensor without_gaps(const Tensor& matrix) {
   const bool by_rows = matrix.stride(1) == 1;
-  if (!by_rows && matrix.stride(0) == 1) return transposed(as_contiguous(transposed(matrix)));
-  return as_contiguous(matrix);
+  const Tensor lines = by_rows ? matrix : transposed(matrix);
+  if (lines.stride(1) != 1) return as_contiguous(matrix);
+  if (lines.stride(0) == lines.size(1)) return matrix;
+  const Tensor copy = new_empty(lines.sizes(), kFloat);
+  copy_rows(copy, lines, false);
+  return by_rows ? copy : transposed(copy);
 }
 
 // A Linear layer that many threads apply to rows of their own, or one of them to all rows.
@@ -53,18 +69,8 @@ class SharedLinear {
   OptionalTensor bias_, packed_;  // the last only for our kernel
 };
 
-// y [M, N] += product [M, N]; y's rows may be apart.
-template <typename T>
-inline void add_rows_to(const Tensor& y, const Tensor& product) {
-  T* const to = y.mutable_data_ptr<T>();
-  const T* const from = product.const_data_ptr<T>();
-  const int64_t columns = y.size(1), distance = y.stride(0), from_distance = product.stride(0);
-  for (int64_t row = 0; row < y.size(0); ++row)
-    for (int64_t i = 0; i < columns; ++i) to[row * distance + i] += from[row * from_distance + i];
-}
-
 // y [M, N] = a b^T + bias, a [M, K], b [N, K], or, where `more`, y += a b^T. y's rows may be apart. In any thread: the
-// C functions are the CPU's own.
+// C functions do not ask torch's dispatcher.
 inline void multiply_into(const Tensor& y, const Tensor& a, const Tensor& b, const OptionalTensor& bias, bool more) {
   AtenTensorHandle added = more ? y.get() : bias ? bias->get() : nullptr;
   if (prefers_onednn(a.scalar_type(), a.size(0), b.size(0), a.size(1))) {
@@ -73,8 +79,7 @@ inline void multiply_into(const Tensor& y, const Tensor& a, const Tensor& b, con
     AtenTensorHandle result;
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(a.get(), weight.get(), added && !more ? &added : nullptr,
                                                             "none", nullptr, 0, &algorithm, &result));
-    const Tensor product(result);
-    return more ? add_rows_to<float>(y, as_contiguous(product)) : copy_to(y, product);
+    return copy_rows(y, Tensor(result), more);  // contiguous
   }
   const Tensor columns = transposed(b);
   if (added) {
@@ -89,7 +94,7 @@ inline void multiply_into(const Tensor& y, const Tensor& a, const Tensor& b, con
 inline void multiply_alone_into(const Tensor& y, const Tensor& a, const Tensor& b, const OptionalTensor& bias,
                                 bool more) {
   constexpr int64_t least = 64, most = 16;
-  const int64_t outputs = b.size(0), parts = std::clamp<int64_t>(outputs / least, 2, most);  // of one, all threads
+  const int64_t outputs = b.size(0), parts = std::clamp<int64_t>(outputs / least, 2, most);  // one would run on all threads
   parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = outputs * i / parts, count = outputs * (i + 1) / parts - first;

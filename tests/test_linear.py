@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from stacked import needs_extension
 from torch import Tensor
 
-from asvit_fast import nn, ops
+from asvit_fast import InputError, nn, ops
 from asvit_fast.backends import use_backend
 
 module = importlib.import_module("asvit_fast.ops.linear")
@@ -144,6 +144,9 @@ def test_what_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(ops.linear(x, weight, bias), F.linear(x, weight, bias))
     monkeypatch.setattr(module, "SMALL", 10**7)
     torch.testing.assert_close(ops.linear(x, weight, bias), F.linear(x, weight, bias))
+    for grads in (True, False):
+        with torch.set_grad_enabled(grads), pytest.raises(InputError, match="weight must be a tensor"):
+            ops.linear(x, None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="none or gelu, got 'relu'"):
         ops.linear(x, weight, bias, activation="relu")
     with pytest.raises(ValueError, match=r"residual must be \[6, 5\], got \[5\]"):

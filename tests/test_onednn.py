@@ -53,4 +53,6 @@ def test_no_reference_implementation(program: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     used = [line for line in done.stdout.splitlines() if ",primitive,exec," in line]
     assert [line for line in used if "ref" in line.split(",exec,")[1].split(",")[2]] == []
-    assert used or program == MERGING  # which are MKL's without AVX-512
+    if not used and program == MERGING:
+        pytest.skip("without AVX-512 its products are MKL's")
+    assert used

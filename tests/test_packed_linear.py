@@ -213,6 +213,32 @@ def test_weights_that_are_no_parameters_are_not_kept(of: str) -> None:
     assert len(packed_linear._kept) == kept
 
 
+def test_other_shapes_and_a_failure(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parameter that gets other data of another or of the same size, and memory that was not there for a while."""
+    layer = nn.Linear(64, 48, bias=False)
+    with torch.no_grad():
+        for weight in (layer.weight.data, torch.randn(300, 64), layer.weight.data.view(64, 48)):
+            layer.weight.data = weight
+            x = torch.randn(6, weight.shape[1])
+            for _ in range(2):
+                torch.testing.assert_close(ops.linear(x, layer.weight), F.linear(x, weight))
+        layer.weight.mul_(2)
+        with monkeypatch.context() as patched:
+            patched.setattr(packed_linear, "_pack", lambda *_: (_ for _ in ()).throw(MemoryError()))
+            with pytest.raises(MemoryError):
+                ops.linear(x, layer.weight)
+        torch.testing.assert_close(ops.linear(x, layer.weight), layer(x))
+
+
+def test_results_may_be_changed_in_place(of: str) -> None:
+    """Also of several leading axes, where torch's own view of a result would refuse it."""
+    layer, x, factor = nn.Linear(64, 48), torch.randn(2, 5, 64), torch.tensor(2.0, requires_grad=True)
+    for arguments in ((), ("gelu",), ("none", torch.randn(2, 5, 48))):
+        with torch.no_grad():
+            y = ops.linear(x, layer.weight, layer.bias, *arguments)
+        y.mul_(factor).sum().backward()
+
+
 def test_threads_share_a_weight(of: str) -> None:
     layers, x = [nn.Linear(64, 48) for _ in range(8)], torch.randn(50, 64)
 
@@ -292,11 +318,53 @@ def test_autocast_keeps_rounded_weights(
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("half", [None, packed_linear.OWN], ids=["torch", "own"])
+@pytest.mark.parametrize("small", [False, True])
+def test_autocast_has_torchs_types(half: str | None, small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever multiplies: a residual is added in the wider of the two types, not in the product's."""
+    for place in (packed_linear, module):
+        monkeypatch.setattr(place, "library", lambda dtype: packed_linear.ONEDNN if dtype == torch.float32 else half)
+    if small:
+        monkeypatch.setattr(module, "SMALL_FOR_OURS", 10**9)
+        monkeypatch.setattr(module, "SMALL", 10**9)
+    torch.manual_seed(0)
+    layer, x = nn.Linear(33, 20), torch.randn(6, 33)
+    for grads in (True, False):
+        with torch.set_grad_enabled(grads), torch.autocast("cpu", torch.bfloat16):
+            for given in (x, x.bfloat16()):
+                for residual in (torch.randn(6, 20) * 100, torch.randn(6, 20).bfloat16(), None):
+                    operands = (given, layer.weight, layer.bias, "none", residual)
+                    found, want = ops.linear(*operands), module.linear_reference(*operands)
+                    assert found.dtype == want.dtype
+                    torch.testing.assert_close(found, want, rtol=1e-2, atol=2e-2)
+
+
+def test_threads_of_two_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One under autocast, one not: neither gets what the other packed."""
+    for place in (packed_linear, module):
+        monkeypatch.setattr(place, "library", lambda dtype: None if dtype == torch.float64 else packed_linear.OWN)
+    layer, x = nn.Linear(64, 48), torch.randn(50, 64)
+    with torch.no_grad():
+        want = [
+            F.linear(x, layer.weight, layer.bias),
+            F.linear(x.bfloat16(), *(p.bfloat16() for p in layer.parameters())),
+        ]
+
+    def run(index: int) -> bool:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=index % 2 == 1):
+            y = ops.linear(x, layer.weight, layer.bias)
+        near = 1e-5 if index % 2 == 0 else 2e-2
+        return y.dtype == want[index % 2].dtype and torch.allclose(y, want[index % 2], rtol=near, atol=near)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(run, range(400)))
+
+
 # --------------------------------------------------------------------------- 16 bits with products of them
 
 
 def has_products(dtype: torch.dtype) -> bool:
-    return packed_linear._multiplied_by_onednn(dtype)
+    return torch.backends.mkldnn.is_available() and packed_linear._multiplied_by_onednn(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

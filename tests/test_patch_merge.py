@@ -161,6 +161,7 @@ def test_large_products() -> None:
     """Several blocks, pieces and groups of outputs, and oneDNN's products."""
     torch.manual_seed(4)
     assert_as_exact(operands(28, 28, 32, 260, 4, batch=3), 4)
+    assert_as_exact(operands(20, 21, 16, 360, 4, batch=2), 4)
     assert_as_exact(operands(56, 56, 32, 8, 2, batch=1), 2, 2, "timm")
 
 
@@ -172,6 +173,7 @@ def test_threads_agree(isa: str, dtype: torch.dtype) -> None:
     torch.manual_seed(5)
     before = torch.get_num_threads()
     shapes = ((28, 28, 16, 132, 4, 2), (14, 14, 48, 96, 2, 1), (7, 7, 48, 130, 4, 1), (6, 6, 200, 40, 2, 1))
+    shapes += ((20, 21, 16, 360, 4, 2),)  # groups of outputs, whose rows are kept
     for height, width, channels, outputs, kernel, batch in shapes:
         given = operands(height, width, channels, outputs, kernel, dtype, batch=batch)
         results = []

@@ -116,7 +116,7 @@ def is_small(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> boo
 
 
 def _is_small(x: Tensor, weight: Tensor, dtype: torch.dtype, by: str | None) -> bool:
-    of_mkl = dtype == torch.float32 and by == ONEDNN  # else torch's product is slow, or oneDNN's as well
+    of_mkl = dtype == torch.float32 and by == ONEDNN  # otherwise torch's product is slow, or is oneDNN's too
     return x.numel() * weight.shape[0] < (SMALL if of_mkl else SMALL_FOR_OURS)
 
 
@@ -194,7 +194,7 @@ def _in_inference(
     at the call: by fewer questions than an op asks, which of small batches take as long as products."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu:
         return None
-    if not (_is_dense(x) and _is_dense(weight)):
+    if type(weight) is not Parameter or not weight.is_cpu or not (_is_dense(x) and _is_dense(weight)):
         return None
     autocast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
@@ -225,11 +225,8 @@ def _fits(
 
 
 def _is_alone(weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
-    """Whether a product with a parameter is asked for by no tracer, transform, mode or subclass of Tensor, and may run
-    by any backend."""
-    if type(weight) is not Parameter or transform_active() or forced_backend() is not None:
-        return False
-    return outside_of_modes((weight, bias, residual))
+    """Whether no tracer, transform, mode or subclass of Tensor looks at a product, and any backend may run it."""
+    return not transform_active() and forced_backend() is None and outside_of_modes((weight, bias, residual))
 
 
 def linear(
@@ -272,12 +269,15 @@ def linear(
     if not (_is_dense(x) and _is_dense(weight)):
         return linear_reference(x, weight, bias, activation, residual)
     _check(x, weight, bias, activation, residual)
+    if not autocast_active(x.device.type):
+        return _linear(x, weight, bias, activation, residual)
     dtype = autocast_dtype("cpu") if x.device.type == "cpu" else None
     if dtype is not None and x.dtype != torch.float64 and not _is_torchs(dtype):
         with torch.autocast("cpu", enabled=False):  # torch's product in that type is slow
             y = _linear(x.to(dtype), weight, bias, activation, None)
-        return y if residual is None else residual + y
-    return _linear(x, weight, bias, activation, residual)
+    else:
+        y = _linear(x, weight, bias, activation, None)
+    return y if residual is None else residual + y  # which may be of another type
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ stages of a network have them, that takes as long as the product.
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 
 import torch
@@ -39,7 +40,7 @@ def _library(own: bool, dtype: torch.dtype) -> str | None:
 
 
 def _multiplied_by_onednn(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has instructions for products in that type here."""
+    """Whether oneDNN multiplies numbers of that type here: with AVX-512 bfloat16 at least, if need be by widening."""
     if dtype in HALF:
         torchs = torch.ops.mkldnn
         return torchs._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else torchs._is_mkldnn_fp16_supported()
@@ -58,7 +59,7 @@ def product(
     """activation(x @ weight.T + bias) + residual, by the library for their dtype -> [*, N].
 
     Args:
-        x: [*, K], weight [N, K], of any strides, bias [N], residual [*, N]: rounded to x's dtype.
+        x: [*, K], weight [N, K], of any strides, bias [N], residual [*, N]; oneDNN gets all in x's dtype.
         activation: "none" or "gelu".
         keep: the packed weight, for later products.
         by: the library, if it was asked already.
@@ -76,10 +77,12 @@ def product(
             y = multiply(x, matrix, bias, "gelu", [], "none")  # the exact one, of sums that were not rounded
         else:  # on numbers that are in the cache still, torch's is faster than oneDNN's
             y = F.gelu(multiply(x, matrix, bias, "none", [], ""))
-        return y if residual is None else y.add_(residual)
-    if residual is None:
-        return multiply(x, matrix, bias, "none", [], "")
-    return multiply.binary(x, residual.contiguous(), matrix, bias, "add")
+        y = y if residual is None else y.add_(residual)
+    elif residual is None:
+        y = multiply(x, matrix, bias, "none", [], "")
+    else:
+        y = multiply.binary(x, residual.contiguous(), matrix, bias, "add")
+    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, y.shape)  # else a view, which allows no later change
 
 
 def without_gaps(weight: Tensor) -> Tensor:
@@ -94,16 +97,16 @@ def without_gaps(weight: Tensor) -> Tensor:
 class _Kept:
     """A packed weight."""
 
-    __slots__ = ("dtype", "library", "reference", "state", "tensor")
+    __slots__ = ("lock", "packed", "reference", "shape", "state")
 
     def __init__(self, weight: Tensor) -> None:
         identity = id(weight)
         self.reference = weakref.ref(weight, lambda _: _kept.pop(identity, None))
         size = torch.ops.asvit_fast_C.weight_state_size(weight)
         self.state = torch.zeros(size, dtype=torch.int64)  # what the weight is known by; no weight has the address 0
-        self.tensor: Tensor = weight
-        self.library: str | None = None  # who packed it
-        self.dtype = weight.dtype  # that its numbers were rounded to
+        self.shape = weight.shape
+        self.packed: tuple[Tensor, str, torch.dtype] | None = None  # by whom, and the type that numbers were rounded to
+        self.lock = threading.Lock()  # a thread must not see that another one found a change, and not yet what it packs
 
 
 _kept: dict[int, _Kept] = {}  # by the identity of the weight, for as long as it lives
@@ -119,12 +122,15 @@ def _packed(weight: Tensor, library: str, dtype: torch.dtype) -> Tensor:
     """Of a parameter, kept as long as it lives, and packed again when it has changed; of any other tensor for this
     product alone."""
     kept = _kept.get(id(weight))
-    if kept is None or kept.reference() is not weight or not weight.is_contiguous():
+    fits = kept is not None and kept.reference() is weight and kept.shape == weight.shape and weight.is_contiguous()
+    if kept is None or not fits:
         plain = type(weight) is nn.Parameter and not weight.is_inference() and weight.is_contiguous()
         if not plain or _extension.extension() is None:
             return without_gaps(weight.to(dtype)) if library == ONEDNN else _pack(weight, library, dtype)
         kept = _kept[id(weight)] = _Kept(weight)
-    changed = torch.ops.asvit_fast_C.weight_changed(weight, weight._version, kept.state)
-    if changed or kept.library != library or kept.dtype != dtype:
-        kept.tensor, kept.library, kept.dtype = _pack(weight.detach(), library, dtype), library, dtype
-    return kept.tensor
+    with kept.lock:
+        changed = torch.ops.asvit_fast_C.weight_changed(weight, weight._version, kept.state)
+        if changed or kept.packed is None or kept.packed[1:] != (library, dtype):
+            kept.packed = None  # whatever happens while it is packed
+            kept.packed = _pack(weight.detach(), library, dtype), library, dtype
+        return kept.packed[0]

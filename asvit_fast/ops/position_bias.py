@@ -24,9 +24,7 @@ MOST_COMPARISONS = 2**27
 
 def position_bias_reference(table: Tensor, index: Tensor) -> Tensor:
     """`position_bias` in plain PyTorch operations."""
-    if torch.is_grad_enabled() or not table.is_cpu:  # the gradient of index_select adds in any order on a GPU
-        return table[index].permute(2, 0, 1)
-    return table.index_select(0, index.flatten()).unflatten(0, index.shape).permute(2, 0, 1)  # a third of the time
+    return table[index].permute(2, 0, 1)
 
 
 class _Gather(torch.autograd.Function):
@@ -78,8 +76,8 @@ def position_bias(table: Tensor, index: Tensor) -> Tensor:
 
     Args:
         table: [entries, heads], of any floating dtype.
-        index: [queries, keys], the entry of each pair, integers below ``entries`` (on a GPU nobody looks whether they
-            are). Not differentiable.
+        index: [queries, keys], the entry of each pair, integers from 0 to ``entries - 1`` (on a GPU nobody looks if
+            they are). Not differentiable.
 
     Returns:
         [heads, queries, keys] of the table's dtype.
@@ -110,4 +108,6 @@ def position_bias(table: Tensor, index: Tensor) -> Tensor:
     check_device("position_bias", "index", index, table)
     if _has_kernels(table, index):
         return _Gather.apply(table, index)
+    if table.is_cpu and not torch.is_grad_enabled():  # a third of the time
+        return table.index_select(0, index.flatten()).unflatten(0, index.shape).permute(2, 0, 1)
     return position_bias_reference(table, index)

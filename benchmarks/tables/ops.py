@@ -11,7 +11,11 @@ OPS: dict[str, tuple[str, Callable[[str], bool]]] = {  # title: file, which case
     "windows of 784 tokens": ("window_attention", lambda case: case.startswith("N=784")),
     "windows of 196 tokens": ("window_attention", lambda case: case.startswith("N=196")),
     "windows of 49 tokens": ("window_attention", lambda case: case.startswith("N=49") and "bias" not in case),
-    "windows of 49 and 144 tokens with Swin's bias": ("window_attention", lambda case: "bias" in case),
+    "windows of 49 and 144 tokens with Swin's bias": (
+        "window_attention",
+        lambda case: case.startswith("N=") and "bias" in case,
+    ),
+    "windows of three axes, 98 to 392 tokens": ("window_attention", lambda case: not case.startswith("N=")),
     "patch merging, As-ViT's shapes": ("patch_merge", lambda case: "Swin" not in case),
     "patch merging, Swin-T's shapes": ("patch_merge", lambda case: "Swin" in case),
     "patch embedding with LayerNorm": ("patch_embed", lambda case: True),
@@ -74,7 +78,7 @@ def scores() -> str:
     """Passes behind the scores, against the fastest of torch.func eager and compiled, and of JAX."""
     lines = []
     for work, case in SCORES.items():
-        found = {row["provider"]: milliseconds(row) for row in read(ZEN3, "scores") if row["case"] == case}
+        found = {row["provider"]: milliseconds(row) for row in read(ZEN4, "scores") if row["case"] == case}
         ours = found.pop("ours")
         del found["reference"]
         line = [work, f"{ours / 1e3:.3f} s"]

@@ -15,7 +15,7 @@ from statistics import median
 from tables.gpus import gpus
 from tables.networks import families, networks, runtimes
 from tables.ops import cases, ops, scores, speed
-from tables.rows import OURS, RESULTS, ZEN4, ZEN5, fastest, markdown, milliseconds, read, span, times
+from tables.rows import OURS, PROCESSORS, RESULTS, ZEN3, ZEN4, ZEN5, fastest, markdown, milliseconds, read, span, times
 from tables.study import TASKS
 from tables.trainings import detection, detection_speed, trainings
 
@@ -41,14 +41,15 @@ def summary() -> str:
         ("Video Swin-T, inference", "its source", "families", "Video Swin-T"),
         ("MONAI's SwinUNETR 3-D, encoder", "its source", "families", "MONAI SwinUNETR 3-D, encoder"),
     ):
-        rows = [row for row in read(ZEN4, file) if row["network"] == name and row["mode"] == "inference"]
+        processor = ZEN3 if file == "models" else ZEN4
+        rows = [row for row in read(processor, file) if row["network"] == name and row["mode"] == "inference"]
         providers = {row["provider"]: row for row in rows if row["milliseconds"]}
         factor = milliseconds(fastest(providers, False)) / milliseconds(providers[OURS])
-        lines.append([title, peer, times(factor), "CPU, Zen 4"])
+        lines.append([title, peer, times(factor), f"CPU, {PROCESSORS[processor]}"])
     for title, case in (("length distortion of a network", "order 1, 10 thetas, 224 px"),):
         found = {row["provider"]: milliseconds(row) for row in read(ZEN4, "scores") if row["case"] == case}
         peer = found["torch.func.jvp, compiled"]
-        lines.append([title, "torch.func.jvp, compiled", times(peer / found[OURS]), "CPU, Zen 4"])
+        lines.append([title, "torch.func.jvp, compiled", times(peer / found[OURS]), f"CPU, {PROCESSORS[ZEN4]}"])
     attention = cases("h100", "window_attention", lambda case: True)
     for title, mode in (("window attention", "forward"), ("and backward", "both")):
         speeds = [speed(rows) for (_, found), rows in attention.items() if found == mode]
@@ -59,7 +60,9 @@ def summary() -> str:
     lines.append([f"Swin-T of timm, batches of {' and '.join(batches)}", "timm", span(speeds), "H100, bfloat16"])
     rows = [row for row in read(ZEN5, "retokenization") if row["schedule"] == "table6-120"]
     saved = median(float(row["time_saved"]) for row in rows)
-    lines.append(["training with coarse tokens first", "full tokens", times(1 / (1 - saved)), "CPU, Zen 5"])
+    lines.append(
+        ["training with coarse tokens first", "full tokens", times(1 / (1 - saved)), f"CPU, {PROCESSORS[ZEN5]}"]
+    )
     return markdown(["what", "against", "speed", "on"], lines)
 
 

@@ -24,6 +24,7 @@ def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small products take the op as well."""
     monkeypatch.setattr(module, "SMALL", 0)
     monkeypatch.setattr(module, "SMALL_FOR_OURS", 0)
+    monkeypatch.setattr(module, "ROWS_IN_TRAINING", 0)
 
 
 def operands(shape: tuple[int, ...], features: int, bias: bool = True) -> list[Tensor]:
@@ -170,6 +171,24 @@ def test_other_layouts_are_torchs(make: str, monkeypatch: pytest.MonkeyPatch) ->
     assert found.layout == want.layout and found.is_nested == want.is_nested
     for a, b in zip(*(y.unbind() if y.is_nested else [y.to_dense()] for y in (found, want)), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_few_rows_in_training_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As packing costs what our kernel gains; in inference packed weights are kept."""
+    monkeypatch.setattr(module, "SMALL_FOR_OURS", 0)
+    monkeypatch.setattr(module, "library", lambda dtype: "own")
+    monkeypatch.setattr(module, "ROWS_IN_TRAINING", 10)
+    calls: list[int] = []
+    monkeypatch.setattr(module, "product", lambda x, *_, **__: calls.append(len(x)) or x.new_zeros(len(x), 3))
+    x, weight, bias = operands((9, 5), 3)
+    torch.testing.assert_close(ops.linear(x, weight, bias), F.linear(x, weight, bias))
+    assert not calls
+    many = operands((10, 5), 3)
+    ops.linear(*many)
+    assert calls == [10]
+    with torch.no_grad():
+        ops.linear(x, torch.nn.Parameter(weight), bias)
+    assert calls == [10, 9]
 
 
 def test_residual() -> None:

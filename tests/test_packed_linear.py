@@ -30,6 +30,7 @@ def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small products take the op as well."""
     monkeypatch.setattr(module, "SMALL", 0)
     monkeypatch.setattr(module, "SMALL_FOR_OURS", 0)
+    monkeypatch.setattr(module, "ROWS_IN_TRAINING", 0)
 
 
 @pytest.fixture(params=[packed_linear.OWN, packed_linear.ONEDNN])

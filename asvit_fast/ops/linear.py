@@ -22,12 +22,13 @@ from ..errors import InputError
 from ..machine import mkl_is_narrow
 from .checks import check_device, check_tensor
 from .fused_op import FusedOp, Gradients, Operands, Result, Saved, outside_of_modes
-from .packed_linear import HALF, ONEDNN, library, product, without_gaps
+from .packed_linear import HALF, ONEDNN, OWN, library, product, without_gaps
 from .reference_gradients import gradients
 from .transforms import autocast_active, autocast_dtype, transform_active
 
 SMALL = 10**7 if mkl_is_narrow() else 4 * 10**7  # multiply-adds below which calling oneDNN costs what it gains
 SMALL_FOR_OURS = 2 * 10**6  # and our kernel
+ROWS_IN_TRAINING = 2048  # of float32 below which our kernel gains less than packing weights costs, which nobody keeps
 ACTIVATIONS = ("none", "gelu")
 _CAST = (torch.float32, *HALF)  # what autocast takes to its type
 
@@ -280,11 +281,18 @@ def linear(
     return y if residual is None else residual + y  # which may be of another type
 
 
+def _has_few_rows(x: Tensor) -> bool:
+    """Whether torch's product of x [*, K] and its gradients are faster than ours with weights that are not kept."""
+    if x.dtype != torch.float32 or torch.compiler.is_compiling():  # no other graph for another size
+        return False
+    return x.numel() < ROWS_IN_TRAINING * x.shape[-1] and library(x.dtype) == OWN
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
     """Where a gradient is recorded, activation and residual are torch's."""
     operands = (x, weight, bias, residual)
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)):
         return LINEAR(operands, GELU if activation == "gelu" else NO_ACTIVATION)
-    y = LINEAR((x, weight, bias, None), NO_ACTIVATION)
+    y = F.linear(x, weight, bias) if _has_few_rows(x) else LINEAR((x, weight, bias, None), NO_ACTIVATION)
     y = F.gelu(y) if activation == "gelu" else y
     return y if residual is None else residual + y

@@ -8,6 +8,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parents[1] / "results"
 ZEN3, ZEN4, ZEN5 = "zen3", "zen4", "zen5"  # folders there, by the processor that measured
+PROCESSORS = {ZEN3: "Zen 3", ZEN4: "Zen 4", ZEN5: "Zen 5"}
 OURS = "ours"
 Row = dict[str, str]
 

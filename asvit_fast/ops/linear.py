@@ -283,7 +283,7 @@ def linear(
 
 def _has_few_rows(x: Tensor) -> bool:
     """Whether torch's product of x [*, K] and its gradients are faster than ours with weights that are not kept."""
-    if x.dtype != torch.float32 or torch.compiler.is_compiling():  # no other graph for another size
+    if x.dtype != torch.float32 or torch.compiler.is_compiling() or torch.jit.is_tracing():  # one graph for any size
         return False
     return x.numel() < ROWS_IN_TRAINING * x.shape[-1] and library(x.dtype) == OWN
 

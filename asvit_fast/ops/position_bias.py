@@ -108,6 +108,6 @@ def position_bias(table: Tensor, index: Tensor) -> Tensor:
     check_device("position_bias", "index", index, table)
     if _has_kernels(table, index):
         return _Gather.apply(table, index)
-    if table.is_cpu and not torch.is_grad_enabled():  # a third of the time
+    if table.is_cpu and not torch.is_grad_enabled() and not torch.jit.is_tracing():  # a third of the time
         return table.index_select(0, index.flatten()).unflatten(0, index.shape).permute(2, 0, 1)
     return position_bias_reference(table, index)

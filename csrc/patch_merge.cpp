@@ -1,8 +1,8 @@
 // asvit_fast_C::patch_merge and its backward pass on the CPU: schemas, checks, allocation, threads and matrix products.
 //
 // Neighbourhoods are never there all at once, but in a backward pass of few tokens: blocks of them are copied into a
-// buffer that the cache holds, normalised there (cpu/) and multiplied by torch's matrix product. Blocks, and the order in which their sums are added, depend on
-// shapes only.
+// buffer that the cache holds, normalised there (cpu/) and multiplied by torch's matrix product. Blocks, and the order
+// in which their sums are added, depend on shapes only.
 #include "patch_merge.h"
 
 #include <tuple>

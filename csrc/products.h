@@ -43,8 +43,8 @@ inline void copy_rows(const Tensor& y, const Tensor& x, bool more) {
   }
 }
 
-// A float32 matrix whose rows, or columns, follow each other without gaps, as those of the given one do but for gaps: of
-// other weights oneDNN has a product for reference only, a hundred times slower.
+// A float32 matrix whose rows, or columns, follow each other without gaps, as those of the given one do but for gaps:
+// of other weights oneDNN has a product for reference only, a hundred times slower.
 inline Tensor without_gaps(const Tensor& matrix) {
   const bool by_rows = matrix.stride(1) == 1;
   const Tensor lines = by_rows ? matrix : transposed(matrix);
@@ -94,7 +94,8 @@ inline void multiply_into(const Tensor& y, const Tensor& a, const Tensor& b, con
 inline void multiply_alone_into(const Tensor& y, const Tensor& a, const Tensor& b, const OptionalTensor& bias,
                                 bool more) {
   constexpr int64_t least = 64, most = 16;
-  const int64_t outputs = b.size(0), parts = std::clamp<int64_t>(outputs / least, 2, most);  // one would run on all threads
+  const int64_t outputs = b.size(0),
+                parts = std::clamp<int64_t>(outputs / least, 2, most);  // one would run on all threads
   parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = outputs * i / parts, count = outputs * (i + 1) / parts - first;

@@ -50,7 +50,7 @@ CXX_FLAGS = [
 NVCC_FLAGS = ["-O3", "--threads=2"]
 OLDEST_TORCH = (2, 11)  # whose stable ABI the extension keeps to: it runs with that torch and all later ones
 OLDEST_PYTHON = "cp311"  # likewise Python's limited API
-ISAS = {"portable": 16, "avx2": 32, "avx512": 64}  # instruction sets of CPU kernels, and the bytes of their vectors
+ISAS = {"portable": 16, "avx2": 32, "avx512": 64, "avx512bf16": 64}  # of CPU kernels, and the bytes of their vectors
 SANITIZERS = os.environ.get("ASVIT_FAST_SANITIZE", "")
 if SANITIZERS:  # later flags win
     CXX_FLAGS += ["-O1", "-g1", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all"]
@@ -263,6 +263,7 @@ def isa_sources() -> dict[Path, str]:
             sources[source] = (
                 f"#define ASVIT_FAST_ISA {isa}\n"
                 f"#define ASVIT_FAST_VECTOR_BYTES {vector_bytes}\n"
+                f"#define ASVIT_FAST_BF16_DOT {int(isa == 'avx512bf16')}\n"
                 f'#define ASVIT_FAST_INTERFACE "{interface.name}"\n'
                 f'#define ASVIT_FAST_KERNELS "{kernels}"\n'
                 '#include "cpu/compile_for_isa.h"\n'

@@ -9,7 +9,7 @@ namespace asvit_fast {
 
 // Whether our kernel multiplies float32, and 16-bit numbers that it widens: where it was measured to be at least as
 // fast as MKL and oneDNN. With wider vectors it was not measured yet, with narrower ones it is slower.
-inline bool prefers_own_products() { return active_isa() == Isa::avx2; }
+inline bool prefers_own_products() { return active_isa() != Isa::portable; }
 
 // A weight [N, K] in the order of our kernel, for the instruction set of the moment.
 Tensor pack_weight(const Tensor& weight);

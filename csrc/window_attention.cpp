@@ -97,21 +97,18 @@ std::optional<int64_t> token_distance(const Tensor& map) {
   return distance.value_or(map.size(-1));
 }
 
-// In the type that is computed in (low precision is widened once), channels neighbours, tokens evenly spaced.
-Tensor map_operand(const Tensor& map, Dtype type) {
-  const Tensor wide = as_type(map, type);
-  return wide.stride(-1) == 1 && token_distance(wide) ? wide : as_contiguous(wide);
-}
+// Channels neighbours, tokens evenly spaced.
+Tensor map_operand(const Tensor& map) { return map.stride(-1) == 1 && token_distance(map) ? map : as_contiguous(map); }
 
 // Of the channels of a map, those from `first` on.
-template <typename T>
-TokenMap<const T> token_map(const Tensor& map, int64_t first = 0) {
-  return {map.const_data_ptr<T>() + first, *token_distance(map)};
+TokenMap<const char> token_map(const Tensor& map, int64_t first = 0) {
+  const ScalarType type = scalar_type(kOp, map.scalar_type());
+  return {static_cast<const char*>(map.const_data_ptr()) + first * element_bytes(type), *token_distance(map), type};
 }
 
-template <typename T>
-TokenMap<T> mutable_token_map(const Tensor& map, int64_t first = 0) {
-  return {map.mutable_data_ptr<T>() + first, *token_distance(map)};
+TokenMap<char> mutable_token_map(const Tensor& map, int64_t first = 0) {
+  const ScalarType type = scalar_type(kOp, map.scalar_type());
+  return {static_cast<char*>(map.mutable_data_ptr()) + first * element_bytes(type), *token_distance(map), type};
 }
 
 // A matrix for each head [heads, queries, keys] -> a view [heads, whole groups of queries, keys, kGroup] of it.
@@ -166,25 +163,25 @@ struct Operands {
   OptionalTensor bias, attn_scale, head_scale;
 
   explicit Operands(const Arguments& a)
-      : q(map_operand(a.q, a.type())),
+      : q(map_operand(a.q)),
         padding(a.padding ? as_contiguous(as_type(*a.padding, a.type())) : zeros({3 * a.channels()}, a.type())),
         attn_scale(parameters(a.attn_scale, a.type())),
         head_scale(parameters(a.head_scale, a.type())) {
-    if (a.k) k = map_operand(*a.k, a.type());
-    if (a.v) v = map_operand(*a.v, a.type());
+    if (a.k) k = map_operand(*a.k);
+    if (a.v) v = map_operand(*a.v);
     if (a.bias) bias = group_bias(*a.bias, a.type());
   }
 
   template <typename T>
   WindowAttention<T> problem(const Arguments& a, const Tensor& output, const Tensor& statistics) const {
-    return {token_map<T>(q),
-            k ? token_map<T>(*k) : token_map<T>(q, a.channels()),
-            v ? token_map<T>(*v) : token_map<T>(q, 2 * a.channels()),
+    return {token_map(q),
+            k ? token_map(*k) : token_map(q, a.channels()),
+            v ? token_map(*v) : token_map(q, 2 * a.channels()),
             padding.const_data_ptr<T>(),
             pointer_or_null<T>(bias),
             pointer_or_null<T>(attn_scale),
             pointer_or_null<T>(head_scale),
-            output.mutable_data_ptr<T>(),
+            mutable_token_map(output),
             statistics.mutable_data_ptr<T>(),
             {a.axis(0), a.axis(1), a.axis(2)},
             a.layout,
@@ -217,7 +214,7 @@ std::tuple<Tensor, Tensor> window_attention_cpu(const Tensor& q, const OptionalT
                             heads, window, shift, kv_window, scale,   parse_layout(layout)};
   check(arguments);
   const Operands operands(arguments);
-  const Tensor output = new_empty(map_sizes(arguments, arguments.channels()), arguments.type());
+  const Tensor output = new_empty(map_sizes(arguments, arguments.channels()), q.scalar_type());
   const Tensor statistics = new_empty(statistics_sizes(arguments), arguments.type());
   if (output.numel() > 0)
     with_compute_type(kOp, arguments.type(), [&](auto zero) {
@@ -229,7 +226,7 @@ std::tuple<Tensor, Tensor> window_attention_cpu(const Tensor& q, const OptionalT
           problem, window_count(problem) * heads * query_units(problem), work,
           [&](int64_t begin, int64_t end, char* memory) { kernel(problem, begin, end, memory); });
     });
-  return {as_type(output, q.scalar_type()), statistics};
+  return {output, statistics};
 }
 
 // Fixed by the shapes alone, so that sums do not depend on the number of threads.
@@ -275,21 +272,20 @@ struct MapGradients {
 
   MapGradients(const Arguments& a, int64_t windows)
       : overlap(!a.kv_window.empty()),
-        q(new_empty(map_sizes(a, overlap || !a.fused() ? a.channels() : a.q.size(-1)), a.type())) {
+        q(new_empty(map_sizes(a, overlap || !a.fused() ? a.channels() : a.q.size(-1)), a.q.scalar_type())) {
     if (overlap) {
       k = zeros({windows, a.keys(), a.channels()}, a.type());
       v = zeros(k->sizes(), a.type());
     } else if (!a.fused()) {
-      k = new_empty(q.sizes(), a.type());
-      v = new_empty(q.sizes(), a.type());
+      k = new_empty(q.sizes(), q.scalar_type());
+      v = new_empty(q.sizes(), q.scalar_type());
     }
   }
 
-  template <typename T>
-  TokenMap<T> map(int64_t part) const {
+  TokenMap<char> map(int64_t part) const {
     if (part > 0 && overlap) return {};
-    if (!k) return mutable_token_map<T>(q, part * (q.size(-1) / 3));
-    return mutable_token_map<T>(part == 0 ? q : part == 1 ? *k : *v);
+    if (!k) return mutable_token_map(q, part * (q.size(-1) / 3));
+    return mutable_token_map(part == 0 ? q : part == 1 ? *k : *v);
   }
 
   template <typename T>
@@ -333,16 +329,14 @@ std::vector<Tensor> window_attention_backward_cpu(const Tensor& gradient, const 
   std::vector<Tensor> found;
   with_compute_type(kOp, arguments.type(), [&](auto zero) {
     using T = decltype(zero);
-    const Tensor wide_output = as_contiguous(as_type(output, arguments.type()));
-    const Tensor wide_gradient = map_operand(gradient, arguments.type()), rows = as_contiguous(statistics);
-    const auto forward = operands.problem<T>(arguments, wide_output, rows);
+    const Tensor known = as_contiguous(output), given = map_operand(gradient), rows = as_contiguous(statistics);
+    const auto forward = operands.problem<T>(arguments, known, rows);
     const Pieces pieces(arguments, needs_grad, window_count(forward));
     const MapGradients maps(arguments, window_count(forward));
     if (output.numel() > 0)
-      run_backward<T>({forward, token_map<T>(wide_gradient), maps.map<T>(0), maps.map<T>(1), maps.map<T>(2),
-                       maps.window_rows<T>(maps.k), maps.window_rows<T>(maps.v), mutable_or_null<T>(pieces.bias),
-                       mutable_or_null<T>(pieces.padding), mutable_or_null<T>(pieces.attn_scale),
-                       mutable_or_null<T>(pieces.head_scale), pieces.count});
+      run_backward<T>({forward, token_map(given), maps.map(0), maps.map(1), maps.map(2), maps.window_rows<T>(maps.k),
+                       maps.window_rows<T>(maps.v), mutable_or_null<T>(pieces.bias), mutable_or_null<T>(pieces.padding),
+                       mutable_or_null<T>(pieces.attn_scale), mutable_or_null<T>(pieces.head_scale), pieces.count});
     const Dtype type = q.scalar_type();
     found = {as_type(maps.q, type),
              maps.k ? as_type(*maps.k, type) : empty({0}, type),

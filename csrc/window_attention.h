@@ -6,28 +6,33 @@
 
 #include "arena.h"
 #include "cpu/for_each_isa.h"
+#include "scalar_type.h"
 #include "window_geometry.h"
 
 namespace asvit_fast {
 
 constexpr int kAxes = 3;  // depth, rows and columns; a map of rows and columns has a depth of 1
 
-// A map [batch, *axes, heads, head_dim], the last two dimensions contiguous, tokens `distance` elements apart.
-template <typename T>
+// A map [batch, *axes, heads, head_dim] of numbers of `type`, the last two dimensions contiguous, tokens `distance`
+// numbers apart. Byte: char or const char.
+template <typename Byte>
 struct TokenMap {
-  T* data;
+  Byte* data;
   int64_t distance;
+  ScalarType type;
+
+  Byte* at(int64_t token, int64_t channel) const { return data + (token * distance + channel) * element_bytes(type); }
 };
 
 template <typename T>
 struct WindowAttention {
-  TokenMap<const T> q, k, v;
+  TokenMap<const char> q, k, v;
   const T* pad_token;   // [3, heads, head_dim], a token of padding; read where padding is attended only
   const T* bias;        // [heads, groups of queries, keys, kGroup], or null
   const T* attn_scale;  // [heads] or null
   const T* head_scale;  // [heads] or null: further factors of the scores
-  T* output;            // [batch, *axes, heads, head_dim]
-  T* statistics;        // [2, batch, *axes, heads]: a query's largest score, 1 / sum of its weights
+  TokenMap<char> output;
+  T* statistics;  // [2, batch, *axes, heads]: a query's largest score, 1 / sum of its weights
   WindowAxis axes[kAxes];
   WindowLayout layout;
   int64_t batch, heads, head_dim;
@@ -39,12 +44,12 @@ struct WindowAttention {
 template <typename T>
 struct WindowAttentionBackward {
   WindowAttention<T> forward;
-  TokenMap<const T> gradient;          // of the output
-  TokenMap<T> grad_q, grad_k, grad_v;  // written whole; where keys have a margin, the latter two are null, and
-  T *window_grad_k, *window_grad_v;    // [windows, keys of a window, heads, head_dim], zeros at first; null otherwise
-  T* grad_bias;                        // [pieces, *as bias]
-  T* grad_pad_token;                   // [pieces, 3, heads, head_dim]
-  T* grad_attn_scale;                  // [pieces, heads], as the next
+  TokenMap<const char> gradient;          // of the output
+  TokenMap<char> grad_q, grad_k, grad_v;  // written whole; where keys have a margin, the latter two are null, and
+  T *window_grad_k, *window_grad_v;  // [windows, keys of a window, heads, head_dim], zeros at first; null otherwise
+  T* grad_bias;                      // [pieces, *as bias]
+  T* grad_pad_token;                 // [pieces, 3, heads, head_dim]
+  T* grad_attn_scale;                // [pieces, heads], as the next
   T* grad_head_scale;
   int64_t pieces;
 };

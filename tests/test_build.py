@@ -155,7 +155,7 @@ def test_all_kernels_are_compiled_for_every_instruction_set(build, root):
     sources = build.isa_sources()
     for header in (root / "csrc" / "cpu").glob("*_kernel.h"):
         op = header.name.removesuffix("_kernel.h").removesuffix("_backward")
-        for isa in ("portable", "avx2", "avx512"):
+        for isa in ("portable", "avx2", "avx512", "avx512bf16"):
             source = sources[root / "build" / "isa" / f"{op}_{isa}.cpp"]
             assert f"#define ASVIT_FAST_ISA {isa}\n" in source
             kernels = root / "csrc" / f"cpu/{op}_backward_kernel.h"
@@ -318,11 +318,11 @@ def test_products_broadcast_by_loading(root: Path, tmp_path: Path) -> None:
         '#include "cpu/small_matmul.h"\n'
         "namespace asvit_fast {\n"
         "void run(const float* a, const float* b, float* c, int64_t depth) {\n"
-        "  multiply_block<float, 2, 6>({a, depth, 1, b, 16, nullptr, 0, c, 16}, 0, 0, depth);\n"
+        "  multiply_block<float, float, 2, 6>({a, depth, 1, b, 16, nullptr, 0, c, 16}, 0, 0, depth);\n"
         "}\n"
         "}\n"
     )
-    command = ["g++", "-O3", "-mavx2", "-mfma", "-S", "-o", "-", f"-I{root / 'csrc'}", str(source)]
+    command = ["g++", "-O3", "-mavx2", "-mfma", "-mf16c", "-S", "-o", "-", f"-I{root / 'csrc'}", str(source)]
     code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert code.count("vfmadd") >= 12 and code.count("vbroadcastss\t") >= 6
     assert "vaddss" not in code and not re.search(r"vbroadcastss\t%xmm", code)

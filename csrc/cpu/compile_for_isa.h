@@ -1,10 +1,20 @@
 // One family of kernels for one instruction set: the whole of a translation unit that setup.py makes, which defines
-//   ASVIT_FAST_ISA           the namespace of the kernels: portable, avx2 or avx512
+//   ASVIT_FAST_ISA           the namespace of the kernels: portable, avx2, avx512 or avx512bf16
 //   ASVIT_FAST_VECTOR_BYTES  16 (SSE2 on x86-64, NEON on ARM, whatever the compiler makes of them elsewhere), 32 or 64
+//   ASVIT_FAST_BF16_DOT      1 where there are products of bfloat16 numbers, else 0
 //   ASVIT_FAST_INTERFACE     the header that declares the kernels
 //   ASVIT_FAST_KERNELS       the header that defines them
 #include <cstdint>
 #include <cstring>
+
+#if ASVIT_FAST_BF16_DOT
+#include <immintrin.h>
+#define ASVIT_FAST_TARGET "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c,fma"
+#elif ASVIT_FAST_VECTOR_BYTES == 64
+#define ASVIT_FAST_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c,fma"
+#else
+#define ASVIT_FAST_TARGET "avx2,f16c,fma"
+#endif
 
 #include ASVIT_FAST_INTERFACE
 
@@ -12,15 +22,12 @@
 #if ASVIT_FAST_VECTOR_BYTES == 16
 #include ASVIT_FAST_KERNELS
 #elif defined(__x86_64__)
-#if defined(__clang__) && ASVIT_FAST_VECTOR_BYTES == 64
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c,fma"))), \
-                             apply_to = function)
-#elif defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,f16c,fma"))), apply_to = function)
-#elif ASVIT_FAST_VECTOR_BYTES == 64
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c,fma")
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target(ASVIT_FAST_TARGET))), apply_to = function)
 #else
-#pragma GCC target("avx2,f16c,fma")
+#define ASVIT_FAST_PRAGMA(text) _Pragma(#text)
+#define ASVIT_FAST_GCC_TARGET(names) ASVIT_FAST_PRAGMA(GCC target(names))
+ASVIT_FAST_GCC_TARGET(ASVIT_FAST_TARGET)
 #endif
 #include ASVIT_FAST_KERNELS
 #ifdef __clang__

@@ -23,6 +23,7 @@ std::vector<Entry> entries() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  list.push_back({"avx512bf16", Isa::avx512bf16, avx512 && __builtin_cpu_supports("avx512bf16")});
   list.push_back({"avx512", Isa::avx512, avx512});
   list.push_back({"avx2", Isa::avx2, avx2});
 #endif

@@ -65,8 +65,8 @@ void pack_panel(const Matrix<T>& matrix, int64_t begin, int64_t end, int64_t col
 
 template <typename T>
 inline void multiply_panel(const Product<T>& product, int64_t rows, int64_t vectors, int64_t depth) {
-  if (vectors == 1) multiply_strip<T, 1>(product, rows, 0, depth);
-  if (vectors == kPanelVectors) multiply_strip<T, kPanelVectors>(product, rows, 0, depth);
+  if (vectors == 1) multiply_strip<T, T, 1>(product, rows, 0, depth);
+  if (vectors == kPanelVectors) multiply_strip<T, T, kPanelVectors>(product, rows, 0, depth);
 }
 
 // x P(x), P the normal distribution function, as in unary_functions.h.

@@ -4,95 +4,104 @@
 // right one: enough independent sums to keep both multipliers busy, few enough for the registers.
 #pragma once
 
-#include "cpu/vector.h"
+#include "cpu/bfloat16_pairs.h"
 
 namespace asvit_fast {
 namespace {
 
-// to[i][j] = base[i][j] + sum over k of left[i * left_row + k * left_step] * right[k][j]
-template <typename T>
+// to[i][j] = base[i][j] + factor * sum over k of left[i * left_row + k * left_step] * right[k][j]. Operands are numbers
+// of type T, or pairs of bfloat16 numbers that lie side by side along k.
+template <typename T, typename Operand = T>
 struct Product {
-  const T* left;
+  const Operand* left;
   int64_t left_row, left_step;
-  const T* right;
+  const Operand* right;
   int64_t right_row;
   const T* base;  // null: zeros
   int64_t base_row;
   T* to;
   int64_t to_row;
+  T factor = T(1);
 };
+
+inline void add_product(Vector<float>& sum, Vector<float> a, Vector<float> b) { sum += a * b; }
+inline void add_product(Vector<double>& sum, Vector<double> a, Vector<double> b) { sum += a * b; }
 
 constexpr bool kWideRegisters = ASVIT_FAST_VECTOR_BYTES == 64;  // 32 of them
 
 constexpr int most_rows(int vectors) { return kWideRegisters ? 8 : vectors == 1 ? 8 : vectors == 2 ? 6 : 4; }
 
 // The sum is added to the base at its end: rounding errors grow with the length of a sum.
-template <typename T, int vectors, int rows>
-inline void multiply_block(const Product<T>& p, int64_t i, int64_t j, int64_t depth) {
+template <typename T, typename Operand, int vectors, int rows>
+inline void multiply_block(const Product<T, Operand>& p, int64_t i, int64_t j, int64_t depth) {
   Vector<T> sum[rows][vectors] = {};
   const int64_t left_row = p.left_row, left_step = p.left_step, right_row = p.right_row;
-  const T* left = p.left + i * left_row;
-  const T* right = p.right + j;
+  const Operand* left = p.left + i * left_row;
+  const Operand* right = p.right + j;
   for (int64_t k = 0; k < depth; ++k) {
-    Vector<T> b[vectors];
+    Vector<Operand> b[vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) b[v] = load<T>(right + v * kLanes<T>);
+    for (int v = 0; v < vectors; ++v) b[v] = load<Operand>(right + v * kLanes<T>);
 #pragma GCC unroll 8
     for (int row = 0; row < rows; ++row) {
-      const Vector<T> a = broadcast<T>(left[row * left_row]);
+      const Vector<Operand> a = broadcast<Operand>(left[row * left_row]);
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) sum[row][v] += a * b[v];
+      for (int v = 0; v < vectors; ++v) add_product(sum[row][v], a, b[v]);
     }
     left += left_step;
     right += right_row;
   }
   const int64_t base_row = p.base_row, to_row = p.to_row;  // here: what is written might be the product itself
   T* to = p.to + i * to_row + j;
+  const T factor = p.factor;
   if (p.base) {
     const T* base = p.base + i * base_row + j;
 #pragma GCC unroll 8
     for (int row = 0; row < rows; ++row)
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) sum[row][v] += load<T>(base + row * base_row + v * kLanes<T>);
+      for (int v = 0; v < vectors; ++v)
+        store<T>(to + row * to_row + v * kLanes<T>,
+                 factor * sum[row][v] + load<T>(base + row * base_row + v * kLanes<T>));
+    return;
   }
 #pragma GCC unroll 8
   for (int row = 0; row < rows; ++row)
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) store<T>(to + row * to_row + v * kLanes<T>, sum[row][v]);
+    for (int v = 0; v < vectors; ++v) store<T>(to + row * to_row + v * kLanes<T>, factor * sum[row][v]);
 }
 
-template <typename T, int vectors, int rows = most_rows(vectors)>
-inline void multiply_rows(const Product<T>& p, int64_t i, int64_t count, int64_t j, int64_t depth) {
+template <typename T, typename Operand, int vectors, int rows = most_rows(vectors)>
+inline void multiply_rows(const Product<T, Operand>& p, int64_t i, int64_t count, int64_t j, int64_t depth) {
   if (count == rows) {
-    multiply_block<T, vectors, rows>(p, i, j, depth);
+    multiply_block<T, Operand, vectors, rows>(p, i, j, depth);
   } else if constexpr (rows > 1) {
-    multiply_rows<T, vectors, rows - 1>(p, i, count, j, depth);
+    multiply_rows<T, Operand, vectors, rows - 1>(p, i, count, j, depth);
   }
 }
 
 // One strip of columns; the rows are cut into blocks of nearly one size.
-template <typename T, int vectors>
-void multiply_strip(const Product<T>& p, int64_t rows, int64_t j, int64_t depth) {
+template <typename T, typename Operand, int vectors>
+void multiply_strip(const Product<T, Operand>& p, int64_t rows, int64_t j, int64_t depth) {
   const auto count = static_cast<uint32_t>(rows);
   const uint32_t blocks = (count + most_rows(vectors) - 1) / most_rows(vectors);
   const uint32_t size = count / blocks, larger = count % blocks;
   int64_t i = 0;
   for (uint32_t block = 0; block < blocks; ++block) {
     const int64_t block_rows = size + (block < larger ? 1 : 0);
-    multiply_rows<T, vectors>(p, i, block_rows, j, depth);
+    multiply_rows<T, Operand, vectors>(p, i, block_rows, j, depth);
     i += block_rows;
   }
 }
 
 // `columns` of the right matrix are read and written in whole vectors.
-template <typename T>
-void multiply(const Product<T>& p, int64_t rows, int64_t columns, int64_t depth) {
+template <typename T, typename Operand = T>
+void multiply(const Product<T, Operand>& p, int64_t rows, int64_t columns, int64_t depth) {
   int64_t vectors = (columns + kLanes<T> - 1) / kLanes<T>;
   for (int64_t j = 0; vectors > 0;) {
     const int64_t strip = vectors == 1 || vectors == 3 ? vectors : 2;
-    if (strip == 1) multiply_strip<T, 1>(p, rows, j, depth);
-    if (strip == 2) multiply_strip<T, 2>(p, rows, j, depth);
-    if (strip == 3) multiply_strip<T, 3>(p, rows, j, depth);
+    if (strip == 1) multiply_strip<T, Operand, 1>(p, rows, j, depth);
+    if (strip == 2) multiply_strip<T, Operand, 2>(p, rows, j, depth);
+    if (strip == 3) multiply_strip<T, Operand, 3>(p, rows, j, depth);
     vectors -= strip;
     j += strip * kLanes<T>;
   }

@@ -32,7 +32,7 @@ void pack_gradient(const WindowAttentionBackward<T>& problem, const TokenWindow&
     if (token.is_padding()) {
       for (int64_t j = 0; j < size; ++j) row[j] = T(0);
     } else {
-      copy_row(problem.gradient.data + token.index * problem.gradient.distance + head * size, size, row);
+      read_row(problem.gradient.at(token.index, head * size), problem.gradient.type, size, row);
     }
   }
 }
@@ -54,7 +54,9 @@ void read_group(const WindowAttention<T>& forward, const TokenWindow& window, in
     const T* gradient = memory.gradients + (first + i) * size;
     memory.maximum[i] = forward.statistics[row];
     memory.inverse[i] = forward.statistics[statistics + row];
-    memory.delta[i] = dot(gradient, forward.output + row * size, size);
+    T* output = memory.grad_queries;  // whose sums begin later
+    read_row(forward.output.at(token.index, head * size), forward.output.type, size, output);
+    memory.delta[i] = dot(gradient, output, size);
     if (!forward.attn_scale) continue;
     const T mean = dot(gradient, memory.means + token.region * memory.padded_dim, size);
     memory.delta[i] += forward.attn_scale[head] * mean;
@@ -100,7 +102,7 @@ template <typename T>
 struct GradientRows {
   int part;
   TokenList tokens;
-  TokenMap<T> map;
+  TokenMap<char> map;
   T* window_rows;
 };
 
@@ -123,10 +125,10 @@ void write_gradient(const WindowAttentionBackward<T>& problem, const TokenWindow
     if (token.is_padding()) {
       for (int64_t j = 0; j < size && padding; ++j) padding[j] += sums[j];
     } else if (rows.window_rows) {
-      copy_row(sums, size,
-               rows.window_rows + ((window.index * window_keys(forward) + token.place) * heads + head) * size);
+      convert_row(sums, size,
+                  rows.window_rows + ((window.index * window_keys(forward) + token.place) * heads + head) * size);
     } else {
-      copy_row(sums, size, rows.map.data + token.index * rows.map.distance + head * size);
+      write_row(sums, size, rows.map.type, rows.map.at(token.index, head * size));
     }
   }
 }
@@ -180,7 +182,7 @@ struct NextWindowBackward {
   [[gnu::always_inline]] void prefetch_outputs() const {
     const WindowAttention<T>& forward = problem.forward;
     prefetch_head<0>(problem.gradient, window.queries);
-    prefetch_head<0>(TokenMap<T>{forward.output, forward.heads * forward.head_dim}, window.queries);
+    prefetch_head<0>(forward.output, window.queries);
   }
 
   [[gnu::always_inline]] void prefetch_gradients() const {
@@ -190,8 +192,8 @@ struct NextWindowBackward {
     prefetch_head<1>(problem.grad_v, window.keys);
   }
 
-  template <int write, typename U>
-  [[gnu::always_inline]] void prefetch_head(const TokenMap<U>& map, const TokenList& tokens) const {
+  template <int write, typename Byte>
+  [[gnu::always_inline]] void prefetch_head(const TokenMap<Byte>& map, const TokenList& tokens) const {
     const int64_t size = problem.forward.head_dim;
     prefetch<write>(map, tokens, 0, tokens.count, head * size, size);
   }

@@ -69,9 +69,9 @@ constexpr int kStripVectors = 2;
 template <typename T>
 constexpr int64_t kStrip = kStripVectors * kLanes<T>;  // at most kMostStrip
 
-// Scores [key][kStrip queries] of a tile, in so many vectors, to weights; `factor` is what sums over earlier tiles are
-// to be multiplied with.
-template <typename T, int vectors>
+// Scores [key][kStrip queries] of a tile, in so many vectors, to weights, [key][kStrip] or [pair of keys][kStrip];
+// `factor` is what sums over earlier tiles are to be multiplied with.
+template <typename T, typename Operand, int vectors>
 void online_softmax_step(T* scores, int64_t keys, T* maximum, T* total, T* factor) {
   constexpr int kParts = 4 / vectors;  // of the keys, whose maxima and sums do not wait for each other
   Vector<T> before[vectors], most[vectors], sum[vectors] = {}, largest[kParts][vectors];
@@ -97,14 +97,23 @@ void online_softmax_step(T* scores, int64_t keys, T* maximum, T* total, T* facto
 #pragma GCC unroll 4
     for (int part = 1; part < kParts; ++part) most[v] = maximum_of<T>(most[v], largest[part][v]);
   }
-  for (key = 0; key < keys; ++key) {
+  const auto weigh = [&](int64_t i, int v) {
+    const Vector<T> weight = weight_of(load<T>(scores + i * kStrip<T> + v * kLanes<T>) - most[v]);
+    sum[v] += weight;
+    return weight;
+  };
+  if constexpr (is_pair<Operand>) {
+    auto* const pairs = reinterpret_cast<Pair*>(scores);
+    for (key = 0; key < keys; key += 2)
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) {
-      T* const at = scores + key * kStrip<T> + v * kLanes<T>;
-      const Vector<T> weight = weight_of(load<T>(at) - most[v]);
-      store<T>(at, weight);
-      sum[v] += weight;
-    }
+      for (int v = 0; v < vectors; ++v) {
+        const Vector<T> first = weigh(key, v), second = key + 1 < keys ? weigh(key + 1, v) : Vector<T>{};
+        store<Pair>(pairs + key / 2 * kStrip<T> + v * kLanes<T>, round_and_interleave(first, second));
+      }
+  } else {
+    for (key = 0; key < keys; ++key)
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) store<T>(scores + key * kStrip<T> + v * kLanes<T>, weigh(key, v));
   }
 #pragma GCC unroll 4
   for (int v = 0; v < vectors; ++v) {
@@ -200,7 +209,7 @@ void write_group(const WindowAttention<T>& problem, const TokenWindow& window, i
       if (problem.attn_scale) y -= attn_scale * load<T>(memory.means + token.region * memory.padded_dim + j);
       store<T>(sums + j, y);
     }
-    copy_row(sums, size, problem.output + row * size);
+    write_row(sums, size, problem.output.type, problem.output.at(token.index, head * size));
   }
 }
 
@@ -215,11 +224,11 @@ struct NextWindow {
     prefetch_share<0>(problem.q, window.queries, part, parts);
     prefetch_share<0>(problem.k, window.keys, part, parts);
     prefetch_share<0>(problem.v, window.keys, part, parts);
-    prefetch_share<1>(TokenMap<T>{problem.output, problem.heads * problem.head_dim}, window.queries, part, parts);
+    prefetch_share<1>(problem.output, window.queries, part, parts);
   }
 
-  template <int write, typename U>
-  [[gnu::always_inline]] void prefetch_share(const TokenMap<U>& map, const TokenList& tokens, int64_t part,
+  template <int write, typename Byte>
+  [[gnu::always_inline]] void prefetch_share(const TokenMap<Byte>& map, const TokenList& tokens, int64_t part,
                                              int64_t parts) const {
     const int64_t all = parts * problem.heads, begin = tokens.count * (head * parts + part) / all,
                   end = tokens.count * (head * parts + part + 1) / all;
@@ -227,40 +236,59 @@ struct NextWindow {
   }
 };
 
+// Rows of one head in a thread's memory as operands of products: numbers, or pairs of them, [token][operand], and
+// values likewise, or as [pair of tokens][component].
+template <typename Operand>
+struct HeadRows {
+  Operand *queries, *columns, *keys, *values;  // columns: queries of a group, [operand][query]
+
+  template <typename T>
+  explicit HeadRows(const ForwardMemory<T>& memory)
+      : queries(reinterpret_cast<Operand*>(memory.queries)),
+        columns(reinterpret_cast<Operand*>(memory.columns)),
+        keys(reinterpret_cast<Operand*>(memory.keys)),
+        values(reinterpret_cast<Operand*>(memory.values)) {}
+};
+
 // A strip of a group's queries, from `query` on, against a tile of keys: scores, weights, and their sums of values.
-template <typename T>
-void attend_strip(int64_t size, bool components, int64_t query, int64_t count, int64_t key, int64_t keys, const T* base,
-                  const ForwardMemory<T>& memory) {
-  const int64_t padded_dim = memory.padded_dim;
+template <typename Operand, typename T>
+void attend_strip(const WindowAttention<T>& problem, int64_t head, bool components, int64_t query, int64_t count,
+                  int64_t key, int64_t keys, const T* base, const ForwardMemory<T>& memory) {
+  const int64_t size = problem.head_dim, depth = operand_count<Operand>(size), padded_dim = memory.padded_dim;
+  const HeadRows<Operand> rows(memory);
   T *const scores = memory.scores, *const factor = memory.factor + query, *const maximum = memory.maximum + query;
   T *const sums = memory.sums + query * padded_dim, *const column_sums = memory.column_sums + query;
-  multiply<T>({memory.keys + key * size, size, 1, memory.columns + query, kGroup, base ? base + query : nullptr, kGroup,
-               scores, kStrip<T>},
-              keys, count, size);
+  multiply<T, Operand>({rows.keys + key * depth, depth, 1, rows.columns + query, kGroup, base ? base + query : nullptr,
+                        kGroup, scores, kStrip<T>, is_pair<Operand> ? head_factor(problem, head) : T(1)},
+                       keys, count, depth);
   if (count > kLanes<T>) {
-    online_softmax_step<T, kStripVectors>(scores, keys, maximum, memory.total + query, factor);
+    online_softmax_step<T, Operand, kStripVectors>(scores, keys, maximum, memory.total + query, factor);
   } else {
-    online_softmax_step<T, 1>(scores, keys, maximum, memory.total + query, factor);
+    online_softmax_step<T, Operand, 1>(scores, keys, maximum, memory.total + query, factor);
   }
-  const T* values = memory.values + key * size;
+  const auto* const weights = reinterpret_cast<const Operand*>(scores);
+  const Operand* values = rows.values + operand_count<Operand>(key) * size;
+  keys = operand_count<Operand>(keys);
   if (components) {
     if (key > 0) scale_rows(factor, count, size, padded_dim, sums);
-    multiply<T>({scores, 1, kStrip<T>, values, size, key > 0 ? sums : nullptr, padded_dim, sums, padded_dim}, count,
-                size, keys);
+    multiply<T, Operand>({weights, 1, kStrip<T>, values, size, key > 0 ? sums : nullptr, padded_dim, sums, padded_dim},
+                         count, size, keys);
   } else {
     if (key > 0) scale_columns(factor, count, size, column_sums);
-    multiply<T>({values, 1, size, scores, kStrip<T>, key > 0 ? column_sums : nullptr, kGroup, column_sums, kGroup},
-                size, count, keys);
+    multiply<T, Operand>(
+        {values, 1, size, weights, kStrip<T>, key > 0 ? column_sums : nullptr, kGroup, column_sums, kGroup}, size,
+        count, keys);
   }
 }
 
 // A group of queries against all keys of its window.
-template <typename T>
+template <typename Operand, typename T>
 void attend_group(const WindowAttention<T>& problem, const TokenWindow& window, int64_t head, int64_t first,
                   int64_t count, const NextWindow<T>& next, const ForwardMemory<T>& memory) {
-  const int64_t size = problem.head_dim;
+  const int64_t size = problem.head_dim, depth = operand_count<Operand>(size);
   const bool components = lanes_are_components<T>(window_tokens(problem), size);
-  transpose_to_columns(memory.queries + first * size, count, size, head_factor(problem, head), memory.columns);
+  const HeadRows<Operand> rows(memory);
+  transpose_to_columns(rows.queries + first * depth, count, depth, head_factor(problem, head), rows.columns);
   prepare_group(problem, window, first, count, memory);
   fill(memory.maximum, kGroup, kLowest<T>);
   fill(memory.total, kGroup, T(0));
@@ -270,19 +298,41 @@ void attend_group(const WindowAttention<T>& problem, const TokenWindow& window, 
     for (int64_t query = 0; query < count; query += kStrip<T>) {
       const int64_t part = count - query < kStrip<T> ? count - query : kStrip<T>;
       if (first + key == 0) next.prefetch_part(query / kStrip<T>, (count + kStrip<T> - 1) / kStrip<T>);
-      attend_strip(size, components, query, part, key, keys, base, memory);
+      attend_strip<Operand>(problem, head, components, query, part, key, keys, base, memory);
     }
   }
   if (!components) transpose_to_rows(memory.column_sums, count, size, memory.padded_dim, memory.sums);
   write_group(problem, window, head, first, count, memory);
 }
 
-}  // namespace
-
-namespace ASVIT_FAST_ISA {
-
+// Queries, keys and values of one head, as operands.
 template <typename T>
-void window_attention(const WindowAttention<T>& problem, int64_t begin, int64_t end, char* bytes) {
+void pack_operands(const WindowAttention<T>& problem, const TokenWindow& window, int64_t head,
+                   const ForwardMemory<T>& memory, T) {
+  pack_qkv(problem, window, head, memory.queries, memory.keys, memory.values);
+  if (problem.attn_scale)
+    mean_regions(window, window.keys, memory.values, problem.head_dim, memory.padded_dim, T(1), memory.means);
+}
+
+inline void pack_operands(const WindowAttention<float>& problem, const TokenWindow& window, int64_t head,
+                          const ForwardMemory<float>& memory, Pair) {
+  const int64_t size = problem.head_dim, part = problem.heads * size;
+  const HeadRows<Pair> rows(memory);
+  pack_rows(problem.q, window.queries, size, head, problem.pad_token, rows.queries);
+  pack_rows(problem.k, window.keys, size, head, problem.pad_token + part, rows.keys);
+  pack_row_pairs(problem.v, window.keys, size, head, problem.pad_token + 2 * part,
+                 reinterpret_cast<BFloat16*>(memory.sums), rows.values);
+}
+
+// Whether operands are pairs: not with AttnScale, which wants means of values.
+template <typename T>
+bool takes_pairs(const WindowAttention<T>& problem) {
+  const auto fits = [](const TokenMap<const char>& map) { return map.type == ScalarType::bfloat16; };
+  return kHasPairs && fits(problem.q) && fits(problem.k) && fits(problem.v) && !problem.attn_scale;
+}
+
+template <typename Operand, typename T>
+void attend(const WindowAttention<T>& problem, int64_t begin, int64_t end, char* bytes) {
   Arena arena(bytes);
   const ForwardMemory<T> memory(problem, arena);
   const int64_t units = query_units(problem), count = window_count(problem);
@@ -294,17 +344,26 @@ void window_attention(const WindowAttention<T>& problem, int64_t begin, int64_t 
     if (first >= window.queries.count) continue;
     if (task != ready) {
       ready = task;
-      pack_qkv(problem, window, head, memory.queries, memory.keys, memory.values);
-      if (problem.attn_scale)
-        mean_regions(window, window.keys, memory.values, problem.head_dim, memory.padded_dim, T(1), memory.means);
+      pack_operands(problem, window, head, memory, Operand());
     }
     const int64_t following = task / problem.heads + 1;
     const NextWindow<T> next = {problem, windows.next(task / problem.heads, following < count ? following : count - 1),
                                 head};
     const int64_t last = first + kUnit < window.queries.count ? first + kUnit : window.queries.count;
     for (int64_t query = first; query < last; query += kGroup)
-      attend_group(problem, window, head, query, last - query < kGroup ? last - query : kGroup, next, memory);
+      attend_group<Operand>(problem, window, head, query, last - query < kGroup ? last - query : kGroup, next, memory);
   }
+}
+
+}  // namespace
+
+namespace ASVIT_FAST_ISA {
+
+template <typename T>
+void window_attention(const WindowAttention<T>& problem, int64_t begin, int64_t end, char* memory) {
+  if constexpr (kHasPairs && sizeof(T) == sizeof(float))
+    if (takes_pairs(problem)) return attend<Pair>(problem, begin, end, memory);
+  attend<T>(problem, begin, end, memory);
 }
 
 template void window_attention(const WindowAttention<float>&, int64_t, int64_t, char*);

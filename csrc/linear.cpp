@@ -38,17 +38,30 @@ void check_matrix(const char* name, const Tensor& tensor) {
 
 int64_t packed_size(int64_t inputs, int64_t outputs) { return inputs * panels_here().padded(outputs); }
 
+// Whether the processor multiplies pairs of bfloat16 numbers, and a sum consists of pairs.
+bool takes_pairs(Dtype type, int64_t inputs) {
+  return active_isa() == Isa::avx512bf16 && type == kBFloat16 && inputs % 2 == 0;
+}
+
+// A matrix of pairs, as float stands for them.
+Matrix<float> pairs_of(const Tensor& matrix) {
+  return {static_cast<const float*>(matrix.const_data_ptr()), matrix.stride(0) / 2, 1};
+}
+
+// Packed pairs are bfloat16, all others float32.
 Tensor linear_pack_cpu(const Tensor& weight) {
   check_matrix("weight", weight);
   const int64_t outputs = weight.size(0), inputs = weight.size(1);
-  const Tensor wide = as_type(weight, kFloat);
-  const Tensor packed = empty({packed_size(inputs, outputs)}, kFloat);
+  const bool pairs = takes_pairs(weight.scalar_type(), inputs);
+  const int64_t depth = pairs ? inputs / 2 : inputs;
+  const Tensor source = pairs ? as_contiguous(weight) : as_type(weight, kFloat);
+  const Tensor packed = empty({packed_size(inputs, outputs)}, source.scalar_type());
   const Panels panels = panels_here();
-  const Matrix<float> from = {wide.const_data_ptr<float>(), wide.stride(1), wide.stride(0)};  // transposed
+  const Matrix<float> rows = pairs ? pairs_of(source) : matrix(source), from = {rows.data, rows.column, rows.row};
   const auto kernel = ASVIT_FAST_SELECT(pack_panels<float>);
-  const double work = static_cast<double>(inputs * panels.width);
+  const double work = static_cast<double>(depth * panels.width);
   parallel_for(0, panels.count(outputs), grain_size(kElements, work), [&](int64_t begin, int64_t end) {
-    kernel(from, inputs, outputs, begin, end, packed.mutable_data_ptr<float>());
+    kernel(from, depth, outputs, begin, end, static_cast<float*>(packed.mutable_data_ptr()));
   });
   return packed;
 }
@@ -65,10 +78,13 @@ struct Tiling {
   }
 };
 
-void check_packed(const Tensor& packed, int64_t outputs, int64_t inputs) {
+void check_packed(const Tensor& packed, int64_t outputs, const Tensor& x) {
+  const int64_t inputs = x.size(1);
+  const Dtype type = takes_pairs(x.scalar_type(), inputs) ? kBFloat16 : kFloat;
   ASVIT_FAST_CHECK(is_count(outputs, 1) && inputs > 0 && packed.dim() == 1 && packed.is_contiguous() &&
-                       packed.scalar_type() == kFloat && packed.size(0) == packed_size(inputs, outputs),
-                   "linear: packed is not what linear_pack makes of a weight [", outputs, ", ", inputs, "] now");
+                       packed.scalar_type() == type && packed.size(0) == packed_size(inputs, outputs),
+                   "linear: packed is not what linear_pack makes of a weight [", outputs, ", ", inputs, "] of ",
+                   x.scalar_type(), " now");
 }
 
 // A layer: its packed weight, its bias in float32, and what follows.
@@ -79,17 +95,19 @@ struct Layer {
 };
 
 Linear<float> make_problem(const Tensor& x, const Layer& layer, const OptionalTensor& residual, const Tensor& y) {
-  return {matrix(x),
-          x.size(1),
+  const bool pairs = layer.packed.scalar_type() == kBFloat16;
+  return {pairs ? pairs_of(x) : matrix(x),
+          pairs ? x.size(1) / 2 : x.size(1),
           y.size(1),
-          layer.packed.const_data_ptr<float>(),
+          static_cast<const float*>(layer.packed.const_data_ptr()),
           pointer_or_null<float>(layer.bias),
-          pointer_or_null<float>(residual),
+          residual ? residual->const_data_ptr() : nullptr,
           layer.activation,
-          y.mutable_data_ptr<float>()};
+          y.mutable_data_ptr(),
+          pairs};
 }
 
-// y of float32 operands, whose rows and panels are shared among threads.
+// y of operands as the kernel takes them; rows and panels are shared among threads.
 void multiply(const Linear<float>& problem, int64_t rows) {
   const Panels panels = panels_here();
   const int64_t count = panels.count(problem.columns);
@@ -98,7 +116,7 @@ void multiply(const Linear<float>& problem, int64_t rows) {
   const double work = static_cast<double>(rows * problem.depth) * static_cast<double>(problem.columns);
   const auto kernel = ASVIT_FAST_SELECT(linear_tile<float>);
   parallel_for(0, tiles, grain_size(kMultiplyAdds, work / tiles), [&](int64_t begin, int64_t end) {
-    const Tensor scratch = empty({kScratchRows * panels.width}, kFloat);
+    const Tensor scratch = empty({panels.scratch_rows * panels.width}, kFloat);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t block = i / tiling.panel_blocks, part = i % tiling.panel_blocks;
       kernel(problem,
@@ -145,7 +163,7 @@ Tensor linear_cpu(const Tensor& x, const Tensor& packed, int64_t outputs, const 
   sizes.back() = outputs;
   const Tensor flat = flattened(x);
   check_matrix("x", flat);
-  check_packed(packed, outputs, flat.size(1));
+  check_packed(packed, outputs, flat);
   check_operand(kOp, "bias", bias, {outputs}, x);
   check_operand(kOp, "residual", residual, sizes, x);
   const Layer layer = {packed, parameters(bias, kFloat), parse_activation(activation)};
@@ -156,6 +174,9 @@ Tensor linear_cpu(const Tensor& x, const Tensor& packed, int64_t outputs, const 
   if (y.numel() == 0) return y;
   if (type == kFloat) {
     multiply(make_problem(flat, layer, added, rows), flat.size(0));
+  } else if (packed.scalar_type() == kBFloat16) {
+    const bool fits = flat.stride(1) == 1 && flat.stride(0) % 2 == 0;
+    multiply(make_problem(fits ? flat : as_contiguous(flat), layer, added, rows), flat.size(0));
   } else {
     multiply_widened(flat.stride(1) == 1 ? flat : as_contiguous(flat), layer, added, rows);
   }
@@ -217,7 +238,7 @@ bool weight_changed_cpu(const Tensor& weight, int64_t version, const Tensor& sta
 Tensor pack_weight(const Tensor& weight) { return linear_pack_cpu(weight); }
 
 Tensor multiply_packed(const Tensor& x, const Tensor& packed, int64_t outputs, const OptionalTensor& bias) {
-  const Tensor y = new_empty({x.size(0), outputs}, kFloat);
+  const Tensor y = new_empty({x.size(0), outputs}, x.scalar_type());
   if (y.numel() > 0) multiply(make_problem(x, {packed, bias, Activation::none}, {}, y), x.size(0));
   return y;
 }

@@ -14,6 +14,8 @@ namespace asvit_fast {
 // Numbers of a packed matrix [depth, columns] for one instruction set.
 struct Panels {
   int64_t lanes, width;  // columns of a vector, and of a panel; the last one may have fewer vectors
+  int64_t scratch_rows;  // of a panel: as many panels take turns with each block of a tile's depth as their sums have
+                         // room, so that the second cache holds what they all read
 
   static constexpr int64_t kDepth = 256;  // of a block at most
 
@@ -35,15 +37,18 @@ struct Matrix {
   const T* at(int64_t i, int64_t j) const { return data + i * row + j * column; }
 };
 
+// Operands of the product are numbers of type T, or pairs: two bfloat16 numbers that are neighbours along the depth, in
+// the place of one of type T. Residual and y have numbers of type T, or bfloat16 then.
 template <typename T>
 struct Linear {
-  Matrix<T> x;  // [rows, depth]
-  int64_t depth, columns;
-  const T* panels;    // of [depth, columns]
-  const T* bias;      // [columns] or null
-  const T* residual;  // [rows, columns], contiguous, or null
+  Matrix<T> x;             // [rows, depth]
+  int64_t depth, columns;  // depth: of operands
+  const T* panels;         // of [depth, columns]
+  const T* bias;           // [columns] or null, of type T
+  const void* residual;    // [rows, columns], contiguous, or null
   Activation activation;
-  T* y;  // [rows, columns], contiguous
+  void* y;  // [rows, columns], contiguous
+  bool pairs;
 };
 
 // Ranges of rows and of panels.
@@ -51,15 +56,13 @@ struct Tile {
   int64_t row, end_row, panel, end_panel;
 };
 
-constexpr int64_t kTileRows = 384;      // of a Linear's tile, at most
-constexpr int64_t kScratchRows = 1536;  // of a panel: as many panels take turns with each block of a tile's depth as
-                                        // their sums have room, so that the second cache holds what they all read
+constexpr int64_t kTileRows = 384;  // of a Linear's tile, at most
 
 // find_panels: how the instruction set packs.
 //
 // pack_panels: the columns of panels `first` <= i < `last` of a matrix [depth, columns].
 //
-// linear_tile: `scratch` has kScratchRows rows of a panel.
+// linear_tile: `scratch` has scratch_rows rows of a panel.
 ASVIT_FAST_FOR_EACH_ISA(find_panels, T, Panels* panels)
 ASVIT_FAST_FOR_EACH_ISA(pack_panels, const Matrix<T>& matrix, int64_t depth, int64_t columns, int64_t first,
                         int64_t last, T* packed)

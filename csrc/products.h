@@ -7,14 +7,15 @@
 
 namespace asvit_fast {
 
-// Whether our kernel multiplies float32, and 16-bit numbers that it widens: where it was measured to be at least as
-// fast as MKL and oneDNN. With wider vectors it was not measured yet, with narrower ones it is slower.
+// Whether our kernel multiplies float32, and 16-bit numbers (those of bfloat16 by instructions for them where there are
+// any, else widened): where it is at least as fast as MKL and oneDNN, as measured on Zen 3 and Zen 4.
 inline bool prefers_own_products() { return active_isa() != Isa::portable; }
 
 // A weight [N, K] in the order of our kernel, for the instruction set of the moment.
 Tensor pack_weight(const Tensor& weight);
 
-// x [rows, K] times the transpose of a packed weight [N, K], plus bias [N] if there is one; float32.
+// x [rows, K], contiguous, times the transpose of a packed weight [N, K], plus bias [N], float32, if there is one. x and
+// the result are bfloat16 where the packed weight is, else float32.
 Tensor multiply_packed(const Tensor& x, const Tensor& packed, int64_t outputs, const OptionalTensor& bias);
 
 // oneDNN's product as torch declares it in a header that is not for others; a torch without oneDNN lacks it.
@@ -58,7 +59,7 @@ inline Tensor without_gaps(const Tensor& matrix) {
 // A Linear layer that many threads apply to rows of their own, or one of them to all rows.
 class SharedLinear {
  public:
-  // The product is in the weight's type, or in float32 where our kernel makes it. bias: of the weight's type.
+  // The product is in the weight's type, or in float32 where our kernel widens it. bias: of the weight's type.
   SharedLinear(const Tensor& weight, const OptionalTensor& bias);
 
   // x [rows, K], contiguous, float32 or float64 -> [rows, N]. alone: no other thread is at work.
@@ -114,12 +115,14 @@ inline SharedLinear::SharedLinear(const Tensor& weight, const OptionalTensor& bi
 }
 
 inline Tensor SharedLinear::operator()(const Tensor& x, bool alone) const {
-  if (packed_ && x.scalar_type() == kFloat) return multiply_packed(x, *packed_, weight_.size(0), bias_);
+  const bool pairs = packed_ && packed_->scalar_type() == kBFloat16;
   const auto multiply = [&](const Tensor& rows) {
+    if (pairs) return multiply_packed(rows, *packed_, weight_.size(0), bias_);
     const Tensor y = new_empty({rows.size(0), weight_.size(0)}, rows.scalar_type());
     (alone ? multiply_alone_into : multiply_into)(y, rows, weight_, bias_, false);
     return y;
   };
+  if (packed_ && !pairs && x.scalar_type() == kFloat) return multiply_packed(x, *packed_, weight_.size(0), bias_);
   if (x.scalar_type() == weight_.scalar_type()) return multiply(x);
   const Tensor rounded = new_empty(x.sizes(), weight_.scalar_type());
   if (x.scalar_type() == kFloat) {

@@ -318,7 +318,7 @@ def test_products_broadcast_by_loading(root: Path, tmp_path: Path) -> None:
         '#include "cpu/small_matmul.h"\n'
         "namespace asvit_fast {\n"
         "void run(const float* a, const float* b, float* c, int64_t depth) {\n"
-        "  multiply_block<float, float, 2, 6>({a, depth, 1, b, 16, nullptr, 0, c, 16}, 0, 0, depth);\n"
+        "  multiply_block<2, 6>(Product<float>{a, depth, 1, b, 16, nullptr, 0, c, 16}, 0, 0, depth);\n"
         "}\n"
         "}\n"
     )

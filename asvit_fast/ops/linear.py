@@ -1,8 +1,7 @@
 """A Linear layer on the CPU, with activation and residual in the product: by our kernel where that is fastest, else by
-oneDNN, which torch itself uses for 16-bit but not for float32 matrix products.
+oneDNN, which every x86 build of torch contains.
 
-torch multiplies float32 matrices with MKL, which leaves half of the vector units of AMD's newest processors idle;
-oneDNN, which every x86 build of torch contains, does not.
+torch multiplies float32 matrices with MKL, which leaves half of the vector units of AMD's newest processors idle.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from ..errors import InputError
 from ..machine import mkl_is_narrow
 from .checks import check_device, check_tensor
 from .fused_op import FusedOp, Gradients, Operands, Result, Saved, outside_of_modes
-from .packed_linear import HALF, ONEDNN, OWN, library, product, without_gaps
+from .packed_linear import HALF, ONEDNN, OWN, has_instructions, library, product, without_gaps
 from .reference_gradients import gradients
 from .transforms import autocast_active, autocast_dtype, transform_active
 
@@ -95,7 +94,7 @@ def _weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     """gradient^T x [N, K]. oneDNN transposes a copy of each first, so it has to be much faster. It is up to three times
     faster when the shorter side of the result comes first; with few rows that is less than what transposing the result
     costs."""
-    if library(x.dtype) != ONEDNN and x.dtype in HALF:  # which this processor has no products of
+    if not has_instructions(x.dtype) and library(x.dtype) != ONEDNN:
         return (gradient.float().t() @ x.float()).to(x.dtype)
     if not mkl_is_narrow():
         return gradient.t() @ x
@@ -123,7 +122,7 @@ def _is_small(x: Tensor, weight: Tensor, dtype: torch.dtype, by: str | None) -> 
 
 def _is_torchs(dtype: torch.dtype) -> bool:
     """Whether torch's own products in that type are as fast as can be, but for packed weights."""
-    return library(dtype) is None or (library(dtype) == ONEDNN and dtype in HALF)
+    return library(dtype) is None or (dtype in HALF and (library(dtype) == ONEDNN or has_instructions(dtype)))
 
 
 def _cpu_cannot(operands: Operands, config: LinearConfig) -> str | None:

@@ -24,9 +24,9 @@ HALF = (torch.bfloat16, torch.float16)
 def library(dtype: torch.dtype) -> str | None:
     """What multiplies on this processor: our kernel, oneDNN, or None for what torch chooses.
 
-    Ours was measured with AVX2, where it is as fast as MKL or faster, and where torch's products in 16 bits take five
-    to nine times as long as those in float32. Where there are instructions for 16 bits torch calls oneDNN itself:
-    `linear` does so only to keep the packed weight.
+    Ours is as fast as MKL and oneDNN or faster in float32, and in bfloat16 where there are instructions for its
+    products in vectors (Zen 3 and Zen 4 were measured). Where there are none, torch's products in 16 bits take two to
+    thirteen times as long as ours. Units for matrices (AMX) and vectors of float16 are oneDNN's.
     """
     extension = _extension.extension()
     return _library(extension is not None and extension.prefers_own_products(), dtype)
@@ -34,7 +34,7 @@ def library(dtype: torch.dtype) -> str | None:
 
 @functools.cache
 def _library(own: bool, dtype: torch.dtype) -> str | None:
-    if own and dtype in (torch.float32, *HALF):
+    if own and dtype in (torch.float32, *HALF) and not _wants_onednn(dtype):
         return OWN
     return ONEDNN if torch.backends.mkldnn.is_available() and _multiplied_by_onednn(dtype) else None
 
@@ -45,6 +45,21 @@ def _multiplied_by_onednn(dtype: torch.dtype) -> bool:
         torchs = torch.ops.mkldnn
         return torchs._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else torchs._is_mkldnn_fp16_supported()
     return dtype == torch.float32
+
+
+def _wants_onednn(dtype: torch.dtype) -> bool:
+    """Whether the processor has instructions for products in that type which our kernel does not use."""
+    if dtype == torch.bfloat16:
+        return torch.cpu._is_amx_tile_supported()
+    return dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+@functools.cache
+def has_instructions(dtype: torch.dtype) -> bool:
+    """Whether the processor multiplies numbers of that type without widening them; torch then does so, too."""
+    if dtype == torch.bfloat16:
+        return torch.cpu._is_avx512_bf16_supported() or _wants_onednn(dtype)
+    return dtype not in HALF or _wants_onednn(dtype)
 
 
 def product(

@@ -7,8 +7,11 @@
 #include <cstdint>
 #include <cstring>
 
-#if ASVIT_FAST_BF16_DOT
+#if defined(__x86_64__) && ASVIT_FAST_VECTOR_BYTES == 64
 #include <immintrin.h>
+#endif
+
+#if ASVIT_FAST_BF16_DOT
 #define ASVIT_FAST_TARGET "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c,fma"
 #elif ASVIT_FAST_VECTOR_BYTES == 64
 #define ASVIT_FAST_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c,fma"

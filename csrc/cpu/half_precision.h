@@ -83,6 +83,35 @@ inline UnsignedBits load_bits(const BFloat16* from) {
   return __builtin_convertvector(bits, UnsignedBits);
 }
 
+inline Vector<float> load_wide(const float* from) { return load<float>(from); }
+
+inline Vector<float> load_wide(const BFloat16* from) {
+  const UnsignedBits bits = load_bits(from) << 16;
+  Vector<float> x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+inline void store_rounded(float* to, Vector<float> x) { store<float>(to, x); }
+inline void store_rounded(double* to, Vector<double> x) { store<double>(to, x); }
+
+inline HalfBits round_vector(Vector<float> x) {
+  UnsignedBits bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const UnsignedBits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return __builtin_convertvector((bits & kMagnitude) > kInfinity ? UnsignedBits{} + 0x7fc0 : rounded, HalfBits);
+}
+
+// Where the processor rounds by itself, numbers below the normal ones become 0, as they do in its products.
+inline void store_rounded(BFloat16* to, Vector<float> x) {
+#if ASVIT_FAST_BF16_DOT
+  const __m256bh halves = _mm512_cvtneps_pbh(x);
+#else
+  const HalfBits halves = round_vector(x);
+#endif
+  std::memcpy(to, &halves, sizeof halves);
+}
+
 // How many of the numbers were converted in whole vectors.
 template <typename In, typename Out>
 inline int64_t convert_vectors(const In*, int64_t, Out*) {
@@ -91,21 +120,14 @@ inline int64_t convert_vectors(const In*, int64_t, Out*) {
 
 inline int64_t convert_vectors(const BFloat16* from, int64_t count, float* to) {
   int64_t i = 0;
-  for (; i + kLanes<float> <= count; i += kLanes<float>) {
-    const UnsignedBits bits = load_bits(from + i) << 16;
-    std::memcpy(to + i, &bits, sizeof bits);
-  }
+  for (; i + kLanes<float> <= count; i += kLanes<float>) store<float>(to + i, load_wide(from + i));
   return i;
 }
 
 inline int64_t convert_vectors(const float* from, int64_t count, BFloat16* to) {
   int64_t i = 0;
   for (; i + kLanes<float> <= count; i += kLanes<float>) {
-    UnsignedBits bits;
-    std::memcpy(&bits, from + i, sizeof bits);
-    const UnsignedBits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    const HalfBits halves =
-        __builtin_convertvector((bits & kMagnitude) > kInfinity ? UnsignedBits{} + 0x7fc0 : rounded, HalfBits);
+    const HalfBits halves = round_vector(load<float>(from + i));
     std::memcpy(to + i, &halves, sizeof halves);
   }
   return i;

@@ -10,9 +10,9 @@
 namespace asvit_fast {
 namespace {
 
-constexpr int kPanelVectors = 2;
+constexpr int kPanelVectors = kWideRegisters ? 4 : 2;
 template <typename T>
-constexpr Panels kPanels = {kLanes<T>, kPanelVectors * kLanes<T>};
+constexpr Panels kPanels = {kLanes<T>, kPanelVectors * kLanes<T>, kWideRegisters ? 768 : 1536};
 
 // Vectors of a panel.
 template <typename T>
@@ -63,75 +63,119 @@ void pack_panel(const Matrix<T>& matrix, int64_t begin, int64_t end, int64_t col
 
 // --------------------------------------------------------------------------- products
 
-template <typename T>
-inline void multiply_panel(const Product<T>& product, int64_t rows, int64_t vectors, int64_t depth) {
-  if (vectors == 1) multiply_strip<T, T, 1>(product, rows, 0, depth);
-  if (vectors == kPanelVectors) multiply_strip<T, T, kPanelVectors>(product, rows, 0, depth);
+template <int most = kPanelVectors, typename T, typename Operand, typename Number>
+inline void multiply_panel(const Product<T, Operand, Number>& product, int64_t rows, int64_t vectors, int64_t depth) {
+  if (vectors == most) {
+    multiply_strip<most>(product, rows, 0, depth);
+  } else if constexpr (most > 1) {
+    multiply_panel<most - 1>(product, rows, vectors, depth);
+  }
 }
 
-// x P(x), P the normal distribution function, as in unary_functions.h.
+// x P(x), P the normal distribution function, as in unary_functions.h, given P(-|x|).
+inline Vector<float> gelu_by(Vector<float> x, Vector<float> tail) { return x * (x < 0.f ? tail : 1.f - tail); }
+
 inline Vector<float> gelu_of(Vector<float> x) {
-  const Vector<float> size = absolute<float>(x);
-  const Vector<float> tail = VectorMath<float>::normal_tail(size, weight_of(-0.5f * x * x));  // P(-|x|)
-  return x * (x < 0.f ? tail : 1.f - tail);
+  return gelu_by(x, VectorMath<float>::normal_tail(absolute<float>(x), weight_of(-0.5f * x * x)));
 }
 
-// Activation and residual of a strip [rows][width] of sums, to `columns` of y.
-template <typename T, typename Activate>
-void finish_strip(const Linear<T>& problem, const Tile& tile, int64_t column, int64_t columns, const T* strip,
-                  int64_t width, Activate activate) {
+// The same for results of 8 bits, to a relative error of 2e-4: as t q(t) exp(-x^2 / 2) there, with fewer terms.
+#if ASVIT_FAST_BF16_DOT
+inline Vector<float> coarse_gelu_of(Vector<float> x) {
+  constexpr float tail[] = {0.101324237f, 0.0807143628f, 0.179843646f, -0.10323442f, 0.241330597f};
+  constexpr float power[] = {0.999928073f, 0.693260995f, 0.242611143f, 0.0551716271f};  // 2^r, -1/2 <= r <= 1/2
+  constexpr float lowest = -200.f;
+  const Vector<float> t = _mm512_rcp14_ps(absolute<float>(x) * 0.25f + 1.f), y = x * x * -0.72134752f;  // log2(e) / 2
+  const Vector<float> exponent = lowest > y ? broadcast<float>(lowest) : y, n = _mm512_roundscale_ps(exponent, 0);
+  const Vector<float> bell = _mm512_scalef_ps(polynomial<float>(power, exponent - n), n);
+  return gelu_by(x, t * polynomial<float>(tail, t) * bell);
+}
+#else
+inline Vector<float> coarse_gelu_of(Vector<float> x) { return gelu_of(x); }
+#endif
+
+// Activation and residual of a strip [rows][width] of sums, to `columns` of y, which has numbers of type Number.
+template <typename Number, typename T, typename Activate>
+void finish_strip(const Linear<T>& problem, int64_t row, int64_t end_row, int64_t column, int64_t columns,
+                  const T* strip, int64_t width, Activate activate) {
   const int64_t distance = problem.columns;
-  const T* residual = problem.residual ? problem.residual + tile.row * distance + column : nullptr;
-  T* y = problem.y + tile.row * distance + column;
-  for (int64_t i = tile.row; i < tile.end_row; ++i, strip += width, y += distance) {
+  const auto* residual = static_cast<const Number*>(problem.residual);
+  if (residual) residual += row * distance + column;
+  Number* y = static_cast<Number*>(problem.y) + row * distance + column;
+  for (int64_t i = row; i < end_row; ++i, strip += width, y += distance) {
     int64_t j = 0;
     for (; j + kLanes<T> <= columns; j += kLanes<T>) {
       Vector<T> x = activate(load<T>(strip + j));
-      if (residual) x += load<T>(residual + j);
-      store<T>(y + j, x);
+      if (residual) x += load_wide(residual + j);
+      store_rounded(y + j, x);
     }
     if (j < columns) {
       T last[kLanes<T>];
       store<T>(last, activate(load<T>(strip + j)));
-      for (int64_t k = j; k < columns; ++k) y[k] = last[k - j] + (residual ? residual[k] : T(0));
+      for (int64_t k = j; k < columns; ++k)
+        y[k] = convert(last[k - j] + (residual ? convert(residual[k], T()) : T(0)), Number());
     }
     if (residual) residual += distance;
   }
 }
 
+// Rows of a strip that are finished while the first cache holds their sums.
+constexpr int64_t kFinishedRows = 64;
+
 // One panel's columns of a tile. Sums that something is still to be added to are kept in `scratch`, [rows + 1][width],
 // where they lie close together: rows of y may be so far apart that the first cache holds a few of them only.
-template <typename T>
+template <typename Operand, typename Number, typename T>
 void multiply_block_of_depth(const Linear<T>& problem, const Tile& tile, int64_t block, int64_t panel, T* scratch) {
   const int64_t vectors = panel_vectors<T>(problem.columns, panel), width = vectors * kLanes<T>;
   const int64_t begin = Panels::begin(problem.depth, block), depth = Panels::begin(problem.depth, block + 1) - begin;
   const int64_t column = panel * kPanels<T>.width, left = problem.columns - column;
   const int64_t columns = left < width ? left : width;
-  const int64_t rows = tile.end_row - tile.row;
   const bool last = block + 1 == Panels::blocks(problem.depth);
-  const bool finished = columns == width && problem.activation == Activation::none && !problem.residual;
+  const bool to_y = last && columns == width && problem.activation == Activation::none && !problem.residual;
   const T* base = problem.bias ? problem.bias + column : nullptr;
   if (base && columns < width) {
-    T* const padded = scratch + rows * width;
+    T* const padded = scratch + (tile.end_row - tile.row) * width;
     for (int64_t i = 0; i < width; ++i) padded[i] = i < columns ? base[i] : T(0);
     base = padded;
   }
-  const bool to_y = last && finished;
-  const Product<T> product = {problem.x.at(tile.row, begin),
-                              problem.x.row,
-                              problem.x.column,
-                              problem.panels + panel_place<T>(problem.columns, begin, depth, panel),
-                              width,
-                              block == 0 ? base : scratch,
-                              block == 0 ? 0 : width,
-                              to_y ? problem.y + tile.row * problem.columns + column : scratch,
-                              to_y ? problem.columns : width};
-  multiply_panel(product, rows, vectors, depth);
-  if (!last || finished) return;
-  if (problem.activation == Activation::gelu) {
-    finish_strip(problem, tile, column, columns, scratch, width, gelu_of);
-  } else {
-    finish_strip(problem, tile, column, columns, scratch, width, [](Vector<T> x) { return x; });
+  const T* panels = problem.panels + panel_place<T>(problem.columns, begin, depth, panel);
+  const auto multiply_to = [&](auto* to, int64_t to_row, int64_t row, int64_t end_row) {
+    const T* sums = scratch + (row - tile.row) * width;
+    multiply_panel(Product{reinterpret_cast<const Operand*>(problem.x.at(row, begin)), problem.x.row, problem.x.column,
+                           reinterpret_cast<const Operand*>(panels), width, block == 0 ? base : sums,
+                           block == 0 ? 0 : width, to, to_row},
+                   end_row - row, vectors, depth);
+  };
+  if (to_y) {
+    multiply_to(static_cast<Number*>(problem.y) + tile.row * problem.columns + column, problem.columns, tile.row,
+                tile.end_row);
+    return;
+  }
+  const int64_t step = last ? kFinishedRows : tile.end_row - tile.row;
+  for (int64_t row = tile.row; row < tile.end_row; row += step) {
+    const int64_t end_row = row + step < tile.end_row ? row + step : tile.end_row;
+    T* const sums = scratch + (row - tile.row) * width;
+    multiply_to(sums, width, row, end_row);
+    if (!last) continue;
+    if (problem.activation == Activation::none) {
+      finish_strip<Number>(problem, row, end_row, column, columns, sums, width, [](Vector<T> x) { return x; });
+    } else if constexpr (is_pair<Operand>) {
+      finish_strip<Number>(problem, row, end_row, column, columns, sums, width, coarse_gelu_of);
+    } else {
+      finish_strip<Number>(problem, row, end_row, column, columns, sums, width, gelu_of);
+    }
+  }
+}
+
+template <typename Operand, typename Number, typename T>
+void multiply_tile(const Linear<T>& problem, const Tile& tile, T* scratch) {
+  const int64_t room = (tile.end_row - tile.row + 1) * kPanels<T>.width,
+                group = kPanels<T>.scratch_rows * kPanels<T>.width / room;
+  for (int64_t first = tile.panel; first < tile.end_panel; first += group) {
+    const int64_t last = first + group < tile.end_panel ? first + group : tile.end_panel;
+    for (int64_t block = 0; block < Panels::blocks(problem.depth); ++block)
+      for (int64_t panel = first; panel < last; ++panel)
+        multiply_block_of_depth<Operand, Number>(problem, tile, block, panel, scratch + (panel - first) * room);
   }
 }
 
@@ -155,13 +199,9 @@ void pack_panels(const Matrix<T>& matrix, int64_t depth, int64_t columns, int64_
 
 template <typename T>
 void linear_tile(const Linear<T>& problem, const Tile& tile, T* scratch) {
-  const int64_t room = (tile.end_row - tile.row + 1) * kPanels<T>.width, group = kScratchRows * kPanels<T>.width / room;
-  for (int64_t first = tile.panel; first < tile.end_panel; first += group) {
-    const int64_t last = first + group < tile.end_panel ? first + group : tile.end_panel;
-    for (int64_t block = 0; block < Panels::blocks(problem.depth); ++block)
-      for (int64_t panel = first; panel < last; ++panel)
-        multiply_block_of_depth(problem, tile, block, panel, scratch + (panel - first) * room);
-  }
+  if constexpr (kHasPairs)
+    if (problem.pairs) return multiply_tile<Pair, BFloat16>(problem, tile, scratch);
+  multiply_tile<T, T>(problem, tile, scratch);
 }
 
 template void find_panels(float, Panels*);

@@ -10,8 +10,8 @@ namespace asvit_fast {
 namespace {
 
 // to[i][j] = base[i][j] + factor * sum over k of left[i * left_row + k * left_step] * right[k][j]. Operands are numbers
-// of type T, or pairs of bfloat16 numbers that lie side by side along k.
-template <typename T, typename Operand = T>
+// of type T, or pairs of bfloat16 numbers that lie side by side along k; what is written may be rounded.
+template <typename T, typename Operand = T, typename Number = T>
 struct Product {
   const Operand* left;
   int64_t left_row, left_step;
@@ -19,7 +19,7 @@ struct Product {
   int64_t right_row;
   const T* base;  // null: zeros
   int64_t base_row;
-  T* to;
+  Number* to;
   int64_t to_row;
   T factor = T(1);
 };
@@ -29,11 +29,13 @@ inline void add_product(Vector<double>& sum, Vector<double> a, Vector<double> b)
 
 constexpr bool kWideRegisters = ASVIT_FAST_VECTOR_BYTES == 64;  // 32 of them
 
-constexpr int most_rows(int vectors) { return kWideRegisters ? 8 : vectors == 1 ? 8 : vectors == 2 ? 6 : 4; }
+constexpr int most_rows(int vectors) {
+  return kWideRegisters ? (vectors == 4 ? 6 : 8) : vectors == 1 ? 8 : vectors == 2 ? 6 : 4;
+}
 
 // The sum is added to the base at its end: rounding errors grow with the length of a sum.
-template <typename T, typename Operand, int vectors, int rows>
-inline void multiply_block(const Product<T, Operand>& p, int64_t i, int64_t j, int64_t depth) {
+template <int vectors, int rows, typename T, typename Operand, typename Number>
+inline void multiply_block(const Product<T, Operand, Number>& p, int64_t i, int64_t j, int64_t depth) {
   Vector<T> sum[rows][vectors] = {};
   const int64_t left_row = p.left_row, left_step = p.left_step, right_row = p.right_row;
   const Operand* left = p.left + i * left_row;
@@ -52,7 +54,7 @@ inline void multiply_block(const Product<T, Operand>& p, int64_t i, int64_t j, i
     right += right_row;
   }
   const int64_t base_row = p.base_row, to_row = p.to_row;  // here: what is written might be the product itself
-  T* to = p.to + i * to_row + j;
+  Number* to = p.to + i * to_row + j;
   const T factor = p.factor;
   if (p.base) {
     const T* base = p.base + i * base_row + j;
@@ -60,35 +62,35 @@ inline void multiply_block(const Product<T, Operand>& p, int64_t i, int64_t j, i
     for (int row = 0; row < rows; ++row)
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v)
-        store<T>(to + row * to_row + v * kLanes<T>,
-                 factor * sum[row][v] + load<T>(base + row * base_row + v * kLanes<T>));
+        store_rounded(to + row * to_row + v * kLanes<T>,
+                      factor * sum[row][v] + load<T>(base + row * base_row + v * kLanes<T>));
     return;
   }
 #pragma GCC unroll 8
   for (int row = 0; row < rows; ++row)
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) store<T>(to + row * to_row + v * kLanes<T>, factor * sum[row][v]);
+    for (int v = 0; v < vectors; ++v) store_rounded(to + row * to_row + v * kLanes<T>, factor * sum[row][v]);
 }
 
-template <typename T, typename Operand, int vectors, int rows = most_rows(vectors)>
-inline void multiply_rows(const Product<T, Operand>& p, int64_t i, int64_t count, int64_t j, int64_t depth) {
+template <int vectors, int rows = most_rows(vectors), typename T, typename Operand, typename Number>
+inline void multiply_rows(const Product<T, Operand, Number>& p, int64_t i, int64_t count, int64_t j, int64_t depth) {
   if (count == rows) {
-    multiply_block<T, Operand, vectors, rows>(p, i, j, depth);
+    multiply_block<vectors, rows>(p, i, j, depth);
   } else if constexpr (rows > 1) {
-    multiply_rows<T, Operand, vectors, rows - 1>(p, i, count, j, depth);
+    multiply_rows<vectors, rows - 1>(p, i, count, j, depth);
   }
 }
 
 // One strip of columns; the rows are cut into blocks of nearly one size.
-template <typename T, typename Operand, int vectors>
-void multiply_strip(const Product<T, Operand>& p, int64_t rows, int64_t j, int64_t depth) {
+template <int vectors, typename T, typename Operand, typename Number>
+void multiply_strip(const Product<T, Operand, Number>& p, int64_t rows, int64_t j, int64_t depth) {
   const auto count = static_cast<uint32_t>(rows);
   const uint32_t blocks = (count + most_rows(vectors) - 1) / most_rows(vectors);
   const uint32_t size = count / blocks, larger = count % blocks;
   int64_t i = 0;
   for (uint32_t block = 0; block < blocks; ++block) {
     const int64_t block_rows = size + (block < larger ? 1 : 0);
-    multiply_rows<T, Operand, vectors>(p, i, block_rows, j, depth);
+    multiply_rows<vectors>(p, i, block_rows, j, depth);
     i += block_rows;
   }
 }
@@ -99,9 +101,9 @@ void multiply(const Product<T, Operand>& p, int64_t rows, int64_t columns, int64
   int64_t vectors = (columns + kLanes<T> - 1) / kLanes<T>;
   for (int64_t j = 0; vectors > 0;) {
     const int64_t strip = vectors == 1 || vectors == 3 ? vectors : 2;
-    if (strip == 1) multiply_strip<T, Operand, 1>(p, rows, j, depth);
-    if (strip == 2) multiply_strip<T, Operand, 2>(p, rows, j, depth);
-    if (strip == 3) multiply_strip<T, Operand, 3>(p, rows, j, depth);
+    if (strip == 1) multiply_strip<1>(p, rows, j, depth);
+    if (strip == 2) multiply_strip<2>(p, rows, j, depth);
+    if (strip == 3) multiply_strip<3>(p, rows, j, depth);
     vectors -= strip;
     j += strip * kLanes<T>;
   }

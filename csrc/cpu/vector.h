@@ -21,6 +21,7 @@ struct VectorOf<float> {
   static constexpr float kRound = 12582912.f;             // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float kLog2High = 0.693145751953125f;  // ln 2 in two parts, the first with few bits
   static constexpr float kLog2Low = 1.42860682030941723e-6f;
+  static constexpr int32_t kMagnitude = 0x7fffffff;  // all bits but the sign
   static constexpr int kMantissa = 23;
   static constexpr int kBias = 127;
   static constexpr int kExpTerms = 7;
@@ -33,6 +34,7 @@ struct VectorOf<double> {
   static constexpr double kRound = 6755399441055744.;  // 1.5 * 2^52
   static constexpr double kLog2High = 6.93147180369123816490e-01;
   static constexpr double kLog2Low = 1.90821492927058770002e-10;
+  static constexpr int64_t kMagnitude = 0x7fffffffffffffff;
   static constexpr int kMantissa = 52;
   static constexpr int kBias = 1023;
   static constexpr int kExpTerms = 13;
@@ -69,7 +71,11 @@ inline Vector<T> clamp(Vector<T> x, T low, T high) {
 
 template <typename T>
 inline Vector<T> absolute(Vector<T> x) {
-  return x < T(0) ? -x : x;
+  typename VectorOf<T>::Bits bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits &= VectorOf<T>::kMagnitude;
+  std::memcpy(&x, &bits, sizeof bits);
+  return x;
 }
 
 inline float square_root(float x) { return __builtin_sqrtf(x); }

@@ -143,6 +143,12 @@ void multiply_widened(const Tensor& x, const Layer& layer, const OptionalTensor&
   });
 }
 
+// In float32, by our own conversion where it needs one: torch's takes as long as a small product.
+OptionalTensor wide_bias(const OptionalTensor& bias) {
+  if (!bias || bias->scalar_type() == kDouble || !bias->is_contiguous()) return parameters(bias, kFloat);
+  return reshaped(widened<float>(reshaped(*bias, {1, bias->numel()})), {bias->numel()});
+}
+
 Activation parse_activation(const std::string& name) {
   ASVIT_FAST_CHECK(name == "none" || name == "gelu", "linear: activation must be none or gelu, not ", name);
   return name == "gelu" ? Activation::gelu : Activation::none;
@@ -166,7 +172,7 @@ Tensor linear_cpu(const Tensor& x, const Tensor& packed, int64_t outputs, const 
   check_packed(packed, outputs, flat);
   check_operand(kOp, "bias", bias, {outputs}, x);
   check_operand(kOp, "residual", residual, sizes, x);
-  const Layer layer = {packed, parameters(bias, kFloat), parse_activation(activation)};
+  const Layer layer = {packed, wide_bias(bias), parse_activation(activation)};
   const Dtype type = x.scalar_type();
   const Tensor y = new_empty(sizes, type), rows = reshaped(y, {flat.size(0), outputs});
   OptionalTensor added = parameters(residual, type);

@@ -14,8 +14,8 @@ inline bool prefers_own_products() { return active_isa() != Isa::portable; }
 // A weight [N, K] in the order of our kernel, for the instruction set of the moment.
 Tensor pack_weight(const Tensor& weight);
 
-// x [rows, K], contiguous, times the transpose of a packed weight [N, K], plus bias [N], float32, if there is one. x and
-// the result are bfloat16 where the packed weight is, else float32.
+// x [rows, K], contiguous, times the transpose of a packed weight [N, K], plus bias [N], float32, if there is one. x
+// and the result are bfloat16 where the packed weight is, else float32.
 Tensor multiply_packed(const Tensor& x, const Tensor& packed, int64_t outputs, const OptionalTensor& bias);
 
 // oneDNN's product as torch declares it in a header that is not for others; a torch without oneDNN lacks it.

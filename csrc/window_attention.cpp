@@ -111,48 +111,40 @@ TokenMap<char> mutable_token_map(const Tensor& map, int64_t first = 0) {
   return {static_cast<char*>(map.mutable_data_ptr()) + first * element_bytes(type), *token_distance(map), type};
 }
 
-// A matrix for each head [heads, queries, keys] -> a view [heads, whole groups of queries, keys, kGroup] of it.
-Tensor whole_groups(const Tensor& matrix) {
-  const Sizes sizes = matrix.sizes(), strides = matrix.strides();
-  return strided(matrix, {sizes[0], sizes[1] / kGroup, sizes[2], kGroup},
-                 {strides[0], strides[1] * kGroup, strides[2], strides[1]});
-}
-
-// The last queries of it, a view [heads, keys, queries].
-Tensor last_queries(const Tensor& matrix) {
-  const Sizes sizes = matrix.sizes(), strides = matrix.strides();
-  const int64_t rest = sizes[1] % kGroup;
-  return strided(matrix, {sizes[0], sizes[2], rest}, {strides[0], strides[2], strides[1]},
-                 (sizes[1] - rest) * strides[1]);
-}
-
-// The same two of a contiguous tensor [heads, groups of queries, keys, kGroup].
-Tensor grouped_whole(const Tensor& grouped, int64_t queries) {
-  return strided(grouped, {grouped.size(0), queries / kGroup, grouped.size(2), kGroup}, grouped.strides());
-}
-
-Tensor grouped_last(const Tensor& grouped, int64_t queries) {
-  const Sizes sizes = grouped.sizes(), strides = grouped.strides();
-  return strided(grouped, {sizes[0], sizes[2], queries % kGroup}, {strides[0], strides[2], 1},
-                 queries / kGroup * strides[1]);
-}
-
 // A bias [heads, queries, keys] as [heads, groups of queries, keys, kGroup], with zeros for missing queries.
 Tensor group_bias(const Tensor& bias, Dtype type) {
-  const int64_t queries = bias.size(1);
-  const OwnedSizes sizes = {bias.size(0), group_count(queries), bias.size(2), kGroup};
-  const Tensor grouped = queries % kGroup > 0 ? zeros(sizes, type) : empty(sizes, type);
-  if (queries >= kGroup) copy_to(grouped_whole(grouped, queries), whole_groups(bias));
-  if (queries % kGroup > 0) copy_to(grouped_last(grouped, queries), last_queries(bias));
+  const int64_t heads = bias.size(0), queries = bias.size(1), keys = bias.size(2);
+  const Tensor grouped = empty({heads, group_count(queries), keys, kGroup}, type);
+  const Tensor rows = reshaped(as_contiguous(bias), {heads * queries, keys});
+  with_compute_type(kOp, type, [&](auto zero) {
+    using T = decltype(zero);
+    T* const to = grouped.mutable_data_ptr<T>();
+    const auto kernel = ASVIT_FAST_SELECT(group_queries<T>);
+    parallel_for(0, heads, grain_size(kElements, queries * keys), [&](int64_t begin, int64_t end) {
+      for (int64_t head = begin; head < end; ++head) {
+        const Tensor wide = widened<T>(rows_of(rows, head * queries, queries));
+        kernel(wide.const_data_ptr<T>(), queries, keys, to + head * group_count(queries) * keys * kGroup);
+      }
+    });
+  });
   return grouped;
 }
 
 // The inverse for its gradient.
 Tensor ungroup_bias(const Tensor& grouped, int64_t queries, Dtype type) {
-  const Tensor bias = empty({grouped.size(0), queries, grouped.size(2)}, type);
-  if (queries >= kGroup) copy_to(whole_groups(bias), grouped_whole(grouped, queries));
-  if (queries % kGroup > 0) copy_to(last_queries(bias), grouped_last(grouped, queries));
-  return bias;
+  const int64_t heads = grouped.size(0), keys = grouped.size(2);
+  const Tensor bias = empty({heads, queries, keys}, grouped.scalar_type());
+  with_compute_type(kOp, grouped.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const T* const from = grouped.const_data_ptr<T>();
+    T* const to = bias.mutable_data_ptr<T>();
+    const auto kernel = ASVIT_FAST_SELECT(ungroup_queries<T>);
+    parallel_for(0, heads, grain_size(kElements, queries * keys), [&](int64_t begin, int64_t end) {
+      for (int64_t head = begin; head < end; ++head)
+        kernel(from + head * group_count(queries) * keys * kGroup, queries, keys, to + head * queries * keys);
+    });
+  });
+  return as_type(bias, type);
 }
 
 // Operands as the kernels want them.

@@ -57,9 +57,15 @@ struct WindowAttentionBackward {
 // The units begin <= i < end of window_count() * heads * query_units(), with the memory of a ForwardMemory; the tasks
 // begin <= i < end of pieces * heads, with the memory of a BackwardMemory. Memory is aligned to 64 bytes and no other
 // thread's.
+//
+// group_queries: a matrix [queries, keys] as [groups of queries, keys, kGroup], with zeros for missing queries;
+// ungroup_queries: the inverse.
 ASVIT_FAST_FOR_EACH_ISA(window_attention, const WindowAttention<T>& problem, int64_t begin, int64_t end, char* memory)
 ASVIT_FAST_FOR_EACH_ISA(window_attention_backward, const WindowAttentionBackward<T>& problem, int64_t begin,
                         int64_t end, char* memory)
+
+ASVIT_FAST_FOR_EACH_ISA(group_queries, const T* matrix, int64_t queries, int64_t keys, T* groups)
+ASVIT_FAST_FOR_EACH_ISA(ungroup_queries, const T* groups, int64_t queries, int64_t keys, T* matrix)
 
 namespace {  // one copy per including file, as in window_attention_taylor.h
 

@@ -27,6 +27,17 @@ inline void transpose(Vector<T> (&rows)[kLanes<T>]) {
   }
 }
 
+// A square block of so many rows and columns as a vector has lanes, from rows `from_row` apart to rows `to_row` apart.
+template <typename T>
+inline void transpose_block(const T* from, int64_t from_row, T* to, int64_t to_row) {
+  Vector<T> block[kLanes<T>];
+#pragma GCC unroll 16
+  for (int lane = 0; lane < kLanes<T>; ++lane) block[lane] = load<T>(from + lane * from_row);
+  transpose<T>(block);
+#pragma GCC unroll 16
+  for (int lane = 0; lane < kLanes<T>; ++lane) store<T>(to + lane * to_row, block[lane]);
+}
+
 // Calls run(begin, width) for widths that cover `size` elements from the front: a vector of them, 8, 4, then single
 // ones.
 template <typename T, typename Run>

@@ -360,12 +360,48 @@ void attend(const WindowAttention<T>& problem, int64_t begin, int64_t end, char*
 namespace ASVIT_FAST_ISA {
 
 template <typename T>
+void group_queries(const T* matrix, int64_t queries, int64_t keys, T* groups) {
+  constexpr int64_t lanes = kLanes<T>;
+  for (int64_t query = 0; query < group_count(queries) * kGroup; query += lanes)
+    for (int64_t key = 0; key < keys; key += lanes) {
+      const T* from = matrix + query * keys + key;
+      T* to = groups + (query / kGroup * keys + key) * kGroup + query % kGroup;
+      if (query + lanes <= queries && key + lanes <= keys) {
+        transpose_block(from, keys, to, kGroup);
+      } else {
+        for (int64_t i = 0; i < lanes && key + i < keys; ++i)
+          for (int64_t j = 0; j < lanes; ++j) to[i * kGroup + j] = query + j < queries ? from[j * keys + i] : T(0);
+      }
+    }
+}
+
+template <typename T>
+void ungroup_queries(const T* groups, int64_t queries, int64_t keys, T* matrix) {
+  constexpr int64_t lanes = kLanes<T>;
+  for (int64_t query = 0; query < queries; query += lanes)
+    for (int64_t key = 0; key < keys; key += lanes) {
+      const T* from = groups + (query / kGroup * keys + key) * kGroup + query % kGroup;
+      T* to = matrix + query * keys + key;
+      if (query + lanes <= queries && key + lanes <= keys) {
+        transpose_block(from, kGroup, to, keys);
+      } else {
+        for (int64_t i = 0; i < lanes && query + i < queries; ++i)
+          for (int64_t j = 0; j < lanes && key + j < keys; ++j) to[i * keys + j] = from[j * kGroup + i];
+      }
+    }
+}
+
+template <typename T>
 void window_attention(const WindowAttention<T>& problem, int64_t begin, int64_t end, char* memory) {
   if constexpr (kHasPairs && sizeof(T) == sizeof(float))
     if (takes_pairs(problem)) return attend<Pair>(problem, begin, end, memory);
   attend<T>(problem, begin, end, memory);
 }
 
+template void group_queries(const float*, int64_t, int64_t, float*);
+template void group_queries(const double*, int64_t, int64_t, double*);
+template void ungroup_queries(const float*, int64_t, int64_t, float*);
+template void ungroup_queries(const double*, int64_t, int64_t, double*);
 template void window_attention(const WindowAttention<float>&, int64_t, int64_t, char*);
 template void window_attention(const WindowAttention<double>&, int64_t, int64_t, char*);
 

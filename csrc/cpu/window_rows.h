@@ -152,14 +152,8 @@ void transpose_to_columns(const Operand* rows, int64_t count, int64_t size, T fa
 template <typename T>
 void transpose_to_rows(const T* columns, int64_t count, int64_t size, int64_t padded_dim, T* to) {
   for (int64_t i = 0; i < count; i += kLanes<T>)
-    for (int64_t component = 0; component < size; component += kLanes<T>) {
-      Vector<T> block[kLanes<T>];
-#pragma GCC unroll 16
-      for (int lane = 0; lane < kLanes<T>; ++lane) block[lane] = load<T>(columns + (component + lane) * kGroup + i);
-      transpose<T>(block);
-#pragma GCC unroll 16
-      for (int lane = 0; lane < kLanes<T>; ++lane) store<T>(to + (i + lane) * padded_dim + component, block[lane]);
-    }
+    for (int64_t component = 0; component < size; component += kLanes<T>)
+      transpose_block(columns + component * kGroup + i, kGroup, to + i * padded_dim + component, padded_dim);
 }
 
 }  // namespace

@@ -15,7 +15,7 @@ from statistics import median
 from tables.gpus import gpus
 from tables.networks import families, networks, runtimes
 from tables.ops import cases, ops, scores, speed
-from tables.rows import OURS, PROCESSORS, RESULTS, ZEN3, ZEN4, ZEN5, fastest, markdown, milliseconds, read, span, times
+from tables.rows import OURS, PROCESSORS, RESULTS, ZEN4, ZEN5, fastest, markdown, milliseconds, read, span, times
 from tables.study import TASKS
 from tables.trainings import detection, detection_speed, trainings
 
@@ -41,11 +41,10 @@ def summary() -> str:
         ("Video Swin-T, inference", "its source", "families", "Video Swin-T"),
         ("MONAI's SwinUNETR 3-D, encoder", "its source", "families", "MONAI SwinUNETR 3-D, encoder"),
     ):
-        processor = ZEN3 if file == "models" else ZEN4
-        rows = [row for row in read(processor, file) if row["network"] == name and row["mode"] == "inference"]
+        rows = [row for row in read(ZEN4, file) if row["network"] == name and row["mode"] == "inference"]
         providers = {row["provider"]: row for row in rows if row["milliseconds"]}
         factor = milliseconds(fastest(providers, False)) / milliseconds(providers[OURS])
-        lines.append([title, peer, times(factor), f"CPU, {PROCESSORS[processor]}"])
+        lines.append([title, peer, times(factor), f"CPU, {PROCESSORS[ZEN4]}"])
     for title, case in (("length distortion of a network", "order 1, 10 thetas, 224 px"),):
         found = {row["provider"]: milliseconds(row) for row in read(ZEN4, "scores") if row["case"] == case}
         peer = found["torch.func.jvp, compiled"]

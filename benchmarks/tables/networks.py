@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .rows import OURS, ZEN3, ZEN4, ZEN5, Row, fastest, markdown, milliseconds, read, times
+from .rows import OURS, PROCESSORS, ZEN3, ZEN4, ZEN5, Row, fastest, markdown, milliseconds, read, times
 
 NETWORKS = {
     "swin_tiny_patch4_window7_224": "Swin-T, batch 8",
@@ -25,13 +25,13 @@ def networks() -> str:
     header = ["network", "inference: source", "ours", "speed", "training step", "memory of a step"]
     lines = []
     for case, title in NETWORKS.items():
-        inference, train = _of_network(ZEN3, case, "inference"), _of_network(ZEN3, case, "train")
+        inference, train = _of_network(ZEN4, case, "inference"), _of_network(ZEN4, case, "train")
         memory = float(train[OURS]["peak_mebibytes"]) / float(train["source"]["peak_mebibytes"])
-        others = [_speeds(processor, case) for processor in (ZEN4, ZEN5)]
+        others = [_speeds(processor, case) for processor in (ZEN3, ZEN5)]
         lines.append([title, *_comparison(inference, train), f"{memory:.2f} x", *others])
         if f"{OURS}-compiled" in inference:
             lines.append(["&nbsp; both compiled", *_comparison(inference, train, "-compiled"), "", "", ""])
-    return markdown([*header, "Zen 4, earlier: inference, step", "Zen 5, earlier"], lines)
+    return markdown([*header, "Zen 3, earlier: inference, step", "Zen 5, earlier"], lines)
 
 
 def _of_network(processor: str, case: str, mode: str) -> dict[str, Row]:
@@ -55,23 +55,45 @@ def _speeds(processor: str, case: str) -> str:
     return ", ".join(times(milliseconds(fastest(one, False)) / milliseconds(one[OURS])) for one in found)
 
 
-RUNTIMES = {"source": "source", "compiled": "compiled", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+RUNTIMES = {  # of a precision that a network is run in: providers, by column
+    "fp32": {"source": "source", "compiled": "compiled", "onnxruntime": "ONNX Runtime", "openvino-f32": "OpenVINO"},
+    "bf16": {"source": "source", "compiled": "compiled", "openvino": "OpenVINO"},
+}
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def runtimes() -> str:
     """Inference in images per second against what else people take on a CPU, and what its products alone allow."""
-    rows = [row for row in read(ZEN3, "runtimes") if row["mode"] == "inference"]
-    header = ["network", "batch", *RUNTIMES.values(), OURS, "against the best", "products alone allow"]
+    header = [
+        "network",
+        "batch",
+        "numbers",
+        *RUNTIMES["fp32"].values(),
+        OURS,
+        "against the best",
+        "products alone allow",
+    ]
+    lines = [line for processor in (ZEN4, ZEN3) for line in _runtimes(processor)]
+    return markdown([*header, "on"], lines)
+
+
+def _runtimes(processor: str) -> list[list[str]]:
+    rows = [row for row in read(processor, "runtimes") if row["mode"] == "inference"]
     lines = []
-    for name, batch in dict.fromkeys((row["network"], row["batch"]) for row in rows):
-        found = {row["provider"]: row for row in rows if (row["network"], row["batch"]) == (name, batch)}
+    for case in dict.fromkeys((row["network"], row["batch"], row["precision"]) for row in rows):
+        name, batch, precision = case
+        found = {row["provider"]: row for row in rows if (row["network"], row["batch"], row["precision"]) == case}
+        names = {title: provider for provider, title in RUNTIMES[precision].items()}
+        if processor == ZEN3:  # which has no other products than float32's
+            names["OpenVINO"] = "openvino"
         pace = {provider: float(row["images_per_second"] or 0) for provider, row in found.items()}
-        peers = [f"{pace[one]:.2f}" if pace.get(one) else "" for one in RUNTIMES]
-        factor = pace[OURS] / max(pace.get(one, 0.0) for one in RUNTIMES)
+        peers = {title: pace.get(names.get(title, ""), 0.0) for title in RUNTIMES["fp32"].values()}
         bound = pace[OURS] / float(found[OURS]["share_of_peak"])
         title = NETWORKS.get(name, name).partition(",")[0].partition(" on our")[0]
-        lines.append([title, batch, *peers, f"{pace[OURS]:.2f}", times(factor), f"{bound:.1f}"])
-    return markdown(header, lines)
+        shown = [f"{value:.2f}" if value else "" for value in (*peers.values(), pace[OURS])]
+        factor = times(pace[OURS] / max(peers.values()))
+        lines.append([title, batch, PRECISIONS[precision], *shown, factor, f"{bound:.1f}", PROCESSORS[processor]])
+    return lines
 
 
 def families() -> str:

@@ -28,12 +28,12 @@ def ops() -> str:
     header = ["op", "forward", "forward and backward", "peak memory of both, of eager"]
     lines = []
     for title, (name, belongs) in OPS.items():
-        here, *others = (cases(processor, name, belongs) for processor in (ZEN3, ZEN4, ZEN5))
+        here, *others = (cases(processor, name, belongs) for processor in (ZEN4, ZEN3, ZEN5))
         memory = sorted(_memory(rows) for (_, mode), rows in here.items() if mode == "both")
         least, most = f"{memory[0]:.2f}", f"{memory[-1]:.2f}"
         shown = f"{least} x" if least == most else f"{least} to {most} x"
         lines.append([title, *_spans(here), shown, *(_spans(there)[1] for there in others)])
-    return markdown([*header, "Zen 4, earlier: both", "Zen 5, earlier: both"], lines)
+    return markdown([*header, "Zen 3, earlier: both", "Zen 5, earlier: both"], lines)
 
 
 def cases(processor: str, name: str, belongs: Callable[[str], bool]) -> dict[tuple[str, str], list[Row]]:

@@ -23,6 +23,7 @@ def read(processor: str, name: str) -> list[Row]:
         "provider",
         "mode",
         "dtype",
+        "precision",
         "batch",
         "model",
         "schedule",

@@ -73,7 +73,7 @@ struct Tiling {
   Tiling(int64_t rows, int64_t depth, int64_t panels) {
     const int64_t threads = torch::stable::get_num_threads(), wanted = threads > 1 ? kTasksPerThread * threads : 1;
     row_blocks = divide_up(rows, std::clamp(kTileElements / depth, kLeastTileRows, kTileRows));
-    if (row_blocks > 1) row_blocks = divide_up(row_blocks, threads) * threads;
+    if (row_blocks >= threads) row_blocks = std::min(divide_up(row_blocks, threads) * threads, rows);
     panel_blocks = std::clamp<int64_t>(divide_up(wanted, row_blocks), 1, panels);
   }
 };

@@ -67,7 +67,7 @@ class SharedLinear {
 
  private:
   Tensor weight_;
-  OptionalTensor bias_, packed_;  // the last only for our kernel
+  OptionalTensor bias_, packed_, wide_bias_;  // the last two only for our kernel
 };
 
 // y [M, N] = a b^T + bias, a [M, K], b [N, K], or, where `more`, y += a b^T. y's rows may be apart. In any thread: the
@@ -111,18 +111,18 @@ inline void multiply_alone_into(const Tensor& y, const Tensor& a, const Tensor& 
 inline SharedLinear::SharedLinear(const Tensor& weight, const OptionalTensor& bias) : weight_(weight), bias_(bias) {
   if (weight.scalar_type() == kDouble || !prefers_own_products()) return;
   packed_ = pack_weight(weight);
-  if (bias) bias_ = as_type(*bias, kFloat);
+  if (bias) wide_bias_ = as_type(*bias, kFloat);
 }
 
 inline Tensor SharedLinear::operator()(const Tensor& x, bool alone) const {
   const bool pairs = packed_ && packed_->scalar_type() == kBFloat16;
   const auto multiply = [&](const Tensor& rows) {
-    if (pairs) return multiply_packed(rows, *packed_, weight_.size(0), bias_);
+    if (pairs) return multiply_packed(rows, *packed_, weight_.size(0), wide_bias_);
     const Tensor y = new_empty({rows.size(0), weight_.size(0)}, rows.scalar_type());
     (alone ? multiply_alone_into : multiply_into)(y, rows, weight_, bias_, false);
     return y;
   };
-  if (packed_ && !pairs && x.scalar_type() == kFloat) return multiply_packed(x, *packed_, weight_.size(0), bias_);
+  if (packed_ && !pairs && x.scalar_type() == kFloat) return multiply_packed(x, *packed_, weight_.size(0), wide_bias_);
   if (x.scalar_type() == weight_.scalar_type()) return multiply(x);
   const Tensor rounded = new_empty(x.sizes(), weight_.scalar_type());
   if (x.scalar_type() == kFloat) {

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from stacked import every_isa, needs_extension
+from stacked import EXTENSION, every_isa, needs_extension
 from torch import Tensor, nn
 
 from asvit_fast import ops
@@ -136,6 +136,46 @@ def test_gelu_of_every_bfloat16(isa: str) -> None:
     torch.testing.assert_close(found, exact, rtol=0.55 * torch.finfo(torch.bfloat16).eps, atol=1.2e-38)
 
 
+@pytest.mark.parametrize("rows", [1, 150, 289])
+def test_more_threads_than_rows(rows: int) -> None:
+    """No tile is empty."""
+    x, weight, before = torch.randn(rows, 768), torch.randn(256, 768), torch.get_num_threads()
+    torch.set_num_threads(200)
+    try:
+        found = compiled(x, weight, None, None, "none")
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found, x @ weight.t(), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_a_weight_is_packed_for_each_instruction_set(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They pack in other orders, of the same size."""
+    for place in (packed_linear, module):
+        monkeypatch.setattr(place, "library", lambda dtype: packed_linear.OWN)
+    layer, x = nn.Linear(96, 96).to(dtype), torch.randn(200, 96).to(dtype)
+    before = EXTENSION.get_isa()
+    try:
+        with torch.no_grad():
+            for isa in (*EXTENSION.available_isas(), *EXTENSION.available_isas()):
+                EXTENSION.set_isa(isa)
+                found = ops.linear(x, layer.weight, layer.bias)
+                torch.testing.assert_close(found, F.linear(x, layer.weight, layer.bias), rtol=2e-2, atol=1e-2)
+    finally:
+        EXTENSION.set_isa(before)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiles_whole_in_16_bits(dtype: torch.dtype, autocast: bool) -> None:
+    layer, x = nn.Linear(96, 96), torch.randn(200, 96)
+    if not autocast:
+        layer, x = layer.to(dtype), x.to(dtype)
+    run = torch.compile(lambda x: ops.linear(x, layer.weight, layer.bias, "gelu"), fullgraph=True, backend="eager")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16 if dtype == torch.float32 else dtype, enabled=autocast):
+        torch.testing.assert_close(run(x), F.gelu(F.linear(x, layer.weight, layer.bias)), rtol=2e-2, atol=1e-2)
+
+
 @every_isa
 @pytest.mark.parametrize("inputs", [34, 33])
 def test_bfloat16_of_any_strides(inputs: int, isa: str) -> None:
@@ -144,7 +184,7 @@ def test_bfloat16_of_any_strides(inputs: int, isa: str) -> None:
     x = torch.randn(40, 37).bfloat16()[:, 2 : 2 + inputs]  # rows an odd distance apart
     weight = torch.randn(inputs, 70).bfloat16().t()
     exact, eager = x.double() @ weight.double().t(), x @ weight.t()
-    for rows in (x, x.t().contiguous().t(), x[::2], x[:1]):
+    for rows in (x, x.t().contiguous().t(), x[::2], x[:1], torch.cat([x, x], 1)[:, :inputs]):
         found = compiled(rows, weight, None, None, "none")
         want = exact[: rows.shape[0]] if rows.shape[0] != 20 else exact[::2]
         assert error(found, want) < 2 * error(eager, exact)

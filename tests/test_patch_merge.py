@@ -342,3 +342,19 @@ def test_rejects(change: dict, says: str) -> None:
 def test_forced_backend_gives_its_reason() -> None:
     with use_backend("cuda"), pytest.raises(af.InputError, match="cannot run patch_merge"):
         ops.patch_merge(*operands(4, 4, 3, 2, 2)[:2], 2, 2, torch.ones(12))
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("outputs", [8, 9])
+def test_a_layer_of_16_bits_on_float64(dtype: torch.dtype, outputs: int) -> None:
+    """Its bias is of its own type wherever the product is made."""
+    torch.manual_seed(0)
+    x, weight, bias = (
+        torch.randn(2, 4, 6, 6).double(),
+        torch.randn(outputs, 24).to(dtype),
+        torch.randn(outputs).to(dtype),
+    )
+    found = ops.patch_merge(x, weight, 2, 2, torch.ones(24), torch.zeros(24), bias)
+    exact = ops.patch_merge(x, weight.double(), 2, 2, torch.ones(24).double(), torch.zeros(24).double(), bias.double())
+    torch.testing.assert_close(found.double(), exact, rtol=2e-2, atol=5e-2)

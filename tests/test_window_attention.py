@@ -15,6 +15,7 @@ from torch import Tensor
 import asvit_fast as af
 from asvit_fast import backends, ops
 from asvit_fast.backends import use_backend
+from asvit_fast.cost import peak_allocation
 
 
 def attention_by_loops(
@@ -381,6 +382,21 @@ def test_saturated_attention(shape: tuple[int, int, int, int]) -> None:
         exact, eager = both(torch.float64), both(torch.float32)
     for found, torchs, want in zip(both(torch.float32), eager, exact, strict=True):
         assert (found - want).norm() < 2 * (torchs - want).norm() + 1e-6 * want.norm()
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_maps_of_16_bits_are_not_widened_in_memory(dtype: torch.dtype) -> None:
+    """Beside results only what threads need for one window at a time."""
+    qkv = torch.randn(4, 56, 56, 3 * 64).to(dtype).requires_grad_()
+    y = ops.window_attention(qkv, 2, (7, 7))
+    statistics, working = 2 * 2 * y.numel() // 64 * 4, 2 << 20  # bytes
+    cotangent = torch.ones_like(y)
+    with torch.no_grad():
+        peak = peak_allocation(lambda: ops.window_attention(qkv, 2, (7, 7)), y.device)
+    assert peak <= y.nbytes + statistics + working
+    peak = peak_allocation(lambda: torch.autograd.grad(y, qkv, cotangent), y.device)
+    assert peak <= qkv.nbytes + working
 
 
 @needs_extension

@@ -194,7 +194,7 @@ def _precision(sample: Any) -> float:
     for _, x in named_tensors("input", sample):
         if x.is_floating_point():
             found.append(torch.finfo(x.dtype).eps)
-            if autocast_active(x.device.type):
+            if x.dtype != torch.float64 and autocast_active(x.device.type):
                 found.append(torch.finfo(torch.get_autocast_dtype(x.device.type)).eps)
     return max(found)
 

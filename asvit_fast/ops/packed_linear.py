@@ -49,14 +49,21 @@ def _multiplied_by_onednn(dtype: torch.dtype) -> bool:
 
 def _wants_onednn(dtype: torch.dtype) -> bool:
     """Whether the processor has instructions for products in that type which our kernel does not use."""
+    if not torch.backends.mkldnn.is_available():
+        return False
     if dtype == torch.bfloat16:
         return torch.cpu._is_amx_tile_supported()
     return dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def has_instructions(dtype: torch.dtype) -> bool:
     """Whether the processor multiplies numbers of that type without widening them; torch then does so, too."""
+    return _has_instructions(dtype)
+
+
+@functools.cache
+def _has_instructions(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return torch.cpu._is_avx512_bf16_supported() or _wants_onednn(dtype)
     return dtype not in HALF or _wants_onednn(dtype)
@@ -120,7 +127,8 @@ class _Kept:
         size = torch.ops.asvit_fast_C.weight_state_size(weight)
         self.state = torch.zeros(size, dtype=torch.int64)  # what the weight is known by; no weight has the address 0
         self.shape = weight.shape
-        self.packed: tuple[Tensor, str, torch.dtype] | None = None  # by whom, and the type that numbers were rounded to
+        # by whom, for which instruction set, and the type that numbers were rounded to
+        self.packed: tuple[Tensor, str, str, torch.dtype] | None = None
         self.lock = threading.Lock()  # a thread must not see that another one found a change, and not yet what it packs
 
 
@@ -136,16 +144,18 @@ def _pack(weight: Tensor, library: str, dtype: torch.dtype) -> Tensor:
 def _packed(weight: Tensor, library: str, dtype: torch.dtype) -> Tensor:
     """Of a parameter, kept as long as it lives, and packed again when it has changed; of any other tensor for this
     product alone."""
-    kept = _kept.get(id(weight))
+    kept, extension = _kept.get(id(weight)), _extension.extension()
     fits = kept is not None and kept.reference() is weight and kept.shape == weight.shape and weight.is_contiguous()
     if kept is None or not fits:
         plain = type(weight) is nn.Parameter and not weight.is_inference() and weight.is_contiguous()
-        if not plain or _extension.extension() is None:
+        if not plain or extension is None:
             return without_gaps(weight.to(dtype)) if library == ONEDNN else _pack(weight, library, dtype)
         kept = _kept[id(weight)] = _Kept(weight)
+    assert extension is not None
     with kept.lock:
         changed = torch.ops.asvit_fast_C.weight_changed(weight, weight._version, kept.state)
-        if changed or kept.packed is None or kept.packed[1:] != (library, dtype):
+        wanted = library, extension.get_isa(), dtype
+        if changed or kept.packed is None or kept.packed[1:] != wanted:
             kept.packed = None  # whatever happens while it is packed
-            kept.packed = _pack(weight.detach(), library, dtype), library, dtype
+            kept.packed = _pack(weight.detach(), library, dtype), *wanted
         return kept.packed[0]

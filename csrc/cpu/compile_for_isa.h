@@ -6,6 +6,7 @@
 //   ASVIT_FAST_KERNELS       the header that defines them
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__x86_64__) && ASVIT_FAST_VECTOR_BYTES == 64
 #include <immintrin.h>

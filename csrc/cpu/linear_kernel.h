@@ -47,8 +47,11 @@ void pack_columns(const Matrix<T>& matrix, int64_t begin, int64_t end, int64_t j
     }
   }
   for (; k < end; ++k)
-    for (int64_t lane = 0; lane < lanes; ++lane)
-      to[(k - begin) * width + lane] = lane < count ? *matrix.at(k, j + lane) : T(0);
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      T number = T(0);
+      if (lane < count) std::memcpy(&number, matrix.at(k, j + lane), sizeof number);
+      std::memcpy(to + (k - begin) * width + lane, &number, sizeof number);
+    }
 }
 
 // One panel of rows begin <= k < end, [row][width].
@@ -110,10 +113,13 @@ void finish_strip(const Linear<T>& problem, int64_t row, int64_t end_row, int64_
       store_rounded(y + j, x);
     }
     if (j < columns) {
-      T last[kLanes<T>];
-      store<T>(last, activate(load<T>(strip + j)));
-      for (int64_t k = j; k < columns; ++k)
-        y[k] = convert(last[k - j] + (residual ? convert(residual[k], T()) : T(0)), Number());
+      const int64_t rest = (columns - j) * static_cast<int64_t>(sizeof(Number));
+      Number last[kLanes<T>] = {};
+      if (residual) std::memcpy(last, residual + j, rest);
+      Vector<T> x = activate(load<T>(strip + j));
+      if (residual) x += load_wide(last);
+      store_rounded(last, x);
+      std::memcpy(y + j, last, rest);
     }
     if (residual) residual += distance;
   }
@@ -141,9 +147,10 @@ void multiply_block_of_depth(const Linear<T>& problem, const Tile& tile, int64_t
   const T* panels = problem.panels + panel_place<T>(problem.columns, begin, depth, panel);
   const auto multiply_to = [&](auto* to, int64_t to_row, int64_t row, int64_t end_row) {
     const T* sums = scratch + (row - tile.row) * width;
-    multiply_panel(Product{reinterpret_cast<const Operand*>(problem.x.at(row, begin)), problem.x.row, problem.x.column,
-                           reinterpret_cast<const Operand*>(panels), width, block == 0 ? base : sums,
-                           block == 0 ? 0 : width, to, to_row},
+    using To = std::remove_pointer_t<decltype(to)>;
+    multiply_panel(Product<T, Operand, To>{reinterpret_cast<const Operand*>(problem.x.at(row, begin)), problem.x.row,
+                                           problem.x.column, reinterpret_cast<const Operand*>(panels), width,
+                                           block == 0 ? base : sums, block == 0 ? 0 : width, to, to_row},
                    end_row - row, vectors, depth);
   };
   if (to_y) {

@@ -46,7 +46,9 @@ inline void multiply_block(const Product<T, Operand, Number>& p, int64_t i, int6
     for (int v = 0; v < vectors; ++v) b[v] = load<Operand>(right + v * kLanes<T>);
 #pragma GCC unroll 8
     for (int row = 0; row < rows; ++row) {
-      const Vector<Operand> a = broadcast<Operand>(left[row * left_row]);
+      Operand number;  // copied, as pairs may begin anywhere
+      std::memcpy(&number, left + row * left_row, sizeof number);
+      const Vector<Operand> a = broadcast<Operand>(number);
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) add_product(sum[row][v], a, b[v]);
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -143,3 +145,19 @@ def test_taylor_on_the_meta_device():
     model = as_vit().to("meta").eval()
     x = torch.randn(2, 3, 64, 64, device="meta")
     assert [row.shape for row in af.jet(model, x, x, x)] == [(2, 3)] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_the_processor_multiplies_is_no_part_of_a_trace(dtype: torch.dtype) -> None:
+    """Not even where the trace is the first call of a process."""
+    program = f"""
+import torch
+from torch import nn
+import asvit_fast as af
+model, x = nn.Sequential(nn.Linear(192, 768), nn.GELU()).to({dtype}).eval(), torch.randn(400, 192).to({dtype})
+af.accelerate(model)
+with torch.no_grad():
+    traced = torch.jit.trace(model, x)
+    assert (traced(x).float() - model(x).float()).abs().max() < 0.1
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)

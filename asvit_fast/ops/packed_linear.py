@@ -20,6 +20,18 @@ OWN, ONEDNN = "own", "onednn"
 HALF = (torch.bfloat16, torch.float16)
 
 
+def _asked(question: str) -> bool:
+    """What torch's oneDNN says of itself; a torch without it has not the op."""
+    return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, question)())
+
+
+# asked here, as a trace would take the question for an op of the model
+_ONEDNN_HAS = {
+    torch.bfloat16: _asked("_is_mkldnn_bf16_supported"),
+    torch.float16: _asked("_is_mkldnn_fp16_supported"),
+}
+
+
 @torch.compiler.assume_constant_result  # the question to the extension would break the graph
 def library(dtype: torch.dtype) -> str | None:
     """What multiplies on this processor: our kernel, oneDNN, or None for what torch chooses.
@@ -41,10 +53,7 @@ def _library(own: bool, dtype: torch.dtype) -> str | None:
 
 def _multiplied_by_onednn(dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies numbers of that type here: with AVX-512 bfloat16 at least, if need be by widening."""
-    if dtype in HALF:
-        torchs = torch.ops.mkldnn
-        return torchs._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else torchs._is_mkldnn_fp16_supported()
-    return dtype == torch.float32
+    return dtype == torch.float32 or _ONEDNN_HAS.get(dtype, False)
 
 
 def _wants_onednn(dtype: torch.dtype) -> bool:
@@ -53,7 +62,7 @@ def _wants_onednn(dtype: torch.dtype) -> bool:
         return False
     if dtype == torch.bfloat16:
         return torch.cpu._is_amx_tile_supported()
-    return dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return dtype == torch.float16 and _ONEDNN_HAS[dtype]
 
 
 @torch.compiler.assume_constant_result

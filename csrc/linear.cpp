@@ -12,7 +12,6 @@ namespace asvit_fast {
 namespace {
 
 constexpr const char* kOp = "linear";
-constexpr int64_t kSamples = 512;           // of a weight, about, by which it is known
 constexpr int64_t kTileElements = 3 << 15;  // of x, which the second cache holds while all panels pass
 constexpr int64_t kLeastTileRows = 144;     // for which a panel is read
 constexpr int64_t kTasksPerThread = 4;      // so that threads end at about the same time
@@ -192,10 +191,10 @@ Tensor linear_cpu(const Tensor& x, const Tensor& packed, int64_t outputs, const 
 // ----------------------------------------------------------------------------------------- whether a weight has
 // changed
 
-// Distance of the numbers of a contiguous weight that are looked at: they lie in as many rows and columns as may be.
-int64_t sample_distance(const Tensor& weight) {
-  const int64_t shorter = std::min(weight.size(0), weight.size(-1));
-  return std::max(shorter, weight.numel() / kSamples) + 1;
+// How many numbers of a contiguous weight are looked at: in every row and every column one.
+int64_t sample_count(const Tensor& weight) {
+  const int64_t columns = weight.size(-1);
+  return columns == 0 ? 0 : std::max(columns, weight.numel() / columns);
 }
 
 // Writes what a weight is known by to `known`, and says whether it was something else: its version, which autograd
@@ -203,7 +202,8 @@ int64_t sample_distance(const Tensor& weight) {
 template <typename T>
 bool update_state(const Tensor& weight, const int64_t (&known)[2], int64_t* state) {
   const T* numbers = static_cast<const T*>(weight.const_data_ptr());
-  const int64_t distance = sample_distance(weight), count = weight.numel();
+  const int64_t columns = weight.size(-1), count = weight.numel() > 0 ? sample_count(weight) : 0;
+  const int64_t rows = count > 0 ? weight.numel() / columns : 0;
   bool changed = false;
   int64_t* next = state;
   const auto compare = [&](int64_t value) {
@@ -211,8 +211,8 @@ bool update_state(const Tensor& weight, const int64_t (&known)[2], int64_t* stat
     *next++ = value;
   };
   for (const int64_t value : known) compare(value);
-  for (int64_t i = 0; i < count; i += distance) {
-    T number = numbers[i];
+  for (int64_t i = 0; i < count; ++i) {
+    T number = numbers[i % rows * columns + i % columns];
     int64_t bits = 0;
     std::memcpy(&bits, &number, sizeof number);
     compare(bits);
@@ -220,7 +220,7 @@ bool update_state(const Tensor& weight, const int64_t (&known)[2], int64_t* stat
   return changed;
 }
 
-int64_t state_size(const Tensor& weight) { return 2 + divide_up(weight.numel(), sample_distance(weight)); }
+int64_t state_size(const Tensor& weight) { return 2 + sample_count(weight); }
 
 bool weight_changed_cpu(const Tensor& weight, int64_t version, const Tensor& state) {
   ASVIT_FAST_CHECK(weight.dim() > 0 && weight.is_contiguous() && state.scalar_type() == kLong &&

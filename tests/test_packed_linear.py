@@ -249,6 +249,17 @@ def test_a_changed_weight_is_packed_again(change: str, of: str) -> None:
             torch.testing.assert_close(ops.linear(x, layer.weight, layer.bias), layer(x))
 
 
+@pytest.mark.parametrize("shape", [(1024, 4096), (768, 3072), (3072, 768)], ids=str)
+def test_a_row_or_column_written_through_data(shape: tuple[int, int], of: str) -> None:
+    """As pruning does it; no version counts it."""
+    layer, x = nn.Linear(shape[1], shape[0]), torch.randn(8, shape[1])
+    for place in ((5,), (slice(None), 7), (shape[0] - 2,), (slice(None), shape[1] - 3)):
+        with torch.no_grad():
+            ops.linear(x, layer.weight, layer.bias)
+            layer.weight.data[place] = 0.5
+            torch.testing.assert_close(ops.linear(x, layer.weight, layer.bias), layer(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_packed_once(mode: Callable[[], object], of: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And for as long as the weight lives; copies have their own; nothing is kept where gradients are recorded."""

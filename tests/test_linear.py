@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from stacked import needs_extension
 from torch import Tensor
 
-from asvit_fast import InputError, nn, ops
+from asvit_fast import InputError, accelerate, nn, ops
 from asvit_fast.backends import use_backend
 
 module = importlib.import_module("asvit_fast.ops.linear")
@@ -204,3 +204,16 @@ def test_residual() -> None:
         cotangent = torch.randn(7, 3)
         for a, b in zip(*(torch.autograd.grad(y, [*tensors, residual], cotangent) for y in (found, want)), strict=True):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_forward_mode_under_autocast(dtype: torch.dtype) -> None:
+    """LayerNorm gives values of 16 bits tangents of 32."""
+    layers = torch.nn.Linear(96, 96), torch.nn.LayerNorm(96), torch.nn.Linear(96, 288)
+    network, x = torch.nn.Sequential(*layers), torch.randn(2, 300, 96)
+    with torch.autocast("cpu", dtype):
+        want = torch.func.jvp(network, (x,), (x,))
+        accelerate(network)
+        found = torch.func.jvp(network, (x,), (x,))
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)

@@ -271,6 +271,8 @@ def linear(
     _check(x, weight, bias, activation, residual)
     if not autocast_active(x.device.type):
         return _linear(x, weight, bias, activation, residual)
+    if transform_active():  # whose tangents may be of another type than values
+        return linear_reference(x, weight, bias, activation, residual)
     dtype = autocast_dtype("cpu") if x.device.type == "cpu" else None
     if dtype is not None and x.dtype != torch.float64 and not _is_torchs(dtype):
         with torch.autocast("cpu", enabled=False):  # torch's product in that type is slow

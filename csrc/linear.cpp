@@ -2,7 +2,7 @@
 // cpu/.
 #include "linear.h"
 
-#include <cstring>
+#include <atomic>
 #include <string>
 
 #include "products.h"
@@ -191,6 +191,9 @@ Tensor linear_cpu(const Tensor& x, const Tensor& packed, int64_t outputs, const 
 // ----------------------------------------------------------------------------------------- whether a weight has
 // changed
 
+// A thread looks at that many at least: a microsecond or more, each comes from memory.
+constexpr int64_t kLines = 512;
+
 // How many numbers of a contiguous weight are looked at: in every row and every column one.
 int64_t sample_count(const Tensor& weight) {
   const int64_t columns = weight.size(-1);
@@ -204,19 +207,23 @@ bool update_state(const Tensor& weight, const int64_t (&known)[2], int64_t* stat
   const T* numbers = static_cast<const T*>(weight.const_data_ptr());
   const int64_t columns = weight.size(-1), count = weight.numel() > 0 ? sample_count(weight) : 0;
   const int64_t rows = count > 0 ? weight.numel() / columns : 0;
-  bool changed = false;
-  int64_t* next = state;
-  const auto compare = [&](int64_t value) {
-    changed |= *next != value;
-    *next++ = value;
+  std::atomic<bool> changed{false};
+  const auto differs = [](int64_t value, int64_t& before) {
+    const bool is_new = before != value;
+    before = value;
+    return is_new;
   };
-  for (const int64_t value : known) compare(value);
-  for (int64_t i = 0; i < count; ++i) {
-    T number = numbers[i % rows * columns + i % columns];
-    int64_t bits = 0;
-    std::memcpy(&bits, &number, sizeof number);
-    compare(bits);
-  }
+  for (const int64_t value : known) changed = differs(value, *state++) || changed;
+  // each number is in a page of memory of its own: without divisions and branches many of them are fetched at a time
+  parallel_for(0, count, kLines, [&](int64_t begin, int64_t end) {
+    bool differ = false;
+    for (int64_t i = begin, row = begin % rows, column = begin % columns; i < end; ++i) {
+      differ |= differs(static_cast<int64_t>(numbers[row * columns + column]), state[i]);
+      row = row + 1 == rows ? 0 : row + 1;
+      column = column + 1 == columns ? 0 : column + 1;
+    }
+    if (differ) changed = true;
+  });
   return changed;
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,14 +17,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
+from .. import _extension
+from ..ops.linear import linear
 from ..taylor.value import function_name
 
 PIECE = 2**21  # gradients to form at a time on a CPU: 8 MB of float32 stay in the last level of cache
 SHORT = 2**16  # gradients to convert to float64 at a time: 512 KB stay in a core's own cache
 
 
+def _has_kernel(x: Tensor) -> bool:
+    """Whether our kernels (csrc/per_sample.h) take x and are faster than torch's products."""
+    extension = _extension.extension()
+    of_type = x.is_cpu and x.dtype in (torch.float32, torch.float64)
+    return of_type and extension is not None and extension.prefers_own_products()
+
+
 def gram_of_rows(rows: Tensor) -> Tensor:
     """rows [B, n] -> rows @ rows.T [B, B] in float64: sums in float32 would blur the small eigenvalues."""
+    if _has_kernel(rows):
+        return torch.ops.asvit_fast_C.gram(rows.contiguous())
     if rows.dtype == torch.float64 or rows.device.type != "cpu":
         rows = rows.double()
         return rows @ rows.T
@@ -85,6 +97,8 @@ def _linear_weight(x: Tensor, samples: int) -> Contraction:
         g = gradient.reshape(*x.shape[:2], -1)  # [B, T, out]
         tokens, inputs, outputs = x.shape[1], x.shape[2], g.shape[2]
         if samples * tokens * (inputs + outputs) >= 2 * inputs * outputs:
+            if _has_kernel(g) and x.dtype == g.dtype:
+                return torch.ops.asvit_fast_C.linear_weight_gram(x.contiguous(), g.contiguous())
             return sum((gram_of_rows(piece) for piece in rows(gradient)), g.new_zeros((), dtype=torch.float64))
         pairs_of_x, pairs_of_g = (a @ a.T for a in (x.flatten(0, 1).double(), g.flatten(0, 1).double()))  # [B*T, B*T]
         return (pairs_of_x * pairs_of_g).reshape(samples, tokens, samples, tokens).sum((1, 3))
@@ -99,7 +113,9 @@ def _linear(args: Any, kwargs: Any, samples: int) -> Known | None:
     known = _contractions((bias, lambda gradient: gradient.reshape(samples, -1, gradient.shape[-1]).sum(1)))
     if isinstance(weight, nn.Parameter):
         known[id(weight)] = _linear_weight(x, samples)
-    return Known(known, x.shape[0] // samples)
+    weight, bias = (p.detach() if isinstance(p, nn.Parameter) else p for p in (weight, bias))
+    forward = partial(linear, x, weight, bias)
+    return Known(known, x.shape[0] // samples, forward)
 
 
 def _padded(x: Tensor, kernel: tuple[int, ...], dilation: int | tuple[int, ...]) -> Tensor:
@@ -151,17 +167,18 @@ def _layer_norm(args: Any, kwargs: Any, samples: int) -> Known | None:
         statistics[:] = rest
         return out
 
-    def of_samples(gradient: Tensor, output: int) -> Tensor:
-        """Gradients [B, parameter] of the weight (output 1) or the bias (2)."""
-        mask = [False, output == 1, output == 2]
-        of_sample = zip(*(t.detach().chunk(samples) for t in (gradient, x, *statistics)), strict=True)
-        gradients = [
-            torch.ops.aten.native_layer_norm_backward(g, x, shape, mean, rstd, scale, shift, mask)[output]
-            for g, x, mean, rstd in of_sample
-        ]
-        return torch.stack(gradients).flatten(1)
+    def by_token(values: Tensor) -> Tensor:
+        """[B*n, ..., parameter] -> [B, T, parameter]."""
+        return values.detach().reshape(samples, -1, math.prod(shape)).contiguous()
 
-    known = _contractions((weight, lambda gradient: of_samples(gradient, 1)), (bias, lambda g: of_samples(g, 2)))
+    def of_weight(gradient: Tensor) -> Tensor:
+        given, g = by_token(x), by_token(gradient)
+        mean, inverse_std = (values.reshape(samples, -1) for values in statistics)  # [B, T]
+        if _has_kernel(given) and given.dtype == g.dtype:
+            return torch.ops.asvit_fast_C.layer_norm_weight_rows(given, mean, inverse_std, g)
+        return (g * ((given - mean[:, :, None]) * inverse_std[:, :, None])).sum(1)  # [B, parameter]
+
+    known = _contractions((weight, of_weight), (bias, lambda gradient: by_token(gradient).sum(1)))
     return Known(known, x.shape[0] // samples, forward)
 
 

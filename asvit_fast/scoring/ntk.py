@@ -11,15 +11,21 @@ from functools import partial
 from typing import Any
 
 import torch
+from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from ..errors import InputError
 from ..models import AsViT
-from ..settings import MIN_IMG_SIZE, check_kind
+from ..settings import check_kind
 from .memory import split_on_oom
 from .per_sample import RowSink, per_sample_gradients
 from .replica import replica
 
+# what our networks are made of
+_OUR_LAYERS = ("asvit_fast.models.", "asvit_fast.nn.")
+_LAYERS = {
+    nn.Conv2d, nn.Dropout, nn.GELU, nn.Identity, nn.LayerNorm, nn.Linear, nn.Sequential, nn.Tanh, DropPath, Mlp,
+}  # fmt: skip
 _LIBRARIES = {"asvit_fast", "timm", "torch", "torchvision"}
 
 
@@ -87,7 +93,10 @@ def ntk_gram_of(model: nn.Module, images: Tensor, parameters: str = "weights", d
     with torch.inference_mode(False):
         images = images.clone() if images.is_inference() else images
         gradients = partial(
-            per_sample_gradients, _features(network, draws), parameters=chosen, probe=_probe(network, images)
+            per_sample_gradients,
+            _features(network, draws),
+            parameters=chosen,
+            probe=None if _is_ours(network) else images,
         )
         return _gram(partial(gradients, keeps_order=_keeps_order(network)), images, list(chosen))
 
@@ -103,11 +112,16 @@ def _features(model: nn.Module, draws: Tensor | None) -> Callable[[Tensor], Tens
     return with_draws
 
 
-def _probe(model: nn.Module, images: Tensor) -> Tensor:
-    """Images that show in which order ``model`` calls its layers; our own networks do so at any size."""
-    if isinstance(model, AsViT) and model.pos_embed is None:
-        return images[..., :MIN_IMG_SIZE, :MIN_IMG_SIZE]
-    return images
+def _is_ours(model: nn.Module) -> bool:
+    """Whether it is a network of ours with the layers that we give it, which all hold the samples one after the other:
+    there is nothing to find out by trying."""
+    return (
+        isinstance(model, AsViT)
+        and all(
+            type(module) in _LAYERS or type(module).__module__.startswith(_OUR_LAYERS) for module in model.modules()
+        )
+        and _keeps_order(model)
+    )
 
 
 def _keeps_order(model: nn.Module) -> bool:

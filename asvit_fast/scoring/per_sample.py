@@ -62,18 +62,19 @@ def per_sample_gradients(
     features: Callable[[Tensor], Tensor],
     images: Tensor,
     parameters: dict[str, nn.Parameter],
-    probe: Tensor,
+    probe: Tensor | None = None,
     keep: bool = False,
     keeps_order: bool = False,
 ) -> RowSink:
     """Gradients of ``features(images)[j].sum()`` for every sample j and parameter; ``keep`` is that of ``RowSink``.
 
     ``features``: [B, 3, H, W] -> [B, F]. ``probe``: images, perhaps smaller ones, for which ``features`` calls the same
-    functions; it is run on two or three of them. ``keeps_order``: no layer sees the batch in another order, which needs
-    no check with a second backward pass of all images.
+    functions; it is run on two or three of them. None for networks whose layers are known to hold the samples one after
+    the other. ``keeps_order``: no layer sees the batch in another order, which needs no check with a second backward
+    pass of all images.
     """
     with torch.enable_grad(), checkpoints_run_directly():
-        slow, rows = _probe(features, probe, parameters, len(images))
+        slow, rows = ({}, None) if probe is None else _probe(features, probe, parameters, len(images))
         while True:
             output, recorder = _record(features, images, parameters, slow, rows)
             if recorder.known and len(images) > 1 and not keeps_order:

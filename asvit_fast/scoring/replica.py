@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 from typing import Any
@@ -23,6 +24,7 @@ def replica(model: nn.Module) -> nn.Module:
     shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters() if id(parameter) not in own}
     for module in model.modules():
         shared |= {id(t): t.detach().clone() for t in _tensors(vars(module)) if not t.is_leaf}  # deepcopy refuses those
+        shared |= {id(empty): type(empty)() for empty in vars(module).values() if _is_empty_dict(empty)}  # and is slow
     try:
         copied = copy.deepcopy(model, dict(shared))
     except Exception:  # a lock, a file, a library's handle
@@ -43,6 +45,11 @@ def _tensors(values: Any, depth: int = 3) -> list[Tensor]:
     elif not isinstance(values, (list, tuple)):
         return []
     return [tensor for value in values for tensor in _tensors(value, depth - 1)] if depth else []
+
+
+def _is_empty_dict(value: Any) -> bool:
+    """As most of a module's are."""
+    return type(value) in (dict, collections.OrderedDict) and not value
 
 
 def _can_be_copied(value: Any, shared: dict[int, Any]) -> bool:

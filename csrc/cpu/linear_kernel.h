@@ -10,9 +10,8 @@
 namespace asvit_fast {
 namespace {
 
-constexpr int kPanelVectors = kWideRegisters ? 4 : 2;
 template <typename T>
-constexpr Panels kPanels = {kLanes<T>, kPanelVectors * kLanes<T>, kWideRegisters ? 768 : 1536};
+constexpr Panels kPanels = {kLanes<T>, kMostVectors * kLanes<T>, kWideRegisters ? 768 : 1536};
 
 // Vectors of a panel.
 template <typename T>
@@ -65,15 +64,6 @@ void pack_panel(const Matrix<T>& matrix, int64_t begin, int64_t end, int64_t col
 }
 
 // --------------------------------------------------------------------------- products
-
-template <int most = kPanelVectors, typename T, typename Operand, typename Number>
-inline void multiply_panel(const Product<T, Operand, Number>& product, int64_t rows, int64_t vectors, int64_t depth) {
-  if (vectors == most) {
-    multiply_strip<most>(product, rows, 0, depth);
-  } else if constexpr (most > 1) {
-    multiply_panel<most - 1>(product, rows, vectors, depth);
-  }
-}
 
 // x P(x), P the normal distribution function, as in unary_functions.h, given P(-|x|).
 inline Vector<float> gelu_by(Vector<float> x, Vector<float> tail) { return x * (x < 0.f ? tail : 1.f - tail); }
@@ -148,10 +138,10 @@ void multiply_block_of_depth(const Linear<T>& problem, const Tile& tile, int64_t
   const auto multiply_to = [&](auto* to, int64_t to_row, int64_t row, int64_t end_row) {
     const T* sums = scratch + (row - tile.row) * width;
     using To = std::remove_pointer_t<decltype(to)>;
-    multiply_panel(Product<T, Operand, To>{reinterpret_cast<const Operand*>(problem.x.at(row, begin)), problem.x.row,
-                                           problem.x.column, reinterpret_cast<const Operand*>(panels), width,
-                                           block == 0 ? base : sums, block == 0 ? 0 : width, to, to_row},
-                   end_row - row, vectors, depth);
+    multiply_vectors(Product<T, Operand, To>{reinterpret_cast<const Operand*>(problem.x.at(row, begin)), problem.x.row,
+                                             problem.x.column, reinterpret_cast<const Operand*>(panels), width,
+                                             block == 0 ? base : sums, block == 0 ? 0 : width, to, to_row},
+                     end_row - row, vectors, depth);
   };
   if (to_y) {
     multiply_to(static_cast<Number*>(problem.y) + tile.row * problem.columns + column, problem.columns, tile.row,

@@ -29,6 +29,8 @@ inline void add_product(Vector<double>& sum, Vector<double> a, Vector<double> b)
 
 constexpr bool kWideRegisters = ASVIT_FAST_VECTOR_BYTES == 64;  // 32 of them
 
+constexpr int kMostVectors = kWideRegisters ? 4 : 2;  // of a strip
+
 constexpr int most_rows(int vectors) {
   return kWideRegisters ? (vectors == 4 ? 6 : 8) : vectors == 1 ? 8 : vectors == 2 ? 6 : 4;
 }
@@ -108,6 +110,25 @@ void multiply(const Product<T, Operand>& p, int64_t rows, int64_t columns, int64
     if (strip == 3) multiply_strip<3>(p, rows, j, depth);
     vectors -= strip;
     j += strip * kLanes<T>;
+  }
+}
+
+// The same with as few and wide strips as there are registers for; columns from j on, in whole vectors.
+template <int most = kMostVectors, typename T, typename Operand, typename Number>
+inline void multiply_vectors(const Product<T, Operand, Number>& p, int64_t rows, int64_t vectors, int64_t depth,
+                             int64_t j = 0) {
+  if (vectors == most) {
+    multiply_strip<most>(p, rows, j, depth);
+  } else if constexpr (most > 1) {
+    multiply_vectors<most - 1>(p, rows, vectors, depth, j);
+  }
+}
+
+template <typename T>
+void multiply_wide(const Product<T>& p, int64_t rows, int64_t columns, int64_t depth) {
+  for (int64_t j = 0; j < columns; j += kMostVectors * kLanes<T>) {
+    const int64_t vectors = (columns - j) / kLanes<T>;
+    multiply_vectors(p, rows, vectors < kMostVectors ? vectors : kMostVectors, depth, j);
   }
 }
 

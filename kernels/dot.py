@@ -15,13 +15,12 @@ LEAST_CHANNELS = 8 if tuple(int(part) for part in triton.__version__.split(".")[
 # Constants stand inside of functions or as defaults: Triton compares global ones in every launch, which takes time.
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr = triton.knobs.runtime.interpret):
-    """a [M, K] @ b [K, N] -> float32. The interpreter's product does not know bfloat16."""
+    """a [M, K] @ b [K, N] -> float32. The interpreter's product knows neither bfloat16 nor sums of it."""
     if PRECISION == "tf32" and a.dtype == tl.float32:
         a = round_to_tf32(a)
         b = round_to_tf32(b)
     if INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     return tl.dot(a, b, input_precision=PRECISION)
 
 

@@ -134,7 +134,7 @@ def window_attention_single_tile_backward_kernel(
         store_kv_gradient(grad_v_pointer, grad_v, keys, window, 2, SHAPE)
         if SHAPE.HAS_PAD_VALUE:
             store_padding_sums(grad_pad_token_pointer, grad_v, number * SHAPE.heads + head, 1, keys, SHAPE)
-        grad_scores = inner(grad_output, v, SHAPE)  # of the weights, so far
+        grad_scores = inner(grad_output, v, tl.constexpr(SHAPE.precision), SHAPE)  # of the weights, so far
         means = tl.sum(weights * grad_scores, 1)
         if SHAPE.HAS_ATTN_SCALE:
             grad_factor += means - tl.sum(uniform * grad_scores, 1)
@@ -144,7 +144,7 @@ def window_attention_single_tile_backward_kernel(
         if BIAS_GRADIENT:
             grad_bias += grad_scores
         if SHAPE.HAS_HEAD_SCALE:  # not of grad_q, which is made of rounded scores: what is left of these sums is small
-            grad_scale += tl.sum(grad_scores * inner(q, k, SHAPE), 1)
+            grad_scale += tl.sum(grad_scores * inner(q, k, tl.constexpr(SHAPE.precision), SHAPE), 1)
         grad_q = combine(grad_scores, k, SHAPE)
         store(grad_q_pointer, times(grad_q, inputs.scale, SHAPE), queries, SHAPE.grad_strides[0], SHAPE)
         grad_k = times(combine_transposed(grad_scores, q, SHAPE), inputs.scale, SHAPE)

@@ -121,11 +121,11 @@ def zeros(ROWS: tl.constexpr, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def inner(a, b, SHAPE: tl.constexpr):
+def inner(a, b, PRECISION: tl.constexpr, SHAPE: tl.constexpr):
     """Tiles of M and N tokens -> [M, N], products over the channels."""
-    product = dot(a[0], tl.trans(b[0]), tl.constexpr(SHAPE.precision))
+    product = dot(a[0], tl.trans(b[0]), PRECISION)
     if len(SHAPE.parts) == 2:
-        product += dot(a[1], tl.trans(b[1]), tl.constexpr(SHAPE.precision))
+        product += dot(a[1], tl.trans(b[1]), PRECISION)
     return product
 
 
@@ -189,7 +189,7 @@ def scores_of(a, b, rows, columns, bias_table, inputs, TAIL: tl.constexpr, SHAPE
     SHAPE.RAW_SCORES. With TAIL some columns are keys that are not there; such rows may have any score, as nobody sums
     over rows."""
     REGION_SCORE: tl.constexpr = -100.0  # where padding is attended, this on scores of tokens of different regions
-    scores = inner(a, b, SHAPE)
+    scores = inner(a, b, tl.constexpr(SHAPE.score_precision), SHAPE)
     if not SHAPE.RAW_SCORES:
         scores *= inputs.scale
     if SHAPE.HAS_BIAS:

@@ -129,11 +129,11 @@ def _add_sums(
     bias_table = load_bias_table(inputs, queries.number, keys.number, False, SHAPE)
     scores = scores_of(q, k, queries, keys, bias_table, inputs, TAIL, SHAPE)
     weights = weights_of(scores, exponents[:, None], inputs, SHAPE) * inverse[:, None]  # [M, BLOCK]
-    grad_weights = inner(grad_output, v, SHAPE)
+    grad_weights = inner(grad_output, v, tl.constexpr(SHAPE.precision), SHAPE)
     of_gradients, of_products, of_both = sums
     of_gradients += tl.sum(weights * grad_weights, 1)
     if SHAPE.HAS_HEAD_SCALE:
-        weighted = weights * inner(q, k, SHAPE)
+        weighted = weights * inner(q, k, tl.constexpr(SHAPE.precision), SHAPE)
         of_products += tl.sum(weighted, 1)
         of_both += tl.sum(weighted * grad_weights, 1)
     return of_gradients, of_products, of_both
@@ -245,7 +245,9 @@ def _add_queries(
         share = tl.load(kept.share + number)
         applied = (1.0 + inputs.factor) * weights - allowed(keys.tokens, queries) * share[None, :]
     grad_v = add(grad_v, combine(applied, grad_output, SHAPE), SHAPE)
-    grad_scores = _score_gradient(weights, inner(keys.v, grad_output, SHAPE), delta[None, :], inputs.factor, SHAPE)
+    grad_scores = _score_gradient(
+        weights, inner(keys.v, grad_output, tl.constexpr(SHAPE.precision), SHAPE), delta[None, :], inputs.factor, SHAPE
+    )
     grad_k = add(grad_k, combine(grad_scores, q, SHAPE), SHAPE)
     before = _load_rows(kept.grad_q, number, is_later, WIDTH, SHAPE)
     grad_q = add(before, combine_transposed(grad_scores, keys.k, SHAPE), SHAPE)
@@ -439,7 +441,7 @@ def window_attention_bias_gradient_kernel(
         exponents, delta = tl.load(statistics[0] + row), tl.load(statistics[1] + row)
         scores = scores_of(q, k, queries, keys, bias_table, inputs, False, SHAPE)
         weights = weights_of(scores, exponents[:, None], inputs, SHAPE)  # [BLOCK_M, BLOCK_N]
-        grad_weights = inner(grad_output, v, SHAPE)
+        grad_weights = inner(grad_output, v, tl.constexpr(SHAPE.precision), SHAPE)
         if SHAPE.EXACT:
             grad_weights *= tl.load(statistics[4] + row)[:, None]
         grad_bias += _score_gradient(weights, grad_weights, delta[:, None], inputs.factor, SHAPE)

@@ -1,5 +1,5 @@
-// asvit_fast_C::linear, linear_pack and weight_changed: schemas, checks, allocation and threads. The arithmetic is in
-// cpu/.
+// asvit_fast_C::linear, norm_linear, linear_pack and weight_changed: schemas, checks, allocation and threads. The
+// arithmetic is in cpu/.
 #include "linear.h"
 
 #include <atomic>
@@ -86,11 +86,13 @@ void check_packed(const Tensor& packed, int64_t outputs, const Tensor& x) {
                    x.scalar_type(), " now");
 }
 
-// A layer: its packed weight, its bias in float32, and what follows.
+// A layer: its packed weight, its bias in float32, and what follows or comes before.
 struct Layer {
   Tensor packed;
   OptionalTensor bias;
   Activation activation;
+  OptionalTensor norm_weight, norm_bias;  // in float32; none: no norm
+  double eps = 0;
 };
 
 Linear<float> make_problem(const Tensor& x, const Layer& layer, const OptionalTensor& residual, const Tensor& y) {
@@ -103,7 +105,9 @@ Linear<float> make_problem(const Tensor& x, const Layer& layer, const OptionalTe
           residual ? residual->const_data_ptr() : nullptr,
           layer.activation,
           y.mutable_data_ptr(),
-          pairs};
+          pairs,
+          {pointer_or_null<float>(layer.norm_weight), pointer_or_null<float>(layer.norm_bias),
+           static_cast<float>(layer.eps)}};
 }
 
 // y of operands as the kernel takes them; rows and panels are shared among threads.
@@ -116,12 +120,14 @@ void multiply(const Linear<float>& problem, int64_t rows) {
   const auto kernel = ASVIT_FAST_SELECT(linear_tile<float>);
   parallel_for(0, tiles, grain_size(kMultiplyAdds, work / tiles), [&](int64_t begin, int64_t end) {
     const Tensor scratch = empty({panels.scratch_rows * panels.width}, kFloat);
+    const int64_t most_rows = problem.norm.weight ? divide_up(rows, tiling.row_blocks) : 0;
+    const Tensor normalised = empty({normalised_size(most_rows, problem.depth)}, kFloat);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t block = i / tiling.panel_blocks, part = i % tiling.panel_blocks;
       kernel(problem,
              {rows * block / tiling.row_blocks, rows * (block + 1) / tiling.row_blocks,
               count * part / tiling.panel_blocks, count * (part + 1) / tiling.panel_blocks},
-             scratch.mutable_data_ptr<float>());
+             scratch.mutable_data_ptr<float>(), normalised.mutable_data_ptr<float>());
     }
   });
 }
@@ -143,9 +149,9 @@ void multiply_widened(const Tensor& x, const Layer& layer, const OptionalTensor&
 }
 
 // In float32, by our own conversion where it needs one: torch's takes as long as a small product.
-OptionalTensor wide_bias(const OptionalTensor& bias) {
-  if (!bias || bias->scalar_type() == kDouble || !bias->is_contiguous()) return parameters(bias, kFloat);
-  return reshaped(widened<float>(reshaped(*bias, {1, bias->numel()})), {bias->numel()});
+OptionalTensor wide_vector(const OptionalTensor& vector) {
+  if (!vector || vector->scalar_type() == kDouble || !vector->is_contiguous()) return parameters(vector, kFloat);
+  return reshaped(widened<float>(reshaped(*vector, {1, vector->numel()})), {vector->numel()});
 }
 
 Activation parse_activation(const std::string& name) {
@@ -161,31 +167,48 @@ Tensor flattened(const Tensor& x) {
   return x.is_contiguous() ? reshaped(x, {rows, columns}) : torch::stable::reshape(x, {rows, columns});
 }
 
-Tensor linear_cpu(const Tensor& x, const Tensor& packed, int64_t outputs, const OptionalTensor& bias,
-                  const OptionalTensor& residual, const std::string& activation) {
-  ASVIT_FAST_CHECK(x.dim() >= 1, "linear: x must be [*, K], not a number");
+// x [*, K] -> [*, outputs], of a layer whose parts fit.
+Tensor apply(const Tensor& x, const Layer& layer, int64_t outputs, const OptionalTensor& residual) {
   OwnedSizes sizes = x.sizes().vec();
   sizes.back() = outputs;
   const Tensor flat = flattened(x);
   check_matrix("x", flat);
-  check_packed(packed, outputs, flat);
-  check_operand(kOp, "bias", bias, {outputs}, x);
+  check_packed(layer.packed, outputs, flat);
   check_operand(kOp, "residual", residual, sizes, x);
-  const Layer layer = {packed, wide_bias(bias), parse_activation(activation)};
   const Dtype type = x.scalar_type();
   const Tensor y = new_empty(sizes, type), rows = reshaped(y, {flat.size(0), outputs});
   OptionalTensor added = parameters(residual, type);
   if (added) added = reshaped(*added, rows.sizes());
   if (y.numel() == 0) return y;
-  if (type == kFloat) {
-    multiply(make_problem(flat, layer, added, rows), flat.size(0));
-  } else if (packed.scalar_type() == kBFloat16) {
-    const bool fits = flat.stride(1) == 1 && flat.stride(0) % 2 == 0;
+  const bool pairs = layer.packed.scalar_type() == kBFloat16, whole = flat.stride(1) == 1;
+  if (type == kFloat || pairs) {
+    const bool fits = pairs ? whole && flat.stride(0) % 2 == 0 : whole || !layer.norm_weight;
     multiply(make_problem(fits ? flat : as_contiguous(flat), layer, added, rows), flat.size(0));
   } else {
-    multiply_widened(flat.stride(1) == 1 ? flat : as_contiguous(flat), layer, added, rows);
+    multiply_widened(whole ? flat : as_contiguous(flat), layer, added, rows);
   }
   return y;
+}
+
+Tensor linear_cpu(const Tensor& x, const Tensor& packed, int64_t outputs, const OptionalTensor& bias,
+                  const OptionalTensor& residual, const std::string& activation) {
+  ASVIT_FAST_CHECK(x.dim() >= 1, "linear: x must be [*, K], not a number");
+  check_operand(kOp, "bias", bias, {outputs}, x);
+  const Activation chosen = parse_activation(activation);
+  return apply(x, {packed, wide_vector(bias), chosen, std::nullopt, std::nullopt}, outputs, residual);
+}
+
+Tensor norm_linear_cpu(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, double eps,
+                       const Tensor& packed, int64_t outputs, const OptionalTensor& bias,
+                       const std::string& activation) {
+  ASVIT_FAST_CHECK(x.dim() >= 1, "norm_linear: x must be [*, K], not a number");
+  constexpr const char* op = "norm_linear";
+  check_operand(op, "norm_weight", norm_weight, {x.size(-1)}, x);
+  check_operand(op, "norm_bias", norm_bias, {x.size(-1)}, x);
+  check_operand(op, "bias", bias, {outputs}, x);
+  const Activation chosen = parse_activation(activation);
+  return apply(x, {packed, wide_vector(bias), chosen, wide_vector(norm_weight), wide_vector(norm_bias), eps}, outputs,
+               std::nullopt);
 }
 
 // ----------------------------------------------------------------------------------------- whether a weight has
@@ -252,13 +275,18 @@ Tensor pack_weight(const Tensor& weight) { return linear_pack_cpu(weight); }
 
 Tensor multiply_packed(const Tensor& x, const Tensor& packed, int64_t outputs, const OptionalTensor& bias) {
   const Tensor y = new_empty({x.size(0), outputs}, x.scalar_type());
-  if (y.numel() > 0) multiply(make_problem(x, {packed, bias, Activation::none}, {}, y), x.size(0));
+  if (y.numel() > 0)
+    multiply(make_problem(x, {packed, bias, Activation::none, std::nullopt, std::nullopt}, {}, y), x.size(0));
   return y;
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(asvit_fast_C, library) {
   library.def("linear_pack(Tensor weight) -> Tensor");
   library.def("linear(Tensor x, Tensor packed, int outputs, Tensor? bias, Tensor? residual, str activation) -> Tensor");
+  library.def(
+      "norm_linear(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor packed, int outputs, Tensor? "
+      "bias, "
+      "str activation) -> Tensor");
   library.def("weight_changed(Tensor weight, int version, Tensor(a!) state) -> bool");
   library.def("weight_state_size(Tensor weight) -> int");
 }
@@ -268,6 +296,7 @@ STABLE_TORCH_LIBRARY_IMPL(asvit_fast_C, CPU, library) {
   library.impl("weight_state_size", TORCH_BOX(&state_size));
   library.impl("linear_pack", TORCH_BOX(&linear_pack_cpu));
   library.impl("linear", TORCH_BOX(&linear_cpu));
+  library.impl("norm_linear", TORCH_BOX(&norm_linear_cpu));
 }
 
 }  // namespace asvit_fast

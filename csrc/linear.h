@@ -25,6 +25,13 @@ struct Panels {
   static int64_t begin(int64_t depth, int64_t block) { return depth * block / blocks(depth); }
 };
 
+// LayerNorm of the rows of x: (x - mean) / sqrt(variance + eps) * weight + bias; none without a weight.
+template <typename T>
+struct RowNorm {
+  const T *weight = nullptr, *bias = nullptr;  // [channels]
+  T eps = T(0);
+};
+
 // What a layer does with its sums before the residual is added.
 enum class Activation { none, gelu };
 
@@ -49,6 +56,7 @@ struct Linear {
   Activation activation;
   void* y;  // [rows, columns], contiguous
   bool pairs;
+  RowNorm<T> norm;  // of rows of x whose numbers are neighbours
 };
 
 // Ranges of rows and of panels.
@@ -56,16 +64,21 @@ struct Tile {
   int64_t row, end_row, panel, end_panel;
 };
 
+// Numbers that a tile of so many rows, as deep as `depth` operands, needs to be normalised in: its rows, and one more
+// of single numbers.
+inline int64_t normalised_size(int64_t rows, int64_t depth) { return (rows + 2) * depth; }
+
 constexpr int64_t kTileRows = 384;  // of a Linear's tile, at most
 
 // find_panels: how the instruction set packs.
 //
 // pack_panels: the columns of panels `first` <= i < `last` of a matrix [depth, columns].
 //
-// linear_tile: `scratch` has scratch_rows rows of a panel.
+// linear_tile: `scratch` has scratch_rows rows of a panel, and `normalised`, where there is a norm, normalised_size
+// numbers.
 ASVIT_FAST_FOR_EACH_ISA(find_panels, T, Panels* panels)
 ASVIT_FAST_FOR_EACH_ISA(pack_panels, const Matrix<T>& matrix, int64_t depth, int64_t columns, int64_t first,
                         int64_t last, T* packed)
-ASVIT_FAST_FOR_EACH_ISA(linear_tile, const Linear<T>& problem, const Tile& tile, T* scratch)
+ASVIT_FAST_FOR_EACH_ISA(linear_tile, const Linear<T>& problem, const Tile& tile, T* scratch, T* normalised)
 
 }  // namespace asvit_fast

@@ -11,6 +11,7 @@ from ..models.asvit import Block
 from ..nn import Linear, WindowAttention
 from ..nn.attention import split_attention
 from .computing import drop_probability
+from .norm_linear import linear_of_norm
 from .replacement import DROP, Names, Parts, Replacement
 from .residual import feed_forward_onto, joins, project_onto
 
@@ -46,8 +47,7 @@ class FastBlock(Replacement, Block):
         plain = joins(x, (self.drop_path1, self.drop_path2)) and drop_probability(attn.proj_drop) == 0.0
         if not plain or attn.training or not self.can_run():
             return super().forward(x)
-        y = self.norm1(x)
-        qkv = attn.qkv(y)  # [B, H, W, 3*heads*head_dim]
+        qkv = linear_of_norm(self.norm1, x, attn.qkv)  # [B, H, W, 3*heads*head_dim]
         y = split_attention(qkv, attn.num_heads, attn.splits, attn.window, 0.0, attn.attn_scale)
         x = project_onto(attn.proj, y, x)
-        return feed_forward_onto(self.mlp, self.norm2(x), x)
+        return feed_forward_onto(self.norm2, self.mlp, x)

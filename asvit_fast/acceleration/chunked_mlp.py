@@ -22,6 +22,7 @@ from ..nn.linear import Linear as OurLinear
 from ..ops.linear import linear
 from ..ops.packed_linear import ONEDNN, library
 from ..ops.transforms import transform_active
+from .norm_linear import linear_of_norm
 from .replacement import Names, Parts, Replacement, call_reason, made_by_package, source_type
 
 LARGE = 16 << 20  # bytes of a hidden activation up to which it is left whole
@@ -84,18 +85,26 @@ def visible_reason(layers: Iterable[tuple[str, nn.Module]]) -> str | None:
     return None
 
 
-def run_layers(layers: Sequence[nn.Module], x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """Tokenwise layers in their order, and the residual: x [..., C], residual [..., out] -> [..., out]. GELU is part of
-    the product of the Linear before it, and so is the residual where a Linear is last."""
+def run_layers(
+    layers: Sequence[nn.Module], x: Tensor, residual: Tensor | None = None, norm: nn.Module | None = None
+) -> Tensor:
+    """A norm, tokenwise layers in their order, and the residual: x [..., C], residual [..., out] -> [..., out]. GELU is
+    part of the product of the Linear before it, and so are the norm before a first Linear and the residual after a last
+    one."""
     todo = [layer for layer in layers if not isinstance(layer, (nn.Identity, nn.Dropout))]
     skip = False
+    if norm is not None and not isinstance(todo[0], nn.Linear):
+        x, norm = norm(x), None
     for layer, following in pairwise([*todo, None]):
         if skip:
             skip = False
         elif isinstance(layer, nn.Linear):
             skip = is_exact_gelu(following)
-            added = residual if following is None else None
-            x = linear(x, layer.weight, layer.bias, "gelu" if skip else "none", added)
+            activation, added = "gelu" if skip else "none", residual if following is None else None
+            if norm is not None and added is None:
+                x, norm = linear_of_norm(norm, x, layer, activation), None
+            else:
+                x = linear(x if norm is None else norm(x), layer.weight, layer.bias, activation, added)
         else:
             x = layer(x)  # type: ignore[misc]
     return x if residual is None or isinstance(todo[-1], nn.Linear) else residual + x
@@ -137,13 +146,13 @@ class ChunkedMlp(Replacement):
         return visible_reason(module._modules.items())
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._run(x, None)
+        return self._run(x)
 
-    def onto(self, x: Tensor, residual: Tensor) -> Tensor:
-        """residual + self(x)."""
-        return self._run(x, residual)
+    def onto(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """x + self(norm(x))."""
+        return self._run(x, x, norm)
 
-    def _run(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def _run(self, x: Tensor, residual: Tensor | None = None, norm: nn.Module | None = None) -> Tensor:
         layers: list[nn.Module] = list(self.children())  # type: ignore[attr-defined]
         run: Callable[[Tensor], Tensor] = super().forward  # type: ignore[misc]
         if is_plain_inference(layers, x) and self.can_run():
@@ -151,9 +160,9 @@ class ChunkedMlp(Replacement):
             tokens = tokens_at_a_time(layers, x)
             if in_order and library(x.dtype) is not None:
                 if tokens is None:
-                    return run_layers(in_order, x, residual)
-                run = partial(run_layers, in_order)
+                    return run_layers(in_order, x, residual, norm)
+                run, norm = partial(run_layers, in_order, norm=norm), None
             if tokens is not None:
                 run = partial(run_in_parts, run, tokens=tokens)
-        y = run(x)
+        y = run(x if norm is None else norm(x))
         return y if residual is None else residual + y

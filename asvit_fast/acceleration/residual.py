@@ -46,8 +46,8 @@ def project_onto(layer: Any, x: Tensor, residual: Tensor) -> Tensor:
     return linear(x, layer.weight, layer.bias, "none", residual)
 
 
-def feed_forward_onto(mlp: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
-    """residual + mlp(x) of tokens x [..., C], residual [..., out]."""
+def feed_forward_onto(norm: nn.Module, mlp: nn.Module, x: Tensor) -> Tensor:
+    """x + mlp(norm(x)) of tokens x [..., C]."""
     if isinstance(mlp, ChunkedMlp) and call_reason(mlp) is None:
-        return mlp.onto(x, residual)
-    return residual + mlp(x)
+        return mlp.onto(x, norm)
+    return x + mlp(norm(x))

@@ -14,6 +14,7 @@ from ..ops.window_attention import window_attention
 from ..ops.windows import window_padding
 from .computing import attention_drops, drop_probability, padding_token, project, window_dropout
 from .merging import Merging
+from .norm_linear import linear_of_norm
 from .replacement import DROP, LINEAR, SOFTMAX, Names, Parts, Replacement, bypass_reason
 from .residual import does, feed_forward_onto, joins, project_onto
 from .shifts import mask_reason, window_reason
@@ -91,28 +92,26 @@ class FastSwinTransformerBlock(ShiftedWindows, SwinTransformerBlock):
         plain = joins(x, (self.drop_path1, self.drop_path2)) and drop_probability(attn.proj_drop) == 0.0
         if not plain or not does(self.source, FORWARD) or not self.can_run_on(x):
             return super().forward(x)
-        x = self._attend(self.norm1(x), x)
-        tokens = x.flatten(1, 2)  # [B, H*W, C]
-        return feed_forward_onto(self.mlp, self.norm2(tokens), tokens).view(x.shape)
+        y = self._attend(linear_of_norm(self.norm1, x, attn.qkv))
+        x = project_onto(attn.proj, y, x)
+        return feed_forward_onto(self.norm2, self.mlp, x.flatten(1, 2)).view(x.shape)
 
     def _attn(self, x: Tensor) -> Tensor:
-        return self._attend(x, None) if self.can_run_on(x) else super()._attn(x)
+        if not self.can_run_on(x):
+            return super()._attn(x)
+        attn: Any = self.attn
+        y = project(attn.proj, self._attend(project(attn.qkv, x)))
+        return window_dropout(y, drop_probability(attn.proj_drop), self.window_size, self.shift_size)
 
-    def _attend(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """Attention of a map [B, H, W, C], added to a residual of its shape."""
+    def _attend(self, qkv: Tensor) -> Tensor:
+        """[B, H, W, 3*heads*d] -> [B, H, W, heads*d]."""
         attn: Any = self.attn
         window, shift = self.window_size, self.shift_size
-        qkv = project(attn.qkv, x)  # [B, H, W, 3*heads*d]
-        padding = padding_token(attn.qkv.bias, x, window)
+        padding = padding_token(attn.qkv.bias, qkv, window)
         index = attn.relative_position_index.reshape(self.window_area, -1)  # [N, N]
         bias = position_bias(attn.relative_position_bias_table, index)  # [heads, N, N]
         scale = None if attn.fused_attn else attn.scale
-        x = window_attention(
-            qkv, attn.num_heads, window, shift, bias, scale, 0.0, "timm", padding
-        )  # [B, H, W, heads*d]
-        if residual is not None:
-            return project_onto(attn.proj, x, residual)
-        return window_dropout(project(attn.proj, x), drop_probability(attn.proj_drop), window, shift)
+        return window_attention(qkv, attn.num_heads, window, shift, bias, scale, 0.0, "timm", padding)
 
 
 class FastPatchMerging(Merging, PatchMerging):

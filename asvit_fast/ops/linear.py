@@ -21,7 +21,7 @@ from ..errors import InputError
 from ..machine import mkl_is_narrow
 from .checks import check_device, check_tensor
 from .fused_op import FusedOp, Gradients, Operands, Result, Saved, outside_of_modes
-from .packed_linear import HALF, ONEDNN, OWN, has_instructions, library, product, without_gaps
+from .packed_linear import HALF, ONEDNN, OWN, Norm, has_instructions, library, product, without_gaps
 from .reference_gradients import gradients
 from .transforms import autocast_active, autocast_dtype, transform_active
 
@@ -188,10 +188,16 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, resi
 
 
 def _in_inference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    norm: Norm | None = None,
 ) -> Tensor | None:
     """The result by a library, with a packed weight that is kept for later products, if it is for one and nothing looks
-    at the call: by fewer questions than an op asks, which of small batches take as long as products."""
+    at the call: by fewer questions than an op asks, which of small batches take as long as products. With a norm before
+    it, if it is for our kernel."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu:
         return None
     if type(weight) is not Parameter or not weight.is_cpu or not (_is_dense(x) and _is_dense(weight)):
@@ -205,6 +211,10 @@ def _in_inference(
         return None
     if _is_small(x, weight, dtype, by) or not _is_alone(weight, bias, residual):
         return None
+    if norm is not None:
+        if by != OWN or autocast or not _is_norm_of(x, norm):
+            return None
+        return product(x, weight, bias, activation, keep=True, by=by, norm=norm)
     x = x.to(dtype) if autocast else x
     if residual is None or residual.dtype == dtype:
         return product(x, weight, bias, activation, residual, keep=True, by=by)
@@ -222,6 +232,13 @@ def _fits(
     if shape[-1] != inputs or (bias is not None and (bias.dtype not in dtypes or bias.shape != (outputs,))):
         return False
     return residual is None or (residual.dtype in dtypes and residual.shape == (*shape[:-1], outputs))
+
+
+def _is_norm_of(x: Tensor, norm: Norm) -> bool:
+    """Whether these are what LayerNorm of the rows of x takes."""
+    return all(
+        type(one) is Parameter and one.dtype == x.dtype and one.is_cpu and one.shape == x.shape[-1:] for one in norm[:2]
+    )
 
 
 def _is_alone(weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
@@ -280,6 +297,14 @@ def linear(
     else:
         y = _linear(x, weight, bias, activation, None)
     return y if residual is None else residual + y  # which may be of another type
+
+
+def norm_linear(
+    x: Tensor, norm: Norm, weight: Tensor, bias: Tensor | None = None, activation: str = "none"
+) -> Tensor | None:
+    """activation(LayerNorm(x) @ weight.T + bias) -> [*, N] in one pass over x [*, K], where inference goes through our
+    kernel: the rows of a tile are normalised when it reads them. None where it does not."""
+    return _in_inference(x, weight, bias, activation, None, norm)
 
 
 def _has_few_rows(x: Tensor) -> bool:

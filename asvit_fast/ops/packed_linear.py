@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import _extension
 
+Norm = tuple[Tensor, Tensor, float]  # LayerNorm's weight [K], bias [K] and epsilon
 OWN, ONEDNN = "own", "onednn"
 HALF = (torch.bfloat16, torch.float16)
 
@@ -86,19 +87,23 @@ def product(
     residual: Tensor | None = None,
     keep: bool = False,
     by: str | None = None,
+    norm: Norm | None = None,
 ) -> Tensor:
-    """activation(x @ weight.T + bias) + residual, by the library for their dtype -> [*, N].
+    """activation(norm(x) @ weight.T + bias) + residual, by the library for their dtype -> [*, N].
 
     Args:
         x: [*, K], weight [N, K], of any strides, bias [N], residual [*, N]; oneDNN gets all in x's dtype.
         activation: "none" or "gelu".
         keep: the packed weight, for later products.
         by: the library, if it was asked already.
+        norm: of our kernel, without a residual: the rows it reads are normalised first.
     """
     name = by or library(x.dtype)
     assert name is not None
     if name != ONEDNN:
         matrix = _packed(weight, name, x.dtype) if keep else _pack(weight, name, x.dtype)
+        if norm is not None:
+            return torch.ops.asvit_fast_C.norm_linear(x, *norm, matrix, weight.shape[0], bias, activation)
         return torch.ops.asvit_fast_C.linear(x, matrix, weight.shape[0], bias, residual, activation)
     bias = None if bias is None else bias.to(x.dtype).contiguous()  # whose stride oneDNN does not look at
     matrix = _packed(weight, name, x.dtype) if keep else without_gaps(weight.to(x.dtype))

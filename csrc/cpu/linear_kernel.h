@@ -65,6 +65,51 @@ void pack_panel(const Matrix<T>& matrix, int64_t begin, int64_t end, int64_t col
 
 // --------------------------------------------------------------------------- products
 
+// The sum of value(x) of `count` numbers; value takes vectors and single numbers.
+template <typename T, typename Value>
+inline T sum_of(const T* x, int64_t count, Value value) {
+  constexpr int lanes = kLanes<T>;
+  Vector<T> first = {}, second = {};
+  int64_t i = 0;
+  for (; i + 2 * lanes <= count; i += 2 * lanes) {
+    first += value(load<T>(x + i));
+    second += value(load<T>(x + i + lanes));
+  }
+  for (; i + lanes <= count; i += lanes) first += value(load<T>(x + i));
+  T sum = total<T>(first + second);
+  for (; i < count; ++i) sum += value(x[i]);
+  return sum;
+}
+
+// LayerNorm of `channels` numbers. Their mean is rounded, which matters where they differ little: what it lacks is the
+// mean of what is left without it.
+template <typename T, typename Number>
+inline void normalise_row(const RowNorm<T>& norm, const T* x, int64_t channels, Number* to) {
+  constexpr int lanes = kLanes<T>;
+  const T count = static_cast<T>(channels);
+  const T mean = sum_of(x, channels, [](auto number) { return number; }) / count;
+  const T rest = sum_of(x, channels, [mean](auto number) { return number - mean; }) / count;
+  const auto centred = [mean, rest](auto number) { return (number - mean) - rest; };
+  const T squares = sum_of(x, channels, [&](auto number) { return centred(number) * centred(number); });
+  const T scale = T(1) / square_root(squares / count + norm.eps);
+  int64_t i = 0;
+  for (; i + lanes <= channels; i += lanes)
+    store_rounded(to + i, centred(load<T>(x + i)) * scale * load<T>(norm.weight + i) + load<T>(norm.bias + i));
+  for (; i < channels; ++i) to[i] = convert(centred(x[i]) * scale * norm.weight[i] + norm.bias[i], Number());
+}
+
+// The rows of a tile, one after the other.
+template <typename Operand, typename Number, typename T>
+void normalise_rows(const Linear<T>& problem, const Tile& tile, T* to) {
+  const int64_t channels = problem.depth * static_cast<int64_t>(sizeof(Operand) / sizeof(Number));
+  T* const wide = to + (tile.end_row - tile.row) * problem.depth;
+  for (int64_t row = tile.row; row < tile.end_row; ++row, to += problem.depth) {
+    const auto* const x = reinterpret_cast<const Number*>(problem.x.at(row, 0));
+    convert_row(x, channels, wide);
+    normalise_row(problem.norm, wide, channels, reinterpret_cast<Number*>(to));
+  }
+}
+
 // x P(x), P the normal distribution function, as in unary_functions.h, given P(-|x|).
 inline Vector<float> gelu_by(Vector<float> x, Vector<float> tail) { return x * (x < 0.f ? tail : 1.f - tail); }
 
@@ -176,6 +221,15 @@ void multiply_tile(const Linear<T>& problem, const Tile& tile, T* scratch) {
   }
 }
 
+template <typename Operand, typename Number, typename T>
+void normalise_and_multiply(Linear<T> problem, const Tile& tile, T* scratch, T* normalised) {
+  if (problem.norm.weight) {
+    normalise_rows<Operand, Number>(problem, tile, normalised);
+    problem.x = {normalised - tile.row * problem.depth, problem.depth, 1};
+  }
+  multiply_tile<Operand, Number>(problem, tile, scratch);
+}
+
 }  // namespace
 
 namespace ASVIT_FAST_ISA {
@@ -195,15 +249,15 @@ void pack_panels(const Matrix<T>& matrix, int64_t depth, int64_t columns, int64_
 }
 
 template <typename T>
-void linear_tile(const Linear<T>& problem, const Tile& tile, T* scratch) {
+void linear_tile(const Linear<T>& problem, const Tile& tile, T* scratch, T* normalised) {
   if constexpr (kHasPairs)
-    if (problem.pairs) return multiply_tile<Pair, BFloat16>(problem, tile, scratch);
-  multiply_tile<T, T>(problem, tile, scratch);
+    if (problem.pairs) return normalise_and_multiply<Pair, BFloat16>(problem, tile, scratch, normalised);
+  normalise_and_multiply<T, T>(problem, tile, scratch, normalised);
 }
 
 template void find_panels(float, Panels*);
 template void pack_panels(const Matrix<float>&, int64_t, int64_t, int64_t, int64_t, float*);
-template void linear_tile(const Linear<float>&, const Tile&, float*);
+template void linear_tile(const Linear<float>&, const Tile&, float*, float*);
 
 }  // namespace ASVIT_FAST_ISA
 }  // namespace asvit_fast

@@ -83,7 +83,8 @@ test-oldest: $(OLDEST)/.torch
 # leaks are not looked for. With --capture=sys the sanitizers' words reach the terminal.
 SANITIZE := ASVIT_FAST_BUILD=cpu ASVIT_FAST_SANITIZE=address,undefined CXX=g++
 SANITIZED_TESTS := $(wildcard tests/test_*_taylor.py tests/test_window*.py) tests/test_patch_embed.py \
-	tests/test_patch_merge.py tests/test_cuda_kernels_on_cpu.py \
+	tests/test_patch_merge.py tests/test_packed_linear.py tests/test_norm_linear.py tests/test_per_sample.py \
+	tests/test_cuda_kernels_on_cpu.py \
 	tests/test_build.py::test_sanitizer_sees_an_overrun
 
 sanitize: install

@@ -104,7 +104,8 @@ inline Tensor empty(Sizes sizes, Dtype type, const Device& device = Device(torch
 // On the CPU.
 inline Tensor zeros(Sizes sizes, Dtype type) {
   Tensor tensor = empty(sizes, type);
-  std::memset(tensor.mutable_data_ptr(), 0, static_cast<size_t>(tensor.numel()) * bytes_of(type));
+  const size_t bytes = static_cast<size_t>(tensor.numel()) * bytes_of(type);
+  if (bytes > 0) std::memset(tensor.mutable_data_ptr(), 0, bytes);  // of nothing there is no address
   return tensor;
 }
 

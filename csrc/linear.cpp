@@ -22,8 +22,6 @@ Panels panels_here() {
   return panels;
 }
 
-int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
-
 Matrix<float> matrix(const Tensor& tensor) {
   return {tensor.const_data_ptr<float>(), tensor.stride(0), tensor.stride(1)};
 }

@@ -7,12 +7,9 @@
 namespace asvit_fast {
 namespace {
 
-constexpr int64_t kParts = 32;  // whose sums are added in order at the end, whatever the number of threads
-constexpr int64_t kWeightBytes =
-    1 << 23;  // of all samples' gradients that are there at a time: the last cache holds them
+constexpr int64_t kParts = 32;             // whose sums are added in order at the end, whatever the number of threads
+constexpr int64_t kWeightBytes = 1 << 23;  // of all samples' gradients of a weight, which the last cache holds
 constexpr int64_t kPartNumbers = 1 << 13;  // of a row, at least
-
-int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 void check_contiguous(const char* op, const char* name, const Tensor& tensor, int64_t axes) {
   ASVIT_FAST_CHECK(tensor.dim() == axes && tensor.is_contiguous(), op, ": ", name, " must be contiguous with ", axes,

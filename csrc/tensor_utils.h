@@ -131,6 +131,8 @@ void assign(const Tensor& to, const Tensor& from) {
 constexpr double kElements = 1 << 13;
 constexpr double kMultiplyAdds = 1 << 18;
 
+inline int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
 // The number of tasks, of `work` elements or multiply-adds each, that come to `least` together.
 inline int64_t grain_size(double least, double work) {
   return std::max<int64_t>(1, static_cast<int64_t>(least / std::max(work, 1.)));

@@ -282,9 +282,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(asvit_fast_C, library) {
   library.def("linear_pack(Tensor weight) -> Tensor");
   library.def("linear(Tensor x, Tensor packed, int outputs, Tensor? bias, Tensor? residual, str activation) -> Tensor");
   library.def(
-      "norm_linear(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor packed, int outputs, Tensor? "
-      "bias, "
-      "str activation) -> Tensor");
+      "norm_linear(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor packed, int outputs, "
+      "Tensor? bias, str activation) -> Tensor");
   library.def("weight_changed(Tensor weight, int version, Tensor(a!) state) -> bool");
   library.def("weight_state_size(Tensor weight) -> int");
 }

@@ -56,7 +56,8 @@ struct Linear {
   Activation activation;
   void* y;  // [rows, columns], contiguous
   bool pairs;
-  RowNorm<T> norm;  // of rows of x whose numbers are neighbours
+  RowNorm<T> norm;    // of rows of x whose numbers are neighbours
+  int64_t x_row = 0;  // of y, which x begins with
 };
 
 // Ranges of rows and of panels.
@@ -64,8 +65,8 @@ struct Tile {
   int64_t row, end_row, panel, end_panel;
 };
 
-// Numbers that a tile of so many rows, as deep as `depth` operands, needs to be normalised in: its rows, and one more
-// of single numbers.
+// Numbers that a tile of so many rows, as deep as `depth` operands, needs to be normalised in: its rows, and one of
+// single numbers, of which an operand has two at most.
 inline int64_t normalised_size(int64_t rows, int64_t depth) { return (rows + 2) * depth; }
 
 constexpr int64_t kTileRows = 384;  // of a Linear's tile, at most

@@ -65,6 +65,12 @@ def _parts(head_dim: int, bits: int) -> Size:
     return (power // 2, rest) if rest < power // 2 else (power,)
 
 
+def _score_precision(parts: Size) -> str:
+    """Of float32, with half the error of tf32x3 where it can be: bfloat16 is multiplied 16 channels at a time (of 8
+    Triton 3.8 takes each twice), and for heads in two parts there are not enough registers."""
+    return "bf16x6" if len(parts) == 1 and parts[0] >= 16 else "tf32x3"
+
+
 def tails_of(tokens: int, keys: int, tiles: dict[str, Any]) -> dict[str, int]:
     """The blocks that hold what is left of a window's queries and keys behind blocks of BLOCK_M and BLOCK_N."""
     return {f"TAIL_{axis}": block(n % tiles[f"BLOCK_{axis}"]) for axis, n in (("M", tokens), ("N", keys))}
@@ -145,8 +151,7 @@ class Problem(NamedTuple):
             EXACT=exact,
             INDEX64=math.prod(self.size) * max(*self.strides, grad_stride) >= 2**31,
             precision=self.precision,
-            # half the error of tf32x3; for heads in two parts there are not enough registers
-            score_precision="bf16x6" if exact and len(parts) == 1 else self.precision,
+            score_precision=_score_precision(parts) if exact else self.precision,
         )
 
 

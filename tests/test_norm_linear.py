@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from accuracy import assert_accurate
 from stacked import every_isa, needs_extension
+from tiny_swin import images, swin
 from torch import Tensor, nn
 
 import asvit_fast as af
@@ -155,6 +157,68 @@ def test_not_for_others(layers: Layers, monkeypatch: pytest.MonkeyPatch) -> None
         seen = []
         norm.register_forward_hook(lambda *_: seen.append(1))
         assert not fused(norm, x, layer, monkeypatch) and seen
+
+
+def test_a_replaced_forward_of_the_class_runs(layers: Layers, monkeypatch: pytest.MonkeyPatch) -> None:
+    norm, layer, x = layers
+    original = nn.LayerNorm.forward
+    with torch.no_grad(), monkeypatch.context() as patch:
+        patch.setattr(nn.LayerNorm, "forward", lambda self, x: 2 * original(self, x))
+        assert not fused(norm, x, layer, monkeypatch)
+    with torch.no_grad():
+        assert fused(norm, x, layer, monkeypatch)
+        norm.normalized_shape = (12,)  # which torch refuses
+        with pytest.raises(RuntimeError):
+            linear_of_norm(norm, x, layer)
+
+
+@every_isa
+def test_what_overflows_is_seen(isa: str) -> None:
+    _, norm, weight, bias = operands(40, 96, 8, torch.float32)
+    for scale in (1e20, 1e30):
+        assert compiled(torch.randn(40, 96) * scale, norm, weight, bias, "none").isnan().any(1).all()
+
+
+class OverTokens(nn.Module):
+    """Looks at all tokens of an image."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x - x.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize("kind", ["module", "hook"])
+def test_a_norm_sees_all_tokens(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the feed-forward network after it takes them in parts."""
+    from asvit_fast.acceleration import chunked_mlp
+
+    monkeypatch.setattr(chunked_mlp, "LARGE", 0)
+    monkeypatch.setattr(chunked_mlp, "LARGE_OF_OURS", 0)
+    monkeypatch.setattr(chunked_mlp, "PART", 4096)
+    torch.manual_seed(0)
+    model, x = swin().eval(), images()
+    for block in (block for stage in model.layers for block in stage.blocks):  # type: ignore[union-attr]
+        if kind == "module":
+            block.norm2 = OverTokens(block.norm2.normalized_shape[0])
+        else:
+            block.norm2.register_forward_hook(lambda m, args, y: y - y.mean(1, keepdim=True))
+    source = copy.deepcopy(model).double()
+    af.accelerate(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x).double(), source(x.double()), rtol=1e-4, atol=1e-5)
+
+
+def test_a_feed_forward_network_of_nothing() -> None:
+    model, x = swin().eval(), images()
+    for block in (block for stage in model.layers for block in stage.blocks):  # type: ignore[union-attr]
+        block.mlp.fc1 = block.mlp.act = block.mlp.fc2 = nn.Identity()
+    source = copy.deepcopy(model)
+    af.accelerate(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), source(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -9,6 +9,7 @@ from stacked import every_isa, needs_extension
 from torch import Tensor, nn
 
 import asvit_fast as af
+from asvit_fast.models.asvit import Block
 from asvit_fast.nn import Linear
 from asvit_fast.scoring import contractions, ntk
 from asvit_fast.scoring.per_sample import _probe
@@ -195,3 +196,22 @@ def test_other_layers_are_tried_out() -> None:
     with pytest.warns(UserWarning, match="sample by sample"):
         found = af.ntk_gram(model, images)
     assert (found - expected).abs().max() < 1e-10 * expected.abs().max()
+
+
+@pytest.mark.parametrize("change", ["class", "layer", "hook of all modules", "backward hook"])
+def test_changed_layers_of_ours_are_tried_out(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replaced forward of a class, or a hook of all modules or of a backward pass, may mix samples."""
+    model = af.create_model(SEED, img_size=32, num_classes=3, pos_embed="none")
+    assert ntk._is_ours(model)
+    if change == "class":
+        original = Block.forward
+        monkeypatch.setattr(Block, "forward", lambda self, x: original(self, x).flip(0))
+    elif change == "layer":
+        monkeypatch.setattr(nn.GELU, "forward", lambda self, x: x.flip(0))
+    elif change == "backward hook":
+        model.stages[0].blocks[0].mlp.act.register_full_backward_hook(lambda module, given, out: None)
+    else:
+        handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
+    assert not ntk._is_ours(model)
+    if change == "hook of all modules":
+        handle.remove()

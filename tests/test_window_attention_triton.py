@@ -403,6 +403,17 @@ def test_compiled(side, head_dim, dtype, capability, settings):
         triton_versions.assert_no_spills(report)
 
 
+@pytest.mark.parametrize("head_dim", [4, 8, 16, 22, 32, 45])
+def test_scores_are_multiplied_in_whole_steps(head_dim):
+    """bfloat16 is multiplied 16 channels at a time: of 8, Triton 3.8 would take each twice."""
+    from triton_cases import launches_of
+
+    for launch in launches_of(lambda: run(7, head_dim, torch.float32), 90):
+        shape = launch.constants["SHAPE"]
+        assert shape.score_precision == "tf32x3" or min(shape.parts) >= 16, shape
+        assert shape.score_precision == "bf16x6" or min(shape.parts) < 16 or len(shape.parts) > 1, shape
+
+
 def test_no_value_is_lost():
     """ptxas 12.8 has lost the place of a matrix here, so that an H100 read outside of shared memory."""
     from triton_cases import launches_of

@@ -22,7 +22,7 @@ from ..nn.linear import Linear as OurLinear
 from ..ops.linear import linear
 from ..ops.packed_linear import ONEDNN, library
 from ..ops.transforms import transform_active
-from .norm_linear import linear_of_norm
+from .norm_linear import linear_of_norm, parts_of_norm
 from .replacement import Names, Parts, Replacement, call_reason, made_by_package, source_type
 
 LARGE = 16 << 20  # bytes of a hidden activation up to which it is left whole
@@ -93,7 +93,7 @@ def run_layers(
     one."""
     todo = [layer for layer in layers if not isinstance(layer, (nn.Identity, nn.Dropout))]
     skip = False
-    if norm is not None and not isinstance(todo[0], nn.Linear):
+    if norm is not None and not (len(todo) > 1 and isinstance(todo[0], nn.Linear)):
         x, norm = norm(x), None
     for layer, following in pairwise([*todo, None]):
         if skip:
@@ -101,13 +101,13 @@ def run_layers(
         elif isinstance(layer, nn.Linear):
             skip = is_exact_gelu(following)
             activation, added = "gelu" if skip else "none", residual if following is None else None
-            if norm is not None and added is None:
+            if norm is None:
+                x = linear(x, layer.weight, layer.bias, activation, added)
+            else:  # of the first layer
                 x, norm = linear_of_norm(norm, x, layer, activation), None
-            else:
-                x = linear(x if norm is None else norm(x), layer.weight, layer.bias, activation, added)
         else:
             x = layer(x)  # type: ignore[misc]
-    return x if residual is None or isinstance(todo[-1], nn.Linear) else residual + x
+    return x if residual is None or (todo and isinstance(todo[-1], nn.Linear)) else residual + x
 
 
 def is_exact_gelu(layer: nn.Module | None) -> bool:
@@ -153,6 +153,8 @@ class ChunkedMlp(Replacement):
         return self._run(x, x, norm)
 
     def _run(self, x: Tensor, residual: Tensor | None = None, norm: nn.Module | None = None) -> Tensor:
+        if norm is not None and parts_of_norm(norm) is None:  # whoever sees it, or what it does, wants all tokens
+            x, norm = norm(x), None
         layers: list[nn.Module] = list(self.children())  # type: ignore[attr-defined]
         run: Callable[[Tensor], Tensor] = super().forward  # type: ignore[misc]
         if is_plain_inference(layers, x) and self.can_run():

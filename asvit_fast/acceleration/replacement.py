@@ -196,7 +196,7 @@ def is_decorated(method: Any) -> bool:
     return isinstance(method, FunctionType) and method.__globals__["__name__"] == DECORATES
 
 
-def _is_original(kind: type, name: str) -> bool:
+def is_original(kind: type, name: str) -> bool:
     """Whether the method of a class is the one that its own file defines."""
     method = getattr(kind, name)
     if method in _original_methods:
@@ -213,7 +213,7 @@ def _is_original(kind: type, name: str) -> bool:
 def patch_reason(replacement: Any, module: Any) -> str | None:
     """Why the methods that the fused path stands for are not those that it knows."""
     for kind, name in _bypassed_methods(replacement):
-        if not _is_original(kind, name):
+        if not is_original(kind, name):
             return f"{kind.__name__}.{name} was replaced by {getattr(getattr(kind, name), '__module__', 'something')}"
     return instance_patch_reason(module, overridden(replacement))
 

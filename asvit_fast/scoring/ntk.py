@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from ..errors import InputError
 from ..models import AsViT
@@ -26,6 +27,7 @@ _OUR_LAYERS = ("asvit_fast.models.", "asvit_fast.nn.")
 _LAYERS = {
     nn.Conv2d, nn.Dropout, nn.GELU, nn.Identity, nn.LayerNorm, nn.Linear, nn.Sequential, nn.Tanh, DropPath, Mlp,
 }  # fmt: skip
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LIBRARIES = {"asvit_fast", "timm", "torch", "torchvision"}
 
 
@@ -130,12 +132,16 @@ def _keeps_order(model: nn.Module) -> bool:
     def of_library(code: Any) -> bool:
         return (getattr(code, "__module__", None) or "torch").partition(".")[0] in _LIBRARIES
 
-    return all(
-        of_library(type(module))
-        and all(of_library(value) for value in vars(module).values() if callable(value))
-        and not isinstance(module, (torch.fx.GraphModule, torch.jit.ScriptModule))
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        for module in model.modules()
+    return (
+        all(
+            of_library(type(module))
+            and of_library(type(module).forward)
+            and all(of_library(value) for value in vars(module).values() if callable(value))
+            and not isinstance(module, (torch.fx.GraphModule, torch.jit.ScriptModule))
+            and not any(getattr(module, hooks) for hooks in _HOOKS)
+            for module in model.modules()
+        )
+        and not torch_module._has_any_global_hook()
     )
 
 

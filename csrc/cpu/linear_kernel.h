@@ -91,7 +91,8 @@ inline void normalise_row(const RowNorm<T>& norm, const T* x, int64_t channels, 
   const T rest = sum_of(x, channels, [mean](auto number) { return number - mean; }) / count;
   const auto centred = [mean, rest](auto number) { return (number - mean) - rest; };
   const T squares = sum_of(x, channels, [&](auto number) { return centred(number) * centred(number); });
-  const T scale = T(1) / square_root(squares / count + norm.eps);
+  // NaN where the squares are infinite, or a network that overflows would look as if all were well
+  const T scale = T(1) / square_root(squares / count + norm.eps) + (squares - squares);
   int64_t i = 0;
   for (; i + lanes <= channels; i += lanes)
     store_rounded(to + i, centred(load<T>(x + i)) * scale * load<T>(norm.weight + i) + load<T>(norm.bias + i));
@@ -183,9 +184,9 @@ void multiply_block_of_depth(const Linear<T>& problem, const Tile& tile, int64_t
   const auto multiply_to = [&](auto* to, int64_t to_row, int64_t row, int64_t end_row) {
     const T* sums = scratch + (row - tile.row) * width;
     using To = std::remove_pointer_t<decltype(to)>;
-    multiply_vectors(Product<T, Operand, To>{reinterpret_cast<const Operand*>(problem.x.at(row, begin)), problem.x.row,
-                                             problem.x.column, reinterpret_cast<const Operand*>(panels), width,
-                                             block == 0 ? base : sums, block == 0 ? 0 : width, to, to_row},
+    multiply_vectors(Product<T, Operand, To>{reinterpret_cast<const Operand*>(problem.x.at(row - problem.x_row, begin)),
+                                             problem.x.row, problem.x.column, reinterpret_cast<const Operand*>(panels),
+                                             width, block == 0 ? base : sums, block == 0 ? 0 : width, to, to_row},
                      end_row - row, vectors, depth);
   };
   if (to_y) {
@@ -225,7 +226,8 @@ template <typename Operand, typename Number, typename T>
 void normalise_and_multiply(Linear<T> problem, const Tile& tile, T* scratch, T* normalised) {
   if (problem.norm.weight) {
     normalise_rows<Operand, Number>(problem, tile, normalised);
-    problem.x = {normalised - tile.row * problem.depth, problem.depth, 1};
+    problem.x = {normalised, problem.depth, 1};
+    problem.x_row = tile.row;
   }
   multiply_tile<Operand, Number>(problem, tile, scratch);
 }

@@ -134,3 +134,18 @@ def test_under_compile() -> None:
     image = torch.randn(1, 3, 32, 32)
     exported = torch.export.export(model, (image,)).module()
     assert counted(exported, image, backward=False) == counted(model, image, backward=False)
+
+
+@needs_extension
+def test_per_sample_gradients_and_norms() -> None:
+    kernels = torch.ops.asvit_fast_C
+    x, gradient = torch.randn(3, 5, 8), torch.randn(3, 5, 6)
+    assert counted(kernels.gram, x.flatten(1), backward=False) == 2 * 3 * 3 * 40
+    assert counted(kernels.linear_weight_gram, x, gradient, backward=False) == 2 * (15 * 8 * 6 + 9 * 8 * 6)
+    assert (
+        counted(kernels.layer_norm_weight_rows, x, x[..., 0].contiguous(), x[..., 0].contiguous(), x, backward=False)
+        == 0
+    )
+    packed, norm = kernels.linear_pack(torch.randn(7, 8)), torch.ones(8)
+    call = lambda x: kernels.norm_linear(x, norm, norm, 1e-5, packed, 7, None, "none")  # noqa: E731
+    assert counted(call, x, backward=False) == 2 * 15 * 8 * 7

@@ -108,6 +108,23 @@ def _compiled_linear(x: Shape, packed: Shape, outputs: int, *_: Any, **__: Any) 
     return 2 * prod(x) * outputs
 
 
+def _compiled_norm_linear(x: Shape, weight: Shape, bias: Shape, eps: float, packed: Shape, outputs: int, *_: Any,
+                          **__: Any) -> int:  # fmt: skip
+    """x [*, K], outputs N."""
+    return 2 * prod(x) * outputs
+
+
+def _gram(rows: Shape, **__: Any) -> int:
+    """rows [B, n] with each other."""
+    return 2 * rows[0] * prod(rows)
+
+
+def _linear_weight_gram(x: Shape, gradient: Shape, **__: Any) -> int:
+    """x [B, T, K], gradient [B, T, N]: weights [N, K] of B samples, and these with each other."""
+    weight = x[-1] * gradient[-1]
+    return 2 * prod(x) * gradient[-1] + 2 * x[0] ** 2 * weight
+
+
 def _none(*_: Any, **__: Any) -> int:
     """Elementwise or along rows: no product."""
     return 0
@@ -132,8 +149,12 @@ FORMULAS = _TAYLOR | {
     "linear_gradients": _linear_gradients,
 }
 COMPILED_FORMULAS = _TAYLOR | {
+    "gram": _gram,
+    "layer_norm_weight_rows": _none,
     "linear": _compiled_linear,
     "linear_pack": _none,
+    "linear_weight_gram": _linear_weight_gram,
+    "norm_linear": _compiled_norm_linear,
     "weight_changed": _none,
     "weight_state_size": _none,
     "window_attention": _window_attention,

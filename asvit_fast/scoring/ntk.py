@@ -134,10 +134,10 @@ def _keeps_order(model: nn.Module) -> bool:
 
     return (
         all(
-            of_library(type(module))
+            not isinstance(module, (torch.fx.GraphModule, torch.jit.ScriptModule))
+            and of_library(type(module))
             and of_library(type(module).forward)
             and all(of_library(value) for value in vars(module).values() if callable(value))
-            and not isinstance(module, (torch.fx.GraphModule, torch.jit.ScriptModule))
             and not any(getattr(module, hooks) for hooks in _HOOKS)
             for module in model.modules()
         )

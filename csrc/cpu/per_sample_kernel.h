@@ -57,7 +57,7 @@ inline void add_gram_block(const double* rows, int64_t vectors, int64_t i, int64
 
 // --------------------------------------------------------------------------- Linear
 
-// `width` numbers of the rows of x from column `first` on, those behind them zero: to [tokens][padded].
+// `width` numbers of each row of x, zeros behind them: to [tokens][padded].
 template <typename T>
 void pack_tokens(const T* x, int64_t tokens, int64_t distance, int64_t width, int64_t padded, T* to) {
   for (int64_t token = 0; token < tokens; ++token, x += distance, to += padded) {

@@ -245,6 +245,7 @@ struct BackwardMemory {
   T *queries, *keys, *values, *gradients;   // [token][component]
   T *grad_keys, *grad_values;               // [key][padded_dim]
   T *query_columns, *gradient_columns;      // of a group, [component][query]
+  T *query_vectors, *gradient_vectors;      // of a group, several narrow rows in a vector
   T *weights, *scores;                      // of a group and a tile, [key][query]; scores: the gradients of
   T* base;                                  // [key][query]
   T* region_scores;                         // [region of a key][query]
@@ -267,6 +268,8 @@ struct BackwardMemory {
     grad_values = take_rows<T>(arena, key_count, padded_dim);
     query_columns = arena.take<T>(padded_dim * kGroup);
     gradient_columns = arena.take<T>(padded_dim * kGroup);
+    query_vectors = arena.take<T>(padded_dim * kGroup);
+    gradient_vectors = arena.take<T>(padded_dim * kGroup);
     weights = arena.take<T>(kKeyTile * kGroup);
     scores = arena.take<T>(kKeyTile * kGroup);
     base = arena.take<T>(kKeyTile * kGroup);

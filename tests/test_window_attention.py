@@ -216,6 +216,10 @@ SHAPES = [  # H, W, heads, head_dim, window, shift: one and many vectors and til
     (28, 28, 1, 4, (28, 28), (0, 0)),
     (3, 3, 2, 1, (2, 2), (1, 1)),
     (12, 12, 2, 22, (12, 12), (5, 0)),
+    (7, 7, 2, 8, (7, 7), (3, 3)),  # heads so narrow that queries share vectors, and do not fill the last
+    (13, 6, 1, 7, (13, 6), (0, 0)),
+    (7, 7, 2, 3, (7, 7), (0, 0)),
+    (5, 7, 2, 2, (5, 7), (0, 0)),
 ]
 
 

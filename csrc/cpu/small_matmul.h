@@ -4,13 +4,51 @@
 // right one: enough independent sums to keep both multipliers busy, few enough for the registers.
 #pragma once
 
+#include "constant.h"
 #include "cpu/bfloat16_pairs.h"
 
 namespace asvit_fast {
 namespace {
 
+// Neighbours along k as one operand, for right matrices so narrow that a vector has room for as many of their rows,
+// [column][count]. The sums [column][count] remain to be added (narrow_rows.h).
+template <typename T, int count>
+struct Neighbours {
+  T numbers[count];
+};
+
+template <typename T, int count>
+struct VectorOf<Neighbours<T, count>> : VectorOf<T> {};
+
+template <typename Operand>
+inline Vector<Operand> in_all_lanes(Operand x) {
+  return broadcast<Operand>(x);
+}
+
+// Neighbours are 8 or 16 bytes, which the processor repeats as it reads them.
+template <typename T, int count>
+inline Vector<T> in_all_lanes(Neighbours<T, count> x) {
+  Vector<T> result;
+  if constexpr (sizeof x == sizeof(int64_t)) {
+    int64_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    const VectorOf<double>::Bits all = bits - VectorOf<double>::Bits{};
+    std::memcpy(&result, &all, sizeof all);
+  } else {
+#if ASVIT_FAST_VECTOR_BYTES == 64
+    __m128 bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    const __m512 all = _mm512_broadcast_f32x4(bits);
+    std::memcpy(&result, &all, sizeof all);
+#else
+    for (int i = 0; i < kLanes<T>; ++i) result[i] = x.numbers[i % count];
+#endif
+  }
+  return result;
+}
+
 // to[i][j] = base[i][j] + factor * sum over k of left[i * left_row + k * left_step] * right[k][j]. Operands are numbers
-// of type T, or pairs of bfloat16 numbers that lie side by side along k; what is written may be rounded.
+// of type T, pairs of bfloat16 numbers that lie side by side along k, or neighbours; what is written may be rounded.
 template <typename T, typename Operand = T, typename Number = T>
 struct Product {
   const Operand* left;
@@ -50,7 +88,7 @@ inline void multiply_block(const Product<T, Operand, Number>& p, int64_t i, int6
     for (int row = 0; row < rows; ++row) {
       Operand number;  // copied, as pairs may begin anywhere
       std::memcpy(&number, left + row * left_row, sizeof number);
-      const Vector<Operand> a = broadcast<Operand>(number);
+      const Vector<Operand> a = in_all_lanes(number);
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) add_product(sum[row][v], a, b[v]);
     }

@@ -8,13 +8,12 @@
 // and every weight is computed once.
 #pragma once
 
+#include "cpu/narrow_rows.h"
 #include "cpu/window_attention_kernel.h"
 
 namespace asvit_fast {
 namespace {
 
-// In the order in which dp is summed: where one weight is 1, dp - <g, y> is then exactly 0, and not the rounding error
-// of two large numbers.
 template <typename T>
 inline T dot(const T* a, const T* b, int64_t size) {
   T sum = T(0);
@@ -22,18 +21,26 @@ inline T dot(const T* a, const T* b, int64_t size) {
   return sum;
 }
 
-// Gradients of one head's output; zeros for padding, which has none.
-template <typename T>
-void pack_gradient(const WindowAttentionBackward<T>& problem, const TokenWindow& window, int64_t head, T* to) {
-  const int64_t size = problem.forward.head_dim;
-  for (int64_t i = 0; i < window.queries.count; ++i) {
-    const Token& token = window.queries[i];
-    T* row = to + i * size;
-    if (token.is_padding()) {
-      for (int64_t j = 0; j < size; ++j) row[j] = T(0);
+// One head's output, or gradients of it; zeros for padding, which has none.
+template <typename Byte, typename T>
+void pack_output(const TokenMap<Byte>& map, const TokenList& tokens, int64_t size, int64_t head, T* to) {
+  for (int64_t i = 0; i < tokens.count; ++i, to += size) {
+    if (tokens[i].is_padding()) {
+      for (int64_t j = 0; j < size; ++j) to[j] = T(0);
     } else {
-      read_row(problem.gradient.at(token.index, head * size), problem.gradient.type, size, row);
+      read_row(map.at(tokens[i].index, head * size), map.type, size, to);
     }
+  }
+}
+
+// to [query] = <g, y>. In the order in which dp is summed: where one weight is 1, dp - <g, y> is then exactly 0, and
+// not the rounding error of two large numbers.
+template <typename T>
+void multiply_columns(const T* a, const T* b, int64_t count, int64_t size, T* to) {
+  for (int64_t i = 0; i < count; i += kLanes<T>) {
+    Vector<T> sum = {};
+    for (int64_t j = 0; j < size; ++j) sum += load<T>(a + j * kGroup + i) * load<T>(b + j * kGroup + i);
+    store<T>(to + i, sum);
   }
 }
 
@@ -42,23 +49,23 @@ template <typename T>
 void read_group(const WindowAttention<T>& forward, const TokenWindow& window, int64_t head, int64_t first,
                 int64_t count, const BackwardMemory<T>& memory) {
   const int64_t size = forward.head_dim, statistics = map_tokens(forward) * forward.heads;
+  T *const output = memory.grad_queries, *const columns = memory.column_sums;  // whose sums begin later
+  pack_output(forward.output, {window.queries.data + first, count}, size, head, output);
+  transpose_to_columns(output, count, size, T(1), columns);
+  multiply_columns(memory.gradient_columns, columns, count, size, memory.delta);
   fill(memory.products, kGroup, T(0));
   for (int64_t i = 0; i < count; ++i) {
     const Token& token = window.queries[first + i];
     if (token.is_padding()) {
       memory.maximum[i] = -kLowest<T>;
-      memory.inverse[i] = memory.delta[i] = T(0);
+      memory.inverse[i] = T(0);
       continue;
     }
     const int64_t row = token.index * forward.heads + head;
-    const T* gradient = memory.gradients + (first + i) * size;
     memory.maximum[i] = forward.statistics[row];
     memory.inverse[i] = forward.statistics[statistics + row];
-    T* output = memory.grad_queries;  // whose sums begin later
-    read_row(forward.output.at(token.index, head * size), forward.output.type, size, output);
-    memory.delta[i] = dot(gradient, output, size);
     if (!forward.attn_scale) continue;
-    const T mean = dot(gradient, memory.means + token.region * memory.padded_dim, size);
+    const T mean = dot(memory.gradients + (first + i) * size, memory.means + token.region * memory.padded_dim, size);
     memory.delta[i] += forward.attn_scale[head] * mean;
     memory.products[i] = -mean;
   }
@@ -140,29 +147,56 @@ void score_tile(const T* keys, const T* columns, int64_t head_dim, int64_t count
   multiply<T>({keys, head_dim, 1, columns, kGroup, base, kGroup, scores, kGroup}, key_count, count, head_dim);
 }
 
-// A group of queries against a tile of keys: what they give to the gradients of queries, keys and values.
-template <typename T>
-void add_products(int64_t size, bool components, int64_t first, int64_t count, int64_t key, int64_t keys,
-                  const BackwardMemory<T>& memory) {
+// to [key][padded_dim] += factors [key][kGroup queries] * vectors [queries / in_vector][component][in_vector]: sums
+// that remain to be added side by side.
+template <int in_vector, typename T>
+void add_narrow_products(const T* factors, const T* vectors, int64_t count, int64_t keys, bool more, int64_t padded_dim,
+                         T* to) {
+  using Operand = Neighbours<T, in_vector>;
+  multiply<T, Operand>(
+      {reinterpret_cast<const Operand*>(factors), kGroup / in_vector, 1, reinterpret_cast<const Operand*>(vectors),
+       kLanes<T> / in_vector, more ? to : nullptr, padded_dim, to, padded_dim},
+      keys, kLanes<T>, (count + in_vector - 1) / in_vector);
+}
+
+// A group of queries against a tile of keys: what they give to the gradients of keys and values.
+template <int in_vector, typename T>
+void add_key_products(int64_t size, int64_t first, int64_t count, int64_t key, int64_t keys,
+                      const BackwardMemory<T>& memory) {
   const int64_t padded_dim = memory.padded_dim;
-  const auto base = [](bool more, T* sums) { return more ? sums : nullptr; };
+  T *grad_keys = memory.grad_keys + key * padded_dim, *grad_values = memory.grad_values + key * padded_dim;
+  const bool more = first > 0;
+  if constexpr (in_vector > 1) {
+    for (int64_t query = count; query % in_vector != 0; ++query)
+      for (int64_t i = 0; i < keys; ++i)
+        memory.scores[i * kGroup + query] = memory.weights[i * kGroup + query] = T(0);  // not a number, or not its own
+    add_narrow_products<in_vector>(memory.scores, memory.query_vectors, count, keys, more, padded_dim, grad_keys);
+    add_narrow_products<in_vector>(memory.weights, memory.gradient_vectors, count, keys, more, padded_dim, grad_values);
+  } else {
+    multiply<T>({memory.scores, kGroup, 1, memory.queries + first * size, size, more ? grad_keys : nullptr, padded_dim,
+                 grad_keys, padded_dim},
+                keys, size, count);
+    multiply<T>({memory.weights, kGroup, 1, memory.gradients + first * size, size, more ? grad_values : nullptr,
+                 padded_dim, grad_values, padded_dim},
+                keys, size, count);
+  }
+}
+
+// The same for the gradients of queries.
+template <typename T>
+void add_query_products(int64_t size, bool components, int64_t count, int64_t key, int64_t keys,
+                        const BackwardMemory<T>& memory) {
+  const int64_t padded_dim = memory.padded_dim;
   const T* key_rows = memory.keys + key * size;
   if (components) {
-    multiply<T>({memory.scores, 1, kGroup, key_rows, size, base(key > 0, memory.grad_queries), padded_dim,
+    multiply<T>({memory.scores, 1, kGroup, key_rows, size, key > 0 ? memory.grad_queries : nullptr, padded_dim,
                  memory.grad_queries, padded_dim},
                 count, size, keys);
   } else {
-    multiply<T>({key_rows, 1, size, memory.scores, kGroup, base(key > 0, memory.column_sums), kGroup,
+    multiply<T>({key_rows, 1, size, memory.scores, kGroup, key > 0 ? memory.column_sums : nullptr, kGroup,
                  memory.column_sums, kGroup},
                 size, count, keys);
   }
-  T *grad_keys = memory.grad_keys + key * padded_dim, *grad_values = memory.grad_values + key * padded_dim;
-  multiply<T>({memory.scores, kGroup, 1, memory.queries + first * size, size, base(first > 0, grad_keys), padded_dim,
-               grad_keys, padded_dim},
-              keys, size, count);
-  multiply<T>({memory.weights, kGroup, 1, memory.gradients + first * size, size, base(first > 0, grad_values),
-               padded_dim, grad_values, padded_dim},
-              keys, size, count);
 }
 
 // The next window and head: what they read and write is prefetched during the computation.
@@ -208,7 +242,7 @@ T sum_products(const T* rows, const T* padded_rows, int64_t count, int64_t size,
 }
 
 // A group of queries against all keys of their window.
-template <typename T>
+template <int in_vector, typename T>
 void differentiate_group(const WindowAttentionBackward<T>& problem, const TokenWindow& window, int64_t task,
                          int64_t first, int64_t count, const NextWindowBackward<T>& next,
                          const BackwardMemory<T>& memory) {
@@ -219,6 +253,10 @@ void differentiate_group(const WindowAttentionBackward<T>& problem, const TokenW
   transpose_to_columns(memory.queries + first * size, count, size, factor, memory.query_columns);
   prepare_group(forward, window, first, count, memory);
   transpose_to_columns(memory.gradients + first * size, count, size, T(1), memory.gradient_columns);
+  if constexpr (in_vector > 1) {
+    pack_side_by_side<in_vector>(memory.queries + first * size, count, size, memory.query_vectors);
+    pack_side_by_side<in_vector>(memory.gradients + first * size, count, size, memory.gradient_vectors);
+  }
   read_group(forward, window, head, first, count, memory);
   for (int64_t key = 0; key < window.keys.count; key += kKeyTile) {
     const int64_t keys = window.keys.count - key < kKeyTile ? window.keys.count - key : kKeyTile;
@@ -228,7 +266,8 @@ void differentiate_group(const WindowAttentionBackward<T>& problem, const TokenW
     score_tile<T>(memory.values + key * size, memory.gradient_columns, size, count, keys, nullptr, memory.scores);
     if (first + key == 0) next.prefetch_outputs();
     differentiate_tile(T(1) + (forward.attn_scale ? forward.attn_scale[head] : T(0)), count, keys, memory);
-    add_products(size, components, first, count, key, keys, memory);
+    add_query_products(size, components, count, key, keys, memory);
+    add_key_products<in_vector>(size, first, count, key, keys, memory);
     if (first + key == 0) next.prefetch_gradients();
     if (problem.grad_bias)
       add_bias_gradient(forward, window, first, count, key, keys, memory,
@@ -246,24 +285,35 @@ void differentiate_group(const WindowAttentionBackward<T>& problem, const TokenW
   problem.grad_attn_scale[task] += static_cast<T>(sum);
 }
 
-template <typename T>
-void differentiate_window(const WindowAttentionBackward<T>& problem, const TokenWindow& window, int64_t task,
-                          const NextWindowBackward<T>& next, const BackwardMemory<T>& memory) {
+template <int in_vector, typename T>
+void differentiate_window_by(const WindowAttentionBackward<T>& problem, const TokenWindow& window, int64_t task,
+                             const NextWindowBackward<T>& next, const BackwardMemory<T>& memory) {
   const WindowAttention<T>& forward = problem.forward;
   const int64_t size = forward.head_dim, padded_dim = memory.padded_dim, head = task % forward.heads;
   const T attn_scale = forward.attn_scale ? forward.attn_scale[head] : T(0);
   pack_qkv(forward, window, head, memory.queries, memory.keys, memory.values);
-  pack_gradient(problem, window, head, memory.gradients);
+  pack_output(problem.gradient, window.queries, size, head, memory.gradients);
   if (forward.attn_scale) mean_regions(window, window.keys, memory.values, size, padded_dim, T(1), memory.means);
   for (int64_t first = 0; first < window.queries.count; first += kGroup)
-    differentiate_group(problem, window, task, first,
-                        window.queries.count - first < kGroup ? window.queries.count - first : kGroup, next, memory);
+    differentiate_group<in_vector>(problem, window, task, first,
+                                   window.queries.count - first < kGroup ? window.queries.count - first : kGroup, next,
+                                   memory);
+  sum_rows_side_by_side<in_vector>(window.keys.count, padded_dim, memory.grad_keys);
+  sum_rows_side_by_side<in_vector>(window.keys.count, padded_dim, memory.grad_values);
   write_gradient<T>(problem, window, task, {1, window.keys, problem.grad_k, problem.window_grad_k},
                     head_factor(forward, head), nullptr, padded_dim, memory.grad_keys);
   if (forward.attn_scale)
     mean_regions(window, window.queries, memory.gradients, size, padded_dim, attn_scale, memory.means);
   write_gradient<T>(problem, window, task, {2, window.keys, problem.grad_v, problem.window_grad_v}, T(1) + attn_scale,
                     forward.attn_scale ? memory.means : nullptr, padded_dim, memory.grad_values);
+}
+
+template <typename T>
+void differentiate_window(const WindowAttentionBackward<T>& problem, const TokenWindow& window, int64_t task,
+                          const NextWindowBackward<T>& next, const BackwardMemory<T>& memory) {
+  with_rows_in_vector<T>(problem.forward.head_dim, [&](auto in_vector) {
+    differentiate_window_by<in_vector()>(problem, window, task, next, memory);
+  });
 }
 
 }  // namespace

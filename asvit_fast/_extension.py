@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -21,6 +22,8 @@ from ._build import build_report
 BUILD = "with `pip install --no-build-isolation --force-reinstall --no-deps .` in a checkout"
 
 _waiting: list[Callable[[], None]] = []  # to be called when the extension is loaded
+_limiting = threading.Lock()
+_blocks, _limit = 0, 0  # of memory_of_torch that run, and what the limit was before the first
 
 
 def unsupported_reason(report: dict[str, Any], running_torch: str) -> str | None:
@@ -78,12 +81,26 @@ def memory_of_torch() -> Iterator[None]:
     if module is None:
         yield
         return
-    limit = module.memory_limit()
-    module.set_memory_limit(0)
+    global _blocks, _limit
+    with _limiting:
+        if _blocks == 0:
+            _limit = module.memory_limit()
+            module.set_memory_limit(0)
+        _blocks += 1
     try:
         yield
     finally:
-        module.set_memory_limit(limit)
+        with _limiting:
+            _blocks -= 1
+            if _blocks == 0:
+                module.set_memory_limit(_limit)
+
+
+def free_kept_memory() -> None:
+    """Give what our ops keep for later results back to the system."""
+    module = sys.modules.get("asvit_fast._C")
+    if module is not None:
+        module.free_kept_memory()
 
 
 def reason() -> str | None:

@@ -38,15 +38,10 @@ def tune_allocator() -> bool:
         raise InputError(f"{_SHARE} must be a whole number, 0 for none, got {share!r}")
     extension = sys.modules.get("asvit_fast._C")  # asks itself when it needs memory first
     if extension is not None:
-        extension.set_memory_limit(_memory() // int(share) if int(share) > 0 else 0)
+        extension.set_memory_limit(extension.memory_share())
     if platform.libc_ver()[0] != "glibc":
         return False
     c_library = ctypes.CDLL(None)
     most = 2**31 - 1  # of mallopt's int
     values = ((_TRIM_THRESHOLD, most), (_MMAP_THRESHOLD, 2**30), (_ARENA_MAX, 1))
     return [c_library.mallopt(parameter, value) for parameter, value in values] == [1, 1, 1]
-
-
-def _memory() -> int:
-    """Bytes of the machine."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -70,6 +70,8 @@ PyMethodDef methods[] = {
     {"memory_limit", call<pool_limit>, METH_NOARGS, "Bytes of freed tensors that are kept for later ones at most"},
     {"set_memory_limit", call_set_memory_limit, METH_O, "Change that, and free the rest; 0: torch allocates all"},
     {"memory_kept", call<pool_size>, METH_NOARGS, "Bytes of freed tensors that are kept now"},
+    {"free_kept_memory", call<free_pool>, METH_NOARGS, "Free them; returns how many they were"},
+    {"memory_share", call<memory_share>, METH_NOARGS, "The limit that ASVIT_FAST_MEMORY_SHARE asks for"},
     {nullptr, nullptr, 0, nullptr},
 };
 

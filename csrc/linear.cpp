@@ -1,8 +1,7 @@
-// asvit_fast_C::linear, norm_linear, linear_pack and weight_changed: schemas, checks, allocation and threads. The
-// arithmetic is in cpu/.
+// asvit_fast_C::linear, norm_linear and linear_pack: schemas, checks, allocation and threads. The arithmetic is in
+// cpu/.
 #include "linear.h"
 
-#include <atomic>
 #include <string>
 
 #include "products.h"
@@ -209,64 +208,6 @@ Tensor norm_linear_cpu(const Tensor& x, const Tensor& norm_weight, const Tensor&
                std::nullopt);
 }
 
-// ----------------------------------------------------------------------------------------- whether a weight has
-// changed
-
-// A thread looks at that many at least: a microsecond or more, each comes from memory.
-constexpr int64_t kLines = 512;
-
-// How many numbers of a contiguous weight are looked at: in every row and every column one.
-int64_t sample_count(const Tensor& weight) {
-  const int64_t columns = weight.size(-1);
-  return columns == 0 ? 0 : std::max(columns, weight.numel() / columns);
-}
-
-// Writes what a weight is known by to `known`, and says whether it was something else: its version, which autograd
-// counts, its address, and some of its numbers, as changes of `weight.data` have no version.
-template <typename T>
-bool update_state(const Tensor& weight, const int64_t (&known)[2], int64_t* state) {
-  const T* numbers = static_cast<const T*>(weight.const_data_ptr());
-  const int64_t columns = weight.size(-1), count = weight.numel() > 0 ? sample_count(weight) : 0;
-  const int64_t rows = count > 0 ? weight.numel() / columns : 0;
-  std::atomic<bool> changed{false};
-  const auto differs = [](int64_t value, int64_t& before) {
-    const bool is_new = before != value;
-    before = value;
-    return is_new;
-  };
-  for (const int64_t value : known) changed = differs(value, *state++) || changed;
-  // each number is in a page of memory of its own: without divisions and branches many of them are fetched at a time
-  parallel_for(0, count, kLines, [&](int64_t begin, int64_t end) {
-    bool differ = false;
-    for (int64_t i = begin, row = begin % rows, column = begin % columns; i < end; ++i) {
-      differ |= differs(static_cast<int64_t>(numbers[row * columns + column]), state[i]);
-      row = row + 1 == rows ? 0 : row + 1;
-      column = column + 1 == columns ? 0 : column + 1;
-    }
-    if (differ) changed = true;
-  });
-  return changed;
-}
-
-int64_t state_size(const Tensor& weight) { return 2 + sample_count(weight); }
-
-bool weight_changed_cpu(const Tensor& weight, int64_t version, const Tensor& state) {
-  ASVIT_FAST_CHECK(weight.dim() > 0 && weight.is_contiguous() && state.scalar_type() == kLong &&
-                       state.is_contiguous() && state.numel() == state_size(weight),
-                   "weight_changed: state must be int64 [", state_size(weight), "] for a contiguous weight ",
-                   weight.sizes());
-  const int64_t known[] = {version, reinterpret_cast<int64_t>(weight.const_data_ptr())};
-  auto* const to = static_cast<int64_t*>(state.mutable_data_ptr());
-  switch (weight.element_size()) {
-    case 2:
-      return update_state<uint16_t>(weight, known, to);
-    case 4:
-      return update_state<uint32_t>(weight, known, to);
-    default:
-      return update_state<uint64_t>(weight, known, to);
-  }
-}
-
 }  // namespace
 
 Tensor pack_weight(const Tensor& weight) { return linear_pack_cpu(weight); }
@@ -284,13 +225,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(asvit_fast_C, library) {
   library.def(
       "norm_linear(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor packed, int outputs, "
       "Tensor? bias, str activation) -> Tensor");
-  library.def("weight_changed(Tensor weight, int version, Tensor(a!) state) -> bool");
-  library.def("weight_state_size(Tensor weight) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(asvit_fast_C, CPU, library) {
-  library.impl("weight_changed", TORCH_BOX(&weight_changed_cpu));
-  library.impl("weight_state_size", TORCH_BOX(&state_size));
   library.impl("linear_pack", TORCH_BOX(&linear_pack_cpu));
   library.impl("linear", TORCH_BOX(&linear_cpu));
   library.impl("norm_linear", TORCH_BOX(&norm_linear_cpu));

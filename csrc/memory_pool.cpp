@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <fstream>
 #include <map>
 #include <mutex>
 
@@ -36,11 +37,11 @@ size_t block_size(size_t bytes) {
   return round_up(bytes, bytes >= kHugePage ? std::max(step, kHugePage) : step);
 }
 
-// Aligned to a huge page, so that the system can use such pages.
+// Aligned to a huge page, so that the system can use such pages; null where there is no memory.
 void* map_memory(size_t size) {
   const size_t reserved = size + kHugePage;
   void* const start = mmap(nullptr, reserved, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (start == MAP_FAILED) throw_no_memory(size);
+  if (start == MAP_FAILED) return nullptr;
   const auto address = reinterpret_cast<uintptr_t>(start);
   const uintptr_t aligned = round_up(address, kHugePage);
   if (aligned > address) munmap(start, aligned - address);
@@ -54,12 +55,15 @@ void* map_memory(size_t size) {
   return memory;
 }
 
-int64_t share_of_memory() {
-  const char* const given = std::getenv(kShareVariable);
-  const int64_t wanted = given && *given ? std::atoll(given) : kShare, share = wanted >= 0 ? wanted : kShare;
-  if (share == 0) return 0;
+// Bytes of the machine, or of the container that the process is in.
+int64_t machine_memory() {
   const int64_t pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGESIZE);
-  return pages > 0 && page > 0 ? pages / share * page : int64_t(1) << 28;
+  int64_t memory = pages > 0 && page > 0 ? pages * page : int64_t(1) << 32;
+  for (const char* const path : {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"}) {
+    int64_t limit;
+    if (std::ifstream(path) >> limit && limit > 0) memory = std::min(memory, limit);  // "max" is no number
+  }
+  return memory;
 }
 
 class Pool {
@@ -86,20 +90,31 @@ class Pool {
         return block;
       }
     }
-    return {map_memory(size), size};
+    void* memory = map_memory(size);
+    if (!memory && free_all() > 0) memory = map_memory(size);
+    if (!memory) throw_no_memory(size);
+    return {memory, size};
+  }
+
+  // Bytes that were kept.
+  int64_t free_all() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const int64_t kept = kept_;
+    trim(0);
+    return kept;
   }
 
   void give_back(const Block& block) {
     const std::lock_guard<std::mutex> lock(mutex_);
     free_.emplace(block.size, block.memory);
     kept_ += static_cast<int64_t>(block.size);
-    trim();
+    trim(limit_);
   }
 
   void set_limit(int64_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
     limit_ = bytes;
-    trim();
+    trim(limit_);
   }
   int64_t limit() {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -112,8 +127,8 @@ class Pool {
 
  private:
   // The largest go first: they cost least to get again, for each byte.
-  void trim() {
-    while (kept_ > limit_ && !free_.empty()) {
+  void trim(int64_t limit) {
+    while (kept_ > limit && !free_.empty()) {
       const auto last = std::prev(free_.end());
       munmap(last->second, last->first);
       kept_ -= static_cast<int64_t>(last->first);
@@ -123,7 +138,7 @@ class Pool {
 
   std::mutex mutex_;
   std::multimap<size_t, void*> free_;
-  int64_t kept_ = 0, limit_ = share_of_memory();
+  int64_t kept_ = 0, limit_ = memory_share();
 };
 
 // Whether torch was asked to fill what it allocates: with NaN, so that what nobody writes shows. It is seen by asking.
@@ -134,6 +149,14 @@ bool fills_new_memory() {
 }
 
 }  // namespace
+
+int64_t memory_share() {
+  const char* const given = std::getenv(kShareVariable);
+  char* end = nullptr;
+  const int64_t wanted = given ? std::strtoll(given, &end, 10) : kShare;
+  const int64_t share = given && (end == given || *end != 0 || wanted < 0) ? kShare : wanted;
+  return share == 0 ? 0 : machine_memory() / share;
+}
 
 Tensor new_empty(Sizes sizes, Dtype type) {
   const size_t bytes = static_cast<size_t>(product(sizes)) * bytes_of(type);
@@ -156,5 +179,6 @@ Tensor new_empty(Sizes sizes, Dtype type) {
 void set_pool_limit(int64_t bytes) { Pool::instance().set_limit(bytes); }
 int64_t pool_limit() { return Pool::instance().limit(); }
 int64_t pool_size() { return Pool::instance().kept(); }
+int64_t free_pool() { return Pool::instance().free_all(); }
 
 }  // namespace asvit_fast

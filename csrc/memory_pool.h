@@ -15,6 +15,8 @@ Tensor new_empty(Sizes sizes, Dtype type);
 
 void set_pool_limit(int64_t bytes);  // frees what is above
 int64_t pool_limit();
-int64_t pool_size();  // bytes that are kept now
+int64_t pool_size();     // bytes that are kept now
+int64_t free_pool();     // frees all of them, and says how many they were
+int64_t memory_share();  // the limit that the environment asks for, of the machine's or container's memory
 
 }  // namespace asvit_fast

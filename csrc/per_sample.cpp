@@ -7,7 +7,8 @@
 namespace asvit_fast {
 namespace {
 
-constexpr int64_t kParts = 32;             // whose sums are added in order at the end, whatever the number of threads
+constexpr int64_t kParts = 32;  // whose sums are added in order at the end, whatever the number of threads
+constexpr int64_t kPartElements = int64_t(1) << 25;  // of those sums at most: of thousands of samples fewer parts
 constexpr int64_t kWeightBytes = 1 << 23;  // of all samples' gradients of a weight, which the last cache holds
 constexpr int64_t kPartNumbers = 1 << 13;  // of a row, at least
 
@@ -37,7 +38,8 @@ void with_memory(Run run, Sizes... sizes) {
 // The sum of what run(begin, end, gram) adds to the lower triangles of matrices for parts of 0 <= i < count tasks.
 template <typename Run>
 Tensor sum_of_grams(int64_t samples, int64_t count, Run run) {
-  const int64_t parts = std::clamp<int64_t>(count, 1, kParts), size = samples * samples;
+  const int64_t size = samples * samples;  // by which, and the count, alone: results do not depend on threads
+  const int64_t parts = std::clamp<int64_t>(std::min(count, kPartElements / std::max<int64_t>(size, 1)), 1, kParts);
   const Tensor grams = zeros({parts, samples, samples}, kDouble), sum = zeros({samples, samples}, kDouble);
   double *const all = grams.mutable_data_ptr<double>(), *const to = sum.mutable_data_ptr<double>();
   parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {

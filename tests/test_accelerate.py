@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import subprocess
 import sys
 import warnings
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -176,6 +178,25 @@ def test_quantised_linear_layers():
         "its reduction is a Linear",
     }
     close(model(images()), expected)
+
+
+def replaced_weight(model: nn.Module) -> weakref.ref[Tensor]:
+    attention = next(m for m in model.modules() if isinstance(m, WindowAttention))
+    old = weakref.ref(attention.qkv.weight)
+    attention.qkv = nn.Linear(attention.qkv.in_features, attention.qkv.out_features)
+    gc.collect()
+    return old
+
+
+def test_replaced_weights_are_freed():
+    model = swin().eval()
+    af.accelerate(model)
+    with torch.no_grad():
+        model(images())
+        old = replaced_weight(model)
+        model(images())
+        assert old() is None
+        assert replaced_weight(af.restore(model))() is None
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -154,6 +154,25 @@ def test_what_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         ops.linear(x, weight, bias, residual=bias)
 
 
+def test_other_layouts_of_bias_and_residual_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SMALL", 0)
+    monkeypatch.setattr(module, "SMALL_FOR_OURS", 0)
+    x, weight, bias, residual = torch.ones(6, 4), nn.Linear(4, 5).weight, torch.ones(5), torch.ones(6, 5)
+    with torch.no_grad():
+        for added in ({"bias": bias.to_sparse()}, {"residual": residual.to_sparse()}):
+            dense = {name: value.to_dense() for name, value in added.items()}
+            try:
+                expected = module.linear_reference(x, weight, **added)
+            except RuntimeError:
+                with pytest.raises(RuntimeError):
+                    ops.linear(x, weight, **added)
+            else:
+                torch.testing.assert_close(ops.linear(x, weight, **added).to_dense(), expected.to_dense())
+            torch.testing.assert_close(ops.linear(x, weight, **dense), module.linear_reference(x, weight, **dense))
+        with pytest.raises(InputError, match="bias must be on cpu, got one on meta"):
+            ops.linear(x, weight, bias.to("meta"))
+
+
 @pytest.mark.parametrize("make", ["nested", "sparse", "csr", "mkldnn"])
 def test_other_layouts_are_torchs(make: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of any size, in inference as well, where fewer questions are asked."""

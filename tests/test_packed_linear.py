@@ -6,6 +6,9 @@ import copy
 import gc
 import importlib
 import math
+import os
+import signal
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -321,6 +324,47 @@ def test_results_may_be_changed_in_place(of: str) -> None:
         with torch.no_grad():
             y = ops.linear(x, layer.weight, layer.bias, *arguments)
         y.mul_(factor).sum().backward()
+
+
+def test_a_forked_process_does_not_wait_for_threads_of_its_parent(of: str) -> None:
+    layer, x = nn.Linear(32, 24), torch.randn(8, 32)
+    with torch.no_grad():
+        ops.linear(x, layer.weight)
+        kept = packed_linear._kept[id(layer.weight)]
+        held, done = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with kept.lock:
+                held.set()
+                done.wait()
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        held.wait()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            ops.linear(x, layer.weight)
+            os._exit(0)
+        done.set()
+        thread.join()
+        assert os.waitpid(child, 0)[1] == 0
+
+
+def test_an_interruption_loses_no_change(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = nn.Linear(32, 24), torch.randn(8, 32)
+    with torch.no_grad():
+        ops.linear(x, layer.weight)
+        layer.weight.mul_(2.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(packed_linear, "_pack", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                ops.linear(x, layer.weight)
+        assert torch.allclose(ops.linear(x, layer.weight), F.linear(x, layer.weight), atol=1e-4)
+
+
+def interrupted(*arguments: object) -> Tensor:
+    raise KeyboardInterrupt
 
 
 def test_threads_share_a_weight(of: str) -> None:

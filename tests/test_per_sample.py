@@ -146,6 +146,29 @@ def test_rules(dtype: torch.dtype, with_kernels: bool, monkeypatch: pytest.Monke
     assert (found - expected).abs().max() < tolerance * expected.abs().max()
 
 
+class Affine(nn.Module):
+    """F.linear with parameters of any shapes that it takes."""
+
+    def __init__(self, weight: list[int], bias: list[int]) -> None:
+        super().__init__()
+        self.weight, self.bias = (nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in (weight, bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x.flatten(1, 2), self.weight, self.bias).square()
+
+
+@pytest.mark.filterwarnings("ignore::asvit_fast.backends.FallbackWarning")
+@pytest.mark.parametrize(("weight", "bias"), [([6], []), ([5, 6], []), ([5, 6], [1]), ([5, 6], [12, 5])])
+def test_linear_of_unusual_parameters(weight: list[int], bias: list[int]) -> None:
+    torch.manual_seed(0)
+    model, images = Affine(weight, bias), torch.randn(3, 3, 4, 6, dtype=torch.float64)
+    parameters = list(model.parameters())
+    rows = [torch.autograd.grad(model(x[None]).sum(), parameters) for x in images]
+    expected = gram_of(torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]))
+    found = af.ntk_gram(model, images, parameters="all")
+    assert (found - expected).abs().max() < 1e-12 * expected.abs().max()
+
+
 # --------------------------------------------------------------------------- networks of ours
 
 

@@ -85,6 +85,16 @@ def test_on_a_gpu(name, poison_empty):
     check(name, torch.device("cuda"))
 
 
+def test_negative_numbers_count_from_the_end():
+    table, index = torch.randn(5, 2), torch.tensor([[0, -1], [-5, 4]])
+    expected = table[index].permute(2, 0, 1)
+    assert torch.equal(ops.position_bias(table, index), expected)
+    with torch.no_grad():
+        assert torch.equal(ops.position_bias(table, index), expected)
+        with pytest.raises(IndexError):
+            ops.position_bias(table, index + 3)
+
+
 def test_everywhere_else():
     index = relative_index(2, 3)
     table = torch.randn(15, 2, dtype=torch.double, requires_grad=True)

@@ -41,7 +41,6 @@ GLOBAL_HOOKS = (
     torch_module._global_backward_hooks,
 )
 COLLECTS = "transformers.utils.output_capturing"
-DROPOUT = "attention dropout has no kernel"
 LINEAR, DROP, SOFTMAX = (nn.Linear,), (nn.Dropout,), (nn.Softmax,)
 PLAIN = (nn.Parameter, Tensor, FakeTensor)
 WEIGHTED = (nn.Linear, nn.Conv2d, nn.Conv3d, nn.LayerNorm)

@@ -21,6 +21,7 @@ from ..settings import check_kind
 from .registry import Family, family_of, qualified_name, replacement_of
 from .replacement import Replacement, is_decorated, parts_of, patch_reason, source_type, unknown_reason, version_reason
 from .report import Decision, OpRun, Report
+from .unchanged import forget
 from .unknown import attends, is_windowed, unknown_attention
 
 # --------------------------------------------------------------------------- which class becomes which
@@ -214,6 +215,7 @@ def restore(model: nn.Module) -> nn.Module:
             ):  # as some collectors of outputs leave it
                 del module.__dict__["forward"]
             module.__class__ = _original(type(module))
+            forget(module)
     return model
 
 

@@ -54,11 +54,25 @@ def keep(module: nn.Module, paths: Iterable[str]) -> None:
         _states[module] = _State(paths, vars(module).get("scale"), parts, [*map(type, parts)], filled, empty)
 
 
+def forget(module: nn.Module) -> None:
+    """What was kept holds on to weights."""
+    _states.pop(module, None)
+
+
 def is_kept(module: nn.Module, paths: Iterable[str]) -> bool:
     """Whether they are as they were: every attribute, submodule, parameter and buffer is the same object, none was
-    added, and there is no hook."""
+    added, and there is no hook. If not, they are forgotten."""
     state = _states.get(module)
-    if state is None or state.paths is not paths or any(state.empty):
+    if state is None or state.paths is not paths:
+        return False
+    if _holds(module, state):
+        return True
+    forget(module)
+    return False
+
+
+def _holds(module: nn.Module, state: _State) -> bool:
+    if any(state.empty):
         return False
     if [*map(type, state.parts)] != state.kinds or vars(module).get("scale") is not state.scale:
         return False

@@ -1,8 +1,7 @@
-"""How much memory there is, and errors that say that it has run out."""
+"""How much memory there is."""
 
 from __future__ import annotations
 
-import gc
 import re
 from pathlib import Path
 
@@ -26,18 +25,3 @@ def available_memory(device: torch.device) -> int | None:
     except (OSError, ValueError):  # no container, or of version 1
         pass
     return min(limits, default=None)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory has run out, on whichever device."""
-    text = str(error)
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
-    )
-
-
-def release() -> None:
-    """Give back what an attempt that failed has left."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

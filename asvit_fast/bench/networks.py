@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from ..cost import count_macs_of_call, peak_allocation
 from ..errors import InputError, first_line
+from ..memory import is_out_of_memory, release
 from ..models import AsViT
 from ..settings import BENCH_MODES, BenchSettings
 from ..topology import Topology
-from .memory import available_memory, is_out_of_memory, release
+from .memory import available_memory
 from .providers import Place, Provider, Run, exact, providers, relative_distance, run_torch, tolerance
 from .rooflines import product_peak
 from .rows import FAILED, OUT_OF_MEMORY, WRONG, BenchRow

@@ -155,7 +155,7 @@ COMPILED_FORMULAS = _TAYLOR | {
     "linear_pack": _none,
     "linear_weight_gram": _linear_weight_gram,
     "norm_linear": _compiled_norm_linear,
-    "weight_changed": _none,
+    "weight_changes": _none,
     "weight_state_size": _none,
     "window_attention": _window_attention,
     "window_attention_backward": _window_attention_backward,

@@ -229,9 +229,13 @@ def _fits(
     if x.dtype not in dtypes or weight.dtype not in dtypes or weight.dim() != 2 or len(shape) < 2:
         return False
     outputs, inputs = weight.shape
-    if shape[-1] != inputs or (bias is not None and (bias.dtype not in dtypes or bias.shape != (outputs,))):
+    if shape[-1] != inputs or not (bias is None or _is_one(bias, dtypes, (outputs,))):
         return False
-    return residual is None or (residual.dtype in dtypes and residual.shape == (*shape[:-1], outputs))
+    return residual is None or _is_one(residual, dtypes, (*shape[:-1], outputs))
+
+
+def _is_one(operand: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> bool:
+    return operand.dtype in dtypes and operand.shape == shape and operand.is_cpu and _is_dense(operand)
 
 
 def _is_norm_of(x: Tensor, norm: Norm) -> bool:
@@ -255,9 +259,10 @@ def linear(
 ) -> Tensor:
     """residual + activation(x @ weight.T + bias): x [*, K], weight [N, K], bias [N], residual [*, N] -> [*, N].
 
-    As ``torch.nn.functional.linear`` in every respect but speed: on the CPU large products run through our kernel or
+    As ``torch.nn.functional.linear``, but faster: on the CPU large products run through our kernel or
     oneDNN, forward and backward; everything else is torch's own function. In inference the weight of a parameter is
-    packed once, and again when it has changed: by its version, its address, and some of its numbers.
+    packed once, and again when it has changed: by its version, its address, and some of its numbers. A single number
+    that is written through ``weight.data`` has no version and may go unseen; write it under ``torch.no_grad()``.
 
     Args:
         x: [*, K].

@@ -7,6 +7,7 @@ stages of a network have them, that takes as long as the product.
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import weakref
 
@@ -141,12 +142,14 @@ class _Kept:
         size = torch.ops.asvit_fast_C.weight_state_size(weight)
         self.state = torch.zeros(size, dtype=torch.int64)  # what the weight is known by; no weight has the address 0
         self.shape = weight.shape
-        # by whom, for which instruction set, and the type that numbers were rounded to
-        self.packed: tuple[Tensor, str, str, torch.dtype] | None = None
-        self.lock = threading.Lock()  # a thread must not see that another one found a change, and not yet what it packs
+        # by whom, for which instruction set, the type that numbers were rounded to, and after how many changes
+        self.packed: tuple[Tensor, str, str, torch.dtype, int] | None = None
+        self.lock = threading.RLock()  # also of a signal's handler that interrupts its own thread here
 
 
 _kept: dict[int, _Kept] = {}  # by the identity of the weight, for as long as it lives
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_kept.clear)  # a thread of the parent may have held a lock
 
 
 def _pack(weight: Tensor, library: str, dtype: torch.dtype) -> Tensor:
@@ -167,9 +170,8 @@ def _packed(weight: Tensor, library: str, dtype: torch.dtype) -> Tensor:
         kept = _kept[id(weight)] = _Kept(weight)
     assert extension is not None
     with kept.lock:
-        changed = torch.ops.asvit_fast_C.weight_changed(weight, weight._version, kept.state)
-        wanted = library, extension.get_isa(), dtype
-        if changed or kept.packed is None or kept.packed[1:] != wanted:
-            kept.packed = None  # whatever happens while it is packed
-            kept.packed = _pack(weight.detach(), library, dtype), *wanted
-        return kept.packed[0]
+        changes = torch.ops.asvit_fast_C.weight_changes(weight, weight._version, kept.state)
+        packed, wanted = kept.packed, (library, extension.get_isa(), dtype, changes)
+        if packed is None or packed[1:] != wanted:
+            kept.packed = packed = _pack(weight.detach(), library, dtype), *wanted
+        return packed[0]

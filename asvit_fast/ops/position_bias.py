@@ -6,6 +6,7 @@ The gather and the sum of gradients over the pairs of an entry are each other's 
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from .checks import check_device, check_floats, check_tensor
 from .fused_op import no_float64, outside_of_modes
 from .transforms import transform_active
 
-# of entries with pairs, for one head: the gradient's kernel looks for every entry among all pairs, and torch sorts them
+# comparisons of entries with pairs, for one head, above which torch's sort is faster than the gradient's kernel
 MOST_COMPARISONS = 2**27
 
 
@@ -76,8 +77,8 @@ def position_bias(table: Tensor, index: Tensor) -> Tensor:
 
     Args:
         table: [entries, heads], of any floating dtype.
-        index: [queries, keys], the entry of each pair, integers from 0 to ``entries - 1`` (on a GPU nobody looks if
-            they are). Not differentiable.
+        index: [queries, keys], the entry of each pair, integers from 0 to ``entries - 1``; negative ones count from the
+            end. Others are torch's IndexError, and NaN on a GPU. Not differentiable.
 
     Returns:
         [heads, queries, keys] of the table's dtype.
@@ -85,9 +86,9 @@ def position_bias(table: Tensor, index: Tensor) -> Tensor:
     Raises:
         InputError: shapes, dtypes or devices that do not fit, naming the value.
 
-    On a GPU a Triton kernel each for forward and backward: the table's gradient is summed in float32 in a fixed order,
-    by one kernel, where torch's index_put sorts all pairs. Elsewhere, in float64, for windows so large that sorting is
-    faster, and while torch.compile traces, torch's own indexing.
+    On a GPU, one Triton kernel for the forward and one for the backward pass, which sums the table's gradient in
+    float32 in a fixed order, where torch's index_put sorts all pairs. Elsewhere, in float64, for windows so large that
+    sorting is faster, and while torch.compile traces, torch's own indexing.
 
     Examples:
         >>> import torch, asvit_fast as af
@@ -108,6 +109,9 @@ def position_bias(table: Tensor, index: Tensor) -> Tensor:
     check_device("position_bias", "index", index, table)
     if _has_kernels(table, index):
         return _Gather.apply(table, index)
-    if table.is_cpu and not torch.is_grad_enabled() and not torch.jit.is_tracing():  # a third of the time
-        return table.index_select(0, index.flatten()).unflatten(0, index.shape).permute(2, 0, 1)
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if table.is_cpu and not torch.is_grad_enabled() and not traced:
+        with contextlib.suppress(IndexError):  # of negative numbers, which count from the end below
+            # a third of the time
+            return table.index_select(0, index.flatten()).unflatten(0, index.shape).permute(2, 0, 1)
     return position_bias_reference(table, index)

@@ -108,7 +108,9 @@ def _linear_weight(x: Tensor, samples: int) -> Contraction:
 
 def _linear(args: Any, kwargs: Any, samples: int) -> Known | None:
     x, weight, bias = named(args, kwargs, "input", "weight", "bias")
-    if x.dim() < 2 or x.shape[0] % samples:
+    if x.dim() < 2 or x.shape[0] % samples or weight.dim() != 2:
+        return None
+    if bias is not None and bias.shape != weight.shape[:1]:  # one that is added to other sizes as well
         return None
     known = _contractions((bias, lambda gradient: gradient.reshape(samples, -1, gradient.shape[-1]).sum(1)))
     if isinstance(weight, nn.Parameter):

@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import backends
 from ..cuda_capture import capturing
 from ..errors import first_line
-from .memory import out_of_memory
+from ..memory import is_out_of_memory
 
 Pass = Callable[..., Tensor]  # (*inputs) -> output, all on one device, without reading a number of theirs
 
@@ -115,7 +115,7 @@ class GraphCache:
             stream = self._stream(device)
             recorded = self.capture(function, inputs, stream, self._pool(device))
         except RuntimeError as error:
-            if out_of_memory(error):
+            if is_out_of_memory(error):
                 self.clear()
                 return None
             self.failed.add(kind)

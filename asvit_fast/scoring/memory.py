@@ -5,17 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
-
 from ..backends import notify_once
 from ..errors import first_line
+from ..memory import is_out_of_memory, release
 
 Result = TypeVar("Result")
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether it says that memory ran out, on a GPU or a CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def split_on_oom(run: Callable[[slice], Result], total: int, what: str) -> list[Result]:
@@ -30,14 +24,13 @@ def split_on_oom(run: Callable[[slice], Result], total: int, what: str) -> list[
             results.append(run(slice(start, min(start + size, total))))
             start += size
         except RuntimeError as error:
-            if size <= 1 or not out_of_memory(error):
+            if size <= 1 or not is_out_of_memory(error):
                 raise
             reason = first_line(error)
         else:
             continue
         # outside the handler, so that the failed attempt's tensors are free
         size = -(-size // 2)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release()
         notify_once(("memory", what, size), f"asvit_fast: {what} runs in batches of {size}, memory ran out ({reason})")
     return results

@@ -181,6 +181,8 @@ def ntk_condition(gram: Tensor) -> float:
         inf
     """
     check_kind("gram", gram, Tensor, "a Gram matrix [B, B]")
+    if not gram.is_floating_point():
+        raise InputError(f"a Gram matrix is floating point, got {gram.dtype}")
     if gram.dim() != 2 or gram.shape[0] != gram.shape[1] or gram.shape[0] == 0:
         raise InputError(f"a Gram matrix is square, got {list(gram.shape)}")
     if not torch.isfinite(gram).all():

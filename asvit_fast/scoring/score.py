@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..backends import computing_device, notify_once
 from ..errors import InputError, first_line
 from ..images import fingerprint, load_images
+from ..memory import is_out_of_memory
 from ..models import AsViT
 from ..models.library import check_known
 from ..nn import OverlapPatchEmbed, PatchMerging
@@ -38,7 +39,6 @@ from .draws import (
     standard_normal_images,
     stream,
 )
-from .memory import out_of_memory
 from .ntk import ntk_condition, ntk_gram_of, score_features
 from .parallel import map_in_threads, worker_count
 from .percentile import percentile
@@ -147,7 +147,7 @@ def _score_in_stacks(
             try:
                 done = score_stacked(topology, [networks[place][1:] for place in part], settings, images, device)
             except RuntimeError as error:
-                if not out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 reason = first_line(error)
             else:

@@ -21,6 +21,7 @@ from tiny_swin import SIZE, block, classes, close, images, is_fast, needs_kernel
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
 
 import asvit_fast as af
 from asvit_fast import backends
@@ -178,6 +179,44 @@ def test_quantised_linear_layers():
         "its reduction is a Linear",
     }
     close(model(images()), expected)
+
+
+class Seen(TorchFunctionMode):
+    """Counts softmax and Linear layers, which fused ops contain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += func in (nn.functional.linear, nn.functional.scaled_dot_product_attention, Tensor.softmax)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore::asvit_fast.backends.FallbackWarning")
+def test_function_modes_see_every_function():
+    model = swin().eval()
+    fast = copy.deepcopy(model)
+    af.accelerate(fast)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            with Seen() as source:
+                expected = model(images())
+            with Seen() as ours:
+                close(fast(images()), expected)
+            assert ours.count == source.count > 0
+
+
+def test_a_part_that_refers_to_its_network_does_not_keep_it():
+    model = swin().eval()
+    af.accelerate(model)
+    model.layers[0].blocks[0].attn.__dict__["owner"] = model
+    with torch.no_grad():
+        model(images())
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
 
 
 def replaced_weight(model: nn.Module) -> weakref.ref[Tensor]:

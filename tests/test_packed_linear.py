@@ -5,18 +5,23 @@ from __future__ import annotations
 import copy
 import gc
 import importlib
+import io
 import math
 import os
+import pickle
 import signal
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from stacked import EXTENSION, every_isa, needs_extension
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from asvit_fast import ops
 from asvit_fast.ops import packed_linear
@@ -269,27 +274,27 @@ def test_packed_once(mode: Callable[[], object], of: str, monkeypatch: pytest.Mo
     calls: list[Tensor] = []
     pack = packed_linear._pack
     monkeypatch.setattr(packed_linear, "_pack", lambda *arguments: calls.append(arguments[0]) or pack(*arguments))
-    gc.collect()
-    kept = len(packed_linear._kept)
     layer, x = nn.Linear(33, 20), torch.randn(6, 33)
     ops.linear(x, layer.weight, layer.bias).sum().backward()
-    assert len(packed_linear._kept) == kept
+    assert packed_linear.kept_of(layer.weight) is None
     calls.clear()
     twin = copy.deepcopy(layer)
     with mode():
         for _ in range(3):
             ops.linear(x, layer.weight, layer.bias)
-        assert len(calls) == 1 and len(packed_linear._kept) == kept + 1
+        assert len(calls) == 1
         torch.testing.assert_close(ops.linear(x, twin.weight, twin.bias), layer(x))
-        assert len(calls) == 2 and len(packed_linear._kept) == kept + 2
-    del twin, layer
+        assert len(calls) == 2
+    kept = packed_linear.kept_of(twin.weight)
+    assert kept is not None and kept.packed is not None
+    packed = weakref.ref(kept.packed[0])
+    del twin, layer, kept
     calls.clear()
     gc.collect()
-    assert len(packed_linear._kept) == kept
+    assert packed() is None
 
 
 def test_weights_that_are_no_parameters_are_not_kept(of: str) -> None:
-    kept = len(packed_linear._kept)
     x, weight = torch.randn(6, 33), torch.randn(20, 33)
     with torch.inference_mode():
         made_here = nn.Parameter(torch.randn(20, 33))
@@ -297,7 +302,7 @@ def test_weights_that_are_no_parameters_are_not_kept(of: str) -> None:
             torch.testing.assert_close(ops.linear(x, one), F.linear(x, one))
             one.mul_(2)
             torch.testing.assert_close(ops.linear(x, one), F.linear(x, one))
-    assert len(packed_linear._kept) == kept
+            assert packed_linear.kept_of(one) is None
 
 
 def test_other_shapes_and_a_failure(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,7 +335,8 @@ def test_a_forked_process_does_not_wait_for_threads_of_its_parent(of: str) -> No
     layer, x = nn.Linear(32, 24), torch.randn(8, 32)
     with torch.no_grad():
         ops.linear(x, layer.weight)
-        kept = packed_linear._kept[id(layer.weight)]
+        kept = packed_linear.kept_of(layer.weight)
+        assert kept is not None
         held, done = threading.Event(), threading.Event()
 
         def hold() -> None:
@@ -349,6 +355,78 @@ def test_a_forked_process_does_not_wait_for_threads_of_its_parent(of: str) -> No
         done.set()
         thread.join()
         assert os.waitpid(child, 0)[1] == 0
+
+
+def packed_layer() -> tuple[nn.Linear, Tensor]:
+    layer, x = nn.Linear(64, 48), torch.randn(8, 64)
+    with torch.no_grad():
+        ops.linear(x, layer.weight, layer.bias)
+    assert packed_linear.kept_of(layer.weight) is not None
+    return layer, x
+
+
+def assert_current(layer: nn.Linear, x: Tensor) -> None:
+    with torch.no_grad():
+        found = ops.linear(x, layer.weight, layer.bias)
+        torch.testing.assert_close(found, F.linear(x, layer.weight, layer.bias), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("how", ["fused", "foreach"])
+def test_a_step_of_an_optimizer(kind: type[torch.optim.Optimizer], how: str, of: str) -> None:
+    """Also where it changes a few numbers only, and counts no version."""
+    layer, x = packed_layer()
+    layer.weight.grad = torch.zeros_like(layer.weight)
+    layer.weight.grad[7, 30] = 1.0
+    kind([layer.weight], lr=1.0, weight_decay=0.0, **{how: True}).step()  # type: ignore[call-arg]
+    assert_current(layer, x)
+
+
+def test_torch_may_swap_it(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = packed_layer()
+    other = nn.Parameter(torch.randn(48, 64))
+    torch.utils.swap_tensors(layer.weight, other)
+    assert_current(layer, x)
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    layer.double()
+    layer.float()
+    layer.load_state_dict(nn.Linear(64, 48).state_dict())
+    assert_current(layer, x)
+
+
+def test_copies_and_files_have_none(of: str) -> None:
+    layer, x = packed_layer()
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer.weight)):
+        weight = twin.weight if isinstance(twin, nn.Linear) else twin
+        assert packed_linear.kept_of(weight) is None
+    saved = io.BytesIO()
+    torch.save({"weight": layer.weight}, saved)
+    saved.seek(0)
+    assert torch.equal(torch.load(saved, weights_only=True)["weight"], layer.weight)
+    assert_current(layer, x)
+
+
+def test_another_default_device(of: str) -> None:
+    layer, x = nn.Linear(64, 48), torch.randn(8, 64)
+    with torch.device("meta"), torch.no_grad():
+        assert ops.linear(x, layer.weight).device.type == "cpu"
+    assert_current(layer, x)
+
+
+class Doubled(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            args = args[0], 2.0 * args[1], *args[2:]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_function_modes_see_it(grad: bool, of: str) -> None:
+    layer, x = packed_layer()
+    with torch.set_grad_enabled(grad):
+        expected = F.linear(x, 2.0 * layer.weight, layer.bias)
+        with Doubled():
+            torch.testing.assert_close(ops.linear(x, layer.weight, layer.bias), expected)
 
 
 def test_an_interruption_loses_no_change(of: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 from .. import backends
 from ..errors import InputError
+from ..ops.transforms import function_mode
 from .unchanged import is_kept, keep
 
 HOOKS = {
@@ -270,7 +271,8 @@ def global_hook_reason() -> str | None:
     """Why every module must be called as before."""
     if any(GLOBAL_HOOKS):
         return "hooks of all modules (register_module_forward_hook and others) see every call"
-    return None
+    mode = function_mode()
+    return None if mode is None else f"a TorchFunctionMode ({mode}) sees every function"
 
 
 def counts_modules() -> bool:

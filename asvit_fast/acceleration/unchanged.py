@@ -4,17 +4,23 @@ time that it takes to find it again, and every call of a replacement asks."""
 from __future__ import annotations
 
 import operator
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 Contents = Mapping[Any, Any]  # attributes, submodules, parameters, buffers or hooks by name
 
 
-class _State(NamedTuple):
-    """Of a module: what is compared, by identity. Values are the dictionaries' own, which follow their changes."""
+_ATTRIBUTE = "_asvit_fast_unchanged"  # of a module: parts may refer to it, and kept elsewhere it would live for ever
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """Of a module: what is compared, by identity. Values are the dictionaries' own, which follow their changes. Copies
+    and files have none."""
 
     paths: Iterable[str]
     scale: Any
@@ -23,8 +29,11 @@ class _State(NamedTuple):
     filled: list[tuple[Any, list[Any]]]  # values, and those that were there
     empty: list[Contents]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, ()
 
-_states: WeakKeyDictionary[nn.Module, _State] = WeakKeyDictionary()
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
 
 
 def _parts(module: nn.Module, paths: Iterable[str]) -> list[nn.Module]:
@@ -51,19 +60,19 @@ def keep(module: nn.Module, paths: Iterable[str]) -> None:
     if not any(hooks):
         filled = [(content.values(), [*content.values()]) for content in contents if content]
         empty = [content for content in (*contents, *hooks) if not content]
-        _states[module] = _State(paths, vars(module).get("scale"), parts, [*map(type, parts)], filled, empty)
+        vars(module)[_ATTRIBUTE] = _State(paths, vars(module).get("scale"), parts, [*map(type, parts)], filled, empty)
 
 
 def forget(module: nn.Module) -> None:
     """What was kept holds on to weights."""
-    _states.pop(module, None)
+    vars(module).pop(_ATTRIBUTE, None)
 
 
 def is_kept(module: nn.Module, paths: Iterable[str]) -> bool:
     """Whether they are as they were: every attribute, submodule, parameter and buffer is the same object, none was
     added, and there is no hook. If not, they are forgotten."""
-    state = _states.get(module)
-    if state is None or state.paths is not paths:
+    state = vars(module).get(_ATTRIBUTE)
+    if type(state) is not _State or state.paths is not paths:
         return False
     if _holds(module, state):
         return True

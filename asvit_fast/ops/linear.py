@@ -23,7 +23,7 @@ from .checks import check_device, check_tensor
 from .fused_op import FusedOp, Gradients, Operands, Result, Saved, outside_of_modes
 from .packed_linear import HALF, ONEDNN, OWN, Norm, has_instructions, library, product, without_gaps
 from .reference_gradients import gradients
-from .transforms import autocast_active, autocast_dtype, transform_active
+from .transforms import autocast_active, autocast_dtype, function_mode, transform_active
 
 SMALL = 10**7 if mkl_is_narrow() else 4 * 10**7  # multiply-adds below which calling oneDNN costs what it gains
 SMALL_FOR_OURS = 2 * 10**6  # and our kernel
@@ -247,7 +247,8 @@ def _is_norm_of(x: Tensor, norm: Norm) -> bool:
 
 def _is_alone(weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
     """Whether no tracer, transform, mode or subclass of Tensor looks at a product, and any backend may run it."""
-    return not transform_active() and forced_backend() is None and outside_of_modes((weight, bias, residual))
+    seen = transform_active() or function_mode() is not None or forced_backend() is not None
+    return not seen and outside_of_modes((weight, bias, residual))
 
 
 def linear(
@@ -284,7 +285,7 @@ def linear(
     if found is not None:
         return found
     operands = (x, weight, bias, residual)
-    if has_torch_function(operands):
+    if has_torch_function(operands) or function_mode() is not None:
         return linear_reference(x, weight, bias, activation, residual)
     check_tensor("linear", "x", x)
     check_tensor("linear", "weight", weight)

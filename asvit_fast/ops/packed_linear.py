@@ -9,11 +9,13 @@ from __future__ import annotations
 import functools
 import os
 import threading
-import weakref
+from collections import OrderedDict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import _extension
 
@@ -131,25 +133,63 @@ def without_gaps(weight: Tensor) -> Tensor:
 # --------------------------------------------------------------------------- packed weights
 
 
-class _Kept:
-    """A packed weight."""
+_ATTRIBUTE = "_asvit_fast_packed"  # of a weight: it may have no weak references, or torch could not swap it
+_process = 0  # counts forks: a thread of the parent may have held a lock
+_watching = False  # optimizers
 
-    __slots__ = ("lock", "packed", "reference", "shape", "state")
+
+class _Kept:
+    """A packed weight. It belongs to that weight alone: copies and files have none."""
+
+    __slots__ = ("lock", "packed", "process", "shape", "state")
 
     def __init__(self, weight: Tensor) -> None:
-        identity = id(weight)
-        self.reference = weakref.ref(weight, lambda _: _kept.pop(identity, None))
+        _watch_optimizers()
         size = torch.ops.asvit_fast_C.weight_state_size(weight)
-        self.state = torch.zeros(size, dtype=torch.int64)  # what the weight is known by; no weight has the address 0
-        self.shape = weight.shape
+        # what the weight is known by; no weight has the address 0
+        self.state = torch.zeros(size, dtype=torch.int64, device="cpu")
+        self.shape, self.process = weight.shape, _process
         # by whom, for which instruction set, the type that numbers were rounded to, and after how many changes
         self.packed: tuple[Tensor, str, str, torch.dtype, int] | None = None
         self.lock = threading.RLock()  # also of a signal's handler that interrupts its own thread here
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, ()  # what torch.load(weights_only=True) takes
 
-_kept: dict[int, _Kept] = {}  # by the identity of the weight, for as long as it lives
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
+
+
+def _forked() -> None:
+    global _process
+    _process += 1
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_kept.clear)  # a thread of the parent may have held a lock
+    os.register_at_fork(after_in_child=_forked)
+
+
+def _watch_optimizers() -> None:
+    """Fused optimizers write to weights without a new version."""
+    global _watching
+    if not _watching:
+        _watching = True
+        register_optimizer_step_post_hook(_forget_weights)
+
+
+@torch.compiler.disable
+def _forget_weights(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            kept = kept_of(weight)
+            if kept is not None:
+                kept.packed = None
+
+
+def kept_of(weight: Tensor) -> _Kept | None:
+    """What is kept of a weight."""
+    kept = vars(weight).get(_ATTRIBUTE)
+    return kept if type(kept) is _Kept and kept.process == _process else None
 
 
 def _pack(weight: Tensor, library: str, dtype: torch.dtype) -> Tensor:
@@ -161,13 +201,13 @@ def _pack(weight: Tensor, library: str, dtype: torch.dtype) -> Tensor:
 def _packed(weight: Tensor, library: str, dtype: torch.dtype) -> Tensor:
     """Of a parameter, kept as long as it lives, and packed again when it has changed; of any other tensor for this
     product alone."""
-    kept, extension = _kept.get(id(weight)), _extension.extension()
-    fits = kept is not None and kept.reference() is weight and kept.shape == weight.shape and weight.is_contiguous()
-    if kept is None or not fits:
+    kept, extension = kept_of(weight), _extension.extension()
+    if kept is None or kept.shape != weight.shape or not weight.is_contiguous():
         plain = type(weight) is nn.Parameter and not weight.is_inference() and weight.is_contiguous()
         if not plain or extension is None:
             return without_gaps(weight.to(dtype)) if library == ONEDNN else _pack(weight, library, dtype)
-        kept = _kept[id(weight)] = _Kept(weight)
+        kept = _Kept(weight)
+        vars(weight)[_ATTRIBUTE] = kept
     assert extension is not None
     with kept.lock:
         changes = torch.ops.asvit_fast_C.weight_changes(weight, weight._version, kept.state)

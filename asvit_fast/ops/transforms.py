@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+from torch.utils._device import DeviceContext
 
 
 def autocast_active(device_type: str) -> bool:
@@ -33,6 +34,18 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     if not _has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
+
+
+def function_mode() -> str | None:
+    """The class of a TorchFunctionMode that looks at calls, if there is one: a default device does not, and what a
+    compiler or torch.export traces by is its own."""
+    if torch.compiler.is_compiling():
+        return None
+    for i in range(torch._C._len_torch_function_stack()):
+        kind = type(torch._C._get_function_stack_at(i))
+        if kind is not DeviceContext:
+            return kind.__name__
+    return None
 
 
 def sizes(values: Sequence[int]) -> list[int]:

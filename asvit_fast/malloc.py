@@ -24,7 +24,7 @@ def tune_allocator() -> bool:
     ``asvit-fast bench``; in a script of your own call it first, before threads are started.
 
     Returns:
-        Whether glibc was told; False where there is no glibc.
+        True if glibc accepted the settings; False where there is no glibc.
 
     Raises:
         InputError: ASVIT_FAST_MEMORY_SHARE is no whole number.

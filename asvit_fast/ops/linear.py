@@ -196,7 +196,7 @@ def _in_inference(
     norm: Norm | None = None,
 ) -> Tensor | None:
     """The result by a library, with a packed weight that is kept for later products, if it is for one and nothing looks
-    at the call: by fewer questions than an op asks, which of small batches take as long as products. With a norm before
+    at the call: with fewer checks than the op, which on small batches cost as much as the product. With a norm before
     it, if it is for our kernel."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu:
         return None

@@ -25,7 +25,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def _asked(question: str) -> bool:
-    """What torch's oneDNN says of itself; a torch without it has not the op."""
+    """What torch's oneDNN says of itself; the op does not exist in builds without oneDNN."""
     return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, question)())
 
 
@@ -40,9 +40,9 @@ _ONEDNN_HAS = {
 def library(dtype: torch.dtype) -> str | None:
     """What multiplies on this processor: our kernel, oneDNN, or None for what torch chooses.
 
-    Ours is as fast as MKL and oneDNN or faster in float32, and in bfloat16 where there are instructions for its
-    products in vectors (Zen 3 and Zen 4 were measured). Where there are none, torch's products in 16 bits take two to
-    thirteen times as long as ours. Units for matrices (AMX) and vectors of float16 are oneDNN's.
+    Ours is chosen in float32, and in bfloat16 where there are instructions for its products in vectors (measured on
+    Zen 3 and Zen 4). Where there are none, torch widens 16-bit operands in memory, ours in registers. oneDNN is used
+    where the processor has AMX or AVX-512 FP16.
     """
     extension = _extension.extension()
     return _library(extension is not None and extension.prefers_own_products(), dtype)

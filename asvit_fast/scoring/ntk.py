@@ -53,13 +53,13 @@ def ntk_gram(model: nn.Module, images: Tensor, parameters: str = "weights") -> T
             modes, gradients, buffers, caches and torch's random numbers stay what they are.
         images: [B, 3, H, W] on the model's device.
         parameters: "weights", those whose name contains "weight" (what the authors' code takes), or "all". Parameters
-            that do not require or do not receive a gradient count nothing.
+            that do not require or do not receive a gradient contribute nothing.
 
     Raises:
         InputError: no parameter to differentiate by, an unknown ``parameters``, images that are no tensor.
 
     One forward and one backward pass, and a second backward pass where code outside of torch, timm and torchvision
-    might give layers the batch in another order. Per-sample gradients of each layer are contracted at once and never
+    might reorder the batch inside a layer. Per-sample gradients of each layer are contracted at once and never
     kept. Layers it does not know are named in a warning and take a slower exact path. Splits the batch when memory runs
     out. The result carries no gradient.
 
@@ -167,7 +167,7 @@ def ntk_condition(gram: Tensor) -> float:
     """Largest over smallest eigenvalue of a Gram matrix [B, B]; inf (the worst) when it is not finite or singular.
 
     Singular to rounding: the smallest eigenvalue is at most B times the rounding unit of ``gram``'s dtype times the
-    largest. Gradients in float32 under a float64 Gram matrix ask for no other bound: errors of 6e-8 in a Jacobian are
+    largest. Gradients in float32 under a float64 Gram matrix need no looser bound: errors of 6e-8 in a Jacobian are
     errors of their square, 4e-15, in its smallest eigenvalue, which is 16 images times float64's 2e-16.
 
     Raises:

@@ -159,8 +159,11 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def as_float(value: float | str) -> float:
-    """The float that ``to_json`` wrote: undoes "inf", "-inf" and "nan"."""
-    return float(value)
+    """The float that ``to_json`` wrote: undoes "inf", "-inf" and "nan". Raises InputError for anything else."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise InputError(f"expected a number in a run's files, found {value!r}: one of them is damaged") from None
 
 
 def append_jsonl(path: str | os.PathLike[str], record: Any) -> None:

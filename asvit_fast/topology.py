@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -113,7 +114,8 @@ class Topology:
     def parse(cls, text: str | Topology, width: int = DEFAULT_WIDTH) -> Topology:
         """Read ``K,S,E[,L]|K,S,E[,L]|K,S,E[,L]|K,S,E[,L]|heads[,width]``, or a name of Table 4, ``asvit_small``.
 
-        As the authors read it: if any stage lacks its depth L, all depths are 1. A missing width is ``width``.
+        As the authors read it: if any stage lacks its depth L, all depths are 1, with a warning if others have one. A
+        missing width is ``width``.
         Raises InputError, naming what is wrong with the text.
         """
         if isinstance(text, Topology):
@@ -138,6 +140,12 @@ class Topology:
         if len(numbers[-1]) not in (1, 2):
             raise InputError(f"topology {text!r}: {form}; the last group has {len(numbers[-1])} numbers")
         has_depths = all(len(values) == 4 for values in numbers[:-1])
+        missing = next((index for index, values in enumerate(numbers[:-1], start=1) if len(values) == 3), None)
+        if missing is not None and any(len(values) == 4 for values in numbers[:-1]):
+            warnings.warn(
+                f"topology {text!r}: all depths are 1, as stage {missing} has none (K,S,E,L): give all or none",
+                stacklevel=2,
+            )
         stages = []
         try:
             for values in numbers[:-1]:

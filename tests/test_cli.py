@@ -318,6 +318,25 @@ def test_search_says_what_it_does_and_resumes(tmp_path: Path, capsys: pytest.Cap
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == files
 
 
+def test_a_terminal_without_letters_gets_the_result() -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [
+        sys.executable,
+        "-m",
+        "asvit_fast",
+        "score",
+        "4,2,2|2,1,2|3,1,2|2,1,2|8",
+        "--img-size",
+        "32",
+        "--repeats",
+        "1",
+        "--batch",
+        "2",
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "length_distortion" in done.stdout, done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupt(tmp_path: Path, number: int, code: int) -> None:

@@ -18,7 +18,7 @@ import asvit_fast as af
 from asvit_fast.scoring import Curve, ScoreSettings, circle, score_repeat, theta_grid
 from asvit_fast.scoring.draws import CIRCLE, WEIGHTS, draw, stream
 from asvit_fast.scoring.ntk import score_features
-from asvit_fast.scoring.score import without_norms
+from asvit_fast.scoring.score import NORMS, without_norms
 
 SEED = "8,2,3|4,1,2|4,1,4|4,1,6|32"
 FAST = {"img_size": 32, "thetas": 4, "repeats": 2, "batch": 4}
@@ -229,6 +229,27 @@ def test_without_norms_shares_weights() -> None:
     torch.testing.assert_close(bare.score_features(x), same.score_features(x))
     assert bare.stages[0].blocks[0].mlp.fc1.weight is model.stages[0].blocks[0].mlp.fc1.weight
     assert isinstance(model.norm, nn.LayerNorm) and not any(isinstance(m, nn.LayerNorm) for m in bare.modules())
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "resnetv2_50"])
+def test_without_norms_keeps_activations(name: str) -> None:
+    model = timm.create_model(name).eval()
+    kinds = {type(m): type(m.act) for m in model.modules() if isinstance(m, NORMS) and hasattr(m, "act")}
+    assert kinds
+    bare = without_norms(model)
+    assert not any(isinstance(m, NORMS) for m in bare.modules())
+    for kind in set(kinds.values()) - {nn.Identity}:
+        assert sum(type(m) is kind for m in bare.modules()) == sum(type(m) is kind for m in model.modules())
+
+
+class TwoNames(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.second = nn.LayerNorm(8)
+
+
+def test_without_a_norm_of_two_names() -> None:
+    assert not any(isinstance(m, nn.LayerNorm) for m in without_norms(TwoNames()).modules())
 
 
 def length_by_differences(model: nn.Module, size: int, thetas: int, repeat: int) -> float:

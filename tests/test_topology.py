@@ -13,6 +13,7 @@ import asvit_fast as af
 LARGE = "8,2,3,5|4,1,2,2|4,1,4,5|4,1,6,2|32,180"
 
 
+@pytest.mark.filterwarnings("ignore:topology .*all depths are 1")
 @pytest.mark.parametrize(
     ("text", "long"),
     [
@@ -128,3 +129,8 @@ def test_names_of_table_4_are_topologies(name: str) -> None:
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
     with pytest.raises(af.InputError, match=r"'asvit_huge'.*one of asvit_seed, asvit_small, asvit_base, asvit_large"):
         af.Topology.parse("asvit_huge")
+
+
+def test_depths_of_some_stages_only() -> None:
+    with pytest.warns(UserWarning, match="all depths are 1, as stage 3 has none"):
+        assert af.Topology.parse("4,2,2,2|2,1,2,2|3,1,2|2,1,2|8").depths == (1, 1, 1, 1)

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import difflib
 import importlib
+import io
 import os
 import re
 import signal
@@ -45,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command: Command | None = None
     if sys.stdout is None:  # closed by whoever called
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (as long as the process)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without such a letter must not lose the work
     try:
         arguments = _parse(argv)
         command = COMMANDS[arguments.pop("command")]

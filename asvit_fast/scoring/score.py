@@ -46,7 +46,7 @@ from .result import CURVE_METRICS, Measure, Score
 from .stacked_score import MOST_TOGETHER, score_stacked
 
 Network = TypeVar("Network", bound=nn.Module)
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 
 Task = tuple[tuple[Target, int, Seed], tuple[str, ...]]  # (network, repeat, seed), metrics
 
@@ -294,11 +294,17 @@ def without_norms(model: Network) -> Network:
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     bare = copy.deepcopy(model, shared)
     for module in list(bare.modules()):
-        for name, child in list(module.named_children()):
+        for name, child in list(module._modules.items()):  # one norm may have several names
             if isinstance(child, NORMS):
                 ours = isinstance(module, (OverlapPatchEmbed, PatchMerging))
-                setattr(module, name, None if ours else nn.Identity())
+                setattr(module, name, None if ours else _without_norm(child))
     return bare
+
+
+def _without_norm(norm: nn.Module) -> nn.Module:
+    """What is left of a layer: timm's hold dropout and activation, in this order, too."""
+    parts = [part for part in norm.children() if not isinstance(part, nn.Identity)]
+    return nn.Sequential(*parts) if parts else nn.Identity()
 
 
 def _curve_values(

@@ -169,6 +169,23 @@ def test_linear_of_unusual_parameters(weight: list[int], bias: list[int]) -> Non
     assert (found - expected).abs().max() < 1e-12 * expected.abs().max()
 
 
+class ChangedInPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(48, 32), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x.flatten(1)).sin()
+        y = self.last(hidden)
+        hidden.mul_(3)
+        return y.sin() + hidden
+
+
+def test_inputs_that_change_are_an_error() -> None:
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        af.ntk_gram(ChangedInPlace(), torch.randn(5, 3, 4, 4))
+
+
 # --------------------------------------------------------------------------- networks of ours
 
 

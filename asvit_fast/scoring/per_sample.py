@@ -325,9 +325,23 @@ class _Recorder(TorchFunctionMode):
                 self.order_of[name] = _MIXED
                 self.general[name] = function_name(func)
         self.calls += 1
-        return _Tap.apply(out, self.anchor, partial(self._reached, self.calls, function_name(func), contractions))
+        operands = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and not x.is_inference()]
+        versions = [(x, x._version) for x in operands]
+        reached = partial(self._reached, self.calls, function_name(func), contractions, versions)
+        return _Tap.apply(out, self.anchor, reached)
 
-    def _reached(self, call: int, function: str, contractions: dict[str, Contraction], gradient: Tensor) -> None:
+    def _reached(
+        self,
+        call: int,
+        function: str,
+        contractions: dict[str, Contraction],
+        versions: list[tuple[Tensor, int]],
+        gradient: Tensor,
+    ) -> None:
+        if any(x._version != version for x, version in versions):
+            raise RuntimeError(  # as autograd does
+                f"the NTK needs an input of {function} that was modified by an inplace operation after it was used"
+            )
         if not self.replaying:  # the network differentiates itself: of that gradient, no rule knows
             self.general |= dict.fromkeys(contractions, "a backward pass inside of forward")
             self.differentiated |= contractions.keys()

@@ -202,6 +202,8 @@ def _in_inference(
         return None
     if type(weight) is not Parameter or not weight.is_cpu or not (_is_dense(x) and _is_dense(weight)):
         return None
+    if torch.jit.is_tracing():  # which would take what is asked about sizes into the trace
+        return None
     autocast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
     by = library(dtype)

@@ -41,7 +41,7 @@ MODELS: dict[str, Model] = {
     "images padded": (lambda: encoder(2), (2, 1, 44, 58), COMMON | MERGING),
     "images mergingv2": (lambda: encoder(2, downsample="mergingv2"), (2, 1, 44, 58), COMMON | MERGING_V2),
     "images flash": (lambda: encoder(2, use_flash_attention=True), (2, 1, 44, 58), COMMON),
-    "volumes": (lambda: encoder(3), (1, 1, 24, 24, 24), COMMON),
+    "volumes": (lambda: encoder(3), (2, 1, 24, 24, 24), COMMON),
     "volumes padded": (lambda: encoder(3), (1, 1, 16, 14, 22), COMMON),
     "volumes clipped": (lambda: encoder(3), (1, 1, 4, 14, 22), COMMON),
     "volumes mergingv2": (lambda: encoder(3, downsample="mergingv2"), (1, 1, 16, 14, 22), COMMON),

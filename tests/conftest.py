@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -150,3 +151,23 @@ def poison_empty() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+# --------------------------------------------------------------------------- products
+
+
+@pytest.fixture
+def products_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small products take the op ``linear`` as well."""
+    linear = importlib.import_module("asvit_fast.ops.linear")
+    for limit in ("SMALL", "SMALL_FOR_OURS", "ROWS_IN_TRAINING"):
+        monkeypatch.setattr(linear, limit, 0)
+
+
+@pytest.fixture(params=["own", "onednn"])
+def of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both libraries for products, on any processor."""
+    for name in ("packed_linear", "linear"):
+        module = importlib.import_module(f"asvit_fast.ops.{name}")
+        monkeypatch.setattr(module, "library", lambda dtype: request.param if dtype == torch.float32 else None)
+    return request.param

@@ -1,4 +1,4 @@
-"""Products with packed weights: our kernel for every instruction set, and weights that change after that."""
+"""Products with packed weights: our kernel for every instruction set, and numbers of 16 bits."""
 
 from __future__ import annotations
 
@@ -18,27 +18,10 @@ from asvit_fast import ops
 from asvit_fast.ops import packed_linear
 
 module = importlib.import_module("asvit_fast.ops.linear")
-pytestmark = needs_extension
+pytestmark = [needs_extension, pytest.mark.usefixtures("products_of_any_size")]
 
 SHAPES = [(1, 1, 1), (5, 7, 3), (13, 300, 37), (64, 96, 88), (400, 17, 130), (770, 96, 16), (3, 1025, 9)]  # rows, K, N
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small products take the op as well."""
-    monkeypatch.setattr(module, "SMALL", 0)
-    monkeypatch.setattr(module, "SMALL_FOR_OURS", 0)
-    monkeypatch.setattr(module, "ROWS_IN_TRAINING", 0)
-
-
-@pytest.fixture(params=[packed_linear.OWN, packed_linear.ONEDNN])
-def of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both libraries, on any processor."""
-    choose = lambda dtype: request.param if dtype == torch.float32 else None  # noqa: E731
-    monkeypatch.setattr(packed_linear, "library", choose)
-    monkeypatch.setattr(module, "library", choose)
-    return request.param
 
 
 def compiled(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> Tensor:

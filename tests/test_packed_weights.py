@@ -26,24 +26,7 @@ from asvit_fast import ops
 from asvit_fast.ops import packed_linear
 
 module = importlib.import_module("asvit_fast.ops.linear")
-pytestmark = needs_extension
-
-
-@pytest.fixture(autouse=True)
-def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small products take the op as well."""
-    monkeypatch.setattr(module, "SMALL", 0)
-    monkeypatch.setattr(module, "SMALL_FOR_OURS", 0)
-    monkeypatch.setattr(module, "ROWS_IN_TRAINING", 0)
-
-
-@pytest.fixture(params=[packed_linear.OWN, packed_linear.ONEDNN])
-def of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both libraries, on any processor."""
-    choose = lambda dtype: request.param if dtype == torch.float32 else None  # noqa: E731
-    monkeypatch.setattr(packed_linear, "library", choose)
-    monkeypatch.setattr(module, "library", choose)
-    return request.param
+pytestmark = [needs_extension, pytest.mark.usefixtures("products_of_any_size")]
 
 
 def step(layer: nn.Linear) -> None:

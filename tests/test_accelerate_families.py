@@ -227,6 +227,30 @@ def test_mlp_in_parts(name, monkeypatch):
     assert calls and all(tokens is not None for tokens in calls)
 
 
+@pytest.mark.parametrize("name", ["swin", "tiny_vit", "torchvision"])
+def test_compiled_mlp_for_inference(name, products_of_any_size, of):
+    """GELU is in the product, which has more of it to gain than the compiler; not where a gradient is recorded."""
+    make, size, _ = MODELS[name]
+    model, x = prepared(make).eval(), image(size)
+    with torch.no_grad():
+        expected = model(x)
+    af.accelerate(model)
+    names = []
+
+    def graph(module, inputs):
+        names.extend(str(getattr(node.target, "__name__", node.target)) for node in module.graph.nodes)
+        return module
+
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=graph)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
+    apart = names.count("gelu")  # of convolutions
+    names.clear()
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
+    assert names.count("gelu") > apart
+
+
 def test_mlp_stays_whole_where_parts_would_change_or_cost_something(monkeypatch):
     mlp = importlib.import_module("asvit_fast.acceleration.chunked_mlp")
     monkeypatch.setattr(mlp, "LARGE", 0)

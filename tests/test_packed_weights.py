@@ -108,6 +108,52 @@ def test_packed_once(mode: Callable[[], object], of: str, monkeypatch: pytest.Mo
     assert packed() is None
 
 
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_graphs_compiled_for_inference(change: str, backend: str, of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They pack once, and again after a change; those that record gradients keep nothing."""
+    if backend == "inductor" and change not in ("optimizer", "data replaced"):
+        pytest.skip("compiling takes a second")
+    calls: list[Tensor] = []
+    pack = packed_linear._pack
+    monkeypatch.setattr(packed_linear, "_pack", lambda *arguments: calls.append(arguments[0]) or pack(*arguments))
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    layer, x = nn.Linear(33, 20), torch.randn(6, 33)
+    run = torch.compile(lambda x: ops.linear(x, layer.weight, layer.bias, "gelu"), fullgraph=True, backend=backend)
+    run(x).sum().backward()
+    assert packed_linear.kept_of(layer.weight) is None
+    calls.clear()
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(run(x), F.gelu(layer(x)))
+        assert len(calls) == 1
+        before = layer(x)
+        layer.weight.grad = torch.ones_like(layer.weight)
+        CHANGES[change](layer)
+        assert not torch.allclose(layer(x), before)
+        for _ in range(2):
+            torch.testing.assert_close(run(x), F.gelu(layer(x)))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_graphs_compiled_for_inference_in_16_bits(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where torch's products, which pack every time, are as fast."""
+    for place in (packed_linear, module):
+        monkeypatch.setattr(place, "library", lambda dtype: None if dtype == torch.float64 else packed_linear.OWN)
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    layer, x = nn.Linear(33, 20), torch.randn(6, 33)
+    layer, x = (layer, x) if autocast else (layer.bfloat16(), x.bfloat16())
+    run = torch.compile(lambda x: ops.linear(x, layer.weight, layer.bias, "gelu"), fullgraph=True, backend="aot_eager")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = run(x)
+        kept = packed_linear.kept_of(layer.weight)
+        assert y.dtype == torch.bfloat16 and kept is not None and kept.packed is not None
+        assert kept.packed[3] == torch.bfloat16
+        torch.testing.assert_close(y, F.gelu(layer(x)), rtol=3e-2, atol=1e-2)
+
+
 def test_weights_that_are_no_parameters_are_not_kept(of: str) -> None:
     x, weight = torch.randn(6, 33), torch.randn(20, 33)
     with torch.inference_mode():
@@ -193,6 +239,18 @@ def test_a_step_of_an_optimizer(kind: type[torch.optim.Optimizer], how: str, of:
     layer.weight.grad = torch.zeros_like(layer.weight)
     layer.weight.grad[7, 30] = 1.0
     kind([layer.weight], lr=1.0, weight_decay=0.0, **{how: True}).step()  # type: ignore[call-arg]
+    assert_current(layer, x)
+
+
+def test_a_step_of_an_optimizer_that_has_a_flat_buffer(of: str) -> None:
+    """Of which weights are views, with versions of their own."""
+    layer, x = packed_layer()
+    flat = nn.Parameter(torch.cat([torch.ones(5), layer.weight.detach().flatten()]))
+    layer.weight.data = flat.data[5:].view_as(layer.weight)
+    assert_current(layer, x)
+    flat.grad = torch.zeros_like(flat)
+    flat.grad[-7] = 1.0
+    torch.optim.SGD([flat], lr=1.0).step()
     assert_current(layer, x)
 
 

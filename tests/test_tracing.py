@@ -99,6 +99,16 @@ def test_jit_trace(name):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["as-vit", *FAMILIES])
+def test_onnx_by_a_trace(name, tmp_path):
+    """The older exporter of torch, which knows no ops of ours, is refused in one line."""
+    model, x = network(name)
+    with pytest.raises(InputError, match=r"^torch.onnx.export\(..., dynamo=False\) does not know .*dynamo=True.*$"):
+        torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=False)
+    assert not (tmp_path / "model.onnx").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_jit_script():
     """As-ViT is scripted; an accelerated network is refused in one line, and stays as it was."""
     model, x = network("as-vit")

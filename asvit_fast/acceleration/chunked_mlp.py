@@ -44,7 +44,12 @@ def is_tokenwise(layer: nn.Module) -> bool:
 
 def is_plain_inference(layers: Sequence[nn.Module], x: Tensor) -> bool:
     """Whether tokens x [..., C] may go through layers in parts: on a CPU, no gradient, tracer or random number."""
-    if torch.is_grad_enabled() or x.device.type != "cpu" or x.dim() < 2 or torch.compiler.is_compiling():
+    return not torch.compiler.is_compiling() and is_inference(layers, x)
+
+
+def is_inference(layers: Sequence[nn.Module], x: Tensor) -> bool:
+    """The same, or a graph for that is being compiled."""
+    if torch.is_grad_enabled() or x.device.type != "cpu" or x.dim() < 2:
         return False
     if has_torch_function_unary(x) or transform_active() or torch.jit.is_tracing():
         return False
@@ -110,6 +115,7 @@ def run_layers(
     return x if residual is None or (todo and isinstance(todo[-1], nn.Linear)) else residual + x
 
 
+@torch.compiler.assume_constant_result  # questions about classes
 def is_exact_gelu(layer: nn.Module | None) -> bool:
     """Not one of its approximations."""
     if type(layer).__module__ == ACTIVATION_MODULE:
@@ -130,6 +136,10 @@ class ChunkedMlp(Replacement):
     def bypassed_parts(cls) -> Parts:
         """Every layer is called several times: all that may be there."""
         return {"": TOKENWISE}
+
+    @torch.compiler.assume_constant_result
+    def _paths(self: Any) -> tuple[str, ...]:
+        return tuple(self._modules)
 
     @classmethod
     def skip_reason(cls, module: Any) -> str | None:
@@ -157,7 +167,7 @@ class ChunkedMlp(Replacement):
             x, norm = norm(x), None
         layers: list[nn.Module] = list(self.children())  # type: ignore[attr-defined]
         run: Callable[[Tensor], Tensor] = super().forward  # type: ignore[misc]
-        if is_plain_inference(layers, x) and self.can_run():
+        if is_inference(layers, x) and self.can_run():
             in_order = self._in_order()
             tokens = tokens_at_a_time(layers, x)
             if in_order and library(x.dtype) is not None:

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from .. import backends
+from ..errors import InputError
 from .checks import check_devices
 from .decomposition import register_decomposition
 from .reference_gradients import double_backward, gradients, present, restored
-from .transforms import transform_active
+from .transforms import traced_for_onnx, transform_active
 
 Operands = Sequence[Any]  # tensors; None for those that are optional and missing
 Result = tuple[Tensor, Tensor]  # output; what the backward pass reads of the forward pass, or an empty tensor
@@ -89,10 +90,13 @@ class FusedOp:
         self.composite = {**(composite or {}), "reference": reference}
         implementations = {**forward, **(composite or {}), "reference": self._reference_forward}
         backends.declare(name, implementations, can_run=can_run, of_torch=of_torch)
-        fields = [f"{_SCHEMA[str(field.type)]} {field.name}" for field in dataclasses.fields(config)]
+        arguments = dataclasses.fields(config)
+        fields = [f"{_SCHEMA[str(field.type)]} {field.name}" for field in arguments]
+        defaults = ["" if field.default is dataclasses.MISSING else f"={field.default}" for field in arguments]
         tensors = [f"Tensor{'?' if part.endswith('?') else ''} {part.rstrip('?')}" for part in declared]
-        self._fields = tuple(field.name for field in dataclasses.fields(config))
-        self._op = self._custom_op(", ".join([*tensors, *fields]))._opoverload
+        self._fields = tuple(field.name for field in arguments)
+        optional = [f"{field}{default}" for field, default in zip(fields, defaults, strict=True)]
+        self._op = self._custom_op(", ".join([*tensors, *optional]))._opoverload
         self._backward_op = self._custom_backward_op(", ".join([*tensors, *fields]))._opoverload
 
     def __call__(self, operands: Operands, config: Any) -> Tensor:
@@ -107,6 +111,11 @@ class FusedOp:
         if backend in self.composite:
             return self.composite[backend](operands, config)
         if torch.compiler.is_compiling() or not is_plain or _inside_a_mode():
+            if traced_for_onnx():
+                raise InputError(
+                    f"torch.onnx.export(..., dynamo=False) does not know {self.name}: "
+                    "export with dynamo=True, or call asvit_fast.restore(model) first"
+                )
             if self.of_torch and any(map(_is_subclass, operands)):  # DTensor knows how to share torch's own function
                 return self.reference(operands, config)
             return self._op(*operands, *self._values(config))[0]

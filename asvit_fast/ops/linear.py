@@ -53,9 +53,7 @@ class LinearConfig:
     """Arguments that are not tensors."""
 
     activation: str
-
-
-NO_ACTIVATION, GELU = LinearConfig("none"), LinearConfig("gelu")
+    keep: bool = False  # the packed weight: of a graph that was compiled for inference
 
 
 def _reference(operands: Operands, config: LinearConfig) -> Tensor:
@@ -73,7 +71,8 @@ def _cpu(operands: Operands, config: LinearConfig) -> Result:
     x, weight, bias, residual = operands
     if is_small(x, weight):  # of a compiled graph for any size
         return linear_reference(x, weight, bias, config.activation, residual), x.new_empty(0)
-    keep = torch.is_inference_mode_enabled()  # not by the mode of gradients: autograd switches them off here
+    # not by the mode of gradients: autograd switches them off here
+    keep = config.keep or torch.is_inference_mode_enabled()
     return product(x, weight, bias, config.activation, residual, keep), x.new_empty(0)
 
 
@@ -120,14 +119,15 @@ def _is_small(x: Tensor, weight: Tensor, dtype: torch.dtype, by: str | None) -> 
     return x.numel() * weight.shape[0] < (SMALL if of_mkl else SMALL_FOR_OURS)
 
 
-def _is_torchs(dtype: torch.dtype) -> bool:
-    """Whether torch's own products in that type are as fast as can be, but for packed weights."""
-    return library(dtype) is None or (dtype in HALF and (library(dtype) == ONEDNN or has_instructions(dtype)))
+def _is_torchs(dtype: torch.dtype, keep: bool) -> bool:
+    """Whether torch's own products in that type are as fast as ours, which keep packed weights or do not."""
+    by = library(dtype)
+    return by is None or (not keep and dtype in HALF and (by == ONEDNN or has_instructions(dtype)))
 
 
 def _cpu_cannot(operands: Operands, config: LinearConfig) -> str | None:
     x, weight, bias, residual = operands
-    if autocast_active("cpu") or _is_torchs(x.dtype):
+    if autocast_active("cpu") or _is_torchs(x.dtype, config.keep):
         return f"in {str(x.dtype).removeprefix('torch.')} torch chooses the library itself"
     if weight.dim() != 2 or x.dim() < 2 or (bias is not None and bias.shape != weight.shape[:1]):
         return "it takes x [*, K], weight [N, K] and bias [N]"
@@ -299,8 +299,8 @@ def linear(
     if transform_active():  # whose tangents may be of another type than values
         return linear_reference(x, weight, bias, activation, residual)
     dtype = autocast_dtype("cpu") if x.device.type == "cpu" else None
-    if dtype is not None and x.dtype != torch.float64 and not _is_torchs(dtype):
-        with torch.autocast("cpu", enabled=False):  # torch's product in that type is slow
+    if dtype is not None and x.dtype != torch.float64 and not _is_torchs(dtype, _keeps()):
+        with torch.autocast("cpu", enabled=False):  # torch's product in that type is slow, or packs its weight anew
             y = _linear(x.to(dtype), weight, bias, activation, None)
     else:
         y = _linear(x, weight, bias, activation, None)
@@ -315,6 +315,11 @@ def norm_linear(
     return _in_inference(x, weight, bias, activation, None, norm)
 
 
+def _keeps() -> bool:
+    """Whether weights of a graph that is being compiled shall be packed once."""
+    return torch.compiler.is_compiling() and not torch.is_grad_enabled()
+
+
 def _has_few_rows(x: Tensor) -> bool:
     """Whether torch's product of x [*, K] and its gradients are faster than ours with weights that are not kept."""
     if x.dtype != torch.float32 or torch.compiler.is_compiling() or torch.jit.is_tracing():  # one graph for any size
@@ -326,7 +331,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, res
     """Where a gradient is recorded, activation and residual are torch's."""
     operands = (x, weight, bias, residual)
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)):
-        return LINEAR(operands, GELU if activation == "gelu" else NO_ACTIVATION)
-    y = F.linear(x, weight, bias) if _has_few_rows(x) else LINEAR((x, weight, bias, None), NO_ACTIVATION)
+        return LINEAR(operands, LinearConfig(activation, _keeps()))
+    y = F.linear(x, weight, bias) if _has_few_rows(x) else LINEAR((x, weight, bias, None), LinearConfig("none"))
     y = F.gelu(y) if activation == "gelu" else y
     return y if residual is None else residual + y

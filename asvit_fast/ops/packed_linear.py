@@ -136,12 +136,13 @@ def without_gaps(weight: Tensor) -> Tensor:
 _ATTRIBUTE = "_asvit_fast_packed"  # of a weight: it may have no weak references, or torch could not swap it
 _process = 0  # counts forks: a thread of the parent may have held a lock
 _watching = False  # optimizers
+_steps: dict[int, int] = {}  # of optimizers, by the address of the memory that they wrote to
 
 
 class _Kept:
     """A packed weight. It belongs to that weight alone: copies and files have none."""
 
-    __slots__ = ("lock", "packed", "process", "shape", "state")
+    __slots__ = ("lock", "memory", "packed", "process", "shape", "state")
 
     def __init__(self, weight: Tensor) -> None:
         _watch_optimizers()
@@ -149,8 +150,9 @@ class _Kept:
         # what the weight is known by; no weight has the address 0
         self.state = torch.zeros(size, dtype=torch.int64, device="cpu")
         self.shape, self.process = weight.shape, _process
-        # by whom, for which instruction set, the type that numbers were rounded to, and after how many changes
-        self.packed: tuple[Tensor, str, str, torch.dtype, int] | None = None
+        # by whom, for which instruction set, the type that numbers were rounded to, after how many changes and steps
+        self.packed: tuple[Tensor, str, str, torch.dtype, int, int] | None = None
+        self.memory = 0  # address of what the weight is a part of
         self.lock = threading.RLock()  # also of a signal's handler that interrupts its own thread here
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -174,16 +176,17 @@ def _watch_optimizers() -> None:
     global _watching
     if not _watching:
         _watching = True
-        register_optimizer_step_post_hook(_forget_weights)
+        register_optimizer_step_post_hook(_count_steps)
 
 
 @torch.compiler.disable
-def _forget_weights(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+def _count_steps(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """By memory, as weights may be views of the parameters that an optimizer has."""
     for group in optimizer.param_groups:
         for weight in group["params"]:
-            kept = kept_of(weight)
-            if kept is not None:
-                kept.packed = None
+            if type(weight) is nn.Parameter and weight.is_cpu and weight.layout == torch.strided:
+                memory = weight.untyped_storage().data_ptr()
+                _steps[memory] = _steps.get(memory, 0) + 1
 
 
 def kept_of(weight: Tensor) -> _Kept | None:
@@ -211,7 +214,9 @@ def _packed(weight: Tensor, library: str, dtype: torch.dtype) -> Tensor:
     assert extension is not None
     with kept.lock:
         changes = torch.ops.asvit_fast_C.weight_changes(weight, weight._version, kept.state)
-        packed, wanted = kept.packed, (library, extension.get_isa(), dtype, changes)
+        packed, wanted = kept.packed, (library, extension.get_isa(), dtype, changes, _steps.get(kept.memory, 0))
         if packed is None or packed[1:] != wanted:
+            kept.memory = weight.untyped_storage().data_ptr()
+            wanted = (*wanted[:-1], _steps.get(kept.memory, 0))
             kept.packed = packed = _pack(weight.detach(), library, dtype), *wanted
         return packed[0]

@@ -48,6 +48,11 @@ def function_mode() -> str | None:
     return None
 
 
+def traced_for_onnx() -> bool:
+    """Whether ``torch.onnx.export(..., dynamo=False)`` traces, which cannot take others than torch's."""
+    return not torch.compiler.is_compiling() and torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()
+
+
 def sizes(values: Sequence[int]) -> list[int]:
     """Sizes as an op takes them: while torch.jit.trace runs they are tensors, which become numbers of the trace."""
     return [int(value) for value in values] if torch.jit.is_tracing() else list(values)

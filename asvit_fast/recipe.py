@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from statistics import fmean
 from typing import Any, ClassVar, Self
@@ -32,6 +32,9 @@ def per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
     return tuple(values) if len(values) == channels else (fmean(values),) * channels
 
 
+Needs = dict[str, tuple[str, Callable[[Any], bool]]]  # option: what it needs to do anything, and whether that is so
+
+
 def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
@@ -45,6 +48,12 @@ class TrainingRecipe:
     """
 
     base_batch: ClassVar[int] = BASE_BATCH
+    needs: ClassVar[Needs] = {
+        "amp_dtype": ("amp", lambda recipe: recipe.amp),
+        "model_ema_decay": ("model_ema", lambda recipe: recipe.model_ema),
+        "lr_base": ("no lr", lambda recipe: recipe.lr is None),
+        "lr_base_scale": ("no lr", lambda recipe: recipe.lr is None),
+    }
 
     # network
     drop_path: float = _option(0.1, "rate of stochastic depth in the last block")
@@ -109,6 +118,16 @@ class TrainingRecipe:
     def _check_choice(self, name: str, choices: Sequence[str]) -> None:
         self._check(name, getattr(self, name) in choices, "one of " + ", ".join(map(repr, choices)))
 
+    def without_effect(self) -> list[str]:
+        """What was chosen and changes nothing beside the other choices, in a line each."""
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        chosen = [one.name for one in fields(self) if one.name in self.needs and values[one.name] != one.default]
+        return [
+            f"{name} {values[name]!r} has no effect: it needs {self.needs[name][0]}"
+            for name in chosen
+            if not self.needs[name][1](self)
+        ]
+
     @property
     def mixes(self) -> bool:
         """Whether batches are mixed, and their targets soft."""
@@ -140,6 +159,16 @@ class Recipe(TrainingRecipe):
     Raises:
         InputError: a value out of its range, naming it.
     """
+
+    needs: ClassVar[Needs] = {
+        **TrainingRecipe.needs,
+        **dict.fromkeys(
+            ("scale", "ratio", "hflip", "color_jitter", "aa", "reprob", "remode"),
+            ("augmentation, which no_aug leaves out", lambda recipe: not recipe.no_aug),
+        ),
+        "mixup_prob": ("mixup or cutmix", lambda recipe: recipe.mixes),
+        "mixup_switch_prob": ("mixup and cutmix", lambda recipe: recipe.mixup > 0 and recipe.cutmix > 0),
+    }
 
     # data
     dataset: str = _option(
@@ -215,6 +244,12 @@ class DetectionRecipe(TrainingRecipe):
     """
 
     base_batch: ClassVar[int] = DETECTION_BATCH
+    needs: ClassVar[Needs] = {
+        **TrainingRecipe.needs,
+        "crop_size": ("augmentation lsj", lambda recipe: recipe.augmentation == "lsj"),
+        "scale_jitter": ("augmentation lsj", lambda recipe: recipe.augmentation == "lsj"),
+        "scales": ("augmentation multiscale", lambda recipe: recipe.augmentation == "multiscale"),
+    }
 
     # data
     train_split: str = _option("train", "instances_NAME*.json to train on, and its folder of images")

@@ -18,7 +18,17 @@ import torch
 
 from ._version import __version__
 from .errors import InputError
-from .files import append_jsonl, as_float, folder_path, from_json, read_jsonl, remove_leftovers, to_json, write_atomic
+from .files import (
+    append_jsonl,
+    as_float,
+    checksums_fit,
+    folder_path,
+    from_json,
+    read_jsonl,
+    remove_leftovers,
+    to_json,
+    write_atomic,
+)
 from .folder_lock import FolderLock
 from .machine import processor
 
@@ -281,6 +291,8 @@ def load_state(path: Path) -> dict[str, Any]:
         raise DamagedState(f"{path} cannot be read ({error.strerror or error})") from error
     except Exception as error:  # anything, in words about pickles and archives
         raise DamagedState(f"{path} is damaged: no state of a run, or cut short") from error
+    if not checksums_fit(path):
+        raise DamagedState(f"{path} is damaged: its checksums do not fit")
     lines = state.get(_LINES) if isinstance(state, dict) else None
     if type(lines) is not int or lines < 0:
         raise InputError(

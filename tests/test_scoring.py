@@ -302,7 +302,7 @@ def test_a_module_keeps_its_dtype_and_image_size() -> None:
     result = af.score(model, img_size=48, thetas=2, repeats=1, batch=2)
     assert math.isfinite(result["curvature"].mean)
     assert next(model.parameters()).dtype == torch.float64
-    with pytest.raises(af.InputError, match="VisionTransformer does not take images of"):
+    with pytest.raises(af.InputError, match="VisionTransformer does not take 2 images of 3 x 64 x 64: Input height"):
         af.score(model, img_size=64, thetas=2, repeats=1, batch=2)
 
 

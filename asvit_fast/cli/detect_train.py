@@ -12,7 +12,6 @@ from .train import shared_arguments
 
 def run(values: SimpleNamespace) -> int:
     check_output_folder(values.out)
-    print_on_main(f"Writing to {values.out}; stop at any time, the same command continues.", values.quiet)
     own = ("detector", "out_channels", "windows", "norm", "frozen_stages", "detector_kwargs")
     result = train(**{name: getattr(values, name) for name in own}, **shared_arguments(values, DetectionRecipe))
     conclude(values, result)

@@ -94,7 +94,7 @@ def check_classes(built: CheckpointModel, images: Any, mapped: bool) -> None:
     trained_on_fewer = found is not None and named == list(found)  # the other outputs have no images at all
     if classes > outputs or (classes < outputs and not mapped and not trained_on_fewer):
         raise InputError(
-            f"the images have {classes} classes, the network {outputs}; give the images of all its classes, "
+            f"the network has {outputs} classes, the images {classes}; give the images of all its classes, "
             "or --class-map with its class of each folder"
         )
     if mapped or not isinstance(known, (list, tuple)) or found is None or list(known) == list(found):

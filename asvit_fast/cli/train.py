@@ -15,7 +15,6 @@ from .options import chosen
 
 def run(values: SimpleNamespace) -> int:
     check_output_folder(values.out)
-    print_on_main(f"Writing to {values.out}; stop at any time, the same command continues.", values.quiet)
     result = train(num_classes=values.num_classes, resume=values.resume, **shared_arguments(values, Recipe))
     conclude(values, result)
     return 0

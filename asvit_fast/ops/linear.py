@@ -264,8 +264,9 @@ def linear(
 
     As ``torch.nn.functional.linear``, but faster: on the CPU large products run through our kernel or
     oneDNN, forward and backward; everything else is torch's own function. In inference the weight of a parameter is
-    packed once, and again when it has changed: by its version, its address, and some of its numbers. A single number
-    that is written through ``weight.data`` has no version and may go unseen; write it under ``torch.no_grad()``.
+    packed once, and again when it has changed: by its version, its address, and some of its numbers. What is written
+    through ``weight.data`` has no version, and may go unseen where it changes few of the numbers: write under
+    ``torch.no_grad()``.
 
     Args:
         x: [*, K].

@@ -18,6 +18,7 @@ from ..settings import CONVENTIONS, check_choice
 from ..taylor.propagate import propagate_taylor
 from ..taylor.value import LinearCombination
 from .memory import split_on_oom
+from .outputs import as_features
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,15 @@ def curve(
     """Push the circle through ``fn``: one Taylor pass for all thetas, split by itself when memory runs out.
 
     Args:
-        fn: a Module or function, [n, *shape] -> [n, ...]; the output is flattened to [n, F].
+        fn: a Module or function, [n, *shape] -> [n, ...], or a dict, tuple or output of transformers with logits or
+            with one tensor; the output is flattened to [n, F].
         theta: [n], radians.
         u0, u1: [*shape], orthonormal; their dtype and device are those of the pass.
         scale: radius of the circle: sqrt(u0.numel()) in the paper, 1 in the authors' code.
         order: 1 (velocity) or 2 (velocity and acceleration).
 
     Raises:
-        InputError: an order other than 1 or 2, u0 and u1 of different shapes, or no theta.
+        InputError: an order other than 1 or 2, u0 and u1 of different shapes, no theta, or an output without samples.
         TaylorError: a torch function that cannot be propagated, named.
 
     Examples:
@@ -96,7 +98,8 @@ def curve(
 
     def run(part: slice) -> list[Tensor]:
         mix = circle_mix(theta[part], scale, order, u0.dtype).to(u0.device)
-        return [value.flatten(1) for value in propagate_taylor(fn, LinearCombination(mix, torch.stack([u0, u1])))]
+        circle = LinearCombination(mix, torch.stack([u0, u1]))
+        return list(propagate_taylor(lambda x: as_features(fn(x)), circle))
 
     pieces = split_on_oom(run, len(theta), "the curve")
     return Curve(theta, *(torch.cat(parts) for parts in zip(*pieces, strict=True)))

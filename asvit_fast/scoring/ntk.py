@@ -19,6 +19,7 @@ from ..errors import InputError
 from ..models import AsViT
 from ..settings import check_kind
 from .memory import split_on_oom
+from .outputs import as_features
 from .per_sample import RowSink, per_sample_gradients
 from .replica import replica
 
@@ -33,12 +34,12 @@ _LIBRARIES = {"asvit_fast", "timm", "torch", "torchvision"}
 
 def score_features(model: Any) -> Callable[[Tensor], Tensor]:
     """The features that scores look at, [B, 3, H, W] -> [B, F]: ``score_features`` of our networks, the pooled ones
-    before the classifier of a timm model, the flattened output of any other module."""
+    before the classifier of a timm model, the output of any other module (``as_features``)."""
     if hasattr(model, "score_features"):
         return model.score_features
     if hasattr(model, "forward_features") and hasattr(model, "forward_head"):
-        return lambda x: model.forward_head(model.forward_features(x), pre_logits=True).flatten(1)
-    return lambda x: model(x).flatten(1)
+        return lambda x: as_features(model.forward_head(model.forward_features(x), pre_logits=True))
+    return lambda x: as_features(model(x))
 
 
 def ntk_gram(model: nn.Module, images: Tensor, parameters: str = "weights") -> Tensor:
@@ -46,7 +47,8 @@ def ntk_gram(model: nn.Module, images: Tensor, parameters: str = "weights") -> T
 
     Features [B, F] are what ``score_features(images)`` returns where the model has that method (our networks: the
     tokens averaged before the final norm), what goes into the classifier of a timm model
-    (``forward_head(forward_features(images), pre_logits=True)``), the flattened output of any other module.
+    (``forward_head(forward_features(images), pre_logits=True)``), the flattened output of any other module, or the
+    logits or only tensor in it.
 
     Args:
         model: any module; evaluated in evaluation mode, on a copy:
@@ -56,7 +58,8 @@ def ntk_gram(model: nn.Module, images: Tensor, parameters: str = "weights") -> T
             that do not require or do not receive a gradient contribute nothing.
 
     Raises:
-        InputError: no parameter to differentiate by, an unknown ``parameters``, images that are no tensor.
+        InputError: no parameter to differentiate by, an unknown ``parameters``, images that are no tensor, features
+            that are not [B, ...] or were computed without gradients.
 
     One forward and one backward pass, and a second backward pass where code outside of torch, timm and torchvision
     might reorder the batch inside a layer. Per-sample gradients of each layer are contracted at once and never

@@ -20,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..backends import notify_once
+from ..errors import InputError
+from ..memory import is_out_of_memory
 from ..ops.patch_embed import patch_embed, patch_embed_reference
 from ..ops.patch_merge import patch_merge, patch_merge_reference
 from ..taylor.value import function_name
@@ -69,9 +71,10 @@ def per_sample_gradients(
     """Gradients of ``features(images)[j].sum()`` for every sample j and parameter; ``keep`` is that of ``RowSink``.
 
     ``features``: [B, 3, H, W] -> [B, F]. ``probe``: images, perhaps smaller ones, for which ``features`` calls the same
-    functions; it is run on two or three of them. None for networks whose layers are known to hold the samples one after
-    the other. ``keeps_order``: no layer sees the batch in another order, which needs no check with a second backward
-    pass of all images.
+    functions; it is run on two or three of them, and where that fails, as the network has a batch size of its own, all
+    parameters are differentiated sample by sample. None for networks whose layers are known to hold the samples one
+    after the other. ``keeps_order``: no layer sees the batch in another order, which needs no check with a second
+    backward pass of all images.
     """
     with torch.enable_grad(), checkpoints_run_directly():
         slow, rows = ({}, None) if probe is None else _probe(features, probe, parameters, len(images))
@@ -112,6 +115,11 @@ def _record(
         recorder = _Recorder(parameters, len(images), slow, rows)
         with recorder:
             output = features(images)
+        if not output.requires_grad:
+            raise InputError(
+                "the NTK needs gradients, and the features have none: does forward run under torch.no_grad(), "
+                "or detach what it returns?"
+            )
         conflicts = recorder.conflicts(output)
         if not conflicts:
             return output, recorder
@@ -149,7 +157,12 @@ def _probe(
         return slow, None
     samples = 3 if batch == 2 else 2
     images = images[torch.arange(samples, device=images.device) % len(images)]
-    output, recorder = _record(features, images, parameters, slow, None)
+    try:
+        output, recorder = _record(features, images, parameters, slow, None)
+    except (RuntimeError, AssertionError) as error:  # or other images fail as well, and say so
+        if is_out_of_memory(error):
+            raise
+        return dict.fromkeys(parameters, f"the network does not take {samples} images"), None
     for sample in (0, samples - 1):
         recorder.probed = sample
         recorder.backward(output[sample].sum(), retain_graph=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import computing_device, notify_once
-from ..errors import InputError, first_line
+from ..errors import InputError, first_line, one_line
 from ..images import fingerprint, load_images
 from ..memory import is_out_of_memory
 from ..models import AsViT
@@ -100,6 +100,8 @@ def score(
     where = computing_device(device)
     pixels = load(images, settings)
     if isinstance(target, nn.Module):
+        if any(parameter.is_meta for parameter in target.parameters()):
+            raise InputError("the network's weights are on the meta device, without numbers: make it on a real one")
         where = placement(target)[0] if device is None else where
         results = _score_module(target, settings, pixels, where, seed)
     else:
@@ -239,6 +241,7 @@ def score_repeat(
     device = placement(model)[0]
     draws = partial(drawing_from, stream(root_of(seed), DRAWS, repeat), device) if own_generator else nullcontext
     results: dict[str, dict[str, float]] = {}
+    count = settings.batch
     try:
         if "ntk_condition" in settings.metrics:
             started = time.perf_counter()
@@ -250,13 +253,15 @@ def score_repeat(
             results["ntk_condition"] = {"value": value, "seconds": time.perf_counter() - started}
         curve_metrics = [name for name in settings.metrics if name in CURVE_METRICS]
         if curve_metrics:
+            count = settings.thetas
             started = time.perf_counter()
             with draws():
                 values = _curve_values(model, curve_metrics, repeat, settings, root_of(seed))
             passed = time.perf_counter() - started
             results |= {name: {"value": value, "seconds": passed} for name, value in values.items()}
     except AssertionError as error:  # how timm refuses an image size
-        raise InputError(f"{_describe(target)} does not take images of {settings.image_shape}: {error}") from error
+        size = " x ".join(map(str, settings.image_shape))
+        raise InputError(f"{_describe(target)} does not take {count} images of {size}: {one_line(error)}") from error
     return {name: results[name] for name in settings.metrics if name in results}
 
 

@@ -17,7 +17,7 @@ from timm.models import clean_state_dict
 from torch import Tensor
 
 from ..errors import InputError, one_line
-from ..files import file_errors
+from ..files import checksums_fit, file_errors
 from ..recipe import are_numbers
 from .fields import TEXT, Field, fits, is_list, is_positive, shown, whole
 from .parallel import full_state, load_model, load_optimizer
@@ -189,6 +189,8 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # timm keeps its options in one
             content = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(content, dict) and STATE_KEY in content and not checksums_fit(path):
+            raise ValueError("checksums do not fit")
     except Exception as error:  # anything: pickle, zip and torch each have their own
         if isinstance(error, OSError) and error.filename is not None:  # it cannot be read
             raise

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import processes
 from ..backends import notify_once
 from ..errors import InputError
-from ..files import as_float
+from ..files import as_float, checksums_fit
 from ..folder_lock import FolderLock
 from ..recipe import Recipe
 from ..run_directory import AP_MEASURES, AVERAGE, CONFIG, MASK, DamagedState, RunDirectory, best_row, load_state
@@ -67,10 +67,13 @@ class TrainingRun:
         try:
             self._directory = RunDirectory(self.out, config, LAST, changeable=CHANGEABLE)
         except InputError as error:
-            if self.out is not None and isinstance(error.__cause__, DamagedState) and (self.out / BEST).is_file():
+            if self.out is not None and isinstance(error.__cause__, DamagedState) and _is_whole(self.out / BEST):
                 raise InputError(f"{error}, or delete it to go on from {BEST}") from error
             raise
-        return [_checked_row(self._directory, step, row) for step, row in enumerate(self._directory.trace)]
+        rows = [_checked_row(self._directory, step, row) for step, row in enumerate(self._directory.trace)]
+        if self.out is not None:
+            check_best(self.out, rows)
+        return rows
 
     def load(self) -> dict[str, Any] | None:
         """The last checkpoint, on every rank; None where nothing has begun."""
@@ -127,12 +130,32 @@ def recover_last(out: Path) -> None:
     """Put the best checkpoint in the place of a lost last one: epochs after it are trained again."""
     if (out / LAST).exists() or not ((out / BEST).is_file() and (out / CONFIG).is_file()):
         return
+    if not _is_whole(out / BEST):
+        raise InputError(
+            f"{out / LAST} is missing and {out / BEST} is damaged: restore one of them, or choose another run directory"
+        )
     lock = FolderLock(out)
     try:
         link_or_copy(out / BEST, out / LAST)
     finally:
         lock.release()
     notify_once(("lost", out), f"{out / LAST} is missing: the training goes on from {BEST}, to the same end")
+
+
+def _is_whole(path: Path) -> bool:
+    return path.is_file() and checksums_fit(path)
+
+
+def check_best(out: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Whether the best checkpoint of a run is there. Raises InputError where it is damaged; warns where it is lost."""
+    if (out / BEST).is_file() and not _is_whole(out / BEST):
+        raise InputError(
+            f"{out / BEST} is damaged: restore it, or delete it to go on with {LAST} alone, which is whole"
+        )
+    best = best_row(rows)
+    if best is not None and best is not rows[-1] and not (out / BEST).exists():
+        text = f"{out / BEST} is lost: until an epoch is better than epoch {best['epoch']}, {LAST} takes its place"
+        notify_once(("lost", out / BEST), text)
 
 
 def _checked_row(run: RunDirectory, step: int, row: dict[str, Any]) -> dict[str, Any]:

@@ -198,7 +198,10 @@ class Trainer(TrainingSetup):
         return self.position.epoch * self.updates_per_epoch + self.position.update
 
     def _announce(self, continued: bool) -> None:
-        for line in (*self.description_lines(), *filter(None, [self.news])):
+        notes = (f"Note: {note}" for note in self.notes())
+        if self.out is not None:
+            self.log.print(f"Writing to {self.out}; stop at any time, the same command continues.")
+        for line in (*self.description_lines(), *notes, *filter(None, [self.news])):
             self.log.print(line)
         if continued and self.position.epoch < self.epochs:
             self.log.print(f"continuing in epoch {self.position.epoch}, after {self.position.update} updates of it")

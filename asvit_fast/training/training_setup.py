@@ -14,6 +14,7 @@ from torch import nn
 from .. import processes
 from ..cost import params
 from ..errors import InputError
+from ..recipe import Recipe
 from .batch_size import least_of_ranks, pass_memory, phase_batch_sizes
 from .build import What, channels_of, create_network, pixel_statistics
 from .callbacks import Callback
@@ -126,9 +127,19 @@ class TrainingSetup:
     def description_lines(self) -> Iterator[str]:
         """Say what is trained, on how much data, at what cost."""
         model, rate = self.description["model"], self.recipe.learning_rate(self.images_per_update)
-        yield f"{model}: {params(self.step.model) / 1e6:.2f} M parameters, {self.images.num_classes} classes"
+        classes = self.images.num_classes
+        yield f"{model}: {params(self.step.model) / 1e6:.2f} M parameters, {classes} class{'es' * (classes != 1)}"
         yield (
             f"{self.images.train_images} images, {self.images_per_update} an update, {self.updates_per_epoch} updates "
             f"an epoch, {self.epochs} epochs; learning rate {rate:.3g}"
         )
         yield self.cost.table()
+
+    def notes(self) -> Iterator[str]:
+        """Say which choices are hardly what was meant."""
+        rate = self.recipe.learning_rate(self.images_per_update)
+        yield from self.recipe.without_effect()
+        if self.recipe.min_lr > rate:
+            yield f"min_lr {self.recipe.min_lr:g} is above the learning rate {rate:g}, which will rise to it"
+        if isinstance(self.recipe, Recipe) and self.images.num_classes == 1:
+            yield "all images are of one class, which teaches a classifier nothing"

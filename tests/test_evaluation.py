@@ -338,7 +338,7 @@ def test_refused_images(checkpoint: Path, images: Path, tmp_path: Path, capsys: 
     other = tmp_path / "other" / "val" / "class0"
     other.mkdir(parents=True)
     (other / "0.png").write_bytes(next(split.rglob("*.png")).read_bytes())
-    assert "1 classes, the network 7" in refused(capsys, checkpoint, "--data", tmp_path / "other")
+    assert "the network has 7 classes, the images 1" in refused(capsys, checkpoint, "--data", tmp_path / "other")
 
 
 def test_random_interpolation_is_none_for_validation(checkpoint: Path) -> None:

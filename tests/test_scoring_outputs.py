@@ -78,12 +78,19 @@ def test_a_number_for_each_image() -> None:
 @pytest.mark.parametrize(
     ("put", "words"),
     [
-        (lambda y: y.argmax(-1), r"must return floating-point numbers \[n, ...\] of n images, got \[\d+\] in int64"),
+        (
+            lambda y: y.argmax(-1),
+            r"must return floating-point numbers \[\d+, ...\] of \d+ images, got \[\d+\] in int64",
+        ),
+        (lambda y: y.t(), r"of \d+ images, got \[5, \d+\] in float32"),
+        (lambda y: y.reshape(-1), r"of \d+ images, got \[\d+\] in float32"),
+        (lambda y: torch.cat([y, y]), r"of \d+ images, got \[\d+, 5\] in float32"),
+        (lambda y: y.mean(0, keepdim=True), r"of \d+ images, got \[1, 5\] in float32"),
         (lambda y: y.sum(), r"got \[\] in float32"),
         (lambda y: (y, y), "got tuple with 0, 1: score a module that returns the tensor you mean"),
         (lambda y: "nothing", "got str: score a module"),
     ],
-    ids=["integers", "scalar", "two", "text"],
+    ids=["integers", "transposed", "flat", "twice", "mean", "scalar", "two", "text"],
 )
 @pytest.mark.parametrize("metric", METRICS)
 def test_what_has_no_scores(put: Any, words: str, metric: str) -> None:

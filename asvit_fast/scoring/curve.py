@@ -99,7 +99,7 @@ def curve(
     def run(part: slice) -> list[Tensor]:
         mix = circle_mix(theta[part], scale, order, u0.dtype).to(u0.device)
         circle = LinearCombination(mix, torch.stack([u0, u1]))
-        return list(propagate_taylor(lambda x: as_features(fn(x)), circle))
+        return list(propagate_taylor(lambda x: as_features(fn(x), x.shape[0]), circle))
 
     pieces = split_on_oom(run, len(theta), "the curve")
     return Curve(theta, *(torch.cat(parts) for parts in zip(*pieces, strict=True)))

@@ -38,8 +38,8 @@ def score_features(model: Any) -> Callable[[Tensor], Tensor]:
     if hasattr(model, "score_features"):
         return model.score_features
     if hasattr(model, "forward_features") and hasattr(model, "forward_head"):
-        return lambda x: as_features(model.forward_head(model.forward_features(x), pre_logits=True))
-    return lambda x: as_features(model(x))
+        return lambda x: as_features(model.forward_head(model.forward_features(x), pre_logits=True), x.shape[0])
+    return lambda x: as_features(model(x), x.shape[0])
 
 
 def ntk_gram(model: nn.Module, images: Tensor, parameters: str = "weights") -> Tensor:

@@ -13,17 +13,19 @@ from ..taylor.value import Taylor
 LOGITS = "logits"  # what Hugging Face's classifiers call them
 
 
-def as_features(output: Any) -> Any:
+def as_features(output: Any, samples: int) -> Any:
     """[n, F] of a tensor [n, ...], of the logits in a dict or an output of transformers, or of the only tensor in one
     or in a tuple.
 
     Raises:
-        InputError: no such tensor or several, one without samples, or one of integers.
+        InputError: no such tensor or several, one that is not [samples, ...], or one of integers.
     """
     tensor = output if _is_tensor(output) else _tensor_of(output)
-    if tensor.dim() == 0 or not (tensor.is_floating_point() or tensor.is_complex()):
+    if tensor.dim() == 0 or tensor.shape[0] != samples or not (tensor.is_floating_point() or tensor.is_complex()):
         found = f"{list(tensor.shape)} in {str(tensor.dtype).removeprefix('torch.')}"
-        raise InputError(f"a network must return floating-point numbers [n, ...] of n images, got {found}")
+        raise InputError(
+            f"a network must return floating-point numbers [{samples}, ...] of {samples} images, got {found}"
+        )
     return tensor.flatten(1) if tensor.dim() > 1 else tensor.unsqueeze(1)
 
 

@@ -228,6 +228,7 @@ def test_mlp_in_parts(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["swin", "tiny_vit", "torchvision"])
+@pytest.mark.skipif(torch.__version__ < "2.14", reason="torch's compiler takes no layers as arguments")
 def test_compiled_mlp_for_inference(name, products_of_any_size, of):
     """GELU is in the product, which has more of it to gain than the compiler; not where a gradient is recorded."""
     make, size, _ = MODELS[name]

@@ -34,6 +34,7 @@ ACTIVATIONS = (
     *(timm.layers.GELU, timm.layers.GELUTanh, timm.layers.QuickGELU),
 )
 TOKENWISE = (nn.Linear, OurLinear, nn.Identity, nn.Dropout, nn.LayerNorm, timm.layers.LayerNorm, *ACTIVATIONS)
+TRACES_LAYERS = torch.__version__ >= "2.14"  # torch 2.11's compiler takes no layers as arguments of a question
 ACTIVATION_MODULE = "transformers.activations"  # Hugging Face's own: functions of single numbers
 
 
@@ -167,7 +168,8 @@ class ChunkedMlp(Replacement):
             x, norm = norm(x), None
         layers: list[nn.Module] = list(self.children())  # type: ignore[attr-defined]
         run: Callable[[Tensor], Tensor] = super().forward  # type: ignore[misc]
-        if is_inference(layers, x) and self.can_run():
+        traced = torch.compiler.is_compiling()
+        if (TRACES_LAYERS or not traced) and is_inference(layers, x) and self.can_run():
             in_order = self._in_order()
             tokens = tokens_at_a_time(layers, x)
             if in_order and library(x.dtype) is not None:

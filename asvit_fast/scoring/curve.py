@@ -78,7 +78,7 @@ def curve(
         order: 1 (velocity) or 2 (velocity and acceleration).
 
     Raises:
-        InputError: an order other than 1 or 2, u0 and u1 of different shapes, no theta, or an output without samples.
+        InputError: an order other than 1 or 2, u0 and u1 of different shapes, no theta, an output that is not [n, ...].
         TaylorError: a torch function that cannot be propagated, named.
 
     Examples:
